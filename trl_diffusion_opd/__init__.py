@@ -1,0 +1,55 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""On-policy distillation of diffusion models, in the manner of TRL."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0.dev0"
+
+# Imported when first asked for: `trl_diffusion_opd.tiny` and the samplers need no transformers.
+_MODULES = {
+    "DiffusionOPDConfig": "trainer.diffusion_opd_config",
+    "DiffusionOPDTrainer": "trainer.diffusion_opd_trainer",
+    "TeacherConfig": "teacher_specs",
+    "VelocityField": "velocity",
+    "evaluate_retention": "evaluation",
+    "SamplerTable": "samplers",
+    "sampler_table": "samplers",
+    "step_weights": "objectives",
+    "walk": "rollout",
+    "tiny": "tiny",
+}
+
+__all__ = ["__version__", *_MODULES]
+
+if TYPE_CHECKING:
+    from . import tiny
+    from .evaluation import evaluate_retention
+    from .objectives import step_weights
+    from .rollout import walk
+    from .samplers import SamplerTable, sampler_table
+    from .teacher_specs import TeacherConfig
+    from .trainer.diffusion_opd_config import DiffusionOPDConfig
+    from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+    from .velocity import VelocityField
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    return module if name == "tiny" else getattr(module, name)

@@ -1,0 +1,248 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Step weights and losses.
+
+Student and teacher take the same kind of Gaussian step with the same variance, so whatever the sampler, the divergence
+at a state is a number `w_j` times the squared difference of their velocities. All losses here are of that form, or have
+it as their expectation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .samplers import STOCHASTIC_SAMPLERS, SamplerTable, check_sampler
+
+
+WEIGHTINGS = ("kl", "released", "velocity", "x0")
+
+
+def step_weights(table: SamplerTable, levels: Tensor | Sequence[float], weighting: str) -> Tensor:
+    """Weights `w_j` of the squared velocity gap on each step.
+
+    Args:
+        table (`SamplerTable`):
+            Coefficients of N steps.
+        levels (`Tensor` or sequence of `float`, shape `(N + 1,)`):
+            The noise levels of `table`.
+        weighting (`str`):
+            - `"kl"`: `c² / (2 s²)` for a stochastic sampler, the KL divergence (arXiv 2605.15055, Eq. 11); `c² / 2` for a
+              deterministic one (Eq. 12). The second is not the limit of the first as the noise goes to 0.
+            - `"released"`: what the paper's code computes. `c² / (2 g²)` for Flow-SDE, which is Eq. 11 times the step
+              length; `"kl"` otherwise.
+            - `"velocity"`: 1.
+            - `"x0"`: `t²`, the squared error of the predicted image.
+
+    Returns:
+        `Tensor` of shape `(N,)`, float64. Infinite where a stochastic sampler takes a step without noise and the weighting
+        is `"kl"` or `"released"`; `trained_steps` refuses to train such a step.
+
+    Raises:
+        ValueError: for an unknown weighting, or if `levels` does not have one entry more than `table` has steps.
+    """
+    levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
+    if levels.shape != (len(table) + 1,):
+        raise ValueError(f"{len(table)} steps need {len(table) + 1} noise levels, got shape {tuple(levels.shape)}.")
+    if weighting == "velocity":
+        return torch.ones_like(table.c)
+    if weighting == "x0":
+        return levels[:-1] ** 2
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"Unknown loss weighting {weighting!r}. Choose one of {', '.join(WEIGHTINGS)}.")
+    if table.name not in STOCHASTIC_SAMPLERS:
+        return table.c**2 / 2
+    kl = table.c**2 / (2 * table.s**2)
+    if weighting == "released" and table.name == "flow_sde":
+        return kl * -levels.diff()
+    return kl
+
+
+def default_skip_last_steps(sampler_name: str) -> int:
+    """Steps at the end of the walk that are not trained: 1 as in the paper's code, 2 where the last has no noise and the
+    one before it has almost none (`"cps"`, `"ddim"`). Raises `ValueError` for an unknown sampler."""
+    check_sampler(sampler_name)
+    return 2 if sampler_name in ("cps", "ddim") else 1
+
+
+def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
+    """The steps that are trained: all but the last `skip_last_steps`.
+
+    Args:
+        weights (`Tensor` of shape `(N,)`):
+            From `step_weights`.
+        skip_last_steps (`int`):
+            In `[0, N)`.
+
+    Raises:
+        ValueError: if no step is left, or if a step that is left has a weight that is not finite.
+    """
+    n = len(weights)
+    if not 0 <= skip_last_steps < n:
+        raise ValueError(
+            f"`skip_last_steps={skip_last_steps}` must be at least 0 and leave one of the {n} steps to train. Lower it or "
+            "take more inference steps."
+        )
+    steps = range(n - skip_last_steps)
+    infinite = [j for j in steps if not weights[j].isfinite()]
+    if infinite:
+        raise ValueError(
+            f"Steps {infinite} of {n} (counted from 0) would be trained but add no noise, so the KL divergence of student "
+            "and teacher is infinite there. Raise `skip_last_steps` past them (or `noise_level`, if it is 0), choose the "
+            "`loss_weighting` 'velocity' or 'x0', or the sampler 'ode'."
+        )
+    return steps
+
+
+def dominant_step(weights: Tensor) -> tuple[int, float]:
+    """The step with the largest weight and its share of the sum, in `[0, 1]`. `weights`: shape `(n,)`, finite, not all 0:
+    those of the trained steps."""
+    step = int(weights.argmax())
+    return step, float(weights[step] / weights.sum())
+
+
+def inclusion_probabilities(weights: Tensor, k: int) -> Tensor:
+    """Probabilities with which `k` of `n` steps are drawn: `min(1, alpha w_j)`, with `alpha` such that they sum to `k`.
+
+    A drawn step then carries the weight `w_j / pi_j`, which makes the loss unbiased and, as far as no `pi_j` is capped,
+    the same for every step.
+
+    Args:
+        weights (`Tensor` of shape `(n,)`):
+            Finite and not negative. A step of weight 0 is never drawn.
+        k (`int`):
+            From 1 to the number of positive weights.
+
+    Returns:
+        `Tensor` of shape `(n,)`, float64, in `[0, 1]`.
+
+    Raises:
+        ValueError: if a weight is negative or not finite, or `k` is out of range.
+    """
+    weights = weights.to(torch.float64)
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError(f"Step weights must be finite and not negative, got {weights.tolist()}.")
+    positive = int((weights > 0).sum())
+    if not 1 <= k <= positive:
+        raise ValueError(f"Cannot train {k} steps of {len(weights)}: {positive} of them have a positive weight.")
+    certain = torch.zeros_like(weights, dtype=torch.bool)
+    while True:
+        pi = weights * ((k - certain.sum()) / weights[~certain].sum().clamp(min=torch.finfo(torch.float64).tiny))
+        # A probability within rounding of 1 counts as 1, so that `systematic_sample` cannot take the step twice.
+        capped = certain | (pi >= 1 - 1e-12)
+        if bool((capped == certain).all()):
+            return torch.where(certain, 1.0, pi)
+        certain = capped
+
+
+def systematic_sample(pi: Tensor, u: float) -> list[int]:
+    """Draws steps with the given inclusion probabilities: `j` where `floor(C_j - u) > floor(C_{j-1} - u)`, `C` the
+    cumulative sum of `pi`.
+
+    Args:
+        pi (`Tensor` of shape `(n,)`):
+            In `[0, 1]`, with an integer sum `k`, from `inclusion_probabilities`.
+        u (`float`):
+            Uniform in `[0, 1)`. The same `u` gives the same steps, on every process.
+
+    Returns:
+        `list[int]` of always exactly `k` distinct steps, ascending.
+
+    Raises:
+        ValueError: if `u` is outside `[0, 1)` or the sum of `pi` is not an integer.
+    """
+    if not 0 <= u < 1:
+        raise ValueError(f"`u` must be in [0, 1), got {u}.")
+    total = float(pi.sum())
+    if abs(total - round(total)) > 1e-6:
+        raise ValueError(f"Inclusion probabilities must sum to the number of steps to draw, got {total}.")
+    # A step of probability 1 shifts C by an integer, which moves no other one. Drawing the rest alone keeps the
+    # rounding of the cumulative sum from losing or repeating a step.
+    taken = [j for j, p in enumerate(pi.tolist()) if p >= 1]
+    rest = [j for j, p in enumerate(pi.tolist()) if 0 < p < 1]
+    missing = round(total) - len(taken)
+    if missing > 0:
+        edges = pi[rest].to(torch.float64).cumsum(0).tolist()
+        edges[-1] = float(missing)
+        taken += [rest[next(i for i, edge in enumerate(edges) if edge - m > u)] for m in range(missing)]
+    return sorted(taken)
+
+
+def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:
+    """Mean over the latent dimensions of the squared difference of two velocities.
+
+    `w_j` times this is the closed-form loss of a step (arXiv 2605.15055, Eqs. 11 and 12, per latent dimension).
+
+    Args:
+        v_student, v_teacher (`Tensor` of shape `(B, ...)`):
+            Velocities at the same states. Subtracted in float32 or, if both are wider, in float64.
+
+    Returns:
+        `Tensor` of shape `(B,)`, one value a sample.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    return _difference(v_student, v_teacher).square().flatten(1).mean(1)
+
+
+def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: float, s: float, weight: float) -> Tensor:
+    """REINFORCE on the log-ratio of student and teacher: an estimate of the closed form's gradient, for comparison.
+
+    With `x' = mean_S + s z`, the gradient of `KL(S, T)` is the expectation of `(log p_S(x') - log p_T(x')) grad log
+    p_S(x')` over the walk's own noise. Gaussian steps of equal variance make these, without cancellation,
+
+        log p_S(x') - log p_T(x') = KL + (c / s) <v_S - v_T, z>,        grad log p_S(x') = grad (c / s) <z, v_S>.
+
+    The KL does not depend on the action and the score has mean 0, so subtracting it as a baseline changes no expectation.
+    The product, divided once by the d latent dimensions and scaled by `2 s² weight / c²` for weightings other than
+    the KL's own, has exactly the expected gradient of `weight * velocity_gap_sq(v_student, v_teacher)`. The variance
+    of its gradient is `d + 1` times the squared norm of that gradient (in the space of velocities, one state), where the
+    closed form has none. The value of the loss means nothing; only its gradient does.
+
+    Args:
+        v_student (`Tensor` of shape `(B, ...)`):
+            With gradient.
+        v_teacher, z (`Tensor` of the same shape):
+            The teacher's velocity, and the noise with which the student's walk takes this very step.
+        c, s (`float`):
+            The step's row of the sampler table, `c` with its sign.
+        weight (`float`):
+            The step's weight.
+
+    Returns:
+        `Tensor` of shape `(B,)`, one value a sample.
+
+    Raises:
+        ValueError: if the step adds no noise, or if shapes differ.
+    """
+    if s == 0:
+        raise ValueError("A step without noise (s = 0) has no policy gradient. Use `loss_type='kl'` or skip the step.")
+    if z.shape != v_student.shape:
+        raise ValueError(f"Noise has shape {tuple(z.shape)} and the student's velocity {tuple(v_student.shape)}.")
+    gap = _difference(v_student, v_teacher).detach()
+    advantage = (c / s) * (gap * z).flatten(1).sum(1)
+    score = (c / s) * (z * v_student.to(gap.dtype)).flatten(1).mean(1)
+    return 2 * s**2 * weight / c**2 * advantage * score
+
+
+def _difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
+    if v_student.shape != v_teacher.shape:
+        raise ValueError(
+            f"The student's velocity has shape {tuple(v_student.shape)}, the teacher's {tuple(v_teacher.shape)}."
+        )
+    # Widened before the subtraction: in bfloat16 the difference of two close velocities is mostly rounding.
+    dtype = torch.float64 if v_student.dtype == v_teacher.dtype == torch.float64 else torch.float32
+    return v_student.to(dtype) - v_teacher.to(dtype)

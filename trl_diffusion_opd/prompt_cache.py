@@ -1,0 +1,169 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Text embeddings, encoded once: a cache around a pipeline's own `encode_prompt`."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+# Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
+_PROBES = ("a", "a longer prompt of several words, to see padding")
+# Guided and unguided calls of student and teachers on one micro-batch.
+_RECENT_BATCHES = 8
+
+
+class PromptCache:
+    """
+    Remembers what `encode_prompt` returned, one entry a prompt, the least recently used dropped beyond `max_bytes`.
+
+    Prompts are encoded one at a time, so that an embedding depends on nothing but its prompt: not on the batch, the
+    number of processes or what was encoded before, without which a resumed run could not repeat an uninterrupted one
+    to the bit. Some encoders return things that are not rows (position ids, layers first) or pad to the longest
+    prompt of the batch; a trial at the first call finds them, and for those the whole batch is encoded and kept as it
+    is.
+
+    Args:
+        max_bytes (`int`, *optional*, defaults to 2 GiB):
+            Bound of the embeddings kept in host memory.
+    """
+
+    def __init__(self, max_bytes: int = 2 * 1024**3):
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[tuple, Any] = OrderedDict()
+        self._recent: OrderedDict[tuple, Any] = OrderedDict()
+        self._layouts: dict[tuple, Any] = {}
+        self._bytes = 0
+
+    @torch.no_grad()
+    def encode(self, encode_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What `encode_prompt(*args, **kwargs)` returns, from memory where it can be."""
+        call = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
+        texts = {name: value for name, value in call.items() if _is_texts(value)}
+        options = tuple((name, str(value)) for name, value in call.items() if _is_option(name, value))
+        device = str(call.get("device"))
+        batch = (*options, *((name, tuple(value)) for name, value in texts.items()))
+        if (batch, device) not in self._recent:
+            self._recent[batch, device] = self._encode_batch(encode_prompt, call, texts, options, batch)
+            if len(self._recent) > _RECENT_BATCHES:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end((batch, device))
+        return self._recent[batch, device]
+
+    def _encode_batch(
+        self, encode_prompt: Callable[..., Any], call: dict, texts: dict[str, list[str]], options: tuple, batch: tuple
+    ) -> Any:
+        sizes = {len(value) for value in texts.values()}
+        # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
+        layout = self._layout(encode_prompt, call, texts, options) if len(sizes) == 1 and sizes != {1} else None
+        if layout is None:
+            copies = {name: list(value) for name, value in texts.items()}  # Z-Image writes its template into the list
+            return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies})), call.get("device"))
+        rows = []
+        for i in range(sizes.pop()):
+            row = {name: [value[i]] for name, value in texts.items()}
+            key = (*options, *((name, value[0]) for name, value in row.items()))
+            rows.append(self._remember(key, lambda row=row: encode_prompt(**{**call, **row})))
+        return _to(_join(rows, layout), call.get("device"))
+
+    def _layout(self, encode_prompt: Callable[..., Any], call: dict, texts: dict, options: tuple) -> Any:
+        pattern = (*options, *texts)
+        if pattern not in self._layouts:
+            first, second = (encode_prompt(**{**call, **{name: [probe] for name in texts}}) for probe in _PROBES)
+            both = encode_prompt(**{**call, **{name: list(_PROBES) for name in texts}})
+            self._layouts[pattern] = _find_layout(first, second, both)
+        return self._layouts[pattern]
+
+    def _remember(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        if key not in self._entries:
+            last = next(reversed(self._entries.values())) if self._entries else None
+            # The empty prompt's embedding comes with every prompt of some families: keep one copy of it.
+            self._entries[key] = _share(_to(compute(), "cpu"), last)
+            self._bytes += _nbytes(self._entries[key])
+            while self._bytes > self.max_bytes and len(self._entries) > 1:
+                self._bytes -= _nbytes(self._entries.popitem(last=False)[1])
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _is_option(name: str, value: Any) -> bool:
+    # Whatever is neither text nor a plain value (an image to edit) comes from `generation_kwargs`, which are fixed.
+    return name != "device" and (value is None or isinstance(value, (str, int, float, bool, torch.dtype)))
+
+
+def _find_layout(first: Any, second: Any, both: Any) -> Any:
+    """
+    How two prompts' embeddings make up those of their batch: `"shared"` (the same for any prompt), `"rows"`, `"list"`, a
+    tuple of these, or `None` where they don't.
+    """
+    if isinstance(both, tuple):
+        layouts = [_find_layout(*items) for items in zip(first, second, both, strict=True)]
+        return None if None in layouts else tuple(layouts)
+    if isinstance(both, list):  # one tensor a prompt, each of its own length, or nothing
+        if not (first or second or both):
+            return "list"
+        return "list" if len(both) == 2 and _close(first[0], both[0]) and _close(second[0], both[1]) else None
+    if _close(first, both) and _close(second, both):
+        return "shared"
+    tensors = isinstance(first, Tensor) and isinstance(second, Tensor) and isinstance(both, Tensor)
+    if tensors and first.shape == second.shape and _close(torch.cat([first, second]), both):
+        return "rows"
+    return None
+
+
+def _join(rows: list[Any], layout: Any) -> Any:
+    if isinstance(layout, tuple):
+        return tuple(_join([row[i] for row in rows], part) for i, part in enumerate(layout))
+    if layout == "list":
+        return [item for row in rows for item in row]
+    return torch.cat(rows) if layout == "rows" else rows[0]
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        # Half-precision encoders round differently alone and in a batch.
+        return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
+    return a is None and b is None
+
+
+def _to(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to(item, device) for item in value)
+    return value
+
+
+def _share(value: Any, last: Any) -> Any:
+    if isinstance(value, Tensor):
+        same = isinstance(last, Tensor) and value.shape == last.shape and torch.equal(value, last)
+        return last if same else value
+    if isinstance(value, tuple) and isinstance(last, tuple) and len(value) == len(last):
+        return tuple(_share(item, other) for item, other in zip(value, last, strict=True))
+    return value
+
+
+def _nbytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(_nbytes(item) for item in value) if isinstance(value, (list, tuple)) else 0

@@ -1,0 +1,100 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The one loop along a trajectory, and the noise it starts from and adds."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .samplers import SamplerTable
+
+
+def walk(
+    velocity: Callable[[int, Tensor], Tensor],
+    x: Tensor,
+    table: SamplerTable,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Walks from the first noise level of `table` to its last and keeps no state but the current one.
+
+    Args:
+        velocity (`Callable`):
+            `velocity(j, x)` returns the velocity at step `j` and state `x`, detached. It may run a backward pass of its own:
+            gradients are enabled or not inside it as they are around `walk`.
+        x (`Tensor` of shape `(B, ...)`):
+            State at `table.levels[0]`: for a grid that starts at 1, standard Gaussian noise.
+        table (`SamplerTable`):
+            The sampler. `table.head(n)` stops after `n` steps.
+        noise (`Callable`, *optional*):
+            `noise(j)` returns standard Gaussian noise of `x`'s shape. Called once for each step that adds noise, in order, after
+            `velocity(j, x)`.
+
+    Returns:
+        `Tensor` of shape `(B, ...)`: the state at `table.levels[-1]`.
+
+    Raises:
+        ValueError: if the sampler adds noise and `noise` is `None`.
+    """
+    if noise is None and not table.deterministic:
+        raise ValueError(f"The sampler {table.name!r} adds noise, so `walk` needs `noise`.")
+    # Python floats: a float64 tensor would widen the state, and one on another device would make every step wait.
+    a, c, b, s, levels = (column.tolist() for column in (table.a, table.c, table.b, table.s, table.levels))
+    previous_x0 = None
+    for j in range(len(table)):
+        v = velocity(j, x)
+        with torch.no_grad():  # states are data: no gradient flows along the trajectory
+            x_next = a[j] * x + c[j] * v
+            if previous_x0 is not None:
+                x_next += b[j] * previous_x0
+            if noise is not None and s[j] != 0:
+                x_next += s[j] * noise(j)
+            previous_x0 = x - levels[j] * v if j + 1 < len(table) and b[j + 1] != 0 else None
+            x = x_next
+    return x
+
+
+def sample_generators(entropy: Sequence[int], indices: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator a sample, seeded by what the sample is and not by where or when it is computed.
+
+    Noise then does not depend on the number of processes, the micro-batch size, or a resume, and no two samples share it.
+
+    Args:
+        entropy (`Sequence[int]`):
+            What the samples have in common, not negative: seed, global step and index of the task in training.
+        indices (`Iterable[int]`):
+            Index of each sample in the task's batch over all processes, not negative.
+
+    Returns:
+        `list[torch.Generator]`, one an index. Coordinates that differ only by zeros at their end count as the same, as
+        `numpy.random.SeedSequence` defines it.
+    """
+    return [
+        torch.Generator().manual_seed(int(np.random.SeedSequence([*entropy, index]).generate_state(1, np.uint64)[0]))
+        for index in indices
+    ]
+
+
+def gaussian(generators: list[torch.Generator], x: Tensor) -> Tensor:
+    """Standard Gaussian noise of `x`'s shape on `x`'s device, float32, row `i` from generator `i`.
+
+    Raises:
+        ValueError: if there is not one generator a row.
+    """
+    if len(generators) != len(x):
+        raise ValueError(f"{len(x)} samples need as many generators, got {len(generators)}.")
+    return randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=torch.float32)

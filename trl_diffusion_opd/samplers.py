@@ -1,0 +1,188 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Samplers as tables of coefficients.
+
+The noise level `t` goes from 1 (noise) to 0 (image) along `levels`. The network predicts the velocity `v = eps - x0` of
+`x = (1 - t) x0 + t eps`, so `x0 = x - t v` and `eps = x + (1 - t) v`. Every sampler here takes a Gaussian step whose
+mean is linear in `x` and `v`:
+
+    x_{j+1} = a_j x_j + c_j v_j + b_j h_j + s_j z_j,    z_j ~ N(0, I),    h_j = x0 of the step before
+
+and is therefore four numbers a step. Two networks at the same state differ by `c_j (v_1 - v_2)` in the mean and by nothing
+else, which is all that the losses in `objectives.py` need.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+SAMPLERS = ("ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm2m")
+STOCHASTIC_SAMPLERS = ("flow_sde", "dance_sde", "cps", "ddim")
+DEFAULT_NOISE_LEVEL = 0.7
+
+# Second order extrapolates the last change of x0 by r / 2, r the ratio of two steps in log-SNR; beyond that it
+# amplifies more than it corrects (r is 4.6 on step 8 of SD3's 10-step grid).
+MAX_DPM_STEP_RATIO = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerTable:
+    """The coefficients of a walk of N steps along `levels`.
+
+    Args:
+        a, c, b, s (`Tensor` of shape `(N,)`, float64, on the CPU):
+            Factors of the state, the velocity, the previous step's x0, and the noise. `s` is the standard deviation of the
+            whole step: the square root of the step length is in it. `c` is negative.
+        levels (`Tensor` of shape `(N + 1,)`, float64, on the CPU):
+            Noise levels, strictly decreasing in `[0, 1]`.
+        name (`str`):
+            One of `SAMPLERS`.
+    """
+
+    a: Tensor
+    c: Tensor
+    b: Tensor
+    s: Tensor
+    levels: Tensor
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.a)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether no step adds noise."""
+        return not bool((self.s != 0).any())
+
+    def head(self, n: int) -> "SamplerTable":
+        """The first `n` steps, for a walk that stops early. Raises `ValueError` unless `0 <= n <= N`."""
+        if not 0 <= n <= len(self):
+            raise ValueError(f"The walk has {len(self)} steps, so its first {n} cannot be taken.")
+        return SamplerTable(self.a[:n], self.c[:n], self.b[:n], self.s[:n], self.levels[: n + 1], self.name)
+
+
+def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: float | None = None) -> SamplerTable:
+    """The coefficients of a sampler on a noise grid.
+
+    Args:
+        name (`str`):
+            - `"ode"`: Euler steps of the probability flow (arXiv 2605.15055, Eq. 12, its default).
+            - `"flow_sde"`: Flow-GRPO (arXiv 2505.05470), diffusion `g² = eta² t / (1 - t)`. On a first step above
+              `levels[1]`, where that grows without bound, `g²` takes `levels[1]`.
+            - `"dance_sde"`: DanceGRPO (arXiv 2505.07818), `g = eta`. Where its last step would amplify the noise it
+              should remove (for a grid that ends at 0: `eta² > 2 levels[-2]`), that step is an ODE step.
+            - `"cps"`: coefficients-preserving sampling (arXiv 2509.05952).
+            - `"ddim"`: DDIM with its `eta` (arXiv 2010.02502), carried over to flow matching.
+            - `"dpm2m"`: DPM-Solver++ 2M (arXiv 2211.01095). First order, which is Euler, on the first step, after a
+              start at `t = 1`, on a step to 0, and where the log-SNR step is more than twice the one before.
+        levels (`Tensor` or sequence of `float`, shape `(N + 1,)`):
+            Noise levels, strictly decreasing in `[0, 1]`. They need not start at 1.
+        noise_level (`float`, *optional*):
+            Stochasticity `eta`: any value >= 0 for the two SDEs, `[0, 1]` for `"cps"` and `"ddim"`. `None` is 0.7 for
+            these. The same value means a different amount of noise in different samplers.
+
+    Raises:
+        ValueError: for an unknown sampler, a grid that is not strictly decreasing in `[0, 1]`, a noise level out of range,
+            or any noise level with a sampler that has none.
+    """
+    check_sampler(name)
+    levels = _checked_levels(levels)
+    eta = _checked_noise_level(name, noise_level)
+    t, t_next = levels[:-1], levels[1:]
+    dt = t_next - t
+    b = torch.zeros_like(t)
+    if name == "ode":
+        a, c, s = torch.ones_like(t), dt, torch.zeros_like(t)
+    elif name == "flow_sde":
+        # Only g² is capped, by position on the grid and not by a test for t == 1: grids also start at .9997.
+        a, c, s = _sde_step(t, dt, g_sq_over_t=eta**2 / (1 - t.clamp(max=levels[1].item())))
+    elif name == "dance_sde":
+        g_sq_over_t = eta**2 / t
+        # On data without spread a step multiplies the noise by t'/t + g² dt / (2 t²): unstable below -1.
+        if t_next[-1] / t[-1] + g_sq_over_t[-1] * dt[-1] / (2 * t[-1]) < -1:
+            g_sq_over_t[-1] = 0.0
+        a, c, s = _sde_step(t, dt, g_sq_over_t)
+    elif name == "cps":
+        angle = torch.tensor(eta * torch.pi / 2, dtype=torch.float64)
+        a, c = _clean_and_noise_step(t, t_next, kept_noise=t_next * angle.cos())
+        s = t_next * angle.sin()
+    elif name == "ddim":
+        fresh = 1 - (t_next * (1 - t) / (t * (1 - t_next))) ** 2
+        s = eta * t_next * fresh.sqrt()
+        a, c = _clean_and_noise_step(t, t_next, kept_noise=t_next * (1 - eta**2 * fresh).sqrt())
+    else:
+        half_r = _dpm_step_ratio(levels) / 2
+        b = dt / t * half_r
+        a, c, s = 1 - b, dt * (1 + half_r), torch.zeros_like(t)
+    return SamplerTable(a, c, b, s, levels, name)
+
+
+def check_sampler(name: str) -> None:
+    """Raises `ValueError` if `name` is not one of `SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise ValueError(f"Unknown sampler {name!r}. Choose one of {', '.join(SAMPLERS)}.")
+
+
+def _sde_step(t: Tensor, dt: Tensor, g_sq_over_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Euler-Maruyama of `dx = (v + g² eps / (2 t)) dt + g dw`, which keeps the marginals of the flow for any g."""
+    half = g_sq_over_t / 2
+    return 1 + half * dt, dt * (1 + half * (1 - t)), (-dt * t * g_sq_over_t).sqrt()
+
+
+def _clean_and_noise_step(t: Tensor, t_next: Tensor, kept_noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean `(1 - t') x0 + kept_noise eps` in terms of `x` and `v`."""
+    return (1 - t_next) + kept_noise, -(1 - t_next) * t + kept_noise * (1 - t)
+
+
+def _dpm_step_ratio(levels: Tensor) -> Tensor:
+    """Ratio of each log-SNR step to the one before; 0 where the step is first order."""
+    log_snr = (1 - levels).log() - levels.log()
+    step = log_snr.diff()
+    ratio = torch.zeros_like(step)
+    ratio[1:] = step[1:] / step[:-1]
+    # The log-SNR is infinite at t = 1 and t = 0: a start at 1 gives 0, a step to 0 inf, and both in one nan.
+    return torch.where(ratio <= MAX_DPM_STEP_RATIO, ratio, 0.0)
+
+
+def _checked_levels(levels: Tensor | Sequence[float]) -> Tensor:
+    levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu").detach().clone()
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"A noise grid is a list of two or more levels, got shape {tuple(levels.shape)}.")
+    # A nan fails every comparison, so it is refused here too.
+    if not bool((levels.diff() < 0).all() and levels[0] <= 1 and levels[-1] >= 0):
+        raise ValueError(
+            f"Noise levels must decrease strictly from at most 1 (noise) to at least 0 (image), got {levels.tolist()}. "
+            "Levels are sigmas, not timesteps up to 1000."
+        )
+    return levels
+
+
+def _checked_noise_level(name: str, noise_level: float | None) -> float:
+    if name not in STOCHASTIC_SAMPLERS:
+        if noise_level is not None:
+            raise ValueError(
+                f"`noise_level={noise_level}` has no meaning for the sampler {name!r}, which adds no noise. Leave it None, "
+                f"or choose one of {', '.join(STOCHASTIC_SAMPLERS)}."
+            )
+        return 0.0
+    eta = DEFAULT_NOISE_LEVEL if noise_level is None else float(noise_level)
+    upper = 1.0 if name in ("cps", "ddim") else float("inf")
+    if not (0 <= eta <= upper and eta < float("inf")):
+        allowed = "between 0 and 1" if upper == 1.0 else "finite and not negative"
+        raise ValueError(f"`noise_level` of the sampler {name!r} must be {allowed}, got {noise_level}.")
+    return eta

@@ -1,0 +1,227 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trained part: which weights it is, their moving average, and the files in which it is saved."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.training_utils import EMAModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+STUDENT_ADAPTER = "default"
+RAW_FILE = "student_raw.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+FULL_FILE = "diffusion_pytorch_model.safetensors"
+
+# The attention projections of the paper's released settings, by the names that diffusers gives them.
+_ATTENTION_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+
+
+def default_lora_config(transformer: nn.Module) -> LoraConfig:
+    """
+    The paper's LoRA (rank 32, alpha 64, gaussian, on the attention projections), where `transformer` has them.
+
+    Raises:
+        [`ValueError`]: if `transformer` has no layer of these names.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    targets = [target for target in _ATTENTION_TARGETS if any(name.endswith("." + target) for name in names)]
+    if not targets:
+        raise ValueError(
+            f"{type(transformer).__name__} has no attention projection by a name that diffusers uses "
+            f"({', '.join(_ATTENTION_TARGETS)}). Name the layers in peft_config=LoraConfig(target_modules=[...])."
+        )
+    return LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets)
+
+
+class Student:
+    """
+    The trained weights of `model` and their exponential moving average.
+
+    Args:
+        model ([`~peft.PeftModel`] or `nn.Module`):
+            A PeftModel whose adapter `default` is trained, or a transformer trained in full.
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline the model belongs to: it writes the LoRA file that it can load again.
+        ema_decay (`float`, *optional*):
+            Decay of the average; `None` or 0 for none.
+        ema_update_interval (`int`, *optional*, defaults to `1`):
+            Updates between two steps of the average.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: DiffusionPipeline,
+        ema_decay: float | None = None,
+        ema_update_interval: int = 1,
+    ):
+        self.model = model
+        self.pipeline = pipeline
+        self.is_lora = isinstance(model, PeftModel)
+        self.ema_update_interval = ema_update_interval
+        self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+    def update_ema(self, step: int) -> None:
+        """Takes the average's step after update number `step` (counted from 1), if it is due."""
+        if self.ema is None or step % self.ema_update_interval:
+            return
+        # The warm-up min(decay, (1 + n) / (10 + n)) counts optimizer steps, not steps of the average, of which there are
+        # fewer: it would last `ema_update_interval` times as long.
+        self.ema.optimization_step = step - 1
+        self.ema.to(self.parameters()[0].device)
+        self.ema.step(self.parameters())
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights. It can be nested."""
+        if self.ema is None or self.ema.temp_stored_params is not None:
+            yield
+            return
+        self.ema.store(self.parameters())
+        self.ema.copy_to(self.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters())  # also forgets what was stored
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """
+        Writes the weights that the model has now: for a LoRA in PEFT's and in diffusers' format, each with alpha; for a
+        full student as a diffusers model.
+
+        Args:
+            folder (`str` or `Path`): made if it does not exist.
+            state_dict (`dict`, *optional*): the model's gathered weights, where training shards them.
+        """
+        os.makedirs(folder, exist_ok=True)
+        if not isinstance(self.model, PeftModel):
+            self.model.save_pretrained(folder, state_dict=state_dict)
+            return
+        # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
+        weights = get_peft_model_state_dict(
+            self.model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False
+        )
+        weights = {name: w.detach().to("cpu").contiguous() for name, w in weights.items()}
+        config = self.model.peft_config[STUDENT_ADAPTER]
+        inference_mode, config.inference_mode = config.inference_mode, True
+        config.base_model_name_or_path = public_name(self.pipeline.config.get("_name_or_path"))
+        config.save_pretrained(folder)
+        config.inference_mode = inference_mode
+        save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
+        if isinstance(self.pipeline, LoraBaseMixin):
+            type(self.pipeline).save_lora_weights(
+                folder,
+                transformer_lora_layers={name.removeprefix("base_model.model."): w for name, w in weights.items()},
+                transformer_lora_adapter_metadata=_portable_metadata(config),
+            )
+
+    def save_state(self, folder: str | Path) -> None:
+        """Writes the weights that training goes on from; the average is what [`save`] writes."""
+        weights = {name: p.detach().to("cpu").contiguous() for name, p in self.named_parameters().items()}
+        save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def load_state(self, folder: str | Path) -> None:
+        """
+        Restores weights and average from a checkpoint.
+
+        Raises:
+            [`ValueError`]: if the checkpoint holds other parameters than the model trains.
+        """
+        self._copy(load_file(os.path.join(folder, RAW_FILE)), self.named_parameters(), folder)
+        if self.ema is not None:
+            shadow = dict(zip(self.named_parameters(), self.ema.shadow_params, strict=True))
+            self._copy(self._read_saved(folder), shadow, folder)
+
+    @torch.no_grad()
+    def load_saved(self, folder: str | Path) -> None:
+        """Takes what [`save`] wrote as weights and as average."""
+        saved = self._read_saved(folder)
+        self._copy(saved, self.named_parameters(), folder)
+        if self.ema is not None:
+            self._copy(saved, dict(zip(self.named_parameters(), self.ema.shadow_params, strict=True)), folder)
+
+    def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
+        if not self.is_lora:
+            return load_file(os.path.join(folder, FULL_FILE))
+        saved = load_file(os.path.join(folder, ADAPTER_FILE))
+        suffix = f".{STUDENT_ADAPTER}.weight"
+        return {name.removesuffix(".weight") + suffix: w for name, w in saved.items()}
+
+    @staticmethod
+    def _copy(source: dict[str, Tensor], target: dict[str, Any], folder: str | Path) -> None:
+        if source.keys() != target.keys() or any(source[name].shape != target[name].shape for name in source):
+            differing = sorted(source.keys() ^ target.keys())[:3]
+            raise ValueError(
+                f"{Path(folder).name} holds other weights than this student trains (differing: {differing or 'shapes'}). "
+                "Resume with the peft_config that the run was started with."
+            )
+        for name, parameter in target.items():
+            parameter.data.copy_(source[name])
+
+
+def public_name(name_or_path: str | None) -> str | None:
+    """A model's Hub id as it is, a local folder as its name alone: paths of a machine don't belong into files."""
+    if name_or_path is None or not os.path.isdir(name_or_path):
+        return name_or_path
+    return Path(name_or_path).resolve().name
+
+
+def _portable_metadata(config: LoraConfig) -> dict[str, Any]:
+    # Only what is set: the newest fields make an older PEFT, which reads this back, raise a TypeError.
+    fresh = LoraConfig().to_dict()
+    targets = config.target_modules
+    metadata = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+    }
+    for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if config.to_dict()[name] != fresh[name]:
+            metadata[name] = config.to_dict()[name]
+    return json.loads(json.dumps(metadata))
+
+
+def frozen_copy(transformer: nn.Module) -> nn.Module:
+    """A frozen copy of the base for a fully trained student, on which LoRA teachers and the base itself are evaluated."""
+    return copy.deepcopy(transformer).requires_grad_(False).eval()

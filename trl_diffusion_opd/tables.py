@@ -1,0 +1,64 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The tables that a run shows before its first step."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from .objectives import dominant_step
+
+
+if TYPE_CHECKING:
+    from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+
+logger = logging.getLogger(__name__)
+
+# A weighting that puts more than this on one step trains that step and little else.
+_DOMINANT_SHARE = 0.9
+
+
+def print_start(trainer: "DiffusionOPDTrainer") -> None:
+    """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
+    console = Console()
+    teachers = Table(title="Tasks and teachers")
+    for column in ("task", "prompts", "teacher", "kind", "rank", "guidance", "weight", "revision", "sha256"):
+        teachers.add_column(column)
+    for row in trainer.bank.summary():
+        cells = [row["teacher"], row["kind"], row["rank"], row["guidance_scale"], f"{row['weight']:.2f}"]
+        cells += [row["revision"], row["sha256"]]
+        prompts = len(trainer._task_rows[row["task"]])
+        teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
+    console.print(teachers)
+
+    weights = trainer.weights[: len(trainer.trainable_steps)]
+    steps = Table(title=f"Steps of {trainer.table.name}, weighting {trainer.args.loss_weighting}")
+    for column in ("step", "level", "weight", "share"):
+        steps.add_column(column, justify="right")
+    for j, level in enumerate(trainer.table.levels[:-1].tolist()):
+        trained = j in trainer.trainable_steps
+        weight, share = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
+        steps.add_row(str(j), f"{level:.4f}", weight, share)
+    console.print(steps)
+    step, share = dominant_step(weights)
+    if share > _DOMINANT_SHARE:
+        logger.warning(
+            f"Step {step} has {share:.1%} of the weight, so the others are hardly trained. Consider "
+            "loss_weighting='velocity', the sampler 'ode', or a larger skip_last_steps."
+        )
+    count = sum(parameter.numel() for parameter in trainer.student.parameters())
+    console.print(f"Trained parameters: {count:,}")

@@ -1,0 +1,382 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The frozen teachers: adapters beside the student's on one base, the base itself, or whole transformers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
+from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
+
+
+__all__ = [
+    "Teacher",
+    "TeacherBank",
+    "TeacherConfig",
+    "TeacherError",
+    "add_adapter",
+    "normalize_teachers",
+    "parse_teacher",
+    "read_lora",
+]
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    lora_config: LoraConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    trainable: bool = False,
+) -> PeftModel:
+    """
+    Adds a LoRA with its weights to a model, strictly.
+
+    Args:
+        model (`PeftModel` or a bare transformer, which is then wrapped in place):
+            The base. The global random state is left as it was.
+        name (`str`):
+            Name of the new adapter.
+        lora_config (`LoraConfig`), state_dict (`dict[str, torch.Tensor]`):
+            As [`read_lora`] returns them.
+        trainable (`bool`, *optional*, defaults to `False`):
+            `False` keeps the adapter frozen in the dtype of the base, without dropout. `True` makes it trainable, in
+            float32 where the base is in half precision.
+
+    Returns:
+        The `PeftModel`. Which adapter is active afterwards is PEFT's choice; [`TeacherBank`] sets it right.
+
+    Raises:
+        TeacherError: If the config's targets and the tensors are not the same set, or shapes do not fit the base.
+    """
+    lora_config = copy.deepcopy(lora_config)
+    lora_config.inference_mode = not trainable
+    if not trainable:
+        lora_config.lora_dropout = 0.0
+    wrapped = isinstance(model, PeftModel)
+    # PEFT initialises the new matrices before they are overwritten; that must not shift anyone's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        try:
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, lora_config, autocast_adapter_dtype=trainable)
+            else:
+                model = get_peft_model(model, lora_config, adapter_name=name, autocast_adapter_dtype=trainable)
+        except (ValueError, TypeError) as error:
+            raise TeacherError(f"made for another base: {error}") from error
+
+    # save_embedding_layers would look the base up on the Hub.
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    problems = []
+    if missing := sorted(set(expected) - set(state_dict)):
+        problems.append(
+            f"its config asks for {len(missing)} tensors that the file lacks, such as {_short(missing[0])}"
+        )
+    if unexpected := sorted(set(state_dict) - set(expected)):
+        problems.append(
+            f"the file has {len(unexpected)} tensors that its config or the base does not, such as {_short(unexpected[0])}"
+        )
+    for key in sorted(set(expected) & set(state_dict)):
+        theirs, ours = tuple(state_dict[key].shape), tuple(expected[key].shape)
+        if theirs != ours:
+            # The rank is axis 0 of lora_A and axis 1 of lora_B; all other axes are the base's.
+            axis = 0 if ".lora_A" in key else 1
+            same_base = theirs[:axis] + theirs[axis + 1 :] == ours[:axis] + ours[axis + 1 :]
+            reason = "its config gives another rank" if same_base else "made for another base"
+            problems.append(f"{reason}: {_short(key)} is {theirs} in the file and {ours} here")
+            break
+    if problems:
+        if wrapped:
+            model.delete_adapter(name)
+        else:
+            model.unload()
+        raise TeacherError("; ".join(problems))
+    set_peft_model_state_dict(model, dict(state_dict), adapter_name=name)
+    for parameter in _adapter_parameters(model, name):
+        parameter.requires_grad_(trainable)
+    return model
+
+
+def _short(key: str) -> str:
+    return key.removeprefix(PEFT_PREFIX)
+
+
+def _adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    return (parameter for key, parameter in model.named_parameters() if f".{name}." in key)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """
+    A loaded teacher in its role for one task.
+
+    Attributes:
+        name: Adapter name (`"teacher_0"`, ...) or `"base"`. Roles with the same source share it, and the weights.
+        config: What the user asked for.
+        guidance_scale: Classifier-free guidance scale to evaluate it at.
+        weight: Share in the task's target; the weights of a task sum to 1.
+        kind: `"base"`, `"lora"` or `"full"`.
+        source: Hub id or name of the local folder, never a path; `"base"` for the base.
+        revision: Commit on the Hub, if it is from there.
+        sha256: Hash over its files; `None` for the base.
+        rank: Rank of a LoRA (of most of its layers).
+        module: The frozen transformer of a `"full"` teacher.
+    """
+
+    name: str
+    config: TeacherConfig
+    guidance_scale: float
+    weight: float
+    kind: Literal["base", "lora", "full"]
+    source: str
+    revision: str | None = None
+    sha256: str | None = None
+    rank: int | None = None
+    module: nn.Module | None = None
+
+
+class TeacherBank:
+    """
+    Loads all teachers and switches between them and the student without copies.
+
+    Args:
+        backbone (`PeftModel` or `ModelMixin`):
+            The `PeftModel` that holds the student's adapter. For full fine-tuning a frozen copy of the base, which
+            LoRA teachers then wrap in place.
+        pipeline (`DiffusionPipeline`):
+            The base; its class converts diffusers' LoRA layouts.
+        teachers (`dict[str, list[TeacherConfig]]`):
+            As [`normalize_teachers`] returns it.
+        default_guidance_scale (`float`):
+            Guidance scale of teachers that name none.
+        student_adapter (`str`, *optional*, defaults to `"default"`):
+            The adapter that is active outside of [`~TeacherBank.use`]; `None` without one (full fine-tuning).
+        manifest (`dict`, *optional*):
+            A checkpoint's [`~TeacherBank.manifest`]. Hub teachers are loaded at the commits in it, and a teacher with
+            another hash is refused.
+
+    Attributes:
+        teachers (`dict[str, list[Teacher]]`): The loaded teachers by task.
+        backbone (`nn.Module`): The model that `use` yields for LoRAs and the base.
+
+    Raises:
+        ValueError: If any teacher cannot be used. One message lists all of them.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        pipeline: DiffusionPipeline,
+        teachers: Mapping[str, list[TeacherConfig]],
+        default_guidance_scale: float,
+        student_adapter: str | None = "default",
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.teachers: dict[str, list[Teacher]] = {}
+        self._active = student_adapter
+        self._has_student = student_adapter is not None
+        # add_adapter and PEFT's switches flip requires_grad of the student's adapter too.
+        before = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
+
+        loaded: dict[tuple[str, ...], Teacher] = {}
+        problems = _compare_with_manifest(teachers, manifest)
+        for task, configs in teachers.items():
+            self.teachers[task] = []
+            for index, config in enumerate(configs):
+                recorded = None if problems or manifest is None else manifest[task][index]
+                try:
+                    teacher = self._load(_pin(config, recorded), pipeline, loaded)
+                    _check_recorded(teacher, recorded)
+                except TeacherError as error:
+                    problems.append(f"task {task!r}: {error}")
+                    continue
+                scale = config.guidance_scale
+                role = replace(
+                    teacher,
+                    config=config,
+                    guidance_scale=default_guidance_scale if scale is None else scale,
+                    weight=config.weight,
+                )
+                self.teachers[task].append(role)
+
+        # The list is what makes a switch cheap: PEFT's own walks over every module of the model.
+        self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
+        self._activate(student_adapter)
+        # Layers that PEFT made just now are in training mode whatever the model is in.
+        self.backbone.train(self.backbone.training)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        if problems:
+            raise ValueError("The teachers cannot be used:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
+
+    def _load(
+        self, config: TeacherConfig, pipeline: DiffusionPipeline, loaded: dict[tuple[str, ...], Teacher]
+    ) -> Teacher:
+        if config.model_name_or_path == "base":
+            return Teacher("base", config, 0.0, 1.0, "base", source="base")
+        files = find_files(config)
+        key = (str(files.folder.resolve()), *files.names)
+        if key in loaded:
+            return loaded[key]
+
+        name = f"teacher_{len(loaded)}"
+        rank: int | None = None
+        module: nn.Module | None = None
+        if files.kind == "full":
+            base = self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+            assert isinstance(base, ModelMixin)
+            module = read_transformer(files, base)
+        else:
+            lora_config, state_dict = read_lora_files(files, pipeline)
+            rank = lora_config.r
+            try:
+                self.backbone = add_adapter(self.backbone, name, lora_config, state_dict)
+            except TeacherError as error:
+                raise TeacherError(f"{files.label}: {error}") from error
+        loaded[key] = Teacher(
+            name=name,
+            config=config,
+            guidance_scale=0.0,
+            weight=1.0,
+            kind="lora" if module is None else "full",
+            source=files.source,
+            revision=files.revision,
+            sha256=files.sha256(),
+            rank=rank,
+            module=module,
+        )
+        return loaded[key]
+
+    def _activate(self, adapter: str | None) -> None:
+        # Not set_adapter or disable_adapter: both change requires_grad, and the latter forgets that a parameter was frozen.
+        for layer in self._layers:
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+            layer._disable_adapters = adapter is None
+        self._active = adapter
+
+    @contextmanager
+    def use(self, teacher: Teacher | None) -> Iterator[nn.Module]:
+        """
+        Yields the module that computes a teacher's velocity; `None` is the base.
+
+        Call it under `torch.no_grad()`. On exit, also by an exception, what was active before is active again: the
+        student. No parameter's `requires_grad` changes.
+        """
+        if teacher is not None and teacher.module is not None:
+            yield teacher.module
+            return
+        before = self._active
+        self._activate(None if teacher is None or teacher.kind == "base" else teacher.name)
+        try:
+            yield self.backbone
+        finally:
+            self._activate(before)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that belongs to a teacher alone, each once; without a student's adapter also the base's."""
+        if not self._has_student:
+            yield from self.backbone.parameters()
+        for teacher in self._distinct():
+            if teacher.module is not None:
+                yield from teacher.module.parameters()
+            elif teacher.kind == "lora" and self._has_student:
+                yield from _adapter_parameters(self.backbone, teacher.name)
+
+    def to(self, device: torch.device | str) -> TeacherBank:
+        """Moves what the trainer does not: full teachers, and without a student's adapter the base with the LoRAs."""
+        if not self._has_student:
+            self.backbone.to(device)
+        for teacher in self._distinct():
+            if teacher.module is not None:
+                teacher.module.to(device)
+        return self
+
+    def _distinct(self) -> list[Teacher]:
+        return [*{teacher.name: teacher for roles in self.teachers.values() for teacher in roles}.values()]
+
+    def manifest(self) -> dict[str, list[dict[str, Any]]]:
+        """What a checkpoint records of the teachers: task to a list of entries, ready for JSON, without local paths."""
+        return {
+            task: [
+                {
+                    "source": teacher.source,
+                    "subfolder": teacher.config.subfolder,
+                    "revision": teacher.revision,
+                    "sha256": teacher.sha256,
+                    "kind": teacher.kind,
+                    "rank": teacher.rank,
+                    "guidance_scale": teacher.guidance_scale,
+                    "weight": teacher.weight,
+                }
+                for teacher in roles
+            ]
+            for task, roles in self.teachers.items()
+        }
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a task and teacher, for the table at the start."""
+        return [
+            {
+                "task": task,
+                "teacher": "/".join(filter(None, (teacher.source, teacher.config.subfolder))),
+                "kind": teacher.kind,
+                "rank": teacher.rank,
+                "guidance_scale": teacher.guidance_scale,
+                "weight": teacher.weight,
+                "revision": teacher.revision and teacher.revision[:8],
+                "sha256": teacher.sha256 and teacher.sha256[:8],
+            }
+            for task, roles in self.teachers.items()
+            for teacher in roles
+        ]
+
+
+def _compare_with_manifest(
+    teachers: Mapping[str, list[TeacherConfig]], manifest: Mapping[str, Any] | None
+) -> list[str]:
+    if manifest is None:
+        return []
+    ours, theirs = ({task: len(entries) for task, entries in roles.items()} for roles in (teachers, manifest))
+    if ours == theirs:
+        return []
+    return [f"the checkpoint was trained with teachers (number by task) {theirs} and is resumed with {ours}"]
+
+
+def _pin(config: TeacherConfig, recorded: Mapping[str, Any] | None) -> TeacherConfig:
+    """The commit that the checkpoint recorded, where the same repository is named again."""
+    if recorded is None or recorded["revision"] is None or local_folder(config) is not None:
+        return config
+    same = recorded["source"] == config.model_name_or_path and recorded["subfolder"] == config.subfolder
+    return replace(config, revision=recorded["revision"]) if same else config
+
+
+def _check_recorded(teacher: Teacher, recorded: Mapping[str, Any] | None) -> None:
+    # The hash decides, not the name: a teacher may have moved, or come from the Hub where it was a folder before.
+    if recorded is not None and recorded["sha256"] != teacher.sha256:
+        raise TeacherError(
+            f"{teacher.source}: not the teacher that the checkpoint was trained with, which was {recorded['source']} with "
+            f"sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or start a new run."
+        )

@@ -1,0 +1,216 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.base_config import _BaseConfig
+
+
+@dataclass
+class DiffusionConfig(_BaseConfig):
+    r"""
+    What the configurations of all diffusion trainers of this package share. Not used directly.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a string.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype in which the base model is loaded: `"float32"`, `"bfloat16"` or `"float16"`. A LoRA stays float32.
+
+        > Parameters that control the rollout
+
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Denoising steps of a training rollout, on the noise grid that the pipeline's own scheduler sets.
+        sampler (`str`, *optional*, defaults to `"ode"`):
+            One of `"ode"`, `"flow_sde"`, `"dance_sde"`, `"cps"`, `"ddim"`, `"dpm2m"`.
+        noise_level (`float`, *optional*):
+            Stochasticity of the sampler (`eta`). Not set, it is 0.7; any value is refused with `"ode"` and `"dpm2m"`,
+            which have none.
+        guidance_scale (`float`, *optional*, defaults to `4.5`):
+            Scale of classifier-free guidance, 1.0 for none. For pipelines that call it `true_cfg_scale`, that.
+        height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
+            Size of the images in pixels.
+        max_sequence_length (`int`, *optional*):
+            Length of the encoded prompts in tokens, the pipeline's default if not set.
+        generation_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Further arguments of the pipeline's `__call__`.
+
+        > Parameters that control the tasks
+
+        task_column (`str`, *optional*, defaults to `"task"`):
+            Column of the dataset that names a prompt's task. Not needed where there is one task.
+        task_weights (`str` or `dict[str, Any]`, *optional*):
+            Weights of the tasks' losses, 1 for those not named. They don't change how often a task is sampled.
+        gradient_accumulation_steps (`int`, *optional*):
+            Micro-batches an update, a multiple of the number of tasks, since every task has its share of each update.
+            Not set, it is the number of tasks.
+
+        > Parameters that control the student
+
+        student_init (`str`, *optional*):
+            A LoRA to start from: a folder, or `owner/repo[/sub/folder][@revision]`.
+        ema_decay (`float`, *optional*, defaults to `0.9`):
+            Decay of the exponential moving average of the weights, which evaluation and saving use; `None` or 0 for
+            none.
+        ema_update_interval (`int`, *optional*, defaults to `8`):
+            Updates between two steps of the average.
+
+        > Parameters that control the evaluation
+
+        eval_num_inference_steps (`int`, *optional*, defaults to `40`):
+            Steps of the deterministic sampler that draws the images of an evaluation.
+        eval_guidance_scale (`float`, *optional*):
+            Guidance scale of an evaluation, `guidance_scale` if not set.
+        num_eval_images (`int`, *optional*):
+            Images a task in an evaluation, spread over its prompts; as many as the task has prompts if not set.
+
+        > Parameters that control the logging
+
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Whether to draw a grid of images for fixed prompts at the start and at every evaluation, saved under
+            `completions/` in the output folder and sent to the trackers.
+        num_completions_to_print (`int`, *optional*, defaults to `4`):
+            Prompts a task in that grid.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~transformers.TrainingArguments`]:
+    > - `logging_steps`: Defaults to `10` instead of `500`.
+    > - `gradient_checkpointing`: Defaults to `True` instead of `False`.
+    > - `bf16`: Defaults to `True` where the device supports it and `fp16` is not set, instead of `False`.
+    > - `learning_rate`: Defaults to `3e-4` instead of `5e-5`.
+    > - `weight_decay`: Defaults to `1e-4` instead of `0.0`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `gradient_accumulation_steps`: Defaults to the number of tasks instead of `1`.
+    > - `remove_unused_columns`: Defaults to `False` instead of `True`.
+    """
+
+    _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "generation_kwargs", "task_weights"]
+
+    # Defaults that differ from TrainingArguments
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
+    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Kept False: other columns of the dataset go to the reward functions."}
+    )
+
+    # Parameters that control the model
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Dtype of the frozen base model. A LoRA stays float32.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+
+    # Parameters that control the rollout
+    num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
+    sampler: str = field(
+        default="ode",
+        metadata={
+            "help": "Sampler of the training rollout.",
+            "choices": ["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm2m"],
+        },
+    )
+    noise_level: float | None = field(
+        default=None, metadata={"help": "Stochasticity (eta) of the sampler. 0.7 if not set; none for ode and dpm2m."}
+    )
+    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance scale. 1.0 for none."})
+    height: int = field(default=512, metadata={"help": "Height of the images in pixels."})
+    width: int = field(default=512, metadata={"help": "Width of the images in pixels."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Length of the encoded prompts in tokens. The pipeline's default if not set."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the pipeline's `__call__`."}
+    )
+
+    # Parameters that control the tasks
+    task_column: str = field(default="task", metadata={"help": "Column of the dataset that names a prompt's task."})
+    task_weights: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for those not named."}
+    )
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Micro-batches an update, a multiple of the number of tasks, which is the default."},
+    )
+
+    # Parameters that control the student
+    student_init: str | None = field(default=None, metadata={"help": "A LoRA to start from: a folder or a Hub id."})
+    ema_decay: float | None = field(
+        default=0.9, metadata={"help": "Decay of the moving average that is evaluated and saved. 0 for none."}
+    )
+    ema_update_interval: int = field(default=8, metadata={"help": "Updates between two steps of the average."})
+
+    # Parameters that control the evaluation
+    eval_num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps of an evaluation."})
+    eval_guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale of an evaluation. `guidance_scale` if not set."}
+    )
+    num_eval_images: int | None = field(
+        default=None, metadata={"help": "Images a task in an evaluation. One a prompt if not set."}
+    )
+
+    # Parameters that control the logging
+    log_completions: bool = field(
+        default=False,
+        metadata={"help": "Whether to draw a grid of images for fixed prompts at the start and at evaluations."},
+    )
+    num_completions_to_print: int = field(default=4, metadata={"help": "Prompts a task in that grid."})
+
+    def __post_init__(self) -> None:
+        # TRL takes bf16 on any machine and TrainingArguments then refuses a CPU. A laptop should just work.
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+        problems = self._problems()
+        if problems:
+            raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+    def _problems(self) -> list[str]:
+        """What is wrong with these settings, a sentence each. Subclasses add to it."""
+        problems = []
+        if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("trust_remote_code"):
+            problems.append("model_init_kwargs: trust_remote_code would run code from the Hub and is refused.")
+        if self.noise_level is not None:
+            if self.sampler in ("ode", "dpm2m"):
+                problems.append(
+                    f"noise_level={self.noise_level} with sampler='{self.sampler}', which has no noise: leave it unset "
+                    "or choose flow_sde, dance_sde, cps or ddim."
+                )
+            elif self.sampler in ("cps", "ddim") and not 0 <= self.noise_level <= 1:
+                problems.append(f"noise_level={self.noise_level}: {self.sampler} takes 0 to 1.")
+            elif self.noise_level < 0:
+                problems.append(f"noise_level={self.noise_level} is negative.")
+        for name in ("num_inference_steps", "eval_num_inference_steps", "ema_update_interval"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: it must be at least 1.")
+        for name in ("guidance_scale", "eval_guidance_scale"):
+            scale = getattr(self, name)
+            if scale is not None and scale < 1:
+                problems.append(f"{name}={scale}: it must be at least 1.0, which is no guidance.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            problems.append(f"ema_decay={self.ema_decay}: it must be in [0, 1).")
+        if isinstance(self.task_weights, dict):
+            for task, weight in self.task_weights.items():
+                if not isinstance(weight, (int, float)) or weight <= 0:
+                    problems.append(f"task_weights: {task}={weight!r} is not a positive number.")
+        return problems

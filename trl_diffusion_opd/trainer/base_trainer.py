@@ -1,0 +1,501 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What every trainer of this package shares: the pipeline, the student, rounds of tasks, evaluation, files. No loss."""
+
+import json
+import logging
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import speed_metrics
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import identity
+
+from .. import checkpoint, hub
+from ..completions import log_grid
+from ..data import SINGLE_TASK, TaskSampler, dataset_problems, task_rows
+from ..evaluation import draw_images
+from ..rewards import RewardFuncs, reward_name, rewards_by_task, score
+from ..student import STUDENT_ADAPTER, Student, default_lora_config
+from ..teachers import add_adapter, parse_teacher, read_lora
+from ..velocity import VelocityField
+from .base_config import DiffusionConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+class _StudentCallback(TrainerCallback):
+    """Steps the moving average after every update, before anything is evaluated or saved."""
+
+    def __init__(self, trainer: "DiffusionTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.student.update_ema(state.global_step)
+
+
+class DiffusionTrainer(_BaseTrainer):
+    """
+    Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
+
+    A trainer derives from it and overrides [`_setup`] (what else it loads and refuses before the first step) and
+    [`training_step`].
+    """
+
+    loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
+    args: DiffusionConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        args: DiffusionConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        reward_funcs: RewardFuncs | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | str | None = "default",
+    ):
+        set_seed(args.seed)  # before the LoRA's random initialisation
+        problems: list[str] = []
+        self._pipeline = self._load_pipeline(model, args, quantization_config)
+        transformer = self._pipeline.components.get("transformer")
+        self.args = args
+        self._check_model(transformer, args, peft_config, problems)
+        self.tasks = self._read_tasks(train_dataset, eval_dataset, args, problems)
+        self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
+        with _collect(problems):
+            self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
+        self._set_accumulation(args, problems)
+        if not problems:
+            with _collect(problems):
+                self.velocity_field = VelocityField(
+                    self._pipeline,
+                    num_inference_steps=args.num_inference_steps,
+                    height=args.height,
+                    width=args.width,
+                    max_sequence_length=args.max_sequence_length,
+                    generation_kwargs=args.generation_kwargs,
+                )
+        if not problems:
+            for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
+                with _collect(problems):
+                    self.velocity_field.check_guidance(scale)
+        if not problems:
+            with _collect(problems):
+                student_model = self._make_student(transformer, args, peft_config)
+        if not problems:
+            self._setup(student_model, problems)
+        if problems:
+            raise ValueError(
+                f"{type(self).__name__} cannot start:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems))
+            )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
+
+        super().__init__(
+            model=student_model,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
+        for component in self._pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not transformer:
+                component.to(self.accelerator.device)  # Trainer moves the model alone
+        self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
+        self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
+        self.add_callback(_StudentCallback(self))
+        self._redirect = _ForwardRedirection()
+        self._micro_step = 0
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    # Hooks of the trainers
+
+    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+        """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
+
+    # Before the first step
+
+    def _load_pipeline(
+        self, model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
+    ) -> DiffusionPipeline:
+        if isinstance(model, DiffusionPipeline):
+            if args.model_init_kwargs or quantization_config is not None:
+                raise ValueError(
+                    "model_init_kwargs and quantization_config are for a model that is given by name. This one is "
+                    "loaded already: load it with them, or pass its name."
+                )
+            return model
+        options = {"torch_dtype": getattr(torch, args.dtype), **(args.model_init_kwargs or {})}
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+        try:
+            return DiffusionPipeline.from_pretrained(model, **options, use_safetensors=True)
+        except OSError as error:
+            raise ValueError(
+                f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
+                f"for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json. ({error})"
+            ) from error
+
+    def _check_model(
+        self, transformer: Any, args: DiffusionConfig, peft_config: PeftConfig | str | None, problems: list[str]
+    ) -> None:
+        if not isinstance(transformer, nn.Module):
+            problems.append(
+                f"{type(self._pipeline).__name__} has no transformer: only flow-matching pipelines with a denoising "
+                "transformer can be trained."
+            )
+            return
+        if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+            problems.append(
+                "The pipeline already carries a LoRA, which would become part of the base. Remove it with "
+                "pipe.unload_lora_weights() or pipe.fuse_lora(), or pass it as student_init or as a teacher."
+            )
+        if any("_hf_hook" in component.__dict__ for component in self._components()):
+            problems.append(
+                "The pipeline is offloaded to the CPU; its hooks would move the model while it trains. Load it without "
+                "enable_model_cpu_offload()."
+            )
+        if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
+            # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
+            problems.append("HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here.")
+        if isinstance(peft_config, str) and peft_config != "default":
+            problems.append(f"peft_config={peft_config!r}: it is 'default', a LoraConfig, or None for full fine-tuning.")
+        elif isinstance(peft_config, PeftConfig) and not isinstance(peft_config, LoraConfig):
+            problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
+        elif peft_config is None and args.student_init is not None:
+            problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
+
+    def _components(self) -> Iterator[nn.Module]:
+        return (component for component in self._pipeline.components.values() if isinstance(component, nn.Module))
+
+    def _read_tasks(
+        self,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
+        args: DiffusionConfig,
+        problems: list[str],
+    ) -> list[str]:
+        if not isinstance(train_dataset, Dataset):
+            problems.append(
+                f"train_dataset is a {type(train_dataset).__name__}; it must be a datasets.Dataset, since every update "
+                "takes prompts of all tasks. For a streamed one use Dataset.from_list(list(iterable))."
+            )
+            return []
+        found = dataset_problems(train_dataset, args.task_column, "train_dataset")
+        problems += found
+        if found:
+            return []
+        self._task_rows = task_rows(train_dataset, args.task_column)
+        tasks = list(self._task_rows)
+        eval_datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+        for name, dataset in eval_datasets.items():
+            if dataset is None:
+                continue
+            found = dataset_problems(dataset, args.task_column, name)
+            problems += found
+            unknown = [] if found else [task for task in task_rows(dataset, args.task_column) if task not in tasks]
+            if unknown:
+                problems.append(f"{name} has prompts of tasks {unknown}, which train_dataset does not have: {tasks}.")
+        unknown = [task for task in args.task_weights or {} if task not in tasks]
+        if unknown:
+            problems.append(f"task_weights names tasks {unknown} without prompts; the data has {tasks}.")
+        return tasks
+
+    def _set_accumulation(self, args: DiffusionConfig, problems: list[str]) -> None:
+        n = len(self.tasks)
+        if args.gradient_accumulation_steps is None:
+            args.gradient_accumulation_steps = max(n, 1)
+        elif n and args.gradient_accumulation_steps % n:
+            fitting = -(-args.gradient_accumulation_steps // n) * n
+            problems.append(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps} is not a multiple of the {n} tasks "
+                f"({', '.join(self.tasks)}), which all have an equal part of an update. Use {fitting}, or leave it unset."
+            )
+
+    def _make_student(
+        self, transformer: nn.Module, args: DiffusionConfig, peft_config: PeftConfig | str | None
+    ) -> nn.Module:
+        for component in self._components():
+            component.requires_grad_(False)
+            component.eval()
+        model: nn.Module
+        if peft_config is None:
+            model = transformer.requires_grad_(True)
+        elif args.student_init is not None:
+            config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
+            model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
+        else:
+            config = default_lora_config(transformer) if peft_config == "default" else peft_config
+            config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
+            config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
+            model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
+        model.eval()
+        # Names under which Trainer looks for what diffusers calls enable_gradient_checkpointing.
+        model.activation_checkpointing_enable = lambda **_: transformer.enable_gradient_checkpointing()  # type: ignore
+        return model
+
+    # Trainer's hooks
+
+    def _send_telemetry(self) -> None:
+        """TRL's reads the config of a language model. Nothing is sent."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = self.train_dataset.column_names
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskSampler:
+        # The order depends on the data seed alone, so every process has the same.
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = TaskSampler(
+            [self._task_rows[task] for task in self.tasks],
+            batch_size=self._train_batch_size * self.accelerator.num_processes,
+            micro_batches=self.args.gradient_accumulation_steps // len(self.tasks),
+            seed=seed,
+        )
+        return self._sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # accelerate does not forward set_epoch through the wrappers that sharding and resuming put around a sampler.
+        self._sampler.set_epoch(epoch)
+        self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _micro_batch(self, size: int) -> tuple[str, list[int]]:
+        """Task of the current micro-batch, and its samples' positions among the task's samples of this round."""
+        task = self.tasks[self._micro_step % len(self.tasks)]
+        first = (self._micro_step // len(self.tasks)) * self.accelerator.num_processes + self.accelerator.process_index
+        return task, list(range(first * size, (first + 1) * size))
+
+    def _end_micro_batch(self) -> None:
+        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
+
+    def _task_share(self, task: str) -> float:
+        """Factor of a micro-batch's mean loss, such that an update's losses add up to the weighted mean over tasks."""
+        weights = {name: float((self.args.task_weights or {}).get(name, 1.0)) for name in self.tasks}
+        micro_batches = self.args.gradient_accumulation_steps // len(self.tasks)
+        return weights[task] / sum(weights.values()) / micro_batches
+
+    @contextmanager
+    def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """
+        Reduces gradients only in the round's last backward.
+
+        `no_sync` alone is not enough: under DeepSpeed every backward with `sync_gradients` is an optimizer step, and
+        FSDP2's `no_sync` turns the reduction on again when it ends.
+        """
+        state = self.accelerator.gradient_state
+        if last or not state.sync_gradients:
+            yield
+            return
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    def _student_velocity(self, model: nn.Module, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
+        unwrapped = self.accelerator.unwrap_model(model)
+        inputs = (x, t, prompts, self.args.guidance_scale)
+        if unwrapped is model:
+            return self.velocity_field(*inputs, model)
+        return self._redirect(model, unwrapped, self.velocity_field, *inputs, unwrapped)
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
+
+        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
+
+        Returns:
+            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
+            rewards' means) and timings; with a dict of datasets the same under `eval_{name}_…`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset.")
+        start = time.time()
+        metrics, num_images = {}, 0
+        with self.student.ema_weights():
+            task_means = []
+            for task, rows in task_rows(dataset, self.args.task_column).items():
+                count = self.args.num_eval_images or len(rows)
+                scores = self._score_task(dataset, task, np.resize(rows, count).tolist())
+                means = {name: _mean(values) for name, values in scores.items()}
+                metrics |= {f"{metric_key_prefix}_{task}/{name}": value for name, value in means.items()}
+                task_means.append(_mean(list(means.values())))
+                num_images += count
+            metrics |= self._evaluate_method(dataset, metric_key_prefix)
+            if self.args.log_completions:
+                self._log_completions(dataset)
+        if any(self.reward_funcs.values()):
+            metrics[f"{metric_key_prefix}_reward"] = _mean(task_means)
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
+        return {}
+
+    def _draw(self, dataset: Dataset, task: str, rows: list[int]) -> list[tuple[int, Any]]:
+        """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
+        scale = self.args.eval_guidance_scale
+        return draw_images(
+            self.eval_field,
+            self.accelerator.unwrap_model(self.model),
+            [dataset[row]["prompt"] for row in rows],
+            entropy=[self.args.seed, self.tasks.index(task)],
+            guidance_scale=self.args.guidance_scale if scale is None else scale,
+            batch_size=self.args.per_device_eval_batch_size,
+            process=(self.accelerator.process_index, self.accelerator.num_processes),
+        )
+
+    def _score_task(self, dataset: Dataset, task: str, rows: list[int]) -> dict[str, list[float | None]]:
+        mine = self._draw(dataset, task, rows)
+        scores = score(
+            self.reward_funcs[task],
+            [dataset[rows[i]] for i, _ in mine],
+            [image for _, image in mine],
+            trainer_state=self.state,
+        )
+        return {reward_name(f): gather_object(scores[reward_name(f)]) for f in self.reward_funcs[task]}
+
+    def _log_completions(self, dataset: Dataset) -> None:
+        grid: dict[str, list[Any]] = {}
+        for task, rows in task_rows(dataset, self.args.task_column).items():
+            mine = self._draw(dataset, task, rows[: self.args.num_completions_to_print].tolist())
+            grid[task] = [image for _, image in sorted(gather_object(mine), key=lambda item: item[0])]
+        if self.accelerator.is_main_process:
+            log_grid(self, grid)
+
+    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+        """
+        with self.student.ema_weights(), torch.no_grad():
+            return self._pipeline(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # what was gathered since the last training log belongs to it, not to an evaluation between
+            metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
+            logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
+
+    # Files
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the student's averaged weights: see [`Student.save`]."""
+        with self.student.ema_weights():
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.student.save(folder, state_dict)
+            hub.write_arguments(self.args, folder)
+            self._save_method(folder)
+
+    def _save_method(self, folder: str) -> None:
+        """Writes what the method adds to the saved student."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            self.create_model_card()
+        checkpoint.save(self, lambda: super(DiffusionTrainer, self)._save_checkpoint(model, trial))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.load(self, resume_from_checkpoint)
+
+    def _check_resume(self, folder: Path) -> list[str]:
+        """What in a checkpoint does not fit this run, a sentence each."""
+        return checkpoint.grid_problems(folder, self.velocity_field.levels)
+
+    def _load_best_model(self) -> None:
+        self.student.load_saved(self.state.best_model_checkpoint)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the model card `README.md` into the output folder."""
+        if self.is_world_process_zero():
+            hub.write_model_card(self, model_name, dataset_name, tags)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer calls it before the checkpoint is complete: [`checkpoint.save`] pushes when it is."""
+
+    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
+        """Saves the student and uploads it with its card and reports. Takes what [`~transformers.Trainer`]'s takes."""
+        return hub.push(self, commit_message, **kwargs)
+
+
+@contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        problems += str(error).splitlines()
+
+
+def _mean(values: list[float | None] | list[float]) -> float:
+    applicable = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(applicable) / len(applicable) if applicable else math.nan

@@ -1,0 +1,394 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""On-policy distillation of several frozen teachers into one student, one pass along each trajectory."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .. import tables
+from ..checkpoint import write_json
+from ..data import task_rows
+from ..objectives import (
+    default_skip_last_steps,
+    inclusion_probabilities,
+    policy_gradient_loss,
+    step_weights,
+    systematic_sample,
+    trained_steps,
+    velocity_gap_sq,
+)
+from ..rewards import RewardFuncs
+from ..rollout import gaussian, sample_generators, walk
+from ..samplers import sampler_table
+from ..student import STUDENT_ADAPTER, frozen_copy
+from ..teachers import Teacher, TeacherBank, TeacherConfig, normalize_teachers
+from ..velocity import VelocityField
+from .base_trainer import DiffusionTrainer, _collect
+from .diffusion_opd_config import DiffusionOPDConfig
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "teacher_manifest.json"
+# Third entry of a seed that is not a task's index: it draws the steps that are trained.
+_STEP_DRAW = 2**32 - 1
+
+TeacherSpec = str | TeacherConfig | list[str | TeacherConfig]
+
+
+class DiffusionOPDTrainer(DiffusionTrainer):
+    """
+    Trainer for on-policy distillation of diffusion models ([DiffusionOPD](https://huggingface.co/papers/2605.15055)).
+
+    The student walks its own trajectory for the prompts of every task. At each state it visits, the task's frozen teacher
+    says where it would go, and the student is pulled there by the closed-form KL of their transitions. The student's
+    forward of the walk is the training forward, so nothing of the trajectory is stored.
+
+    Example:
+
+    ```python
+    from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
+
+    trainer = DiffusionOPDTrainer(
+        model=tiny.BASE,
+        teachers=tiny.TEACHERS,
+        args=DiffusionOPDConfig(output_dir="student", height=32, width=32, guidance_scale=1.0, max_steps=50),
+        train_dataset=tiny.dataset("train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+        teachers (`str`, [`TeacherConfig`], `list` of these, or `dict` from task to any of these):
+            The frozen teachers of each task; without a dict they serve every prompt. A string is `"base"`, a folder, or
+            `owner/repo[/sub/folder][@revision]`. A list is a weighted mean of velocities.
+        reward_funcs (function, `list` or `dict` from task to either, *optional*):
+            Rewards that are measured on the images of evaluations. They never enter the loss.
+        args ([`DiffusionOPDConfig`], *optional*):
+            Configuration. If not given, the default with an `output_dir` named after the model.
+        train_dataset ([`~datasets.Dataset`]):
+            Columns `prompt` and `task`; others are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, if not those of `args`.
+        quantization_config (*optional*):
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+        peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
+            The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections); `None` trains all
+            weights, and a frozen copy of the base then serves the LoRA teachers.
+
+    Raises:
+        [`ValueError`]: before the first step, with everything that is wrong in one message.
+    """
+
+    _tag_names = ["trl", "diffusion-opd"]
+    _name = "DiffusionOPD"
+    _paper = {
+        "title": "DiffusionOPD",
+        "id": "2605.15055",
+        "citation": "@article{diffusionopd,\n    title  = {{DiffusionOPD}},\n    eprint = {arXiv:2605.15055},\n}",
+    }
+    args: DiffusionOPDConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        teachers: TeacherSpec | dict[str, TeacherSpec],
+        reward_funcs: RewardFuncs | None = None,
+        args: DiffusionOPDConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | str | None = "default",
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
+            args = DiffusionOPDConfig(f"{name.rstrip('/').split('/')[-1]}-OPD")
+        self._teacher_specs = teachers
+        self._noise_floor: float | None = None
+        self._measured_floor_at = -1
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            reward_funcs=reward_funcs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.bank.to(self.accelerator.device)
+        # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
+        shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
+        assert not shared, "a teacher's parameter is trainable"
+        if self.is_world_process_zero():
+            tables.print_start(self)
+
+    # Before the first step
+
+    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+        args = self.args
+        with _collect(problems):
+            levels = self.velocity_field.levels
+            self.table = sampler_table(args.sampler, levels, args.noise_level)
+            self.weights = step_weights(self.table, levels, args.loss_weighting)
+            self.kl_weights = step_weights(self.table, levels, "kl")
+            skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
+            self.trainable_steps = trained_steps(self.weights, skip)
+            if args.num_trained_timesteps is not None:
+                inclusion_probabilities(self.weights[: len(self.trainable_steps)], args.num_trained_timesteps)
+        with _collect(problems):
+            teachers = normalize_teachers(self._teacher_specs, self.tasks)
+            is_lora = isinstance(model, PeftModel)
+            default_scale = args.teacher_guidance_scale
+            self.bank = TeacherBank(
+                model if is_lora else frozen_copy(model),
+                self._pipeline,
+                teachers,
+                args.guidance_scale if default_scale is None else default_scale,
+                STUDENT_ADAPTER if is_lora else None,
+                self._recorded_manifest(args.resume_from_checkpoint),
+            )
+            for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
+                self.velocity_field.check_guidance(scale)
+
+    @staticmethod
+    def _recorded_manifest(resume_from_checkpoint: str | bool | None) -> dict[str, Any] | None:
+        if not isinstance(resume_from_checkpoint, str):
+            return None
+        path = Path(resume_from_checkpoint) / MANIFEST_FILE
+        return json.loads(path.read_text()) if path.exists() else None
+
+    # Training
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """
+        Walks the trajectory of one task's prompts once. At every trained step: the teacher's velocity, the student's, the
+        weighted gap, its backward, and on to the next state.
+        """
+        start = time.perf_counter()
+        model.eval()  # no dropout, and checkpointing in diffusers depends on the grad mode alone
+        task, positions = self._micro_batch(len(inputs))
+        prompts = [row["prompt"] for row in inputs]
+        generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
+        steps = self._drawn_steps()
+        last = max(steps)
+        share = self._task_share(task) / len(self.trainable_steps)
+        unwrapped = self.accelerator.unwrap_model(model)
+        gaps: dict[int, Tensor] = {}
+        norms: dict[int, Tensor] = {}
+        drawn: dict[int, Tensor] = {}
+
+        def velocity(j: int, x: Tensor) -> Tensor:
+            t = float(self.table.levels[j])
+            drawn.clear()
+            if j not in steps:
+                with torch.no_grad():
+                    if not self.args.on_policy:
+                        return self._target(task, x, t, prompts)
+                    return self.velocity_field(x, t, prompts, self.args.guidance_scale, unwrapped)
+            with torch.no_grad():
+                target = self._target(task, x, t, prompts)
+                if j == last:
+                    self._measure_noise_floor(x, t, prompts)
+            with self._gradient_sync(model, last=j == last):
+                student = self._student_velocity(model, x, t, prompts)
+                loss = self._step_loss(j, student, target, lambda: noise(j))
+                if self.args.beta > 0:
+                    loss = loss + self.args.beta * self._base_loss(j, student, x, t, prompts)
+                self._backward(share * steps[j] * loss.mean())
+            student = student.detach()
+            gaps[j], norms[j] = velocity_gap_sq(student, target).mean(), target.float().square().mean()
+            return student if self.args.on_policy else target
+
+        def noise(j: int) -> Tensor:
+            # A policy gradient uses the noise of the step before the walk does.
+            if j not in drawn:
+                drawn[j] = gaussian(generators, x)
+            return drawn[j]
+
+        x = self.velocity_field.initial_latents(prompts, generators)
+        walk(velocity, x, self.table.head(last + 1), noise)
+        loss = self._record(task, steps, gaps, norms) * self._task_share(task)
+        self._end_micro_batch()
+        self._metrics["train"]["step_time"].append(
+            (time.perf_counter() - start) * self.args.gradient_accumulation_steps
+        )
+        return loss
+
+    def _drawn_steps(self) -> dict[int, float]:
+        """The trained steps of this update and the inverse of their probabilities: the same on every process."""
+        k = self.args.num_trained_timesteps
+        if k is None:
+            return {j: 1.0 for j in self.trainable_steps}
+        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, _STEP_DRAW])
+        pi = inclusion_probabilities(self.weights[: len(self.trainable_steps)], k)
+        steps = systematic_sample(pi, float(np.random.default_rng(seed).random()))
+        return {j: 1.0 / float(pi[j]) for j in steps}
+
+    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """Weighted mean velocity of the task's teachers, each at its own guidance."""
+        target = torch.zeros_like(x)
+        for teacher in self.bank.teachers[task]:
+            target += teacher.weight * self._teacher_velocity(teacher, x, t, prompts)
+        return target
+
+    def _teacher_velocity(self, teacher: Teacher, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        with self.bank.use(teacher) as transformer:
+            return self.velocity_field(x, t, prompts, teacher.guidance_scale, transformer)
+
+    def _step_loss(self, j: int, student: Tensor, target: Tensor, noise: Any) -> Tensor:
+        weight = float(self.weights[j])
+        if self.args.loss_type == "policy_gradient":
+            return policy_gradient_loss(
+                student, target, noise(), float(self.table.c[j]), float(self.table.s[j]), weight
+            )
+        return weight * velocity_gap_sq(student, target)
+
+    def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        with torch.no_grad(), self.bank.use(None) as transformer:
+            base = self.velocity_field(x, t, prompts, self.args.guidance_scale, transformer)
+        return float(self.weights[j]) * velocity_gap_sq(student, base)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the accumulation steps once more: a task's share is in the loss already.
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **options)
+
+    def _record(
+        self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]
+    ) -> Tensor:
+        """Gathers the squared gaps of all processes, refuses what is not finite, keeps the metrics; the weighted loss."""
+        order = sorted(gaps)
+        local = torch.stack([torch.stack([gaps[j] for j in order]), torch.stack([norms[j] for j in order])])
+        # One collective and one wait for the device a micro-batch, and all processes decide alike.
+        everyone = self.accelerator.gather(local[None]).double().cpu()
+        bad = [j for i, j in enumerate(order) if not everyone[:, :, i].isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"The loss of task {task!r} is not finite at step {bad[0]} (noise level "
+                f"{float(self.table.levels[bad[0]]):.3f}) of update {self.state.global_step + 1}. Training stops before "
+                "the optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype float32."
+            )
+        gap, norm = everyone.mean(0)
+        factor = torch.tensor([steps[j] for j in order], dtype=torch.float64) / len(self.trainable_steps)
+        kl = float((factor * self.kl_weights[order] * gap).sum())
+        for name, value in (
+            ("kl", kl),
+            (f"kl/{task}", kl),
+            (f"velocity_gap/{task}", math.sqrt(gap.sum() / norm.sum())),
+        ):
+            self._metrics["train"][name].append(value)
+        if self._noise_floor is not None:
+            self._metrics["train"]["noise_floor"].append(self._noise_floor)
+            self._noise_floor = None
+        return (factor * self.weights[order] * gap).sum().to(local.device, torch.float32)
+
+    def _measure_noise_floor(self, x: Tensor, t: float, prompts: list[str]) -> None:
+        """
+        The KL that two equal networks show, once a log: the student against itself with its LoRA factors rescaled, which
+        changes nothing but the rounding. A KL near it says nothing.
+        """
+        update = self.state.global_step
+        if not self.student.is_lora or update == self._measured_floor_at or update % int(self.state.logging_steps):
+            return
+        self._measured_floor_at = update
+        scale = self.args.guidance_scale
+        backbone = self.bank.backbone
+        layers = [m for m in backbone.modules() if isinstance(m, LoraLayer) and STUDENT_ADAPTER in m.lora_A]
+        one = self.velocity_field(x, t, prompts, scale, backbone)
+        factors = [(layer.lora_A[STUDENT_ADAPTER].weight, layer.lora_B[STUDENT_ADAPTER].weight) for layer in layers]
+        saved = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
+        for a, b in factors:
+            a.data.mul_(1.1)
+            b.data.div_(1.1)
+        two = self.velocity_field(x, t, prompts, scale, backbone)
+        for (a, b), (old_a, old_b) in zip(factors, saved, strict=True):
+            a.data.copy_(old_a)
+            b.data.copy_(old_b)
+        weights = self.kl_weights[: len(self.trainable_steps)]
+        self._noise_floor = float(weights.mean()) * float(velocity_gap_sq(one, two).mean())
+
+    # Evaluation and files
+
+    @torch.no_grad()
+    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """The loss and the KL on the first prompts of the evaluation, one micro-batch a task on the training grid."""
+        losses, kls = [], {}
+        for task, rows in task_rows(dataset, self.args.task_column).items():
+            size = self.args.per_device_eval_batch_size
+            first = self.accelerator.process_index * size
+            indices = list(range(first, first + size))
+            prompts = [dataset[int(row)]["prompt"] for row in np.resize(rows, first + size)[first:]]
+            loss, kl = self._walk_gap(task, prompts, indices)
+            losses.append(loss)
+            kls[f"{metric_key_prefix}_kl/{task}"] = kl
+        return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
+
+    def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
+        generators = sample_generators([self.args.seed, _STEP_DRAW, self.tasks.index(task)], indices)
+        model = self.accelerator.unwrap_model(self.model)
+        n = len(self.trainable_steps)
+        gaps = []
+
+        def velocity(j: int, x: Tensor) -> Tensor:
+            t = float(self.table.levels[j])
+            student = self.velocity_field(x, t, prompts, self.args.guidance_scale, model)
+            gaps.append(velocity_gap_sq(student, self._target(task, x, t, prompts)).mean())
+            return student
+
+        x = self.velocity_field.initial_latents(prompts, generators)
+        walk(velocity, x, self.table.head(n), lambda j: gaussian(generators, x))
+        gap = self.accelerator.gather(torch.stack(gaps)[None]).double().mean(0).cpu()
+        return float((self.weights[:n] * gap).mean()), float((self.kl_weights[:n] * gap).mean())
+
+    def _save_method(self, folder: str) -> None:
+        write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
+
+    def _check_resume(self, folder: Path) -> list[str]:
+        problems = super()._check_resume(folder)
+        recorded = json.loads((folder / MANIFEST_FILE).read_text())
+        ours = self.bank.manifest()
+        if recorded.keys() != ours.keys():
+            return [*problems, f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}."]
+        for task, entries in recorded.items():
+            if [entry["sha256"] for entry in entries] != [entry["sha256"] for entry in ours[task]]:
+                names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)
+                problems.append(
+                    f"the teacher of task {task!r} has changed: the checkpoint was trained with {names}. Give that one "
+                    "(for a Hub teacher, its revision), or set resume_from_checkpoint in the arguments, which loads it."
+                )
+        return problems
