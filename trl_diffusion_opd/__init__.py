@@ -34,7 +34,19 @@ _MODULES = {
     "tiny": "tiny",
 }
 
-__all__ = ["__version__", *_MODULES]
+__all__ = [
+    "DiffusionOPDConfig",
+    "DiffusionOPDTrainer",
+    "SamplerTable",
+    "TeacherConfig",
+    "VelocityField",
+    "__version__",
+    "evaluate_retention",
+    "sampler_table",
+    "step_weights",
+    "tiny",
+    "walk",
+]
 
 if TYPE_CHECKING:
     from . import tiny

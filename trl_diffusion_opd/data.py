@@ -57,7 +57,9 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
         tasks = dataset[task_column][:]
         bad = [i for i, task in enumerate(tasks) if not isinstance(task, str) or not task]
         if bad:
-            problems.append(f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}.")
+            problems.append(
+                f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}."
+            )
     return problems
 
 

@@ -17,6 +17,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class PromptCache:
         for i in range(sizes.pop()):
             row = {name: [value[i]] for name, value in texts.items()}
             key = (*options, *((name, value[0]) for name, value in row.items()))
-            rows.append(self._remember(key, lambda row=row: encode_prompt(**{**call, **row})))
+            rows.append(self._remember(key, partial(encode_prompt, **{**call, **row})))
         return _to(_join(rows, layout), call.get("device"))
 
     def _layout(self, encode_prompt: Callable[..., Any], call: dict, texts: dict, options: tuple) -> Any:

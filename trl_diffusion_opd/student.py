@@ -134,15 +134,16 @@ class Student:
             state_dict (`dict`, *optional*): the model's gathered weights, where training shards them.
         """
         os.makedirs(folder, exist_ok=True)
-        if not isinstance(self.model, PeftModel):
-            self.model.save_pretrained(folder, state_dict=state_dict)
+        model: Any = self.model
+        if not self.is_lora:
+            model.save_pretrained(folder, state_dict=state_dict)
             return
         # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
         weights = get_peft_model_state_dict(
-            self.model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False
+            model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False
         )
         weights = {name: w.detach().to("cpu").contiguous() for name, w in weights.items()}
-        config = self.model.peft_config[STUDENT_ADAPTER]
+        config = model.peft_config[STUDENT_ADAPTER]
         inference_mode, config.inference_mode = config.inference_mode, True
         config.base_model_name_or_path = public_name(self.pipeline.config.get("_name_or_path"))
         config.save_pretrained(folder)

@@ -51,8 +51,8 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
         steps.add_column(column, justify="right")
     for j, level in enumerate(trainer.table.levels[:-1].tolist()):
         trained = j in trainer.trainable_steps
-        weight, share = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
-        steps.add_row(str(j), f"{level:.4f}", weight, share)
+        shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
+        steps.add_row(str(j), f"{level:.4f}", *shown)
     console.print(steps)
     step, share = dominant_step(weights)
     if share > _DOMINANT_SHARE:

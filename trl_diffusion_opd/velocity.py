@@ -90,7 +90,7 @@ class _Probe(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> None:
         self.velocity = model_output
         raise _Stop
 
@@ -217,7 +217,7 @@ class VelocityField:
         # Z-Image and Krea 2 write guidance as v + s (v - v_empty): s is one less than everybody else's scale. Once this
         # is known, a scale of 1 is no guidance there either, and stays known.
         named = self._guidance_name == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
-        self._guidance_offset += float(named and view.do_classifier_free_guidance)  # type: ignore[attr-defined]
+        self._guidance_offset += float(named and view.do_classifier_free_guidance)
 
     def with_steps(self, num_inference_steps: int) -> "VelocityField":
         """The same field on a grid of another number of steps; embeddings are shared."""
@@ -374,7 +374,7 @@ class VelocityField:
         """
         if x is not None and len(x) != len(prompts):
             raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
-        view = object.__new__(self._view_class)
+        view: Any = object.__new__(self._view_class)
         view.__dict__.update(self.pipeline.__dict__)
         view.__dict__.update(
             transformer=transformer or _Transformer(_stop, self._base),
@@ -430,11 +430,11 @@ class _View(DiffusionPipeline):
         return self.transformer.device
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cache.encode(super().encode_prompt, *args, **kwargs)  # type: ignore[misc]
+        return self.cache.encode(super().encode_prompt, *args, **kwargs)
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         if self.x is None:
-            self.prepared = super().prepare_latents(*args, **kwargs)  # type: ignore[misc]
+            self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
         dtype, extras = self.prepared
         # The decoder gets the dtype that the pipeline would have given it; the loop keeps ours.

@@ -52,7 +52,11 @@ def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> d
     if reward_funcs is None:
         return {task: [] for task in tasks}
     given = reward_funcs if isinstance(reward_funcs, Mapping) else dict.fromkeys(tasks, reward_funcs)
-    problems = [f"reward_funcs: no prompts for task {task!r}; the data has {list(tasks)}." for task in given if task not in tasks]
+    problems = [
+        f"reward_funcs: no prompts for task {task!r}; the data has {list(tasks)}."
+        for task in given
+        if task not in tasks
+    ]
     functions: dict[str, list[RewardFunc]] = {task: [] for task in tasks}
     for task in tasks:
         entry = given.get(task, [])
@@ -122,7 +126,8 @@ def load_reward(spec: str) -> RewardFunc:
     if not colon:
         raise ValueError(f"Reward {spec!r} is not an import path of the form package.module:function.")
     try:
-        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        found: Any = importlib.import_module(module)
+        return functools.reduce(getattr, name.split("."), found)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"Reward {spec!r} cannot be imported: {error}") from error
 

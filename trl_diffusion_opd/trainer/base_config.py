@@ -109,6 +109,10 @@ class DiffusionConfig(_BaseConfig):
         default=False, metadata={"help": "Kept False: other columns of the dataset go to the reward functions."}
     )
 
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Mixed precision in bfloat16. Not set: where the device supports it."}
+    )
+
     # Parameters that control the model
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
@@ -148,7 +152,7 @@ class DiffusionConfig(_BaseConfig):
     task_weights: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for those not named."}
     )
-    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+    gradient_accumulation_steps: int | None = field(
         default=None,
         metadata={"help": "Micro-batches an update, a multiple of the number of tasks, which is the default."},
     )
@@ -188,6 +192,9 @@ class DiffusionConfig(_BaseConfig):
     def _problems(self) -> list[str]:
         """What is wrong with these settings, a sentence each. Subclasses add to it."""
         problems = []
+        for name in ("model_init_kwargs", "generation_kwargs", "task_weights"):
+            if isinstance(getattr(self, name), str):
+                problems.append(f"{name}={getattr(self, name)!r} is not a JSON object such as '{{\"key\": 1}}'.")
         if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("trust_remote_code"):
             problems.append("model_init_kwargs: trust_remote_code would run code from the Hub and is refused.")
         if self.noise_level is not None:

@@ -14,10 +14,8 @@
 
 """What every trainer of this package shares: the pipeline, the student, rounds of tasks, evaluation, files. No loss."""
 
-import json
 import logging
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +28,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -41,7 +39,7 @@ from trl.trainer.utils import identity
 
 from .. import checkpoint, hub
 from ..completions import log_grid
-from ..data import SINGLE_TASK, TaskSampler, dataset_problems, task_rows
+from ..data import TaskSampler, dataset_problems, task_rows
 from ..evaluation import draw_images
 from ..rewards import RewardFuncs, reward_name, rewards_by_task, score
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
@@ -99,6 +97,8 @@ class DiffusionTrainer(_BaseTrainer):
         with _collect(problems):
             self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
         self._set_accumulation(args, problems)
+        options: Any = args.task_weights or {}
+        self._task_weights = {task: float(options.get(task, 1.0)) for task in self.tasks}
         if not problems:
             with _collect(problems):
                 self.velocity_field = VelocityField(
@@ -107,7 +107,7 @@ class DiffusionTrainer(_BaseTrainer):
                     height=args.height,
                     width=args.width,
                     max_sequence_length=args.max_sequence_length,
-                    generation_kwargs=args.generation_kwargs,
+                    generation_kwargs=_dict(args.generation_kwargs),
                 )
         if not problems:
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
@@ -163,7 +163,7 @@ class DiffusionTrainer(_BaseTrainer):
                     "loaded already: load it with them, or pass its name."
                 )
             return model
-        options = {"torch_dtype": getattr(torch, args.dtype), **(args.model_init_kwargs or {})}
+        options = {"torch_dtype": getattr(torch, args.dtype), **(_dict(args.model_init_kwargs) or {})}
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
         try:
@@ -195,11 +195,17 @@ class DiffusionTrainer(_BaseTrainer):
             )
         if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
             # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
-            problems.append("HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here.")
+            problems.append(
+                "HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here."
+            )
         if isinstance(peft_config, str) and peft_config != "default":
-            problems.append(f"peft_config={peft_config!r}: it is 'default', a LoraConfig, or None for full fine-tuning.")
+            problems.append(
+                f"peft_config={peft_config!r}: it is 'default', a LoraConfig, or None for full fine-tuning."
+            )
         elif isinstance(peft_config, PeftConfig) and not isinstance(peft_config, LoraConfig):
-            problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
+            problems.append(
+                f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights."
+            )
         elif peft_config is None and args.student_init is not None:
             problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
 
@@ -240,10 +246,11 @@ class DiffusionTrainer(_BaseTrainer):
         return tasks
 
     def _set_accumulation(self, args: DiffusionConfig, problems: list[str]) -> None:
-        n = len(self.tasks)
+        n = max(len(self.tasks), 1)
         if args.gradient_accumulation_steps is None:
-            args.gradient_accumulation_steps = max(n, 1)
-        elif n and args.gradient_accumulation_steps % n:
+            args.gradient_accumulation_steps = n
+        self._micro_batches = args.gradient_accumulation_steps // n  # of each task in a round
+        if args.gradient_accumulation_steps % n:
             fitting = -(-args.gradient_accumulation_steps // n) * n
             problems.append(
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} is not a multiple of the {n} tasks "
@@ -263,7 +270,7 @@ class DiffusionTrainer(_BaseTrainer):
             config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
             model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
         else:
-            config = default_lora_config(transformer) if peft_config == "default" else peft_config
+            config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
             config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
             config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
             model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
@@ -278,8 +285,7 @@ class DiffusionTrainer(_BaseTrainer):
         """TRL's reads the config of a language model. Nothing is sent."""
 
     def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = self.train_dataset.column_names
+        self._signature_columns = self.train_dataset.column_names
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskSampler:
         # The order depends on the data seed alone, so every process has the same.
@@ -287,7 +293,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._sampler = TaskSampler(
             [self._task_rows[task] for task in self.tasks],
             batch_size=self._train_batch_size * self.accelerator.num_processes,
-            micro_batches=self.args.gradient_accumulation_steps // len(self.tasks),
+            micro_batches=self._micro_batches,
             seed=seed,
         )
         return self._sampler
@@ -309,13 +315,11 @@ class DiffusionTrainer(_BaseTrainer):
         return task, list(range(first * size, (first + 1) * size))
 
     def _end_micro_batch(self) -> None:
-        self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
+        self._micro_step = (self._micro_step + 1) % (self._micro_batches * len(self.tasks))
 
     def _task_share(self, task: str) -> float:
         """Factor of a micro-batch's mean loss, such that an update's losses add up to the weighted mean over tasks."""
-        weights = {name: float((self.args.task_weights or {}).get(name, 1.0)) for name in self.tasks}
-        micro_batches = self.args.gradient_accumulation_steps // len(self.tasks)
-        return weights[task] / sum(weights.values()) / micro_batches
+        return self._task_weights[task] / sum(self._task_weights.values()) / self._micro_batches
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -389,7 +393,7 @@ class DiffusionTrainer(_BaseTrainer):
             metrics[f"{metric_key_prefix}_reward"] = _mean(task_means)
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
@@ -486,6 +490,11 @@ class DiffusionTrainer(_BaseTrainer):
     def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
         """Saves the student and uploads it with its card and reports. Takes what [`~transformers.Trainer`]'s takes."""
         return hub.push(self, commit_message, **kwargs)
+
+
+def _dict(value: Any) -> dict[str, Any] | None:
+    assert value is None or isinstance(value, dict)  # the config has parsed or refused strings
+    return value
 
 
 @contextmanager

@@ -92,7 +92,9 @@ class DiffusionOPDConfig(DiffusionConfig):
                 f"noise_level={self.noise_level} has none: choose flow_sde, dance_sde, cps or ddim, or loss_type='kl'."
             )
         if self.loss_type == "policy_gradient" and not self.on_policy:
-            problems.append("loss_type='policy_gradient' is an estimate on the student's own walk: set on_policy=True.")
+            problems.append(
+                "loss_type='policy_gradient' is an estimate on the student's own walk: set on_policy=True."
+            )
         if self.teacher_guidance_scale is not None and self.teacher_guidance_scale < 1:
             problems.append(f"teacher_guidance_scale={self.teacher_guidance_scale}: it must be at least 1.0.")
         if self.beta < 0:

@@ -47,7 +47,6 @@ from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import Teacher, TeacherBank, TeacherConfig, normalize_teachers
-from ..velocity import VelocityField
 from .base_trainer import DiffusionTrainer, _collect
 from .diffusion_opd_config import DiffusionOPDConfig
 
@@ -245,7 +244,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         loss = self._record(task, steps, gaps, norms) * self._task_share(task)
         self._end_micro_batch()
         self._metrics["train"]["step_time"].append(
-            (time.perf_counter() - start) * self.args.gradient_accumulation_steps
+            (time.perf_counter() - start) * self._micro_batches * len(self.tasks)
         )
         return loss
 
@@ -253,7 +252,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """The trained steps of this update and the inverse of their probabilities: the same on every process."""
         k = self.args.num_trained_timesteps
         if k is None:
-            return {j: 1.0 for j in self.trainable_steps}
+            return dict.fromkeys(self.trainable_steps, 1.0)
         seed = np.random.SeedSequence([self.args.seed, self.state.global_step, _STEP_DRAW])
         pi = inclusion_probabilities(self.weights[: len(self.trainable_steps)], k)
         steps = systematic_sample(pi, float(np.random.default_rng(seed).random()))
@@ -288,9 +287,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **options)
 
-    def _record(
-        self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]
-    ) -> Tensor:
+    def _record(self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]) -> Tensor:
         """Gathers the squared gaps of all processes, refuses what is not finite, keeps the metrics; the weighted loss."""
         order = sorted(gaps)
         local = torch.stack([torch.stack([gaps[j] for j in order]), torch.stack([norms[j] for j in order])])
@@ -383,7 +380,10 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         recorded = json.loads((folder / MANIFEST_FILE).read_text())
         ours = self.bank.manifest()
         if recorded.keys() != ours.keys():
-            return [*problems, f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}."]
+            return [
+                *problems,
+                f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}.",
+            ]
         for task, entries in recorded.items():
             if [entry["sha256"] for entry in entries] != [entry["sha256"] for entry in ours[task]]:
                 names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)

@@ -1,0 +1,240 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The pictures of a run: bars of the retention report, images side by side, and curves of training."""
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from PIL.Image import Image, Resampling
+
+
+# The colours of Okabe and Ito, which people with any colour vision can tell apart.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_BASE = "#8C8C8C"
+_STUDENT = "#000000"
+_STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+_TASKS_A_BAND = 3
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """
+    Images of one prompt, from several models with the same noise.
+
+    Args:
+        task (`str`), prompt (`str`)
+        images (`dict[str, PIL.Image.Image]`): by the label of the model, in the order in which they are shown.
+        scores (`dict[str, float | None]`): the reward of each image, by the same labels.
+    """
+
+    task: str
+    prompt: str
+    images: Mapping[str, Image]
+    scores: Mapping[str, float | None]
+
+
+def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
+    """
+    Bars of base, each teacher and each student on every task, with intervals, as [`retention_report`] returns them.
+
+    A task's own teacher is drawn in full colour, the others pale. A student's bar carries its retention.
+    """
+    tasks, scores = report["tasks"], report["scores"]
+    teachers = [name for name in scores if name.startswith("teacher/")]
+    students = [name for name in scores if name != "base" and name not in teachers]
+    colors = {"base": _BASE, **dict(zip(teachers, _cycle(len(teachers)), strict=True))}
+    colors |= dict(zip(students, [_STUDENT, *_cycle(len(students) - 1, len(teachers))], strict=True))
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(1.6 + max(2.0, 0.5 * len(scores)) * len(tasks), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+        for axes, (task, entry) in zip(panels, tasks.items(), strict=True):
+            reward = entry["reward"]
+            for x, (name, color) in enumerate(colors.items()):
+                mean = scores[name][task][reward]
+                if mean is None:
+                    continue
+                axes.bar(
+                    x, mean, 0.82, color=color, alpha=0.35 if name in teachers and name != f"teacher/{task}" else 1
+                )
+                bounds = report["scores_ci95"][name][task][reward]
+                if bounds is not None:
+                    axes.vlines(x, *bounds, color="#555555", linewidth=1.2)
+                top = mean if bounds is None else bounds[1]
+                retention = (
+                    entry.get("students", {students[0]: entry})[name]["retention"] if name in students else None
+                )
+                if retention is not None:
+                    axes.annotate(
+                        f"{retention:.0%}",
+                        (x, top),
+                        (0, 3),
+                        textcoords="offset points",
+                        ha="center",
+                        fontweight="bold",
+                    )
+            _limit(axes, [scores[name][task][reward] for name in colors])
+            axes.set_title(task)
+            axes.set_ylabel(reward)
+            axes.set_xticks([])
+        handles = [Patch(color=color, label=_label(name)) for name, color in colors.items()]
+        figure.legend(handles=handles, loc="outside right upper")
+        figure.supxlabel(
+            f"mean over {report['num_images']} images a task, 95% intervals; the number is the student's retention",
+            fontsize=8,
+            color="#555555",
+        )
+        _save(figure, path)
+
+
+def _limit(axes: Axes, means: Sequence[float | None]) -> None:
+    values = [mean for mean in means if mean is not None]
+    if values and 0 <= min(values) and max(values) <= 1:
+        axes.set_ylim(0, 1.12)
+        axes.set_yticks(np.linspace(0, 1, 6))
+    elif values and min(values) > 0.5 * max(values):
+        # A reward that starts at 20, such as PickScore: bars from 0 would all look alike.
+        spread = max(values) - min(values) or 1.0
+        axes.set_ylim(min(values) - spread, max(values) + 0.4 * spread)
+
+
+def _label(name: str) -> str:
+    return f"{name.removeprefix('teacher/')} teacher" if name.startswith("teacher/") else name
+
+
+def _cycle(count: int, start: int = 0) -> list[str]:
+    return [_COLORS[(start + i) % len(_COLORS)] for i in range(count)]
+
+
+def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
+    """
+    Images side by side: a row a prompt, a column a model, tasks next to each other, and under each image its score.
+
+    Small images are enlarged by whole pixels. All rows have the same models.
+    """
+    by_task: dict[str, list[SampleRow]] = {}
+    for row in rows:
+        by_task.setdefault(row.task, []).append(row)
+    models = len(rows[0].images)
+    bands = -(-len(by_task) // _TASKS_A_BAND)
+    columns = min(len(by_task), _TASKS_A_BAND)
+    deepest = max(map(len, by_task.values()))
+    with rc_context(_STYLE):
+        size = (1.35 * models * columns + 0.3 * columns, bands * (1.85 * deepest + 0.7))
+        figure = Figure(figsize=size, layout="constrained")
+        blocks = figure.subfigures(bands, columns, squeeze=False).ravel()
+        for block, (task, of_task) in zip(blocks, by_task.items(), strict=False):
+            block.suptitle(task, fontweight="bold")
+            for strip, row in zip(np.ravel(block.subfigures(deepest, 1)), of_task, strict=False):
+                strip.suptitle(textwrap.fill(row.prompt, 17 * models), fontsize=9, style="italic")
+                for axes, (label, image) in zip(np.ravel(strip.subplots(1, models)), row.images.items(), strict=True):
+                    axes.imshow(np.asarray(_enlarged(image)), interpolation="none")
+                    axes.set_xticks([])
+                    axes.set_yticks([])
+                    axes.spines[:].set_visible(False)
+                    score = row.scores[label]
+                    axes.set_xlabel(label if score is None else f"{label} {score:.2f}", fontsize=9)
+        _save(figure, path)
+
+
+def _enlarged(image: Image, size: int = 256) -> Image:
+    factor = size // max(image.size)
+    if factor <= 1:
+        return image.convert("RGB")
+    return image.convert("RGB").resize((image.width * factor, image.height * factor), Resampling.NEAREST)
+
+
+def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """
+    Loss, KL of each task and evaluation rewards of each task against updates.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        path (`str` or `Path`): the PNG to write. Panels without data are left out.
+    """
+    series: dict[str, list[tuple[float, float]]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            if isinstance(value, int | float) and key != "step":
+                series.setdefault(key, []).append((entry["step"], value))
+    tasks = [key.removeprefix("kl/") for key in series if key.startswith("kl/")]
+    colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
+    loss = {key: _BASE for key in ("loss",) if key in series}
+    kl = {f"kl/{task}": color for task, color in colors.items()}
+    rewards = {}
+    for task, color in colors.items():
+        # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
+        found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
+        rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
+    panels = [
+        ("loss", {key: (color, "-") for key, color in loss.items()}, True),
+        ("KL to the task's teacher", {key: (color, "-") for key, color in kl.items()}, True),
+        ("reward in evaluation", rewards, False),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        raise ValueError("The log has neither a loss nor a KL nor a reward: nothing to plot.")
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.3), layout="constrained")
+        for axes, (title, lines, logarithmic) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for key, (color, style) in lines.items():
+                steps, values = zip(*series[key], strict=True)
+                axes.plot(
+                    steps, values, style, color=color, linewidth=1.8, marker="o" if len(steps) < 30 else "", ms=3
+                )
+            if logarithmic and all(value > 0 for key in lines for _, value in series[key]):
+                axes.set_yscale("log")
+            axes.set_title(title)
+            axes.set_xlabel("updates")
+            axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+            axes.set_axisbelow(True)
+        handles = [Line2D([], [], color=color, linewidth=1.8, label=task) for task, color in colors.items()]
+        several = any(style != "-" for _, style in rewards.values())
+        if several:
+            handles += [
+                Line2D([], [], color=color, linestyle=style, label=key.removeprefix("eval_"))
+                for key, (color, style) in rewards.items()
+            ]
+        if handles:
+            figure.legend(handles=handles, loc="outside right upper")
+        _save(figure, path)
+
+
+_STYLES = ("-", "--", ":", "-.")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    # Figure and canvas without pyplot: no window, no global state, whatever backend the user has chosen.
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,0 +1,54 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The embedded tiny world: a 32 px `StableDiffusion3Pipeline`, three teachers that pull apart, prompts and verifiers.
+
+Importing it loads numpy and PIL alone; the weights are ordinary folders to hand to diffusers and PEFT.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from .prompts import TASKS, dataset
+from .verifiers import graded_rewards, rewards
+
+
+_WEIGHTS = Path(__file__).parent / "weights"
+
+BASE = str(_WEIGHTS / "base")
+TEACHERS = {task: str(_WEIGHTS / "teachers" / task) for task in TASKS}
+
+
+def render(spec: str, seed: int = 0, dusk: float | None = None) -> Image.Image:
+    """Draws the ground truth of one row of the dataset.
+
+    Args:
+        spec (`str`): the row's `spec` column.
+        seed (`int`, *optional*, defaults to 0): decides what the prompt leaves open.
+        dusk (`float`, *optional*): degree of styling in [0, 1]; 1 for style prompts and 0 for others if not given.
+    """
+    import json
+
+    import numpy as np
+
+    from .prompts import to_scene
+    from .scenes import draw
+
+    rng = np.random.default_rng(seed)
+    return draw(to_scene(json.loads(spec), rng, dusk), rng)
+
+
+__all__ = ["BASE", "TASKS", "TEACHERS", "dataset", "graded_rewards", "render", "rewards"]

@@ -1,0 +1,227 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scores of an image by its pixels alone, given what the prompt asks for.
+
+Each task has two functions of the same signature, called by keyword with the dataset's columns: a verdict (0 or 1;
+for style the smooth score) for reports, and a graded version in [0, 1] for training. Images are RGB PIL images of
+32 x 32 px. A row of another task scores None ("does not apply").
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .prompts import Spec
+from .scenes import (
+    CELL,
+    COLORS,
+    INK,
+    LETTER_HEIGHT,
+    LETTER_MASKS,
+    LETTER_WIDTH,
+    LETTERS,
+    PLAIN,
+    SHAPE_MASKS,
+    SHAPE_SIZE,
+    SHAPES,
+    SIZE,
+    dusk,
+)
+
+
+# An object's pixels of its one colour, and its overlap with the shape's template, for a verdict.
+COLOR_SHARE, SHAPE_OVERLAP, LETTER_MATCH = 0.75, 0.7, 0.75
+OBJECT_PIXELS, SPECK_PIXELS = 20, 8
+
+_DIRECTIONS = np.stack([color - PLAIN for color in COLORS.values()])
+_LENGTHS = np.linalg.norm(_DIRECTIONS, axis=1)
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    if image.size != (SIZE, SIZE):
+        raise ValueError(f"The tiny world's verifiers need images of {SIZE} x {SIZE} px, got {image.size}.")
+    return np.asarray(image.convert("RGB"), dtype=np.float64)
+
+
+def _templates(masks: dict[str, np.ndarray], height: int, width: int, rows: range, columns: range) -> np.ndarray:
+    """(names, offsets, height * width): every mask at every allowed place of a window."""
+    placed = []
+    for mask in masks.values():
+        for top, left in itertools.product(rows, columns):
+            window = np.zeros((height, width))
+            window[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+            placed.append(window.ravel())
+    return np.stack(placed).reshape(len(masks), -1, height * width)
+
+
+_SHAPES = _templates(SHAPE_MASKS, CELL, CELL, range(CELL - SHAPE_SIZE + 1), range(CELL - SHAPE_SIZE + 1)) > 0.5
+_LETTERS = _templates(LETTER_MASKS, SIZE, CELL, range(3, SIZE - LETTER_HEIGHT - 2), range(CELL - LETTER_WIDTH + 1))
+_LETTERS -= _LETTERS.mean(axis=2, keepdims=True)
+_LETTERS /= np.linalg.norm(_LETTERS, axis=2, keepdims=True)
+
+
+@dataclass
+class Found:
+    """What stands in one cell: the share of its pixels in each colour and the best overlap with each shape."""
+
+    cell: int
+    shares: np.ndarray
+    overlaps: np.ndarray
+    is_object: bool
+
+
+def find_objects(image: Image.Image) -> list[Found]:
+    """The occupied cells of the board. A pixel belongs to an object when it is nearer to a colour than to the plain
+    ground on the line between the two (a blurred edge lies on it), or is off the lines of all colours."""
+    offset = _pixels(image) - PLAIN
+    along = offset @ _DIRECTIONS.T / _LENGTHS**2
+    nearest = np.linalg.norm(offset[:, :, None] - np.clip(along, 0.0, 1.1)[..., None] * _DIRECTIONS, axis=3)
+    label = nearest.argmin(axis=2)
+    residual = np.take_along_axis(nearest, label[..., None], axis=2)[..., 0]
+    amount = np.take_along_axis(along, label[..., None], axis=2)[..., 0]
+    clean = residual < 60
+    solid = (clean & (amount > 0.5)) | (~clean & (np.linalg.norm(offset, axis=2) > 90))
+    found = []
+    for cell in range(4):
+        rows, columns = CELL * (cell // 2), CELL * (cell % 2)
+        window = (slice(rows, rows + CELL), slice(columns, columns + CELL))
+        mask = solid[window].ravel()
+        size = int(mask.sum())
+        if size < SPECK_PIXELS:
+            continue
+        labels = label[window].ravel()[mask & clean[window].ravel()]
+        both = (_SHAPES & mask).sum(axis=2)
+        overlap = both / (_SHAPES.sum(axis=2) + size - both)
+        shares = np.bincount(labels, minlength=len(COLORS)) / size
+        found.append(Found(cell, shares, overlap.max(axis=1), size >= OBJECT_PIXELS))
+    return found
+
+
+def _relation_holds(relation: str, first: int, second: int) -> bool:
+    rows, columns = second // 2 - first // 2, second % 2 - first % 2
+    return {"left of": columns > 0, "right of": columns < 0, "above": rows > 0, "below": rows < 0}[relation]
+
+
+def _compose(image: Image.Image, spec: Spec) -> tuple[float, float]:
+    found, wanted = find_objects(image), spec["objects"]
+    colors, verdict, graded = list(COLORS), 0.0, 0.0
+    exact = len(found) == len(wanted) and all(one.is_object for one in found)
+    number = min(len(found), len(wanted))
+    # All ways to give found objects to wanted ones; at most 4 x 3 x 2.
+    for places in itertools.permutations(range(max(len(found), len(wanted))), number):
+        if len(found) >= len(wanted):
+            pairs = [(want, found[place]) for want, place in zip(wanted, places, strict=True)]
+        else:
+            pairs = [(wanted[place], one) for one, place in zip(found, places, strict=True)]
+        score, right = 0.0, exact
+        for (color, shape), one in pairs:
+            share, overlap = one.shares[colors.index(color)], one.overlaps[SHAPES.index(shape)]
+            score += 0.5 * share + 0.5 * float(np.clip((overlap - 0.4) / 0.5, 0.0, 1.0))
+            best = SHAPES[int(one.overlaps.argmax())] == shape
+            right = right and share >= COLOR_SHARE and best and overlap >= SHAPE_OVERLAP
+        score /= max(len(found), len(wanted))
+        if spec["relation"]:
+            holds = False
+            if len(found) >= 2:
+                holds = _relation_holds(spec["relation"], pairs[0][1].cell, pairs[1][1].cell)
+            score, right = score * (0.6 + 0.4 * holds), right and holds
+        graded, verdict = max(graded, score), max(verdict, float(right))
+    return verdict, graded
+
+
+def match_letters(image: Image.Image) -> np.ndarray:
+    """(2, letters): the best correlation of each half of the image with each letter, in [-1, 1]."""
+    darkness = (PLAIN.mean() - _pixels(image).mean(axis=2)) / (PLAIN.mean() - INK.mean())
+    halves = np.stack([darkness[:, :CELL].ravel(), darkness[:, CELL:].ravel()])
+    halves = halves - halves.mean(axis=1, keepdims=True)
+    # A blank half has no contrast: its correlations are 0, not noise divided by noise.
+    norms = np.maximum(np.linalg.norm(halves, axis=1), 2.0)
+    return np.einsum("lok,hk->hlo", _LETTERS, halves, optimize=True).max(axis=2) / norms[:, None]
+
+
+def _letters(image: Image.Image, spec: Spec) -> tuple[float, float]:
+    matches = match_letters(image)
+    wanted = [LETTERS.index(letter) for letter in spec["word"]]
+    scores = [float(matches[slot, letter]) for slot, letter in enumerate(wanted)]
+    right = all(
+        matches[slot].argmax() == letter and score >= LETTER_MATCH
+        for slot, (letter, score) in enumerate(zip(wanted, scores, strict=True))
+    )
+    return float(right), sum(float(np.clip((score - 0.4) / 0.5, 0.0, 1.0)) for score in scores) / len(scores)
+
+
+_DUSK = dusk()
+# The lattice between and around the cells, where no scene has an object: a quarter of the image that is all ground.
+_GROUND = np.zeros((SIZE, SIZE), dtype=bool)
+_GROUND[[0, CELL - 1, CELL, SIZE - 1], :] = True
+_GROUND[:, [0, CELL - 1, CELL, SIZE - 1]] = True
+_FAR = np.linalg.norm(_DUSK - PLAIN, axis=2)
+
+
+def _style(image: Image.Image, spec: Spec) -> tuple[float, float]:
+    near = 1 - np.linalg.norm(_pixels(image) - _DUSK, axis=2) / _FAR
+    score = float(np.clip(near, 0.0, 1.0)[_GROUND].mean())
+    return score, score
+
+
+_SCORES = {"compose": _compose, "letters": _letters, "style": _style}
+
+
+def _score(task: str, version: int, images: list[Image.Image], spec: list[str]) -> list[float | None]:
+    scores: list[float | None] = []
+    for image, text in zip(images, spec, strict=True):
+        parsed = json.loads(text)
+        scores.append(_SCORES[task](image, parsed)[version] if parsed["task"] == task else None)
+    return scores
+
+
+def compose(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+    """1 if exactly the asked objects are there, in colour, shape, number and relation, else 0."""
+    return _score("compose", 0, images, spec)
+
+
+def compose_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+    """Mean over objects of colour and overlap with the shape, missing and surplus ones counting 0; 60% of it where
+    the relation is wrong."""
+    return _score("compose", 1, images, spec)
+
+
+def letters(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+    """1 if both letters are the best matching ones in their place and clear, else 0."""
+    return _score("letters", 0, images, spec)
+
+
+def letters_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+    """Mean over letters of the correlation with the asked letter, from 0 at 0.4 to 1 at 0.9."""
+    return _score("letters", 1, images, spec)
+
+
+def style(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+    """Closeness of the ground to dusk (violet above, orange below), linear in the degree of styling."""
+    return _score("style", 0, images, spec)
+
+
+def style_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+    """The same smooth score as `style`."""
+    return _score("style", 1, images, spec)
+
+
+rewards = {"compose": compose, "letters": letters, "style": style}
+graded_rewards = {"compose": compose_graded, "letters": letters_graded, "style": style_graded}
