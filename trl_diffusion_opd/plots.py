@@ -28,6 +28,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from PIL.Image import Image, Resampling
 
 
@@ -35,7 +36,7 @@ from PIL.Image import Image, Resampling
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _BASE = "#8C8C8C"
 _STUDENT = "#000000"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -89,7 +90,8 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
                 )
                 bounds = report["scores_ci95"][name][task][reward]
                 if bounds is not None:
-                    axes.vlines(x, *bounds, color="#555555", linewidth=1.2)
+                    whisker = axes.vlines(x, *bounds, color="#555555", linewidth=1.2)
+                    whisker.set_path_effects([withStroke(linewidth=3, foreground="white")])
                 top = mean if bounds is None else bounds[1]
                 retention = (
                     entry.get("students", {students[0]: entry})[name]["retention"] if name in students else None
@@ -156,7 +158,7 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
         for block, (task, of_task) in zip(blocks, by_task.items(), strict=False):
             block.suptitle(task, fontweight="bold")
             for strip, row in zip(np.ravel(block.subfigures(deepest, 1)), of_task, strict=False):
-                strip.suptitle(textwrap.fill(row.prompt, 17 * models), fontsize=9, style="italic")
+                strip.suptitle(textwrap.fill(row.prompt, 19 * models), fontsize=8.5, style="italic")
                 for axes, (label, image) in zip(np.ravel(strip.subplots(1, models)), row.images.items(), strict=True):
                     axes.imshow(np.asarray(_enlarged(image)), interpolation="none")
                     axes.set_xticks([])
@@ -191,7 +193,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
     colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
     loss = {key: _BASE for key in ("loss",) if key in series}
     kl = {f"kl/{task}": color for task, color in colors.items()}
-    rewards = {}
+    rewards: dict[str, tuple[str, Any]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]

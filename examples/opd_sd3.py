@@ -1,0 +1,197 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# dependencies = ["trl-diffusion-opd"]
+# ///
+
+"""
+Distils several teachers into one student (DiffusionOPD).
+
+The embedded tiny model, on any laptop:
+
+```bash
+accelerate launch examples/opd_sd3.py --config examples/configs/tiny.yaml
+```
+
+Stable Diffusion 3.5 Medium with the paper's teachers, or any other flow-matching pipeline of diffusers:
+
+```bash
+accelerate launch examples/opd_sd3.py \
+    --model_name_or_path stabilityai/stable-diffusion-3.5-medium \
+    --dtype bfloat16 \
+    --teachers aesthetic=quanhaol/DiffusionOPD/AesTeacher/lora \
+               ocr=quanhaol/DiffusionOPD/OCRTeacher/lora \
+               geneval=quanhaol/DiffusionOPD/GenEvalTeacher/lora \
+    --teacher_guidance_scales geneval=1.0 \
+    --prompts aesthetic=prompts/aesthetic.txt ocr=prompts/ocr.txt geneval=prompts/geneval.jsonl \
+    --max_sequence_length 128 \
+    --per_device_train_batch_size 8 \
+    --max_steps 1000 \
+    --output_dir sd35-opd
+```
+"""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from peft import LoraConfig
+from trl import TrlParser
+
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig, evaluate_retention
+from trl_diffusion_opd.plots import plot_curves
+from trl_diffusion_opd.retention import retention_table
+from trl_diffusion_opd.rewards import load_reward
+from trl_diffusion_opd.student import default_lora_config
+
+
+_FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class ScriptArguments:
+    """
+    What the script needs beyond [`DiffusionOPDConfig`]. Lists are given as `task=value task=value …`.
+
+    Args:
+        model_name_or_path (`str`): the base, a Hub id or a folder.
+        teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
+            A task that is named several times is taught by the mean of its teachers.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from the others.
+        eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
+        test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
+            the retention report is made at the end.
+        reward_funcs (`list[str]`, *optional*): `task=package.module:function`.
+        num_test_images (`int`, *optional*, defaults to `128`): images a task in the report.
+        full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
+        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the student's LoRA.
+        lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
+    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
+    eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
+    test_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, held out for the report."})
+    reward_funcs: list[str] | None = field(default=None, metadata={"help": "task=package.module:function …"})
+    num_test_images: int = field(default=128, metadata={"help": "Images a task in the retention report."})
+    full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the student's LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the student's LoRA."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the student's LoRA."})
+
+
+def by_task(option: str, values: list[str] | None) -> dict[str, list[str]]:
+    """`task=value` strings to lists by task."""
+    result: dict[str, list[str]] = {}
+    for value in values or []:
+        task, equals, content = value.partition("=")
+        if not (task and equals and content):
+            raise ValueError(f"--{option}: {value!r} is not of the form task=value.")
+        result.setdefault(task, []).append(content)
+    return result
+
+
+def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dataset | None:
+    """One dataset of all tasks' sources, with the column `prompt` and the task's name in `task_column`."""
+    parts = []
+    for task, sources in by_task(option, values).items():
+        for source in sources:
+            file_format = _FILE_FORMATS.get(Path(source).suffix)
+            if os.path.exists(source) and file_format is not None:
+                part = load_dataset(file_format, data_files=source, split="train")
+            elif os.path.exists(source):
+                raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
+            else:
+                name, _, split = source.partition(":")
+                part = load_dataset(name, split=split or "train")
+            if "prompt" not in part.column_names and "text" in part.column_names:
+                part = part.rename_column("text", "prompt")
+            if task_column in part.column_names:
+                part = part.remove_columns(task_column)
+            parts.append(part.add_column(task_column, [task] * len(part)))
+    return concatenate_datasets(parts) if parts else None
+
+
+def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    scales = {
+        task: float(values[-1])
+        for task, values in by_task("teacher_guidance_scales", script_args.teacher_guidance_scales).items()
+    }
+    teachers = {
+        task: [TeacherConfig(spec, guidance_scale=scales.get(task)) for spec in specs]
+        for task, specs in by_task("teachers", script_args.teachers).items()
+    }
+    rewards = by_task("reward_funcs", script_args.reward_funcs)
+    reward_funcs = {task: [load_reward(spec) for spec in specs] for task, specs in rewards.items()}
+    test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
+    unscored = sorted(set(test_dataset[training_args.task_column]) - set(reward_funcs)) if test_dataset else []
+    if unscored:
+        raise ValueError(f"--test_prompts: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
+
+    peft_config: LoraConfig | str | None = "default"
+    if script_args.full_finetuning:
+        peft_config = None
+    elif script_args.lora_target_modules:
+        peft_config = LoraConfig(target_modules=script_args.lora_target_modules)
+    trainer = DiffusionOPDTrainer(
+        model=script_args.model_name_or_path,
+        teachers=teachers,
+        reward_funcs=reward_funcs or None,
+        args=training_args,
+        train_dataset=load_prompts("prompts", script_args.prompts, training_args.task_column),
+        eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
+    if test_dataset is not None:
+        report = evaluate_retention(
+            script_args.model_name_or_path,
+            teachers,
+            training_args.output_dir,
+            reward_funcs,
+            test_dataset,
+            num_images=script_args.num_test_images,
+            num_inference_steps=training_args.eval_num_inference_steps,
+            guidance_scale=training_args.eval_guidance_scale or training_args.guidance_scale,
+            teacher_guidance_scale=training_args.teacher_guidance_scale,
+            height=training_args.height,
+            width=training_args.width,
+            max_sequence_length=training_args.max_sequence_length,
+            generation_kwargs=training_args.generation_kwargs,
+            task_column=training_args.task_column,
+            batch_size=training_args.per_device_eval_batch_size,
+            seed=training_args.seed,
+            output_dir=training_args.output_dir,
+        )
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+    if test_dataset is not None and trainer.is_world_process_zero():
+        print(retention_table(report))
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, DiffusionOPDConfig)).parse_args_and_config())
