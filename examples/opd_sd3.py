@@ -56,7 +56,7 @@ from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherCo
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.retention import retention_table
 from trl_diffusion_opd.rewards import load_reward
-from trl_diffusion_opd.student import default_lora_config
+from trl_diffusion_opd.student import ATTENTION_TARGETS
 
 
 _FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -146,11 +146,12 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
     if unscored:
         raise ValueError(f"--test_prompts: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
 
-    peft_config: LoraConfig | str | None = "default"
-    if script_args.full_finetuning:
-        peft_config = None
-    elif script_args.lora_target_modules:
-        peft_config = LoraConfig(target_modules=script_args.lora_target_modules)
+    peft_config = LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
+    )
     trainer = DiffusionOPDTrainer(
         model=script_args.model_name_or_path,
         teachers=teachers,
@@ -158,7 +159,7 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         args=training_args,
         train_dataset=load_prompts("prompts", script_args.prompts, training_args.task_column),
         eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
-        peft_config=peft_config,
+        peft_config=None if script_args.full_finetuning else peft_config,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)

@@ -19,6 +19,7 @@ Everything here is what a user of diffusers would write down about a family from
 comes from the package: it is what the package is tested against.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,6 +214,28 @@ def flux2_klein(is_distilled: bool = False) -> DiffusionPipeline:
     )
 
 
+class _Flux2FromSeeds(diffusers.Flux2Pipeline):
+    """FLUX.2 whose text encoder, Mistral 3 with vision, is replaced by noise seeded with the prompt."""
+
+    def encode_prompt(self, prompt: list[str], *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seeds = [torch.Generator().manual_seed(zlib.crc32(one.encode())) for one in prompt]
+        embeds = torch.stack([torch.randn(6, 48, generator=seed) for seed in seeds])
+        return embeds, self._prepare_text_ids(embeds)
+
+
+def flux2_without_encoder() -> DiffusionPipeline:
+    """FLUX.2, whose only guidance is an embedding."""
+    parts = flux2_klein().components
+    config = {**parts["transformer"].config, "guidance_embeds": True}
+    return _Flux2FromSeeds(
+        scheduler=parts["scheduler"],
+        vae=parts["vae"],
+        transformer=diffusers.Flux2Transformer2DModel.from_config(config),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
 def _qwen_parts(vae_widths: list[int]) -> dict[str, Any]:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
@@ -281,10 +304,10 @@ def _sana() -> DiffusionPipeline:
         out_channels=4,
         num_layers=2,
         num_attention_heads=2,
-        attention_head_dim=4,
+        attention_head_dim=16,
         num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
         caption_channels=16,
         sample_size=32,
     )

@@ -188,7 +188,7 @@ def test_a_name_that_ends_other_names_means_its_module_alone():
 def test_lora_teachers_on_a_frozen_base_without_a_student(pipeline, tmp_path):
     expected = forward(make_lora(pipeline, tmp_path / "a", seed=1))
     full = forward(save_full(pipeline, tmp_path / "b", seed=2))
-    base = copy.deepcopy(pipeline.transformer).requires_grad_(False)
+    base = copy.deepcopy(pipeline.transformer)
     untouched = forward(base)
     bank = make_bank(
         pipeline, {"a": str(tmp_path / "a"), "b": str(tmp_path / "b"), "c": "base"}, base, student_adapter=None
@@ -207,6 +207,7 @@ def test_a_frozen_base_with_no_lora_stays_bare(pipeline):
     bank = make_bank(pipeline, "base", base, student_adapter=None)
     with bank.use(bank.teachers["task"][0]) as module:
         assert module is base
+    assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
 def test_teachers_take_the_dtype_of_the_base_and_the_student_keeps_its_own(pipeline, tmp_path):

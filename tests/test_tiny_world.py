@@ -35,6 +35,10 @@ from trl_diffusion_opd.tiny.prompts import corrupt, specs, to_prompt
 from trl_diffusion_opd.tiny.scenes import Scene, draw
 
 
+# The last block answers no text queries, so what would change them gets no gradient and stays at its zero start.
+UNREAD = {"base_model.model.transformer_blocks.3.attn.add_q_proj.lora_B.weight"}
+
+
 def rows_of(task: str, *splits: str) -> list[dict[str, str]]:
     return [row for split in splits for row in tiny.dataset(split) if row["task"] == task]
 
@@ -52,7 +56,7 @@ def score(task: str, images: list[Image.Image], rows: list[dict[str, str]], grad
 class TestVerifiers:
     @pytest.mark.parametrize("task", ["compose", "letters"])
     def test_ground_truth_scores_high_and_shuffled_captions_low(self, task: str) -> None:
-        rows = rows_of(task, "test", "validation", "train")
+        rows = rows_of(task, "test", "validation") + rows_of(task, "train")[:80]
         images = [tiny.render(row["spec"], seed) for seed, row in enumerate(rows)]
         order = np.random.default_rng(0).permutation(len(rows))
         shuffled = [rows[i] for i in order]
@@ -197,7 +201,7 @@ class TestWeights:
         for name, tensor in tensors.items():
             assert name.startswith("base_model.model.transformer_blocks.")
             assert torch.isfinite(tensor).all()
-            assert tensor.abs().max() > 0
+            assert (name in UNREAD) != bool(tensor.abs().max() > 0)
 
     def test_vae_keeps_what_the_verifiers_read(self, pipeline: StableDiffusion3Pipeline) -> None:
         for task in tiny.TASKS:
@@ -235,7 +239,7 @@ class TestTeachersPullApart:
 
 class TestMaking:
     def test_captions_of_the_base_are_wrong_as_often_as_said(self) -> None:
-        pictures = make_data.base_pictures(1500, seed=0)
+        pictures = make_data.base_pictures(900, seed=0)
         spec_of = {to_prompt(spec): spec for split in ("train", "validation", "test") for spec in specs(split)}
         images = [Image.fromarray(image) for image in pictures.images]
         for task, expected in (
@@ -268,8 +272,8 @@ class TestMaking:
         assert not torch.equal(before, pipeline.text_encoder_3.shared.weight)
         frozen = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
         model = make_training.train_teacher(pipeline, pictures.prompts, latents, steps=2, batch_size=8)
-        lora = [value for name, value in model.state_dict().items() if "lora_B" in name]
+        lora = {name.replace(".default", ""): value for name, value in model.state_dict().items() if "lora_B" in name}
         assert len(lora) == 31
-        assert all(value.abs().max() > 0 for value in lora)
+        assert {name for name, value in lora.items() if not value.any()} == UNREAD
         restored = model.unload().state_dict()
         assert all(torch.equal(frozen[name], restored[name]) for name in frozen)

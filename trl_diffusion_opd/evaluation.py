@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, tqdm
+from accelerate.utils import gather_object, parse_flag_from_env, tqdm
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -197,7 +197,8 @@ def evaluate_retention(
     Raises:
         [`ValueError`]: if anything of this cannot be used. One message lists all of it.
     """
-    state = PartialState()
+    # Without `cpu`, processes that were launched on a machine without an accelerator would not know of each other.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     base = pipeline
     if isinstance(base, str):
         base = DiffusionPipeline.from_pretrained(base, use_safetensors=True).to(state.device)
@@ -279,6 +280,7 @@ def _borrowed(pipeline: Any) -> Iterator[Any]:
         )
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for network in networks for module in network.modules()]
+    trained = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]
     for network in networks:
         network.eval()
     try:
@@ -290,6 +292,8 @@ def _borrowed(pipeline: Any) -> Iterator[Any]:
             transformer.__dict__.pop("peft_config", None)
         for module, training in modes:
             module.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def _distinct_models(bank: TeacherBank) -> list[_Model]:

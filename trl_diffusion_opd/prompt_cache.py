@@ -25,7 +25,7 @@ from torch import Tensor
 
 
 # Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
-_PROBES = ("a", "a longer prompt of several words, to see padding")
+_PROBES = ("a", "a b c")
 # Guided and unguided calls of student and teachers on one micro-batch.
 _RECENT_BATCHES = 8
 

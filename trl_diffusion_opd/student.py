@@ -34,10 +34,10 @@ from torch import Tensor, nn
 STUDENT_ADAPTER = "default"
 RAW_FILE = "student_raw.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
-FULL_FILE = "diffusion_pytorch_model.safetensors"
+FULL_FILES = "diffusion_pytorch_model*.safetensors"
 
 # The attention projections of the paper's released settings, by the names that diffusers gives them.
-_ATTENTION_TARGETS = (
+ATTENTION_TARGETS = (
     "to_q",
     "to_k",
     "to_v",
@@ -57,11 +57,11 @@ def default_lora_config(transformer: nn.Module) -> LoraConfig:
         [`ValueError`]: if `transformer` has no layer of these names.
     """
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    targets = [target for target in _ATTENTION_TARGETS if any(name.endswith("." + target) for name in names)]
+    targets = [target for target in ATTENTION_TARGETS if any(name.endswith("." + target) for name in names)]
     if not targets:
         raise ValueError(
             f"{type(transformer).__name__} has no attention projection by a name that diffusers uses "
-            f"({', '.join(_ATTENTION_TARGETS)}). Name the layers in peft_config=LoraConfig(target_modules=[...])."
+            f"({', '.join(ATTENTION_TARGETS)}). Name the layers in peft_config=LoraConfig(target_modules=[...])."
         )
     return LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets)
 
@@ -136,6 +136,8 @@ class Student:
         os.makedirs(folder, exist_ok=True)
         model: Any = self.model
         if not self.is_lora:
+            if "_name_or_path" in model.config:
+                model.register_to_config(_name_or_path=public_name(model.config["_name_or_path"]))
             model.save_pretrained(folder, state_dict=state_dict)
             return
         # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
@@ -184,7 +186,10 @@ class Student:
 
     def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
         if not self.is_lora:
-            return load_file(os.path.join(folder, FULL_FILE))
+            # A large model is saved in several files, and with its buffers, which are not trained.
+            files = sorted(Path(folder).glob(FULL_FILES))
+            buffers = dict(self.model.named_buffers())
+            return {name: w for file in files for name, w in load_file(file).items() if name not in buffers}
         saved = load_file(os.path.join(folder, ADAPTER_FILE))
         suffix = f".{STUDENT_ADAPTER}.weight"
         return {name.removesuffix(".weight") + suffix: w for name, w in saved.items()}

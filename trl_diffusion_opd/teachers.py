@@ -75,19 +75,20 @@ def add_adapter(
     lora_config.inference_mode = not trainable
     if not trainable:
         lora_config.lora_dropout = 0.0
-    wrapped = isinstance(model, PeftModel)
+    peft_model: PeftModel
     # PEFT initialises the new matrices before they are overwritten; that must not shift anyone's random numbers.
     with torch.random.fork_rng(devices=[]):
         try:
             if isinstance(model, PeftModel):
-                model.add_adapter(name, lora_config, autocast_adapter_dtype=trainable)
+                peft_model = model
+                peft_model.add_adapter(name, lora_config, autocast_adapter_dtype=trainable)
             else:
-                model = get_peft_model(model, lora_config, adapter_name=name, autocast_adapter_dtype=trainable)
+                peft_model = get_peft_model(model, lora_config, adapter_name=name, autocast_adapter_dtype=trainable)
         except (ValueError, TypeError) as error:
             raise TeacherError(f"made for another base: {error}") from error
 
     # save_embedding_layers would look the base up on the Hub.
-    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     problems = []
     if missing := sorted(set(expected) - set(state_dict)):
         problems.append(
@@ -107,15 +108,15 @@ def add_adapter(
             problems.append(f"{reason}: {_short(key)} is {theirs} in the file and {ours} here")
             break
     if problems:
-        if wrapped:
-            model.delete_adapter(name)
+        if peft_model is model:
+            peft_model.delete_adapter(name)
         else:
-            model.unload()
+            peft_model.unload()
         raise TeacherError("; ".join(problems))
-    set_peft_model_state_dict(model, dict(state_dict), adapter_name=name)
-    for parameter in _adapter_parameters(model, name):
+    set_peft_model_state_dict(peft_model, dict(state_dict), adapter_name=name)
+    for parameter in _adapter_parameters(peft_model, name):
         parameter.requires_grad_(trainable)
-    return model
+    return peft_model
 
 
 def _short(key: str) -> str:
@@ -197,8 +198,6 @@ class TeacherBank:
         self.teachers: dict[str, list[Teacher]] = {}
         self._active = student_adapter
         self._has_student = student_adapter is not None
-        # add_adapter and PEFT's switches flip requires_grad of the student's adapter too.
-        before = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
 
         loaded: dict[tuple[str, ...], Teacher] = {}
         problems = _compare_with_manifest(teachers, manifest)
@@ -226,8 +225,8 @@ class TeacherBank:
         self._activate(student_adapter)
         # Layers that PEFT made just now are in training mode whatever the model is in.
         self.backbone.train(self.backbone.training)
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
+        if student_adapter is None:
+            self.backbone.requires_grad_(False)
         if problems:
             raise ValueError("The teachers cannot be used:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
 

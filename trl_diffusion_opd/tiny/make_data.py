@@ -26,7 +26,7 @@ from .scenes import LETTERS, draw
 # How often the base is shown a picture that its caption does not describe. This, and not a lack of capacity, is
 # what the base gets wrong: it then draws every prompt rightly for some noise and wrongly for other noise, which is
 # what fine-tuning (supervised or by rewards) can lift.
-WRONG_COMPOSE = 0.45
+WRONG_COMPOSE = 0.35
 WRONG_LETTER = 0.28
 BASE_DUSK = (1.0, 2.4)  # the base's degree of styling: Beta(1, 2.4), mean 0.29
 
@@ -56,14 +56,22 @@ def _misspell(spec: Spec, rng: np.random.Generator) -> Spec:
     return {**spec, "word": "".join(word)}
 
 
-def base_pictures(number: int, seed: int) -> Pictures:
-    """What the base learns from: all prompts of the world, captions partly wrong, styling of a random degree."""
+def base_pictures(
+    number: int,
+    seed: int,
+    shares: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
+    wrong_compose: float = WRONG_COMPOSE,
+) -> Pictures:
+    """What the base learns from: all prompts of the world, captions partly wrong, styling of a random degree.
+
+    `shares` are those of the tasks, in the order of `TASKS`.
+    """
     rng = np.random.default_rng(seed)
     prompts, images = [], []
-    for task in TASKS:
-        for spec in _sampled_specs(task, SPLITS, number // len(TASKS), rng):
+    for task, share in zip(TASKS, shares, strict=True):
+        for spec in _sampled_specs(task, SPLITS, round(number * share), rng):
             shown, dusk = spec, None
-            if task == "compose" and rng.random() < WRONG_COMPOSE:
+            if task == "compose" and rng.random() < wrong_compose:
                 shown = corrupt(spec, rng)
             if task == "letters":
                 shown = _misspell(spec, rng)

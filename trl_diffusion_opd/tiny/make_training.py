@@ -157,12 +157,14 @@ def train_base(
     steps: int,
     batch_size: int = 48,
     seed: int = 0,
+    stop_at: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Flow matching of transformer and text encoders together, in place; the weights left behind are the average.
 
     Args:
         latents (`torch.Tensor` of shape `(N, 8, 8, 8)`): shifted and scaled, one a prompt.
+        stop_at (`int`, *optional*): leave the schedule of `steps` early, after this many.
         on_progress (`Callable`, *optional*): called every 1000 steps, with the averaged weights in place.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -173,7 +175,7 @@ def train_base(
     optimizer, schedule = _optimizer(parameters, 1e-3, steps, weight_decay=1e-3)
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
     progress, shift = Progress("base", steps), pipeline.scheduler.config.shift
-    for step in range(steps):
+    for step in range(stop_at or steps):
         index = torch.randint(len(latents), (batch_size,), generator=generator)
         empty = torch.rand(batch_size, generator=generator) < EMPTY_CAPTIONS
         batch = ["" if gone else prompts[i] for i, gone in zip(index.tolist(), empty.tolist(), strict=True)]

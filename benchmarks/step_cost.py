@@ -1,0 +1,257 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What an update costs in one pass along the trajectory, and in the three passes of published loops.
+
+One pass: at each state teacher forward, student forward, backward, and on. Three passes: a rollout, the teacher's
+forwards on the stored states, then the student's forwards and backwards against the stored velocities. Both take the
+same steps of the same prompts with the same networks, checkpointing off, in turns within one process; with `b` the
+time of a backward over that of a forward, one pass can be at most (3 + b) / (2 + b) times as fast.
+
+    python benchmarks/step_cost.py --output step_cost.json
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
+from trl_diffusion_opd.objectives import velocity_gap_sq
+from trl_diffusion_opd.rollout import sample_generators, walk
+from trl_diffusion_opd.student import ATTENTION_TARGETS
+
+
+TASKS = ("a", "b", "c")
+# The tiny model as it is shipped, and one of the same architecture in which matrix products dominate.
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"transformer": {}, "pixels": 32, "batch_size": 16, "repeats": 5},
+    "wide": {
+        "transformer": {
+            "num_layers": 6,
+            "num_attention_heads": 6,
+            "attention_head_dim": 64,
+            "caption_projection_dim": 384,
+            "pos_embed_max_size": 64,
+        },
+        "pixels": 128,
+        "batch_size": 4,
+        "repeats": 3,
+    },
+}
+
+
+def make_trainer(size: str, folder: Path) -> DiffusionOPDTrainer:
+    """A trainer with three LoRA teachers of random weights."""
+    torch.manual_seed(0)
+    settings = SIZES[size]
+    pipeline = DiffusionPipeline.from_pretrained(tiny.BASE)
+    pipeline.set_progress_bar_config(disable=True)
+    config = {**pipeline.transformer.config, **settings["transformer"]}
+    pipeline.transformer = SD3Transformer2DModel.from_config(config).eval()
+    teachers = {}
+    for task in TASKS:
+        model = get_peft_model(pipeline.transformer, LoraConfig(r=32, target_modules=list(ATTENTION_TARGETS)))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        model.save_pretrained(str(folder / task))
+        teachers[task] = str(folder / task)
+        pipeline.transformer = model.unload()
+    rows = [{"prompt": f"{word} red circle", "task": task} for task in TASKS for word in ("one", "two", "three") * 8]
+    args = DiffusionOPDConfig(
+        output_dir=str(folder / "out"),
+        height=settings["pixels"],
+        width=settings["pixels"],
+        max_sequence_length=12,
+        guidance_scale=1.0,
+        per_device_train_batch_size=settings["batch_size"],
+        gradient_checkpointing=False,
+        max_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10**9,
+    )
+    trainer = DiffusionOPDTrainer(pipeline, teachers, args=args, train_dataset=Dataset.from_list(rows))
+    trainer.train()  # optimizer, schedule and wrapping as in training, and a warm-up
+    return trainer
+
+
+def one_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]) -> None:
+    """An update as the trainer does it."""
+    for batch in batches:
+        trainer.training_step(trainer.model_wrapped, batch)
+    finish_update(trainer)
+
+
+def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]) -> None:
+    """The same update with a stored trajectory and stored teacher velocities."""
+    field, model, scale = trainer.velocity_field, trainer.model_wrapped, trainer.args.guidance_scale
+    steps = trainer.trainable_steps
+    table = trainer.table.head(len(steps))
+    for task, batch in zip(trainer.tasks, batches, strict=True):
+        prompts = [row["prompt"] for row in batch]
+        generators = sample_generators([trainer.args.seed, 0, trainer.tasks.index(task)], range(len(batch)))
+        states: list[Tensor] = []
+
+        def velocity(j: int, x: Tensor, prompts: list[str] = prompts, states: list[Tensor] = states) -> Tensor:
+            states.append(x)
+            return field(x, float(table.levels[j]), prompts, scale, model)
+
+        with torch.no_grad():
+            walk(velocity, field.initial_latents(prompts, generators), table)
+            targets = [trainer._target(task, x, float(table.levels[j]), prompts) for j, x in enumerate(states)]
+        for j in steps:
+            student = field(states[j], float(table.levels[j]), prompts, scale, model)
+            loss = float(trainer.weights[j]) * velocity_gap_sq(student, targets[j]).mean()
+            trainer._backward(trainer._task_share(task) / len(steps) * loss)
+    finish_update(trainer)
+
+
+def finish_update(trainer: DiffusionOPDTrainer) -> None:
+    trainer.accelerator.clip_grad_norm_(trainer.student.parameters(), trainer.args.max_grad_norm)
+    trainer.optimizer.step()
+    trainer.model_wrapped.zero_grad()
+
+
+FORMS: dict[str, Callable[..., None]] = {"one_pass": one_pass, "three_pass": three_pass}
+
+
+@contextmanager
+def counted(trainer: DiffusionOPDTrainer) -> Any:
+    """Counts the transformer's forwards and the seconds in them and in backwards."""
+    model = trainer.model_wrapped
+    spent = {"forwards": 0, "forward_s": 0.0, "grad_forward_s": 0.0, "backward_s": 0.0}
+    forward, backward = model.forward, trainer._backward
+
+    def timed_forward(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        output = forward(*args, **kwargs)
+        seconds = time.perf_counter() - start
+        spent["forwards"] += 1
+        spent["forward_s"] += seconds
+        spent["grad_forward_s"] += seconds * torch.is_grad_enabled()
+        return output
+
+    def timed_backward(loss: Tensor) -> None:
+        start = time.perf_counter()
+        backward(loss)
+        spent["backward_s"] += time.perf_counter() - start
+
+    model.forward, trainer._backward = timed_forward, timed_backward  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        model.forward, trainer._backward = forward, backward  # type: ignore[method-assign]
+
+
+def measure(size: str) -> dict[str, Any]:
+    """Times both forms in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(size, Path(folder))
+        batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
+        batches = [batch] * len(TASKS)
+        seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+        for update in range(SIZES[size]["repeats"]):
+            order = list(FORMS) if update % 2 else list(reversed(FORMS))
+            for name in order:
+                start = time.perf_counter()
+                FORMS[name](trainer, batches)
+                seconds[name].append(time.perf_counter() - start)
+        result: dict[str, Any] = {}
+        for name, form in FORMS.items():
+            with counted(trainer) as spent:
+                start = time.perf_counter()
+                form(trainer, batches)
+                total = time.perf_counter() - start
+            inside = spent["forward_s"] + spent["backward_s"]
+            result[name] = {
+                "seconds": statistics.median(seconds[name]),
+                "forwards": spent["forwards"],
+                "overhead": 1 - inside / total,
+            }
+            if name == "three_pass":
+                steps = len(trainer.trainable_steps) * len(TASKS)
+                plain = (spent["forward_s"] - spent["grad_forward_s"]) / (spent["forwards"] - steps)
+                # A forward that keeps its activations costs what one without does, or a little more, which is b's.
+                b = (spent["backward_s"] / steps + spent["grad_forward_s"] / steps - plain) / plain
+    ratios = [three / one for one, three in zip(seconds["one_pass"], seconds["three_pass"], strict=True)]
+    result |= {"speedup": statistics.median(ratios), "b": b, "bound": (3 + b) / (2 + b)}
+    result["share_of_bound"] = result["speedup"] / result["bound"]
+    return result
+
+
+def peak_memory(size: str, form: str) -> float:
+    """Peak resident memory of a process that makes one update in one form, in MiB."""
+    command = [sys.executable, __file__, "--only", size, form]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--only", nargs=2, metavar=("SIZE", "FORM"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if args.only:
+        size, form = args.only
+        with tempfile.TemporaryDirectory() as folder:
+            batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
+            FORMS[form](make_trainer(size, Path(folder)), [batch] * len(TASKS))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    results = {}
+    for size in args.sizes:
+        results[size] = measure(size)
+        for form in FORMS:
+            results[size][form]["peak_memory_mib"] = peak_memory(size, form)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
+    print("| model | form | forwards | s an update | outside the network | peak MiB | speed-up | b | bound | share |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for size, result in results.items():
+        for form in FORMS:
+            row = result[form]
+            ratio = (
+                f"{result['speedup']:.3f} | {result['b']:.2f} | {result['bound']:.3f} | {result['share_of_bound']:.1%}"
+                if form == "one_pass"
+                else "| | |"
+            )
+            print(
+                f"| {size} | {form} | {row['forwards']} | {row['seconds']:.3f} | {row['overhead']:.1%} | "
+                f"{row['peak_memory_mib']:.0f} | {ratio} |"
+            )
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A tiny trainer in one call, and the parts it is made of."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig
+from tiny_sd3 import ATTENTION, make_lora, make_pipeline
+from transformers import TrainerCallback
+
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+
+
+TASKS = ("count", "draw")
+TRAINER_ARGUMENTS = (
+    "reward_funcs",
+    "train_dataset",
+    "eval_dataset",
+    "callbacks",
+    "optimizers",
+    "peft_config",
+)
+
+
+def make_teachers(folder: Path) -> dict[str, str]:
+    """Saves a LoRA a task and returns the folders by task."""
+    for seed, task in enumerate(TASKS, start=1):
+        make_lora(make_pipeline(), folder / task, seed)
+    return {task: str(folder / task) for task in TASKS}
+
+
+def make_dataset(**rows: int) -> Dataset:
+    """So many different prompts a task, by default 6 and 4, with a column for the rewards."""
+    counts = rows or {"count": 6, "draw": 4}
+    pairs = [(task, f"{task}{i}") for task, n in counts.items() for i in range(n)]
+    return Dataset.from_list([{"prompt": p, "task": task, "target": int(p[-1])} for task, p in pairs])
+
+
+def student_lora(**options: Any) -> LoraConfig:
+    """A LoRA whose factors are both random: from zeros, half of the gradients would be zero."""
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ATTENTION, "init_lora_weights": False, **options})
+
+
+def make_config(output_dir: str | Path, **options: Any) -> DiffusionOPDConfig:
+    defaults = dict(
+        height=16,
+        width=16,
+        max_sequence_length=16,
+        num_inference_steps=4,
+        eval_num_inference_steps=3,
+        guidance_scale=1.0,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=1,
+        ema_decay=None,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return DiffusionOPDConfig(str(output_dir), **{**defaults, **options})
+
+
+def make_trainer(
+    output_dir: str | Path, teachers: Any, pipeline: StableDiffusion3Pipeline | None = None, **options: Any
+) -> DiffusionOPDTrainer:
+    """A trainer of the tiny pipeline. `options` are arguments of the trainer or fields of its config."""
+    arguments = {"train_dataset": make_dataset(), "peft_config": student_lora()}
+    arguments |= {name: options.pop(name) for name in TRAINER_ARGUMENTS if name in options}
+    return DiffusionOPDTrainer(
+        pipeline or make_pipeline(), teachers, args=make_config(output_dir, **options), **arguments
+    )
+
+
+def snapshot(trainer: DiffusionOPDTrainer) -> dict[str, torch.Tensor]:
+    """The student's trained weights."""
+    return {name: p.detach().clone() for name, p in trainer.student.named_parameters().items()}
+
+
+class Recorder(TrainerCallback):
+    """Keeps the accumulated gradients of every update, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.gradients.append({name: p.grad.clone() for name, p in trained.items()})
+
+    def on_step_end(self, args, state, control, model, **kwargs) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+
+def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of two sets of tensors over the norm of the second."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
+    return (difference / sum(float(t.double().square().sum()) for t in theirs.values())) ** 0.5
+
+
+def train_losses(trainer: DiffusionOPDTrainer) -> list[float]:
+    """The logged loss of every update."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,153 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from trl_diffusion_opd.data import SINGLE_TASK, TaskSampler, dataset_problems, task_rows
+
+
+SIZES = (23, 7, 10)
+
+
+def make_rows(sizes=SIZES):
+    bounds = np.cumsum([0, *sizes])
+    return [np.arange(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+def make_sampler(batch_size=4, micro_batches=2, seed=0, sizes=SIZES):
+    return TaskSampler(make_rows(sizes), batch_size, micro_batches, seed)
+
+
+def micro_batches(sampler):
+    """The epoch as `[micro-batch, sample]`."""
+    return np.array(list(sampler)).reshape(-1, sampler.batch_size)
+
+
+def tasks_of(indices):
+    return np.searchsorted(np.cumsum(SIZES), indices, side="right")
+
+
+@pytest.mark.parametrize(("batch_size", "micro"), [(1, 1), (4, 2), (3, 5), (23, 1), (64, 2)])
+def test_an_epoch_is_whole_rounds_with_equal_shares(batch_size, micro):
+    sampler = make_sampler(batch_size, micro)
+    batches = micro_batches(sampler)
+    per_round = micro * len(SIZES)
+    assert len(sampler) == batches.size and len(batches) % per_round == 0
+    # A micro-batch is of one task, and the tasks take turns.
+    tasks = tasks_of(batches)
+    assert (tasks == tasks[:, :1]).all()
+    assert (tasks[:, 0] == np.arange(len(batches)) % len(SIZES)).all()
+    for start in range(0, len(batches), per_round):
+        counts = Counter(tasks[start : start + per_round].ravel().tolist())
+        assert counts == dict.fromkeys(range(len(SIZES)), batch_size * micro)
+
+
+def test_an_epoch_is_one_pass_over_the_largest_task_and_smaller_ones_cycle():
+    sampler = make_sampler(batch_size=4, micro_batches=1)
+    batches = micro_batches(sampler)
+    assert sampler.rounds == 6  # 23 rows in batches of 4
+    largest, small, middle = (batches[task::3].ravel() for task in range(3))
+    assert sorted(largest[:23]) == list(range(23)) and len(largest) == 24
+    # 24 samples of 7 rows are three passes and 3 more, of 10 rows two and 4: no row is used up before the others.
+    assert sorted(Counter(small.tolist()).values()) == [3] * 4 + [4] * 3
+    assert sorted(Counter(middle.tolist()).values()) == [2] * 6 + [3] * 4
+    assert sorted(small[:7]) == sorted(small[7:14]) == list(range(23, 30))
+
+
+def test_the_order_is_that_of_seed_and_epoch():
+    first, again, other_seed = make_sampler(), make_sampler(), make_sampler(seed=1)
+    epoch_0 = list(first)
+    assert list(first) == epoch_0 and list(again) == epoch_0
+    assert list(other_seed) != epoch_0
+    for sampler in (first, again):
+        sampler.set_epoch(1)
+    epoch_1 = list(first)
+    assert epoch_1 != epoch_0 and list(again) == epoch_1
+    # A second pass over a small task is in another order, too.
+    small = micro_batches(make_sampler(batch_size=7, micro_batches=1))[1::3]
+    assert sorted(small[0]) == sorted(small[1]) and small[0].tolist() != small[1].tolist()
+
+
+@pytest.mark.parametrize(("processes", "size"), [(1, 12), (2, 6), (3, 4), (12, 1)])
+def test_a_global_batch_is_the_same_however_it_is_split(processes, size):
+    whole = list(make_sampler(batch_size=12))
+    sampler = make_sampler(batch_size=processes * size)
+    parts = np.array(list(sampler)).reshape(-1, processes, size)  # as accelerate hands a batch to the processes
+    assert parts.reshape(-1).tolist() == whole
+
+
+def test_more_micro_batches_draw_the_same_samples_for_every_round():
+    whole = np.array(list(make_sampler(batch_size=8, micro_batches=1))).reshape(-1, 1, len(SIZES), 8)
+    parts = np.array(list(make_sampler(batch_size=2, micro_batches=4))).reshape(-1, 4, len(SIZES), 2)
+    for task in range(len(SIZES)):
+        assert whole[:, :, task].reshape(len(whole), -1).tolist() == parts[:, :, task].reshape(len(parts), -1).tolist()
+
+
+def test_task_rows():
+    dataset = Dataset.from_dict({"prompt": list("abcde"), "task": ["ocr", "style", "ocr", "count", "style"]})
+    rows = task_rows(dataset, "task")
+    assert {task: of_task.tolist() for task, of_task in rows.items()} == {"count": [3], "ocr": [0, 2], "style": [1, 4]}
+    assert list(rows) == [
+        "count",
+        "ocr",
+        "style",
+    ]  # by name: the order of the rows may differ between processes' files
+    assert task_rows(dataset, "skill")[SINGLE_TASK].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_task_rows_reads_a_long_column_once(monkeypatch):
+    # A row at a time, a million prompts take minutes.
+    dataset = Dataset.from_dict({"task": ["ocr", "style"] * 500_000, "prompt": ["a"] * 1_000_000})
+    reads = []
+    getitem = Dataset.__getitem__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: reads.append(key) or getitem(self, key))
+    rows = task_rows(dataset, "task")
+    assert len(reads) <= 2 and not any(isinstance(key, int) for key in reads)
+    assert np.array_equal(rows["ocr"], np.arange(0, 1_000_000, 2))
+    assert np.array_equal(rows["style"], np.arange(1, 1_000_000, 2))
+
+
+PROBLEMS = {
+    "no prompt": (
+        {"caption": ["a"], "task": ["ocr"]},
+        "data has no column 'prompt'; its columns are ['caption', 'task']. Rename yours with rename_column.",
+    ),
+    "empty": ({"prompt": [], "task": []}, "data is empty."),
+    "empty prompts": (
+        {"prompt": ["a", "", " \n", None], "task": ["ocr"] * 4},
+        "data has 3 empty prompt(s), the first in row 1. Remove them.",
+    ),
+    "not text": ({"prompt": [[1], [2]], "task": ["ocr"] * 2}, "data has 2 empty prompt(s), the first in row 0."),
+    "empty tasks": (
+        {"prompt": ["a", "b", "c"], "task": ["ocr", None, ""]},
+        "data has 2 row(s) without a task in 'task', the first is row 1.",
+    ),
+}
+
+
+@pytest.mark.parametrize("label", PROBLEMS)
+def test_dataset_problems(label):
+    columns, message = PROBLEMS[label]
+    (problem,) = dataset_problems(Dataset.from_dict(columns), "task", "data")
+    assert problem.startswith(message)
+
+
+def test_a_good_dataset_has_no_problems():
+    assert dataset_problems(Dataset.from_dict({"prompt": ["a"], "task": ["ocr"], "x": [None]}), "task", "data") == []
+    assert dataset_problems(Dataset.from_dict({"prompt": ["a"]}), "task", "data") == []

@@ -1,0 +1,221 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+import torch
+
+from trl_diffusion_opd.prompt_cache import PromptCache
+
+
+LENGTH, WIDTH = 64, 3
+
+
+def embed(text, length=LENGTH):
+    """(1, length, WIDTH): a row of its own for every character, zeros behind."""
+    codes = torch.tensor([float(ord(character)) for character in text[:length]])
+    padded = torch.nn.functional.pad(codes, (0, length - len(codes)))
+    return (padded[None, :, None] * torch.arange(1, WIDTH + 1)).contiguous()
+
+
+class Encoder:
+    """A pipeline's `encode_prompt`, which remembers what it was asked to encode."""
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+        self.batches = []
+
+    def __call__(self, prompt, negative_prompt=None, device=None, max_sequence_length=LENGTH):
+        self.batches.append(list(prompt))
+        return self.outputs(prompt, negative_prompt, max_sequence_length)
+
+    def forget_trial(self):
+        self.batches = [batch for batch in self.batches if not any("a longer prompt" in text for text in batch)]
+        self.batches = [batch for batch in self.batches if batch != ["a"]]
+
+
+def rows(prompt, negative_prompt, length):
+    embeds = torch.cat([embed(text, length) for text in prompt])
+    negative = None if negative_prompt is None else torch.cat([embed(text, length) for text in negative_prompt])
+    return embeds, negative, embeds[:, 0], None
+
+
+def shared_ids(prompt, negative_prompt, length):
+    return torch.cat([embed(text, length) for text in prompt]), torch.arange(length)[:, None].float()
+
+
+def one_tensor(prompt, negative_prompt, length):
+    return torch.cat([embed(text, length) for text in prompt])
+
+
+def lists(prompt, negative_prompt, length):
+    return [embed(text, len(text))[0] for text in prompt], []
+
+
+def nested(prompt, negative_prompt, length):
+    return (one_tensor(prompt, None, length), lists(prompt, None, length)[0]), None
+
+
+def layers_first(prompt, negative_prompt, length):
+    return torch.stack([torch.cat([embed(text, length) * layer for text in prompt]) for layer in (1, 2, 3)])
+
+
+def padded_to_the_longest(prompt, negative_prompt, length):
+    longest = max(len(text) for text in prompt)
+    return torch.cat([embed(text, longest) for text in prompt])
+
+
+def position_of_the_batch(prompt, negative_prompt, length):
+    return one_tensor(prompt, None, length), torch.tensor([float(len(prompt))])
+
+
+BY_ROW = [rows, shared_ids, one_tensor, lists, nested]
+BY_BATCH = [layers_first, padded_to_the_longest, position_of_the_batch]
+
+
+def assert_equal(got, expected):
+    assert type(got) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+    elif expected is not None:
+        assert len(got) == len(expected)
+        for ours, theirs in zip(got, expected, strict=True):
+            assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("outputs", BY_ROW + BY_BATCH)
+@pytest.mark.parametrize("negative", [None, ["", "dull"]])
+def test_it_returns_what_the_encoder_returns(outputs, negative):
+    cache, encoder = PromptCache(), Encoder(outputs)
+    for prompts in (["cat", "a dog"], ["a dog", "cat"], ["a dog", "a dog"], ["cat", "a dog"]):
+        got = cache.encode(encoder, prompts, negative_prompt=negative, device="cpu")
+        assert_equal(got, outputs(prompts, negative, LENGTH))
+    single = None if negative is None else negative[:1]
+    assert_equal(cache.encode(encoder, ["cat"], single, "cpu"), outputs(["cat"], single, LENGTH))
+
+
+@pytest.mark.parametrize("outputs", BY_ROW)
+def test_a_prompt_is_encoded_once_and_alone(outputs):
+    cache, encoder = PromptCache(), Encoder(outputs)
+    for prompts in (["x", "y"], ["y", "z"], ["z", "x", "y"]):
+        cache.encode(encoder, prompts, device="cpu")
+    encoder.forget_trial()
+    assert encoder.batches == [["x"], ["y"], ["z"]]
+
+
+@pytest.mark.parametrize("outputs", BY_BATCH)
+def test_a_batch_that_is_more_than_its_rows_is_encoded_whole(outputs):
+    cache, encoder = PromptCache(), Encoder(outputs)
+    for prompts in (["x", "yy"], ["yy", "x"], ["x", "yy"]):
+        cache.encode(encoder, prompts, device="cpu")
+    encoder.forget_trial()
+    assert encoder.batches == [["x", "yy"], ["yy", "x"]]
+
+
+def test_the_trial_happens_once():
+    cache, encoder = PromptCache(), Encoder(rows)
+    cache.encode(encoder, ["x", "y"], device="cpu")
+    assert len(encoder.batches) == 3 + 2
+    cache.encode(encoder, ["v", "w"], device="cpu")
+    assert len(encoder.batches) == 3 + 4
+
+
+def test_one_prompt_needs_no_trial():
+    # A pipeline that edits images may take one prompt for its one image and no more.
+    cache, encoder = PromptCache(), Encoder(rows)
+    cache.encode(encoder, ["x"], device="cpu")
+    assert encoder.batches == [["x"]]
+
+
+def test_options_and_negative_prompts_belong_to_the_key():
+    cache, encoder = PromptCache(), Encoder(rows)
+    for options in ({}, {"max_sequence_length": 8}, {"negative_prompt": ["", ""]}, {"negative_prompt": ["bad", ""]}):
+        got = cache.encode(encoder, ["x", "y"], device="cpu", **options)
+        expected = rows(["x", "y"], options.get("negative_prompt"), options.get("max_sequence_length", LENGTH))
+        assert_equal(got, expected)
+
+
+def test_an_embedding_does_not_depend_on_what_came_before():
+    # Half-precision encoders round a row differently in a batch: as if the size of the batch were added.
+    def noisy(prompt, negative_prompt, length):
+        return (one_tensor(prompt, None, length) + 1e-3 * (len(prompt) - 1)).clone()
+
+    histories = ([], [["x", "y"]], [["z"], ["x"]], [["y", "x", "z"], ["x", "x"]])
+    results = []
+    for history in histories:
+        cache, encoder = PromptCache(), Encoder(noisy)
+        for prompts in history:
+            cache.encode(encoder, prompts, device="cpu")
+        results.append([cache.encode(encoder, prompts, device="cpu") for prompts in (["x", "y"], ["x"], ["z", "x"])])
+    for result in results:
+        assert_equal(result, results[0])
+        assert torch.equal(result[0][:1], result[1]) and torch.equal(result[2][1:], result[1])
+
+
+def test_bytes_are_bounded_and_the_least_recently_used_goes():
+    one = embed("x").nbytes
+    cache, encoder = PromptCache(max_bytes=3 * one), Encoder(one_tensor)
+    for prompts in (["a1", "b1"], ["c1", "a1"], ["d1", "a1"]):  # d1 pushes b1 out, since a1 was used again
+        cache.encode(encoder, prompts, device="cpu")
+    encoder.forget_trial()
+    assert encoder.batches == [["a1"], ["b1"], ["c1"], ["d1"]]
+    encoder.batches.clear()
+    cache.encode(encoder, ["c1", "d1", "a1"], device="cpu")
+    assert encoder.batches == []
+    cache.encode(encoder, ["b1", "a1"], device="cpu")
+    assert encoder.batches == [["b1"]]
+    assert sum(entry.nbytes for entry in cache._entries.values()) <= 3 * one
+
+
+def test_a_batch_larger_than_the_bound_still_comes_out_right():
+    cache, encoder = PromptCache(max_bytes=1), Encoder(rows)
+    assert_equal(cache.encode(encoder, ["x", "y", "z"], device="cpu"), rows(["x", "y", "z"], None, LENGTH))
+
+
+def test_the_empty_prompt_is_kept_once():
+    # As with guidance in SD3: an embedding of "" comes with every prompt.
+    cache, encoder = PromptCache(), Encoder(rows)
+    prompts = [f"prompt {i}" for i in range(6)]
+    cache.encode(encoder, prompts, [""] * 6, "cpu")
+    negatives = {entry[1].data_ptr() for entry in cache._entries.values()}
+    positives = {entry[0].data_ptr() for entry in cache._entries.values()}
+    assert (len(cache._entries), len(positives), len(negatives)) == (6, 6, 1)
+
+
+def test_another_device_needs_no_second_encoding():
+    cache, encoder = PromptCache(), Encoder(one_tensor)
+    cache.encode(encoder, ["x", "y"], device="cpu")
+    calls = len(encoder.batches)
+    assert cache.encode(encoder, ["x", "y"], device="meta").device.type == "meta"
+    assert cache.encode(encoder, ["x", "y"], device="cpu").device.type == "cpu"
+    assert len(encoder.batches) == calls
+    assert {entry.device.type for entry in cache._entries.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("outputs", [one_tensor, padded_to_the_longest])
+def test_the_callers_list_is_left_alone(outputs):
+    # Z-Image writes its chat template into the list that it is given.
+    def template(prompt, negative_prompt, length):
+        prompt[:] = [f"<{text}>" for text in prompt]
+        return outputs(prompt, negative_prompt, length)
+
+    cache, prompts = PromptCache(), ["x", "yy"]
+    got = cache.encode(Encoder(template), prompts, device="cpu")
+    assert prompts == ["x", "yy"]
+    assert torch.equal(got, outputs(["<x>", "<yy>"], None, LENGTH))
+
+
+def test_no_graph_is_kept():
+    weight = torch.ones((), requires_grad=True)
+    got = PromptCache().encode(Encoder(lambda *args: one_tensor(*args) * weight), ["x", "y"], device="cpu")
+    assert not got.requires_grad
