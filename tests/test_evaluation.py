@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -284,6 +285,43 @@ class TestReport:
         assert cells[4][5] == f"**{report['mean_retention']:.3f}**"
         several = retention_table(retention_report({**scores, "late": scores["base"]}, TEACHERS, ["student", "late"]))
         assert several.count("| late") == 3 and several.count("| student") == 4
+
+
+class TestBenchmark:
+    def test_summary_over_seeds_is_the_brute_force_one(self):
+        path = Path(__file__).parents[1] / "benchmarks" / "retention.py"
+        spec = importlib.util.spec_from_file_location("retention_benchmark", path)
+        benchmark = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(benchmark)
+        reports, n = {}, 50
+        for seed in range(3):
+            scores = {m: {"a": of["a"], "b": of["a"]} for m, of in make_scores(n, seed).items()}
+            report = retention_report(scores, {"a": "teacher/a", "b": "teacher/a"}, ["student"])
+            scores |= {"teacher/b": scores["teacher/a"]}
+            reports[seed] = {**report, "image_scores": scores}
+        summary = benchmark.summarize(reports)
+        values = [
+            [np.array(reports[s]["image_scores"][m]["a"]["right"]) for m in ("base", "teacher/a", "student")]
+            for s in range(3)
+        ]
+        points = [(z.mean() - x.mean()) / (y.mean() - x.mean()) for x, y, z in values]
+        assert summary["tasks"]["a"]["retention"] == pytest.approx(np.mean(points), rel=1e-12)
+        assert summary["tasks"]["a"]["teacher"] == pytest.approx(np.mean([y.mean() for _, y, _ in values]), rel=1e-12)
+        # The same by loops, and other random numbers.
+        rng = np.random.default_rng(1)
+        tasks, overall = [], []
+        for _ in range(4000):
+            seeds = rng.integers(3, size=3)
+            ratios = []
+            for _ in "ab":
+                images = rng.integers(n, size=n)
+                means = [[v[images].mean() for v in values[s]] for s in seeds]
+                ratios.append(np.mean([(z - x) / (y - x) for x, y, z in means]))
+            tasks.append(ratios[0])
+            overall.append(np.mean(ratios))
+        np.testing.assert_allclose(summary["tasks"]["a"]["ci95"], np.percentile(tasks, [2.5, 97.5]), atol=0.03)
+        np.testing.assert_allclose(summary["mean_ci95"], np.percentile(overall, [2.5, 97.5]), atol=0.03)
+        assert benchmark.summary_table(summary).count("\n") == 4
 
 
 class TestEvaluateRetention:

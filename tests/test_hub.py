@@ -13,6 +13,7 @@
 # limitations under the License.
 """The model card, the arguments, the grids and what is pushed; run as a script, the round trip through a loopback Hub."""
 
+import copy
 import json
 import logging
 import os
@@ -75,12 +76,20 @@ FIELDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion3Pipeline:
+    folder = str(tmp_path_factory.mktemp("model") / "base")
+    pipeline = make_pipeline()
+    pipeline.save_pretrained(folder)
+    pipeline.register_to_config(_name_or_path=folder)
+    return pipeline
+
+
 @pytest.fixture
-def trainer(tmp_path: Path) -> SimpleNamespace:
+def trainer(base: StableDiffusion3Pipeline, tmp_path: Path) -> SimpleNamespace:
     """As much of a trainer as cards and grids need, with a LoRA that shows, its base in `base` and its output in `out`."""
-    make_pipeline().save_pretrained(tmp_path / "base")
-    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base")
-    pipeline.set_progress_bar_config(disable=True)
+    (tmp_path / "base").symlink_to(base.config["_name_or_path"])
+    pipeline = copy.deepcopy(base)
     return _stand_in(pipeline, tmp_path, get_peft_model(pipeline.transformer, _shown_lora()))
 
 
@@ -132,8 +141,8 @@ def _card(trainer: SimpleNamespace) -> ModelCard:
 def _run_card(text: str) -> Image.Image:
     """Runs the card's Python and returns the image it makes."""
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("image = pipe(", "torch.manual_seed(3)\nimage = pipe(")
     names: dict = {}
-    torch.manual_seed(3)
     exec(compile(code, "card", "exec"), names)
     return names["image"]
 
@@ -168,14 +177,14 @@ class TestArguments:
         )
         hub.write_arguments(args, tmp_path)
         text = (tmp_path / "training_args.json").read_text()
-        for planted in ("hf_", "token", "api_key", str(tmp_path), "~", os.sep + "checkpoint"):
-            assert planted not in text.replace("input_tokens_seen", ""), planted
+        for planted in ("hf_", 'token"', "api_key", str(tmp_path), "~", os.sep + "checkpoint"):
+            assert planted not in text, planted
         written = json.loads(text)
         assert (written["output_dir"], written["resume_from_checkpoint"]) == ("out", "checkpoint-5")
         assert (written["hub_model_id"], written["student_init"]) == ("me/student", "lora")
         assert (written["learning_rate"], written["lr_scheduler_type"]) == (1.25e-4, "constant")
         assert written["model_init_kwargs"]["cache_dir"] == "cache"
-        assert written["model_init_kwargs"]["parts"] == [{"folder": "weights", "dtype": "bfloat16"}]
+        assert written["model_init_kwargs"]["parts"] == [{"folder": "weights", "dtype": "torch.bfloat16"}]
         assert list(written) == sorted(written)
 
     def test_a_hub_id_keeps_its_owner(self, tmp_path, monkeypatch):
@@ -239,9 +248,8 @@ class TestModelCard:
         assert "](samples.png)" in text and "](retention.png)" not in text
 
     @pytest.mark.parametrize("kind", ["lora", "peft", "full"])
-    def test_its_code_makes_the_students_image(self, kind, trainer, tmp_path, monkeypatch):
+    def test_its_code_makes_the_students_image(self, kind, trainer, base, tmp_path, monkeypatch):
         pipeline = trainer._pipeline
-        base = _own_image(StableDiffusion3Pipeline.from_pretrained(tmp_path / "base"))
         if kind == "peft":
             monkeypatch.setattr(hub, "LoraBaseMixin", type("NoLoader", (), {}))
         if kind == "full":
@@ -256,7 +264,7 @@ class TestModelCard:
         assert ("lora" in _card(trainer).data.tags) == (kind != "full")
         image = _run_card(text)
         assert _difference(image, _own_image(pipeline)) <= 1  # rounding of a merge
-        assert _difference(image, base) > 10
+        assert _difference(image, _own_image(base)) > 10
 
     def test_classifier_free_guidance_by_its_own_name(self, trainer):
         # Qwen-Image and Flux: guidance_scale would be an embedding, and without a negative prompt nothing happens.
@@ -433,7 +441,7 @@ def _round_trip(folder: Path) -> None:
 
     api = hf_api()
     pipeline = make_pipeline()
-    pipeline.save_pretrained(folder / "base", repo_id="tester/base", push_to_hub=True)
+    pipeline.save_pretrained(str(folder / "base"), repo_id="tester/base", push_to_hub=True)
     api.create_repo("tester/teachers")
     commits = []
     for seed, path in ((1, "ocr/lora"), (2, "ocr/lora"), (3, "style/lora")):

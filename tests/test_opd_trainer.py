@@ -212,7 +212,6 @@ def test_full_fine_tuning(tmp_path, teachers):
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer
     assert all(torch.equal(p, before) for p, before in zip(trainer.bank.parameters(), frozen, strict=True))
-    assert torch.equal(forward(trainer.bank.backbone.base_model.model), forward(trainer.bank.backbone)) is False
     expected = {name: start[name] - rate * gradient for name, gradient in recorder.gradients[0].items()}
     assert relative_difference(recorder.weights[0], expected) < 1e-7
     expected = {name: p - 0.25 * rate * recorder.gradients[1][name] for name, p in recorder.weights[0].items()}
@@ -355,7 +354,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path, teachers):
         max_steps=4,
         ema_decay=0.9,
         ema_update_interval=1,
-        save_total_limit=1,
+        save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_reward",
     )

@@ -156,7 +156,7 @@ def test_a_half_precision_transformer_meets_float32_at_its_border() -> None:
     assert call["encoder_hidden_states"].dtype == torch.bfloat16
     assert call["timestep"].dtype == torch.float32
     # In bfloat16 this timestep would be off by up to 2.
-    assert level * 1000 != torch.tensor(level * 1000).bfloat16()
+    assert abs(torch.tensor(level * 1000).bfloat16().item() - level * 1000) > 1
     assert (call["timestep"] == torch.tensor(level * 1000, dtype=torch.float32)).all()
     error = (v - reference).norm() / reference.norm()
     assert 0 < error < 0.1
@@ -180,7 +180,7 @@ def test_a_float32_lora_learns_on_a_half_precision_base() -> None:
     pipeline = SD3.build()
     pipeline.transformer.to(torch.bfloat16)
     velocity = make_field(pipeline)
-    config = LoraConfig(r=2, target_modules=list(SD3.lora_targets), init_lora_weights=False)
+    config = LoraConfig(r=2, target_modules=["attn.to_q", "attn.to_v"], init_lora_weights=False)
     model = get_peft_model(pipeline.transformer, config).eval()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}

@@ -111,7 +111,8 @@ def add_adapter(
         if peft_model is model:
             peft_model.delete_adapter(name)
         else:
-            peft_model.unload()
+            tuner: Any = peft_model.base_model
+            tuner.unload()
         raise TeacherError("; ".join(problems))
     set_peft_model_state_dict(peft_model, dict(state_dict), adapter_name=name)
     for parameter in _adapter_parameters(peft_model, name):

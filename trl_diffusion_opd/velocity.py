@@ -23,7 +23,8 @@ pipeline's `__call__` knows all of it. So one step of that `__call__` is run on 
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,8 @@ class _Transformer(nn.Module):
     A module, with its own `device` and `dtype`, since a pipeline asks those of its components; the model is not
     registered, so that nobody finds its parameters twice. Precision is decided here and nowhere else: floating inputs
     are cast to the weights' dtype, but never timesteps, guidance embeddings and position ids, which bfloat16 ruins; a
-    half-precision model runs under autocast, for its float32 LoRA; out comes at least float32.
+    half-precision model runs under autocast, for its float32 LoRA, but for its output projection; out comes at least
+    float32.
     """
 
     def __init__(self, model: Callable[..., Any], base: nn.Module):
@@ -118,8 +120,10 @@ class _Transformer(nn.Module):
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         inputs = {name: self._cast(name, value) for name, value in inputs.items()}
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(self.device.type, self.dtype if half else torch.bfloat16, enabled=half):
+        if self.dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.base):
+                output = self.model(**inputs)
+        else:
             output = self.model(**inputs)
         sample = output[0]
         return (
@@ -133,6 +137,29 @@ class _Transformer(nn.Module):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _float32_projection(transformer: nn.Module) -> Iterator[None]:
+    """
+    Computes the output projection in float32. Student and teacher differ by little, and what is rounded last of each is
+    all there in the difference, which guidance then multiplies.
+    """
+    projection = dict(transformer.named_children()).get("proj_out")
+    if not isinstance(projection, nn.Linear):
+        yield
+        return
+    weight, bias = projection.weight, projection.bias
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+    projection.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del projection.forward
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -190,7 +217,8 @@ class VelocityField:
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
         self._options = options
         self._cache = PromptCache()
-        self._prepared: dict[int, tuple[torch.dtype, tuple]] = {}
+        self._working_scales = {1.0}
+        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class = type(type(pipeline).__name__, (_View, type(pipeline)), {})
         self._probe = _Probe.from_config(_euler_config(pipeline.scheduler))
         self._guidance_offset = 0.0
@@ -301,7 +329,7 @@ class VelocityField:
         Raises:
             [`ValueError`]: if the transformer sees as many rows as at scale 1.
         """
-        if guidance_scale == 1.0:
+        if guidance_scale in self._working_scales:
             return
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
         rows = []
@@ -316,6 +344,7 @@ class VelocityField:
                 f"{rows[1]} row(s) a prompt, as at 1.0. Set guidance_scale=1.0 (a guidance embedding, as Flux has one, "
                 "is set through generation_kwargs)."
             )
+        self._working_scales.add(guidance_scale)
 
     def _option_problems(self, options: dict[str, Any], max_sequence_length: int | None) -> list[str]:
         name = type(self.pipeline).__name__
@@ -399,15 +428,17 @@ class VelocityField:
             pass
         if x is None:
             view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
-            self._prepared[len(prompts)] = (view.prepared[0].dtype, view.prepared[1:])
+            device = view.transformer.device
+            self._prepared[len(prompts), device] = (view.prepared[0].dtype, view.prepared[1:])
         return view
 
     def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
         """What `prepare_latents` returns besides latents (ids, latents of an image to edit): one batch size, once."""
-        if len(prompts) not in self._prepared:
+        key = (len(prompts), next(self._base.parameters()).device)
+        if key not in self._prepared:
             generators = [torch.Generator().manual_seed(0) for _ in prompts]
             self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
-        return self._prepared[len(prompts)]
+        return self._prepared[key]
 
 
 def _stop(**kwargs: Any) -> None:

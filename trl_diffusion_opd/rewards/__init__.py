@@ -94,7 +94,9 @@ def score(
     Raises:
         [`ValueError`]: if a function returns another number of values than it was given images.
     """
-    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {}) if name != "prompt"}
+    if not images:  # more processes than images
+        return {reward_name(function): [] for function in functions}
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
     scores: dict[str, list[float | None]] = {}
     for function in functions:
         values = function(

@@ -52,10 +52,15 @@ logger = logging.getLogger(__name__)
 
 
 class _StudentCallback(TrainerCallback):
-    """Steps the moving average after every update, before anything is evaluated or saved."""
+    """Shows where training starts, and steps the moving average after every update, before it is evaluated or saved."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._log_completions()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,6 +97,10 @@ class DiffusionTrainer(_BaseTrainer):
         transformer = self._pipeline.components.get("transformer")
         self.args = args
         self._check_model(transformer, args, peft_config, problems)
+        if not problems:
+            for component in self._components():
+                if component is not transformer or quantization_config is None:  # a quantised model is in its place
+                    component.to(args.device)  # the checks below run the pipeline
         self.tasks = self._read_tasks(train_dataset, eval_dataset, args, problems)
         self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
         with _collect(problems):
@@ -136,14 +145,12 @@ class DiffusionTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
-        for component in self._pipeline.components.values():
-            if isinstance(component, nn.Module) and component is not transformer:
-                component.to(self.accelerator.device)  # Trainer moves the model alone
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
+        self._grid_at = -1
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     # Hooks of the trainers
@@ -387,8 +394,7 @@ class DiffusionTrainer(_BaseTrainer):
                 task_means.append(_mean(list(means.values())))
                 num_images += count
             metrics |= self._evaluate_method(dataset, metric_key_prefix)
-            if self.args.log_completions:
-                self._log_completions(dataset)
+        self._log_completions()
         if any(self.reward_funcs.values()):
             metrics[f"{metric_key_prefix}_reward"] = _mean(task_means)
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
@@ -423,11 +429,19 @@ class DiffusionTrainer(_BaseTrainer):
         )
         return {reward_name(f): gather_object(scores[reward_name(f)]) for f in self.reward_funcs[task]}
 
-    def _log_completions(self, dataset: Dataset) -> None:
+    def _log_completions(self) -> None:
+        """Draws the grid of images, once an update. Its prompts are fixed, so that the grids of a run can be compared."""
+        if not self.args.log_completions or self._grid_at == self.state.global_step:
+            return
+        self._grid_at = self.state.global_step
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()))
         grid: dict[str, list[Any]] = {}
-        for task, rows in task_rows(dataset, self.args.task_column).items():
-            mine = self._draw(dataset, task, rows[: self.args.num_completions_to_print].tolist())
-            grid[task] = [image for _, image in sorted(gather_object(mine), key=lambda item: item[0])]
+        with self.student.ema_weights():
+            for task, rows in task_rows(dataset, self.args.task_column).items():
+                mine = self._draw(dataset, task, rows[: self.args.num_completions_to_print].tolist())
+                grid[task] = [image for _, image in sorted(gather_object(mine), key=lambda item: item[0])]
         if self.accelerator.is_main_process:
             log_grid(self, grid)
 
