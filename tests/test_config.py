@@ -237,10 +237,6 @@ REFUSED = {
     "beta": ({"beta": -1.0}, "beta=-1.0 is negative."),
     "skip": ({"skip_last_steps": 10}, "skip_last_steps=10: it must leave at least one of the 10 steps."),
     "trained steps": ({"num_trained_timesteps": 0}, "num_trained_timesteps=0: it must be at least 1."),
-    "columns": (
-        {"remove_unused_columns": True},
-        "remove_unused_columns=True would take the prompts and the reward functions' columns away.",
-    ),
 }
 
 

@@ -256,10 +256,9 @@ class TestReport:
         assert retention_report(never, {"a": "t"}, ["s"])["tasks"]["a"]["base"] is None
 
     def test_an_interval_without_end_is_none(self):
-        assert np.isnan(retention_of(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([0.5, 2.0]))).tolist() == [
-            False,
-            True,
-        ]
+        # A resample in which the teacher has no gain, or loses, has no retention.
+        ratios = retention_of(np.array([0.0, 1.0, 1.0]), np.array([1.0, 1.0, 0.5]), np.array([0.5, 2.0, 0.4]))
+        np.testing.assert_array_equal(ratios, [0.5, np.nan, np.nan])
         sample = np.linspace(0, 1, 1000)
         sample[:30] = np.nan
         assert interval(sample) is None

@@ -116,6 +116,25 @@ def test_a_prompts_embedding_does_not_depend_on_its_batch() -> None:
         assert not torch.equal(first[name][1], second[name][1])
 
 
+@pytest.mark.parametrize("name", ["cogview4", "qwen_image", "z_image"])
+def test_short_and_long_prompts_share_a_batch(name: str) -> None:
+    # CogView4 pads to the longest, in steps of 16 tokens; Qwen-Image to the longest; Z-Image keeps lists.
+    family, long = FAMILIES[name], "a cat " * 12
+    pipeline, prompts = family.build(), ["a red cat", long]
+    kwargs = {**family.kwargs, "max_sequence_length": 64}
+    velocity, spy = VelocityField(pipeline, num_inference_steps=2, **kwargs), Spy(pipeline.transformer)
+    x = noise(velocity, prompts)
+    encoded = "cap_feats" if name == "z_image" else "encoder_hidden_states"
+    with torch.no_grad():
+        velocity(x, 0.7, [BOTH[0], "a red dog"], 1.0, spy)
+        velocity(x, 0.7, prompts, 1.0, spy)
+        expected = pipeline.encode_prompt(list(prompts), max_sequence_length=64)[0]
+    ours = spy.calls[-1][encoded]
+    assert len(ours) == 2 and ours[1].shape[0] > 16
+    for row, own in zip(ours, expected, strict=True):
+        torch.testing.assert_close(row, own)
+
+
 # Devices
 
 

@@ -91,7 +91,7 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
                 bounds = report["scores_ci95"][name][task][reward]
                 if bounds is not None:
                     whisker = axes.vlines(x, *bounds, color="#555555", linewidth=1.2)
-                    whisker.set_path_effects([withStroke(linewidth=3, foreground="white")])
+                    whisker.set_path_effects([withStroke(linewidth=2.4, foreground="white")])
                 top = mean if bounds is None else bounds[1]
                 retention = (
                     entry.get("students", {students[0]: entry})[name]["retention"] if name in students else None

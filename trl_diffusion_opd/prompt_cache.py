@@ -73,15 +73,16 @@ class PromptCache:
         sizes = {len(value) for value in texts.values()}
         # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
         layout = self._layout(encode_prompt, call, texts, options) if len(sizes) == 1 and sizes != {1} else None
-        if layout is None:
-            copies = {name: list(value) for name, value in texts.items()}  # Z-Image writes its template into the list
-            return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies})), call.get("device"))
         rows = []
-        for i in range(sizes.pop()):
+        for i in range(sizes.pop() if layout is not None else 0):
             row = {name: [value[i]] for name, value in texts.items()}
             key = (*options, *((name, value[0]) for name, value in row.items()))
             rows.append(self._remember(key, partial(encode_prompt, **{**call, **row})))
-        return _to(_join(rows, layout), call.get("device"))
+        # CogView4 pads to the next 16 tokens of the longest: rows until a batch has prompts on both sides of 16.
+        if layout is not None and _fit(rows, layout):
+            return _to(_join(rows, layout), call.get("device"))
+        copies = {name: list(value) for name, value in texts.items()}  # Z-Image writes its template into the list
+        return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies})), call.get("device"))
 
     def _layout(self, encode_prompt: Callable[..., Any], call: dict, texts: dict, options: tuple) -> Any:
         pattern = (*options, *texts)
@@ -130,6 +131,12 @@ def _find_layout(first: Any, second: Any, both: Any) -> Any:
     if tensors and first.shape == second.shape and _close(torch.cat([first, second]), both):
         return "rows"
     return None
+
+
+def _fit(rows: list[Any], layout: Any) -> bool:
+    if isinstance(layout, tuple):
+        return all(_fit([row[i] for row in rows], part) for i, part in enumerate(layout))
+    return layout != "rows" or len({row.shape[1:] for row in rows}) == 1
 
 
 def _join(rows: list[Any], layout: Any) -> Any:

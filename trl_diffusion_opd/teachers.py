@@ -108,8 +108,8 @@ def add_adapter(
             problems.append(f"{reason}: {_short(key)} is {theirs} in the file and {ours} here")
             break
     if problems:
-        if peft_model is model:
-            peft_model.delete_adapter(name)
+        if isinstance(model, PeftModel):
+            model.delete_adapter(name)
         else:
             tuner: Any = peft_model.base_model
             tuner.unload()

@@ -155,11 +155,11 @@ def _float32_projection(transformer: nn.Module) -> Iterator[None]:
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
-    projection.forward = forward  # type: ignore[method-assign]
+    projection.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del projection.forward
+        del projection.__dict__["forward"]
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

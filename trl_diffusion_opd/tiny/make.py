@@ -42,7 +42,7 @@ from .verifiers import rewards
 
 STAGES = ("vae", "base", "teachers", "check")
 VAE_STEPS = 1200
-TEACHER_STEPS = {"compose": 700, "letters": 700, "style": 300}
+TEACHER_STEPS = {"compose": 1000, "letters": 400, "style": 250}
 
 
 def _latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
@@ -92,7 +92,8 @@ def make_base(folder: Path) -> None:
 
 
 def make_teachers(folder: Path, tasks: tuple[str, ...] = TASKS) -> None:
-    for seed, task in enumerate(tasks):
+    for task in tasks:
+        seed = TASKS.index(task)
         pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base")
         pictures = teacher_pictures(task, 6000, seed=10 + seed)
         latents = _latents(pipeline.vae, pictures.images)

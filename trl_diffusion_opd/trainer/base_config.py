@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
@@ -195,8 +195,16 @@ class DiffusionConfig(_BaseConfig):
         for name in ("model_init_kwargs", "generation_kwargs", "task_weights"):
             if isinstance(getattr(self, name), str):
                 problems.append(f"{name}={getattr(self, name)!r} is not a JSON object such as '{{\"key\": 1}}'.")
-        if isinstance(self.model_init_kwargs, dict) and self.model_init_kwargs.get("trust_remote_code"):
-            problems.append("model_init_kwargs: trust_remote_code would run code from the Hub and is refused.")
+        options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        for name in ("trust_remote_code", "custom_pipeline"):
+            if options.get(name):
+                problems.append(
+                    f"model_init_kwargs: {name} would run code from the Hub and is refused. If you trust it, load the "
+                    "pipeline yourself and pass it as the model."
+                )
+        if not options.get("use_safetensors", True):
+            problems.append("model_init_kwargs: use_safetensors is always on; pickled weights are not read.")
+        problems += self._choice_problems("dtype", "sampler")
         if self.noise_level is not None:
             if self.sampler in ("ode", "dpm2m"):
                 problems.append(
@@ -207,9 +215,17 @@ class DiffusionConfig(_BaseConfig):
                 problems.append(f"noise_level={self.noise_level}: {self.sampler} takes 0 to 1.")
             elif self.noise_level < 0:
                 problems.append(f"noise_level={self.noise_level} is negative.")
-        for name in ("num_inference_steps", "eval_num_inference_steps", "ema_update_interval"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name}={getattr(self, name)}: it must be at least 1.")
+        for name in (
+            "num_inference_steps",
+            "eval_num_inference_steps",
+            "gradient_accumulation_steps",
+            "ema_update_interval",
+            "num_eval_images",
+            "num_completions_to_print",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name}={value}: it must be at least 1.")
         for name in ("guidance_scale", "eval_guidance_scale"):
             scale = getattr(self, name)
             if scale is not None and scale < 1:
@@ -221,3 +237,12 @@ class DiffusionConfig(_BaseConfig):
                 if not isinstance(weight, (int, float)) or weight <= 0:
                     problems.append(f"task_weights: {task}={weight!r} is not a positive number.")
         return problems
+
+    def _choice_problems(self, *names: str) -> list[str]:
+        # The parser of a command line checks them, Python does not.
+        choices = {known.name: known.metadata["choices"] for known in fields(self) if known.name in names}
+        return [
+            f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices[name])}."
+            for name in names
+            if getattr(self, name) not in choices[name]
+        ]

@@ -28,8 +28,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import speed_metrics
@@ -39,13 +38,21 @@ from trl.trainer.utils import identity
 
 from .. import checkpoint, hub
 from ..completions import log_grid
-from ..data import TaskSampler, dataset_problems, task_rows
+from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
 from ..rewards import RewardFuncs, reward_name, rewards_by_task, score
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..velocity import VelocityField
 from .base_config import DiffusionConfig
+from .checks import (
+    collect,
+    evaluation_data_problems,
+    list_of,
+    load_pipeline,
+    model_problems,
+    training_data_problems,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -92,24 +99,27 @@ class DiffusionTrainer(_BaseTrainer):
         peft_config: PeftConfig | str | None = "default",
     ):
         set_seed(args.seed)  # before the LoRA's random initialisation
-        problems: list[str] = []
-        self._pipeline = self._load_pipeline(model, args, quantization_config)
-        transformer = self._pipeline.components.get("transformer")
+        self._pipeline = load_pipeline(model, args, quantization_config)
+        transformer: Any = self._pipeline.components.get("transformer")
         self.args = args
-        self._check_model(transformer, args, peft_config, problems)
-        if not problems:
+        problems = training_data_problems(train_dataset, args.task_column)
+        self._task_rows = {} if problems else task_rows(train_dataset, args.task_column)
+        self.tasks = list(self._task_rows)
+        self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
+        if self.tasks:
+            problems += evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
+            with collect(problems):
+                self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
+            self._set_accumulation(args, problems)
+            self._set_task_weights(args, problems)
+        # Problems of the data don't keep the model from being checked, so that one message says everything.
+        unfit = model_problems(self._pipeline, args, peft_config)
+        student_model: Any = None
+        if not unfit:
             for component in self._components():
                 if component is not transformer or quantization_config is None:  # a quantised model is in its place
                     component.to(args.device)  # the checks below run the pipeline
-        self.tasks = self._read_tasks(train_dataset, eval_dataset, args, problems)
-        self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
-        with _collect(problems):
-            self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
-        self._set_accumulation(args, problems)
-        options: Any = args.task_weights or {}
-        self._task_weights = {task: float(options.get(task, 1.0)) for task in self.tasks}
-        if not problems:
-            with _collect(problems):
+            with collect(unfit):
                 self.velocity_field = VelocityField(
                     self._pipeline,
                     num_inference_steps=args.num_inference_steps,
@@ -118,19 +128,20 @@ class DiffusionTrainer(_BaseTrainer):
                     max_sequence_length=args.max_sequence_length,
                     generation_kwargs=_dict(args.generation_kwargs),
                 )
-        if not problems:
+        if not unfit:
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
-                with _collect(problems):
+                with collect(problems):
                     self.velocity_field.check_guidance(scale)
-        if not problems:
-            with _collect(problems):
+            with collect(unfit):
                 student_model = self._make_student(transformer, args, peft_config)
-        if not problems:
+        if not unfit:
             self._setup(student_model, problems)
+        problems = unfit + problems
         if problems:
-            raise ValueError(
-                f"{type(self).__name__} cannot start:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems))
-            )
+            if isinstance(student_model, PeftModel):  # give a pipeline back as it was
+                student_model.unload()
+                transformer.__dict__.pop("peft_config", None)
+            raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
 
@@ -160,100 +171,11 @@ class DiffusionTrainer(_BaseTrainer):
 
     # Before the first step
 
-    def _load_pipeline(
-        self, model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
-    ) -> DiffusionPipeline:
-        if isinstance(model, DiffusionPipeline):
-            if args.model_init_kwargs or quantization_config is not None:
-                raise ValueError(
-                    "model_init_kwargs and quantization_config are for a model that is given by name. This one is "
-                    "loaded already: load it with them, or pass its name."
-                )
-            return model
-        options = {"torch_dtype": getattr(torch, args.dtype), **(_dict(args.model_init_kwargs) or {})}
-        if quantization_config is not None:
-            options["quantization_config"] = quantization_config
-        try:
-            return DiffusionPipeline.from_pretrained(model, **options, use_safetensors=True)
-        except OSError as error:
-            raise ValueError(
-                f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
-                f"for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json. ({error})"
-            ) from error
-
-    def _check_model(
-        self, transformer: Any, args: DiffusionConfig, peft_config: PeftConfig | str | None, problems: list[str]
-    ) -> None:
-        if not isinstance(transformer, nn.Module):
-            problems.append(
-                f"{type(self._pipeline).__name__} has no transformer: only flow-matching pipelines with a denoising "
-                "transformer can be trained."
-            )
-            return
-        if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
-            problems.append(
-                "The pipeline already carries a LoRA, which would become part of the base. Remove it with "
-                "pipe.unload_lora_weights() or pipe.fuse_lora(), or pass it as student_init or as a teacher."
-            )
-        if any("_hf_hook" in component.__dict__ for component in self._components()):
-            problems.append(
-                "The pipeline is offloaded to the CPU; its hooks would move the model while it trains. Load it without "
-                "enable_model_cpu_offload()."
-            )
-        if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
-            # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
-            problems.append(
-                "HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here."
-            )
-        if isinstance(peft_config, str) and peft_config != "default":
-            problems.append(
-                f"peft_config={peft_config!r}: it is 'default', a LoraConfig, or None for full fine-tuning."
-            )
-        elif isinstance(peft_config, PeftConfig) and not isinstance(peft_config, LoraConfig):
-            problems.append(
-                f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights."
-            )
-        elif peft_config is None and args.student_init is not None:
-            problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
-
     def _components(self) -> Iterator[nn.Module]:
         return (component for component in self._pipeline.components.values() if isinstance(component, nn.Module))
 
-    def _read_tasks(
-        self,
-        train_dataset: Dataset | None,
-        eval_dataset: Dataset | dict[str, Dataset] | None,
-        args: DiffusionConfig,
-        problems: list[str],
-    ) -> list[str]:
-        if not isinstance(train_dataset, Dataset):
-            problems.append(
-                f"train_dataset is a {type(train_dataset).__name__}; it must be a datasets.Dataset, since every update "
-                "takes prompts of all tasks. For a streamed one use Dataset.from_list(list(iterable))."
-            )
-            return []
-        found = dataset_problems(train_dataset, args.task_column, "train_dataset")
-        problems += found
-        if found:
-            return []
-        self._task_rows = task_rows(train_dataset, args.task_column)
-        tasks = list(self._task_rows)
-        eval_datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
-        for name, dataset in eval_datasets.items():
-            if dataset is None:
-                continue
-            found = dataset_problems(dataset, args.task_column, name)
-            problems += found
-            unknown = [] if found else [task for task in task_rows(dataset, args.task_column) if task not in tasks]
-            if unknown:
-                problems.append(f"{name} has prompts of tasks {unknown}, which train_dataset does not have: {tasks}.")
-        unknown = [task for task in args.task_weights or {} if task not in tasks]
-        if unknown:
-            problems.append(f"task_weights names tasks {unknown} without prompts; the data has {tasks}.")
-        return tasks
-
     def _set_accumulation(self, args: DiffusionConfig, problems: list[str]) -> None:
-        n = max(len(self.tasks), 1)
+        n = len(self.tasks)
         if args.gradient_accumulation_steps is None:
             args.gradient_accumulation_steps = n
         self._micro_batches = args.gradient_accumulation_steps // n  # of each task in a round
@@ -263,6 +185,13 @@ class DiffusionTrainer(_BaseTrainer):
                 f"gradient_accumulation_steps={args.gradient_accumulation_steps} is not a multiple of the {n} tasks "
                 f"({', '.join(self.tasks)}), which all have an equal part of an update. Use {fitting}, or leave it unset."
             )
+
+    def _set_task_weights(self, args: DiffusionConfig, problems: list[str]) -> None:
+        weights = _dict(args.task_weights) or {}
+        self._task_weights = {task: float(weights.get(task, 1.0)) for task in self.tasks}
+        unknown = [task for task in weights if task not in self.tasks]
+        if unknown:
+            problems.append(f"task_weights names tasks {unknown} without prompts; the data has {self.tasks}.")
 
     def _make_student(
         self, transformer: nn.Module, args: DiffusionConfig, peft_config: PeftConfig | str | None
@@ -509,14 +438,6 @@ class DiffusionTrainer(_BaseTrainer):
 def _dict(value: Any) -> dict[str, Any] | None:
     assert value is None or isinstance(value, dict)  # the config has parsed or refused strings
     return value
-
-
-@contextmanager
-def _collect(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        problems += str(error).splitlines()
 
 
 def _mean(values: list[float | None] | list[float]) -> float:

@@ -86,6 +86,7 @@ class DiffusionOPDConfig(DiffusionConfig):
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
+        problems += self._choice_problems("loss_type", "loss_weighting")
         if self.loss_type == "policy_gradient" and (self.sampler in ("ode", "dpm2m") or self.noise_level == 0):
             problems.append(
                 f"loss_type='policy_gradient' needs a walk with noise, and sampler='{self.sampler}' with "

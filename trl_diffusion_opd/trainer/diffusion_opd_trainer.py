@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from transformers import TrainerCallback
 
 from .. import tables
 from ..checkpoint import write_json
-from ..data import task_rows
+from ..data import SINGLE_TASK, task_rows
 from ..objectives import (
     default_skip_last_steps,
     inclusion_probabilities,
@@ -47,7 +48,8 @@ from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import Teacher, TeacherBank, TeacherConfig, normalize_teachers
-from .base_trainer import DiffusionTrainer, _collect
+from .base_trainer import DiffusionTrainer
+from .checks import collect
 from .diffusion_opd_config import DiffusionOPDConfig
 
 
@@ -158,17 +160,23 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _setup(self, model: nn.Module, problems: list[str]) -> None:
         args = self.args
-        with _collect(problems):
+        with collect(problems):
             levels = self.velocity_field.levels
             self.table = sampler_table(args.sampler, levels, args.noise_level)
             self.weights = step_weights(self.table, levels, args.loss_weighting)
             self.kl_weights = step_weights(self.table, levels, "kl")
             skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
             self.trainable_steps = trained_steps(self.weights, skip)
-            if args.num_trained_timesteps is not None:
-                inclusion_probabilities(self.weights[: len(self.trainable_steps)], args.num_trained_timesteps)
-        with _collect(problems):
-            teachers = normalize_teachers(self._teacher_specs, self.tasks)
+            if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(self.trainable_steps):
+                problems.append(
+                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(self.trainable_steps)} steps are "
+                    f"trained of {len(self.table)}, without the last {skip} (skip_last_steps)."
+                )
+        with collect(problems):
+            specs = self._teacher_specs
+            # Where the data cannot tell the tasks, the teachers are still looked at.
+            named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
+            teachers = normalize_teachers(specs, self.tasks or named)
             is_lora = isinstance(model, PeftModel)
             default_scale = args.teacher_guidance_scale
             self.bank = TeacherBank(

@@ -1,0 +1,111 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""One of several processes of a training. Writes what it saw, under its rank, for the test that launched it."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from opd_fixtures import make_dataset, make_trainer, snapshot
+from safetensors.torch import save_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from transformers import TrainerCallback
+
+
+class CountReducedBytes(TrainerCallback):
+    """Counts what DDP reduces, by update, where it hands its buckets over."""
+
+    def __init__(self):
+        self.trainer = None
+        self.bytes = [0]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def hook(group, bucket):
+            self.bytes[-1] += bucket.buffer().numel() * bucket.buffer().element_size()
+            return allreduce_hook(group, bucket)
+
+        self.trainer.model_wrapped.register_comm_hook(None, hook)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bytes.append(0)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, update):
+        self.update = update
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.update:
+            control.should_training_stop = control.should_save = True
+
+
+def length(prompts, images, **columns):
+    return [float(image.getpixel((0, 0))[0]) + target for image, target in zip(images, columns["target"], strict=True)]
+
+
+def main(folder: Path) -> None:
+    scenario = json.loads((folder / "scenario.json").read_text())
+    teachers, options = scenario["teachers"], scenario["options"]
+    counter, latents = CountReducedBytes(), []
+    trainer = make_trainer(
+        folder / "through",
+        teachers,
+        callbacks=[counter],
+        reward_funcs=length,
+        eval_dataset=make_dataset(count=3, draw=1),
+        **options,
+    )
+    counter.trainer = trainer
+    rank = trainer.accelerator.process_index
+    draw = trainer.velocity_field.initial_latents
+    trainer.velocity_field.initial_latents = lambda *inputs: latents.append(draw(*inputs)) or latents[-1]
+    trainer.train()
+    through, drawn = snapshot(trainer), torch.stack(latents)
+    metrics = trainer.evaluate()
+
+    stopped = make_trainer(folder / "stopped", teachers, callbacks=[StopAt(2)], **options)
+    stopped.train()
+    resumed = make_trainer(folder / "stopped", teachers, **options)
+    resumed.train(resume_from_checkpoint=True)
+    same = all(torch.equal(p, through[name]) for name, p in snapshot(resumed).items())
+
+    broken = make_trainer(folder / "broken", teachers, **options)
+    velocity = broken._teacher_velocity
+    if rank == 1:
+        broken._teacher_velocity = lambda *inputs: velocity(*inputs) * float("nan")
+    error = ""
+    try:
+        broken.train()
+    except FloatingPointError as stop:
+        error = str(stop)
+
+    save_file({**through, "drawn": drawn}, folder / f"rank_{rank}.safetensors")
+    report = {
+        "world_size": trainer.accelerator.num_processes,
+        "log": trainer.state.log_history,
+        "metrics": metrics,
+        "reduced_bytes": counter.bytes,
+        "trained_parameters": sum(p.numel() for p in trainer.student.parameters()),
+        "resumed_is_same": same,
+        "error": error,
+        "updates_before_error": broken.state.global_step,
+    }
+    (folder / f"rank_{rank}.json").write_text(json.dumps(report))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,144 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is refused before the first step: each function says what is wrong, a sentence each, and changes nothing."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..data import dataset_problems, task_rows
+from .base_config import DiffusionConfig
+
+
+def load_pipeline(
+    model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
+) -> DiffusionPipeline:
+    """
+    The base pipeline, loaded if it is given by name.
+
+    Raises:
+        [`ValueError`]: if it cannot be loaded, with what to check.
+    """
+    if isinstance(model, DiffusionPipeline):
+        if args.model_init_kwargs or quantization_config is not None:
+            raise ValueError(
+                "model_init_kwargs and quantization_config are for a model that is given by name. This one is "
+                "loaded already: load it with them, or pass its name."
+            )
+        return model
+    if not isinstance(model, str):
+        raise ValueError(
+            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
+            "trainer takes the transformer)."
+        )
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, args.dtype)}
+    if isinstance(args.model_init_kwargs, dict):
+        options |= args.model_init_kwargs
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    try:
+        return DiffusionPipeline.from_pretrained(model, **{**options, "use_safetensors": True})
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
+            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
+            f"({error})"
+        ) from error
+
+
+def model_problems(
+    pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
+) -> list[str]:
+    """What keeps the pipeline's transformer from being trained as `args` and `peft_config` say."""
+    transformer = pipeline.components.get("transformer")
+    if not isinstance(transformer, nn.Module):
+        return [
+            f"{type(pipeline).__name__} has no transformer: only flow-matching pipelines with a denoising transformer "
+            "can be trained."
+        ]
+    problems = []
+    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+        problems.append(
+            "The pipeline already carries a LoRA, which would become part of the base. Remove it with "
+            "pipe.unload_lora_weights(), after pipe.fuse_lora() to keep its effect, or pass it as student_init or as a "
+            "teacher."
+        )
+    networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    if any("_hf_hook" in network.__dict__ for network in networks):
+        problems.append(
+            "The pipeline is offloaded to the CPU; its hooks would move the model while it trains. Load it without "
+            "enable_model_cpu_offload()."
+        )
+    if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
+        # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
+        problems.append("HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here.")
+    if isinstance(peft_config, str) and peft_config != "default":
+        problems.append(f"peft_config={peft_config!r}: it is 'default', a LoraConfig, or None for full fine-tuning.")
+    elif not isinstance(peft_config, str | LoraConfig | None):
+        problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
+    elif peft_config is None and args.student_init is not None:
+        problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
+    return problems
+
+
+def training_data_problems(dataset: Any, task_column: str) -> list[str]:
+    """What keeps `dataset` from being trained on."""
+    if not isinstance(dataset, Dataset):
+        kind = "None" if dataset is None else f"a {type(dataset).__name__}"
+        return [
+            f"train_dataset is {kind}; it must be a datasets.Dataset, since every update takes prompts of all tasks. For a "
+            "streamed one use Dataset.from_list(list(iterable))."
+        ]
+    return dataset_problems(dataset, task_column, "train_dataset")
+
+
+def evaluation_data_problems(eval_dataset: Any, task_column: str, tasks: list[str]) -> list[str]:
+    """What keeps `eval_dataset`, a dataset or a dict of them, from being evaluated on by a run that trains `tasks`."""
+    problems = []
+    datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    for name, dataset in datasets.items():
+        if dataset is None:
+            continue
+        if not isinstance(dataset, Dataset):
+            problems.append(f"{name} is a {type(dataset).__name__}; it must be a datasets.Dataset, or a dict of them.")
+            continue
+        found = dataset_problems(dataset, task_column, name)
+        problems += found
+        unknown = [] if found else [task for task in task_rows(dataset, task_column) if task not in tasks]
+        if unknown:
+            problems.append(f"{name} has prompts of tasks {unknown}, which train_dataset does not have: {tasks}.")
+    return problems
+
+
+@contextmanager
+def collect(problems: list[str]) -> Iterator[None]:
+    """Puts the lines of a `ValueError` raised within it into `problems`."""
+    try:
+        yield
+    except ValueError as error:
+        problems += str(error).splitlines()
+
+
+def list_of(problems: list[str]) -> str:
+    """One bullet a problem, those that are bullets already below the line that heads them."""
+    return "\n".join(f"  {line}" if line.startswith("- ") else f"- {line}" for line in dict.fromkeys(problems))
