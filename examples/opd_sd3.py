@@ -45,6 +45,7 @@ accelerate launch examples/opd_sd3.py \
 
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +54,7 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig, evaluate_retention
+from trl_diffusion_opd.data import dataset_problems
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.retention import retention_table
 from trl_diffusion_opd.rewards import load_reward
@@ -114,7 +116,9 @@ def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dat
     for task, sources in by_task(option, values).items():
         for source in sources:
             file_format = _FILE_FORMATS.get(Path(source).suffix)
-            if os.path.exists(source) and file_format is not None:
+            if file_format is not None and not os.path.exists(source):
+                raise ValueError(f"--{option}: there is no file {source!r}.")
+            if file_format is not None:
                 part = load_dataset(file_format, data_files=source, split="train")
             elif os.path.exists(source):
                 raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
@@ -129,22 +133,37 @@ def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dat
     return concatenate_datasets(parts) if parts else None
 
 
+def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, float]:
+    """Guidance scales by task."""
+    option, scales = "teacher_guidance_scales", {}
+    for task, given in by_task(option, values).items():
+        if task not in tasks:
+            raise ValueError(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
+        try:
+            scales[task] = float(given[-1])
+        except ValueError as error:
+            raise ValueError(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
+    return scales
+
+
 def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    scales = {
-        task: float(values[-1])
-        for task, values in by_task("teacher_guidance_scales", script_args.teacher_guidance_scales).items()
-    }
+    specs = by_task("teachers", script_args.teachers)
+    scales = load_scales(script_args.teacher_guidance_scales, specs)
     teachers = {
-        task: [TeacherConfig(spec, guidance_scale=scales.get(task)) for spec in specs]
-        for task, specs in by_task("teachers", script_args.teachers).items()
+        task: [TeacherConfig(spec, guidance_scale=scales.get(task)) for spec in of_task]
+        for task, of_task in specs.items()
     }
     rewards = by_task("reward_funcs", script_args.reward_funcs)
-    reward_funcs = {task: [load_reward(spec) for spec in specs] for task, specs in rewards.items()}
+    reward_funcs = {task: [load_reward(spec) for spec in of_task] for task, of_task in rewards.items()}
     test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
-    unscored = sorted(set(test_dataset[training_args.task_column]) - set(reward_funcs)) if test_dataset else []
-    if unscored:
-        raise ValueError(f"--test_prompts: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
+    if test_dataset is not None:  # what the report at the end would refuse
+        problems = dataset_problems(test_dataset, training_args.task_column, "--test_prompts")
+        unscored = sorted(by_task("test_prompts", script_args.test_prompts).keys() - reward_funcs.keys())
+        if unscored:
+            problems.append(f"--test_prompts: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
+        if problems:
+            raise ValueError("\n".join(problems))
 
     peft_config = LoraConfig(
         r=script_args.lora_r,

@@ -109,6 +109,22 @@ class Recorder(TrainerCallback):
         self.weights.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
 
 
+class StopAt(TrainerCallback):
+    """Stops after an update, with a checkpoint."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.update:
+            control.should_training_stop = control.should_save = True
+
+
+def first_pixel(prompts, images, completions, target, trainer_state, **columns) -> list[float]:
+    """A reward that depends on the image and on the row."""
+    return [float(image.getpixel((0, 0))[0]) + value for image, value in zip(images, target, strict=True)]
+
+
 def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Norm of the difference of two sets of tensors over the norm of the second."""
     assert ours.keys() == theirs.keys()

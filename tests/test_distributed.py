@@ -22,7 +22,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from opd_fixtures import make_dataset, make_teachers, make_trainer, relative_difference, snapshot, train_losses
+from opd_fixtures import (
+    first_pixel,
+    make_dataset,
+    make_teachers,
+    make_trainer,
+    relative_difference,
+    snapshot,
+    train_losses,
+)
 from safetensors.torch import load_file
 
 
@@ -132,16 +140,12 @@ def test_gradients_are_reduced_once_an_update(two):
 def test_evaluation_is_the_same(two, one, teachers):
     reports = two[0]
     trainer, _ = one
-    trainer.reward_funcs = {task: [length] for task in trainer.tasks}
+    trainer.reward_funcs = {task: [first_pixel] for task in trainer.tasks}
     metrics = trainer.evaluate(make_dataset(count=3, draw=1))
     # Of three images and two processes one is drawn twice and counted once.
-    for name in ("eval_count/length", "eval_draw/length", "eval_reward"):
+    for name in ("eval_count/first_pixel", "eval_draw/first_pixel", "eval_reward"):
         values = [report["metrics"][name] for report in reports]
         assert values[0] == values[1] == pytest.approx(metrics[name], abs=0.5)
-
-
-def length(prompts, images, **columns):
-    return [float(image.getpixel((0, 0))[0]) + target for image, target in zip(images, columns["target"], strict=True)]
 
 
 def test_two_processes_resume_exactly(two):

@@ -13,6 +13,7 @@
 # limitations under the License.
 """What training does to the student and leaves alone, what is measured, and what stops it."""
 
+import copy
 import json
 import math
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from opd_fixtures import (
     Recorder,
+    first_pixel,
     make_dataset,
     make_teachers,
     make_trainer,
@@ -34,8 +36,7 @@ from safetensors.torch import load_file
 from tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
 
 from trl_diffusion_opd import TeacherConfig
-from trl_diffusion_opd.rollout import sample_generators, walk
-from trl_diffusion_opd.samplers import sampler_table
+from trl_diffusion_opd.rollout import sample_generators
 
 
 DECAY, INTERVAL, UPDATES = 0.4, 2, 20
@@ -62,7 +63,7 @@ def trained(tmp_path_factory, teachers):
         pipeline=pipeline,
         callbacks=[recorder],
         peft_config="default",
-        reward_funcs=brightness,
+        reward_funcs=first_pixel,
         max_steps=UPDATES,
         learning_rate=1e-2,
         ema_decay=DECAY,
@@ -76,10 +77,6 @@ def trained(tmp_path_factory, teachers):
 
 def everything(trainer):
     return dict(trainer.model.named_parameters()) | {f"bank.{i}": p for i, p in enumerate(trainer.bank.parameters())}
-
-
-def brightness(prompts, images, completions, trainer_state, **columns):
-    return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
 # The student
@@ -151,7 +148,7 @@ def test_logged_metrics(trained):
 # The saved student is the one that was evaluated
 
 
-def test_loaded_lora_draws_the_trainers_image(trained, tmp_path):
+def test_loaded_lora_draws_the_trainers_image(trained, tmp_path, monkeypatch):
     trainer = trained["trainer"]
     trainer.save_model(tmp_path)
     options = dict(
@@ -173,16 +170,17 @@ def test_loaded_lora_draws_the_trainers_image(trained, tmp_path):
     with_peft.transformer = PeftModel.from_pretrained(with_peft.transformer, tmp_path).base_model.model
     assert np.abs(draw(with_peft) - ours).max() <= 1e-5
 
-    # The evaluation's own walk.
-    field = trainer.eval_field
-    with trainer.student.ema_weights(), torch.no_grad():
-        x = field.initial_latents(options["prompt"], sample_generators([7], [0, 1]))
-        x = walk(
-            lambda j, x: field(x, float(field.levels[j]), options["prompt"], 1.0, trainer.model),
-            x,
-            sampler_table("ode", field.levels),
-        )
-    assert np.abs(field.decode(x, options["prompt"], "np") - ours).max() <= 1e-5
+    # The evaluation's own walk, before its pixels are rounded to bytes.
+    field, latents = copy.copy(trainer.eval_field), []
+    field.initial_latents = lambda *inputs: latents.append(trainer.eval_field.initial_latents(*inputs)) or latents[-1]
+    field.decode = lambda x, prompts: trainer.eval_field.decode(x, prompts, "np")
+    monkeypatch.setattr(trainer, "eval_field", field)
+    with trainer.student.ema_weights():
+        evaluated = trainer._draw(make_dataset(count=2), "count", [0, 1])
+    monkeypatch.undo()
+    options["prompt"] = ["count0", "count1"]
+    expected = fresh(**options, num_inference_steps=3, latents=latents[0])[0]
+    assert np.abs(np.stack([image for _, image in evaluated]) - expected).max() <= 1e-5
 
 
 # Kinds of students
@@ -402,3 +400,23 @@ def test_nan_stops_before_the_optimizer(who, tmp_path, teachers):
     assert trainer.student.parameters() and [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert (tmp_path / "checkpoint-1" / "complete").exists()
     assert json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_it_too(tmp_path, teachers):
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path, teachers, callbacks=[recorder], max_steps=3)
+    parameter = trainer.student.parameters()[0]
+    # The loss is fine, its backward pass overflows: as in half precision.
+    parameter.register_hook(lambda grad: grad * math.inf if trainer.state.global_step == 1 else grad)
+    with pytest.raises(FloatingPointError, match="The gradient of update 2 is not finite"):
+        trainer.train()
+    assert len(recorder.weights) == 1
+    assert relative_difference(snapshot(trainer), recorder.weights[0]) == 0
+
+
+def test_logs_by_epoch(tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers, logging_strategy="epoch", logging_steps=0, max_steps=3)
+    trainer.train()
+    (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["epoch"] == 1.0
+    assert log["kl"] == pytest.approx(log["loss"], rel=1e-5)

@@ -23,9 +23,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from opd_fixtures import make_teachers, make_trainer, snapshot, student_lora, train_losses
+from opd_fixtures import StopAt, make_teachers, make_trainer, snapshot, student_lora, train_losses
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
 from trl_diffusion_opd import checkpoint
 
@@ -33,15 +32,6 @@ from trl_diffusion_opd import checkpoint
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     return make_teachers(tmp_path_factory.mktemp("teachers"))
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, update):
-        self.update = update
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.update:
-            control.should_training_stop = control.should_save = True
 
 
 # Epochs of two updates (6 prompts, 4 an update), so that stops at 2 and 3 are at the end and in the middle of one.
@@ -138,6 +128,17 @@ def test_killed_during_a_save(tmp_path, teachers, caplog):
     through.train()
     assert all(torch.equal(p, snapshot(through)[name]) for name, p in snapshot(trainer).items())
     assert train_losses(trainer) == train_losses(through)
+
+
+def test_killed_twice_at_the_same_update(tmp_path, teachers, caplog):
+    trainer = make_trainer(tmp_path, teachers)
+    for name in ("incomplete-checkpoint-2", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "optimizer.pt").touch()
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="No valid checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "set aside as incomplete-checkpoint-2-again" in caplog.text
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 @pytest.fixture(scope="module")

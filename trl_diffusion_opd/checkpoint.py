@@ -90,6 +90,8 @@ def set_incomplete_aside(output_dir: str | Path | None, accelerator: Accelerator
             suffix = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
             if folder.is_dir() and suffix.isdigit() and not (folder / COMPLETE_FILE).exists():
                 aside = folder.with_name(f"incomplete-{folder.name}")
+                while aside.exists():  # killed at the same update before
+                    aside = aside.with_name(f"{aside.name}-again")
                 logger.warning(
                     f"{folder.name} was not saved to its end (no file '{COMPLETE_FILE}' in it) and is set aside as "
                     f"{aside.name}."

@@ -156,7 +156,7 @@ def write_model_card(
         folder_name=_last_part(str(folder)),
         trainer_name=trainer._name,
         paper=trainer._paper,
-        fields=getattr(trainer, "_card_fields", dict)(),
+        fields=trainer._card_fields(),
         args=trainer.args,
         eval_guidance_scale=trainer.args.guidance_scale if scale is None else scale,
         call_options=_call_options(trainer),

@@ -405,7 +405,7 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(f"{label}: made for another base: {shown}")
     try:
         model, info = cls.from_pretrained(
-            files.folder, torch_dtype=base.dtype, use_safetensors=True, output_loading_info=True
+            files.folder, dtype=base.dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise TeacherError(f"{label}: its weights do not load ({error})") from error

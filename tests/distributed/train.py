@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from opd_fixtures import make_dataset, make_trainer, snapshot
+from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, snapshot
 from safetensors.torch import save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
@@ -43,19 +43,6 @@ class CountReducedBytes(TrainerCallback):
         self.bytes.append(0)
 
 
-class StopAt(TrainerCallback):
-    def __init__(self, update):
-        self.update = update
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.update:
-            control.should_training_stop = control.should_save = True
-
-
-def length(prompts, images, **columns):
-    return [float(image.getpixel((0, 0))[0]) + target for image, target in zip(images, columns["target"], strict=True)]
-
-
 def main(folder: Path) -> None:
     scenario = json.loads((folder / "scenario.json").read_text())
     teachers, options = scenario["teachers"], scenario["options"]
@@ -64,7 +51,7 @@ def main(folder: Path) -> None:
         folder / "through",
         teachers,
         callbacks=[counter],
-        reward_funcs=length,
+        reward_funcs=first_pixel,
         eval_dataset=make_dataset(count=3, draw=1),
         **options,
     )

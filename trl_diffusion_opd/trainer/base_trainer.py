@@ -31,6 +31,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
@@ -73,6 +74,15 @@ class _StudentCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.student.update_ema(state.global_step)
+
+
+class _TensorBoardCallback(TensorBoardCallback):
+    """Without the model's config, which is expected to be a language model's."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control)
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -159,6 +169,9 @@ class DiffusionTrainer(_BaseTrainer):
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
+        tensorboard = self.pop_callback(TensorBoardCallback)
+        if tensorboard is not None:
+            self.add_callback(_TensorBoardCallback(tensorboard.tb_writer))
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self._grid_at = -1
@@ -168,6 +181,10 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _setup(self, model: nn.Module, problems: list[str]) -> None:
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
+
+    def _card_fields(self) -> dict[str, Any]:
+        """What the model card says of the method: `method`, `teachers` and `settings`, all optional."""
+        return {}
 
     # Before the first step
 
@@ -283,6 +300,17 @@ class DiffusionTrainer(_BaseTrainer):
         if unwrapped is model:
             return self.velocity_field(*inputs, model)
         return self._redirect(model, unwrapped, self.velocity_field, *inputs, unwrapped)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # Trainer's last call before the optimizer's step. The norm is the same on every process.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # Under fp16 an overflow is routine: the scaler skips the step and lowers its scale.
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of update {self.state.global_step + 1} is not finite (norm {float(norm)}). Training stops "
+                "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
+            )
+        return norm
 
     # Evaluation
 

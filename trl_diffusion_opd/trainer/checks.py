@@ -51,7 +51,7 @@ def load_pipeline(
             f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
             "trainer takes the transformer)."
         )
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, args.dtype)}
+    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
     if isinstance(args.model_init_kwargs, dict):
         options |= args.model_init_kwargs
     if quantization_config is not None:

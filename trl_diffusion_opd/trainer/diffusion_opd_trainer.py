@@ -328,7 +328,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         changes nothing but the rounding. A KL near it says nothing.
         """
         update = self.state.global_step
-        if not self.student.is_lora or update == self._measured_floor_at or update % int(self.state.logging_steps):
+        interval = max(int(self.state.logging_steps), 1)  # 0 where logs are by epoch
+        if not self.student.is_lora or update == self._measured_floor_at or update % interval:
             return
         self._measured_floor_at = update
         scale = self.args.guidance_scale
@@ -382,6 +383,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _save_method(self, folder: str) -> None:
         write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
+
+    def _card_fields(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "method": "The student walked its own trajectories; at each state the frozen teacher of the prompt's task gave "
+            "the velocity to follow.",
+            "teachers": self.bank.manifest(),
+            "settings": {
+                "loss": f"{args.loss_type}, weighting {args.loss_weighting}, beta {args.beta}",
+                "trained steps": f"{len(self.trainable_steps)} of {args.num_inference_steps}",
+            },
+        }
 
     def _check_resume(self, folder: Path) -> list[str]:
         problems = super()._check_resume(folder)
