@@ -49,7 +49,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
@@ -129,8 +129,14 @@ def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dat
                 part = part.rename_column("text", "prompt")
             if task_column in part.column_names:
                 part = part.remove_columns(task_column)
+            # Csv and parquet files may hold large strings, which are another type to datasets.
+            text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
+            part = part.cast(Features({**part.features, **text}))
             parts.append(part.add_column(task_column, [task] * len(part)))
-    return concatenate_datasets(parts) if parts else None
+    try:
+        return concatenate_datasets(parts) if parts else None
+    except ValueError as error:
+        raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
 
 
 def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, float]:

@@ -171,7 +171,8 @@ class TestWeights:
     def test_files_are_small_and_safe(self) -> None:
         files = [path for path in Path(tiny.BASE).parent.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < 16 * 2**20
-        assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".model"}
+        assert {path.suffix for path in files} == {".json", ".safetensors"}
+        assert not any('_name_or_path": "' in path.read_text() for path in files if path.suffix == ".json")
 
     def test_base_is_a_pipeline_of_under_three_million_parameters(self, pipeline: StableDiffusion3Pipeline) -> None:
         assert type(pipeline) is StableDiffusion3Pipeline

@@ -42,7 +42,7 @@ from .verifiers import rewards
 
 STAGES = ("vae", "base", "teachers", "check")
 VAE_STEPS = 1200
-TEACHER_STEPS = {"compose": 1000, "letters": 400, "style": 250}
+TEACHER_STEPS = {"compose": 1800, "letters": 400, "style": 250}
 
 
 def _latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
@@ -71,6 +71,14 @@ def round_trip(vae: AutoencoderKL, task: str, seed: int = 5) -> float:
     return float(np.mean([v for v in verdicts if v is not None]))
 
 
+def _forget_paths(folder: Path) -> None:
+    """Takes out of all configs where their models were loaded from: a path of one machine."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def make_base(folder: Path) -> None:
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     torch.manual_seed(0)
@@ -88,6 +96,7 @@ def make_base(folder: Path) -> None:
     latents = _latents(vae, pictures.images)
     make_training.train_base(pipeline, pictures.prompts, latents, 2400, seed=1, on_progress=on_progress)
     pipeline.save_pretrained(folder / "base")
+    _forget_paths(folder / "base")
     shutil.rmtree(folder / "vae")
 
 
