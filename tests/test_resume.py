@@ -51,8 +51,17 @@ OPTIONS = dict(
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, teachers):
     trainer = make_trainer(tmp_path_factory.mktemp("through"), teachers, **OPTIONS)
+    seen, step = [], trainer.training_step
+    trainer.training_step = lambda model, rows, n: seen.append([row["prompt"] for row in rows]) or step(model, rows, n)
     trainer.train()
-    return trainer
+    return trainer, seen
+
+
+def test_every_epoch_has_its_own_order(uninterrupted):
+    _, seen = uninterrupted
+    of_count = [sum(seen[first : first + 8 : 2], []) for first in (0, 8)]  # two updates of 4 micro-batches
+    assert len(set(of_count[0])) == len(set(of_count[1])) == 6
+    assert of_count[0] != of_count[1]
 
 
 def state_of(trainer):
@@ -72,12 +81,13 @@ def test_resumed_run_is_the_uninterrupted_run(stop, tmp_path, teachers, uninterr
     assert (tmp_path / f"checkpoint-{stop}" / "complete").exists()
     second = make_trainer(tmp_path, teachers, **OPTIONS)
     second.train(resume_from_checkpoint=True)
-    ours, theirs = state_of(second), state_of(uninterrupted)
+    through, _ = uninterrupted
+    ours, theirs = state_of(second), state_of(through)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert any(name.startswith("optimizer") and "exp_avg" in name for name in ours)
-    assert train_losses(second) == train_losses(uninterrupted)
-    assert second.state.epoch == uninterrupted.state.epoch == UPDATES / 2
+    assert train_losses(second) == train_losses(through)
+    assert second.state.epoch == through.state.epoch == UPDATES / 2
     # It did go on, from weights that are not their average.
     halfway = state_of(first)
     assert any(not torch.equal(ours[name], halfway[name]) for name in ours)

@@ -18,13 +18,13 @@ The velocity of any flow-matching pipeline of diffusers, by asking the pipeline 
 Every family encodes prompts, scales timesteps, lays out guidance and signs its output in a way of its own, and its
 pipeline's `__call__` knows all of it. So one step of that `__call__` is run on a shallow view of the pipeline, in which
 `prepare_latents` hands out our `x`, the transformer is one that we name, and the scheduler takes what arrives at `step`
-(the velocity after guidance, slicing and sign) and stops there. This is the only file that touches a pipeline's inside.
+(the velocity after guidance, slicing and sign) and stops there. This file and `pipeline_view.py` are the only ones that
+touch a pipeline's inside.
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from .pipeline_view import PipelineView, Probe, StandIn, Stop, at_least_float32, stop
 from .prompt_cache import PromptCache
 
 
@@ -64,106 +65,6 @@ MANAGED_OPTIONS = (
     "width",
     "max_sequence_length",
 )
-
-
-class _Stop(Exception):  # noqa: N818 (it is not an error)
-    """Leaves a pipeline's `__call__` once it has told what was asked."""
-
-
-class _Probe(FlowMatchEulerDiscreteScheduler):
-    """Scheduler of a loop of one step (or none) that keeps the velocity which the pipeline hands to `step`."""
-
-    level: float | None = None
-    own_timestep: float = 0.0
-    velocity: Tensor | None = None
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
-        levels = [] if self.level is None else [self.level]
-        self.timesteps = torch.tensor([self.own_timestep for _ in levels], device=device)
-        self.sigmas = torch.tensor([*levels, 0.0], device=device)
-        self.num_inference_steps = len(levels)
-        self._step_index = self._begin_index = None
-
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> None:
-        self.velocity = model_output
-        raise _Stop
-
-
-class _Transformer(nn.Module):
-    """
-    Stands in for `pipeline.transformer`: calls the model that we name and answers everything else from the base.
-
-    A module, with its own `device` and `dtype`, since a pipeline asks those of its components; the model is not
-    registered, so that nobody finds its parameters twice. Precision is decided here and nowhere else: floating inputs
-    are cast to the weights' dtype, but never timesteps, guidance embeddings and position ids, which bfloat16 ruins; a
-    half-precision model runs under autocast, for its float32 LoRA, but for its output projection; out comes at least
-    float32.
-    """
-
-    def __init__(self, model: Callable[..., Any], base: nn.Module):
-        super().__init__()
-        weight = next(p for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
-        self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
-        self.__dict__["names"] = list(inspect.signature(type(base).forward).parameters)[1:]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["base"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self.__dict__["rows"] += len(inputs[self.names[0]])
-        inputs = {name: self._cast(name, value) for name, value in inputs.items()}
-        if self.dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.base):
-                output = self.model(**inputs)
-        else:
-            output = self.model(**inputs)
-        sample = output[0]
-        return (
-            [row.float() for row in sample] if isinstance(sample, list) else _at_least_float32(sample),
-            *output[1:],
-        )
-
-    def _cast(self, name: str, value: Any) -> Any:
-        if name in ("timestep", "timesteps", "guidance") or name.endswith("_ids"):
-            return value
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(self.dtype)
-        return [self._cast(name, item) for item in value] if isinstance(value, list) else value
-
-
-@contextmanager
-def _float32_projection(transformer: nn.Module) -> Iterator[None]:
-    """
-    Computes the output projection in float32. Student and teacher differ by little, and what is rounded last of each is
-    all there in the difference, which guidance then multiplies.
-    """
-    projection = dict(transformer.named_children()).get("proj_out")
-    if not isinstance(projection, nn.Linear):
-        yield
-        return
-    weight, bias = projection.weight, projection.bias
-
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-
-    projection.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del projection.__dict__["forward"]
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class VelocityField:
@@ -219,8 +120,8 @@ class VelocityField:
         self._cache = PromptCache()
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class = type(type(pipeline).__name__, (_View, type(pipeline)), {})
-        self._probe = _Probe.from_config(_euler_config(pipeline.scheduler))
+        self._view_class = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
         self._guidance_offset = 0.0
         self.set_grid(num_inference_steps)
 
@@ -279,17 +180,17 @@ class VelocityField:
         Returns:
             `torch.Tensor` of `x`'s shape, float32 (float64 where the model is).
         """
-        return self._velocity(x, t, prompts, guidance_scale, _Transformer(transformer or self._base, self._base))
+        return self._velocity(x, t, prompts, guidance_scale, StandIn(transformer or self._base, self._base))
 
     def _velocity(
-        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: "_Transformer"
+        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: "StandIn"
     ) -> Tensor:
         self._probe.level, self._probe.velocity = float(t), None
         self._probe.own_timestep = self._timestep(float(t))
         self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=transformer)
         velocity, self._probe.velocity = self._probe.velocity, None  # it holds a graph
         assert velocity is not None, "the pipeline's loop ended without a call of scheduler.step"
-        return _at_least_float32(velocity)
+        return at_least_float32(velocity)
 
     def _timestep(self, t: float) -> float:
         """What the pipeline's loop calls the level `t`."""
@@ -305,7 +206,7 @@ class VelocityField:
             `torch.Tensor` of shape `(B, ...)`, float32.
         """
         view = self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
-        return _at_least_float32(view.prepared[0])
+        return at_least_float32(view.prepared[0])
 
     @torch.no_grad()
     def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
@@ -334,7 +235,7 @@ class VelocityField:
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
         rows = []
         for scale in (1.0, guidance_scale):
-            stand_in = _Transformer(self._base, self._base)
+            stand_in = StandIn(self._base, self._base)
             with torch.no_grad():
                 self._velocity(x, float(self.levels[0]), [""], scale, stand_in)
             rows.append(stand_in.rows)
@@ -395,9 +296,9 @@ class VelocityField:
         num_inference_steps: int,
         generators: list[torch.Generator] | None = None,
         x: Tensor | None = None,
-        transformer: "_Transformer | None" = None,
+        transformer: "StandIn | None" = None,
         output_type: str = "latent",
-    ) -> "_View":
+    ) -> "PipelineView":
         """
         Runs the pipeline's `__call__`: to its transformer (no `x`), one step at `x`, or to the end from `x`.
         """
@@ -406,7 +307,7 @@ class VelocityField:
         view: Any = object.__new__(self._view_class)
         view.__dict__.update(self.pipeline.__dict__)
         view.__dict__.update(
-            transformer=transformer or _Transformer(_stop, self._base),
+            transformer=transformer or StandIn(stop, self._base),
             scheduler=scheduler,
             cache=self._cache,
             x=x,
@@ -424,7 +325,7 @@ class VelocityField:
                 return_dict=False,
                 **self._call_options(prompts, guidance_scale),
             )[0]
-        except _Stop:
+        except Stop:
             pass
         if x is None:
             view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
@@ -439,41 +340,6 @@ class VelocityField:
             generators = [torch.Generator().manual_seed(0) for _ in prompts]
             self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
         return self._prepared[key]
-
-
-def _stop(**kwargs: Any) -> None:
-    raise _Stop
-
-
-class _View(DiffusionPipeline):
-    """A pipeline whose latents, embeddings and device are ours. Made without `__init__`, from a pipeline's attributes."""
-
-    transformer: _Transformer
-    cache: PromptCache
-    x: Tensor | None
-    prepared: Any
-    decoding: bool
-    images: Any
-
-    @property
-    def _execution_device(self) -> torch.device:
-        # diffusers takes the first component's device: an offloaded encoder would drag everything to the CPU.
-        return self.transformer.device
-
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cache.encode(super().encode_prompt, *args, **kwargs)
-
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
-        if self.x is None:
-            self.prepared = super().prepare_latents(*args, **kwargs)
-            return self.prepared
-        dtype, extras = self.prepared
-        # The decoder gets the dtype that the pipeline would have given it; the loop keeps ours.
-        x = self.x.to(dtype) if self.decoding else self.x
-        return (x, *extras) if extras else x
-
-    def maybe_free_model_hooks(self) -> None:
-        """Offloading is the trainer's business."""
 
 
 def _euler_config(scheduler: Any) -> dict[str, Any]:

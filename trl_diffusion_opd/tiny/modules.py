@@ -61,7 +61,7 @@ def clip_tokenizer() -> CLIPTokenizer:
             tail = character + tail
             vocab.setdefault(tail, len(vocab))
     # Annotated for lines of text, but takes pairs too.
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def t5_tokenizer() -> T5Tokenizer:

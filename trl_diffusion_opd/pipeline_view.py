@@ -1,0 +1,166 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+A pipeline seen from inside its loop: the parts that stand in for its scheduler, its transformer and itself, so that its
+own `__call__` runs for one step at a state of ours. `velocity.py` puts them to work.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from .prompt_cache import PromptCache
+
+
+class Stop(Exception):  # noqa: N818 (it is not an error)
+    """Leaves a pipeline's `__call__` once it has told what was asked."""
+
+
+class Probe(FlowMatchEulerDiscreteScheduler):
+    """Scheduler of a loop of one step (or none) that keeps the velocity which the pipeline hands to `step`."""
+
+    level: float | None = None
+    own_timestep: float = 0.0
+    velocity: Tensor | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        levels = [] if self.level is None else [self.level]
+        self.timesteps = torch.tensor([self.own_timestep for _ in levels], device=device)
+        self.sigmas = torch.tensor([*levels, 0.0], device=device)
+        self.num_inference_steps = len(levels)
+        self._step_index = self._begin_index = None
+
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> None:
+        self.velocity = model_output
+        raise Stop
+
+
+class StandIn(nn.Module):
+    """
+    Stands in for `pipeline.transformer`: calls the model that we name and answers everything else from the base.
+
+    A module, with its own `device` and `dtype`, since a pipeline asks those of its components; the model is not
+    registered, so that nobody finds its parameters twice. Precision is decided here and nowhere else: floating inputs
+    are cast to the weights' dtype, but never timesteps, guidance embeddings and position ids, which bfloat16 ruins; a
+    half-precision model runs under autocast, for its float32 LoRA, but for its output projection; out comes at least
+    float32.
+    """
+
+    def __init__(self, model: Callable[..., Any], base: nn.Module):
+        super().__init__()
+        weight = next(p for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
+        self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
+        self.__dict__["names"] = list(inspect.signature(type(base).forward).parameters)[1:]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.__dict__["rows"] += len(inputs[self.names[0]])
+        inputs = {name: self._cast(name, value) for name, value in inputs.items()}
+        if self.dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base):
+                output = self.model(**inputs)
+        else:
+            output = self.model(**inputs)
+        sample = output[0]
+        return (
+            [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample),
+            *output[1:],
+        )
+
+    def _cast(self, name: str, value: Any) -> Any:
+        if name in ("timestep", "timesteps", "guidance") or name.endswith("_ids"):
+            return value
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self.dtype)
+        return [self._cast(name, item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[None]:
+    """
+    Computes the output projection in float32. Student and teacher differ by little, and what is rounded last of each is
+    all there in the difference, which guidance then multiplies.
+    """
+    # A PeftModel has the base's; a teacher that is a transformer of its own has its own.
+    children = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+    projection = children.get("proj_out", dict(base.named_children()).get("proj_out"))
+    if not isinstance(projection, nn.Linear):
+        yield
+        return
+    weight, bias = projection.weight, projection.bias
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+    projection.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del projection.__dict__["forward"]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def stop(**kwargs: Any) -> None:
+    raise Stop
+
+
+class PipelineView(DiffusionPipeline):
+    """A pipeline whose latents, embeddings and device are ours. Made without `__init__`, from a pipeline's attributes."""
+
+    transformer: StandIn
+    cache: PromptCache
+    x: Tensor | None
+    prepared: Any
+    decoding: bool
+    images: Any
+
+    @property
+    def _execution_device(self) -> torch.device:
+        # diffusers takes the first component's device: an offloaded encoder would drag everything to the CPU.
+        return self.transformer.device
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return self.cache.encode(super().encode_prompt, *args, **kwargs)
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+        if self.x is None:
+            self.prepared = super().prepare_latents(*args, **kwargs)
+            return self.prepared
+        dtype, extras = self.prepared
+        # The decoder gets the dtype that the pipeline would have given it; the loop keeps ours.
+        x = self.x.to(dtype) if self.decoding else self.x
+        return (x, *extras) if extras else x
+
+    def maybe_free_model_hooks(self) -> None:
+        """Offloading is the trainer's business."""
