@@ -86,7 +86,7 @@ def make_base(folder: Path) -> None:
 
     def on_progress(step: int) -> None:
         pipeline.save_pretrained(folder / "base")
-        print(f"base at {step}: {task_scores(pipeline, num_images=192)}", flush=True)
+        print(f"base at {step}: {task_scores(pipeline, 'validation', num_images=192)}", flush=True)
 
     # Letters and style are learned in the first phase; compose needs longer, and gets most of the second.
     pictures = base_pictures(24000, seed=3, wrong_compose=0.45)

@@ -60,7 +60,6 @@ def clip_tokenizer() -> CLIPTokenizer:
                 merges.append((character, tail))
             tail = character + tail
             vocab.setdefault(tail, len(vocab))
-    # Annotated for lines of text, but takes pairs too.
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
