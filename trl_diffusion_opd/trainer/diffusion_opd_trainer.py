@@ -78,7 +78,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     trainer = DiffusionOPDTrainer(
         model=tiny.BASE,
         teachers=tiny.TEACHERS,
-        args=DiffusionOPDConfig(output_dir="student", height=32, width=32, guidance_scale=1.0, max_steps=50),
+        args=DiffusionOPDConfig("student", height=32, width=32, max_sequence_length=12, guidance_scale=1.0, max_steps=50),
         train_dataset=tiny.dataset("train"),
     )
     trainer.train()
@@ -386,13 +386,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _card_fields(self) -> dict[str, Any]:
         args = self.args
+        drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
         return {
             "method": "The student walked its own trajectories; at each state the frozen teacher of the prompt's task gave "
             "the velocity to follow.",
             "teachers": self.bank.manifest(),
             "settings": {
                 "loss": f"{args.loss_type}, weighting {args.loss_weighting}, beta {args.beta}",
-                "trained steps": f"{len(self.trainable_steps)} of {args.num_inference_steps}",
+                "trained steps": f"{len(self.trainable_steps)} of {args.num_inference_steps}{drawn}",
             },
         }
 
