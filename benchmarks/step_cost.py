@@ -62,7 +62,7 @@ SIZES: dict[str, dict[str, Any]] = {
             "pos_embed_max_size": 64,
         },
         "pixels": 128,
-        "batch_size": 4,
+        "batch_size": 1,
         "repeats": 3,
     },
 }
