@@ -224,8 +224,8 @@ class DiffusionTrainer(_BaseTrainer):
             config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
             model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
         else:
-            given = isinstance(peft_config, PeftConfig)
-            config = copy.deepcopy(peft_config) if given else default_lora_config(transformer)
+            config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
+            config = copy.deepcopy(config)  # the caller's stays as it is
             config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
             config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
             model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
