@@ -43,25 +43,21 @@ accelerate launch examples/opd_sd3.py \
 ```
 """
 
+import json
 import logging
-import os
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from peft import LoraConfig
 from trl import TrlParser
 
-from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig, evaluate_retention
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, evaluate_retention
+from trl_diffusion_opd.cli import by_task, load_prompts, load_rewards, load_teachers
 from trl_diffusion_opd.data import dataset_problems
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.retention import retention_table
-from trl_diffusion_opd.rewards import load_reward
 from trl_diffusion_opd.student import ATTENTION_TARGETS
-
-
-_FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass
@@ -78,7 +74,8 @@ class ScriptArguments:
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
         test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
             the retention report is made at the end.
-        reward_funcs (`list[str]`, *optional*): `task=package.module:function`.
+        reward_funcs (`list[str]`, *optional*): `task=name` of a reward of the package, or `task=package.module:function`.
+        reward_kwargs (`dict`, *optional*, defaults to none): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         num_test_images (`int`, *optional*, defaults to `128`): images a task in the report.
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the student's LoRA.
@@ -91,77 +88,27 @@ class ScriptArguments:
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
     eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
     test_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, held out for the report."})
-    reward_funcs: list[str] | None = field(default=None, metadata={"help": "task=package.module:function …"})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
+    reward_kwargs: dict[str, Any] | str = field(
+        default_factory=dict, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
     num_test_images: int = field(default=128, metadata={"help": "Images a task in the retention report."})
     full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the student's LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the student's LoRA."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the student's LoRA."})
 
-
-def by_task(option: str, values: list[str] | None) -> dict[str, list[str]]:
-    """`task=value` strings to lists by task."""
-    result: dict[str, list[str]] = {}
-    for value in values or []:
-        task, equals, content = value.partition("=")
-        if not (task and equals and content):
-            raise ValueError(f"--{option}: {value!r} is not of the form task=value.")
-        result.setdefault(task, []).append(content)
-    return result
-
-
-def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dataset | None:
-    """One dataset of all tasks' sources, with the column `prompt` and the task's name in `task_column`."""
-    parts = []
-    for task, sources in by_task(option, values).items():
-        for source in sources:
-            file_format = _FILE_FORMATS.get(Path(source).suffix)
-            if file_format is not None and not os.path.exists(source):
-                raise ValueError(f"--{option}: there is no file {source!r}.")
-            if file_format is not None:
-                part = load_dataset(file_format, data_files=source, split="train")
-            elif os.path.exists(source):
-                raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
-            else:
-                name, _, split = source.partition(":")
-                part = load_dataset(name, split=split or "train")
-            if "prompt" not in part.column_names and "text" in part.column_names:
-                part = part.rename_column("text", "prompt")
-            if task_column in part.column_names:
-                part = part.remove_columns(task_column)
-            # Csv and parquet files may hold large strings, which are another type to datasets.
-            text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
-            part = part.cast(Features({**part.features, **text}))
-            parts.append(part.add_column(task_column, [task] * len(part)))
-    try:
-        return concatenate_datasets(parts) if parts else None
-    except ValueError as error:
-        raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
-
-
-def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, float]:
-    """Guidance scales by task."""
-    option, scales = "teacher_guidance_scales", {}
-    for task, given in by_task(option, values).items():
-        if task not in tasks:
-            raise ValueError(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
-        try:
-            scales[task] = float(given[-1])
-        except ValueError as error:
-            raise ValueError(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
-    return scales
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
+            self.reward_kwargs = json.loads(self.reward_kwargs)
 
 
 def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    specs = by_task("teachers", script_args.teachers)
-    scales = load_scales(script_args.teacher_guidance_scales, specs)
-    teachers = {
-        task: [TeacherConfig(spec, guidance_scale=scales.get(task)) for spec in of_task]
-        for task, of_task in specs.items()
-    }
-    rewards = by_task("reward_funcs", script_args.reward_funcs)
-    reward_funcs = {task: [load_reward(spec) for spec in of_task] for task, of_task in rewards.items()}
+    teachers = load_teachers(script_args.teachers, script_args.teacher_guidance_scales)
+    reward_funcs = load_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
     if test_dataset is not None:  # what the report at the end would refuse
         problems = dataset_problems(test_dataset, training_args.task_column, "--test_prompts")

@@ -14,7 +14,6 @@
 
 """The example script, run as a user runs it, on a random pipeline of a few thousand weights."""
 
-import importlib.util
 import json
 import runpy
 import sys
@@ -27,6 +26,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from tiny_sd3 import forward, make_lora, make_pipeline
+
+from trl_diffusion_opd import cli
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "opd_sd3.py"
@@ -177,7 +178,7 @@ REFUSED = {
     ),
     "reward": (
         {"reward_funcs": "text=clip"},
-        "Reward 'clip' is not an import path of the form package.module:function.",
+        "There is no reward 'clip'. There are aesthetic, clipscore, geneval, hpsv2,",
     ),
     "nothing to report": (
         {"test_prompts": "text=text.txt"},
@@ -206,39 +207,28 @@ def test_mistakes_are_named(monkeypatch, base, label):
     assert not Path("out").exists()
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("opd_sd3", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["opd_sd3"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_prompts_of_all_sources():
-    script = load_script()
     sources = ["b=lines.jsonl", "a=text.txt", "a=table.csv", "c=table.parquet"]
-    dataset = script.load_prompts("prompts", sources, "skill")
+    dataset = cli.load_prompts("prompts", sources, "skill")
     assert dataset["prompt"][:] == PROMPTS * 4
     # A column of that name in a file means nothing: the command line says which task it is.
     assert dataset["skill"][:] == ["b"] * 3 + ["a"] * 6 + ["c"] * 3
     assert dataset["answer"][:] == [1] * 3 + [None] * 9
-    assert script.load_prompts("prompts", None, "skill") is None
+    assert cli.load_prompts("prompts", None, "skill") is None
 
 
 def test_prompts_from_the_hub(monkeypatch):
-    script = load_script()
     asked = []
 
     def load_dataset(name, split):
         asked.append((name, split))
         return datasets.Dataset.from_dict({"text": ["a hub"], "task": ["x"]})
 
-    monkeypatch.setattr(script, "load_dataset", load_dataset)
-    dataset = script.load_prompts("prompts", ["a=owner/name", "b=owner/name:test[:10]"], "task")
+    monkeypatch.setattr(cli, "load_dataset", load_dataset)
+    dataset = cli.load_prompts("prompts", ["a=owner/name", "b=owner/name:test[:10]"], "task")
     assert asked == [("owner/name", "train"), ("owner/name", "test[:10]")]
     assert dataset.to_dict() == {"prompt": ["a hub"] * 2, "task": ["a", "b"]}
 
 
 def test_a_task_named_twice_has_two_teachers():
-    script = load_script()
-    assert script.by_task("teachers", ["a=x", "b=y=1", "a=z"]) == {"a": ["x", "z"], "b": ["y=1"]}
+    assert cli.by_task("teachers", ["a=x", "b=y=1", "a=z"]) == {"a": ["x", "z"], "b": ["y=1"]}

@@ -121,17 +121,20 @@ def test_by_task():
 
 def test_by_task_refuses_everything_at_once():
     with pytest.raises(ValueError) as error:
-        rewards_by_task({"a": [red, functools.partial(red)], "b": "clip", "c": red}, ["a", "b"])
+        rewards_by_task({"a": [red, functools.partial(red)], "b": 3, "c": red}, ["a", "b"])
     assert str(error.value).splitlines() == [
         "reward_funcs: no prompts for task 'c'; the data has ['a', 'b'].",
+        "reward_funcs: 3 of task 'b' is neither a name nor a function.",
         "reward_funcs: task 'a' has two functions named 'red'; their metrics would be one. Rename one.",
-        "reward_funcs: 'clip' of task 'b' is not a function.",
     ]
 
 
-def test_one_name_for_two_tasks_is_fine():
-    other = functools.partial(red)
-    assert rewards_by_task({"a": red, "b": other}, ["a", "b"]) == {"a": [red], "b": [other]}
+def test_one_function_for_two_tasks_is_fine_and_two_of_one_name_are_not():
+    assert rewards_by_task({"a": red, "b": red}, ["a", "b"]) == {"a": [red], "b": [red]}
+    with pytest.raises(ValueError, match="tasks 'a' and 'b' have two functions named 'red'"):
+        rewards_by_task({"a": red, "b": functools.partial(red)}, ["a", "b"])
+    with pytest.raises(ValueError, match="task 'a' has 'red' twice"):
+        rewards_by_task({"a": [red, red]}, ["a"])
 
 
 def test_load_reward():
@@ -142,7 +145,7 @@ def test_load_reward():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("pickscore", "Reward 'pickscore' is not an import path of the form package.module:function."),
+        ("clip", "There is no reward 'clip'. There are aesthetic, clipscore, geneval, .*trl-diffusion-opd.ocr."),
         ("no_such_module:f", "Reward 'no_such_module:f' cannot be imported: No module named 'no_such_module'"),
         ("trl_diffusion_opd.rewards:nothing", "has no attribute 'nothing'"),
     ],

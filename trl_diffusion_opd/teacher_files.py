@@ -29,15 +29,6 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
@@ -46,6 +37,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
+from .hub_errors import explained
 from .teacher_specs import TeacherConfig, local_folder
 
 
@@ -175,29 +167,8 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
 def _download(config: TeacherConfig, revision: str | None, names: list[str]) -> Path:
     repo_id = config.model_name_or_path
     shown = f"{repo_id}@{config.revision}" if config.revision else repo_id
-    try:
+    with explained(shown, repo_id, revision, TeacherError):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
-    except GatedRepoError as error:
-        raise TeacherError(
-            f"{shown}: the repository is gated. Accept its terms on https://huggingface.co/{repo_id} and log in with "
-            "`hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise TeacherError(
-            f"{shown}: no such folder here and no such repository on the Hub. Check the spelling; for a private "
-            "repository log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise TeacherError(f"{shown}: the repository has no revision {revision!r}") from error
-    except HFValidationError as error:
-        raise TeacherError(f"{shown}: neither an existing folder nor a valid repository id") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise TeacherError(
-            f"{shown}: not in the local cache, and the Hub cannot be reached. Download it once with "
-            f"`hf download {repo_id}` where there is a connection, unset HF_HUB_OFFLINE, or give a local folder."
-        ) from error
-    except HfHubHTTPError as error:
-        raise TeacherError(f"{shown}: the Hub refused ({error}). Try again, or give a local folder.") from error
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from .checks import (
     list_of,
     load_pipeline,
     model_problems,
+    scored_data_problems,
     training_data_problems,
 )
 
@@ -121,6 +122,7 @@ class DiffusionTrainer(_BaseTrainer):
             problems += evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
             with collect(problems):
                 self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
+            problems += scored_data_problems(self.reward_funcs, train_dataset, eval_dataset, args.task_column)
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.

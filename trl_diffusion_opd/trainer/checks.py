@@ -14,7 +14,7 @@
 
 """What is refused before the first step: each function says what is wrong, a sentence each, and changes nothing."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..data import dataset_problems, task_rows
+from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
 
@@ -127,6 +128,19 @@ def evaluation_data_problems(eval_dataset: Any, task_column: str, tasks: list[st
         unknown = [] if found else [task for task in task_rows(dataset, task_column) if task not in tasks]
         if unknown:
             problems.append(f"{name} has prompts of tasks {unknown}, which train_dataset does not have: {tasks}.")
+    return problems
+
+
+def scored_data_problems(
+    functions: Mapping[str, Sequence[RewardFunc]], train_dataset: Any, eval_dataset: Any, task_column: str
+) -> list[str]:
+    """What of the prompts whose images are scored, the evaluation's or without one the training's, can't be scored."""
+    scored = {"train_dataset": train_dataset} if eval_dataset is None else {"eval_dataset": eval_dataset}
+    scored = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else scored
+    problems = []
+    for name, dataset in scored.items():
+        if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name):
+            problems += reward_data_problems(functions, dataset, task_rows(dataset, task_column), name)
     return problems
 
 

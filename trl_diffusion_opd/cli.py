@@ -1,0 +1,105 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How command lines name things of several tasks: `--option task=value task=value …`."""
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+
+from .rewards import RewardFunc, load_reward
+from .teacher_specs import TeacherConfig
+
+
+_FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def by_task(option: str, values: list[str] | None) -> dict[str, list[str]]:
+    """`task=value` strings to lists by task."""
+    result: dict[str, list[str]] = {}
+    for value in values or []:
+        task, equals, content = value.partition("=")
+        if not (task and equals and content):
+            raise ValueError(f"--{option}: {value!r} is not of the form task=value.")
+        result.setdefault(task, []).append(content)
+    return result
+
+
+def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dataset | None:
+    """One dataset of all tasks' sources, with the column `prompt` and the task's name in `task_column`."""
+    parts = []
+    for task, sources in by_task(option, values).items():
+        for source in sources:
+            file_format = _FILE_FORMATS.get(Path(source).suffix)
+            if file_format is not None and not os.path.exists(source):
+                raise ValueError(f"--{option}: there is no file {source!r}.")
+            if file_format is not None:
+                part = load_dataset(file_format, data_files=source, split="train")
+            elif os.path.exists(source):
+                raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
+            else:
+                name, _, split = source.partition(":")
+                part = load_dataset(name, split=split or "train")
+            if "prompt" not in part.column_names and "text" in part.column_names:
+                part = part.rename_column("text", "prompt")
+            if task_column in part.column_names:
+                part = part.remove_columns(task_column)
+            # Csv and parquet files may hold large strings, which are another type to datasets.
+            text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
+            part = part.cast(Features({**part.features, **text}))
+            parts.append(part.add_column(task_column, [task] * len(part)))
+    try:
+        return concatenate_datasets(parts) if parts else None
+    except ValueError as error:
+        raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
+
+
+def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, float]:
+    """Guidance scales by task."""
+    option, scales = "teacher_guidance_scales", {}
+    for task, given in by_task(option, values).items():
+        if task not in tasks:
+            raise ValueError(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
+        try:
+            scales[task] = float(given[-1])
+        except ValueError as error:
+            raise ValueError(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
+    return scales
+
+
+def load_teachers(values: list[str], scales: list[str] | None) -> dict[str, list[TeacherConfig]]:
+    """Teachers by task, with the guidance scales of `--teacher_guidance_scales`."""
+    specs = by_task("teachers", values)
+    of_task = load_scales(scales, specs)
+    return {task: [TeacherConfig(spec, guidance_scale=of_task.get(task)) for spec in specs[task]] for task in specs}
+
+
+def load_rewards(values: list[str] | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:
+    """
+    Reward functions by task. A reward that several tasks name is loaded once.
+
+    Args:
+        values (`list[str]`, *optional*): `task=name`.
+        options (`dict`): arguments of named rewards, by name.
+    """
+    specs = by_task("reward_funcs", values)
+    names = list(dict.fromkeys(name for of_task in specs.values() for name in of_task))
+    unused = sorted(options.keys() - set(names))
+    if unused:
+        raise ValueError(f"--reward_kwargs has options for {unused}, which no --reward_funcs names; it has {names}.")
+    loaded = {name: load_reward(name, **options.get(name, {})) for name in names}
+    return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}

@@ -1,0 +1,118 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which rewards score which task, and what keeps them from it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .base import Reward, RewardFunc, reward_name
+from .names import load_reward
+
+
+RewardFuncs = (
+    str | RewardFunc | Sequence[str | RewardFunc] | Mapping[str, str | RewardFunc | Sequence[str | RewardFunc]]
+)
+
+
+def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> dict[str, list[RewardFunc]]:
+    """
+    The reward functions of every task. One function or a list serves all of them. A name is loaded once.
+
+    Raises:
+        [`ValueError`]: if a task is named that has no prompts, a name is unknown, two functions have one name, or what is
+            given is not a function. One message lists all of it.
+    """
+    if reward_funcs is None:
+        return {task: [] for task in tasks}
+    given = reward_funcs if isinstance(reward_funcs, Mapping) else dict.fromkeys(tasks, reward_funcs)
+    problems = [
+        f"reward_funcs: no prompts for task {task!r}; the data has {list(tasks)}."
+        for task in given
+        if task not in tasks
+    ]
+    functions: dict[str, list[RewardFunc]] = {task: [] for task in tasks}
+    loaded: dict[str, RewardFunc] = {}
+    for task in tasks:
+        entry = given.get(task, [])
+        for item in entry if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]:
+            function: Any = item
+            if isinstance(item, str):
+                try:
+                    loaded[item] = loaded[item] if item in loaded else load_reward(item)
+                except (ImportError, ValueError) as error:
+                    problems.append(f"reward_funcs: task {task!r}: {error}")
+                    continue
+                function = loaded[item]
+            if callable(function):
+                functions[task].append(function)
+            else:
+                problems.append(f"reward_funcs: {function!r} of task {task!r} is neither a name nor a function.")
+    problems += _name_problems(functions)
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return functions
+
+
+def _name_problems(functions: Mapping[str, Sequence[RewardFunc]]) -> list[str]:
+    """Two functions of one name would be one metric, within a task and in a report of every reward on every task."""
+    problems = []
+    owners: dict[str, tuple[str, RewardFunc]] = {}
+    for task, of_task in functions.items():
+        for i, function in enumerate(of_task):
+            name = reward_name(function)
+            first, other = owners.setdefault(name, (task, function))
+            if first == task and function in of_task[:i]:
+                problems.append(f"reward_funcs: task {task!r} has {name!r} twice.")
+            elif other is not function:
+                where = f"task {task!r} has" if first == task else f"tasks {first!r} and {task!r} have"
+                problems.append(
+                    f"reward_funcs: {where} two functions named {name!r}; their metrics would be one. Rename one."
+                )
+    return problems
+
+
+def reward_data_problems(
+    functions: Mapping[str, Sequence[RewardFunc]], dataset: Dataset, rows: Mapping[str, np.ndarray], source: str
+) -> list[str]:
+    """
+    What in a task's prompts its own rewards can't score, a sentence a reward.
+
+    Args:
+        functions (`dict`): reward functions by task.
+        dataset ([`~datasets.Dataset`]), rows (`dict`): indices of each task's rows.
+        source (`str`): what the dataset is called.
+    """
+    problems = []
+    for task, of_task in functions.items():
+        for reward in of_task:
+            if not isinstance(reward, Reward) or task not in rows:
+                continue
+            part = dataset.select(rows[task]).to_dict()
+            prompts = part.pop("prompt")
+            reasons = [
+                (prompt, reason)
+                for i, prompt in enumerate(prompts)
+                if (reason := reward.why_not(prompt, {name: values[i] for name, values in part.items()})) is not None
+            ]
+            if reasons:
+                prompt, reason = reasons[0]
+                problems.append(
+                    f"{source}: reward {reward.name!r} can't score {len(reasons)} of the {len(prompts)} prompts of its "
+                    f"task {task!r}, such as {prompt!r}: {reason}."
+                )
+    return problems

@@ -1,0 +1,119 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the rewards of this package have in common."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from PIL.Image import Image
+
+
+RewardFunc = Callable[..., Any]
+
+
+class Reward:
+    """
+    A reward function with a name, a range, and an opinion on what it can score.
+
+    It is called as any other reward function. Samples that it does not apply to get `None`; the others are scored in
+    batches by [`_score`], which subclasses implement.
+
+    Attributes:
+        name (`str`): its name on command lines, in logs and in reports.
+        bounds (`tuple`): the least and the greatest value it can have, `None` where there is no bound.
+        columns (`tuple[str, ...]`): columns of the dataset that it reads besides `prompt`.
+
+    Args:
+        batch_size (`int`, *optional*, defaults to `16`): images at a time.
+    """
+
+    name: ClassVar[str]
+    bounds: ClassVar[tuple[float | None, float | None]]
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, batch_size: int = 16):
+        if batch_size < 1:
+            raise ValueError(f"Reward {self.name!r}: batch_size={batch_size}, it must be at least 1.")
+        self.batch_size = batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells two rewards apart whose scores may differ: stored scores of another fingerprint are not used again."""
+        return self.name
+
+    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+        """
+        Why a sample can't be scored, `None` if it can.
+
+        On a task of its own this is refused before the first step; on another task's prompt the score is `None`.
+        """
+        return None
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        completions: Sequence[Image] | None = None,
+        trainer_state: Any = None,
+        **columns: Sequence[Any],
+    ) -> list[float | None]:
+        """
+        Scores images.
+
+        Args:
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): one prompt an image.
+            completions, trainer_state: as every reward function is given them; not used.
+            columns (`list`): other columns of the dataset, a value an image.
+
+        Returns:
+            `list[float | None]`: a value an image, `None` where the reward does not apply.
+        """
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
+        applicable = [i for i, row in enumerate(rows) if self.why_not(prompts[i], row) is None]
+        scores: list[float | None] = [None] * len(images)
+        for start in range(0, len(applicable), self.batch_size):
+            batch = applicable[start : start + self.batch_size]
+            values = self._score(
+                [prompts[i] for i in batch], [images[i].convert("RGB") for i in batch], [rows[i] for i in batch]
+            )
+            for i, value in zip(batch, values, strict=True):
+                scores[i] = value
+        return scores
+
+    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+        """Scores of RGB images that the reward applies to."""
+        raise NotImplementedError
+
+    def as_metric(self, features: Any = None) -> Any:
+        """
+        This reward as an [`evaluate.Metric`], for `add_batch(prompts=…, images=…)` and `compute()`.
+
+        Args:
+            features ([`~datasets.Features`], *optional*): of the columns that the reward reads, if they are not text.
+        """
+        from .metric import RewardMetric
+
+        return RewardMetric(self, features)
+
+
+def reward_name(function: RewardFunc) -> str:
+    """Name under which a reward is logged."""
+    if isinstance(function, Reward):
+        return function.name
+    if isinstance(function, functools.partial):
+        return reward_name(function.func)
+    return function.__name__ if inspect.isroutine(function) else type(function).__name__
