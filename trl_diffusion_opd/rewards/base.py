@@ -17,7 +17,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from PIL.Image import Image
 
@@ -33,7 +33,8 @@ class Reward:
     batches by [`_score`], which subclasses implement.
 
     Attributes:
-        name (`str`): its name on command lines, in logs and in reports.
+        name (`str`): its name on command lines, in logs and in reports. A class has one; where its instances differ, as
+            several remote scorers do, the constructor sets another.
         bounds (`tuple`): the least and the greatest value it can have, `None` where there is no bound.
         columns (`tuple[str, ...]`): columns of the dataset that it reads besides `prompt`.
 
@@ -41,9 +42,9 @@ class Reward:
         batch_size (`int`, *optional*, defaults to `16`): images at a time.
     """
 
-    name: ClassVar[str]
-    bounds: ClassVar[tuple[float | None, float | None]]
-    columns: ClassVar[tuple[str, ...]] = ()
+    name: str
+    bounds: tuple[float | None, float | None]
+    columns: tuple[str, ...] = ()
 
     def __init__(self, batch_size: int = 16):
         if batch_size < 1:
@@ -55,13 +56,25 @@ class Reward:
         """Tells two rewards apart whose scores may differ: stored scores of another fingerprint are not used again."""
         return self.name
 
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Names of the values that [`named_scores`] returns. The reward's own comes first."""
+        return (self.name,)
+
+    def named_scores(
+        self, prompts: Sequence[str], images: Sequence[Image], **columns: Any
+    ) -> dict[str, Sequence[float | None]]:
+        """Everything that is to be logged of this reward, by name: a call's values and, where it has parts, theirs."""
+        return {self.name: self(prompts=prompts, images=images, **columns)}
+
     def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
         """
         Why a sample can't be scored, `None` if it can.
 
         On a task of its own this is refused before the first step; on another task's prompt the score is `None`.
         """
-        return None
+        missing = [name for name in self.columns if columns.get(name) is None]
+        return f"it has no value in column {missing[0]!r}" if missing else None
 
     def __call__(
         self,
@@ -104,6 +117,7 @@ class Reward:
 
         Args:
             features ([`~datasets.Features`], *optional*): of the columns that the reward reads, if they are not text.
+                Those of a dataset will do.
         """
         from .metric import RewardMetric
 
@@ -117,3 +131,13 @@ def reward_name(function: RewardFunc) -> str:
     if isinstance(function, functools.partial):
         return reward_name(function.func)
     return function.__name__ if inspect.isroutine(function) else type(function).__name__
+
+
+def reward_fingerprint(function: RewardFunc) -> str:
+    """What tells a reward from others whose scores may differ. Of a plain function that is where it is defined."""
+    if isinstance(function, Reward):
+        return function.fingerprint
+    if isinstance(function, functools.partial):
+        return reward_fingerprint(function.func)
+    definition: Any = function if inspect.isroutine(function) else type(function)
+    return f"{definition.__module__}:{definition.__qualname__}"
