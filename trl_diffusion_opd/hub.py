@@ -82,12 +82,17 @@ def write_arguments(args: Any, folder: str | Path) -> None:
         args ([`~transformers.TrainingArguments`])
         folder (`str` or `Path`): an existing folder.
     """
+    content = json.dumps(public_arguments(args), indent=2, sort_keys=True)
+    (Path(folder) / ARGUMENTS_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def public_arguments(args: Any) -> dict[str, Any]:
+    """The arguments as JSON values, without tokens, and with local paths reduced to their last part."""
     arguments = args.to_dict()
     for name in _PATH_ARGUMENTS:
         if isinstance(arguments.get(name), str):
             arguments[name] = _last_part(arguments[name])
-    content = json.dumps(_public(arguments), indent=2, sort_keys=True)
-    (Path(folder) / ARGUMENTS_FILE).write_text(content + "\n", encoding="utf-8")
+    return _public(arguments)
 
 
 def _public(value: Any) -> Any:
