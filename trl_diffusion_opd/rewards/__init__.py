@@ -20,36 +20,42 @@ They are called by keyword. `images` and `completions` are the same PIL images, 
 name of the function is the name of its metric. Rewards are measured, they never enter the distillation loss.
 """
 
+import importlib
 from typing import Any
 
 from .assignment import RewardFuncs, reward_data_problems, rewards_by_task
-from .base import Reward, RewardFunc, reward_name
+from .base import Reward, RewardFunc, reward_fingerprint, reward_name
 from .names import REWARDS, load_reward, reward_class
 from .scoring import Scorer, score
 
 
+# Imported when asked for: evaluate is slow to load, and rewards are what names.REWARDS says.
+_LAZY = {
+    "CombinedReward": "combined",
+    "RemoteRewardError": "remote",
+    "RewardMetric": "metric",
+    "as_metric": "metric",
+    **{class_name: module for module, class_name in REWARDS.items()},
+}
+
 __all__ = [
     "REWARDS",
-    "CombinedReward",
     "Reward",
     "RewardFunc",
     "RewardFuncs",
     "Scorer",
     "load_reward",
+    "reward_class",
     "reward_data_problems",
+    "reward_fingerprint",
     "reward_name",
     "rewards_by_task",
     "score",
-    *REWARDS.values(),
+    *_LAZY,
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CombinedReward":
-        from .combined import CombinedReward
-
-        return CombinedReward
-    for spec, class_name in REWARDS.items():
-        if class_name == name:
-            return reward_class(spec)
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

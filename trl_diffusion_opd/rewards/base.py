@@ -138,6 +138,6 @@ def reward_fingerprint(function: RewardFunc) -> str:
     if isinstance(function, Reward):
         return function.fingerprint
     if isinstance(function, functools.partial):
-        return reward_fingerprint(function.func)
+        return f"{reward_fingerprint(function.func)}{function.args}{sorted(function.keywords.items())}"
     definition: Any = function if inspect.isroutine(function) else type(function)
     return f"{definition.__module__}:{definition.__qualname__}"

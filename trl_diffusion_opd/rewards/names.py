@@ -16,6 +16,7 @@
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 from .base import RewardFunc
@@ -41,21 +42,28 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
     A reward function by its name, or by its import path `package.module:function`.
 
     Args:
-        spec (`str`): a name of this package's, or an import path.
+        spec (`str`): a name of this package's, or an import path, or several of them with `+` between, which are added with
+            equal weights by [`CombinedReward`].
         options: arguments of a named reward, such as the `url` of `"remote"`.
 
     Raises:
-        [`ValueError`]: if there is no such function, or its weights cannot be loaded.
+        [`ValueError`]: if there is no such function, its options do not fit, or its weights cannot be loaded.
         [`ImportError`]: if the reward needs a package that is not installed; the message names the extra.
     """
+    if "+" in spec:
+        from .combined import CombinedReward
+
+        return CombinedReward(dict.fromkeys(spec.split("+"), 1.0), **options)
     if spec in REWARDS:
-        return reward_class(spec)(**options)
+        reward = reward_class(spec)
+        _check_options(spec, reward, options)
+        return reward(**options)
     module, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(
             f"There is no reward {spec!r}. There are {', '.join(REWARDS)} (ocr needs `pip install "
-            '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), and any function by its import '
-            "path, package.module:function."
+            '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), sums of them such as '
+            "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function."
         )
     if options:
         raise ValueError(f"Reward {spec!r} is a function and takes no options, but {sorted(options)} are given.")
@@ -64,6 +72,27 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
         return functools.reduce(getattr, name.split("."), found)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"Reward {spec!r} cannot be imported: {error}") from error
+
+
+def _check_options(spec: str, reward: Any, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(reward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and name not in options
+    ]
+    if missing:
+        given = ", ".join(f'"{name}": ...' for name in missing)
+        raise ValueError(
+            f"Reward {spec!r} needs {', '.join(missing)}: load_reward({spec!r}, {', '.join(f'{m}=...' for m in missing)}) in "
+            f"Python, --reward_kwargs '{{\"{spec}\": {{{given}}}}}' on the command line."
+        )
+    unknown = [name for name in options if name not in parameters]
+    if unknown and not takes_any:
+        raise ValueError(f"Reward {spec!r} has no options {unknown}; it has {list(parameters)}.")
 
 
 def reward_class(name: str) -> Any:

@@ -15,6 +15,7 @@
 """Calls reward functions: checks what they return, and lets them work while the next images are generated."""
 
 import asyncio
+import contextvars
 import inspect
 import math
 import time
@@ -24,13 +25,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
-from .base import RewardFunc, reward_name
+from .base import Reward, RewardFunc, reward_name
 
 
 # Batches of images that wait to be scored: more would only fill the memory.
 _MAX_PENDING = 2
+
+Scores = dict[str, list[float | None]]
 
 
 def score(
@@ -38,9 +42,9 @@ def score(
     rows: Sequence[Mapping[str, Any]],
     images: Sequence[Image],
     trainer_state: Any = None,
-) -> dict[str, list[float | None]]:
+) -> Scores:
     """
-    Scores images, one function after another.
+    Scores images, one function after another, without gradients.
 
     Args:
         functions (`list` of reward functions), rows (`list[dict]`): rows of the dataset, one an image.
@@ -48,12 +52,17 @@ def score(
         trainer_state ([`~transformers.TrainerState`], *optional*)
 
     Returns:
-        `dict[str, list[float | None]]`: a value an image for each function, by name.
+        `dict[str, list[float | None]]`: a value an image for each function, by name. The parts of a [`CombinedReward`]
+        follow it, as `name/part`.
 
     Raises:
-        [`ValueError`]: if a function returns another number of values than it was given images, or what is no number.
+        [`ValueError`]: if a function returns another number of values than it was given images, or what is no number,
+            or if two functions have one name.
     """
-    return {reward_name(function): _call(function, rows, images, trainer_state) for function in functions}
+    scores: Scores = {}
+    for function in _by_name(functions).values():
+        scores |= call_reward(function, rows, images, trainer_state)
+    return scores
 
 
 class Scorer:
@@ -61,7 +70,11 @@ class Scorer:
     Scores batches of images while the caller generates the next ones.
 
     Each function has a thread of its own, in which it sees the batches in order: one that waits for a server does not hold
-    up one that computes. What a function raises is raised by the next call of `submit` or `results`.
+    up one that computes. The threads have the caller's context variables and current device, and gradients are off, so
+    the scores are those of [`score`].
+
+    What a function raises is raised by the next call of `submit` or `results` that meets it, and by every one after that.
+    Leaving the `with` block waits for the calls that are running and drops those that wait.
 
     ```python
     with Scorer(functions) as scorer:
@@ -76,15 +89,26 @@ class Scorer:
 
     Attributes:
         seconds (`dict[str, float]`): the time that each function took, by name.
+        waited (`float`): the seconds that the caller waited for scores. What is missing of the sum of `seconds` was spent
+            while it generated.
+
+    Raises:
+        [`ValueError`]: if two functions have one name.
     """
 
     def __init__(self, functions: Sequence[RewardFunc], trainer_state: Any = None):
-        self.functions = {reward_name(function): function for function in functions}
+        self.functions = _by_name(functions)
         self.seconds = dict.fromkeys(self.functions, 0.0)
+        self.waited = 0.0
         self._trainer_state = trainer_state
-        self._scores: dict[str, list[float | None]] = {name: [] for name in self.functions}
-        self._pending: deque[dict[str, Future[list[float | None]]]] = deque()
-        self._threads = {name: ThreadPoolExecutor(1, thread_name_prefix=f"reward-{name}") for name in self.functions}
+        self._scores: Scores = {name: [] for function in functions for name in _score_names(function)}
+        self._pending: deque[list[Future[Scores]]] = deque()
+        self._threads = {
+            name: ThreadPoolExecutor(
+                1, thread_name_prefix=f"reward-{name}", initializer=_use_device, initargs=_device()
+            )
+            for name in self.functions
+        }
 
     def __enter__(self) -> "Scorer":
         return self
@@ -92,45 +116,65 @@ class Scorer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # All are told before one is waited for.
         for thread in self._threads.values():
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(wait=False, cancel_futures=True)
+        for thread in self._threads.values():
+            thread.shutdown()
 
     def submit(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> None:
         """Gives a batch to the functions, and waits while too many batches are under way."""
         while len(self._pending) >= _MAX_PENDING:
             self._collect()
         self._pending.append(
-            {
-                name: self._threads[name].submit(self._timed, name, function, list(rows), list(images))
-                for name, function in self.functions.items()
-            }
+            [
+                self._threads[name].submit(contextvars.copy_context().run, self._timed, name, list(rows), list(images))
+                for name in self.functions
+            ]
         )
 
-    def results(self) -> dict[str, list[float | None]]:
+    def results(self) -> Scores:
         """The scores of all batches so far, in the order in which they were submitted, by the name of the function."""
         while self._pending:
             self._collect()
         return self._scores
 
     def _collect(self) -> None:
-        for name, future in self._pending.popleft().items():
-            self._scores[name] += future.result()
-
-    def _timed(
-        self, name: str, function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]
-    ) -> list[float | None]:
         start = time.perf_counter()
-        values = _call(function, rows, images, self._trainer_state)
-        self.seconds[name] += time.perf_counter() - start
-        return values
+        # The batch stays where it is if it failed: whoever goes on after an error meets it again, and not scores that
+        # lack a batch.
+        scores = [future.result() for future in self._pending[0]]
+        self.waited += time.perf_counter() - start
+        self._pending.popleft()
+        for of_function in scores:
+            for name, values in of_function.items():
+                self._scores[name] += values
+
+    def _timed(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> Scores:
+        start = time.perf_counter()
+        try:
+            return call_reward(self.functions[name], rows, images, self._trainer_state)
+        finally:
+            self.seconds[name] += time.perf_counter() - start
 
 
-def _call(
-    function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], trainer_state: Any
-) -> list[float | None]:
+@torch.no_grad()  # of the thread that it runs in
+def call_reward(
+    function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], trainer_state: Any = None
+) -> Scores:
+    """
+    Calls one reward function by keyword and checks what it returns.
+
+    Args:
+        function: sync or async. rows, images, trainer_state: as in [`score`].
+
+    Returns:
+        `dict[str, list[float | None]]`: its values by its name, and those of its parts.
+    """
     if not images:  # more processes than images
-        return []
-    values = function(
+        return {name: [] for name in _score_names(function)}
+    given: Any = function.named_scores if isinstance(function, Reward) else function
+    values = given(
         prompts=[row["prompt"] for row in rows],
         images=list(images),
         completions=list(images),
@@ -138,11 +182,33 @@ def _call(
         **{name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
     )
     if inspect.isawaitable(values):
-        values = asyncio.run(_wait_for(values))
-    name = reward_name(function)
-    if len(values) != len(images):
+        values = _wait_for(values)
+    named = values if isinstance(function, Reward) else {reward_name(function): values}
+    return {name: _checked(name, of_name, rows) for name, of_name in named.items()}
+
+
+def _by_name(functions: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
+    named = {reward_name(function): function for function in functions}
+    if len(named) < len(functions):
+        names = [reward_name(function) for function in functions]
+        raise ValueError(f"Two reward functions of {names} have one name; their scores would be one. Rename one.")
+    return named
+
+
+def _score_names(function: RewardFunc) -> tuple[str, ...]:
+    return function.score_names if isinstance(function, Reward) else (reward_name(function),)
+
+
+def _checked(name: str, values: Any, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    try:
+        values = list(values)
+    except TypeError:
         raise ValueError(
-            f"Reward function {name!r} returned {len(values)} values for {len(images)} images. It must return one an "
+            f"Reward function {name!r} returned {values!r:.100}. It must return a list with a value an image."
+        ) from None
+    if len(values) != len(rows):
+        raise ValueError(
+            f"Reward function {name!r} returned {len(values)} values for {len(rows)} images. It must return one an "
             "image, None where it does not apply."
         )
     return [_number(name, value, row["prompt"]) for value, row in zip(values, rows, strict=True)]
@@ -152,16 +218,35 @@ def _number(name: str, value: Any, prompt: str) -> float | None:
     if value is None:
         return None
     try:
-        number = math.nan if isinstance(value, str) else float(value)
+        number = math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"Reward function {name!r} returned {value!r} for the prompt {prompt!r}. It must return a finite number, or "
-            "None where it does not apply."
+            f"Reward function {name!r} returned {value!r:.100} for the prompt {prompt!r}. It must return a finite number, "
+            "or None where it does not apply."
         )
     return number
 
 
-async def _wait_for(awaitable: Any) -> Any:
-    return await awaitable
+def _wait_for(awaitable: Any) -> Any:
+    async def result() -> Any:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(result())
+    # A notebook has a loop in this thread, and a second one needs another thread.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(contextvars.copy_context().run, torch.no_grad()(asyncio.run), result()).result()
+
+
+def _device() -> tuple[int | None]:
+    """Index of the caller's device: a new thread would start with the first one, whichever process it is in."""
+    return (torch.accelerator.current_device_index() if torch.accelerator.is_available() else None,)
+
+
+def _use_device(index: int | None) -> None:
+    if index is not None:
+        torch.accelerator.set_device_index(index)

@@ -1,0 +1,166 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A weighted sum of rewards, each brought to a common scale first."""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from PIL.Image import Image
+
+from .base import Reward, RewardFunc, reward_fingerprint, reward_name
+from .names import load_reward
+from .scoring import Scores, call_reward
+
+
+# What the published code of the paper's teachers divides by: PickScore, about 22, by 26, and UnifiedReward, from 1 to 5, by
+# 5. Aesthetic scores are ratings from 1 to 10. The others are of the size of 1 as they are.
+SCALES: Mapping[str, float] = MappingProxyType({"aesthetic": 10.0, "pickscore": 26.0, "unifiedreward": 5.0})
+
+
+class CombinedReward(Reward):
+    """
+    The weighted sum of several rewards, each divided by its scale. `None` where one of them does not apply.
+
+    `CombinedReward({"pickscore": 1, "clipscore": 1, "hpsv2": 1})` is the aesthetic reward of DiffusionOPD
+    ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)) and of the teachers before it: PickScore / 26 + CLIPScore
+    + HPSv2.1. As a sum of raw scores it would be PickScore alone. By name it is `"pickscore+clipscore+hpsv2"`.
+
+    The unscaled value of each component is logged and reported as well, as `name/component`.
+
+    Args:
+        rewards (`dict`): weights of rewards. A reward is a name, an import path, a [`Reward`] or a function; a weight may be
+            negative.
+        name (`str`, *optional*, defaults to `"combined"`): of the metric.
+        scales (`dict[str, float]`, *optional*): what components are divided by, by their names. Without an entry that is 10
+            for `aesthetic`, 26 for `pickscore`, 5 for `unifiedreward` and 1 for others and for functions.
+        reward_kwargs (`dict`, *optional*): arguments of components that are given by name.
+
+    Raises:
+        [`ValueError`]: if a component cannot be loaded or two have one name, if a weight or a scale cannot be used, or an
+            option names no component. One message lists all of it.
+    """
+
+    name = "combined"
+
+    def __init__(
+        self,
+        rewards: Mapping[str | RewardFunc, float],
+        name: str = "combined",
+        scales: Mapping[str, float] | None = None,
+        reward_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        scales, reward_kwargs = scales or {}, reward_kwargs or {}
+        super().__init__()
+        self.name = name
+        self.components: dict[str, RewardFunc] = {}
+        self.weights: dict[str, float] = {}
+        problems = [] if rewards else ["there is no component."]
+        for spec, weight in rewards.items():
+            try:
+                component = load_reward(spec, **reward_kwargs.get(spec, {})) if isinstance(spec, str) else spec
+            except (ImportError, ValueError) as error:
+                problems.append(str(error))
+                continue
+            if not callable(component):
+                problems.append(f"{component!r} is neither a name nor a function.")
+                continue
+            component_name = reward_name(component)
+            if component_name in self.components:
+                problems.append(f"two components are named {component_name!r}. Rename one.")
+            if not isinstance(weight, int | float) or not math.isfinite(weight):
+                problems.append(f"the weight of {component_name!r} is {weight!r}; it must be a finite number.")
+            self.components[component_name] = component
+            self.weights[component_name] = weight
+        problems += [f"scales has {key!r}, which is no component." for key in scales if key not in self.components]
+        problems += [
+            f"reward_kwargs has {key!r}, which is no component." for key in reward_kwargs if key not in rewards
+        ]
+        problems += [
+            f"the scale of {key!r} is {value}; it must be positive." for key, value in scales.items() if not value > 0
+        ]
+        if problems:
+            raise ValueError("\n".join(f"Reward {name!r}: {problem}" for problem in problems))
+        self.scales = {
+            key: float(scales.get(key, SCALES.get(key, 1.0) if isinstance(component, Reward) else 1.0))
+            for key, component in self.components.items()
+        }
+        of_package = [component for component in self.components.values() if isinstance(component, Reward)]
+        self.columns = tuple(dict.fromkeys(column for component in of_package for column in component.columns))
+        self.bounds = self._bounds()
+
+    def _bounds(self) -> tuple[float | None, float | None]:
+        lowest: float | None = 0.0
+        highest: float | None = 0.0
+        for key, component in self.components.items():
+            bounds = component.bounds if isinstance(component, Reward) else (None, None)
+            factor = self.weights[key] / self.scales[key]
+            low, high = bounds if factor >= 0 else bounds[::-1]
+            lowest = None if lowest is None or low is None else lowest + factor * low
+            highest = None if highest is None or high is None else highest + factor * high
+        return lowest, highest
+
+    @property
+    def fingerprint(self) -> str:
+        parts = [
+            f"{self.weights[key]}/{self.scales[key]}*{reward_fingerprint(component)}"
+            for key, component in self.components.items()
+        ]
+        return f"{self.name}({' + '.join(parts)})"
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return (self.name, *(f"{self.name}/{key}" for key in self.components))
+
+    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+        for key, component in self.components.items():
+            reason = component.why_not(prompt, columns) if isinstance(component, Reward) else None
+            if reason is not None:
+                return f"{key!r} can't score it: {reason}"
+        return None
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        completions: Sequence[Image] | None = None,
+        trainer_state: Any = None,
+        **columns: Sequence[Any],
+    ) -> list[float | None]:
+        return self.named_scores(prompts, images, trainer_state=trainer_state, **columns)[self.name]
+
+    def named_scores(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        completions: Sequence[Image] | None = None,
+        trainer_state: Any = None,
+        **columns: Sequence[Any],
+    ) -> Scores:
+        """The sum and, as `name/component`, the unscaled values of the components."""
+        rows = [
+            {"prompt": prompt, **{key: values[i] for key, values in columns.items()}}
+            for i, prompt in enumerate(prompts)
+        ]
+        parts = {
+            key: call_reward(component, rows, images, trainer_state)[key] for key, component in self.components.items()
+        }
+        factors = [self.weights[key] / self.scales[key] for key in parts]
+        totals = [
+            None if None in values else math.fsum(f * v for f, v in zip(factors, values, strict=True))
+            for values in zip(*parts.values(), strict=True)
+        ]
+        return {self.name: totals} | {f"{self.name}/{key}": values for key, values in parts.items()}

@@ -1,0 +1,195 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""UnifiedReward: a vision language model that is asked for a score."""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL.Image import Image
+
+from .base import Reward
+from .remote import OnError, RemoteRewardError, address_hash, call_problems, png_base64, url_problems
+
+
+logger = logging.getLogger(__name__)
+
+# What the model was trained to be asked: a caption, the two criteria, and a score from 1 to 5 behind "Final Score:".
+QUESTION = (
+    "This image was generated from a text caption. Judge it by two criteria:\n"
+    "1. Alignment with the Caption: are the objects of the caption there, with the attributes and relations that it gives "
+    "them?\n"
+    "2. Overall Image Quality: is the image clear and detailed, are its colors right, does it please the eye?\n"
+    "Considering both, assign a score from 1 to 5 after 'Final Score:'.\n"
+    "Text Caption: [{prompt}]"
+)
+
+# "Final Score: 3.5", also with Markdown around it, "(1-5)" before it or "/5" behind it. A number is taken whole or not at
+# all: of "10", "4,5" or "1-5" no part is the score.
+_FINAL_SCORE = re.compile(
+    r"""final\s+score \s* (?:\([^)\n]*\))? (?:\s+is\b)? [\s:=*_`\[]*
+        (?<![\w.]) (\d++(?:\.\d++)?+) (?![ ]*[,.–-]?[ ]*\d)
+        (?:[\s*_`\]]* (?:/|out\s+of) \s* (\d++))?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_LOWEST, _HIGHEST = 1.0, 5.0
+
+
+class UnifiedReward(Reward):
+    """
+    UnifiedReward's point score ([Wang et al., 2025](https://huggingface.co/papers/2503.05236)): a vision language model
+    judges how well an image fits its caption and how good it looks, from 1 to 5. Published tables have 3.0 to 3.5.
+
+    The model is served by vLLM, SGLang or anything else with OpenAI's chat completions, for example:
+
+    ```bash
+    vllm serve CodeGoat24/UnifiedReward-qwen-7b --port 8000
+    OPENAI_API_KEY=none OPENAI_BASE_URL=http://localhost:8000/v1 python ...
+    ```
+
+    It is asked at temperature 0. The key is read from the environment variable `OPENAI_API_KEY` and from nowhere else, so
+    that it gets into no argument; a server that checks none takes any value. Answers without a score from 1 to 5, and
+    those that were cut off at `max_tokens`, are failures: an error or no score, and never a score of 0.
+
+    Args:
+        base_url (`str`, *optional*): of the endpoint, with its `/v1`. The environment variable `OPENAI_BASE_URL` if not
+            given.
+        model (`str`, *optional*, defaults to `"CodeGoat24/UnifiedReward-7b-v1.5"`): as the endpoint calls it.
+        question (`str`, *optional*): what the model is asked, with `{prompt}` where the caption belongs. The default asks
+            in the published form, but in other words; to compare with published numbers, give the wording that belongs to
+            the model.
+        max_tokens (`int`, *optional*, defaults to `1024`): of an answer.
+        max_concurrency (`int`, *optional*, defaults to `16`): requests at a time.
+        timeout (`float`, *optional*, defaults to `120`): seconds to wait for an answer.
+        max_retries (`int`, *optional*, defaults to `3`): tries after the first one; the client decides what is tried again.
+        on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error, or log a warning and give a sample `"none"`.
+
+    Raises:
+        [`ImportError`]: without the client, which comes with `pip install "trl-diffusion-opd[unifiedreward]"`.
+        [`ValueError`]: if an argument cannot be used, or there is no key.
+        [`RemoteRewardError`]: by a call that failed.
+    """
+
+    name = "unifiedreward"
+    bounds = (_LOWEST, _HIGHEST)
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        model: str = "CodeGoat24/UnifiedReward-7b-v1.5",
+        question: str = QUESTION,
+        max_tokens: int = 1024,
+        max_concurrency: int = 16,
+        timeout: float = 120.0,
+        max_retries: int = 3,
+        on_error: OnError = "raise",
+    ):
+        # More images than requests at a time: no request then waits for the slowest of a few.
+        super().__init__(batch_size=max(8 * max_concurrency, 1))
+        try:
+            import openai
+        except ImportError as error:
+            raise ImportError(
+                "Reward 'unifiedreward' needs the openai client: pip install \"trl-diffusion-opd[unifiedreward]\"."
+            ) from error
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        problems = call_problems(timeout, max_retries, on_error)
+        if base_url is None:
+            problems.append(
+                'no endpoint. Give base_url, on the command line --reward_kwargs \'{"unifiedreward": {"base_url": '
+                '"http://localhost:8000/v1"}}\', or set OPENAI_BASE_URL.'
+            )
+        else:
+            problems += url_problems("base_url", base_url)
+        if not os.environ.get("OPENAI_API_KEY"):
+            problems.append(
+                "the environment variable OPENAI_API_KEY is not set. A server that checks no key takes any value."
+            )
+        if "{prompt}" not in question:
+            problems.append(f"question={question!r} has no {{prompt}}, where the caption belongs.")
+        for option, value in (("max_tokens", max_tokens), ("max_concurrency", max_concurrency)):
+            if value < 1:
+                problems.append(f"{option}={value}: it must be at least 1.")
+        if problems:
+            raise ValueError("\n".join(f"Reward 'unifiedreward': {problem}" for problem in problems))
+        self.base_url = str(base_url)
+        self.model = model
+        self.question = question
+        self.max_tokens = max_tokens
+        self.max_concurrency = max_concurrency
+        self.on_error = on_error
+        self._openai = openai
+        self._client = openai.OpenAI(base_url=self.base_url, timeout=timeout, max_retries=max_retries)
+
+    @property
+    def fingerprint(self) -> str:
+        question = hashlib.sha256(self.question.encode()).hexdigest()[:16]
+        return f"{self.name}:{address_hash(self.base_url)}:{self.model}:{question}:{self.max_tokens}"
+
+    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+        # The client's own async form would need an event loop, which a notebook already runs in this thread.
+        with ThreadPoolExecutor(self.max_concurrency) as threads:
+            return list(threads.map(self._score_one, prompts, images))
+
+    def _score_one(self, prompt: str, image: Image) -> float | None:
+        try:
+            return self._ask(prompt, image)
+        except RemoteRewardError as error:
+            if self.on_error == "raise":
+                raise
+            logger.warning("%s The image has no score.", error)
+            return None
+
+    def _ask(self, prompt: str, image: Image) -> float:
+        failed = f"Reward {self.name!r}: model {self.model!r} at {self.base_url} "
+        content = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"}},
+            # Not format(): a caption may have braces.
+            {"type": "text", "text": self.question.replace("{prompt}", prompt)},
+        ]
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model,
+                messages=[{"role": "user", "content": content}],  # type: ignore[misc,list-item]
+                max_tokens=self.max_tokens,
+                temperature=0,
+            )
+        except self._openai.OpenAIError as error:
+            raise RemoteRewardError(f"{failed}cannot be asked: {error}") from error
+        if not completion.choices:
+            raise RemoteRewardError(f"{failed}gave no answer for the prompt {prompt!r}.")
+        choice = completion.choices[0]
+        text = choice.message.content or ""
+        score = None if choice.finish_reason == "length" else parse_score(text)
+        if score is None:
+            cut = f", cut off at max_tokens={self.max_tokens}," if choice.finish_reason == "length" else ""
+            raise RemoteRewardError(
+                f"{failed}answered{cut} without a score from 1 to 5 behind 'Final Score:' for the prompt {prompt!r}: "
+                f"{text[-200:]!r}"
+            )
+        return score
+
+
+def parse_score(answer: str) -> float | None:
+    """The last final score of an answer, `None` if there is none from 1 to 5."""
+    found = list(_FINAL_SCORE.finditer(answer))
+    if not found:
+        return None
+    value, scale = float(found[-1][1]), found[-1][2]
+    return value if _LOWEST <= value <= _HIGHEST and scale in (None, "5") else None
