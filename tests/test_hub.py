@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The model card, the arguments, the grids and what is pushed; run as a script, the round trip through a loopback Hub."""
+"""The model card, the arguments and what is pushed; run as a script, the round trip through a loopback Hub."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,10 +34,8 @@ from loopback_hub import TOKEN, LoopbackHub
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_sd3 import ATTENTION, make_lora, make_pipeline
-from transformers.integrations import TensorBoardCallback
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, hub
-from trl_diffusion_opd.completions import log_grid
 from trl_diffusion_opd.student import Student
 from trl_diffusion_opd.teachers import TeacherError, parse_teacher, read_lora
 from trl_diffusion_opd.velocity import VelocityField
@@ -279,55 +277,6 @@ class TestModelCard:
         text = _card(trainer).text
         assert calls == [(["a cat"], 2.0)]
         assert '    negative_prompt="",\n    true_cfg_scale=2.0,\n    num_inference_steps=4,\n' in text
-
-
-class TestGrid:
-    GRID = {"ocr": [Image.new("RGB", (32, 16), "red"), Image.new("RGB", (32, 16), "blue")], "style": []}
-
-    def test_picture_and_tensorboard(self, trainer, tmp_path):
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(tmp_path / "runs"))
-        trainer.callback_handler.callbacks = [TensorBoardCallback(writer), TensorBoardCallback()]
-        dotted = Image.new("RGB", (32, 16), "lime")
-        dotted.putpixel((31, 15), (0, 0, 0))
-        log_grid(trainer, {**self.GRID, "style": [dotted]})
-        writer.close()
-        path = Path(trainer.args.output_dir) / "completions" / "step_000012.png"
-        pixels = np.asarray(Image.open(path))
-        assert pixels.shape == (2 * 128, 2 * 256, 3)
-        colours = [pixels[y, x].tolist() for y in (0, 128) for x in (0, 256)]
-        assert colours == [[255, 0, 0], [0, 0, 255], [0, 255, 0], [255, 255, 255]]
-        assert (pixels[248:, 248:256] == 0).all()
-        assert (pixels[128:, :256].reshape(-1, 3) == [0, 255, 0]).all(-1).sum() == (32 * 16 - 1) * 8 * 8
-        events = EventAccumulator(str(tmp_path / "runs")).Reload()
-        (event,) = events.Images("completions")
-        assert (event.step, event.width, event.height) == (12, 512, 256)
-
-    def test_wandb_and_trackio_get_it_at_the_update(self, trainer, monkeypatch):
-        sent = {}
-        for name in ("wandb", "trackio"):
-            module = ModuleType(name)
-            module.run = object()
-            module.context_vars = SimpleNamespace(current_run=SimpleNamespace(get=lambda: object()))
-            module.Image = lambda image, caption: (image.size, caption)
-            module.log = lambda metrics, step=None, name=name: sent.update({name: (metrics, step)})
-            monkeypatch.setitem(sys.modules, name, module)
-        trainer.args.report_to = ["wandb", "trackio"]
-        log_grid(trainer, self.GRID)
-        metrics = {"completions": ((512, 128), "rows: ocr"), "train/global_step": 12}
-        assert sent == {"wandb": (metrics, None), "trackio": (metrics, 12)}
-
-        sent.clear()  # an evaluation before training: no run is open yet
-        sys.modules["wandb"].run = None
-        sys.modules["trackio"].context_vars.current_run.get = lambda: None
-        log_grid(trainer, self.GRID)
-        assert sent == {}
-
-    def test_nothing_to_show(self, trainer):
-        log_grid(trainer, {"style": []})
-        assert not (Path(trainer.args.output_dir) / "completions").exists()
 
 
 class TestCheckpointPush:

@@ -371,7 +371,8 @@ def test_best_model_is_loaded_at_the_end(tmp_path, teachers):
 def test_grid_of_images_from_the_start(tmp_path, teachers):
     trainer = make_trainer(tmp_path, teachers, log_completions=True, num_completions_to_print=2)
     trainer.train()
-    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["step_000000.png"]
+    names = sorted(path.name for path in (tmp_path / "completions").iterdir())
+    assert names == ["completions_00000.parquet", "step_000000.png"]
 
 
 # What stops it

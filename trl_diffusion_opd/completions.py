@@ -11,76 +11,165 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures of the student's progress: one grid an evaluation, in a file and in the trackers."""
+
+"""The student's images for fixed prompts, once an evaluation: in files, in the console and in the trackers."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 from diffusers.utils import make_image_grid
 from PIL import Image
+from pyarrow.parquet import write_table
 from transformers.integrations import TensorBoardCallback
+
+from . import tables
 
 
 if TYPE_CHECKING:
     from .trainer.base_trainer import DiffusionTrainer
 
 FOLDER = "completions"
-LOG_NAME = "completions"
+TABLE_NAME = "completions"
+GRID_NAME = "completions_grid"
 # Smaller images are enlarged by a whole factor until they have this many pixels on the shorter side.
 _VISIBLE_SIZE = 128
+_FEATURES = {
+    "step": datasets.Value("int64"),
+    "prompt": datasets.Value("string"),
+    "task": datasets.Value("string"),
+    "image": datasets.Image(),
+}
 
 
-def log_grid(trainer: "DiffusionTrainer", grid: dict[str, list[Image.Image]]) -> None:
+@dataclass(frozen=True)
+class Completion:
     """
-    Shows images of the student: a row a task, a column a prompt.
+    One image of the student.
 
-    The picture is saved as `completions/step_{global_step}.png` in the output folder and sent to those of the trackers in
-    `report_to` that show pictures (tensorboard, wandb, trackio), under the name `completions` at the current update. Call
-    it on the main process.
+    Attributes:
+        prompt (`str`), task (`str`)
+        image (`PIL.Image.Image`)
+        rewards (`dict[str, float | None]`): the image's own scores, by the name of the reward.
+    """
+
+    prompt: str
+    task: str
+    image: Image.Image
+    rewards: dict[str, float | None]
+
+
+def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completion]) -> None:
+    """
+    Shows images of the student: a table with a row an image, and a picture with a row a task.
+
+    Both are saved in `completions/` in the output folder, the table as `completions_{global_step}.parquet` with the columns
+    `step`, `prompt`, `task`, `image` and one a reward, the picture as `step_{global_step}.png`. The trackers in `report_to`
+    that show pictures (tensorboard, wandb, trackio) get them at the current update, as `completions` and
+    `completions_grid`. The rewards are also printed. Call it on the main process.
 
     Args:
         trainer ([`DiffusionTrainer`])
-        grid (`dict[str, list[PIL.Image.Image]]`): images of one size by task. Shorter rows are filled with white.
+        completions (`list[Completion]`): images of one size, in the order in which they are shown.
     """
-    rows = {task: images for task, images in grid.items() if images}
-    if not rows:
+    if not completions:
         return
     step = trainer.state.global_step
-    picture = _picture(list(rows.values()))
+    picture = _picture(completions)
     folder = Path(trainer.args.output_dir or ".") / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / f"step_{step:06d}.png")
-    _send(trainer, picture, caption=f"rows: {', '.join(rows)}", step=step)
+    rewards = _reward_columns(completions)
+    # Not to_parquet, which shows a progress bar for its one batch.
+    write_table(_dataset(completions, rewards, step).data.table, folder / f"completions_{step:05d}.parquet")
+    if rewards:
+        tables.print_completions(completions, rewards, step)
+    _send(trainer, completions, rewards, picture, step)
 
 
-def _picture(rows: list[list[Image.Image]]) -> Image.Image:
-    width, height = rows[0][0].size
+def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
+    """A value an image by the name of the reward, `None` where the task has no such reward."""
+    names = dict.fromkeys(name for completion in completions for name in completion.rewards)
+    # A reward may have the name of one of our columns.
+    return {
+        f"reward_{name}" if name in _FEATURES else name: [completion.rewards.get(name) for completion in completions]
+        for name in names
+    }
+
+
+def _dataset(completions: Sequence[Completion], rewards: dict[str, list[float | None]], step: int) -> datasets.Dataset:
+    columns = {
+        "step": [step] * len(completions),
+        "prompt": [completion.prompt for completion in completions],
+        "task": [completion.task for completion in completions],
+        "image": [completion.image for completion in completions],
+        **rewards,
+    }
+    features = datasets.Features({**_FEATURES, **dict.fromkeys(rewards, datasets.Value("float64"))})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _picture(completions: Sequence[Completion]) -> Image.Image:
+    rows: dict[str, list[Image.Image]] = {}
+    for completion in completions:
+        rows.setdefault(completion.task, []).append(completion.image)
+    width, height = completions[0].image.size
     factor = math.ceil(_VISIBLE_SIZE / min(width, height))
-    columns = max(len(images) for images in rows)
+    columns = max(map(len, rows.values()))
     blank = Image.new("RGB", (width, height), "white")
-    cells = [image for images in rows for image in images + [blank] * (columns - len(images))]
+    cells = [image for images in rows.values() for image in images + [blank] * (columns - len(images))]
     # Nearest: what is seen are the pixels that were generated, not a blur between them.
     cells = [cell.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST) for cell in cells]
     return make_image_grid(cells, rows=len(rows), cols=columns)
 
 
-def _send(trainer: "DiffusionTrainer", picture: Image.Image, caption: str, step: int) -> None:
+def _send(
+    trainer: "DiffusionTrainer",
+    completions: Sequence[Completion],
+    rewards: dict[str, list[float | None]],
+    picture: Image.Image,
+    step: int,
+) -> None:
     trackers = trainer.args.report_to or []
+    tasks = dict.fromkeys(completion.task for completion in completions)
+
+    def media(tracker: Any) -> dict[str, Any]:
+        """Table and picture in the classes of wandb or trackio, which have the same names, with the update as x axis."""
+        images = [tracker.Image(completion.image) for completion in completions]
+        rows = [
+            [completion.prompt, completion.task, image, *values]
+            for completion, image, *values in zip(completions, images, *rewards.values(), strict=True)
+        ]
+        return {
+            TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards], data=rows),
+            GRID_NAME: tracker.Image(picture, caption=f"rows: {', '.join(tasks)}"),
+            "train/global_step": step,
+        }
+
     for callback in trainer.callback_handler.callbacks:
-        # The writer opens with training: an evaluation before it has only the file.
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(LOG_NAME, np.asarray(picture), step, dataformats="HWC")
+            callback.tb_writer.add_image(GRID_NAME, np.asarray(picture), step, dataformats="HWC")
+            callback.tb_writer.add_text(TABLE_NAME, _markdown(completions, rewards), step)
     if "wandb" in trackers:
         import wandb
 
         if wandb.run is not None:
-            # The callback of transformers has made this metric the x axis; wandb's own counter counts calls.
-            wandb.log({LOG_NAME: wandb.Image(picture, caption=caption), "train/global_step": step})
+            wandb.log(media(wandb))
     if "trackio" in trackers:
         import trackio
 
         if trackio.context_vars.current_run.get() is not None:
-            image = trackio.Image(picture, caption=caption)
-            trackio.log({LOG_NAME: image, "train/global_step": step}, step=step)
+            trackio.log(media(trackio), step=step)
+
+
+def _markdown(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:
+    lines = [["prompt", "task", *rewards], ["---", "---", *("---:" for _ in rewards)]]
+    for completion, *values in zip(completions, *rewards.values(), strict=True):
+        lines.append([completion.prompt, completion.task, *map(tables.reward_cell, values)])
+    # One line a row, whatever is in a prompt.
+    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The tables that a run shows before its first step."""
+"""The tables that a run shows in the console."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from .objectives import dominant_step
 
 
 if TYPE_CHECKING:
+    from .completions import Completion
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,16 @@ _DOMINANT_SHARE = 0.9
 
 def print_start(trainer: "DiffusionOPDTrainer") -> None:
     """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
-    console = Console()
+    console = _console()
     teachers = Table(title="Tasks and teachers")
-    for column in ("task", "prompts", "teacher", "kind", "rank", "guidance", "weight", "revision", "sha256"):
-        teachers.add_column(column)
+    for column in ("task", "prompts", "teacher", "kind", "guidance"):
+        teachers.add_column(column, overflow="fold")
+    for column in ("revision", "sha256"):  # cut in the middle they are of no use
+        teachers.add_column(column, no_wrap=True, min_width=8)
     for row in trainer.bank.summary():
-        cells = [row["teacher"], row["kind"], row["rank"], row["guidance_scale"], f"{row['weight']:.2f}"]
-        cells += [row["revision"], row["sha256"]]
+        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
+        kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
+        cells = [name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
         prompts = len(trainer._task_rows[row["task"]])
         teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
     console.print(teachers)
@@ -62,3 +67,33 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
         )
     count = sum(parameter.numel() for parameter in trainer.student.parameters())
     console.print(f"Trained parameters: {count:,}")
+
+
+def print_completions(
+    completions: Sequence["Completion"], rewards: Mapping[str, Sequence[float | None]], step: int
+) -> None:
+    """
+    Shows prompts and rewards of images of the student.
+
+    Args:
+        completions (`list[Completion]`), step (`int`)
+        rewards (`dict[str, list[float | None]]`): a value an image, by the name of the reward.
+    """
+    table = Table(title=f"Images at update {step}")
+    for column in ("prompt", "task"):
+        table.add_column(column)
+    for name in rewards:
+        table.add_column(name, justify="right")
+    for completion, *values in zip(completions, *rewards.values(), strict=True):
+        table.add_row(completion.prompt, completion.task, *map(reward_cell, values))
+    _console().print(table)
+
+
+def reward_cell(value: float | None) -> str:
+    """A reward as text, `-` where it does not apply."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _console() -> Console:
+    # Prompts and names of tasks are the user's: brackets in them are no markup.
+    return Console(markup=False, highlight=False, emoji=False)

@@ -82,10 +82,11 @@ class DiffusionConfig(_BaseConfig):
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to draw a grid of images for fixed prompts at the start and at every evaluation, saved under
-            `completions/` in the output folder and sent to the trackers.
+            Whether to draw images for fixed prompts at the start and at every evaluation. A grid of them and a table with
+            the prompts and the images' rewards are saved under `completions/` in the output folder and sent to the
+            trackers; the rewards are also printed.
         num_completions_to_print (`int`, *optional*, defaults to `4`):
-            Prompts a task in that grid.
+            Prompts a task in that table.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -176,9 +177,9 @@ class DiffusionConfig(_BaseConfig):
     # Parameters that control the logging
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Whether to draw a grid of images for fixed prompts at the start and at evaluations."},
+        metadata={"help": "Whether to draw and log images for fixed prompts at the start and at evaluations."},
     )
-    num_completions_to_print: int = field(default=4, metadata={"help": "Prompts a task in that grid."})
+    num_completions_to_print: int = field(default=4, metadata={"help": "Prompts a task of which images are logged."})
 
     def __post_init__(self) -> None:
         # TRL takes bf16 on any machine and TrainingArguments then refuses a CPU. A laptop should just work.

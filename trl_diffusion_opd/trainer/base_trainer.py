@@ -32,19 +32,19 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .. import checkpoint, hub
-from ..completions import log_grid
+from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
 from ..rewards import RewardFuncs, reward_name, rewards_by_task, score
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
+from ..trackers import use_public_trackers
 from ..velocity import VelocityField
 from .base_config import DiffusionConfig
 from .checks import (
@@ -76,15 +76,6 @@ class _StudentCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.student.update_ema(state.global_step)
-
-
-class _TensorBoardCallback(TensorBoardCallback):
-    """Without the model's config, which is expected to be a language model's."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control)
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -172,9 +163,7 @@ class DiffusionTrainer(_BaseTrainer):
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
-        tensorboard = self.pop_callback(TensorBoardCallback)
-        if tensorboard is not None:
-            self.add_callback(_TensorBoardCallback(tensorboard.tb_writer))
+        use_public_trackers(self.callback_handler.callbacks)
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self._grid_at = -1
@@ -355,11 +344,11 @@ class DiffusionTrainer(_BaseTrainer):
                 task_means.append(_mean(list(means.values())))
                 num_images += count
             metrics |= self._evaluate_method(dataset, metric_key_prefix)
-        self._log_completions()
         if any(self.reward_funcs.values()):
             metrics[f"{metric_key_prefix}_reward"] = _mean(task_means)
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(metrics)
+        self._log_completions()  # the first log opens the trackers
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -391,20 +380,26 @@ class DiffusionTrainer(_BaseTrainer):
         return {reward_name(f): gather_object(scores[reward_name(f)]) for f in self.reward_funcs[task]}
 
     def _log_completions(self) -> None:
-        """Draws the grid of images, once an update. Its prompts are fixed, so that the grids of a run can be compared."""
+        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
         if not self.args.log_completions or self._grid_at == self.state.global_step:
             return
         self._grid_at = self.state.global_step
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(dataset, Mapping):
             dataset = next(iter(dataset.values()))
-        grid: dict[str, list[Any]] = {}
+        shown: list[tuple[int, int, Completion]] = []
         with self.student.ema_weights():
-            for task, rows in task_rows(dataset, self.args.task_column).items():
-                mine = self._draw(dataset, task, rows[: self.args.num_completions_to_print].tolist())
-                grid[task] = [image for _, image in sorted(gather_object(mine), key=lambda item: item[0])]
+            for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
+                entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
+                mine = self._draw(dataset, task, rows[: len(entries)].tolist())
+                images = [image for _, image in mine]
+                scores = score(self.reward_funcs[task], [entries[i] for i, _ in mine], images, self.state)
+                for n, (i, image) in enumerate(mine):
+                    rewards = {name: values[n] for name, values in scores.items()}
+                    shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards)))
+        shown = sorted(gather_object(shown), key=lambda item: item[:2])
         if self.accelerator.is_main_process:
-            log_grid(self, grid)
+            log_completions(self, [completion for _, _, completion in shown])
 
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """
