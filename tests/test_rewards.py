@@ -14,11 +14,22 @@
 
 import asyncio
 import functools
+import sys
 
 import pytest
+from datasets import Dataset
 from PIL import Image
 
-from trl_diffusion_opd.rewards import load_reward, reward_name, rewards_by_task, score
+from trl_diffusion_opd import rewards
+from trl_diffusion_opd.rewards import (
+    Reward,
+    load_reward,
+    reward_data_problems,
+    reward_fingerprint,
+    reward_name,
+    rewards_by_task,
+    score,
+)
 
 
 ROWS = [{"prompt": "a cat", "task": "count", "answer": 1}, {"prompt": "two cats", "task": "count", "answer": 2}]
@@ -104,6 +115,90 @@ def test_a_wrong_number_of_values_is_refused(count):
         score([reward], ROWS, IMAGES)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([0.5, float("nan")], "returned nan for the prompt 'two cats'. It must return a finite number, or None"),
+        ([float("inf"), 0.5], "returned inf for the prompt 'a cat'. It must return a finite number, or None"),
+        (["0.5", 1], "returned '0.5' for the prompt 'a cat'. It must return a finite number, or None"),
+        ([[0.5], [1]], "returned .0.5. for the prompt 'a cat'. It must return a finite number"),
+        (None, "'reward' returned None. It must return a list with a value an image"),
+        (0.5, "'reward' returned 0.5. It must return a list with a value an image"),
+    ],
+)
+def test_what_is_no_number_is_refused(returned, message):
+    def reward(**kwargs):
+        return returned
+
+    with pytest.raises(ValueError, match=f"Reward function .*{message}"):
+        score([reward], ROWS, IMAGES)
+
+
+def test_numbers_of_other_kinds():
+    import numpy as np
+    import torch
+
+    for values in (np.array([1, 2.5]), torch.tensor([1, 2.5]), (np.float32(1), 2.5), [torch.tensor(1), 2.5]):
+        found = score([lambda values=values, **kwargs: values], ROWS, IMAGES)["<lambda>"]
+        assert found == [1.0, 2.5] and {type(value) for value in found} == {float}
+
+
+class Length(Reward):
+    """Scores prompts of at least two words."""
+
+    name = "length"
+    bounds = (0.0, 1.0)
+    columns = ("answer",)
+
+    def why_not(self, prompt, columns):
+        return super().why_not(prompt, columns) or (None if " " in prompt else "it is a single word")
+
+    def _score(self, prompts, images, rows):
+        assert len(images) <= self.batch_size and {image.mode for image in images} == {"RGB"}
+        return [len(prompt) + row["answer"] for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def test_a_reward_scores_what_it_applies_to_in_batches():
+    images = [Image.new(mode, (2, 2)) for mode in ("L", "RGBA", "RGB", "P", "RGB")]
+    prompts = ["a cat", "cat", "two cats", "three cats", "a dog"]
+    scores = Length(batch_size=2)(prompts=prompts, images=images, answer=[1, 2, 3, None, 5], task=["t"] * 5)
+    assert scores == [6, None, 11, None, 10]
+    with pytest.raises(ValueError, match="Reward 'length': batch_size=0, it must be at least 1"):
+        Length(batch_size=0)
+
+
+def test_a_reward_that_does_not_apply_on_its_own_task():
+    data = Dataset.from_list(
+        [
+            {"prompt": "a cat", "task": "mine", "answer": 1},
+            {"prompt": "cat", "task": "mine", "answer": 1},
+            {"prompt": "a dog", "task": "mine", "answer": None},
+            {"prompt": "cat", "task": "another", "answer": None},
+        ]
+    )
+    rows = {"mine": [0, 1, 2], "another": [3]}
+    assert reward_data_problems({"mine": [Length(), red], "another": [red]}, data, rows, "train_dataset") == [
+        "train_dataset: reward 'length' can't score 2 of the 3 prompts of its task 'mine', such as 'cat': it is a single "
+        "word."
+    ]
+    assert reward_data_problems({"mine": [red], "absent": [Length()]}, data, rows, "train_dataset") == []
+    without = data.select([0]).remove_columns("answer")
+    assert (
+        "it has no value in column 'answer'"
+        in reward_data_problems({"mine": [Length()]}, without, {"mine": [0]}, "x")[0]
+    )
+
+
+def test_fingerprints():
+    assert reward_fingerprint(Length()) == "length"
+    assert reward_fingerprint(answer) == "test_rewards:answer"
+    assert reward_fingerprint(Ocr()) == "test_rewards:Ocr"
+    assert reward_fingerprint(Ocr().bound) == "test_rewards:Ocr.bound"
+    partial = functools.partial
+    assert reward_fingerprint(partial(answer, a=1, b=2)) == reward_fingerprint(partial(answer, b=2, a=1))
+    assert reward_fingerprint(partial(answer, a=1)) != reward_fingerprint(partial(answer, a=2))
+
+
 def test_names():
     assert reward_name(answer) == "answer"
     assert reward_name(functools.partial(functools.partial(answer, a=1), b=2)) == "answer"
@@ -135,6 +230,44 @@ def test_one_function_for_two_tasks_is_fine_and_two_of_one_name_are_not():
         rewards_by_task({"a": red, "b": functools.partial(red)}, ["a", "b"])
     with pytest.raises(ValueError, match="task 'a' has 'red' twice"):
         rewards_by_task({"a": [red, red]}, ["a"])
+
+
+def test_by_task_lists_what_cannot_be_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError) as error:
+        rewards_by_task({"a": ["clip", "unifiedreward"], "b": "remote"}, ["a", "b"])
+    clip, client, remote = str(error.value).splitlines()
+    assert clip.startswith("reward_funcs: task 'a': There is no reward 'clip'. There are aesthetic, ")
+    assert client == (
+        "reward_funcs: task 'a': Reward 'unifiedreward' needs the openai client: pip install "
+        '"trl-diffusion-opd[unifiedreward]".'
+    )
+    assert remote.startswith("reward_funcs: task 'b': Reward 'remote' needs url: ")
+
+
+def test_a_name_is_loaded_once():
+    functions = rewards_by_task({"a": "test_rewards:Length", "b": ["test_rewards:Length", red]}, ["a", "b"])
+    assert functions["a"][0] is functions["b"][0]
+
+
+def test_options_of_named_rewards(monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "test", "Length")
+    monkeypatch.setattr(rewards.names, "reward_class", lambda name: Length)
+    assert load_reward("test", batch_size=3).batch_size == 3
+    with pytest.raises(ValueError, match=r"Reward 'test' has no options \['batchsize'\]; it has \['batch_size'\]"):
+        load_reward("test", batchsize=3)
+    with pytest.raises(ValueError, match=r"'test_rewards:red' is a function and takes no options, but \['device'\]"):
+        load_reward("test_rewards:red", device="cpu")
+
+
+def test_every_public_name_is_there():
+    for name in rewards.__all__:
+        assert getattr(rewards, name) is not None
+    for spec, class_name in rewards.REWARDS.items():
+        reward = rewards.reward_class(spec)
+        assert issubclass(reward, Reward) and reward.name == spec and reward.__name__ == class_name
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = rewards.Nothing
 
 
 def test_load_reward():

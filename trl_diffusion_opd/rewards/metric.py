@@ -97,6 +97,10 @@ class RewardMetric(evaluate.Metric):
         if missing:
             raise ValueError(f"Metric {self.name!r} lacks {missing}; it needs {list(self.features)}.")
 
+    def _enforce_nested_string_type(self, schema: Any, obj: Any) -> Any:
+        """As in evaluate, but in a dataset of several tasks a column has no value in the rows of others."""
+        return None if obj is None else super()._enforce_nested_string_type(schema, obj)
+
     def _compute(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> dict[str, Any]:
         # evaluate.combine gives every metric the columns of all of them.
         own = {name: values for name, values in columns.items() if name in self.features}
