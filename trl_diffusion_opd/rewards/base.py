@@ -62,10 +62,15 @@ class Reward:
         return (self.name,)
 
     def named_scores(
-        self, prompts: Sequence[str], images: Sequence[Image], **columns: Any
-    ) -> dict[str, Sequence[float | None]]:
+        self,
+        prompts: Sequence[str],
+        images: Sequence[Image],
+        completions: Sequence[Image] | None = None,
+        trainer_state: Any = None,
+        **columns: Sequence[Any],
+    ) -> dict[str, list[float | None]]:
         """Everything that is to be logged of this reward, by name: a call's values and, where it has parts, theirs."""
-        return {self.name: self(prompts=prompts, images=images, **columns)}
+        return {self.name: self(prompts, images, completions, trainer_state, **columns)}
 
     def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
         """

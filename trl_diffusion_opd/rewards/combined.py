@@ -26,9 +26,11 @@ from .names import load_reward
 from .scoring import Scores, call_reward
 
 
-# What the published code of the paper's teachers divides by: PickScore, about 22, by 26, and UnifiedReward, from 1 to 5, by
-# 5. Aesthetic scores are ratings from 1 to 10. The others are of the size of 1 as they are.
-SCALES: Mapping[str, float] = MappingProxyType({"aesthetic": 10.0, "pickscore": 26.0, "unifiedreward": 5.0})
+# What published code, Flow-GRPO's and DiffusionNFT's, divides by: PickScore, about 22, by 26, UnifiedReward, from 1 to 5, by
+# 5, and kB by 500. Aesthetic scores are ratings from 1 to 10. The others are of the size of 1 as they are.
+SCALES: Mapping[str, float] = MappingProxyType(
+    {"aesthetic": 10.0, "jpeg_compressibility": 500.0, "pickscore": 26.0, "unifiedreward": 5.0}
+)
 
 
 class CombinedReward(Reward):
@@ -46,7 +48,8 @@ class CombinedReward(Reward):
             negative.
         name (`str`, *optional*, defaults to `"combined"`): of the metric.
         scales (`dict[str, float]`, *optional*): what components are divided by, by their names. Without an entry that is 10
-            for `aesthetic`, 26 for `pickscore`, 5 for `unifiedreward` and 1 for others and for functions.
+            for `aesthetic`, 500 for `jpeg_compressibility`, 26 for `pickscore`, 5 for `unifiedreward` and 1 for others and
+            for functions.
         reward_kwargs (`dict`, *optional*): arguments of components that are given by name.
 
     Raises:

@@ -63,7 +63,7 @@ class RewardMetric(evaluate.Metric):
             features=datasets.Features({"prompts": datasets.Value("string"), "images": datasets.Image(), **columns}),
         )
 
-    def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> None:  # type: ignore[override]
+    def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> None:
         """
         Adds images to what [`compute`] scores.
 
@@ -74,14 +74,14 @@ class RewardMetric(evaluate.Metric):
         self._check({"prompts": prompts, "images": images, **columns})
         super().add_batch(prompts=prompts, images=[_bare(image) for image in images], **columns)
 
-    def add(self, *, prompts: str, images: Image, **columns: Any) -> None:  # type: ignore[override]
+    def add(self, *, prompts: str, images: Image, **columns: Any) -> None:
         """
         Adds one image. The arguments are named as in [`add_batch`], as `evaluate.combine` wants it.
         """
         self._check({"prompts": prompts, "images": images, **columns})
         super().add(prompts=prompts, images=_bare(images), **columns)
 
-    def compute(self, **inputs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def compute(self, **inputs: Any) -> dict[str, Any]:
         """
         Scores what was added, or `prompts`, `images` and columns that are given here.
 
