@@ -29,8 +29,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tiny_sd3 import make_lora, make_pipeline, make_transformer
 
-from trl_diffusion_opd import evaluation, plots
-from trl_diffusion_opd.evaluation import draw_images, evaluate_retention
+from trl_diffusion_opd import plots
+from trl_diffusion_opd.evaluation import draw_images, drawing, evaluate_retention
 from trl_diffusion_opd.retention import retention_report
 from trl_diffusion_opd.rollout import sample_generators
 from trl_diffusion_opd.teachers import TeacherConfig
@@ -85,7 +85,7 @@ def field_of(pipeline, steps=STEPS):
 
 def own_images(pipeline, prompts, task_index, guidance_scale, seed=5):
     """The pipeline's own images from the evaluation's noise, in one batch."""
-    generators = sample_generators([evaluation._DRAWING, seed, task_index], range(len(prompts)))
+    generators = sample_generators([drawing.DRAWING, seed, task_index], range(len(prompts)))
     return pipeline(
         prompts,
         num_inference_steps=STEPS,
@@ -136,11 +136,14 @@ class TestDrawImages:
         together = pixels([image for _, image in sorted(drawn, key=lambda item: item[0])])
         assert abs(whole - together).max() <= 1
 
-    def test_a_part_of_a_list_has_its_own_noise(self, pipeline):
-        whole = pixels([image for _, image in self.draw(pipeline)])
-        part = self.draw(pipeline, PROMPTS[3:], offset=3)
-        assert [i for i, _ in part] == [0, 1]
-        assert abs(pixels([image for _, image in part]) - whole[3:]).max() <= 1
+    def test_batches_are_handed_on_as_they_are_drawn(self, pipeline):
+        handed = []
+        drawn = self.draw(pipeline, batch_size=2, process=(1, 2), on_batch=lambda *batch: handed.append(batch))
+        assert [positions for positions, _ in handed] == [[1, 3]]  # the third one is only drawn to keep step
+        assert [image for _, images in handed for image in images] == [image for _, image in drawn]
+        handed.clear()
+        self.draw(pipeline, batch_size=2, on_batch=lambda *batch: handed.append(batch))
+        assert [positions for positions, _ in handed] == [[0, 1], [2, 3], [4]]
 
     def test_noise_is_never_that_of_training(self):
         def noise(entropy, index):
@@ -149,9 +152,9 @@ class TestDrawImages:
         training = {
             noise([s, step, task], i) for s in range(4) for step in range(4) for task in range(3) for i in range(4)
         }
-        drawing = [noise([evaluation._DRAWING, s, task], i) for s in range(4) for task in range(3) for i in range(4)]
-        assert len(set(drawing)) == len(drawing)
-        assert not training & set(drawing)
+        ours = [noise([drawing.DRAWING, s, task], i) for s in range(4) for task in range(3) for i in range(4)]
+        assert len(set(ours)) == len(ours)
+        assert not training & set(ours)
 
 
 class TestEvaluateRetention:
@@ -204,7 +207,7 @@ class TestEvaluateRetention:
         )
         models = [make_lora(pipeline, Path(folders["cold"]).parent / "copy", seed=seed) for seed in (10, 11)]
         field = field_of(pipeline)
-        x = field.initial_latents(PROMPTS[:3], sample_generators([evaluation._DRAWING, 5, 0], range(3)))
+        x = field.initial_latents(PROMPTS[:3], sample_generators([drawing.DRAWING, 5, 0], range(3)))
         with torch.no_grad():
             for t, t_next in zip(field.levels[:-1].tolist(), field.levels[1:].tolist(), strict=True):
                 v = [field(x, t, PROMPTS[:3], scale, m) for m, scale in zip(models, (2.0, 1.0), strict=True)]
@@ -288,10 +291,15 @@ class TestEvaluateRetention:
             **OPTIONS,
         )
         assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+            "images",
             "retention.json",
-            "retention.png",
+            "retention.md",
+            "retention.png",  # but no radar of two axes
             "retention_scores.json",
+            "samples.html",
             "samples.png",
+            "scores",
+            "timing.json",
         ]
         written = json.loads((tmp_path / "out" / "retention.json").read_text())
         assert written == report
@@ -299,7 +307,9 @@ class TestEvaluateRetention:
             *("tasks", "mean_retention", "mean_ci95", "num_images", "seed", "scores", "scores_ci95")
         }
         assert list(written["tasks"]) == ["cold", "warm"]
-        assert set(written["tasks"]["cold"]) == {"reward", "base", "teacher", "student", "retention", "ci95"}
+        assert set(written["tasks"]["cold"]) == {
+            *("reward", "rewards", "base", "teacher", "student", "retention", "ci95")
+        }
         assert list(written["scores"]) == ["base", "teacher/cold", "teacher/warm", "student"]
         scores = json.loads((tmp_path / "out" / "retention_scores.json").read_text())
         assert len(scores["student"]["warm"]["red"]) == 5

@@ -298,6 +298,7 @@ def test_evaluation(tmp_path, teachers):
         max_steps=2,
         ema_decay=0.9,
         ema_update_interval=1,
+        per_device_eval_batch_size=5,
     )
     averages = []
     trainer._draw, draw = lambda *args: averages.append(same_as_average(trainer)) or draw(*args), trainer._draw
@@ -316,6 +317,7 @@ def test_evaluation(tmp_path, teachers):
     assert held["eval_held_draw/sometimes"] == 1.0
     assert math.isnan(val["eval_val_draw/never"])
     assert {"eval_val_loss", "eval_val_kl/count", "eval_val_kl/draw"} <= val.keys()
+    assert val["eval_val_generation_time"] > 0 and val["eval_val_reward_time/later"] > 0
     assert not any("count" in name for name in held)
     first = calls[0]
     assert (first["prompts"], first["task"], first["step"]) == (["count0", "count1", "count2"], ["count"] * 3, 1)
@@ -330,6 +332,12 @@ def test_evaluation(tmp_path, teachers):
     pixels = [np.asarray(image) for image in calls[0]["images"]]
     assert np.array_equal(pixels[0], np.asarray(calls[0]["images"][0]))
     assert not np.array_equal(pixels[0], pixels[3])  # one prompt, two noises
+
+    # Smaller batches are scored one after the other, each while the next one is drawn.
+    calls.clear()
+    trainer.args.per_device_eval_batch_size = 2
+    assert trainer.evaluate(evaluation["val"])["eval_count/later"] == 6.0
+    assert [call["prompts"] for call in calls[:3]] == [["count0", "count1"], ["count2", "count0"], ["count1"]]
 
 
 def same_as_average(trainer):

@@ -28,15 +28,34 @@ from .teacher_specs import TeacherConfig
 _FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def by_task(option: str, values: list[str] | None) -> dict[str, list[str]]:
-    """`task=value` strings to lists by task."""
+def by_task(option: str, values: list[str] | None, what: str = "task=value") -> dict[str, list[str]]:
+    """`task=value` strings to lists by task. `what` is how messages call that form."""
     result: dict[str, list[str]] = {}
     for value in values or []:
         task, equals, content = value.partition("=")
         if not (task and equals and content):
-            raise ValueError(f"--{option}: {value!r} is not of the form task=value.")
+            raise ValueError(f"--{option}: {value!r} is not of the form {what}.")
         result.setdefault(task, []).append(content)
     return result
+
+
+def load_source(option: str, source: str) -> Dataset:
+    """The prompts of a file, or of a dataset on the Hub, `owner/name[:split]`, with the column `prompt`."""
+    file_format = _FILE_FORMATS.get(Path(source).suffix)
+    if file_format is not None and not os.path.exists(source):
+        raise ValueError(f"--{option}: there is no file {source!r}.")
+    if file_format is not None:
+        part = load_dataset(file_format, data_files=source, split="train")
+    elif os.path.exists(source):
+        raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
+    else:
+        name, _, split = source.partition(":")
+        part = load_dataset(name, split=split or "train")
+    if "prompt" not in part.column_names and "text" in part.column_names:
+        part = part.rename_column("text", "prompt")
+    # Csv and parquet files may hold large strings, which are another type to datasets.
+    text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
+    return part.cast(Features({**part.features, **text}))
 
 
 def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dataset | None:
@@ -44,28 +63,29 @@ def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dat
     parts = []
     for task, sources in by_task(option, values).items():
         for source in sources:
-            file_format = _FILE_FORMATS.get(Path(source).suffix)
-            if file_format is not None and not os.path.exists(source):
-                raise ValueError(f"--{option}: there is no file {source!r}.")
-            if file_format is not None:
-                part = load_dataset(file_format, data_files=source, split="train")
-            elif os.path.exists(source):
-                raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
-            else:
-                name, _, split = source.partition(":")
-                part = load_dataset(name, split=split or "train")
-            if "prompt" not in part.column_names and "text" in part.column_names:
-                part = part.rename_column("text", "prompt")
+            part = load_source(option, source)
             if task_column in part.column_names:
                 part = part.remove_columns(task_column)
-            # Csv and parquet files may hold large strings, which are another type to datasets.
-            text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
-            part = part.cast(Features({**part.features, **text}))
             parts.append(part.add_column(task_column, [task] * len(part)))
     try:
         return concatenate_datasets(parts) if parts else None
     except ValueError as error:
         raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
+
+
+def load_tasks(option: str, values: list[str], task_column: str) -> Dataset:
+    """As [`load_prompts`], or from one source alone, which then has a column that names the tasks."""
+    if len(values) > 1 or "=" in values[0]:
+        dataset = load_prompts(option, values, task_column)
+        assert dataset is not None
+        return dataset
+    dataset = load_source(option, values[0])
+    if task_column not in dataset.column_names:
+        raise ValueError(
+            f"--{option}: {values[0]!r} has no column {task_column!r} that names the tasks; it has "
+            f"{dataset.column_names}. Name the column with --task_column, or give task=source."
+        )
+    return dataset
 
 
 def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, float]:
@@ -86,6 +106,17 @@ def load_teachers(values: list[str], scales: list[str] | None) -> dict[str, list
     specs = by_task("teachers", values)
     of_task = load_scales(scales, specs)
     return {task: [TeacherConfig(spec, guidance_scale=of_task.get(task)) for spec in specs[task]] for task in specs}
+
+
+def load_students(option: str, values: list[str]) -> dict[str, str]:
+    """Students by name: one alone needs none."""
+    if len(values) == 1 and (os.path.exists(values[0]) or "=" not in values[0]):
+        return {"student": values[0]}
+    students = by_task(option, values, what="name=spec")
+    twice = [name for name, specs in students.items() if len(specs) > 1]
+    if twice:
+        raise ValueError(f"--{option}: {twice[0]!r} names {len(students[twice[0]])} students. Give each its own name.")
+    return {name: specs[0] for name, specs in students.items()}
 
 
 def load_rewards(values: list[str] | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:

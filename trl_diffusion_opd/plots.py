@@ -45,7 +45,10 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
-_TASKS_A_BAND = 3
+_TASKS_A_BAND, _IMAGES_A_BAND = 3, 15
+MIN_RADAR_AXES = 3
+# Where the worst model lies on each axis: in the middle, all axes would meet in one point.
+_RADAR_FLOOR = 0.25
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
     tasks, scores = report["tasks"], report["scores"]
     teachers = [name for name in scores if name.startswith("teacher/")]
     students = [name for name in scores if name != "base" and name not in teachers]
-    colors = {"base": _BASE, **dict(zip(teachers, _cycle(len(teachers)), strict=True))}
-    colors |= dict(zip(students, [_STUDENT, *_cycle(len(students) - 1, len(teachers))], strict=True))
+    colors = _model_colors(report)
     with rc_context(_STYLE):
         figure = Figure(figsize=(1.6 + max(2.0, 0.5 * len(scores)) * len(tasks), 3.6), layout="constrained")
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]
@@ -104,6 +106,7 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
                         textcoords="offset points",
                         ha="center",
                         fontweight="bold",
+                        fontsize=10 if len(entry.get("students", [0])) == 1 else 8,  # of neighbouring bars
                     )
             _limit(axes, [scores[name][task][reward] for name in colors])
             axes.set_title(task)
@@ -117,6 +120,83 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
             color="#555555",
         )
         _save(figure, path)
+
+
+def radar_axes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each task with each of its own rewards that has a mean for every model."""
+    return [
+        (task, reward)
+        for task, entry in report["tasks"].items()
+        for reward in entry["rewards"]
+        if all(of_model[task][reward] is not None for of_model in report["scores"].values())
+    ]
+
+
+def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
+    """
+    All models on all tasks at a glance, as in Figure 1 of DiffusionOPD
+    ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)), from what [`retention_report`] returns.
+
+    There is an axis for each of a task's own rewards, of at least three. On each the worst model is on the inner ring and
+    the best one on the outer, whose value the label says: rewards have different units.
+    """
+    axes_names, scores = radar_axes(report), report["scores"]
+    values = np.array([[of_model[task][reward] for task, reward in axes_names] for of_model in scores.values()])
+    low, high = values.min(axis=0), values.max(axis=0)
+    spread = np.where(high > low, high - low, 1.0)
+    radii = _RADAR_FLOOR + (1 - _RADAR_FLOOR) * np.where(high > low, (values - low) / spread, 1.0)
+    angles = np.linspace(0, 2 * np.pi, len(axes_names), endpoint=False)
+    colors = _model_colors(report)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 5.2), layout="constrained")
+        axes: Any = figure.add_subplot(projection="polar")
+        axes.set_theta_zero_location("N")
+        axes.set_theta_direction(-1)
+        for (name, color), radius in zip(colors.items(), radii, strict=True):
+            is_teacher, is_student = name.startswith("teacher/"), name != "base" and not name.startswith("teacher/")
+            line = {"linewidth": 2.2 if is_student else 1.5, "linestyle": (0, (4, 1.5)) if is_teacher else "-"}
+            closed = np.append(angles, angles[0]), np.append(radius, radius[0])
+            # Students on top: they are what one looks for.
+            axes.plot(
+                *closed, color=color, marker="o", markersize=4, label=_label(name), zorder=3 + is_student, **line
+            )
+            if color == _STUDENT:
+                axes.fill(*closed, color=color, alpha=0.07, linewidth=0, zorder=1)
+        for ring in (_RADAR_FLOOR, (1 + _RADAR_FLOOR) / 2, 1):
+            axes.plot(
+                np.append(angles, angles[0]), [ring] * (len(angles) + 1), color="#D0D0D0", linewidth=0.8, zorder=2
+            )
+        axes.vlines(angles, 0, 1, color="#D0D0D0", linewidth=0.8, zorder=2)
+        axes.set_ylim(0, 1.04)
+        axes.set_axis_off()
+        for angle, (task, reward), best in zip(angles, axes_names, high, strict=True):
+            side = np.sin(angle)
+            axes.annotate(
+                f"{task}\n{reward}\nbest {_value(best)}" if reward != task else f"{task}\nbest {_value(best)}",
+                (angle, 1.04),
+                (9 * side, 9 * np.cos(angle)),
+                textcoords="offset points",
+                ha="center" if abs(side) < 0.1 else "left" if side > 0 else "right",
+                va="center" if abs(side) > 0.5 else "bottom" if np.cos(angle) > 0 else "top",
+                fontsize=9,
+            )
+        figure.legend(loc="outside right upper")
+        figure.supxlabel("each axis from the worst model (inner ring) to the best", fontsize=8, color="#555555")
+        _save(figure, path)
+
+
+def _value(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _model_colors(report: Mapping[str, Any]) -> dict[str, str]:
+    """Grey for the base, black for the first student, and colours that everyone can tell apart."""
+    names = list(report["scores"])
+    teachers = [name for name in names if name.startswith("teacher/")]
+    students = [name for name in names if name != "base" and name not in teachers]
+    colors = {"base": _BASE, **dict(zip(teachers, _cycle(len(teachers)), strict=True))}
+    colors |= dict(zip(students, [_STUDENT, *_cycle(len(students) - 1, len(teachers))], strict=True))
+    return {name: colors[name] for name in names}
 
 
 def _limit(axes: Axes, means: Sequence[float | None]) -> None:
@@ -148,11 +228,11 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
     models = len(rows[0].images)
-    bands = -(-len(by_task) // _TASKS_A_BAND)
-    columns = min(len(by_task), _TASKS_A_BAND)
+    columns = max(1, min(len(by_task), _TASKS_A_BAND, _IMAGES_A_BAND // models))
+    bands = -(-len(by_task) // columns)
     deepest = max(map(len, by_task.values()))
     with rc_context(_STYLE):
-        size = (1.35 * models * columns + 0.3 * columns, bands * (1.85 * deepest + 0.7))
+        size = (1.35 * models * columns + 0.3 * columns, bands * (2.0 * deepest + 0.7))
         figure = Figure(figsize=size, layout="constrained")
         blocks = figure.subfigures(bands, columns, squeeze=False).ravel()
         for block, (task, of_task) in zip(blocks, by_task.items(), strict=False):
@@ -165,7 +245,8 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
                     axes.set_yticks([])
                     axes.spines[:].set_visible(False)
                     score = row.scores[label]
-                    axes.set_xlabel(label if score is None else f"{label} {score:.2f}", fontsize=9)
+                    caption = textwrap.fill(label, 18)
+                    axes.set_xlabel(caption if score is None else f"{caption}\n{_value(score)}", fontsize=8.5)
         _save(figure, path)
 
 

@@ -69,7 +69,11 @@ def retention_of(base: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> 
 
 
 def retention_report(
-    scores: Scores, teachers: Mapping[str, str], students: Sequence[str], seed: int = 0
+    scores: Scores,
+    teachers: Mapping[str, str],
+    students: Sequence[str],
+    seed: int = 0,
+    own: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """
     Makes the report of scores.
@@ -83,10 +87,12 @@ def retention_report(
         teachers (`dict[str, str]`): the model that is the teacher of each task.
         students (`Sequence[str]`): the models that are students. The first one is the report's.
         seed (`int`, *optional*, defaults to 0): of the bootstrap.
+        own (`dict[str, Sequence[str]]`, *optional*): the rewards that are meant for each task, its score first; by default
+            the first of `scores`. The others show what a model does to images that they are not meant for.
 
     Returns:
         `dict`, ready for JSON:
-        - `tasks`: for each task `reward`, the means `base`, `teacher` and `student`, `retention` = (student - base) /
+        - `tasks`: for each task `reward` (its score) and `rewards` (its own), the means `base`, `teacher` and `student`, `retention` = (student - base) /
           (teacher - base), and its interval `ci95`. Retention is not clipped. It and its interval are `None` where the
           teacher's gain is less than 0.05, and the interval also where the bootstrap can't tell the gain from none.
           With several students `students` has `student`, `retention` and `ci95` of each.
@@ -121,7 +127,9 @@ def retention_report(
                 retention = (mine - base) / (goal - base)
                 entries[student] |= {"retention": retention, "ci95": interval(sampled)}
                 kept[student].append((retention, sampled))
-        report["tasks"][task] = {"reward": reward, "base": base, "teacher": goal, **entries[students[0]]}
+        rewards = list(own[task]) if own is not None else [reward]
+        report["tasks"][task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal}
+        report["tasks"][task] |= entries[students[0]]
         if len(students) > 1:
             report["tasks"][task]["students"] = entries
     overall = {student: _overall(kept[student]) for student in students}
@@ -164,19 +172,48 @@ def retention_table(report: Mapping[str, Any]) -> str:
         overall = report if name is None else report["students"][name]
         blank = ["**mean**", "", "", "", *([name] if name else []), ""]
         rows.append([*blank, f"**{_cell(overall['mean_retention'])}**", _range(overall["mean_ci95"])])
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    text = [name in ("task", "reward", "model") for name in header]
-    rule = ["-" * width if left else "-" * (width - 1) + ":" for width, left in zip(widths, text, strict=True)]
-    lines = [
+    return _table(header, rows, text=("task", "reward", "model"))
+
+
+def scores_table(report: Mapping[str, Any]) -> str:
+    """
+    Every reward on every task for every model, as Markdown: a table a task, with 95% intervals.
+
+    A task's own rewards are in bold. Rewards that apply to none of its images are left out.
+    """
+    tables = []
+    for task, entry in report["tasks"].items():
+        of_models = {model: of_model[task] for model, of_model in report["scores"].items()}
+        names = [name for name in of_models["base"] if any(of[name] is not None for of in of_models.values())]
+        header = ["model", *(f"**{name}**" if name in entry["rewards"] else name for name in names)]
+        rows = []
+        for model, means in of_models.items():
+            bounds = report["scores_ci95"][model][task]
+            cells = [_cell(means[name]) + (f" ({_range(bounds[name])})" if bounds[name] else "") for name in names]
+            rows.append([model, *cells])
+        tables.append(f"## {_escaped(task)}\n\n{_table(header, rows, text=('model',))}")
+    return "\n\n".join(tables)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str]) -> str:
+    """A Markdown table whose columns are aligned in plain text too, those named in `text` to the left."""
+    cells = [[_escaped(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    left = [name in text for name in header]
+    rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
+    return "\n".join(
         "| "
         + " | ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(row, widths, text, strict=True)
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(row, widths, left, strict=True)
         )
         + " |"
-        for row in [header, rule, *rows]
-    ]
-    return "\n".join(lines)
+        for row in [cells[0], rule, *cells[1:]]
+    )
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _cell(value: float | None) -> str:

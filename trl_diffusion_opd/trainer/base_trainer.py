@@ -41,7 +41,7 @@ from .. import checkpoint, hub
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
-from ..rewards import RewardFuncs, reward_name, rewards_by_task, score
+from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..trackers import use_public_trackers
@@ -320,7 +320,8 @@ class DiffusionTrainer(_BaseTrainer):
 
         Returns:
             `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
-            rewards' means) and timings; with a dict of datasets the same under `eval_{name}_…`.
+            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
+            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -334,18 +335,20 @@ class DiffusionTrainer(_BaseTrainer):
             raise ValueError("Evaluation needs an eval_dataset.")
         start = time.time()
         metrics, num_images = {}, 0
+        seconds: dict[str, float] = defaultdict(float)
         with self.student.ema_weights():
             task_means = []
             for task, rows in task_rows(dataset, self.args.task_column).items():
                 count = self.args.num_eval_images or len(rows)
-                scores = self._score_task(dataset, task, np.resize(rows, count).tolist())
+                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), seconds)
                 means = {name: _mean(values) for name, values in scores.items()}
                 metrics |= {f"{metric_key_prefix}_{task}/{name}": value for name, value in means.items()}
-                task_means.append(_mean(list(means.values())))
+                task_means.append(_mean([means[reward_name(function)] for function in self.reward_funcs[task]]))
                 num_images += count
             metrics |= self._evaluate_method(dataset, metric_key_prefix)
         if any(self.reward_funcs.values()):
             metrics[f"{metric_key_prefix}_reward"] = _mean(task_means)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in seconds.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(metrics)
         self._log_completions()  # the first log opens the trackers
@@ -356,7 +359,13 @@ class DiffusionTrainer(_BaseTrainer):
         """Metrics of the method itself, such as its loss on the evaluation's prompts."""
         return {}
 
-    def _draw(self, dataset: Dataset, task: str, rows: list[int]) -> list[tuple[int, Any]]:
+    def _draw(
+        self,
+        dataset: Dataset,
+        task: str,
+        rows: list[int],
+        on_batch: Callable[[list[int], list[Any]], None] | None = None,
+    ) -> list[tuple[int, Any]]:
         """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
         scale = self.args.eval_guidance_scale
         return draw_images(
@@ -367,17 +376,25 @@ class DiffusionTrainer(_BaseTrainer):
             guidance_scale=self.args.guidance_scale if scale is None else scale,
             batch_size=self.args.per_device_eval_batch_size,
             process=(self.accelerator.process_index, self.accelerator.num_processes),
+            on_batch=on_batch,
         )
 
-    def _score_task(self, dataset: Dataset, task: str, rows: list[int]) -> dict[str, list[float | None]]:
-        mine = self._draw(dataset, task, rows)
-        scores = score(
-            self.reward_funcs[task],
-            [dataset[rows[i]] for i, _ in mine],
-            [image for _, image in mine],
-            trainer_state=self.state,
-        )
-        return {reward_name(f): gather_object(scores[reward_name(f)]) for f in self.reward_funcs[task]}
+    def _score_task(
+        self, dataset: Dataset, task: str, rows: list[int], seconds: dict[str, float]
+    ) -> dict[str, list[float | None]]:
+        """Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored."""
+        with Scorer(self.reward_funcs[task], self.state) as scorer:
+
+            def submit(positions: list[int], images: list[Any]) -> None:
+                scorer.submit([dataset[rows[i]] for i in positions], images)
+
+            start = time.perf_counter()
+            self._draw(dataset, task, rows, submit)
+            seconds["generation_time"] += time.perf_counter() - start - scorer.waited
+            scores = scorer.results()
+        for name, taken in scorer.seconds.items():
+            seconds[f"reward_time/{name}"] += taken
+        return {name: gather_object(values) for name, values in scores.items()}
 
     def _log_completions(self) -> None:
         """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""

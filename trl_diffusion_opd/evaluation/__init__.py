@@ -1,0 +1,31 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How much of its teachers' gains a student has: base, teachers and students on the same prompts with the same noise."""
+
+from ..retention import retention_report, retention_table, scores_table
+from .drawing import draw_images
+from .files import REPORT_FILE, SCORES_FILE
+from .run import evaluate_retention
+
+
+__all__ = [
+    "REPORT_FILE",
+    "SCORES_FILE",
+    "draw_images",
+    "evaluate_retention",
+    "retention_report",
+    "retention_table",
+    "scores_table",
+]

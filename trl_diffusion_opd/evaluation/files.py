@@ -1,0 +1,124 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What an evaluation leaves behind: the report, its tables, pictures and the page of samples."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment
+
+from ..retention import retention_table, scores_table
+from .measure import Measured, Task
+from .store import Store, write_file, write_json
+
+
+REPORT_FILE = "retention.json"
+SCORES_FILE = "retention_scores.json"
+TABLES_FILE = "retention.md"
+TIMING_FILE = "timing.json"
+PAGE_FILE = "samples.html"
+
+# Images of fewer pixels a side are enlarged on the page.
+_SMALL = 192
+
+
+def write_results(
+    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
+) -> None:
+    """
+    Writes `retention.json` (the report), `retention.md` (its tables), `retention_scores.json` (the score of every image),
+    `timing.json` (what this run took), `retention.png`, `radar.png` where there are three axes or more, and with samples
+    `samples.png` and the page `samples.html`.
+    """
+    from .. import plots  # every trainer imports this package, and matplotlib is slow to load
+
+    folder = store.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REPORT_FILE, report, indent=2)
+    write_json(folder / SCORES_FILE, measured.scores)
+    if measured.drawn or any(measured.seconds["rewards"].values()):  # not for a run that found everything done
+        write_json(folder / TIMING_FILE, {"seconds": measured.seconds, "images_drawn": measured.drawn}, indent=2)
+    if (folder / "images").is_dir():
+        write_json(folder / "images" / "index.json", _folders(store, measured), indent=2)
+    write_file(folder / TABLES_FILE, f"# Retention\n\n{retention_table(report)}\n\n{scores_table(report)}\n")
+    plots.plot_retention(report, folder / "retention.png")
+    if len(plots.radar_axes(report)) >= plots.MIN_RADAR_AXES:
+        plots.plot_radar(report, folder / "radar.png")
+    num_samples = min(num_samples, report["num_images"])
+    if num_samples:
+        plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / "samples.png")
+        write_file(folder / PAGE_FILE, _page(store, report, measured, tasks, num_samples))
+
+
+def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
+    """Where the images of each model for each task are, which the names of the folders don't say."""
+    folders: dict[str, dict[str, str]] = {}
+    for (model, task), key in measured.keys.items():
+        folder = store.path(key, task, 0).parent.relative_to(store.folder / "images")
+        folders.setdefault(model, {})[task] = folder.as_posix()
+    return folders
+
+
+def _sample_rows(
+    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
+) -> list[Any]:
+    """Each shown prompt with the images of the base, of its task's teacher and of the students."""
+    from ..plots import SampleRow
+
+    students = [name for name in measured.scores if name != "base" and not name.startswith("teacher/")]
+    shown = []
+    for task, part in tasks.items():
+        reward = report["tasks"][task]["reward"]
+        columns = {"base": "base", "teacher": f"teacher/{task}", **{name: name for name in students}}
+        for n, prompt in enumerate(part.rows(range(num_samples))["prompt"]):
+            images = {label: store.load(measured.keys[model, task], task, n) for label, model in columns.items()}
+            scores = {label: measured.scores[model][task][reward][n] for label, model in columns.items()}
+            shown.append(SampleRow(task, prompt, images, scores))
+    return shown
+
+
+def _page(
+    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
+) -> str:
+    """Each shown prompt with the images of all models, under each every score that applies."""
+    shown = {
+        task: [
+            {
+                "prompt": prompt,
+                "cells": [
+                    {
+                        "model": model,
+                        "is_own": model == f"teacher/{task}",
+                        "image": quote(
+                            store.path(measured.keys[model, task], task, n).relative_to(store.folder).as_posix()
+                        ),
+                        "scores": {
+                            name: values[n] for name, values in of_model[task].items() if values[n] is not None
+                        },
+                    }
+                    for model, of_model in measured.scores.items()
+                ],
+            }
+            for n, prompt in enumerate(part.rows(range(num_samples))["prompt"])
+        ]
+        for task, part in tasks.items()
+    }
+    template = files("trl_diffusion_opd") / "templates" / PAGE_FILE
+    # Prompts and names are whatever a dataset holds.
+    page = Environment(autoescape=True).from_string(template.read_text(encoding="utf-8"))
+    size = store.load(measured.keys["base", next(iter(tasks))], next(iter(tasks)), 0).size
+    return page.render(tasks=shown, report=report, pixelated=max(size) < _SMALL) + "\n"

@@ -1,0 +1,329 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Draws and scores what is missing: a batch of one model for one task at a time, scored while the next one is drawn."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
+from datasets import Dataset
+from PIL.Image import Image
+from torch import Tensor
+
+from ..retention import Scores
+from ..rewards import Reward, RewardFunc, Scorer, reward_name
+from ..rewards.metric import as_metric
+from ..teachers import Teacher, TeacherBank
+from ..velocity import VelocityField
+from .drawing import Velocity, draw_batch
+from .identity import digest, model_identity, reward_digest, rows_digest
+from .store import KnownScores, Store, merge
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task's part of the evaluation.
+
+    Attributes:
+        index (`int`): its place among the tasks, which is a part of its noise.
+        prompts ([`~datasets.Dataset`]): its rows, which are taken in turn.
+        functions (`list` of reward functions): its own rewards.
+        others (`list` of reward functions): those of other tasks that score its images as well.
+    """
+
+    index: int
+    prompts: Dataset
+    functions: list[RewardFunc]
+    others: list[RewardFunc]
+
+    def rows(self, numbers: range) -> dict[str, list[Any]]:
+        """Columns of the rows of images."""
+        return self.prompts[[n % len(self.prompts) for n in numbers]]
+
+    def score_names(self) -> list[str]:
+        """Names of its own scores."""
+        return [name for function in self.functions for name in score_names(function)]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A weighted mean of networks, each at its own guidance, under every name that it is asked for by."""
+
+    roles: list[Teacher]
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    What an evaluation has found.
+
+    Attributes:
+        scores (`dict`): `scores[model][task][reward]`, a value an image.
+        keys (`dict[tuple[str, str], str]`): where the images of a model for a task are stored, by the names of both.
+        seconds (`dict`): the time that this run took: `generation`, and `rewards` by name, summed over processes.
+        drawn (`int`): how many images were drawn.
+    """
+
+    scores: Scores
+    keys: dict[tuple[str, str], str]
+    seconds: dict[str, Any]
+    drawn: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Images that are drawn together, whatever process does it and whatever run: rounding depends on it."""
+
+    task: str
+    model: Model
+    key: str
+    numbers: range
+    is_drawn: bool
+    unscored: Mapping[str, list[int]]
+
+
+def measure(
+    field: VelocityField,
+    bank: TeacherBank,
+    tasks: Mapping[str, Task],
+    settings: Mapping[str, Any],
+    *,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+    store: Store | None,
+    num_shown: int,
+    keep_images: bool,
+) -> Measured:
+    """
+    Scores of every model on every task. Call it on all processes; all of them return the same.
+
+    Args:
+        field ([`VelocityField`]): the base, with the noise grid.
+        bank ([`TeacherBank`]): all models, by name.
+        tasks (`dict[str, Task]`)
+        settings (`dict`): what all images depend on besides model, prompt and noise, ready for JSON.
+        num_images (`int`): images a task.
+        batch_size (`int`): images at a time on a process.
+        seed (`int`): of the noise.
+        store ([`Store`], *optional*): where images and scores are kept, and looked for first.
+        num_shown (`int`): the first images of each task that are kept in any case.
+        keep_images (`bool`): whether the others are kept too.
+    """
+    state = PartialState()
+    models = _distinct_models(bank)
+    keys = {
+        (model.names[0], task): digest(
+            dict(settings), model_identity(model.roles), seed, task, part.index, part.prompts["prompt"][:]
+        )
+        for model in models
+        for task, part in tasks.items()
+    }
+    functions = {reward_name(f): f for part in tasks.values() for f in (*part.functions, *part.others)}
+    digests, present, known = _on_main(state, lambda: _known(tasks, functions, keys, store))
+    # What is drawn together is the same for any number of processes and after any interruption: rounding depends on it.
+    ranges = [range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
+    batches = []
+    for task, part in tasks.items():
+        for model in models:
+            key = keys[model.names[0], task]
+            for numbers in ranges:
+                unscored = {
+                    reward_name(f): _unscored(f, known, key, digests[task, reward_name(f)], numbers)
+                    for f in (*part.functions, *part.others)
+                }
+                needed = {n for of_function in unscored.values() for n in of_function}
+                if store is not None:
+                    needed |= {n for n in numbers if keep_images or n < num_shown}
+                is_drawn = not needed <= present.get(key, set())
+                if is_drawn or any(unscored.values()):
+                    batches.append(_Batch(task, model, key, numbers, is_drawn, unscored))
+    # Each kind is shared out for itself: drawing takes longer than scoring again.
+    mine = [
+        batch
+        for is_drawn in (True, False)
+        for batch in [b for b in batches if b.is_drawn == is_drawn][state.process_index :: state.num_processes]
+    ]
+
+    fresh: KnownScores = {}
+    queues: dict[str, deque[_Batch]] = {name: deque() for name in functions}
+
+    def record(batch: _Batch, function: str, scores: Mapping[str, list[float | None]]) -> None:
+        reward = digests[batch.task, function]
+        for name, values in scores.items():
+            by_number = dict(zip(batch.unscored[function], values, strict=True))
+            fresh.setdefault((batch.key, name, reward or ""), {}).update(by_number)
+            if store is not None and reward is not None:
+                store.record((batch.key, name, reward), by_number)
+
+    generation, drawn = 0.0, 0
+    with ExitStack() as stack:
+        # One for each function, since after a resume not all of them miss the same scores.
+        scorers = {
+            name: stack.enter_context(Scorer([_recorded(function, tasks, queues[name], record)]))
+            for name, function in functions.items()
+        }
+        for batch in tqdm(mine, desc="Evaluating", unit="batch"):
+            columns = tasks[batch.task].rows(batch.numbers)
+            if batch.is_drawn:
+                start = time.perf_counter()
+                velocity = _velocity(field, bank, batch.model)
+                entropy = [seed, tasks[batch.task].index]
+                new = draw_batch(field, velocity, columns["prompt"], entropy, batch.numbers)
+                generation, drawn = generation + time.perf_counter() - start, drawn + len(new)
+                images = dict(zip(batch.numbers, new, strict=True))
+                if store is not None:
+                    kept = {n: image for n, image in images.items() if keep_images or n < num_shown}
+                    store.save(batch.key, batch.task, kept)
+            else:
+                assert store is not None  # without one everything is drawn
+                unscored_images = {n for numbers in batch.unscored.values() for n in numbers}
+                images = {n: store.load(batch.key, batch.task, n) for n in unscored_images}
+            rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
+            for name, missing in batch.unscored.items():
+                if missing:
+                    queues[name].append(batch)
+                    scorers[name].submit([rows[n] for n in missing], [images[n] for n in missing])
+        for scorer in scorers.values():
+            scorer.results()
+    seconds = {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
+    everyone = gather_object([(fresh, seconds, drawn)])
+    merge(known, (scores for scores, _, _ in everyone))
+
+    keys |= {(name, task): keys[model.names[0], task] for model in models for name in model.names for task in tasks}
+    scores: Scores = {}
+    for name in bank.teachers:
+        scores[name] = {}
+        for task, part in tasks.items():
+            scores[name][task] = {
+                score: [
+                    known[keys[name, task], score, digests[task, reward_name(f)] or ""][n] for n in range(num_images)
+                ]
+                for f in (*part.functions, *part.others)
+                for score in score_names(f)
+            }
+    return Measured(scores, keys, _total([taken for _, taken, _ in everyone]), sum(n for _, _, n in everyone))
+
+
+def _distinct_models(bank: TeacherBank) -> list[Model]:
+    """No image is drawn twice: a model with several names, or the same files in two places, is drawn once."""
+    models: dict[str, Model] = {}
+    for name, roles in bank.teachers.items():
+        models.setdefault(digest(model_identity(roles)), Model(roles, [])).names.append(name)
+    return list(models.values())
+
+
+def _on_main(state: PartialState, compute: Callable[[], Any]) -> Any:
+    """What the main process computes, on all of them: the others may see files that are written meanwhile."""
+    return broadcast_object_list([compute() if state.is_main_process else None])[0]
+
+
+def _known(
+    tasks: Mapping[str, Task],
+    functions: Mapping[str, RewardFunc],
+    keys: Mapping[tuple[str, str], str],
+    store: Store | None,
+) -> tuple[dict[tuple[str, str], str | None], dict[str, set[int]], KnownScores]:
+    """Digests of rewards by task and name, numbers of stored images by key, and scores of earlier runs."""
+    digests: dict[tuple[str, str], str | None] = {}
+    of_functions = {name: reward_digest(function) for name, function in functions.items()}
+    for task, part in tasks.items():
+        rows = rows_digest(part.prompts.to_dict())
+        for name, of_function in of_functions.items():
+            digests[task, name] = None if of_function is None else digest(of_function, rows)
+    if store is None:
+        return digests, {}, {}
+    present = {key: store.numbers(key, task) for (_, task), key in keys.items()}
+    return digests, present, store.scores()
+
+
+def score_names(function: RewardFunc) -> tuple[str, ...]:
+    return function.score_names if isinstance(function, Reward) else (reward_name(function),)
+
+
+def _unscored(function: RewardFunc, known: KnownScores, key: str, reward: str | None, numbers: range) -> list[int]:
+    scored = [known.get((key, name, reward or ""), {}) for name in score_names(function)]
+    return [n for n in numbers if not all(n in of_name for of_name in scored)]
+
+
+def _recorded(
+    function: RewardFunc,
+    tasks: Mapping[str, Task],
+    batches: deque[_Batch],
+    record: Callable[[_Batch, str, Mapping[str, list[float | None]]], None],
+) -> RewardFunc:
+    """A reward function that hands on its scores in the thread that it is called in, so that they are kept at once."""
+    name = reward_name(function)
+
+    def recorded(
+        prompts: list[str], images: list[Image], completions: Any, trainer_state: Any, **columns: list[Any]
+    ) -> list[float | None]:
+        batch = batches.popleft()  # a scorer calls a function in the order of its batches
+        part = tasks[batch.task]
+        with _Hint(name, batch.task, is_own=function in part.functions):
+            found = as_metric(function, part.prompts.features).compute(prompts=prompts, images=images, **columns)
+        record(batch, name, {score: found[f"{score}_scores"] for score in score_names(function)})
+        return found[f"{name}_scores"]
+
+    recorded.__name__ = name
+    return recorded
+
+
+class _Hint:
+    """Adds to an error why a function was called on another task's images."""
+
+    def __init__(self, name: str, task: str, is_own: bool):
+        self._note = (
+            None
+            if is_own
+            else f"Every reward scores the images of every task, here {name!r} those of task {task!r}. A function must return "
+            "None for rows that it does not apply to, or set cross_task_rewards=False."
+        )
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._note is not None:
+            error.add_note(self._note)
+
+
+def _velocity(field: VelocityField, bank: TeacherBank, model: Model) -> Velocity:
+    def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        mean = torch.zeros_like(x)
+        for role in model.roles:
+            with bank.use(role) as transformer:
+                mean += role.weight * field(x, t, prompts, role.guidance_scale, transformer)
+        return mean
+
+    return velocity
+
+
+def _total(seconds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "generation": sum(one["generation"] for one in seconds),
+        "rewards": {name: sum(one["rewards"][name] for one in seconds) for name in seconds[0]["rewards"]},
+    }

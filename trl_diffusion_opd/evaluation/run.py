@@ -1,0 +1,301 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The evaluation from its arguments to its report."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from diffusers import DiffusionPipeline
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from huggingface_hub.errors import HfHubHTTPError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..data import dataset_problems, task_rows
+from ..hub_errors import explained
+from ..retention import retention_report
+from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
+from ..teacher_specs import TeacherSpec
+from ..teachers import TeacherBank, TeacherConfig, normalize_teachers
+from ..velocity import VelocityField
+from .files import write_results
+from .identity import base_digest
+from .measure import Task, measure
+from .store import Store
+
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def evaluate_retention(
+    pipeline: str | DiffusionPipeline,
+    teachers: TeacherSpec | Mapping[str, TeacherSpec],
+    students: str | TeacherConfig | Mapping[str, str | TeacherConfig],
+    reward_funcs: RewardFuncs,
+    dataset: Dataset,
+    *,
+    num_images: int = 512,
+    num_inference_steps: int = 40,
+    guidance_scale: float = 4.5,
+    teacher_guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    max_sequence_length: int | None = None,
+    generation_kwargs: dict[str, Any] | None = None,
+    dtype: str | None = None,
+    task_column: str = "task",
+    cross_task_rewards: bool = True,
+    batch_size: int = 32,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    num_samples: int = 4,
+    keep_images: bool = True,
+) -> dict[str, Any]:
+    """
+    Measures how much of its teachers' gains a student has.
+
+    The base, every teacher and every student draw images for the prompts of every task, with the same noise; the first
+    reward of a task is its score. The rewards of all tasks score the images of every task, so that what a teacher has lost
+    elsewhere is seen too. No image is drawn twice: a model with several roles is drawn once, and with `output_dir` what an
+    earlier or interrupted run has drawn and scored is used again. Scoring runs while the next images are drawn. Under
+    `accelerate launch` the processes share the work, and all of them return the report.
+
+    Args:
+        pipeline (`str` or [`~diffusers.DiffusionPipeline`]):
+            The base. A Hub id or folder is loaded on this process's device. A pipeline is used where it is and given back
+            as it was.
+        teachers (`str`, [`TeacherConfig`], a list of these, or a `dict` from task to any of them):
+            As for [`DiffusionOPDTrainer`]. Several teachers of a task are evaluated as their weighted mean velocity.
+        students (`str`, [`TeacherConfig`], or a `dict` from name to either):
+            What can be a teacher can be a student: a LoRA or a transformer. A single one is called `"student"`.
+        reward_funcs (name, function, `list` or `dict` from task to any of them):
+            Rewards of each task.
+        dataset ([`~datasets.Dataset`]):
+            Held-out prompts: columns `prompt` and `task`; others are passed to the reward functions.
+        num_images (`int`, *optional*, defaults to 512):
+            Images a task. Prompts are taken in turn, each time with noise of its own.
+        num_inference_steps (`int`, *optional*, defaults to 40):
+            Steps of the deterministic sampler.
+        guidance_scale (`float`, *optional*, defaults to 4.5):
+            Of the base and the students.
+        teacher_guidance_scale (`float`, *optional*):
+            Of the teachers that name none of their own, `guidance_scale` if not given.
+        height (`int`, *optional*), width (`int`, *optional*), max_sequence_length (`int`, *optional*),
+        generation_kwargs (`dict`, *optional*):
+            As in [`VelocityField`].
+        dtype (`str`, *optional*):
+            Precision of a base that is given by name: `"float32"` (if not given), `"bfloat16"` or `"float16"`.
+        task_column (`str`, *optional*, defaults to `"task"`):
+            Column that names the task.
+        cross_task_rewards (`bool`, *optional*, defaults to `True`):
+            Whether rewards also score the images of tasks that they are not assigned to. They must return `None` for rows
+            that they do not apply to, as the rewards of this package do; columns that a row has no value in are `None`.
+        batch_size (`int`, *optional*, defaults to 32):
+            Images at a time on each process.
+        seed (`int`, *optional*, defaults to 0):
+            Of the noise and the bootstrap.
+        output_dir (`str` or `Path`, *optional*):
+            Where images and scores are kept, and the report with its tables and pictures is written.
+        num_samples (`int`, *optional*, defaults to 4):
+            Prompts a task that are shown with their images.
+        keep_images (`bool`, *optional*, defaults to `True`):
+            Whether all images are kept in `output_dir`. Without it only those that are shown: an interrupted run then still
+            goes on where it stopped, but a reward that is added later has to draw again.
+
+    Returns:
+        `dict`: as [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students' names.
+
+    Raises:
+        [`ValueError`]: if anything of this cannot be used. One message lists all of it, before anything is drawn.
+    """
+    # Without `cpu`, processes that were launched on a machine without an accelerator would not know of each other.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if not isinstance(students, Mapping):
+        students = {"student": students}
+    problems = dataset_problems(dataset, task_column, "dataset")
+    rows = {} if problems else task_rows(dataset, task_column)
+    problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
+    specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
+    functions: dict[str, list[RewardFunc]] = {}
+    if rows:
+        try:
+            of_tasks = normalize_teachers(teachers, list(rows))
+            specs |= {f"teacher/{task}": configs for task, configs in of_tasks.items()}
+        except ValueError as error:
+            problems += str(error).splitlines()
+        try:
+            functions = rewards_by_task(reward_funcs, list(rows))
+        except ValueError as error:
+            problems += str(error).splitlines()
+        problems += [f"reward_funcs has no reward for task {task!r}." for task in rows if functions.get(task) == []]
+        problems += reward_data_problems(functions, dataset, rows, "dataset")
+    try:
+        for name, configs in normalize_teachers(students, list(students)).items():
+            specs[name] = [_at(config, guidance_scale) for config in configs]
+    except ValueError as error:
+        problems += str(error).splitlines()
+    if problems:
+        raise ValueError("The evaluation cannot start:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
+
+    base: Any = _load_base(pipeline, dtype or "float32").to(state.device) if isinstance(pipeline, str) else pipeline
+    every = {reward_name(function): function for of_task in functions.values() for function in of_task}
+    tasks = {
+        task: Task(
+            index=index,
+            prompts=dataset.select(of_task),
+            functions=functions[task],
+            others=[f for f in every.values() if f not in functions[task]] if cross_task_rewards else [],
+        )
+        for index, (task, of_task) in enumerate(rows.items())
+    }
+    with _borrowed(base) as transformer:
+        field = VelocityField(
+            base,
+            num_inference_steps=num_inference_steps,
+            height=height,
+            width=width,
+            max_sequence_length=max_sequence_length,
+            generation_kwargs=generation_kwargs,
+        )
+        store = None if output_dir is None else Store(Path(output_dir), state.process_index)
+        settings = {
+            # Only what is kept can be mistaken for another base's.
+            "base": _on_main(base) if store is not None else None,
+            "levels": field.levels.tolist(),
+            "size": [height, width, max_sequence_length],
+            "generation_kwargs": Hasher.hash(generation_kwargs or {}),
+        }
+        teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
+        bank = TeacherBank(transformer, base, specs, teacher_scale, student_adapter=None)
+        bank.to(transformer.device)
+        for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
+            field.check_guidance(scale)
+        measured = measure(
+            field,
+            bank,
+            tasks,
+            settings,
+            num_images=num_images,
+            batch_size=batch_size,
+            seed=seed,
+            store=store,
+            num_shown=num_samples,
+            keep_images=keep_images,
+        )
+    report = retention_report(
+        measured.scores,
+        {task: f"teacher/{task}" for task in rows},
+        list(students),
+        seed,
+        own={task: part.score_names() for task, part in tasks.items()},
+    )
+    taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured.seconds["rewards"].items())
+    logger.info(
+        f"{measured.drawn} images were drawn in {measured.seconds['generation']:.1f} s; scoring meanwhile took {taken}."
+    )
+    if store is not None and state.is_main_process:
+        write_results(store, report, measured, tasks, num_samples)
+    state.wait_for_everyone()  # whoever goes on finds the files
+    return report
+
+
+def _on_main(base: DiffusionPipeline) -> str:
+    """The base's digest, which takes a while for a large one: one process computes it for all."""
+    return broadcast_object_list([base_digest(base) if PartialState().is_main_process else None])[0]
+
+
+def _option_problems(
+    pipeline: str | DiffusionPipeline,
+    num_images: int,
+    batch_size: int,
+    num_samples: int,
+    dtype: str | None,
+    students: Mapping[str, Any],
+) -> list[str]:
+    problems = []
+    for name, value, least in (
+        ("num_images", num_images, 1),
+        ("batch_size", batch_size, 1),
+        ("num_samples", num_samples, 0),
+    ):
+        if value < least:
+            problems.append(f"{name}={value}: it must be at least {least}.")
+    if dtype is not None and dtype not in _DTYPES:
+        problems.append(f"dtype={dtype!r}: it must be one of {', '.join(_DTYPES)}.")
+    if dtype is not None and not isinstance(pipeline, str):
+        problems.append("dtype is for a base that is given by name. This one is loaded: load it with that dtype.")
+    if not students:
+        problems.append("There is no student to evaluate.")
+    taken = [name for name in students if name == "base" or name.startswith("teacher/")]
+    if taken:
+        problems.append(f"A student is named {taken[0]!r}, which is the report's name for another model. Rename it.")
+    return problems
+
+
+def _load_base(name: str, dtype: str) -> DiffusionPipeline:
+    with explained(f"The base {name!r}", name):
+        try:
+            return DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
+        except OSError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise error.__cause__ from error  # why the Hub refused, which diffusers takes for a lack of connection
+            if isinstance(error, HfHubHTTPError):
+                raise
+            raise ValueError(
+                f"The base {name!r} cannot be loaded. A Hub id needs a connection or a cached copy, a folder a "
+                f"model_index.json and .safetensors weights. ({error})"
+            ) from error
+
+
+def _at(config: TeacherConfig, guidance_scale: float) -> TeacherConfig:
+    return config if config.guidance_scale is not None else replace(config, guidance_scale=guidance_scale)
+
+
+@contextmanager
+def _borrowed(pipeline: Any) -> Iterator[Any]:
+    """The pipeline's transformer to put LoRAs on, which are gone afterwards, also when a teacher cannot be loaded."""
+    transformer = pipeline.components.get("transformer")
+    if isinstance(transformer, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
+        raise ValueError(
+            "The pipeline already carries a LoRA, which would count as part of the base. Remove it with "
+            "pipe.unload_lora_weights(), and pass it as a student or a teacher."
+        )
+    networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    trained = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]
+    for network in networks:
+        network.eval()
+    try:
+        yield transformer
+    finally:
+        if isinstance(transformer, nn.Module):
+            recurse_remove_peft_layers(transformer)
+            # PEFT leaves it on the model, and load_lora_weights would take its names for adapters that are there.
+            transformer.__dict__.pop("peft_config", None)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
