@@ -18,11 +18,13 @@ nothing names a token, a local path or the machine. What they show besides scala
 """
 
 import copy
+import logging
 import os
 from datetime import datetime
 from typing import Any
 from unittest.mock import patch
 
+from huggingface_hub.utils import httpx
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,6 +33,9 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from .hub import public_arguments
 from .student import STUDENT_ADAPTER
+
+
+logger = logging.getLogger(__name__)
 
 
 def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
@@ -124,3 +129,12 @@ class _Trackio(TrackioCallback):
             # Trackio's own counter, which it would take for the step, counts calls.
             step = state.global_step
             self._trackio.log({**rewrite_logs(logs), "train/global_step": step}, step=step)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # It syncs the project to a Space of its own, on every push of a checkpoint.
+        try:
+            super().on_push_begin(args, state, control, model, **kwargs)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            logger.warning(f"Trackio's Space could not be updated; training goes on, and its logs are here: {error}")
