@@ -48,7 +48,7 @@ def make_clip(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 0:
-                parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.3, generator=generator)
+                parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.2, generator=generator)
     model.save_pretrained(folder)
     make_processor(folder)
     return model.state_dict()

@@ -133,7 +133,9 @@ def test_batches_precision_and_autocast(reward_class, folders):
     assert reward(prompts=PROMPTS[::-1], images=IMAGES[::-1])[::-1] == pytest.approx(scores, abs=1e-5)
 
     half = local(reward_class, folders, dtype="bfloat16", device="cpu")
-    assert half(prompts=PROMPTS, images=IMAGES) == pytest.approx(scores, rel=0.05, abs=0.05)
+    assert half(prompts=PROMPTS, images=IMAGES) == pytest.approx(
+        scores, abs=0.3 if reward_class is PickScore else 0.03
+    )
     assert half.fingerprint != reward.fingerprint and half.fingerprint.endswith("bfloat16")
     # Frozen, without dropout, in the dtype asked for; the head stays in float32.
     modules = [value for value in vars(half).values() if isinstance(value, torch.nn.Module)]
