@@ -336,7 +336,8 @@ class _Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError as error:
             data, errors = {}, [{"message": str(error)}]
         for name in ("datasets", "tags"):
-            if not all(isinstance(entry, str) for entry in data.get(name, [])):
+            entries = data.get(name, [])
+            if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
                 errors.append({"message": f'"{name}" must be a list of strings'})
         for name in ("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"):
             if not isinstance(data.get(name, ""), str):

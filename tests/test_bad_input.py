@@ -180,14 +180,15 @@ def test_a_base_that_cannot_be_reached(tmp_path, offline, monkeypatch, exists):
     if exists is False:
         error = RepositoryNotFoundError("404 Client Error: Repository Not Found", response=Mock(headers={}))
         monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", Mock(side_effect=error))
-    with pytest.raises(
-        ValueError, match="The base model 'owner/nothing' cannot be loaded. If it is a Hub id, check its"
-    ):
+    reason = (
+        "not in the local cache, and the Hub cannot be" if exists is None else "no such folder here and no such repo"
+    )
+    with pytest.raises(ValueError, match=f"The base model 'owner/nothing': {reason}"):
         make_trainer(tmp_path, model="owner/nothing")
 
 
 def test_a_base_of_an_impossible_name(tmp_path):
-    with pytest.raises(ValueError, match="The base model 'own er' cannot be loaded. .*Repo id must"):
+    with pytest.raises(ValueError, match="The base model 'own er': neither an existing folder nor a valid repo"):
         make_trainer(tmp_path, model="own er")
 
 

@@ -31,6 +31,7 @@ _MODULES = {
     "sampler_table": "samplers",
     "step_weights": "objectives",
     "walk": "rollout",
+    "write_teacher_card": "model_card",
     "tiny": "tiny",
 }
 
@@ -46,11 +47,13 @@ __all__ = [
     "step_weights",
     "tiny",
     "walk",
+    "write_teacher_card",
 ]
 
 if TYPE_CHECKING:
     from . import tiny
     from .evaluation import evaluate_retention
+    from .model_card import write_teacher_card
     from .objectives import step_weights
     from .rollout import walk
     from .samplers import SamplerTable, sampler_table

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import hub
@@ -52,6 +54,9 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
     if trainer.args.should_save:
         trainer.student.save_state(folder)
         write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
+        # A path of this machine, which would be pushed. The number of the best update is in the state as well.
+        state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+        write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None})
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         hub.write_arguments(trainer.args, folder)  # once more: the limit was lifted while Trainer saved
@@ -81,6 +86,13 @@ def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
     if problems:
         raise ValueError(f"Can't resume from {folder.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
     trainer.student.load_state(folder)
+
+
+def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
+    """Puts back into a resumed run's state which checkpoint is the best: the saved state has no paths."""
+    if state.best_model_checkpoint is None and state.best_global_step:
+        best = Path(output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        state.best_model_checkpoint = str(best) if best.is_dir() else None
 
 
 def set_incomplete_aside(output_dir: str | Path | None, accelerator: Accelerator) -> None:

@@ -11,34 +11,38 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a run shows to others: its arguments, its model card, and what of its output folder goes to the Hub."""
 
+"""
+What of a run goes to the Hub, and how. Run as a module, it uploads the output folder of a run that has ended:
+
+    python -m trl_diffusion_opd.hub sd35-opd me/sd35-opd
+"""
+
+import argparse
 import glob
 import json
 import logging
 import os
 import shutil
 from concurrent.futures import Future
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from datasets import Dataset
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers import DiffusionPipeline
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitInfo, get_token, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftModel
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
-from .student import STUDENT_ADAPTER, public_name
+from .hub_errors import ERRORS, http_reason, retried
+from .public import last_part, public_value
+from .student import public_name
 
 
 if TYPE_CHECKING:
+    from .trainer.base_config import DiffusionConfig
     from .trainer.base_trainer import DiffusionTrainer
 
 logger = logging.getLogger(__name__)
@@ -47,11 +51,11 @@ ARGUMENTS_FILE = "training_args.json"
 CARD_FILE = "README.md"
 REPORT_FILE = "retention.json"
 
+_LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 # What a saved student consists of, which a checkpoint has as well.
 STUDENT_FILES = (
-    "adapter_config.json",
+    *_LORA_FILES,
     "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
     "config.json",
     "diffusion_pytorch_model*.safetensors",
     SAFE_WEIGHTS_INDEX_NAME,
@@ -59,19 +63,18 @@ STUDENT_FILES = (
     "teacher_manifest.json",
     "noise_grid.json",
 )
+PICTURES = ("retention.png", "radar.png", "samples.png", "curves.png")
 # Everything that is pushed. Not by exclusion: logs, optimizer states and whatever else lies in the folder may hold
 # tokens, paths and the name of the machine.
-PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, "*.png", "completions/*.png")
+PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, *PICTURES, "completions/step_*.png")
 
-# In the order in which a reader meets them.
-_PICTURES = {
-    "retention.png": "Score of the base, the teachers and this student on each task",
-    "samples.png": "The same prompts and noise: base, teacher, student",
-    "curves.png": "Training curves",
-}
-_SHOWN_PACKAGES = ("trl-diffusion-opd", "trl", "diffusers", "peft", "transformers", "torch", "datasets")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 # They are paths even where they look like a Hub id: "outputs/demo".
 _PATH_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "deepspeed", "fsdp_config")
+
+
+class PushError(RuntimeError):
+    """A student that could not be uploaded, with where it lies and how to upload it."""
 
 
 def write_arguments(args: Any, folder: str | Path) -> None:
@@ -91,152 +94,197 @@ def public_arguments(args: Any) -> dict[str, Any]:
     arguments = args.to_dict()
     for name in _PATH_ARGUMENTS:
         if isinstance(arguments.get(name), str):
-            arguments[name] = _last_part(arguments[name])
-    return _public(arguments)
+            arguments[name] = last_part(arguments[name])
+    return public_value(arguments, known_tokens(args))
 
 
-def _public(value: Any) -> Any:
-    """A JSON value that says the same without secrets and local paths."""
-    if isinstance(value, dict):
-        return {str(name): _public(entry) for name, entry in value.items() if not _is_secret(str(name))}
-    if isinstance(value, (list, tuple)):
-        return [_public(entry) for entry in value]
-    if isinstance(value, str):
-        is_path = os.path.isabs(value) or value.startswith(("~", "./", "../")) or os.path.isdir(value)
-        return _last_part(value) if is_path else value
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return str(value) if isinstance(value, torch.dtype) else type(value).__name__
+def known_tokens(args: Any) -> list[str]:
+    """The tokens that this process uses, which must not be shown wherever they turn up."""
+    return [token for token in (args.hub_token, get_token()) if token]
 
 
-def _is_secret(name: str) -> bool:
-    return name.lower().endswith(("token", "api_key", "password", "secret"))
+# Before the first step
 
 
-def _last_part(path: str) -> str:
-    return Path(path).expanduser().absolute().name
+def repository_id(args: "DiffusionConfig", user: str) -> str:
+    """The repository that a run pushes to: `hub_model_id`, or the name of the output folder, of `user` if of nobody."""
+    name = args.hub_model_id or last_part(args.output_dir or ".")
+    return name if "/" in name else f"{user}/{name}"
 
 
-def write_model_card(
-    trainer: "DiffusionTrainer",
-    model_name: str | None = None,
-    dataset_name: str | list[str] | None = None,
-    tags: str | list[str] | None = None,
-) -> None:
+def repository_problems(
+    args: "DiffusionConfig", base_name: str | None, transformer_class: str | None, token: str | None = None
+) -> list[str]:
     """
-    Writes the model card `README.md` into the output folder. It needs no network.
-
-    It shows the report `retention.json` and the pictures `retention.png`, `samples.png` and `curves.png`, if the folder has
-    them, and what the trainer's `_card_fields` says of its method.
+    What keeps a run from pushing, asked of the Hub before anything is trained: the token, the right to write, and what the
+    repository holds. Nothing is made or changed there.
 
     Args:
-        trainer ([`DiffusionTrainer`])
-        model_name (`str`, *optional*): the title, by default the name of the repository or the output folder.
-        dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
-        tags (`str` or `list[str]`, *optional*): tags besides the method's own.
+        args ([`DiffusionConfig`])
+        base_name (`str`, *optional*): the base's id or name, if it is known.
+        transformer_class (`str`, *optional*): class of the student if all its weights are trained, `None` for a LoRA.
+        token (`str`, *optional*): by default `hub_token` of the arguments, or the one you are logged in with.
+
+    Returns:
+        `list[str]`: a sentence or two each, with what to do.
     """
-    folder = Path(trainer.args.output_dir or ".")
-    is_lora = isinstance(trainer.student.model, PeftModel)
-    base = trainer._pipeline.config.get("_name_or_path")
-    base_id = _hub_id(base)
-    datasets = [name for name in _list(dataset_name) if _hub_id(name)]
-    data = ModelCardData(
-        base_model=base_id,
-        base_model_relation=("adapter" if is_lora else "finetune") if base_id else None,
-        datasets=datasets or None,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=list(dict.fromkeys([*trainer._tag_names, *(["lora"] if is_lora else []), *_list(tags)])),
-    )
-    repository = trainer.hub_model_id or trainer.args.hub_model_id
-    report = folder / REPORT_FILE
-    scale = trainer.args.eval_guidance_scale
-    card = ModelCard.from_template(
-        data,
-        template_path=str(files(__package__) / "templates" / "model_card.md"),
-        model_name=model_name or (repository or _last_part(str(folder))).split("/")[-1],
-        base_id=base_id,
-        base_name=public_name(base) or "base",
-        repository=repository,
-        folder_name=_last_part(str(folder)),
-        trainer_name=trainer._name,
-        paper=trainer._paper,
-        fields=trainer._card_fields(),
-        args=trainer.args,
-        eval_guidance_scale=trainer.args.guidance_scale if scale is None else scale,
-        call_options=_call_options(trainer),
-        kind=_kind(trainer),
-        transformer_class=type(trainer._pipeline.transformer).__name__,
-        settings=_settings(trainer),
-        report=json.loads(report.read_text(encoding="utf-8")) if report.exists() else None,
-        pictures={name: text for name, text in _PICTURES.items() if (folder / name).exists()},
-        datasets=datasets,
-        versions={name: version(name) for name in _SHOWN_PACKAGES},
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    card.save(folder / CARD_FILE)
-
-
-def _list(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _hub_id(name: str | None) -> str | None:
-    """`name` if it can be a repository on the Hub and is no file or folder here."""
-    if not name or os.path.exists(name):
-        return None
+    token = token or args.hub_token or get_token()
+    if token is None:
+        return [
+            "push_to_hub=True, and there is no token: log in with `hf auth login`, or set HF_TOKEN or hub_token to one with "
+            "write permission (https://huggingface.co/settings/tokens)."
+        ]
     try:
-        validate_repo_id(name)
-    except HFValidationError:
+        return _repository_problems(args, token, base_name, transformer_class)
+    except HFValidationError as error:
+        return [f"push_to_hub=True: set hub_model_id to the name of a repository. {error}"]
+    except ERRORS as error:
+        return [f"push_to_hub=True: {http_reason(error)}."]
+
+
+def _repository_problems(
+    args: "DiffusionConfig", token: str, base_name: str | None, transformer_class: str | None
+) -> list[str]:
+    api = hf_api()
+    account = retried(api.whoami, token)
+    # A token of another kind (OAuth, fine-grained) has no role: the check below asks for its right to write.
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return [
+            "push_to_hub=True: your token may only read. Make one with write permission on "
+            "https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or set HF_TOKEN or hub_token."
+        ]
+    repo_id = repository_id(args, account["name"])
+    validate_repo_id(repo_id)
+    owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
+    if repo_id.split("/")[0] not in owners:
+        return [
+            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, and your token to {account['name']!r}, who "
+            f"can push for {', '.join(owners)}. Choose one of them, or log in as its owner."
+        ]
+    try:
+        info = retried(api.model_info, repo_id, token=token)
+    except GatedRepoError:
+        return [f"hub_model_id={repo_id!r}: the repository is gated and your token has no access to it."]
+    except RepositoryNotFoundError:
+        for kind in ("dataset", "space"):
+            if retried(api.repo_exists, repo_id, repo_type=kind, token=token):
+                return [f"hub_model_id={repo_id!r} is a {kind} on the Hub, not a model. Choose another name."]
+        return []
+    try:
+        retried(api.auth_check, repo_id, token=token, write=True)
+    except HfHubHTTPError as error:
+        # A Hub of one's own may be older than this check: it then shows with the first push, which costs no checkpoint.
+        if error.response.status_code in (401, 403):
+            return [
+                f"hub_model_id={repo_id!r}: your token is not allowed to write there "
+                f"({error.response.status_code}). Give it write permission on https://huggingface.co/settings/tokens."
+            ]
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    recorded = info.card_data.get("base_model") if info.card_data else None
+    found = _foreign_content(repo_id, token, names, recorded, base_name, transformer_class)
+    return [f"hub_model_id={repo_id!r} holds {found}. Choose another name, or empty it."] if found else []
+
+
+def _foreign_content(
+    repo_id: str, token: str, names: set[str], recorded: Any, base_name: str | None, transformer_class: str | None
+) -> str | None:
+    """What a repository holds that this student would be mixed with, or overwrite."""
+    if "model_index.json" in names:
+        return "a whole pipeline"
+    if names.intersection(_LORA_FILES):
+        if transformer_class is not None:
+            return "a LoRA, and this run trains all weights"
+        if recorded is None and "adapter_config.json" in names:
+            recorded = _read_json(repo_id, token, "adapter_config.json").get("base_model_name_or_path")
+        if isinstance(recorded, str) and base_name is not None and not _same_base(recorded, base_name):
+            return f"a LoRA for another base, {recorded!r} (this run's is {base_name!r})"
         return None
-    return name
+    if "config.json" in names:
+        config = _read_json(repo_id, token, "config.json")
+        kind = config.get("_class_name") or (config.get("architectures") or [config.get("model_type")])[0]
+        return (
+            None if kind is not None and kind == transformer_class else f"another model ({kind or 'of unknown class'})"
+        )
+    weights = sorted(name for name in names if "/" not in name and name.endswith(_WEIGHTS))
+    return f"other weights ({', '.join(weights[:3])})" if weights else None
 
 
-def _kind(trainer: "DiffusionTrainer") -> str:
-    """How the student is loaded: as a LoRA by diffusers, by PEFT where the pipeline has no loader, or as a whole."""
-    if not isinstance(trainer.student.model, PeftModel):
-        return "full"
-    return "lora" if isinstance(trainer._pipeline, LoraBaseMixin) else "peft"
+def _read_json(repo_id: str, token: str, name: str) -> dict[str, Any]:
+    path = retried(hf_hub_download, repo_id, name, token=token)
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
-def _call_options(trainer: "DiffusionTrainer") -> dict[str, str]:
-    """The pipeline's arguments for an image as in the evaluation, as Python literals."""
-    dataset = trainer.eval_dataset if isinstance(trainer.eval_dataset, Dataset) else trainer.train_dataset
-    scale = trainer.args.eval_guidance_scale
-    # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
-    options = trainer.eval_field._call_options(
-        [dataset[0]["prompt"]], trainer.args.guidance_scale if scale is None else scale
+def _same_base(one: str, two: str) -> bool:
+    # A local copy is known by the name of its folder.
+    if "/" in one and "/" in two:
+        return one == two
+    return one.split("/")[-1] == two.split("/")[-1]
+
+
+def pushed_kind(pipeline: DiffusionPipeline, is_lora: bool) -> tuple[str | None, str | None]:
+    """The base's name and the class of fully trained weights, which [`repository_problems`] compares."""
+    kind = None if is_lora else type(pipeline.components.get("transformer")).__name__
+    return public_name(pipeline.config.get("_name_or_path")), kind
+
+
+def make_repository(trainer: "DiffusionTrainer", token: str | None = None, private: bool | None = None) -> None:
+    """
+    Makes the repository, and the branch `hub_revision` in it, if they are not there.
+
+    Raises:
+        [`PushError`]: if that is not possible.
+    """
+    args, api = trainer.args, hf_api()
+    token = args.hub_token if token is None else token
+    name = args.hub_model_id or last_part(args.output_dir or ".")
+    try:
+        url = retried(
+            api.create_repo,
+            name,
+            token=token,
+            private=args.hub_private_repo if private is None else private,
+            exist_ok=True,
+        )
+        if args.hub_revision is not None and not args.hub_revision.startswith("refs/"):
+            retried(api.create_branch, url.repo_id, branch=args.hub_revision, token=token, exist_ok=True)
+    except ERRORS as error:
+        raise PushError(f"The repository {name!r} cannot be made: {http_reason(error)}.") from error
+    trainer.hub_model_id = url.repo_id
+    trainer.push_in_progress = None
+
+
+# Pushing
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    commit_message: str = "Upload student",
+    token: str | None = None,
+    revision: str | None = None,
+) -> CommitInfo:
+    """
+    Uploads what [`PUSHED_FILES`] names of an output folder to a model repository that exists.
+
+    Args:
+        folder (`str` or `Path`), repo_id (`str`)
+        commit_message (`str`, *optional*, defaults to `"Upload student"`)
+        token (`str`, *optional*): with write permission, by default the one you are logged in with.
+        revision (`str`, *optional*): branch to commit to.
+    """
+    folder = Path(folder)
+    names = [path.relative_to(folder).as_posix() for path in _matching(folder, PUSHED_FILES)]
+    return retried(
+        hf_api().upload_folder,
+        repo_id=repo_id,
+        folder_path=folder,
+        # By name: in the Hub's patterns a star also matches slashes, and "*.png" whatever lies in a subfolder.
+        allow_patterns=[glob.escape(name) for name in names],
+        commit_message=commit_message,
+        token=token,
+        revision=revision,
     )
-    literals = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
-    return {
-        name: json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-        for name, value in {**literals, "num_inference_steps": trainer.args.eval_num_inference_steps}.items()
-        if isinstance(value, (str, bool, int, float))
-    }
-
-
-def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
-    args, plain = trainer.args, trainer.args.to_dict()  # enums as their values
-    samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
-    settings = {
-        "updates": trainer.state.global_step,
-        "prompts an update": f"{samples} ({', '.join(trainer.tasks)} in equal parts)",
-        "resolution": f"{args.width} x {args.height}",
-        "optimizer": f"{plain['optim']}, betas ({args.adam_beta1}, {args.adam_beta2}), weight decay {args.weight_decay}",
-        "learning rate": f"{args.learning_rate}, {plain['lr_scheduler_type']}",
-        "gradient clipping": args.max_grad_norm,
-        "moving average": f"{args.ema_decay} every {args.ema_update_interval} updates" if args.ema_decay else "none",
-        "precision": f"base {args.dtype}"
-        + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
-        "seed": args.seed,
-    }
-    model = trainer.student.model
-    if isinstance(model, PeftModel):
-        config = model.peft_config[STUDENT_ADAPTER]
-        targets = config.target_modules
-        shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        settings["LoRA"] = f"rank {config.r}, alpha {config.lora_alpha}, on {shown}"
-    return settings
 
 
 def push(
@@ -264,17 +312,45 @@ def push(
 
     Returns:
         The [`~huggingface_hub.CommitInfo`], or with `blocking=False` a future of it; `None` on other processes.
+
+    Raises:
+        [`PushError`]: if the upload fails; the student is saved by then.
     """
     trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-    token = trainer.args.hub_token if token is None else token
-    if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=private)
+    args = trainer.args
+    token = args.hub_token if token is None else token
+    if trainer.is_world_process_zero():
+        trainer._finish_current_push()  # it reads the files that are written next
     trainer.save_model(_internal_call=True)
     if not trainer.is_world_process_zero():
         return None
     trainer.create_model_card(**kwargs)
-    trainer._finish_current_push()
-    return _upload(trainer, commit_message, token, revision or trainer.args.hub_revision, run_as_future=not blocking)
+    try:
+        if trainer.hub_model_id is None:
+            problems = repository_problems(args, *pushed_kind(trainer._pipeline, trainer.student.is_lora), token)
+            if problems:
+                raise PushError(" ".join(problems).rstrip("."))
+            make_repository(trainer, token, private)
+            trainer.create_model_card(**kwargs)  # which names the repository
+        revision = revision or args.hub_revision
+        parts = (args.output_dir or ".", trainer.hub_model_id, commit_message or "End of training", token, revision)
+        if blocking:
+            return push_folder(*parts)
+    except (*ERRORS, PushError, ValueError) as error:
+        raise PushError(_failure(trainer, error)) from error
+    job = hf_api().run_as_future(push_folder, *parts)
+    job.add_done_callback(lambda job: _report_failure(job, lambda error: _failure(trainer, error)))
+    return job
+
+
+def _failure(trainer: "DiffusionTrainer", error: BaseException) -> str:
+    folder = trainer.args.output_dir or "."
+    repo_id = trainer.hub_model_id or trainer.args.hub_model_id or last_part(folder)
+    return (
+        f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost, it is saved in {folder!r} "
+        "with its card. Push it with trainer.push_to_hub(), or later with `python -m trl_diffusion_opd.hub "
+        f"{folder} {repo_id}`."
+    )
 
 
 def push_checkpoint(trainer: "DiffusionTrainer", checkpoint_folder: str | Path) -> None:
@@ -283,14 +359,15 @@ def push_checkpoint(trainer: "DiffusionTrainer", checkpoint_folder: str | Path) 
 
     `"end"` uploads nothing here and `"every_save"` the student. `"checkpoint"` adds the whole checkpoint, with its
     optimizer state, as `last-checkpoint`, and `"all_checkpoints"` under its own name. While an upload is under way the next
-    one is left out, unless `hub_always_push` is set.
+    one is left out; with `hub_always_push` training waits for it. A failure is a warning: training goes on.
     """
     args = trainer.args
     if not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
         return
-    under_way = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
-    if under_way and not args.hub_always_push:
-        return
+    if trainer.push_in_progress is not None and not trainer.push_in_progress.is_done():
+        if not args.hub_always_push:
+            return
+        trainer.push_in_progress.wait_until_done()  # it reads the files that are written next
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     # A copy, because saving again would gather sharded weights from all processes.
     for path in _matching(Path(checkpoint_folder), STUDENT_FILES):
@@ -299,51 +376,59 @@ def push_checkpoint(trainer: "DiffusionTrainer", checkpoint_folder: str | Path) 
         message = f"Training in progress, epoch {int(trainer.state.epoch or 0)}"
     else:
         message = f"Training in progress, step {trainer.state.global_step}"
-    jobs = [_upload(trainer, message, args.hub_token, args.hub_revision, run_as_future=True)]
+    options = {"token": args.hub_token, "revision": args.hub_revision}
+    run = hf_api().run_as_future  # one after another
+    jobs = [run(push_folder, args.output_dir or ".", trainer.hub_model_id, message, **options)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         is_last = args.hub_strategy == HubStrategy.CHECKPOINT
-        jobs.append(
-            hf_api().upload_folder(
-                repo_id=trainer.hub_model_id,
-                folder_path=checkpoint_folder,
-                path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
-                commit_message=f"{message}, checkpoint",
-                token=args.hub_token,
-                revision=args.hub_revision,
-                run_as_future=True,
+        options |= {
+            "repo_id": trainer.hub_model_id,
+            "folder_path": checkpoint_folder,
+            "path_in_repo": "last-checkpoint" if is_last else Path(checkpoint_folder).name,
+            "commit_message": f"{message}, checkpoint",
+        }
+        jobs.append(run(retried, hf_api().upload_folder, **options))
+    what = f"{trainer.hub_model_id!r} ({message[0].lower()}{message[1:]})"
+    for job in jobs:
+        job.add_done_callback(
+            lambda job: _report_failure(
+                job,
+                lambda error: (
+                    f"The push to {what} failed: {http_reason(error)}. Training goes on and its checkpoints are intact; the "
+                    "next push brings everything."
+                ),
             )
         )
-    for job in jobs:
-        job.add_done_callback(_report_failure)
-    if under_way:
-        trainer.push_in_progress.jobs.extend(jobs)
-    else:
-        trainer.push_in_progress = PushInProgress(jobs)
+    trainer.push_in_progress = PushInProgress(jobs)
 
 
-def _upload(
-    trainer: "DiffusionTrainer", message: str | None, token: str | None, revision: str | None, run_as_future: bool
-) -> Any:
-    folder = Path(trainer.args.output_dir or ".")
-    names = [path.relative_to(folder).as_posix() for path in _matching(folder, PUSHED_FILES)]
-    return hf_api().upload_folder(
-        repo_id=trainer.hub_model_id,
-        folder_path=folder,
-        # By name: in the Hub's patterns a star also matches slashes, and "*.png" whatever lies in a subfolder.
-        allow_patterns=[glob.escape(name) for name in names],
-        commit_message=message,
-        token=token,
-        revision=revision,
-        run_as_future=run_as_future,
-    )
+def _report_failure(job: "Future[Any]", message: Any) -> None:
+    # Nobody asks these futures for their result: without this a student would silently not be there.
+    error = None if job.cancelled() else job.exception()
+    if error is not None:
+        logger.warning(message(error))
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def _report_failure(job: "Future[Any]") -> None:
-    # Nobody asks these futures for their result: without this a student would silently not be there.
-    error = None if job.cancelled() else job.exception()
-    if error is not None:
-        logger.warning(f"A push to the Hub failed; training goes on, and its files are intact: {error}")
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Uploads the student of a run that has ended to the Hub.")
+    parser.add_argument("folder", help="output folder of the run")
+    parser.add_argument("repo_id", help="owner/name, made if it is not there")
+    parser.add_argument("--revision", help="branch to commit to")
+    parser.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    options = parser.parse_args()
+    if not any(os.path.exists(os.path.join(options.folder, name)) for name in (*_LORA_FILES, "config.json")):
+        parser.error(f"there is no student in {options.folder}")
+    try:
+        url = retried(hf_api().create_repo, options.repo_id, private=options.private or None, exist_ok=True)
+        commit = push_folder(options.folder, url.repo_id, revision=options.revision)
+    except ERRORS as error:
+        parser.exit(1, f"The student could not be pushed to {options.repo_id!r}: {http_reason(error)}.\n")
+    logger.warning(f"Pushed: {commit.commit_url}")
+
+
+if __name__ == "__main__":
+    main()

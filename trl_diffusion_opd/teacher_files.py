@@ -28,7 +28,6 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
@@ -37,7 +36,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-from .hub_errors import explained
+from .hub_errors import download
 from .teacher_specs import TeacherConfig, local_folder
 
 
@@ -167,8 +166,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
 def _download(config: TeacherConfig, revision: str | None, names: list[str]) -> Path:
     repo_id = config.model_name_or_path
     shown = f"{repo_id}@{config.revision}" if config.revision else repo_id
-    with explained(shown, repo_id, revision, TeacherError):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=names))
+    return download(shown, repo_id, revision, names, TeacherError)
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:

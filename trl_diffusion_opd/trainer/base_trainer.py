@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -37,7 +37,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
-from .. import checkpoint, hub
+from .. import checkpoint, hub, model_card
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
@@ -70,6 +70,7 @@ class _StudentCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        checkpoint.restore_best(args.output_dir, state)
         self.trainer._log_completions()
 
     def on_step_end(
@@ -140,6 +141,8 @@ class DiffusionTrainer(_BaseTrainer):
                 student_model = self._make_student(transformer, args, peft_config)
         if not unfit:
             self._setup(student_model, problems)
+        if args.push_to_hub:
+            problems += self._push_problems(args, full_weights=peft_config is None)
         problems = unfit + problems
         if problems:
             if isinstance(student_model, PeftModel):  # give a pipeline back as it was
@@ -179,6 +182,16 @@ class DiffusionTrainer(_BaseTrainer):
         return {}
 
     # Before the first step
+
+    def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
+        # One process asks, and all of them stop or go on.
+        found: list[list[str]] = [[]]
+        if args.process_index == 0:
+            kind = hub.pushed_kind(self._pipeline, is_lora=not full_weights)
+            found = [hub.repository_problems(args, *kind)]
+        if args.world_size > 1:
+            broadcast_object_list(found)
+        return found[0]
 
     def _components(self) -> Iterator[nn.Module]:
         return (component for component in self._pipeline.components.values() if isinstance(component, nn.Module))
@@ -469,7 +482,12 @@ class DiffusionTrainer(_BaseTrainer):
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
         if self.is_world_process_zero():
-            hub.write_model_card(self, model_name, dataset_name, tags)
+            model_card.write_model_card(self, model_name, dataset_name, tags)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""
+        if self.is_world_process_zero():
+            hub.make_repository(self, token, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Trainer calls it before the checkpoint is complete: [`checkpoint.save`] pushes when it is."""

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..data import dataset_problems, task_rows
+from ..hub_errors import explained, retried
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
@@ -58,7 +59,8 @@ def load_pipeline(
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     try:
-        return DiffusionPipeline.from_pretrained(model, **{**options, "use_safetensors": True})
+        with explained(f"The base model {model!r}", model, options.get("revision")):
+            return retried(DiffusionPipeline.from_pretrained, model, **{**options, "use_safetensors": True})
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
