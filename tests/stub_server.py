@@ -67,9 +67,12 @@ class StubServer:
                     return
                 body = (result.body if isinstance(result.body, str) else json.dumps(result.body)).encode()
                 self.send_response(result.status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                for name, value in (result.headers or {}).items():
+                headers = {
+                    "Content-Type": "application/json",
+                    "Content-Length": str(len(body)),
+                    **(result.headers or {}),
+                }
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)

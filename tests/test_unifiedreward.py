@@ -122,8 +122,10 @@ def test_parse_score(answer, expected):
         (completion("Final Score: 4.", "length"), "answered, cut off at max_tokens=1024, without a score"),
         (
             Answer(body={"id": "1", "object": "chat.completion", "created": 0, "model": "vlm", "choices": []}),
-            "no answer",
+            "gave no completion",
         ),
+        (Answer(200, "<html>", {"Content-Type": "text/html"}), "gave no completion for the prompt .*<html>"),
+        (Answer(200, {"error": "busy"}), "gave no completion"),
         (Answer(401, {"error": {"message": "who are you"}}), "cannot be asked: .*401.*who are you"),
         (Answer(404, {"error": {"message": "no such model"}}), "cannot be asked: .*no such model"),
         (Answer(500, {"error": {"message": "out of memory"}}), "cannot be asked: .*out of memory"),

@@ -172,8 +172,9 @@ class UnifiedReward(Reward):
             )
         except self._openai.OpenAIError as error:
             raise RemoteRewardError(f"{failed}cannot be asked: {error}") from error
-        if not completion.choices:
-            raise RemoteRewardError(f"{failed}gave no answer for the prompt {prompt!r}.")
+        if not isinstance(completion, self._openai.types.chat.ChatCompletion) or not completion.choices:
+            # The client hands on a page that is no JSON, such as that of a base_url without its /v1, as a string.
+            raise RemoteRewardError(f"{failed}gave no completion for the prompt {prompt!r}: {completion!r:.200}")
         choice = completion.choices[0]
         text = choice.message.content or ""
         score = None if choice.finish_reason == "length" else parse_score(text)
