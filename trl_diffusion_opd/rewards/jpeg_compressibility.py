@@ -1,0 +1,46 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How well an image compresses: the reward that needs no model, for a first run of a whole setup."""
+
+import io
+from typing import Any
+
+from PIL.Image import Image
+
+from .base import Reward
+
+
+class JPEGCompressibility(Reward):
+    """
+    Minus the size of the image as a JPEG file of quality 95, in kB (1000 bytes).
+
+    A smooth 512 x 512 px image has about -20, a detailed one about -150; more is better, and nothing reaches 0. The size
+    grows with the number of pixels, so that only scores of one resolution compare. The prompt does not matter, and nothing
+    is loaded. For the opposite, incompressibility, change the sign.
+
+    The scale is that of [DDPO](https://huggingface.co/papers/2305.13301), Section 5.1; Flow-GRPO's code divides it by 500.
+    """
+
+    name = "jpeg_compressibility"
+    bounds = (None, 0.0)
+
+    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> list[float]:
+        return [-_jpeg_bytes(image) / 1000 for image in images]
+
+
+def _jpeg_bytes(image: Image) -> int:
+    file = io.BytesIO()
+    image.save(file, format="JPEG", quality=95)
+    return file.tell()
