@@ -21,6 +21,7 @@ and HF_HUB_DISABLE_XET are read when huggingface_hub is imported: set them befor
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import socket
@@ -40,6 +41,7 @@ TOKEN = "hf_loopbacktoken"
 READ_TOKEN = "hf_loopbackreader"
 USER = "tester"
 _LARGE = (".safetensors", ".png", ".pt", ".pth", ".bin", ".parquet")
+_NUMBERS = itertools.count()
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -72,7 +74,8 @@ class Repository:
     commits: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, branch: str, title: str, tree: dict[str, Content]) -> str:
-        sha = hashlib.sha1(f"{id(self)} {len(self.commits)} {title}".encode()).hexdigest()
+        # Never one again: clients remember what a commit holds for as long as they live.
+        sha = hashlib.sha1(f"{next(_NUMBERS)} {title}".encode()).hexdigest()
         self.commits[sha] = Commit(title, tree)
         self.branches[branch] = sha
         return sha
