@@ -60,9 +60,8 @@ class Task:
         """Columns of the rows of images."""
         return self.prompts[[n % len(self.prompts) for n in numbers]]
 
-    def score_names(self) -> list[str]:
-        """Names of its own scores."""
-        return [name for function in self.functions for name in score_names(function)]
+    def all_functions(self) -> list[RewardFunc]:
+        return [*self.functions, *self.others]
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Images that are drawn together, whatever process does it and whatever run: rounding depends on it."""
+    """
+    Images of a model for a task that are drawn together, and for each reward those that it has yet to score.
+
+    Which are drawn together does not depend on processes or interruptions, because rounding depends on it.
+    """
 
     task: str
     model: Model
@@ -101,6 +104,23 @@ class _Batch:
     numbers: range
     is_drawn: bool
     unscored: Mapping[str, list[int]]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What there was before: digests of rewards by task and name, numbers of images by key, and scores."""
+
+    rewards: dict[tuple[str, str], str | None]
+    images: dict[str, set[int]]
+    scores: KnownScores
+
+    def identity(self, key: str, task: str, function: RewardFunc, score: str) -> tuple[str, str, str]:
+        """Under which the scores of a task's images are kept."""
+        return key, score, self.rewards[task, reward_name(function)] or ""
+
+    def unscored(self, key: str, task: str, function: RewardFunc, numbers: range) -> list[int]:
+        scored = [self.scores.get(self.identity(key, task, function, name), {}) for name in score_names(function)]
+        return [n for n in numbers if not all(n in of_name for of_name in scored)]
 
 
 def measure(
@@ -134,96 +154,57 @@ def measure(
     state = PartialState()
     models = _distinct_models(bank)
     keys = {
-        (model.names[0], task): digest(
+        (name, task): digest(
             dict(settings), model_identity(model.roles), seed, task, part.index, part.prompts["prompt"][:]
         )
-        for model in models
         for task, part in tasks.items()
+        for model in models
+        for name in model.names
     }
-    functions = {reward_name(f): f for part in tasks.values() for f in (*part.functions, *part.others)}
-    digests, present, known = _on_main(state, lambda: _known(tasks, functions, keys, store))
-    # What is drawn together is the same for any number of processes and after any interruption: rounding depends on it.
-    ranges = [range(first, min(first + batch_size, num_images)) for first in range(0, num_images, batch_size)]
-    batches = []
-    for task, part in tasks.items():
-        for model in models:
-            key = keys[model.names[0], task]
-            for numbers in ranges:
-                unscored = {
-                    reward_name(f): _unscored(f, known, key, digests[task, reward_name(f)], numbers)
-                    for f in (*part.functions, *part.others)
-                }
-                needed = {n for of_function in unscored.values() for n in of_function}
-                if store is not None:
-                    needed |= {n for n in numbers if keep_images or n < num_shown}
-                is_drawn = not needed <= present.get(key, set())
-                if is_drawn or any(unscored.values()):
-                    batches.append(_Batch(task, model, key, numbers, is_drawn, unscored))
+    # The main process looks for all: the others might see files that are written meanwhile.
+    found: _Found = broadcast_object_list([_find(tasks, keys, store) if state.is_main_process else None])[0]
+    kept = 0 if store is None else num_images if keep_images else num_shown
+    batches = _plan(tasks, models, keys, found, num_images, batch_size, kept)
     # Each kind is shared out for itself: drawing takes longer than scoring again.
     mine = [
         batch
         for is_drawn in (True, False)
         for batch in [b for b in batches if b.is_drawn == is_drawn][state.process_index :: state.num_processes]
     ]
-
     fresh: KnownScores = {}
-    queues: dict[str, deque[_Batch]] = {name: deque() for name in functions}
 
-    def record(batch: _Batch, function: str, scores: Mapping[str, list[float | None]]) -> None:
-        reward = digests[batch.task, function]
+    def record(batch: _Batch, function: RewardFunc, scores: Mapping[str, list[float | None]]) -> None:
         for name, values in scores.items():
-            by_number = dict(zip(batch.unscored[function], values, strict=True))
-            fresh.setdefault((batch.key, name, reward or ""), {}).update(by_number)
-            if store is not None and reward is not None:
-                store.record((batch.key, name, reward), by_number)
+            identity = found.identity(batch.key, batch.task, function, name)
+            by_number = dict(zip(batch.unscored[reward_name(function)], values, strict=True))
+            fresh.setdefault(identity, {}).update(by_number)
+            if store is not None and identity[2]:
+                store.record(identity, by_number)
 
-    generation, drawn = 0.0, 0
-    with ExitStack() as stack:
-        # One for each function, since after a resume not all of them miss the same scores.
-        scorers = {
-            name: stack.enter_context(Scorer([_recorded(function, tasks, queues[name], record)]))
-            for name, function in functions.items()
-        }
-        for batch in tqdm(mine, desc="Evaluating", unit="batch"):
-            columns = tasks[batch.task].rows(batch.numbers)
-            if batch.is_drawn:
-                start = time.perf_counter()
-                velocity = _velocity(field, bank, batch.model)
-                entropy = [seed, tasks[batch.task].index]
-                new = draw_batch(field, velocity, columns["prompt"], entropy, batch.numbers)
-                generation, drawn = generation + time.perf_counter() - start, drawn + len(new)
-                images = dict(zip(batch.numbers, new, strict=True))
-                if store is not None:
-                    kept = {n: image for n, image in images.items() if keep_images or n < num_shown}
-                    store.save(batch.key, batch.task, kept)
-            else:
-                assert store is not None  # without one everything is drawn
-                unscored_images = {n for numbers in batch.unscored.values() for n in numbers}
-                images = {n: store.load(batch.key, batch.task, n) for n in unscored_images}
-            rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
-            for name, missing in batch.unscored.items():
-                if missing:
-                    queues[name].append(batch)
-                    scorers[name].submit([rows[n] for n in missing], [images[n] for n in missing])
-        for scorer in scorers.values():
-            scorer.results()
-    seconds = {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
-    everyone = gather_object([(fresh, seconds, drawn)])
-    merge(known, (scores for scores, _, _ in everyone))
+    def draw(batch: _Batch) -> list[Image]:
+        prompts = tasks[batch.task].rows(batch.numbers)["prompt"]
+        entropy = [seed, tasks[batch.task].index]
+        images = draw_batch(field, _velocity(field, bank, batch.model), prompts, entropy, batch.numbers)
+        if store is not None:
+            pairs = zip(batch.numbers, images, strict=True)
+            store.save(batch.key, batch.task, {n: image for n, image in pairs if n < kept})
+        return images
 
-    keys |= {(name, task): keys[model.names[0], task] for model in models for name in model.names for task in tasks}
-    scores: Scores = {}
-    for name in bank.teachers:
-        scores[name] = {}
-        for task, part in tasks.items():
-            scores[name][task] = {
-                score: [
-                    known[keys[name, task], score, digests[task, reward_name(f)] or ""][n] for n in range(num_images)
-                ]
-                for f in (*part.functions, *part.others)
-                for score in score_names(f)
+    seconds = _work(mine, tasks, draw, record, store)
+    everyone = gather_object([(fresh, seconds, sum(len(batch.numbers) for batch in mine if batch.is_drawn))])
+    merge(found.scores, (scores for scores, _, _ in everyone))
+    scores: Scores = {
+        model: {
+            task: {
+                name: [found.scores[found.identity(keys[model, task], task, f, name)][n] for n in range(num_images)]
+                for f in part.all_functions()
+                for name in score_names(f)
             }
-    return Measured(scores, keys, _total([taken for _, taken, _ in everyone]), sum(n for _, _, n in everyone))
+            for task, part in tasks.items()
+        }
+        for model in bank.teachers
+    }
+    return Measured(scores, keys, _total([taken for _, taken, _ in everyone]), sum(drawn for _, _, drawn in everyone))
 
 
 def _distinct_models(bank: TeacherBank) -> list[Model]:
@@ -234,44 +215,89 @@ def _distinct_models(bank: TeacherBank) -> list[Model]:
     return list(models.values())
 
 
-def _on_main(state: PartialState, compute: Callable[[], Any]) -> Any:
-    """What the main process computes, on all of them: the others may see files that are written meanwhile."""
-    return broadcast_object_list([compute() if state.is_main_process else None])[0]
+def _functions(tasks: Mapping[str, Task]) -> dict[str, RewardFunc]:
+    return {reward_name(function): function for part in tasks.values() for function in part.all_functions()}
 
 
-def _known(
-    tasks: Mapping[str, Task],
-    functions: Mapping[str, RewardFunc],
-    keys: Mapping[tuple[str, str], str],
-    store: Store | None,
-) -> tuple[dict[tuple[str, str], str | None], dict[str, set[int]], KnownScores]:
-    """Digests of rewards by task and name, numbers of stored images by key, and scores of earlier runs."""
-    digests: dict[tuple[str, str], str | None] = {}
-    of_functions = {name: reward_digest(function) for name, function in functions.items()}
+def _find(tasks: Mapping[str, Task], keys: Mapping[tuple[str, str], str], store: Store | None) -> _Found:
+    rewards: dict[tuple[str, str], str | None] = {}
+    digests = {name: reward_digest(function) for name, function in _functions(tasks).items()}
     for task, part in tasks.items():
         rows = rows_digest(part.prompts.to_dict())
-        for name, of_function in of_functions.items():
-            digests[task, name] = None if of_function is None else digest(of_function, rows)
+        for name, of_function in digests.items():
+            rewards[task, name] = None if of_function is None else digest(of_function, rows)
     if store is None:
-        return digests, {}, {}
-    present = {key: store.numbers(key, task) for (_, task), key in keys.items()}
-    return digests, present, store.scores()
+        return _Found(rewards, {}, {})
+    return _Found(rewards, {key: store.numbers(key, task) for (_, task), key in keys.items()}, store.scores())
 
 
-def score_names(function: RewardFunc) -> tuple[str, ...]:
-    return function.score_names if isinstance(function, Reward) else (reward_name(function),)
+def _plan(
+    tasks: Mapping[str, Task],
+    models: Sequence[Model],
+    keys: Mapping[tuple[str, str], str],
+    found: _Found,
+    num_images: int,
+    batch_size: int,
+    kept: int,
+) -> list[_Batch]:
+    """The batches in which an image or a score is missing. One that lacks an image is drawn as a whole."""
+    batches = []
+    for task, part in tasks.items():
+        for model in models:
+            key = keys[model.names[0], task]
+            for start in range(0, num_images, batch_size):
+                numbers = range(start, min(start + batch_size, num_images))
+                unscored = {reward_name(f): found.unscored(key, task, f, numbers) for f in part.all_functions()}
+                needed = {n for of_function in unscored.values() for n in of_function}
+                needed |= {n for n in numbers if n < kept}
+                is_drawn = not needed <= found.images.get(key, set())
+                if is_drawn or any(unscored.values()):
+                    batches.append(_Batch(task, model, key, numbers, is_drawn, unscored))
+    return batches
 
 
-def _unscored(function: RewardFunc, known: KnownScores, key: str, reward: str | None, numbers: range) -> list[int]:
-    scored = [known.get((key, name, reward or ""), {}) for name in score_names(function)]
-    return [n for n in numbers if not all(n in of_name for of_name in scored)]
+def _work(
+    batches: Sequence[_Batch],
+    tasks: Mapping[str, Task],
+    draw: Callable[[_Batch], list[Image]],
+    record: Callable[[_Batch, RewardFunc, Mapping[str, list[float | None]]], None],
+    store: Store | None,
+) -> dict[str, Any]:
+    """Draws and scores batches; returns the seconds that it took: `generation`, and `rewards` by name."""
+    generation = 0.0
+    functions = _functions(tasks)
+    queues: dict[str, deque[_Batch]] = {name: deque() for name in functions}
+    with ExitStack() as stack:
+        # One for each function, since after an interruption not all of them miss the same scores.
+        scorers = {
+            name: stack.enter_context(Scorer([_recorded(function, tasks, queues[name], record)]))
+            for name, function in functions.items()
+        }
+        for batch in tqdm(batches, desc="Evaluating", unit="batch"):
+            missing = sorted({n for numbers in batch.unscored.values() for n in numbers})
+            if batch.is_drawn:
+                start = time.perf_counter()
+                images = dict(zip(batch.numbers, draw(batch), strict=True))
+                generation += time.perf_counter() - start
+            else:
+                assert store is not None  # without one everything is drawn
+                images = {n: store.load(batch.key, batch.task, n) for n in missing}
+            columns = tasks[batch.task].rows(batch.numbers)
+            rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
+            for name, numbers in batch.unscored.items():
+                if numbers:
+                    queues[name].append(batch)
+                    scorers[name].submit([rows[n] for n in numbers], [images[n] for n in numbers])
+        for scorer in scorers.values():
+            scorer.results()
+    return {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
 
 
 def _recorded(
     function: RewardFunc,
     tasks: Mapping[str, Task],
     batches: deque[_Batch],
-    record: Callable[[_Batch, str, Mapping[str, list[float | None]]], None],
+    record: Callable[[_Batch, RewardFunc, Mapping[str, list[float | None]]], None],
 ) -> RewardFunc:
     """A reward function that hands on its scores in the thread that it is called in, so that they are kept at once."""
     name = reward_name(function)
@@ -283,7 +309,7 @@ def _recorded(
         part = tasks[batch.task]
         with _Hint(name, batch.task, is_own=function in part.functions):
             found = as_metric(function, part.prompts.features).compute(prompts=prompts, images=images, **columns)
-        record(batch, name, {score: found[f"{score}_scores"] for score in score_names(function)})
+        record(batch, function, {score: found[f"{score}_scores"] for score in score_names(function)})
         return found[f"{name}_scores"]
 
     recorded.__name__ = name
@@ -297,8 +323,8 @@ class _Hint:
         self._note = (
             None
             if is_own
-            else f"Every reward scores the images of every task, here {name!r} those of task {task!r}. A function must return "
-            "None for rows that it does not apply to, or set cross_task_rewards=False."
+            else f"Every reward scores the images of every task, here {name!r} those of task {task!r}. A function must "
+            "return None for rows that it does not apply to, or set cross_task_rewards=False."
         )
 
     def __enter__(self) -> None:
@@ -309,6 +335,11 @@ class _Hint:
     ) -> None:
         if error is not None and self._note is not None:
             error.add_note(self._note)
+
+
+def score_names(function: RewardFunc) -> tuple[str, ...]:
+    """Names of a function's scores: its own, and those of its parts."""
+    return function.score_names if isinstance(function, Reward) else (reward_name(function),)
 
 
 def _velocity(field: VelocityField, bank: TeacherBank, model: Model) -> Velocity:

@@ -41,7 +41,7 @@ from ..teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..velocity import VelocityField
 from .files import write_results
 from .identity import base_digest
-from .measure import Task, measure
+from .measure import Task, measure, score_names
 from .store import Store
 
 
@@ -183,7 +183,7 @@ def evaluate_retention(
         store = None if output_dir is None else Store(Path(output_dir), state.process_index)
         settings = {
             # Only what is kept can be mistaken for another base's.
-            "base": _on_main(base) if store is not None else None,
+            "base": _shared_digest(base) if store is not None else None,
             "levels": field.levels.tolist(),
             "size": [height, width, max_sequence_length],
             "generation_kwargs": Hasher.hash(generation_kwargs or {}),
@@ -210,7 +210,7 @@ def evaluate_retention(
         {task: f"teacher/{task}" for task in rows},
         list(students),
         seed,
-        own={task: part.score_names() for task, part in tasks.items()},
+        own={task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()},
     )
     taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured.seconds["rewards"].items())
     logger.info(
@@ -222,7 +222,7 @@ def evaluate_retention(
     return report
 
 
-def _on_main(base: DiffusionPipeline) -> str:
+def _shared_digest(base: DiffusionPipeline) -> str:
     """The base's digest, which takes a while for a large one: one process computes it for all."""
     return broadcast_object_list([base_digest(base) if PartialState().is_main_process else None])[0]
 
