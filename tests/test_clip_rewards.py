@@ -245,7 +245,7 @@ class TestRefusals:
     def test_the_hub_is_away(self, hub):
         hub.fail("/api/models/tester/away", 503, times=100)
         with pytest.raises(
-            ValueError, match="'clipscore': tester/away: not in the local cache, and the Hub cannot be reached"
+            ValueError, match="Reward 'clipscore': tester/away: "
         ):
             CLIPScore("tester/away")
 
@@ -258,6 +258,9 @@ class TestRefusals:
                 ValueError, match=rf"pickled: there is no model\*.safetensors{where}. Pickled weights are"
             ):
                 CLIPScore(model)
+        hub.create("tester/empty")
+        with pytest.raises(ValueError, match=r"'clipscore': tester/empty: there is no config.json, no model"):
+            CLIPScore("tester/empty")
         with pytest.raises(ValueError, match="'hpsv2': processor: there is no HPS_v2.1_compressed.pt"):
             HPSv2(str(folders.processor), processor=str(folders.processor))
         with pytest.raises(

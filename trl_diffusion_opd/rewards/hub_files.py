@@ -102,7 +102,8 @@ def find_files(
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    # A snapshot of no files is not made at all.
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return [path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)]
 
 
