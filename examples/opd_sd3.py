@@ -25,6 +25,8 @@ The embedded tiny model, on any laptop:
 accelerate launch examples/opd_sd3.py --config examples/configs/tiny.yaml
 ```
 
+With `--dry_run` it shows what the run would do, draws an image of every model, and stops.
+
 Stable Diffusion 3.5 Medium with the paper's teachers, or any other flow-matching pipeline of diffusers:
 
 ```bash
@@ -80,6 +82,7 @@ class ScriptArguments:
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the student's LoRA.
         lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+        dry_run (`bool`, *optional*, defaults to `False`): show what the run would do, with an image of every model, and stop.
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
@@ -99,6 +102,10 @@ class ScriptArguments:
     lora_r: int = field(default=32, metadata={"help": "Rank of the student's LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the student's LoRA."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the student's LoRA."})
+
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show what the run would do, with an image of every model, and stop."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
@@ -124,6 +131,8 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         init_lora_weights="gaussian",
         target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
     )
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # with it the trainer makes the repository
     trainer = DiffusionOPDTrainer(
         model=script_args.model_name_or_path,
         teachers=teachers,
@@ -133,6 +142,10 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
         peft_config=None if script_args.full_finetuning else peft_config,
     )
+    if script_args.dry_run:
+        trainer.dry_run()
+        trainer.end()
+        return
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 

@@ -92,6 +92,7 @@ def main(folder: Path) -> None:
     socket.socket.connect = watched
     socket.gethostname = lambda: "planted-host"
     trainer = reported_trainer(folder, report_to=["tensorboard", "wandb", "trackio"])
+    dry_run = trainer.dry_run()
     trainer.train()
     trainer.evaluate()
     rank = trainer.accelerator.process_index
@@ -101,7 +102,7 @@ def main(folder: Path) -> None:
 
         wandb.finish()
         trackio.finish()
-    report = {"log": trainer.state.log_history, "outside": outside}
+    report = {"log": trainer.state.log_history, "outside": outside, "dry_run": dry_run}
     (folder / f"rank_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
@@ -201,6 +202,21 @@ def test_console(run):
         assert first.count(f"Images at update {step} ") == 1
     assert first.count("count2") == len(LOGGED)
     assert "Images" not in second
+
+
+def test_dry_run_on_two_processes(run):
+    """What it shows is what one process shows, and what the trackers have has nothing of it."""
+    alone = reported_trainer(run.folder, report_to="none", per_device_train_batch_size=4).dry_run()
+    for rank, report in enumerate(run.reports):
+        assert ("rewards" in report["dry_run"]["tasks"]["count"]) == (rank == 0)
+        for task, figures in alone["tasks"].items():
+            ours = report["dry_run"]["tasks"][task]
+            for name in ("kl", "velocity_gap"):
+                assert ours[name] == pytest.approx(figures[name], rel=1e-4)
+            assert ours["teachers"][0]["gap_to_base"] == pytest.approx(figures["teachers"][0]["gap_to_base"], rel=1e-4)
+    first, second = (report["dry_run"] for report in run.reports)
+    assert first["seconds_per_update"] == second["seconds_per_update"]
+    assert "first update" in run.stdout[0] and "first update" not in run.stdout[1]
 
 
 def test_nothing_leaves_the_machine(run):

@@ -16,7 +16,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -92,6 +92,54 @@ def print_completions(
 def reward_cell(value: float | None) -> str:
     """A reward as text, `-` where it does not apply."""
     return "-" if value is None else f"{value:.3f}"
+
+
+def print_dry_run(report: Mapping[str, Any], device: str) -> None:
+    """
+    Shows what [`~dry_run.dry_run`] found.
+
+    Args:
+        report (`dict`): as it returns it.
+        device (`str`): kind of the device that it ran on.
+    """
+    console = _console()
+    tasks = Table(title="What the first update sees")
+    for column in ("task", "kl", "noise floor", "velocity gap", "teacher", "gap to base", "rounding"):
+        tasks.add_column(column, overflow="fold")
+    for task, figures in report["tasks"].items():
+        shown = [task, *(f"{figures[name]:.2e}" for name in ("kl", "noise_floor")), f"{figures['velocity_gap']:.1%}"]
+        for teacher in figures["teachers"]:
+            gap, rounding = f"{teacher['gap_to_base']:.1%}", f"{teacher['rounding']:.1e}"
+            tasks.add_row(*shown, teacher["teacher"], gap, rounding)
+            shown = [""] * len(shown)
+    console.print(tasks)
+
+    memory = Table(title=f"Memory of one process ({device}), without sharding")
+    for column in ("", "dtype", "GiB", "how"):
+        memory.add_column(column, justify="right" if column == "GiB" else "left")
+    for name, row in report["memory"].items():
+        memory.add_row(name, row["dtype"], f"{row['bytes'] / 2**30:.3f}", row["how"])
+    console.print(memory)
+
+    images = Table(title="One image of each model")
+    for column in ("task", "model", "reward", "score"):
+        images.add_column(column, overflow="fold")
+    for task, figures in report["tasks"].items():
+        for model, scores in figures.get("rewards", {}).items():
+            for name, value in scores.items():
+                images.add_row(task, model, name, reward_cell(value))
+    if images.row_count:
+        console.print(images)
+    console.print(
+        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
+        "updates. Estimated from single forwards and one forward with backward on a micro-batch of each task, times the "
+        "steps of an update; without optimizer, evaluations and checkpoints."
+    )
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 
 
 def _console() -> Console:

@@ -25,6 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -41,6 +42,7 @@ __all__ = [
     "normalize_teachers",
     "parse_teacher",
     "read_lora",
+    "rescaled_factors",
 ]
 
 
@@ -126,6 +128,27 @@ def _short(key: str) -> str:
 
 def _adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
     return (parameter for key, parameter in model.named_parameters() if f".{name}." in key)
+
+
+@contextmanager
+def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
+    """
+    Within it the adapter's factors are scaled against each other, which changes nothing but how the result is rounded.
+
+    Afterwards the weights are what they were, to the bit.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+    factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
+    saved = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
+    for a, b in factors:
+        a.data.mul_(1.1)
+        b.data.div_(1.1)
+    try:
+        yield
+    finally:
+        for (a, b), (old_a, old_b) in zip(factors, saved, strict=True):
+            a.data.copy_(old_a)
+            b.data.copy_(old_b)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .. import tables
+from .. import dry_run, tables
 from ..checkpoint import write_json
 from ..data import SINGLE_TASK, task_rows
 from ..objectives import (
@@ -47,7 +46,7 @@ from ..rewards import RewardFuncs
 from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
 from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import Teacher, TeacherBank, TeacherConfig, normalize_teachers
+from ..teachers import Teacher, TeacherBank, TeacherConfig, normalize_teachers, rescaled_factors
 from .base_trainer import DiffusionTrainer
 from .checks import collect
 from .diffusion_opd_config import DiffusionOPDConfig
@@ -197,6 +196,20 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         path = Path(resume_from_checkpoint) / MANIFEST_FILE
         return json.loads(path.read_text()) if path.exists() else None
 
+    def dry_run(self) -> dict[str, Any]:
+        """
+        What a run would do, without one: an update's worth of forwards, and an image of the base, of each teacher and of the
+        student, so that a wrong LoRA or a wrong guidance scale is seen before the run.
+
+        Prints, for every task, the KL and the velocity gap that the first update would see, memory, and the time of an
+        update and of the run. The images go to `dry_run/` in the output folder, one file each and `dry_run.png` with all of
+        them. Nothing is trained, pushed or reported to a tracker. Call it before `train`, on all processes.
+
+        Returns:
+            `dict`: what is printed, as [`~dry_run.dry_run`] describes it.
+        """
+        return dry_run.dry_run(self)
+
     # Training
 
     def training_step(
@@ -334,17 +347,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self._measured_floor_at = update
         scale = self.args.guidance_scale
         backbone = self.bank.backbone
-        layers = [m for m in backbone.modules() if isinstance(m, LoraLayer) and STUDENT_ADAPTER in m.lora_A]
         one = self.velocity_field(x, t, prompts, scale, backbone)
-        factors = [(layer.lora_A[STUDENT_ADAPTER].weight, layer.lora_B[STUDENT_ADAPTER].weight) for layer in layers]
-        saved = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
-        for a, b in factors:
-            a.data.mul_(1.1)
-            b.data.div_(1.1)
-        two = self.velocity_field(x, t, prompts, scale, backbone)
-        for (a, b), (old_a, old_b) in zip(factors, saved, strict=True):
-            a.data.copy_(old_a)
-            b.data.copy_(old_b)
+        with rescaled_factors(backbone, STUDENT_ADAPTER):
+            two = self.velocity_field(x, t, prompts, scale, backbone)
         weights = self.kl_weights[: len(self.trainable_steps)]
         self._noise_floor = float(weights.mean()) * float(velocity_gap_sq(one, two).mean())
 
