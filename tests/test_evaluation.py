@@ -13,16 +13,14 @@
 # limitations under the License.
 
 import json
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,6 +30,7 @@ from tiny_sd3 import make_lora, make_pipeline, make_transformer
 from trl_diffusion_opd import plots
 from trl_diffusion_opd.evaluation import draw_images, drawing, evaluate_retention
 from trl_diffusion_opd.retention import retention_report
+from trl_diffusion_opd.rewards import CombinedReward, Reward
 from trl_diffusion_opd.rollout import sample_generators
 from trl_diffusion_opd.teachers import TeacherConfig
 from trl_diffusion_opd.velocity import VelocityField
@@ -320,54 +319,100 @@ class TestEvaluateRetention:
             with Image.open(tmp_path / "out" / name) as image:
                 assert min(image.size) > 200
 
-    def test_two_processes_give_the_same_report(self, folders, tmp_path):
-        """Three images on two processes in batches of one: the last chunk leaves one of them without an image."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")  # importing everything twice more would take half a minute
-        arguments = (port, folders, tmp_path / "two")
-        processes = [fork.Process(target=evaluate_as, args=(rank, *arguments)) for rank in range(2)]
-        for process in processes:
-            process.start()
-        alone = evaluate_three(folders, tmp_path / "alone")
-        for process in processes:
-            process.join(timeout=120)
-            process.kill()
-        assert [process.exitcode for process in processes] == [0, 0]
-        assert (tmp_path / "two" / "samples.png").exists()
-        scores, expected = (
-            json.loads((tmp_path / name / "retention_scores.json").read_text()) for name in ("two", "alone")
+    def test_every_reward_scores_every_task(self, pipeline, folders, dataset, tmp_path):
+        """A reward of the package says None where it does not apply; the sum's parts are reported with it."""
+
+        class High(Reward):
+            name, columns, bounds = "high", ("level",), (0, 1)
+
+            def _score(self, prompts, images, rows):
+                return red(prompts, images)
+
+        dataset = dataset.map(lambda row: {"level": "high" if row["task"] == "cold" else None})
+        both = CombinedReward({red: 1.0, blue: 2.0})
+        report = evaluate_retention(
+            pipeline,
+            "base",
+            folders["student"],
+            {"cold": High(), "warm": both},
+            dataset,
+            num_images=3,
+            guidance_scale=1.0,
+            output_dir=tmp_path,
+            **OPTIONS,
         )
-        assert list(alone["scores"]) == list(scores)
-        for model in expected:
-            np.testing.assert_allclose(scores[model]["one"]["picky"], expected[model]["one"]["picky"], atol=2e-3)
-        assert len(np.unique(np.round(expected["base"]["one"]["picky"], 3))) == 3  # an exchange would be seen
+        base = report["scores"]["base"]
+        assert list(base["cold"]) == ["high", "combined", "combined/red", "combined/blue"]
+        assert list(base["warm"]) == ["combined", "combined/red", "combined/blue", "high"]
+        assert base["warm"]["high"] is None and report["scores_ci95"]["base"]["warm"]["high"] is None
+        assert report["tasks"]["warm"]["rewards"] == ["combined", "combined/red", "combined/blue"]
+        images = {i: own_images(pipeline, PROMPTS[:3], i, 1.0) for i in (0, 1)}
+        for task, of_task in zip(("cold", "warm"), images.values(), strict=True):
+            assert base[task]["combined/blue"] == pytest.approx(np.mean(blue([], of_task)), abs=2e-4)
+            expected = np.mean(red([], of_task)) + 2 * np.mean(blue([], of_task))
+            assert base[task]["combined"] == pytest.approx(expected, abs=6e-4)
+        low, high = report["scores_ci95"]["student"]["cold"]["combined/red"]
+        assert low <= report["scores"]["student"]["cold"]["combined/red"] <= high
+        table = (tmp_path / "retention.md").read_text()
+        assert "## warm" in table and "**combined/red**" in table and f"{base['cold']['high']:.3f} (" in table
+        assert (tmp_path / "radar.png").exists()  # four axes
+
+    def test_a_function_that_another_task_breaks(self, pipeline, folders, dataset):
+        def narrow(prompts, images, level, **columns):
+            return [float(len(at)) for at in level]
+
+        dataset = dataset.map(lambda row: {"level": "high" if row["task"] == "cold" else None})
+        arguments = (pipeline, "base", folders["student"], {"cold": narrow, "warm": red}, dataset)
+        options = {"num_images": 1, "guidance_scale": 1.0, **OPTIONS}
+        with pytest.raises(TypeError) as error:
+            evaluate_retention(*arguments, **options)
+        assert "here 'narrow' those of task 'warm'. A function must return None for rows" in error.value.__notes__[0]
+        report = evaluate_retention(*arguments, cross_task_rewards=False, **options)
+        assert list(report["scores"]["base"]["warm"]) == ["red"]
+
+    def test_page_of_samples(self, pipeline, folders, tmp_path):
+        odd = '<script>alert("&")</script> % #1'
+        dataset = Dataset.from_list([{"prompt": p, "task": "../a b", "level": "low"} for p in (odd, "two")])
+        evaluate_retention(
+            pipeline,
+            {"../a b": folders["cold"]},
+            {"<i>x": folders["student"], "y": folders["warm"]},
+            [red, picky],
+            dataset,
+            num_images=2,
+            num_samples=2,
+            guidance_scale=1.0,
+            output_dir=tmp_path / "out",
+            **OPTIONS,
+        )
+        page = PageParser()
+        page.feed((tmp_path / "out" / "samples.html").read_text())
+        assert "script" not in page.tags and "i" not in page.tags
+        assert page.texts.count(odd) == 1
+        assert page.texts.count("<i>x") == page.texts.count("teacher/../a b") == 2
+        assert len(page.images) == 2 * 4  # base, teacher and two students
+        root = (tmp_path / "out").resolve()
+        for source in page.images:
+            path = (root / unquote(source)).resolve()
+            assert not source.startswith("/") and path.is_relative_to(root / "images")
+            Image.open(path).verify()
+        scores = json.loads((root / "retention_scores.json").read_text())
+        for model in scores:
+            assert f"{scores[model]['../a b']['red'][1]:.3f}" in page.texts
+        assert "red" in page.texts and "picky" not in page.texts  # it applies to none of these
 
 
-def evaluate_three(folders, output_dir):
-    rows = Dataset.from_list([{"prompt": prompt, "task": "one", "level": "high"} for prompt in PROMPTS[:3]])
-    return evaluate_retention(
-        make_pipeline(),
-        folders["cold"],
-        folders["student"],
-        picky,
-        rows,
-        num_images=3,
-        batch_size=1,
-        output_dir=output_dir,
-        num_samples=3,
-        **OPTIONS,
-    )
+class PageParser(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.texts, self.images = set(), [], []
 
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.images += [dict(attributes)["src"]] if tag == "img" else []
 
-def evaluate_as(rank, port, folders, output_dir):
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    PartialState._reset_state()
-    evaluate_three(folders, output_dir)
-    assert PartialState().num_processes == 2
+    def handle_data(self, data):
+        self.texts.append(data.strip())
 
 
 def make_pipeline_of(width):
@@ -399,6 +444,47 @@ class TestRefusals:
         ):
             assert part in message
 
+    def test_prompts_that_their_own_reward_cannot_score(self, pipeline, folders, dataset, monkeypatch):
+        class Needy(Reward):
+            name, columns, bounds = "needy", ("spec",), (0, 1)
+
+        monkeypatch.setattr(VelocityField, "decode", lambda *arguments: pytest.fail("it has drawn"))
+        with pytest.raises(
+            ValueError, match="dataset: reward 'needy' can't score 3 of the 3 prompts of its task 'warm'"
+        ):
+            evaluate_retention(
+                pipeline, "base", folders["student"], {"cold": red, "warm": Needy()}, dataset, **OPTIONS
+            )
+
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"reward_funcs": "clip"}, "There is no reward 'clip'. There are aesthetic, clipscore,"),
+            ({"dtype": "float8"}, "dtype='float8': it must be one of float32, bfloat16, float16."),
+            ({"dtype": "float32"}, "dtype is for a base that is given by name."),
+            ({"num_samples": -1}, "num_samples=-1: it must be at least 0."),
+            ({"students": {"teacher/cold": "base"}}, "A student is named 'teacher/cold'"),
+            (
+                {"pipeline": "no/such/base"},
+                "neither a valid local path nor a valid repo id",
+            ),
+            ({"pipeline": str(Path(__file__).parent)}, "it needs a model_index.json and .safetensors weights"),
+        ],
+        ids=str,
+    )
+    def test_bad_input(self, pipeline, folders, dataset, changed, message):
+        arguments = {
+            "pipeline": pipeline,
+            "teachers": "base",
+            "students": folders["student"],
+            "reward_funcs": red,
+            "dataset": dataset,
+            **changed,
+        }
+        with pytest.raises(ValueError) as error:
+            evaluate_retention(**arguments, **OPTIONS)
+        assert message in str(error.value)
+
     def test_dataset_without_prompts(self, pipeline, folders):
         with pytest.raises(ValueError, match="dataset has no column 'prompt'"):
             evaluate_retention(
@@ -425,6 +511,38 @@ class TestPlots:
         large = np.asarray(plots._enlarged(image))
         assert large.shape == (256, 256, 3)
         assert (large[::8, ::8] == np.asarray(image)).all() and (large[7::8, 7::8] == np.asarray(image)).all()
+
+    @pytest.mark.parametrize("num_axes", [3, 10])
+    def test_radar(self, tmp_path, monkeypatch, num_axes):
+        figures = []
+        monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+        rng = np.random.default_rng(0)
+        names = [f"r{i}" for i in range(num_axes - 1)]
+        values = {m: rng.random(num_axes) for m in ("base", "teacher/a", "teacher/b", "one", "two")}
+        scores = {
+            model: {
+                "a": {name: [v, v] for name, v in zip(names, of_model, strict=False)} | {"other": [1.0, 1.0]},
+                "b": {"last": [of_model[-1]] * 2, "none": [None, None]},
+            }
+            for model, of_model in values.items()
+        }
+        own = {"a": names, "b": ["last", "none"]}
+        report = retention_report(scores, {"a": "teacher/a", "b": "teacher/b"}, ["one", "two"], own=own)
+        axes_names = [*(("a", name) for name in names), ("b", "last")]
+        assert (
+            plots.radar_axes(report) == axes_names
+        )  # without what applies to nothing, and without other tasks' rewards
+        plots.plot_radar(report, tmp_path / "radar.png")
+        (axes,) = figures[0].axes
+        table = np.array(list(values.values()))
+        expected = 0.25 + 0.75 * (table - table.min(0)) / (table.max(0) - table.min(0))
+        lines = {line.get_label(): line for line in axes.lines}
+        labels = ("base", "a teacher", "b teacher", "one", "two")
+        for label, radii in zip(labels, expected, strict=True):
+            np.testing.assert_allclose(lines[label].get_ydata(), [*radii, radii[0]])
+            np.testing.assert_allclose(np.diff(lines[label].get_xdata())[:-1], 2 * np.pi / num_axes)
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == [f"{t}\n{r}\nbest {b:.3f}" for (t, r), b in zip(axes_names, table.max(0), strict=True)]
 
     def test_curves_of_a_training_log(self, tmp_path, monkeypatch):
         figures = []

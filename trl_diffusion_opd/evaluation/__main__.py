@@ -58,7 +58,7 @@ class EvaluationArguments:
         dataset (`list[str]`): `task=source` of the prompts, or one source with a column that names the task. A source is a
             Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
         teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from `guidance_scale`.
-        reward_kwargs (`dict`, *optional*, defaults to none): arguments of named rewards, such as
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as
             `{"remote": {"url": "http://..."}}`.
         task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
     """
@@ -73,8 +73,8 @@ class EvaluationArguments:
         metadata={"help": "task=source …, or one Hub dataset or file with a column that names the task."}
     )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
-    reward_kwargs: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "JSON: arguments of named rewards, by name."}
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
     cross_task_rewards: bool = field(
@@ -86,8 +86,8 @@ class EvaluationArguments:
     height: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
     width: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Length of the text in tokens."})
-    generation_kwargs: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "JSON: further arguments of the pipeline's call."}
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
     )
     dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})
     batch_size: int = field(default=32, metadata={"help": "Images at a time on each process."})
@@ -108,12 +108,13 @@ class EvaluationArguments:
 
 def main(args: EvaluationArguments) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    assert isinstance(args.reward_kwargs, dict) and isinstance(args.generation_kwargs, dict)
+    reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
+    assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed
     report = evaluate_retention(
         args.base,
         load_teachers(args.teachers, args.teacher_guidance_scales),
         load_students("student", args.student),
-        load_rewards(args.reward_funcs, args.reward_kwargs),
+        load_rewards(args.reward_funcs, reward_kwargs),
         load_tasks("dataset", args.dataset, args.task_column),
         num_images=args.num_images,
         num_inference_steps=args.num_inference_steps,
@@ -121,7 +122,7 @@ def main(args: EvaluationArguments) -> None:
         height=args.height,
         width=args.width,
         max_sequence_length=args.max_sequence_length,
-        generation_kwargs=args.generation_kwargs,
+        generation_kwargs=generation_kwargs,
         dtype=args.dtype,
         task_column=args.task_column,
         cross_task_rewards=args.cross_task_rewards,

@@ -15,6 +15,7 @@
 """The evaluation from its arguments to its report."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,12 +29,11 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from huggingface_hub.errors import HfHubHTTPError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..data import dataset_problems, task_rows
-from ..hub_errors import explained
+from ..hub_errors import explained, retried
 from ..retention import retention_report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..teacher_specs import TeacherSpec
@@ -258,15 +258,12 @@ def _option_problems(
 def _load_base(name: str, dtype: str) -> DiffusionPipeline:
     with explained(f"The base {name!r}", name):
         try:
-            return DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, dtype), use_safetensors=True)
+            return retried(DiffusionPipeline.from_pretrained, name, dtype=getattr(torch, dtype), use_safetensors=True)
         except OSError as error:
-            if isinstance(error.__cause__, HfHubHTTPError):
-                raise error.__cause__ from error  # why the Hub refused, which diffusers takes for a lack of connection
-            if isinstance(error, HfHubHTTPError):
+            if not os.path.isdir(name):
                 raise
             raise ValueError(
-                f"The base {name!r} cannot be loaded. A Hub id needs a connection or a cached copy, a folder a "
-                f"model_index.json and .safetensors weights. ({error})"
+                f"The base {name!r} cannot be loaded: it needs a model_index.json and .safetensors weights. ({error})"
             ) from error
 
 
