@@ -77,7 +77,7 @@ class ScriptArguments:
         test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
             the retention report is made at the end.
         reward_funcs (`list[str]`, *optional*): `task=name` of a reward of the package, or `task=package.module:function`.
-        reward_kwargs (`dict`, *optional*, defaults to none): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         num_test_images (`int`, *optional*, defaults to `128`): images a task in the report.
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the student's LoRA.
@@ -94,8 +94,8 @@ class ScriptArguments:
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "task=name …: a reward of the package, or package.module:function"}
     )
-    reward_kwargs: dict[str, Any] | str = field(
-        default_factory=dict, metadata={"help": "JSON: arguments of named rewards, by name."}
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
     num_test_images: int = field(default=128, metadata={"help": "Images a task in the retention report."})
     full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
@@ -115,7 +115,7 @@ class ScriptArguments:
 def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     teachers = load_teachers(script_args.teachers, script_args.teacher_guidance_scales)
-    reward_funcs = load_rewards(script_args.reward_funcs, script_args.reward_kwargs)
+    reward_funcs = load_rewards(script_args.reward_funcs, script_args.reward_kwargs or {})
     test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
     if test_dataset is not None:  # what the report at the end would refuse
         problems = dataset_problems(test_dataset, training_args.task_column, "--test_prompts")
@@ -166,6 +166,7 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
             width=training_args.width,
             max_sequence_length=training_args.max_sequence_length,
             generation_kwargs=training_args.generation_kwargs,
+            dtype=training_args.dtype,
             task_column=training_args.task_column,
             batch_size=training_args.per_device_eval_batch_size,
             seed=training_args.seed,

@@ -180,6 +180,10 @@ REFUSED = {
         {"reward_funcs": "text=clip"},
         "There is no reward 'clip'. There are aesthetic, clipscore, geneval, hpsv2,",
     ),
+    "options of no reward": (
+        {"reward_kwargs": '{"ocr": {"batch_size": 2}}'},
+        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+    ),
     "nothing to report": (
         {"test_prompts": "text=text.txt"},
         "--test_prompts: tasks ['text'] have no reward to report. Name one in --reward_funcs.",
