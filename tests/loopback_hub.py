@@ -41,7 +41,7 @@ TOKEN = "hf_loopbacktoken"
 READ_TOKEN = "hf_loopbackreader"
 USER = "tester"
 _LARGE = (".safetensors", ".png", ".pt", ".pth", ".bin", ".parquet")
-_NUMBERS = itertools.count()
+_NUMBERS = itertools.count()  # of commits, so that none is like one of a repository that was there before
 _KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -74,7 +74,6 @@ class Repository:
     commits: dict[str, Commit] = field(default_factory=dict)
 
     def commit(self, branch: str, title: str, tree: dict[str, Content]) -> str:
-        # Never one again: clients remember what a commit holds for as long as they live.
         sha = hashlib.sha1(f"{next(_NUMBERS)} {title}".encode()).hexdigest()
         self.commits[sha] = Commit(title, tree)
         self.branches[branch] = sha
