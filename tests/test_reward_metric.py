@@ -118,13 +118,12 @@ def test_columns_of_a_dataset():
     metric = as_metric(level, data.features)
     assert metric.compute(prompts=PROMPTS, images=IMAGES, **columns) == {"level": 7.0, "level_scores": [0, 7, 14]}
     # A named reward says what it reads, which is text unless told otherwise.
-    assert Spec().as_metric().compute(prompts=PROMPTS, images=IMAGES, target=columns["target"])["spec"] == 1
-    assert set(Spec().as_metric(Features({"level": data.features["level"]})).features) == {
-        "prompts",
-        "images",
-        "target",
-        "level",
-    }
+    spec = Spec().as_metric()
+    assert list(spec.features) == ["prompts", "images", "target"]
+    assert spec.compute(prompts=PROMPTS, images=IMAGES, target=columns["target"])["spec"] == 1
+    assert list(Spec().as_metric(data.features).features) == ["prompts", "images", "task", "level", "target"]
+    # Rewards that read one column or others say themselves what they lack.
+    assert as_metric(Mean(), Features({})).compute(prompts=["aa"], images=IMAGES[:1])["mean"] is None
 
 
 def test_columns_without_a_value():

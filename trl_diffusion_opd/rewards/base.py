@@ -121,8 +121,8 @@ class Reward:
         This reward as an [`evaluate.Metric`], for `add_batch(prompts=…, images=…)` and `compute()`.
 
         Args:
-            features ([`~datasets.Features`], *optional*): of the columns that the reward reads, if they are not text.
-                Those of a dataset will do.
+            features ([`~datasets.Features`], *optional*): of the columns that are given with the prompts; those of the
+                dataset will do. By default, the columns that the reward reads, as text.
         """
         from .metric import RewardMetric
 

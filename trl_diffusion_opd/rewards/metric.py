@@ -43,24 +43,27 @@ class RewardMetric(evaluate.Metric):
 
     Args:
         reward (reward function): what to compute.
-        features ([`~datasets.Features`], *optional*): of further columns that are given with the prompts, such as those of
-            the dataset. The columns that a [`Reward`] says it reads are text if they are not among them.
+        features ([`~datasets.Features`], *optional*): of the columns that are given with the prompts; those of the dataset
+            will do. Without them they are the columns that a [`Reward`] says it reads, as text.
     """
 
     def __init__(self, reward: RewardFunc, features: datasets.Features | None = None):
         self.reward = reward
-        self._given = features or datasets.Features()
+        read = reward.columns if isinstance(reward, Reward) else ()
+        text = datasets.Features(dict.fromkeys(read, datasets.Value("string")))
+        self._columns = {
+            name: kind for name, kind in (text if features is None else features).items() if name != "prompt"
+        }
         super().__init__(keep_in_memory=True)
         self.info.module_name = reward_name(reward)  # what evaluate.combine calls it
 
     def _info(self) -> evaluate.MetricInfo:
-        read = self.reward.columns if isinstance(self.reward, Reward) else ()
-        columns: dict[str, Any] = dict.fromkeys(read, datasets.Value("string")) | dict(self._given)
-        columns.pop("prompt", None)
         return evaluate.MetricInfo(
             description=f"The reward {reward_name(self.reward)!r} of images and their prompts.",
             citation="",
-            features=datasets.Features({"prompts": datasets.Value("string"), "images": datasets.Image(), **columns}),
+            features=datasets.Features(
+                {"prompts": datasets.Value("string"), "images": datasets.Image(), **self._columns}
+            ),
         )
 
     def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> None:
@@ -119,7 +122,8 @@ def as_metric(reward: RewardFunc, features: datasets.Features | None = None) -> 
 
     Args:
         reward: a [`Reward`] or a plain function.
-        features ([`~datasets.Features`], *optional*): of the columns that it reads; those of a dataset will do.
+        features ([`~datasets.Features`], *optional*): of the columns that are given with the prompts; those of the dataset
+            will do.
     """
     return RewardMetric(reward, features)
 
