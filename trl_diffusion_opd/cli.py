@@ -45,7 +45,10 @@ def load_source(option: str, source: str) -> Dataset:
     if file_format is not None and not os.path.exists(source):
         raise ValueError(f"--{option}: there is no file {source!r}.")
     if file_format is not None:
-        part = load_dataset(file_format, data_files=source, split="train")
+        # Types are inferred from the first chunk. GenEval's metadata has lists of a text and a number in some rows, and
+        # fields that most rows lack.
+        whole = {"chunksize": max(1, os.path.getsize(source))} if file_format == "json" else {}
+        part = load_dataset(file_format, data_files=source, split="train", **whole)
     elif os.path.exists(source):
         raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
     else:

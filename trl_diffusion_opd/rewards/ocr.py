@@ -132,7 +132,8 @@ class OCR(Reward):
 
     def _read(self, image: Image.Image, min_confidence: float) -> str:
         pixels = np.asarray(image)[:, :, ::-1]  # it takes BGR, as OpenCV has it
-        return "".join(self._engine(pixels, use_cls=False, text_score=min_confidence).txts or ())
+        output: Any = self._engine(pixels, use_cls=False, text_score=min_confidence)
+        return "".join(output.txts or ())
 
     def _score(self, prompts: list[str], images: list[Image.Image], rows: list[dict[str, Any]]) -> list[float]:
         return [self._score_one(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
