@@ -244,9 +244,7 @@ class TestRefusals:
 
     def test_the_hub_is_away(self, hub):
         hub.fail("/api/models/tester/away", 503, times=100)
-        with pytest.raises(
-            ValueError, match="Reward 'clipscore': tester/away: "
-        ):
+        with pytest.raises(ValueError, match="Reward 'clipscore': tester/away: "):
             CLIPScore("tester/away")
 
     def test_files_that_are_not_there(self, folders, tmp_path, hub):
