@@ -515,7 +515,7 @@ class TestPlots:
     @pytest.mark.parametrize("num_axes", [3, 10])
     def test_radar(self, tmp_path, monkeypatch, num_axes):
         figures = []
-        monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(plots, "_save", lambda figure, path, **options: figures.append(figure))
         rng = np.random.default_rng(0)
         names = [f"r{i}" for i in range(num_axes - 1)]
         values = {m: rng.random(num_axes) for m in ("base", "teacher/a", "teacher/b", "one", "two")}

@@ -182,7 +182,7 @@ def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
             )
         figure.legend(loc="outside right upper")
         figure.supxlabel("each axis from the worst model (inner ring) to the best", fontsize=8, color="#555555")
-        _save(figure, path)
+        _save(figure, path, bbox_inches="tight")  # the layout does not make room for the labels
 
 
 def _value(value: float) -> str:
@@ -318,6 +318,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
 _STYLES = ("-", "--", ":", "-.")
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, **options: Any) -> None:
     # Figure and canvas without pyplot: no window, no global state, whatever backend the user has chosen.
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure)
+    figure.savefig(str(path), format="png", **options)
