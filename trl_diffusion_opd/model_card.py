@@ -163,10 +163,9 @@ def write_teacher_card(
     weights = plain if plain.is_file() else peft
     if not weights.is_file():
         raise ValueError(f"{folder.name} holds no LoRA: neither {peft.name} nor {plain.name}.")
-    if isinstance(report, (str, Path)):
-        report = json.loads(Path(report).read_text(encoding="utf-8"))
-    if report is not None and task not in report["tasks"]:
-        raise ValueError(f"The report has no task {task!r}; it has {', '.join(report['tasks'])}.")
+    content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
+    if content is not None and task not in content["tasks"]:
+        raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
     base_id = _hub_id(base)
     dataset_ids = [name for name in _list(datasets) if _hub_id(name)]
     name = "-".join(filter(None, ((repository or last_part(str(folder))).split("/")[-1], subfolder)))
@@ -176,7 +175,7 @@ def write_teacher_card(
         relation="adapter",
         tags=["diffusion-opd", "teacher", "lora", *_list(tags)],
         datasets=dataset_ids,
-        results=_teacher_results(report, task, dataset_ids) if report else [],
+        results=_teacher_results(content, task, dataset_ids) if content else [],
     )
     config = _read_json(folder / CONFIG_NAME) or {}
     with open(weights, "rb") as file:
@@ -200,8 +199,8 @@ def write_teacher_card(
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
         sha256=digest,
-        scores=_teacher_scores(report, task) if report else [],
-        report=report,
+        scores=_teacher_scores(content, task) if content else [],
+        report=content,
         datasets=dataset_ids,
     )
     _save(card, folder)
@@ -233,10 +232,11 @@ def _card_data(
     datasets: list[str],
     results: list[EvalResult],
 ) -> ModelCardData:
+    licence: dict[str, Any] = _base_license(base_id) if base_id else {}
     return ModelCardData(
         base_model=base_id,
         base_model_relation=relation if base_id else None,
-        **(_base_license(base_id) if base_id else {}),
+        **licence,
         datasets=datasets or None,
         library_name="diffusers",
         pipeline_tag=_TASK,

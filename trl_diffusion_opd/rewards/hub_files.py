@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..hub_errors import explained
+from ..hub_errors import download
 
 
 # Commits as other public projects pin them too. A repository that is not listed is read at its branch `main`.
@@ -87,8 +86,7 @@ def find_files(
     else:
         revision = revision or PINNED_REVISIONS.get(model)
         shown, where = f"Reward {reward!r}: {model}", f" at revision {revision or 'main'}"
-        with explained(shown, model, revision):
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = download(shown, model, revision, patterns)
     missing = [" or ".join(names) for names in required if not _matching(folder, names)]
     if missing:
         pickles = " Pickled weights are not read." if any("safetensors" in names for names in missing) else ""
