@@ -16,6 +16,7 @@
 
 import logging
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
           `"teachers"`, a list with each one's `"gap_to_base"` (relative norm of the difference to the base's velocity, at
           the teacher's guidance) and `"rounding"` (the same for two equal networks); and `"rewards"` by model and name.
         - `"memory"`: by part, `{"dtype", "bytes", "how"}`, on one process and without sharding.
-        - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks, without optimizer, evaluations and checkpoints.
+        - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
         - `"warnings"`: a sentence each.
     """
     if trainer.args.activation_checkpointing:
@@ -115,7 +116,7 @@ def _micro_batch(trainer: "DiffusionOPDTrainer", sampler: TaskSampler, task: str
 
 
 class _Clock:
-    """Mean seconds of calls, the first of each kind left out: it also sets things up."""
+    """Seconds of calls, the median of each kind: the first one sets things up, and others may have to wait."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -133,9 +134,8 @@ class _Clock:
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
-    def mean(self, name: str) -> float:
-        times = self.times[name][1:] or self.times[name]
-        return sum(times) / len(times)
+    def median(self, name: str) -> float:
+        return statistics.median(self.times[name])
 
 
 def _network(trainer: "DiffusionOPDTrainer", module: nn.Module) -> Callable[..., Any]:
@@ -207,8 +207,8 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    teachers = sum(clock.mean(f"teacher {i}") for i in range(len(roles)))
-    return figures, {"student": clock.mean("student"), "teachers": teachers, "base": clock.mean("base")}
+    teachers = sum(clock.median(f"teacher {i}") for i in range(len(roles)))
+    return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
 
 
 def _student(trainer: "DiffusionOPDTrainer") -> Any:
@@ -227,15 +227,13 @@ def _rounding(trainer: "DiffusionOPDTrainer") -> float:
     return max(torch.finfo(dtype).eps for dtype in (weights, mixed) if dtype is not None)
 
 
-def _forward_backward(
-    trainer: "DiffusionOPDTrainer", prompts: list[str], positions: list[int]
-) -> tuple[float, int | None]:
+def _forward_backward(trainer: "DiffusionOPDTrainer", prompts: list[str], positions: list[int]) -> tuple[float, int]:
     """Seconds of the student's forward and backward at one step, and the bytes that they need on the device."""
     device, field = trainer.accelerator.device, trainer.velocity_field
     x = field.initial_latents(prompts, sample_generators([trainer.args.seed], positions))
     parameters = trainer.student.parameters()
     clock, used = _Clock(device), 0
-    for _ in range(2):
+    for _ in range(3):
         before = _in_use(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -257,7 +255,7 @@ def _forward_backward(
         else:
             used = max(used, at_loss - before)
         del gradients, loss, velocity
-    return clock.mean("update"), used
+    return clock.median("update"), used
 
 
 def _in_use(device: torch.device) -> int:
@@ -291,7 +289,7 @@ def _memory(trainer: "DiffusionOPDTrainer", activations: int) -> dict[str, dict[
         if isinstance(component, nn.Module):
             parts[name] = [p for p in component.parameters() if id(p) not in taken]
     parts["student"] = list(student)
-    parts["teachers" if trainer.student.is_lora else "teachers and frozen base"] = teachers
+    parts["teachers" if trainer.student.is_lora else "teachers and frozen base"] = list(teachers)
     parts["moving average"] = [] if trainer.student.ema is None else trainer.student.ema.shadow_params
     rows = {
         name: _row(sum(p.nbytes for p in tensors), {p.dtype for p in tensors}, "counted")
@@ -331,7 +329,7 @@ def _draw(trainer: "DiffusionOPDTrainer") -> dict[str, tuple[dict[str, Any], dic
     evaluated: Any = trainer.eval_dataset
     if isinstance(evaluated, Mapping):
         evaluated = next(iter(evaluated.values()))
-    firsts = {}  # an evaluation need not have every task
+    firsts: dict[str, dict[str, Any]] = {}  # an evaluation need not have every task
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, args.task_column).items()}

@@ -133,7 +133,7 @@ def print_dry_run(report: Mapping[str, Any], device: str) -> None:
     console.print(
         f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
         "updates. Estimated from single forwards and one forward with backward on a micro-batch of each task, times the "
-        "steps of an update; without optimizer, evaluations and checkpoints."
+        "steps of an update; without optimizer, encoding of prompts, evaluations and checkpoints."
     )
 
 

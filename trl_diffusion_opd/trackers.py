@@ -75,6 +75,8 @@ def _shown_arguments(args: TrainingArguments) -> Any:
 
 
 class _TensorBoard(TensorBoardCallback):
+    logging_dir: str | None
+
     def _init_summary_writer(self, args: TrainingArguments) -> None:
         if self.logging_dir is None:  # the default has the name of the machine
             self.logging_dir = os.path.join(args.output_dir or ".", "runs", f"{datetime.now():%b%d_%H-%M-%S}")
