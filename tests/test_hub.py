@@ -197,6 +197,22 @@ class TestRoundTrip:
         kind = pushing.pushed_kind(trainer._pipeline, is_lora=True)
         assert pushing.repository_problems(trainer.args, *kind) == []
 
+    def test_faults_on_the_way_of_real_clients(self, xet_hub, trainer):
+        xet_hub.create("tester/student")
+        xet_hub.fail("GET .*/xet-write-token", 500)
+        xet_hub.fail("POST .*/commit/", 0)
+        pushing.push_folder(trainer.args.output_dir, "tester/student")
+        assert isinstance(xet_hub.files("tester/student")["pytorch_lora_weights.safetensors"], Stored)
+        assert all(fault.times == 0 for fault in xet_hub.faults)
+        (Path(trainer.args.output_dir) / "curves.png").write_bytes(b"a picture")
+        xet_hub.fail("GET .*/xet-write-token", 403, times=100)
+        trainer._finish_current_push = lambda: None
+        trainer.save_model = lambda _internal_call: None
+        trainer.create_model_card = lambda: None
+        trainer.hub_model_id = "tester/student"
+        with pytest.raises(pushing.PushError, match="could not be pushed to 'tester/student': .*Nothing is lost"):
+            pushing.push(trainer)
+
     def test_a_run_that_has_ended_is_pushed_from_its_folder(self, hub, trainer, monkeypatch):
         monkeypatch.setattr("sys.argv", ["hub", trainer.args.output_dir, "tester/late"])
         pushing.main()
