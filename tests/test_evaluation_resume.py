@@ -299,6 +299,8 @@ class TestKilled:
         scored = (tmp_path / "retention_scores.json").read_bytes()
         assert scored == (whole / "retention_scores.json").read_bytes()
         assert not list(tmp_path.rglob("*.tmp"))
+        CALLS.clear()
+        assert evaluate(loras, tmp_path) == 0 and CALLS == []  # all scores were kept, half a line or not
 
     def test_two_processes_and_then_one(self, loras, whole, tmp_path):
         def run(rank, folder, killed):
