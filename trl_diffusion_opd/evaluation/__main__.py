@@ -108,6 +108,7 @@ class EvaluationArguments:
 
 def main(args: EvaluationArguments) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # what it took
     reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
     assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed
     report = evaluate_retention(

@@ -212,10 +212,10 @@ def evaluate_retention(
         seed,
         own={task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()},
     )
-    taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured.seconds["rewards"].items())
-    logger.info(
-        f"{measured.drawn} images were drawn in {measured.seconds['generation']:.1f} s; scoring meanwhile took {taken}."
-    )
+    if state.is_main_process:
+        taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured.seconds["rewards"].items())
+        drawing = measured.seconds["generation"]
+        logger.info(f"{measured.drawn} images were drawn in {drawing:.1f} s; scoring meanwhile took {taken}.")
     if store is not None and state.is_main_process:
         write_results(store, report, measured, tasks, num_samples)
     state.wait_for_everyone()  # whoever goes on finds the files
