@@ -127,6 +127,13 @@ class TestBeforeTheFirstStep:
         assert f"hub_model_id='tester/student' holds {found}. Choose another name, or empty it." in message
         assert set(hub.files("tester/student")) == set(files)
 
+    def test_a_lora_whose_card_names_another_base(self, hub, tmp_path, teachers):
+        card = b"---\nbase_model: someone/flux\n---\n"
+        hub.create("tester/student", {"pytorch_lora_weights.safetensors": b"", "README.md": card})
+        pipeline = make_pipeline()
+        pipeline.register_to_config(_name_or_path="someone/base")
+        assert "a LoRA for another base, 'someone/flux'" in self._refused(tmp_path, teachers, pipeline=pipeline)
+
     def test_a_lora_where_all_weights_go(self, hub, tmp_path, teachers):
         hub.create("tester/student", {"pytorch_lora_weights.safetensors": b""})
         assert "a LoRA, and this run trains all weights" in self._refused(tmp_path, teachers, peft_config=None)
