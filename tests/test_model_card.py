@@ -41,6 +41,7 @@ from tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd import TeacherConfig, model_card
 from trl_diffusion_opd.model_card import training_seconds, write_model_card, write_teacher_card
+from trl_diffusion_opd.teachers import read_lora
 
 
 SD35_LICENSE = "---\nlicense: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md\n---\n# Base\n"
@@ -262,12 +263,14 @@ class TestTeacher:
         assert card.text.startswith("\n# teachers-ocr/lora\n") and "Trained with RL." in card.text
         assert "| guidance scale it is to be asked at | **1.0** (no classifier-free guidance) |" in card.text
         assert "| LoRA | rank 4, alpha 8 |" in card.text
+        _, _, files = read_lora(base, TeacherConfig(str(tmp_path / "ocr-teacher")))
+        assert f"| sha256, as in the cards of its students | `{files.sha256()}` |" in card.text
         assert "| **ocr** | ocr | 0.250 | 0.750 | 0.700 to 0.800 |" in card.text
         assert "| style | look | 0.500 | 0.400 | – |" in card.text  # what it lost elsewhere
         assert "{{" not in card.text.replace("{{DiffusionOPD}}", "")
 
     def test_refusals(self, base, tmp_path):
-        with pytest.raises(ValueError, match="holds no LoRA"):
+        with pytest.raises(ValueError, match="has no pytorch_lora_weights.safetensors. A teacher is"):
             write_teacher_card(tmp_path, "base", "ocr", 1.0, CALL)
         make_lora(base, tmp_path, 1)
         with pytest.raises(ValueError, match="no task 'count'; it has ocr, style"):

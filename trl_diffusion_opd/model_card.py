@@ -15,7 +15,6 @@
 
 """Model cards: of a student, from its trainer, and of a teacher, from its folder."""
 
-import hashlib
 import json
 import os
 import re
@@ -28,18 +27,19 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 import torch
 from datasets import Dataset
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from transformers.utils.hub import hf_api
 
 from .hub import CARD_FILE, REPORT_FILE, known_tokens
 from .public import last_part, public_value
 from .student import STUDENT_ADAPTER, public_name
+from .teacher_files import find_files
+from .teacher_specs import TeacherConfig
 
 
 if TYPE_CHECKING:
@@ -159,10 +159,9 @@ def write_teacher_card(
         [`ValueError`]: if the folder holds no LoRA, or the report knows no teacher of the task.
     """
     folder = Path(folder)
-    peft, plain = folder / PEFT_WEIGHTS_NAME, folder / LORA_WEIGHT_NAME_SAFE
-    weights = plain if plain.is_file() else peft
-    if not weights.is_file():
-        raise ValueError(f"{folder.name} holds no LoRA: neither {peft.name} nor {plain.name}.")
+    found = find_files(TeacherConfig(str(folder)))
+    if found.kind == "full":
+        raise ValueError(f"{found.label}: a LoRA is needed here, and this is a whole transformer.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
     if content is not None and task not in content["tasks"]:
         raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
@@ -178,8 +177,6 @@ def write_teacher_card(
         results=_teacher_results(content, task, dataset_ids) if content else [],
     )
     config = _read_json(folder / CONFIG_NAME) or {}
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     card = _render(
         "teacher_card.md",
         data,
@@ -194,11 +191,11 @@ def write_teacher_card(
         guidance_scale=guidance_scale,
         steps=call_options.get("num_inference_steps"),
         call_options=_literals(call_options, []),
-        kind="lora" if weights is plain else "peft",
+        kind="lora" if found.kind == "diffusers" else "peft",
         dtype=dtype,
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
-        sha256=digest,
+        sha256=found.sha256(),
         scores=_teacher_scores(content, task) if content else [],
         report=content,
         datasets=dataset_ids,
