@@ -503,7 +503,7 @@ class TestReward:
         monkeypatch.setattr(lax, "detect", lambda images: [found for _ in images])
         rows = official_rows()
         assert lax(["", ""], pictures(2), metadata=[rows[2], rows[4]]) == [1.0, 1.0]
-        strict = GenEval(**options, thresholds=Thresholds(position=1.0, confidence=0.7))
+        strict = GenEval(**options, thresholds={"position": 1.0, "confidence": 0.7})  # as from JSON
         monkeypatch.setattr(strict, "detect", lambda images: [found for _ in images])
         assert strict(["", ""], pictures(2), metadata=[rows[2], rows[4]]) == [0.0, 0.0]
 

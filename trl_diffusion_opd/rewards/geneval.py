@@ -72,8 +72,8 @@ class GenEval(ModelReward):
     GenEval's verdict (Ghosh et al., 2023, arXiv 2310.11513): 1 if an image shows what is asked for, else 0.
 
     A Mask2Former on COCO finds the objects; CLIP names the colour of each, cut out along its mask on grey; the rules are in
-    [`geneval_rules`](geneval_rules.py). The mean over GenEval's prompts is what Table 1 of DiffusionOPD reports (0.63 for
-    SD3.5-M with guidance) but for the mean over the six categories, which have different numbers of prompts.
+    `geneval_rules`. GenEval's overall figure, 0.63 for SD3.5-M with guidance in Table 1 of DiffusionOPD, is the mean of its
+    six categories' means; a mean over prompts weighs a category by its number of prompts.
 
     A prompt needs its metadata, in columns as GenEval's `evaluation_metadata.jsonl` has them (`tag`, `include` and
     `exclude`), or in one column `metadata` with such a row. Lists and objects may also be strings of JSON.
@@ -86,9 +86,10 @@ class GenEval(ModelReward):
         clip_revision (`str`, *optional*): of CLIP; by default a pinned commit for the default model, else `main`.
         graded (`bool`, *optional*, defaults to `False`): the share of what is asked for instead of the verdict, for
             training: see [`geneval_rules.partial_score`].
-        thresholds ([`geneval_rules.Thresholds`], *optional*): when an object counts; the published ones by default.
+        thresholds ([`geneval_rules.Thresholds`] or `dict` of its arguments, *optional*): when an object counts; the
+            published ones by default.
         detector_size (`int`, *optional*, defaults to `800`): pixels of the shorter side at which objects are looked for, as
-            in the published evaluation. The longer side is 5/3 of it at most. The checkpoint's own 384 finds fewer small ones.
+            in the published evaluation. The longer side is 5/3 of it at most.
         device, dtype, batch_size: see [`ModelReward`].
 
     Raises:
@@ -106,7 +107,7 @@ class GenEval(ModelReward):
         clip: str = "openai/clip-vit-large-patch14",
         clip_revision: str | None = None,
         graded: bool = False,
-        thresholds: Thresholds = PUBLISHED,
+        thresholds: Thresholds | Mapping[str, Any] = PUBLISHED,
         detector_size: int = 800,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "float32",
@@ -118,7 +119,8 @@ class GenEval(ModelReward):
             self.name, clip, clip_revision, CLIP_MODEL_FILES + CLIP_PROCESSOR_FILES, CLIP_OPTIONAL_FILES
         )
         super().__init__((files, clip_files), device, dtype, batch_size)
-        self.graded, self.thresholds, self.detector_size = graded, thresholds, detector_size
+        self.graded, self.detector_size = graded, detector_size
+        self.thresholds = thresholds if isinstance(thresholds, Thresholds) else Thresholds(**thresholds)
         self._detector = self._placed(load_pretrained(_Detector, files))
         longest = detector_size * 5 // 3
         self._detector_processor = Mask2FormerImageProcessorPil.from_pretrained(

@@ -26,11 +26,11 @@ class JPEGCompressibility(Reward):
     """
     Minus the size of the image as a JPEG file of quality 95, in kB (1000 bytes).
 
-    A smooth 512 x 512 px image has about -20, a detailed one about -150; more is better, and nothing reaches 0. The size
-    grows with the number of pixels, so that only scores of one resolution compare. The prompt does not matter, and nothing
-    is loaded. For the opposite, incompressibility, change the sign.
+    More is better, and nothing reaches 0: at 512 x 512 px one flat colour has -5, coloured noise -308. The size grows with
+    the number of pixels, so that only scores of one resolution compare. The prompt does not matter, and nothing is loaded. For
+    the opposite, incompressibility, change the sign.
 
-    The scale is that of [DDPO](https://huggingface.co/papers/2305.13301), Section 5.1; Flow-GRPO's code divides it by 500.
+    The scale is that of [DDPO](https://huggingface.co/papers/2305.13301)'s code; Flow-GRPO's divides it by 500.
     """
 
     name = "jpeg_compressibility"
