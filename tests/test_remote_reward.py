@@ -160,7 +160,7 @@ def test_an_answer_that_does_not_come():
         start = time.perf_counter()
         with pytest.raises(RemoteRewardError, match="cannot be reached: .*timed out"):
             RemoteReward(server.url, timeout=0.1, max_retries=1)(prompts=PROMPTS, images=IMAGES)
-        assert time.perf_counter() - start < 2
+        assert time.perf_counter() - start < 8  # two tries, and not the ten seconds of an answer
         release.set()
     assert len(server.requests) == 2
 

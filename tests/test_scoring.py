@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 import time
@@ -20,10 +21,10 @@ import traceback
 
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from stub_server import Answer, StubServer
 
-from trl_diffusion_opd.rewards import RemoteReward, Reward, Scorer, score
+from trl_diffusion_opd.rewards import RemoteReward, Scorer, score
 
 
 BATCHES = [[{"prompt": f"{i} {j}", "number": 10 * i + j} for j in range(3)] for i in range(5)]
@@ -150,7 +151,6 @@ def test_after_an_error_only_the_running_calls_are_waited_for():
         function.__name__ = side
         return function
 
-    start = time.perf_counter()
     with pytest.raises(RuntimeError, match="the generator"):
         with Scorer([slow("left"), slow("right")]) as scorer:
             for rows in BATCHES[:2]:
@@ -158,7 +158,6 @@ def test_after_an_error_only_the_running_calls_are_waited_for():
             while not all(called.values()):
                 time.sleep(0.001)
             raise RuntimeError("the generator")
-    assert time.perf_counter() - start < 0.9  # one call, in both threads at the same time
     assert called == {"left": 1, "right": 1}
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("reward-left", "reward-right"))]
 
@@ -172,8 +171,8 @@ def test_seconds():
         for rows in BATCHES:
             scorer.submit(rows, generate(rows))
         scorer.results()
-    assert scorer.seconds["sleeps"] > 0.15 > 5 * scorer.seconds["number"] > 0
-    assert 0 < scorer.waited < scorer.seconds["sleeps"] + 0.1
+    assert scorer.seconds["sleeps"] >= 0.03 * len(BATCHES)
+    assert scorer.seconds["number"] > 0 and scorer.waited > 0
 
 
 def test_more_processes_than_images():
@@ -254,49 +253,46 @@ def test_an_async_error():
         overlapped([later])
 
 
-# Speed. What is slept is exact enough to be compared; the benchmark has real work.
+# Overlap, shown by waiting for what only comes if others go on; how much it saves is in benchmarks/scoring_overlap.py.
 
 
-def slow_generate(rows):
-    time.sleep(0.08)
-    return generate(rows)
+def generated_while_scored(wait_in):
+    """Scores whose every batch is held until the next one is being generated."""
+    begun = [threading.Event() for _ in [*BATCHES, None]]
+    begun[-1].set()
+
+    def wait(number):
+        batch = next(i for i, rows in enumerate(BATCHES) if rows[0]["number"] == number)
+        assert begun[batch + 1].wait(20), "the next batch is not generated while this one is scored"
+
+    with wait_in(wait) as function, Scorer([function]) as scorer:
+        for i, rows in enumerate(BATCHES):
+            begun[i].set()
+            scorer.submit(rows, generate(rows))
+        return scorer.results()
 
 
-class Busy(Reward):
-    """Computes, in code that lets other threads run, as models and codecs do."""
+def test_the_next_batch_is_generated_while_one_is_scored():
+    @contextlib.contextmanager
+    def waiting(wait):
+        def held(number, **columns):
+            wait(number[0])
+            return number
 
-    name = "busy"
-    bounds = (0.0, 255.0)
+        yield held
 
-    def _score(self, prompts, images, rows):
-        image = images[0].resize((400, 400)).filter(ImageFilter.GaussianBlur(4))
-        return [image.getpixel((200, 200))[0]] * len(images)
-
-
-def speed_up(functions):
-    start = time.perf_counter()
-    expected = one_after_the_other(functions, generate=slow_generate)
-    middle = time.perf_counter()
-    scores = overlapped(functions, generate=slow_generate)
-    end = time.perf_counter()
-    assert scores == expected
-    return (middle - start) / (end - middle)
+    assert generated_while_scored(waiting) == {"held": [row["number"] for rows in BATCHES for row in rows]}
 
 
-def test_faster_beside_a_waiting_reward():
-    def waiting(number, **columns):
-        time.sleep(0.08)
-        return number
+def test_the_next_batch_is_generated_while_a_server_scores():
+    @contextlib.contextmanager
+    def remote(wait):
+        def answer(request, n):
+            numbers = request.body["columns"]["number"]
+            wait(numbers[0])
+            return Answer(body={"scores": numbers})
 
-    assert speed_up([Busy(), waiting]) > 1.3
+        with StubServer(answer) as server:
+            yield RemoteReward(server.url, columns=["number"])
 
-
-def test_faster_beside_a_remote_reward():
-    pause = threading.Event()
-
-    def answer(request, n):
-        pause.wait(0.08)
-        return Answer(body={"scores": [float(len(prompt)) for prompt in request.body["prompts"]]})
-
-    with StubServer(answer) as server:
-        assert speed_up([RemoteReward(server.url)]) > 1.3
+    assert generated_while_scored(remote) == {"remote": [row["number"] for rows in BATCHES for row in rows]}
