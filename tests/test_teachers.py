@@ -41,7 +41,7 @@ from teachers_helpers import (
 from tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
 from torch import nn
 
-from trl_diffusion_opd import teacher_files
+from trl_diffusion_opd import hub_errors, teacher_files
 from trl_diffusion_opd.teachers import (
     TeacherConfig,
     add_adapter,
@@ -509,7 +509,7 @@ def test_hub_teachers_are_fetched_alone_and_pinned_on_resume(tmp_path, monkeypat
         make_lora(pipeline, tmp_path / commit / "other", seed=7)
     whole = save_pipeline(pipeline, tmp_path / new / "sd3", seed=3)
     hub = FakeHub(tmp_path, {"main": old})
-    monkeypatch.setattr(teacher_files, "snapshot_download", hub)
+    monkeypatch.setattr(hub_errors, "snapshot_download", hub)
 
     bank = make_bank(make_pipeline(), {"ocr": "owner/repo/ocr/lora", "sd": f"owner/repo/sd3@{new}"})
     assert torch.equal(velocity(bank, bank.teachers["ocr"][0]), velocities[old])
@@ -538,7 +538,7 @@ def test_offline_and_missing_repositories_are_named(pipeline, monkeypatch, tmp_p
         (RevisionNotFoundError, "owner/missing@v3: the repository has no revision 'v3'"),
     ):
         raises = Mock(side_effect=error("404", response=Mock(headers={})))
-        monkeypatch.setattr(teacher_files, "snapshot_download", raises)
+        monkeypatch.setattr(hub_errors, "snapshot_download", raises)
         with pytest.raises(ValueError, match=message):
             make_bank(make_pipeline(), "owner/missing/lora@v3")
 
