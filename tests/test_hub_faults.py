@@ -277,9 +277,16 @@ class TestReading:
 
 
 class TestPushing:
-    @pytest.mark.parametrize("status", [500, 429, 0])
     @pytest.mark.parametrize(
-        "request_", ["PUT /_lfs", "POST /.*/commit/", "POST /api/validate-yaml", "POST .*preupload"]
+        ("request_", "status"),
+        [
+            ("PUT /_lfs", 0),
+            ("PUT /_lfs", 500),
+            ("POST /.*/commit/", 0),
+            ("POST /.*/commit/", 429),
+            ("POST /api/validate-yaml", 500),
+            ("POST .*preupload", 0),
+        ],
     )
     def test_faults_that_pass(self, request_, status, hub, tmp_path, teachers, caplog):
         trainer = _trainer(tmp_path, teachers, max_steps=1)
@@ -292,15 +299,15 @@ class TestPushing:
         titles = [commit.title for commit in hub.repositories["tester/student"].commits.values()]
         assert titles == ["initial commit", "Training in progress, step 1"]
 
-    @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
     @pytest.mark.parametrize(
-        ("status", "reason"),
+        ("status", "reason", "strategy"),
         [
-            (401, "the Hub does not know your token (401)"),
-            (403, "your token is not allowed to do this (403)"),
-            (404, "404 Not Found"),
-            (500, "the Hub itself has a fault (500)"),
-            (0, "the connection to the Hub failed"),
+            (401, "the Hub does not know your token (401)", "every_save"),
+            (403, "your token is not allowed to do this (403)", "every_save"),
+            (404, "404 Not Found", "every_save"),
+            (500, "the Hub itself has a fault (500)", "every_save"),
+            (500, "the Hub itself has a fault (500)", "checkpoint"),
+            (0, "the connection to the Hub failed", "every_save"),
         ],
     )
     def test_training_goes_on(self, status, reason, strategy, hub, tmp_path, teachers, caplog):
