@@ -115,7 +115,7 @@ def test_text_score_is_the_published_formula():
 def test_rendered_words(reward, benchmark):
     drawn = list(benchmark.words(sizes=(64,)))
     assert len(drawn) == 24
-    wrong = [(word, style) for word, style, _, image in drawn if folded(reward.read(image)) != folded(word)]
+    wrong = [(word, style) for word, style, _, image in drawn if folded(next(reward.readings(image))) != folded(word)]
     assert len(wrong) <= 1, wrong
 
 
@@ -131,7 +131,7 @@ def test_agrees_with_the_tiny_worlds_verifier(reward, benchmark):
 
 def test_images_without_text(reward, benchmark):
     images = benchmark.without_text()
-    assert [reward.read(image) for image in images] == [""] * 6
+    assert [next(reward.readings(image)) for image in images] == [""] * 6
     assert reward([sign("HELLO")] * 6, images) == [0.0] * 6
 
 
@@ -173,6 +173,7 @@ def test_options(reward):
     with pytest.raises(ValueError, match="size=32, it must be at least 64"):
         OCR(size=32)
     small = load_reward("ocr", size=128, batch_size=4)
+    assert [len(list(one.readings(Image.new("RGB", (64, 64))))) for one in (small, reward)] == [2, 3]
     assert small.fingerprint != reward.fingerprint
     assert reward.fingerprint.startswith("ocr size=256 rapidocr=3")
 
