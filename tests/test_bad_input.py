@@ -14,6 +14,7 @@
 
 """What the trainer refuses before its first step, and with which words."""
 
+import functools
 import re
 from unittest.mock import Mock
 
@@ -290,8 +291,9 @@ def test_rewards(tmp_path):
     refused(
         tmp_path,
         "reward_funcs: no prompts for task 'anatomy'; the data has ['count', 'ocr', 'style'].",
-        "reward_funcs: task 'ocr' has two functions named 'red'; their metrics would be one. Rename one.",
-        reward_funcs={"anatomy": red, "ocr": [red, red]},
+        "reward_funcs: task 'ocr' has 'red' twice.",
+        "reward_funcs: tasks 'ocr' and 'style' have two functions named 'red'; their metrics would be one. Rename one.",
+        reward_funcs={"anatomy": red, "ocr": [red, red], "style": functools.partial(red)},
     )
 
 

@@ -38,6 +38,7 @@ from huggingface_hub import HfApi
 from loopback_hub import READ_TOKEN, TOKEN
 from safetensors.torch import save_file
 
+from trl_diffusion_opd import hub_errors
 from trl_diffusion_opd.rewards import Aesthetic, CLIPScore, HPSv2, PickScore, hub_files, load_reward
 
 
@@ -242,7 +243,8 @@ class TestRefusals:
         with pytest.raises(ValueError, match="'clipscore': a local folder has no revision"):
             CLIPScore(str(folders.clip), "v2")
 
-    def test_the_hub_is_away(self, hub):
+    def test_the_hub_is_away(self, hub, monkeypatch):
+        monkeypatch.setattr(hub_errors, "time", SimpleNamespace(sleep=lambda seconds: None))
         hub.fail("/api/models/tester/away", 503, times=100)
         with pytest.raises(ValueError, match="Reward 'clipscore': tester/away: "):
             CLIPScore("tester/away")
