@@ -138,4 +138,4 @@ def main(args: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((EvaluationArguments,)).parse_args_and_config())
+    main(*TrlParser((EvaluationArguments,), prog="python -m trl_diffusion_opd.evaluation").parse_args_and_config())
