@@ -27,6 +27,7 @@ from .rewards import reward_name
 
 if TYPE_CHECKING:
     from .completions import Completion
+    from .samplers import SamplerTable
     from .trainer.base_trainer import DiffusionTrainer
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .trainer.rl_trainer import DiffusionRLTrainer
@@ -85,6 +86,22 @@ def print_rewards(trainer: "DiffusionRLTrainer") -> None:
             shown = [""] * len(shown)
     console.print(table)
     console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> None:
+    """
+    Shows the steps of a walk that may have noise and be trained.
+
+    Args:
+        table ([`SamplerTable`]): the walk as it were if all steps had noise.
+        steps (`range`), window_size (`int`): where noise may be, and in how many consecutive steps it is.
+    """
+    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
+    for column in ("step", "level", "noise"):
+        shown.add_column(column, justify="right")
+    for j, level in enumerate(table.levels[:-1].tolist()):
+        shown.add_row(str(j), f"{level:.4f}", f"{float(table.s[j]):.3g}" if j in steps else "none, not trained")
+    _console().print(shown)
 
 
 def print_completions(
