@@ -214,6 +214,10 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self._metrics["train"]["step_time"].append(time.perf_counter() - self._update_started)
         return loss
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer would look for a language model's inputs in a rollout. Not counted, as in the other trainers here."""
+        return 0
+
     @torch.no_grad()
     def _roll_out(self, batches: list[list[dict[str, Any]]]) -> list[Rollout]:
         """Draws and scores the completions of a round, task by task, each scored while the next ones are drawn."""
