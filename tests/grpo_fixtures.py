@@ -25,8 +25,8 @@ from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 
 def brightness(images, **columns) -> list[float]:
-    """Mean of the pixels, in [0, 1]."""
-    return [float(np.asarray(image).mean()) / 255 for image in images]
+    """Mean of the pixels, in [0, 255]."""
+    return [float(np.asarray(image).mean()) for image in images]
 
 
 def make_config(output_dir: str | Path, **options: Any) -> DiffusionGRPOConfig:
@@ -67,5 +67,5 @@ def make_trainer(
 
 
 def logged(trainer: DiffusionGRPOTrainer, name: str) -> list[float]:
-    """A metric of every update."""
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry]
+    """A metric of every update that has it: those of a round are logged with its first update."""
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]

@@ -15,6 +15,7 @@
 
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -231,21 +232,30 @@ def test_steps_without_enough_noise_are_left_out(sampler, steps, tmp_path):
 # Rewards
 
 
-def test_a_toy_reward_rises(tmp_path):
+def darkness(images, **columns):
+    return [255 - value for value in brightness(images)]
+
+
+@pytest.mark.parametrize("loss_type", ["flow_grpo", "grpo_guard"])
+@pytest.mark.parametrize("reward", [brightness, darkness])
+def test_a_toy_reward_rises(reward, loss_type, tmp_path):
+    """All weights are trained: a LoRA on the attention of this tiny model hardly reaches the brightness."""
     trainer = make_trainer(
         tmp_path,
-        per_device_train_batch_size=16,
-        num_generations=8,
-        max_steps=12,
-        learning_rate=2e-2,
+        reward,
+        loss_type=loss_type,
+        per_device_train_batch_size=32,
+        num_generations=16,
+        max_steps=10,
+        learning_rate=1e-2,
         train_dataset=make_dataset(draw=2),
+        peft_config=None,
     )
     trainer.train()
-    rewards = logged(trainer, "rewards/brightness/mean")
-    spread = np.mean(logged(trainer, "reward_std"))
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + spread
+    rewards = logged(trainer, f"rewards/{reward.__name__}/mean")
+    assert np.mean(rewards[-2:]) > rewards[0] + 2 * np.mean(logged(trainer, "reward_std"))
     assert logged(trainer, "reward") == rewards
-    assert logged(trainer, "frac_reward_zero_std") == [0] * 12
+    assert logged(trainer, "frac_reward_zero_std") == [0] * 10
 
 
 class Half(Reward):
@@ -276,14 +286,14 @@ def test_rewards_that_do_not_apply_are_left_out(tmp_path):
 
 
 def test_several_rewards_are_weighted_or_normalised_first(tmp_path):
-    def darkness(images, **columns):
-        return [1000 * (1 - value) for value in brightness(images)]
+    def scaled_darkness(images, **columns):
+        return [1000 * value for value in darkness(images)]
 
     seen = {}
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
         trainer = make_trainer(
             tmp_path / aggregation,
-            [brightness, darkness],
+            [brightness, scaled_darkness],
             reward_weights=[2.0, 1.0],
             multi_objective_aggregation=aggregation,
             train_dataset=make_dataset(draw=2),
@@ -428,7 +438,7 @@ TRAINER_PROBLEMS = [
         {"reward_funcs": with_target, "train_dataset": WITHOUT_TARGET},
         r"train_dataset: reward 'with_target' needs the column\(s\) 'target'; there are \['prompt', 'task'\]",
     ),
-    ({"reward_funcs": Known()}, "reward 'known' can't score 6 of the 6 prompts of its task 'count'"),
+    ({"reward_funcs": Known()}, r"reward 'known' can't score (\d) of the \1 prompts of its task '(count|draw)'"),
     (
         {"reward_funcs": Known(), "eval_dataset": make_dataset().add_column("answer", ["x"] * 10)},
         "train_dataset: reward 'known' can't score",
@@ -449,7 +459,8 @@ def test_trainer_refuses(options, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         make_trainer(tmp_path, **options)
     assert str(error.value).startswith("DiffusionGRPOTrainer cannot start:")
-    assert len(str(error.value).splitlines()) == 2
+    # One bullet, or one of the same for each task.
+    assert all(re.search(message, line) for line in str(error.value).splitlines()[1:])
 
 
 def test_config_of_another_trainer_is_refused(tmp_path):
