@@ -236,8 +236,7 @@ def darkness(images, **columns):
     return [255 - value for value in brightness(images)]
 
 
-@pytest.mark.parametrize("loss_type", ["flow_grpo", "grpo_guard"])
-@pytest.mark.parametrize("reward", [brightness, darkness])
+@pytest.mark.parametrize(("reward", "loss_type"), [(brightness, "flow_grpo"), (darkness, "grpo_guard")])
 def test_a_toy_reward_rises(reward, loss_type, tmp_path):
     """All weights are trained: a LoRA on the attention of this tiny model hardly reaches the brightness."""
     trainer = make_trainer(
@@ -311,7 +310,11 @@ def test_a_constant_reward_is_named_once(tmp_path, caplog):
     def always_one(images, **columns):
         return [1.0] * len(images)
 
-    trainer = make_trainer(tmp_path, {"count": [always_one], "draw": [always_one, brightness]}, max_steps=3)
+    def watched(images, **columns):
+        return [0.0] * len(images)
+
+    rewards = {"count": [always_one], "draw": [always_one, brightness, watched]}
+    trainer = make_trainer(tmp_path, rewards, max_steps=3, reward_weights=[1.0, 1.0, 0.0])
     with caplog.at_level(logging.WARNING):
         trainer.train()
     (message,) = [record.message for record in caplog.records if "had one value in every group" in record.message]

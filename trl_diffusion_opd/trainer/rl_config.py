@@ -44,7 +44,7 @@ class DiffusionRLConfig(DiffusionConfig):
 
         reward_weights (`list[float]`, *optional*):
             Weight of each reward function, in the order in which `reward_funcs` names them, a function that serves
-            several tasks counted once. Not set, all have the weight 1.
+            several tasks counted once. Not set, all have the weight 1. A reward of weight 0 is measured and logged only.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
             What advantages are divided by: the standard deviation within the `"group"`, that over all completions of the
             task in a round (`"batch"`), or nothing (`"none"`).

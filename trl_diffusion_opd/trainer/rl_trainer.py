@@ -273,7 +273,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         ):
             metrics[name].append(value)
         for name, of_reward in zip(names, constant_groups(rewards, args.num_generations).T, strict=True):
-            self._constant.setdefault(name, []).append(bool(of_reward.all()))
+            if self.reward_weights[name] != 0:  # else it is only watched
+                self._constant.setdefault(name, []).append(bool(of_reward.all()))
         advantages = group_advantages(
             rewards, weights, args.num_generations, args.scale_rewards, args.multi_objective_aggregation
         )
