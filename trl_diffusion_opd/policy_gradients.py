@@ -34,7 +34,7 @@ SDE_SAMPLERS = ("flow_sde", "dance_sde", "cps")
 
 
 def log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float, s: float) -> Tensor:
-    """Logarithm of the ratio of a transition's probabilities under two networks (arXiv 2505.05470, Eq. 5).
+    """Logarithm of the ratio of a transition's probabilities under two networks (Flow-GRPO, arXiv 2505.05470).
 
     With `x' = mean_old + s z` and `d = c (v - v_old)`,
 
@@ -78,7 +78,7 @@ def normalized_log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float) -> Tenso
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
-    """`-min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)`, to be minimised (arXiv 2505.05470, Eq. 5).
+    """`-min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)`, to be minimised (Flow-GRPO, arXiv 2505.05470).
 
     Args:
         ratio, advantages (`Tensor` of shape `(B,)`)
@@ -140,7 +140,7 @@ def grpo_loss(
 def transition_kl(v: Tensor, v_base: Tensor, c: float, s: float) -> Tensor:
     """KL divergence of two transitions from one state, `c² |v - v_base|² / (2 s²)`, per latent dimension.
 
-    Exact: the two Gaussians have the same variance (arXiv 2505.05470, Eq. 10).
+    Exact: the two Gaussians have the same variance (Flow-GRPO, arXiv 2505.05470).
 
     Args:
         v (`Tensor` of shape `(B, ...)`): with gradient. v_base: the base model's, of the same shape.
