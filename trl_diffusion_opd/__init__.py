@@ -24,6 +24,8 @@ __version__ = "0.1.0.dev0"
 _MODULES = {
     "DiffusionGRPOConfig": "trainer.diffusion_grpo_config",
     "DiffusionGRPOTrainer": "trainer.diffusion_grpo_trainer",
+    "DiffusionNFTConfig": "trainer.diffusion_nft_config",
+    "DiffusionNFTTrainer": "trainer.diffusion_nft_trainer",
     "DiffusionOPDConfig": "trainer.diffusion_opd_config",
     "DiffusionOPDTrainer": "trainer.diffusion_opd_trainer",
     "TeacherConfig": "teacher_specs",
@@ -40,6 +42,8 @@ _MODULES = {
 __all__ = [
     "DiffusionGRPOConfig",
     "DiffusionGRPOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
     "DiffusionOPDConfig",
     "DiffusionOPDTrainer",
     "SamplerTable",
@@ -64,6 +68,8 @@ if TYPE_CHECKING:
     from .teacher_specs import TeacherConfig
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
+    from .trainer.diffusion_nft_config import DiffusionNFTConfig
+    from .trainer.diffusion_nft_trainer import DiffusionNFTTrainer
     from .trainer.diffusion_opd_config import DiffusionOPDConfig
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .velocity import VelocityField

@@ -503,6 +503,14 @@ class DiffusionTrainer(_BaseTrainer):
     def _save_method(self, folder: str) -> None:
         """Writes what the method adds to the saved student."""
 
+    def _save_state(self, folder: Path) -> None:
+        """Writes into a checkpoint what training goes on from, besides Trainer's own files."""
+        self.student.save_state(folder)
+
+    def _load_state(self, folder: Path) -> None:
+        """Restores what [`_save_state`] wrote."""
+        self.student.load_state(folder)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
             self.create_model_card()
