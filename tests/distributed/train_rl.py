@@ -13,18 +13,20 @@
 # limitations under the License.
 """One of two processes: trains by reward on its share of the groups."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from grpo_fixtures import make_trainer
 from opd_fixtures import first_pixel, snapshot
 from safetensors.torch import save_file
 
 
-def main(folder: Path) -> None:
-    trainer = make_trainer(folder / "through", first_pixel, **json.loads((folder / "options.json").read_text()))
+def main(folder: Path, fixtures: str) -> None:
+    make_trainer = importlib.import_module(fixtures).make_trainer
+    options = json.loads((folder / "options.json").read_text())
+    trainer = make_trainer(folder / "through", reward_funcs=first_pixel, **options)
     trainer.train()
     rank = trainer.accelerator.process_index
     save_file(snapshot(trainer), folder / f"rank_{rank}.safetensors")
@@ -33,4 +35,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
