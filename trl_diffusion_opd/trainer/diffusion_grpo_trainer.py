@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -30,8 +30,6 @@ from ..policy_gradients import grpo_loss, is_clipped, transition_kl
 from ..rewards import RewardFuncs
 from ..rollout import gaussian, walk
 from ..samplers import sampler_table, sde_window
-from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import TeacherBank
 from .checks import collect
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .rl_trainer import DiffusionRLTrainer, Rollout
@@ -152,15 +150,10 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         super()._setup(model, problems)
         args = self.args
         self._window_size = args.sde_window_size or len(args.sde_range())
-        self.bank: TeacherBank | None = None
+        self.bank = self._base_bank(model) if args.beta > 0 else None
         with collect(problems):
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             sde_window(self.table, args.sde_range())
-        if args.beta > 0:  # without teachers it switches between the student and the base
-            is_lora = isinstance(model, PeftModel)
-            backbone = model if is_lora else frozen_copy(model)
-            adapter = STUDENT_ADAPTER if is_lora else None
-            self.bank = TeacherBank(backbone, self._pipeline, {}, args.guidance_scale, adapter)
 
     # Training
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,8 +31,6 @@ from ..old_policy import OLD_POLICY_FILE, OldPolicy
 from ..rewards import RewardFuncs
 from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
-from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import TeacherBank
 from .checks import collect
 from .diffusion_nft_config import DiffusionNFTConfig
 from .rl_trainer import DiffusionRLTrainer, Rollout
@@ -155,10 +153,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         with collect(problems):
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
         self.old_policy = OldPolicy(model)
-        if args.beta > 0:
-            is_lora = isinstance(model, PeftModel)
-            backbone, adapter = (model, STUDENT_ADAPTER) if is_lora else (frozen_copy(model), None)
-            self.bank = TeacherBank(backbone, self._pipeline, {}, args.guidance_scale, adapter)
+        self.bank = self._base_bank(model) if args.beta > 0 else None
 
     # Training
 
@@ -180,7 +175,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         generators = sample_generators(entropy, rollout.positions)
         levels = self._drawn_levels()
         share = self._task_share(task) / len(levels)
-        # Neither then changes the gradient where student and old policy are equal, as in the paper's code.
+        # As in the paper's code: where the two policies are equal the gradient is then that of flow matching times the
+        # (clipped) advantage, whatever these two are.
         scale = args.advantage_clip / args.nft_beta
         r = optimality(rollout.advantages, args.advantage_clip)
         figures = []
@@ -192,7 +188,11 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             with self._gradient_sync(model, last=j == len(levels) - 1):
                 student = self._student_velocity(model, x, t, prompts)
                 loss = scale * nft_loss(student, old, eps - x0, t, r, args.nft_beta, args.loss_weighting).mean()
-                kl = self._base_gap(student, x, t, prompts) if args.beta > 0 else loss.new_zeros(())
+                kl = loss.new_zeros(())
+                if self.bank is not None:
+                    with torch.no_grad(), self.bank.use(None) as transformer:
+                        base = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
+                    kl = velocity_gap_sq(student, base).mean()
                 self._backward(share * (loss + args.beta * kl))
             gap, norm = velocity_gap_sq(student.detach(), old).mean(), old.float().square().mean()
             figures.append(torch.stack([loss.detach(), kl.detach(), gap, norm]))
@@ -204,11 +204,6 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         k = self.args.num_trained_timesteps or len(self.table)
         return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
 
-    def _base_gap(self, student: Tensor, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        with torch.no_grad(), self.bank.use(None) as transformer:
-            base = self.velocity_field(x, t, prompts, self.args.guidance_scale, transformer)
-        return velocity_gap_sq(student, base).mean()
-
     def _record(self, task: str, levels: list[float], figures: Tensor, r: Tensor) -> Tensor:
         """Keeps the metrics of a micro-batch, from all processes; its mean loss."""
         of_images = torch.stack([(2 * r - 1).abs().mean(), ((r == 0) | (r == 1)).float().mean()])
@@ -218,7 +213,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         metrics["signal"].append(float(signal.mean()))
         metrics["clip_ratio"].append(float(clipped.mean()))
         metrics[f"old_gap/{task}"].append(float((gap.sum() / norm.sum()).sqrt()))
-        if self.args.beta > 0:
+        if self.bank is not None:
             metrics["kl"].append(float(kl.mean()))
             metrics[f"kl/{task}"].append(float(kl.mean()))
         return loss.mean().to(figures.device, torch.float32)

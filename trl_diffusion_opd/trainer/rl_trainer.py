@@ -28,7 +28,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,6 +37,8 @@ from .. import tables
 from ..advantages import constant_groups, group_advantages, weighted_rewards
 from ..rewards import RewardFuncs, Scorer, reward_name
 from ..rollout import sample_generators
+from ..student import STUDENT_ADAPTER, frozen_copy
+from ..teachers import TeacherBank
 from .base_trainer import DiffusionTrainer
 from .checks import scored_data_problems
 from .rl_config import DiffusionRLConfig
@@ -157,6 +159,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if self.tasks:
             self._set_reward_weights(problems)
             self._check_groups(problems)
+
+    def _base_bank(self, model: nn.Module) -> TeacherBank:
+        """Switches between the student and the base, for a distance from it. It has no teachers."""
+        is_lora = isinstance(model, PeftModel)
+        adapter = STUDENT_ADAPTER if is_lora else None
+        return TeacherBank(
+            model if is_lora else frozen_copy(model), self._pipeline, {}, self.args.guidance_scale, adapter
+        )
 
     def _reward_names(self) -> list[str]:
         """Names of the reward functions in the order in which they were given."""
