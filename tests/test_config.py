@@ -14,6 +14,7 @@
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,27 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
 
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("opd_sd3", ROOT / "examples" / "opd_sd3.py")
+@contextmanager
+def loaded(script, name):
+    """An example script as the module `name`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["opd_sd3"] = module  # the parser resolves a dataclass's annotations through its module
+    sys.modules[name] = module  # the parser resolves a dataclass's annotations through its module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["opd_sd3"]
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def script():
+    with loaded("opd_sd3", "opd_sd3") as module:
+        yield module
 
 
 def parse(script, *arguments):
@@ -155,11 +163,19 @@ def test_command_line(script):
     assert args.bf16 is False
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples" / "configs").glob("*.yaml")))
-def test_the_examples_configs_are_read(script, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml")))
+def test_the_examples_configs_are_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script_args, args = parse(script, "--config", ROOT / "examples" / "configs" / name)
-    assert script_args.teachers and script_args.prompts and args.output_dir
+    script, config_class = {
+        "tiny_grpo": ("teacher_grpo_sd3", DiffusionGRPOConfig),
+        "tiny_nft": ("teacher_nft_sd3", DiffusionNFTConfig),
+    }.get(name, ("opd_sd3", DiffusionOPDConfig))
+    with loaded(script, f"read_{script}") as module:
+        parser = TrlParser((module.ScriptArguments, config_class))
+        script_args, args = parser.parse_args_and_config(
+            ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml")]
+        )
+    assert script_args.prompts and script_args.reward_funcs and args.output_dir
 
 
 def test_help_explains_every_option(script, capsys):

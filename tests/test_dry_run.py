@@ -237,7 +237,7 @@ def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
         initial_latents, levels = field.initial_latents, field.levels
 
         def __call__(self, *inputs):
-            frozen = {None: "base", "default": "student"}.get(trainer.bank._active, "teachers")
+            frozen = {None: "base", "default": "student"}.get(trainer.bank.switch.active, "teachers")
             counts["update" if torch.is_grad_enabled() else frozen] += 1
             return field(*inputs)
 

@@ -563,5 +563,10 @@ class TestPlots:
             "KL to the task's teacher": [[[5, 0.1], [10, 0.05]], [[5, 0.4], [10, 0.2]]],
             "reward in evaluation": [[[5, 0.5]], [[5, 0.6]]],
         }
+        figures.clear()
+        log = [{"step": 5, "loss": 0.3, "reward": 0.4, "reward/cold": 0.4, "rewards/red/mean": 0.4, "kl/cold": 0.1}]
+        plots.plot_curves([*log, {"step": 5, "eval_cold/red": 0.5}], tmp_path / "curves.png")
+        titles = ["loss", "KL to the base", "reward in training", "reward in evaluation"]
+        assert [axes.get_title() for axes in figures[0].axes] == titles
         with pytest.raises(ValueError, match="nothing to plot"):
             plots.plot_curves([{"step": 1, "epoch": 0.1}], tmp_path / "none.png")

@@ -22,6 +22,10 @@ __version__ = "0.1.0.dev0"
 
 # Imported when first asked for: `trl_diffusion_opd.tiny` and the samplers need no transformers.
 _MODULES = {
+    "DiffusionGRPOConfig": "trainer.diffusion_grpo_config",
+    "DiffusionGRPOTrainer": "trainer.diffusion_grpo_trainer",
+    "DiffusionNFTConfig": "trainer.diffusion_nft_config",
+    "DiffusionNFTTrainer": "trainer.diffusion_nft_trainer",
     "DiffusionOPDConfig": "trainer.diffusion_opd_config",
     "DiffusionOPDTrainer": "trainer.diffusion_opd_trainer",
     "TeacherConfig": "teacher_specs",
@@ -36,6 +40,10 @@ _MODULES = {
 }
 
 __all__ = [
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
     "DiffusionOPDConfig",
     "DiffusionOPDTrainer",
     "SamplerTable",
@@ -58,6 +66,10 @@ if TYPE_CHECKING:
     from .rollout import walk
     from .samplers import SamplerTable, sampler_table
     from .teacher_specs import TeacherConfig
+    from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
+    from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
+    from .trainer.diffusion_nft_config import DiffusionNFTConfig
+    from .trainer.diffusion_nft_trainer import DiffusionNFTTrainer
     from .trainer.diffusion_opd_config import DiffusionOPDConfig
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .velocity import VelocityField

@@ -52,7 +52,7 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
         trainer.args.save_total_limit = limit
     folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     if trainer.args.should_save:
-        trainer.student.save_state(folder)
+        trainer._save_state(folder)
         write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
         # A path of this machine, which would be pushed. The number of the best update is in the state as well.
         state = json.loads((folder / TRAINER_STATE_NAME).read_text())
@@ -85,7 +85,7 @@ def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
     problems = trainer._check_resume(folder)
     if problems:
         raise ValueError(f"Can't resume from {folder.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
-    trainer.student.load_state(folder)
+    trainer._load_state(folder)
 
 
 def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:

@@ -71,33 +71,52 @@ class TaskSampler(Sampler[int]):
     0, task 1, …, task 0, task 1, …, until every task has `rounds_of_tasks`. An epoch is one pass over the largest
     task; smaller ones start over as often as it takes. Its length is a whole number of rounds.
 
+    For groups of completions a prompt is repeated within its round, one copy after another, so that a group may lie in
+    several micro-batches and on several processes. For several updates on the same completions a round is repeated as a
+    whole.
+
     Args:
         rows (`list[np.ndarray]`): rows of each task.
-        batch_size (`int`): prompts of a micro-batch over all processes.
+        batch_size (`int`): samples of a micro-batch over all processes.
         micro_batches (`int`): micro-batches of each task in a round.
         seed (`int`)
+        repeats (`int`, *optional*, defaults to `1`): samples of each prompt in a round, a divisor of the task's samples in
+            it.
+        passes (`int`, *optional*, defaults to `1`): how often a round comes, one time after another.
     """
 
-    def __init__(self, rows: Sequence[np.ndarray], batch_size: int, micro_batches: int, seed: int):
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        batch_size: int,
+        micro_batches: int,
+        seed: int,
+        repeats: int = 1,
+        passes: int = 1,
+    ):
         self.rows = list(rows)
         self.batch_size = batch_size
         self.micro_batches = micro_batches
         self.seed = seed
+        self.repeats = repeats
+        self.passes = passes
         self.epoch = 0
-        per_round = batch_size * micro_batches
+        per_round = batch_size * micro_batches // repeats
         self.rounds = -(-max(len(task) for task in self.rows) // per_round)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rounds * self.micro_batches * len(self.rows) * self.batch_size
+        return self.rounds * self.passes * self.micro_batches * len(self.rows) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        shape = (self.rounds * self.micro_batches, self.batch_size)
-        order = [self._order(task, shape[0] * shape[1]).reshape(shape) for task in range(len(self.rows))]
-        # [micro-batch, task, sample]
-        return iter(np.stack(order, axis=1).reshape(-1).tolist())
+        shape = (self.rounds, self.micro_batches, self.batch_size)
+        prompts = self.rounds * self.micro_batches * self.batch_size // self.repeats
+        order = [self._order(task, prompts).repeat(self.repeats).reshape(shape) for task in range(len(self.rows))]
+        # [round, micro-batch, task, sample]
+        rounds = np.stack(order, axis=2)
+        return iter(rounds.repeat(self.passes, axis=0).reshape(-1).tolist())
 
     def _order(self, task: int, length: int) -> np.ndarray:
         rows = self.rows[task]

@@ -195,7 +195,7 @@ def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
     """
-    return _difference(v_student, v_teacher).square().flatten(1).mean(1)
+    return velocity_difference(v_student, v_teacher).square().flatten(1).mean(1)
 
 
 def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: float, s: float, weight: float) -> Tensor:
@@ -232,13 +232,18 @@ def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: flo
         raise ValueError("A step without noise (s = 0) has no policy gradient. Use `loss_type='kl'` or skip the step.")
     if z.shape != v_student.shape:
         raise ValueError(f"Noise has shape {tuple(z.shape)} and the student's velocity {tuple(v_student.shape)}.")
-    gap = _difference(v_student, v_teacher).detach()
+    gap = velocity_difference(v_student, v_teacher).detach()
     advantage = (c / s) * (gap * z).flatten(1).sum(1)
     score = (c / s) * (z * v_student.to(gap.dtype)).flatten(1).mean(1)
     return 2 * s**2 * weight / c**2 * advantage * score
 
 
-def _difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
+def velocity_difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
+    """The difference of two velocities of one shape, in float32 or, if both are wider, in float64.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
     if v_student.shape != v_teacher.shape:
         raise ValueError(
             f"The student's velocity has shape {tuple(v_student.shape)}, the teacher's {tuple(v_teacher.shape)}."

@@ -259,7 +259,7 @@ def _enlarged(image: Image, size: int = 256) -> Image:
 
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """
-    Loss, KL of each task and evaluation rewards of each task against updates.
+    Loss, KL of each task, and rewards of each task in training and in evaluation against updates.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
@@ -270,10 +270,14 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
         for key, value in entry.items():
             if isinstance(value, int | float) and key != "step":
                 series.setdefault(key, []).append((entry["step"], value))
-    tasks = [key.removeprefix("kl/") for key in series if key.startswith("kl/")]
+    named = [key.partition("/") for key in series]
+    tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in ("kl", "reward")))
     colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
     loss = {key: _BASE for key in ("loss",) if key in series}
-    kl = {f"kl/{task}": color for task, color in colors.items()}
+    kl, trained = (
+        {f"{prefix}/{task}": color for task, color in colors.items() if f"{prefix}/{task}" in series}
+        for prefix in ("kl", "reward")
+    )
     rewards: dict[str, tuple[str, Any]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
@@ -281,7 +285,12 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
     panels = [
         ("loss", {key: (color, "-") for key, color in loss.items()}, True),
-        ("KL to the task's teacher", {key: (color, "-") for key, color in kl.items()}, True),
+        (
+            "KL to the base" if trained else "KL to the task's teacher",
+            {key: (color, "-") for key, color in kl.items()},
+            True,
+        ),
+        ("reward in training", {key: (color, "-") for key, color in trained.items()}, False),
         ("reward in evaluation", rewards, False),
     ]
     panels = [panel for panel in panels if panel[1]]

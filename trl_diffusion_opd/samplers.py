@@ -132,6 +132,39 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
     return SamplerTable(a, c, b, s, levels, name)
 
 
+def sde_window(table: SamplerTable, steps: range) -> SamplerTable:
+    """The same walk with noise in some steps alone and Euler's ODE steps elsewhere (MixGRPO, arXiv 2507.21802).
+
+    Args:
+        table (`SamplerTable`):
+            A stochastic sampler.
+        steps (`range`):
+            The steps that stay as they are, in `[0, N)`.
+
+    Raises:
+        ValueError: if `steps` is empty, is outside the walk or holds a step that adds no noise.
+    """
+    n = len(table)
+    if not (steps and 0 <= steps.start < steps.stop <= n):
+        raise ValueError(f"The steps {list(steps)} are not a window of a walk of {n} steps, counted from 0.")
+    silent = [j for j in steps if table.s[j] == 0]
+    if silent:
+        raise ValueError(
+            f"Steps {silent} of the sampler {table.name!r} (counted from 0, of {n}) add no noise, so the window cannot hold "
+            "them. Choose an earlier window, or raise `noise_level` if it is 0."
+        )
+    ode = sampler_table("ode", table.levels)
+    inside = torch.tensor([j in steps for j in range(n)])
+    return SamplerTable(
+        a=torch.where(inside, table.a, ode.a),
+        c=torch.where(inside, table.c, ode.c),
+        b=torch.where(inside, table.b, ode.b),
+        s=torch.where(inside, table.s, ode.s),
+        levels=table.levels,
+        name=table.name,
+    )
+
+
 def check_sampler(name: str) -> None:
     """Raises `ValueError` if `name` is not one of `SAMPLERS`."""
     if name not in SAMPLERS:

@@ -22,11 +22,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .objectives import dominant_step
+from .rewards import reward_name
 
 
 if TYPE_CHECKING:
     from .completions import Completion
+    from .samplers import SamplerTable
+    from .trainer.base_trainer import DiffusionTrainer
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+    from .trainer.rl_trainer import DiffusionRLTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +69,39 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
             f"Step {step} has {share:.1%} of the weight, so the others are hardly trained. Consider "
             "loss_weighting='velocity', the sampler 'ode', or a larger skip_last_steps."
         )
-    count = sum(parameter.numel() for parameter in trainer.student.parameters())
-    console.print(f"Trained parameters: {count:,}")
+    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def print_rewards(trainer: "DiffusionRLTrainer") -> None:
+    """Shows tasks and rewards, how many completions a round has, and how many parameters are trained."""
+    console, args = _console(), trainer.args
+    completions = args.train_batch_size * args.world_size * trainer._micro_batches
+    table = Table(title=f"Tasks and rewards, {args.num_generations} completions a prompt")
+    for column in ("task", "prompts", "prompts a round", "reward", "weight"):
+        table.add_column(column, overflow="fold")
+    for task, functions in trainer.reward_funcs.items():
+        shown = [task, str(len(trainer._task_rows[task])), str(completions // args.num_generations)]
+        for name in map(reward_name, functions):
+            table.add_row(*shown, name, f"{trainer.reward_weights[name]:g}")
+            shown = [""] * len(shown)
+    console.print(table)
+    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> None:
+    """
+    Shows the steps of a walk that may have noise and be trained.
+
+    Args:
+        table ([`SamplerTable`]): the walk as it were if all steps had noise.
+        steps (`range`), window_size (`int`): where noise may be, and in how many consecutive steps it is.
+    """
+    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
+    for column in ("step", "level", "noise"):
+        shown.add_column(column, justify="right")
+    for j, level in enumerate(table.levels[:-1].tolist()):
+        shown.add_row(str(j), f"{level:.4f}", f"{float(table.s[j]):.3g}" if j in steps else "none, not trained")
+    _console().print(shown)
 
 
 def print_completions(
@@ -135,6 +170,10 @@ def print_dry_run(report: Mapping[str, Any], device: str) -> None:
         "updates. Estimated from single forwards and one forward with backward on a micro-batch of each task, times the "
         "steps of an update; without optimizer, encoding of prompts, evaluations and checkpoints."
     )
+
+
+def _trained_parameters(trainer: "DiffusionTrainer") -> int:
+    return sum(parameter.numel() for parameter in trainer.student.parameters())
 
 
 def _duration(seconds: float) -> str:

@@ -26,9 +26,9 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .adapters import AdapterSwitch
 from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
 
@@ -204,6 +204,7 @@ class TeacherBank:
     Attributes:
         teachers (`dict[str, list[Teacher]]`): The loaded teachers by task.
         backbone (`nn.Module`): The model that `use` yields for LoRAs and the base.
+        switch (`AdapterSwitch`): Which of its adapters is active.
 
     Raises:
         ValueError: If any teacher cannot be used. One message lists all of them.
@@ -220,7 +221,6 @@ class TeacherBank:
     ) -> None:
         self.backbone = backbone
         self.teachers: dict[str, list[Teacher]] = {}
-        self._active = student_adapter
         self._has_student = student_adapter is not None
 
         loaded: dict[tuple[str, ...], Teacher] = {}
@@ -244,11 +244,7 @@ class TeacherBank:
                 )
                 self.teachers[task].append(role)
 
-        # The list is what makes a switch cheap: PEFT's own walks over every module of the model.
-        self._layers = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
-        self._activate(student_adapter)
-        # Layers that PEFT made just now are in training mode whatever the model is in.
-        self.backbone.train(self.backbone.training)
+        self.switch = AdapterSwitch(self.backbone, student_adapter)
         if student_adapter is None:
             self.backbone.requires_grad_(False)
         if problems:
@@ -292,14 +288,6 @@ class TeacherBank:
         )
         return loaded[key]
 
-    def _activate(self, adapter: str | None) -> None:
-        # Not set_adapter or disable_adapter: both change requires_grad, and the latter forgets that a parameter was frozen.
-        for layer in self._layers:
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-            layer._disable_adapters = adapter is None
-        self._active = adapter
-
     @contextmanager
     def use(self, teacher: Teacher | None) -> Iterator[nn.Module]:
         """
@@ -311,12 +299,8 @@ class TeacherBank:
         if teacher is not None and teacher.module is not None:
             yield teacher.module
             return
-        before = self._active
-        self._activate(None if teacher is None or teacher.kind == "base" else teacher.name)
-        try:
+        with self.switch.use(None if teacher is None or teacher.kind == "base" else teacher.name):
             yield self.backbone
-        finally:
-            self._activate(before)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that belongs to a teacher alone, each once; without a student's adapter also the base's."""

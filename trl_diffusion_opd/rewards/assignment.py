@@ -14,6 +14,7 @@
 
 """Which rewards score which task, and what keeps them from it."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,10 @@ def reward_data_problems(
     problems = []
     for task, of_task in functions.items():
         for reward in of_task:
-            if not isinstance(reward, Reward) or task not in rows:
+            if task not in rows:
+                continue
+            if not isinstance(reward, Reward):
+                problems += _column_problems(reward, dataset, source)
                 continue
             part = dataset.select(rows[task]).to_dict()
             prompts = part.pop("prompt")
@@ -116,3 +120,25 @@ def reward_data_problems(
                     f"task {task!r}, such as {prompt!r}: {reason}."
                 )
     return problems
+
+
+def _column_problems(function: RewardFunc, dataset: Dataset, source: str) -> list[str]:
+    """Whether `dataset` has the columns without which a plain function cannot be called."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # one that is not written in Python
+        return []
+    given = {"prompts", "images", "completions", "trainer_state", *dataset.column_names} - {"prompt"}
+    missing = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and parameter.name not in given
+    ]
+    if not missing:
+        return []
+    return [
+        f"{source}: reward {reward_name(function)!r} needs the column(s) {', '.join(map(repr, missing))}; there are "
+        f"{dataset.column_names}."
+    ]

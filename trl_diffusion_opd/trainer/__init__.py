@@ -14,8 +14,26 @@
 
 from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
+from .diffusion_grpo_config import DiffusionGRPOConfig
+from .diffusion_grpo_trainer import DiffusionGRPOTrainer
+from .diffusion_nft_config import DiffusionNFTConfig
+from .diffusion_nft_trainer import DiffusionNFTTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .diffusion_opd_trainer import DiffusionOPDTrainer
+from .rl_config import DiffusionRLConfig
+from .rl_trainer import DiffusionRLTrainer, Rollout
 
 
-__all__ = ["DiffusionConfig", "DiffusionOPDConfig", "DiffusionOPDTrainer", "DiffusionTrainer"]
+__all__ = [
+    "DiffusionConfig",
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
+    "DiffusionNFTConfig",
+    "DiffusionNFTTrainer",
+    "DiffusionOPDConfig",
+    "DiffusionOPDTrainer",
+    "DiffusionRLConfig",
+    "DiffusionRLTrainer",
+    "DiffusionTrainer",
+    "Rollout",
+]

@@ -89,6 +89,9 @@ class DiffusionTrainer(_BaseTrainer):
 
     loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
     args: DiffusionConfig
+    _config_class: type[DiffusionConfig]
+    # How often a prompt comes in a round, and a round in an epoch.
+    _repeats, _passes = 1, 1
 
     def __init__(
         self,
@@ -102,6 +105,11 @@ class DiffusionTrainer(_BaseTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
+        if not isinstance(args, self._config_class):
+            raise ValueError(
+                f"args is a {type(args).__name__}, which is for another trainer: {type(self).__name__} takes a "
+                f"{self._config_class.__name__}."
+            )
         set_seed(args.seed)  # before the LoRA's random initialisation
         self._pipeline = load_pipeline(model, args, quantization_config)
         transformer: Any = self._pipeline.components.get("transformer")
@@ -254,6 +262,8 @@ class DiffusionTrainer(_BaseTrainer):
             batch_size=self._train_batch_size * self.accelerator.num_processes,
             micro_batches=self._micro_batches,
             seed=seed,
+            repeats=self._repeats,
+            passes=self._passes,
         )
         return self._sampler
 
@@ -267,10 +277,10 @@ class DiffusionTrainer(_BaseTrainer):
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _micro_batch(self, size: int) -> tuple[str, list[int]]:
-        """Task of the current micro-batch, and its samples' positions among the task's samples of this round."""
-        task = self.tasks[self._micro_step % len(self.tasks)]
-        first = (self._micro_step // len(self.tasks)) * self.accelerator.num_processes + self.accelerator.process_index
+    def _micro_batch(self, number: int, size: int) -> tuple[str, list[int]]:
+        """Task of a round's micro-batch, and its samples' positions among the task's samples of this round."""
+        task = self.tasks[number % len(self.tasks)]
+        first = (number // len(self.tasks)) * self.accelerator.num_processes + self.accelerator.process_index
         return task, list(range(first * size, (first + 1) * size))
 
     def _end_micro_batch(self) -> None:
@@ -298,6 +308,37 @@ class DiffusionTrainer(_BaseTrainer):
                 yield
         finally:
             state._set_sync_gradients(True)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the accumulation steps once more: a task's share is in the loss already.
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **options)
+
+    def _gather_finite(self, task: str, levels: dict[int, float], values: Tensor) -> Tensor:
+        """
+        A micro-batch's figures of all processes.
+
+        Args:
+            task (`str`): its task.
+            levels (`dict[int, float]`): noise levels of its n trained steps by their numbers, for the message.
+            values (`Tensor` of shape `(k, n)`): k figures of every step, on this process.
+
+        Returns:
+            `Tensor` of shape `(processes, k, n)`, float64, on the CPU.
+
+        Raises:
+            [`FloatingPointError`]: on all processes, if a figure of one is not finite.
+        """
+        # One collective and one wait for the device a micro-batch, and all processes decide alike.
+        everyone = self.accelerator.gather(values[None]).double().cpu()
+        bad = [j for i, j in enumerate(levels) if not everyone[:, :, i].isfinite().all()]
+        if bad:
+            raise FloatingPointError(
+                f"The loss of task {task!r} is not finite at step {bad[0]} (noise level {levels[bad[0]]:.3f}) of update "
+                f"{self.state.global_step + 1}. Training stops before the optimizer's step; the last checkpoint is "
+                "untouched. Try a smaller learning_rate, or dtype float32."
+            )
+        return everyone
 
     def _student_velocity(self, model: nn.Module, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
@@ -461,6 +502,14 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _save_method(self, folder: str) -> None:
         """Writes what the method adds to the saved student."""
+
+    def _save_state(self, folder: Path) -> None:
+        """Writes into a checkpoint what training goes on from, besides Trainer's own files."""
+        self.student.save_state(folder)
+
+    def _load_state(self, folder: Path) -> None:
+        """Restores what [`_save_state`] wrote."""
+        self.student.load_state(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

@@ -117,6 +117,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         "citation": "@article{diffusionopd,\n    title  = {{DiffusionOPD}},\n    eprint = {arXiv:2605.15055},\n}",
     }
     args: DiffusionOPDConfig
+    _config_class = DiffusionOPDConfig
 
     def __init__(
         self,
@@ -221,7 +222,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """
         start = time.perf_counter()
         model.eval()  # no dropout, and checkpointing in diffusers depends on the grad mode alone
-        task, positions = self._micro_batch(len(inputs))
+        task, positions = self._micro_batch(self._micro_step, len(inputs))
         prompts = [row["prompt"] for row in inputs]
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()
@@ -303,24 +304,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             base = self.velocity_field(x, t, prompts, self.args.guidance_scale, transformer)
         return float(self.weights[j]) * velocity_gap_sq(student, base)
 
-    def _backward(self, loss: Tensor) -> None:
-        # DeepSpeed would divide by the accumulation steps once more: a task's share is in the loss already.
-        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **options)
-
     def _record(self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]) -> Tensor:
         """Gathers the squared gaps of all processes, refuses what is not finite, keeps the metrics; the weighted loss."""
         order = sorted(gaps)
         local = torch.stack([torch.stack([gaps[j] for j in order]), torch.stack([norms[j] for j in order])])
-        # One collective and one wait for the device a micro-batch, and all processes decide alike.
-        everyone = self.accelerator.gather(local[None]).double().cpu()
-        bad = [j for i, j in enumerate(order) if not everyone[:, :, i].isfinite().all()]
-        if bad:
-            raise FloatingPointError(
-                f"The loss of task {task!r} is not finite at step {bad[0]} (noise level "
-                f"{float(self.table.levels[bad[0]]):.3f}) of update {self.state.global_step + 1}. Training stops before "
-                "the optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype float32."
-            )
+        everyone = self._gather_finite(task, {j: float(self.table.levels[j]) for j in order}, local)
         gap, norm = everyone.mean(0)
         factor = torch.tensor([steps[j] for j in order], dtype=torch.float64) / len(self.trainable_steps)
         kl = float((factor * self.kl_weights[order] * gap).sum())

@@ -1,0 +1,113 @@
+# /// script
+# dependencies = ["trl-diffusion-opd"]
+# ///
+
+"""
+Trains a teacher by reinforcement learning (Flow-GRPO or GRPO-Guard), or one model on several tasks at once.
+
+The embedded tiny model, on any laptop:
+
+```bash
+accelerate launch examples/teacher_grpo_sd3.py --config examples/configs/tiny_grpo.yaml
+```
+
+Stable Diffusion 3.5 Medium, or any other flow-matching pipeline of diffusers:
+
+```bash
+accelerate launch examples/teacher_grpo_sd3.py \
+    --model_name_or_path stabilityai/stable-diffusion-3.5-medium \
+    --dtype bfloat16 \
+    --prompts ocr=prompts/ocr.txt \
+    --reward_funcs ocr=ocr \
+    --loss_type grpo_guard \
+    --num_generations 24 \
+    --per_device_train_batch_size 8 \
+    --gradient_accumulation_steps 12 \
+    --beta 0.04 \
+    --max_sequence_length 128 \
+    --max_steps 2000 \
+    --output_dir sd35-ocr-teacher
+```
+
+With several tasks (`--prompts ocr=… geneval=…`, a reward for each) it is multi-task RL.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from trl import TrlParser
+
+from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion_opd.cli import load_prompts, load_rewards
+from trl_diffusion_opd.plots import plot_curves
+from trl_diffusion_opd.student import ATTENTION_TARGETS
+
+
+@dataclass
+class ScriptArguments:
+    """
+    What the script needs beyond [`DiffusionGRPOConfig`]. Lists are given as `task=value task=value …`.
+
+    Args:
+        model_name_or_path (`str`): the base, a Hub id or a folder.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`. A task that is
+            named several times has several rewards, whose weights are `--reward_weights`.
+        eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
+        full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
+        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
+        lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    reward_funcs: list[str] = field(
+        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
+    eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
+    full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
+            self.reward_kwargs = json.loads(self.reward_kwargs)
+
+
+def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    peft_config = LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
+    )
+    trainer = DiffusionGRPOTrainer(
+        model=script_args.model_name_or_path,
+        reward_funcs=load_rewards(script_args.reward_funcs, script_args.reward_kwargs or {}),
+        args=training_args,
+        train_dataset=load_prompts("prompts", script_args.prompts, training_args.task_column),
+        eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
+        peft_config=None if script_args.full_finetuning else peft_config,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, DiffusionGRPOConfig)).parse_args_and_config())

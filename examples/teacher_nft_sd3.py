@@ -1,0 +1,119 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+r"""
+Trains a teacher for on-policy distillation by reinforcement learning on the forward process, DiffusionNFT.
+
+A teacher for one task of the embedded 32 px model, on a laptop:
+
+```bash
+python examples/teacher_nft_sd3.py --config examples/configs/tiny_nft.yaml
+```
+
+A GenEval teacher for Stable Diffusion 3.5 Medium on eight GPUs, with the settings of the paper:
+
+```bash
+accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examples/teacher_nft_sd3.py \
+    --model_name_or_path stabilityai/stable-diffusion-3.5-medium \
+    --dtype bfloat16 \
+    --prompts geneval=prompts/geneval.jsonl \
+    --reward_funcs geneval=geneval \
+    --max_sequence_length 128 \
+    --num_generations 24 \
+    --per_device_train_batch_size 6 \
+    --gradient_accumulation_steps 24 \
+    --max_steps 1000 \
+    --output_dir sd35-geneval-teacher
+```
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from trl import TrlParser
+
+from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer
+from trl_diffusion_opd.cli import load_prompts, load_rewards
+from trl_diffusion_opd.plots import plot_curves
+from trl_diffusion_opd.student import ATTENTION_TARGETS
+
+
+@dataclass
+class ScriptArguments:
+    """
+    What the script needs beyond [`DiffusionNFTConfig`]. Lists are given as `task=value task=value …`; a teacher has one task
+    as a rule, and several are trained together.
+
+    Args:
+        model_name_or_path (`str`): the base, a Hub id or a folder.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
+        eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
+        full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
+        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
+        lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    reward_funcs: list[str] = field(
+        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
+    eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
+    full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
+            self.reward_kwargs = json.loads(self.reward_kwargs)
+
+
+def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    peft_config = LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
+    )
+    trainer = DiffusionNFTTrainer(
+        model=script_args.model_name_or_path,
+        reward_funcs=load_rewards(script_args.reward_funcs, script_args.reward_kwargs or {}),
+        args=training_args,
+        train_dataset=load_prompts("prompts", script_args.prompts, training_args.task_column),
+        eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
+        peft_config=None if script_args.full_finetuning else peft_config,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    if trainer.is_world_process_zero():
+        plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
+    trainer.create_model_card()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, DiffusionNFTConfig)).parse_args_and_config())

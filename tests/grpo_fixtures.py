@@ -1,0 +1,71 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A tiny GRPO trainer in one call."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import StableDiffusion3Pipeline
+from opd_fixtures import TRAINER_ARGUMENTS, make_dataset, student_lora
+from tiny_sd3 import make_pipeline
+
+from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+
+def brightness(images, **columns) -> list[float]:
+    """Mean of the pixels, in [0, 255]."""
+    return [float(np.asarray(image).mean()) for image in images]
+
+
+def make_config(output_dir: str | Path, **options: Any) -> DiffusionGRPOConfig:
+    defaults = dict(
+        height=16,
+        width=16,
+        max_sequence_length=16,
+        num_inference_steps=4,
+        eval_num_inference_steps=3,
+        guidance_scale=1.0,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=2,
+        num_generations=4,
+        max_steps=1,
+        ema_decay=None,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return DiffusionGRPOConfig(str(output_dir), **{**defaults, **options})
+
+
+def make_trainer(
+    output_dir: str | Path,
+    reward_funcs: Any = brightness,
+    pipeline: StableDiffusion3Pipeline | None = None,
+    **options: Any,
+) -> DiffusionGRPOTrainer:
+    """A trainer of the tiny pipeline. `options` are arguments of the trainer or fields of its config."""
+    arguments = {"train_dataset": make_dataset(), "peft_config": student_lora()}
+    arguments |= {name: options.pop(name) for name in TRAINER_ARGUMENTS if name in options}
+    return DiffusionGRPOTrainer(
+        pipeline or make_pipeline(), reward_funcs, args=make_config(output_dir, **options), **arguments
+    )
+
+
+def logged(trainer: DiffusionGRPOTrainer, name: str) -> list[float]:
+    """A metric of every update that has it: those of a round are logged with its first update."""
+    return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]

@@ -1,0 +1,59 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Switches between the adapters of a model without PEFT's side effects."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+class AdapterSwitch:
+    """
+    Which adapter of a model is active. No parameter's `requires_grad` changes by a switch.
+
+    Args:
+        model (`nn.Module`): with all the adapters that are switched between. One without any is left alone.
+        active (`str`, *optional*): the adapter to start with; `None` for none, which is the base.
+
+    Attributes:
+        active (`str`, *optional*): the adapter that is active now.
+    """
+
+    def __init__(self, model: nn.Module, active: str | None):
+        # The list is what makes a switch cheap: PEFT's own walks over every module of the model.
+        self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._activate(active)
+        # Layers that PEFT made just now are in training mode whatever the model is in.
+        model.train(model.training)
+
+    def _activate(self, adapter: str | None) -> None:
+        # Not set_adapter or disable_adapter: both change requires_grad, and the latter forgets that a parameter was frozen.
+        for layer in self._layers:
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+            layer._disable_adapters = adapter is None
+        self.active = adapter
+
+    @contextmanager
+    def use(self, adapter: str | None) -> Iterator[None]:
+        """Within it `adapter` is active, and after it, also after an exception, what was before."""
+        before = self.active
+        self._activate(adapter)
+        try:
+            yield
+        finally:
+            self._activate(before)

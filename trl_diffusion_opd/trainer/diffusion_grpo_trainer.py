@@ -1,0 +1,246 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Reinforcement learning of a diffusion model with the noise of its own walk as the action."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .. import tables
+from ..policy_gradients import grpo_loss, is_clipped, transition_kl
+from ..rewards import RewardFuncs
+from ..rollout import gaussian, walk
+from ..samplers import sampler_table, sde_window
+from .checks import collect
+from .diffusion_grpo_config import DiffusionGRPOConfig
+from .rl_trainer import DiffusionRLTrainer, Rollout
+
+
+# Third entry of a seed that is not a task's index: it draws the window.
+_WINDOW_DRAW = 2**32 - 2
+
+
+@dataclass
+class Transition:
+    """
+    One trained step of a rollout.
+
+    Attributes:
+        x (`Tensor` of shape `(B, ...)`): the state that it left.
+        v (`Tensor` of the same shape): the velocity of the network that took it.
+        z (`Tensor` of the same shape): the noise with which it did.
+    """
+
+    x: Tensor
+    v: Tensor
+    z: Tensor
+
+
+class DiffusionGRPOTrainer(DiffusionRLTrainer):
+    """
+    Trainer for GRPO of diffusion models: [Flow-GRPO](https://huggingface.co/papers/2505.05470) and
+    [GRPO-Guard](https://huggingface.co/papers/2510.22319). [DanceGRPO](https://huggingface.co/papers/2505.07818) is a
+    `sampler`, [MixGRPO](https://huggingface.co/papers/2507.21802) an `sde_window_size`.
+
+    For each prompt a group of images is drawn by a walk with noise. The steps of those that are better than the rest of
+    their group are made more probable, the others less. With several tasks and a reward each this is multi-task RL.
+
+    Example:
+
+    ```python
+    from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, tiny
+
+    trainer = DiffusionGRPOTrainer(
+        model=tiny.BASE,
+        reward_funcs=tiny.graded_rewards,
+        args=DiffusionGRPOConfig(
+            "teacher", height=32, width=32, max_sequence_length=12, guidance_scale=1.0, max_steps=50,
+            per_device_train_batch_size=48, num_generations=12,
+        ),
+        train_dataset=tiny.dataset("train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+        reward_funcs (function, `list` or `dict` from task to either):
+            What is maximised. A name is a reward of this package or an import path.
+        args ([`DiffusionGRPOConfig`], *optional*):
+            Configuration. If not given, the default with an `output_dir` named after the model.
+        train_dataset ([`~datasets.Dataset`]):
+            Columns `prompt` and, with several tasks, `task`; others are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, if not those of `args`.
+        quantization_config (*optional*):
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+        peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
+            The LoRA that is trained; `None` trains all weights, and a frozen copy of the base then serves the KL.
+
+    Raises:
+        [`ValueError`]: before the first step, with everything that is wrong in one message.
+    """
+
+    _tag_names = ["trl", "grpo"]
+    _name = "GRPO"
+    _paper = {
+        "title": "Flow-GRPO",
+        "id": "2505.05470",
+        "citation": "@article{flowgrpo,\n    title  = {{Flow-GRPO}},\n    eprint = {arXiv:2505.05470},\n}",
+    }
+    args: DiffusionGRPOConfig
+    _config_class = DiffusionGRPOConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: RewardFuncs,
+        args: DiffusionGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | str | None = "default",
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
+            args = DiffusionGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if self.bank is not None:
+            self.bank.to(self.accelerator.device)
+        if self.is_world_process_zero():
+            tables.print_sde_steps(self.table, args.sde_range(), self._window_size)
+
+    # Before the first step
+
+    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+        super()._setup(model, problems)
+        args = self.args
+        self._window_size = args.sde_window_size or len(args.sde_range())
+        self.bank = self._base_bank(model) if args.beta > 0 else None
+        with collect(problems):
+            self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
+            sde_window(self.table, args.sde_range())
+
+    # Training
+
+    def _window(self) -> range:
+        """The steps of this round that have noise and are trained: the same on every process."""
+        steps = self.args.sde_range()
+        # The first update of the round, whichever of its updates this is.
+        first_update = self.state.global_step // self.args.num_iterations * self.args.num_iterations
+        seed = np.random.SeedSequence([self.args.seed, first_update, _WINDOW_DRAW])
+        offset = int(np.random.default_rng(seed).integers(len(steps) - self._window_size + 1))
+        return steps[offset : offset + self._window_size]
+
+    def _draw_rollout(
+        self, task: str, prompts: list[str], generators: list[torch.Generator]
+    ) -> tuple[Tensor, dict[int, Transition]]:
+        table = sde_window(self.table, self._window())
+        levels = table.levels.tolist()
+        model = self.accelerator.unwrap_model(self.model)
+        transitions: dict[int, Transition] = {}
+        left: tuple[Tensor, Tensor]
+
+        def velocity(j: int, x: Tensor) -> Tensor:
+            nonlocal left
+            left = (x, self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, model))
+            return left[1]
+
+        def noise(j: int) -> Tensor:
+            # The walk asks for it in the window alone, and after the step's velocity.
+            transitions[j] = Transition(*left, gaussian(generators, x))
+            return transitions[j].z
+
+        x = self.velocity_field.initial_latents(prompts, generators)
+        return walk(velocity, x, table, noise), transitions
+
+    def _train_on(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        args, transitions = self.args, rollout.record
+        share = self._task_share(rollout.task) / len(transitions)
+        last = max(transitions)
+        figures = []
+        for j, transition in transitions.items():
+            t, dt = float(self.table.levels[j]), float(self.table.levels[j + 1] - self.table.levels[j])
+            c, s = float(self.table.c[j]), float(self.table.s[j])
+            with self._gradient_sync(model, last=j == last):
+                v = self._student_velocity(model, transition.x, t, rollout.prompts)
+                loss, ratio = grpo_loss(
+                    args.loss_type,
+                    v,
+                    transition.v,
+                    transition.z,
+                    rollout.advantages,
+                    c=c,
+                    s=s,
+                    dt=dt,
+                    epsilon=args.epsilon,
+                )
+                kl = torch.zeros_like(loss)
+                if self.bank is not None:
+                    with torch.no_grad(), self.bank.use(None) as base:
+                        v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
+                    kl = transition_kl(v, v_base, c, s)
+                    loss = loss + args.beta * kl
+                self._backward(share * loss.mean())
+            clipped = is_clipped(ratio, rollout.advantages, args.epsilon).to(loss.dtype)
+            deviation = (ratio - 1).abs().max()
+            figures.append(torch.stack([loss.detach().mean(), kl.detach().mean(), clipped.mean(), deviation]))
+        return self._record(rollout.task, list(transitions), torch.stack(figures, dim=1)) * len(transitions) * share
+
+    def _record(self, task: str, steps: list[int], figures: Tensor) -> Tensor:
+        """Gathers the figures of all processes, refuses what is not finite, keeps the metrics; the mean loss."""
+        levels = {j: float(self.table.levels[j]) for j in steps}
+        everyone = self._gather_finite(task, levels, figures)
+        loss, kl, clipped, _ = everyone.mean((0, 2)).tolist()
+        metrics = self._metrics["train"]
+        metrics["clip_ratio/region_mean"].append(clipped)
+        metrics["ratio/max_deviation"].append(float(everyone[:, 3].max()))
+        if self.bank is not None:
+            metrics["kl"].append(kl)
+            metrics[f"kl/{task}"].append(kl)
+        return torch.tensor(loss, device=figures.device)
+
+    def _card_fields(self) -> dict[str, Any]:
+        args, fields = self.args, super()._card_fields()
+        noisy = f"{self._window_size} of {args.num_inference_steps}"
+        fields["method"] = (
+            "Groups of images of one prompt were drawn by walks with noise and scored; steps towards the better ones were "
+            "made more probable."
+        )
+        fields["settings"]["loss"] = f"{args.loss_type}, epsilon {args.epsilon:g}, beta {args.beta:g}"
+        fields["settings"]["steps with noise and loss"] = noisy
+        return fields

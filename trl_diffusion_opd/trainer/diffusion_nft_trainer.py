@@ -1,0 +1,258 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Reinforcement learning on the forward process: images of an old policy, noised again, pull or push the student."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..forward_process import draw_levels, nft_loss, noised, old_policy_decay, optimality
+from ..objectives import velocity_gap_sq
+from ..old_policy import OLD_POLICY_FILE, OldPolicy
+from ..rewards import RewardFuncs
+from ..rollout import gaussian, sample_generators, walk
+from ..samplers import sampler_table
+from .checks import collect
+from .diffusion_nft_config import DiffusionNFTConfig
+from .rl_trainer import DiffusionRLTrainer, Rollout
+
+
+# Entries of a seed that are no task's or sample's index: they draw the noise that images are noised with, which must not be
+# the noise they came from, and the levels that are trained.
+_FORWARD_NOISE = 2**32 - 1
+_LEVEL_DRAW = 2**32 - 2
+
+
+class _OldPolicyCallback(TrainerCallback):
+    """Lets the old policy follow after a round, before it is saved."""
+
+    def __init__(self, trainer: "DiffusionNFTTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.trainer.args.num_iterations == 0:
+            self.trainer._follow()
+
+
+class DiffusionNFTTrainer(DiffusionRLTrainer):
+    """
+    Trainer for reinforcement learning on the forward process ([DiffusionNFT](https://huggingface.co/papers/2509.16117)).
+
+    An old policy draws groups of images with any sampler. They are scored, noised again, and the student learns by a
+    flow-matching loss toward those that were better than others of their prompt and away from those that were worse. The
+    old policy is a frozen copy of the student that follows it after every round.
+
+    Example:
+
+    ```python
+    from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, tiny
+
+    args = DiffusionNFTConfig(
+        "teacher", height=32, width=32, max_sequence_length=12, num_generations=12, per_device_train_batch_size=24
+    )
+    trainer = DiffusionNFTTrainer(
+        model=tiny.BASE,
+        reward_funcs=tiny.graded_rewards,
+        args=args,
+        train_dataset=tiny.dataset("train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+        reward_funcs (function, `list` or `dict` from task to either):
+            What is maximised. A name is a reward of this package or an import path. Every task needs one at least.
+        args ([`DiffusionNFTConfig`], *optional*):
+            Configuration. If not given, the default with an `output_dir` named after the model.
+        train_dataset ([`~datasets.Dataset`]):
+            Columns `prompt` and, with several tasks, `task`; others are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, if not those of `args`.
+        quantization_config (*optional*):
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+        peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
+            The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections); `None` trains all
+            weights, with a frozen copy as the old policy and, if `beta` needs it, another of the base.
+
+    Raises:
+        [`ValueError`]: before the first step, with everything that is wrong in one message.
+    """
+
+    _tag_names = ["trl", "diffusion-nft"]
+    _name = "DiffusionNFT"
+    _paper = {
+        "title": "DiffusionNFT: Online Diffusion Reinforcement with Forward Process",
+        "id": "2509.16117",
+        "citation": "@article{diffusionnft,\n    title  = {{DiffusionNFT: Online Diffusion Reinforcement with Forward "
+        "Process}},\n    eprint = {arXiv:2509.16117},\n}",
+    }
+    args: DiffusionNFTConfig
+    _config_class = DiffusionNFTConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        reward_funcs: RewardFuncs,
+        args: DiffusionNFTConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | str | None = "default",
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
+            args = DiffusionNFTConfig(f"{name.rstrip('/').split('/')[-1]}-NFT")
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        # PEFT's switches flip requires_grad: by identity, none of the old policy's weights may be among what is trained.
+        frozen = {id(p) for p in self.old_policy.named_parameters().values()}
+        assert not frozen & {id(p) for p in self.student.parameters()}, "the old policy is trainable"
+        self.add_callback(_OldPolicyCallback(self))
+
+    # Before the first step
+
+    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+        super()._setup(model, problems)
+        args = self.args
+        with collect(problems):
+            self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
+        self.old_policy = OldPolicy(model)
+        self.bank = self._base_bank(model) if args.beta > 0 else None
+
+    # Training
+
+    def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, Any]:
+        """Images of the old policy. Of the walk nothing is kept."""
+        levels = self.table.levels.tolist()
+        x = self.velocity_field.initial_latents(prompts, generators)
+        with self.old_policy.use() as transformer:
+
+            def velocity(j: int, x: Tensor) -> Tensor:
+                return self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, transformer)
+
+            return walk(velocity, x, self.table, lambda j: gaussian(generators, x)), None
+
+    def _train_on(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """At each level of this update: the images noised anew, the old policy's velocity, the student's, its backward."""
+        args, task, prompts, x0 = self.args, rollout.task, rollout.prompts, rollout.latents
+        entropy = [args.seed, self.state.global_step, self.tasks.index(task), _FORWARD_NOISE]
+        generators = sample_generators(entropy, rollout.positions)
+        levels = self._drawn_levels()
+        share = self._task_share(task) / len(levels)
+        # As in the paper's code: where the two policies are equal the gradient is then that of flow matching times the
+        # (clipped) advantage, whatever these two are.
+        scale = args.advantage_clip / args.nft_beta
+        r = optimality(rollout.advantages, args.advantage_clip)
+        figures = []
+        for j, t in enumerate(levels):
+            eps = gaussian(generators, x0)
+            x = noised(x0, eps, t)
+            with torch.no_grad(), self.old_policy.use() as transformer:
+                old = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
+            with self._gradient_sync(model, last=j == len(levels) - 1):
+                student = self._student_velocity(model, x, t, prompts)
+                loss = scale * nft_loss(student, old, eps - x0, t, r, args.nft_beta, args.loss_weighting).mean()
+                kl = loss.new_zeros(())
+                if self.bank is not None:
+                    with torch.no_grad(), self.bank.use(None) as transformer:
+                        base = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
+                    kl = velocity_gap_sq(student, base).mean()
+                self._backward(share * (loss + args.beta * kl))
+            gap, norm = velocity_gap_sq(student.detach(), old).mean(), old.float().square().mean()
+            figures.append(torch.stack([loss.detach(), kl.detach(), gap, norm]))
+        return self._record(task, levels, torch.stack(figures, 1), r) * self._task_share(task)
+
+    def _drawn_levels(self) -> list[float]:
+        """The noise levels of this update: the same for all tasks and on every process."""
+        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, _LEVEL_DRAW])
+        k = self.args.num_trained_timesteps or len(self.table)
+        return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
+
+    def _record(self, task: str, levels: list[float], figures: Tensor, r: Tensor) -> Tensor:
+        """Keeps the metrics of a micro-batch, from all processes; its mean loss."""
+        of_images = torch.stack([(2 * r - 1).abs().mean(), ((r == 0) | (r == 1)).float().mean()])
+        values = torch.cat([figures.float(), of_images[:, None].expand(2, len(levels))])
+        loss, kl, gap, norm, signal, clipped = self._gather_finite(task, dict(enumerate(levels)), values).mean(0)
+        metrics = self._metrics["train"]
+        metrics["signal"].append(float(signal.mean()))
+        metrics["clip_ratio"].append(float(clipped.mean()))
+        metrics[f"old_gap/{task}"].append(float((gap.sum() / norm.sum()).sqrt()))
+        if self.bank is not None:
+            metrics["kl"].append(float(kl.mean()))
+            metrics[f"kl/{task}"].append(float(kl.mean()))
+        return loss.mean().to(figures.device, torch.float32)
+
+    def _follow(self) -> None:
+        args = self.args
+        decay = old_policy_decay(
+            self.state.global_step, args.old_policy_decay_rate, args.old_policy_decay_max, args.old_policy_decay_start
+        )
+        self.old_policy.follow(self.student.named_parameters(), decay)
+        self._metrics["train"]["old_policy_decay"].append(decay)
+
+    # Files
+
+    def _save_state(self, folder: Path) -> None:
+        super()._save_state(folder)
+        self.old_policy.save(folder)
+
+    def _load_state(self, folder: Path) -> None:
+        super()._load_state(folder)
+        self.old_policy.load(folder)
+
+    def _check_resume(self, folder: Path) -> list[str]:
+        problems = super()._check_resume(folder)
+        if not (folder / OLD_POLICY_FILE).exists():
+            problems.append(f"it has no old policy ({OLD_POLICY_FILE}), so it is not of a {type(self).__name__}.")
+        return problems
+
+    def _card_fields(self) -> dict[str, Any]:
+        args, fields = self.args, super()._card_fields()
+        fields["method"] = (
+            "An old policy drew groups of images, which were scored and noised again; the student learned by flow "
+            "matching toward the better ones of each prompt and away from the worse."
+        )
+        fields["settings"] |= {
+            "loss": f"weighting {args.loss_weighting}, nft_beta {args.nft_beta}, advantages clipped at "
+            f"{args.advantage_clip}, beta {args.beta}",
+            "trained levels": f"{args.num_trained_timesteps or len(self.table)}, by {args.timestep_sampling}",
+            "old policy": f"keeps min({args.old_policy_decay_rate} (i - {args.old_policy_decay_start}), "
+            f"{args.old_policy_decay_max}) of itself after update i",
+        }
+        return fields
