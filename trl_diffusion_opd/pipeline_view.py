@@ -120,7 +120,9 @@ def _rows_of(timesteps: list[Tensor]) -> Tensor:
     """
     n, rows = len(timesteps), len(timesteps[0])
     if rows % n:
-        raise ValueError(f"{rows} timesteps don't belong to {n} samples: only one noise level a batch is possible here.")
+        raise ValueError(
+            f"{rows} timesteps don't belong to {n} samples: only one noise level a batch is possible here."
+        )
     return torch.stack([timesteps[row % n][row] for row in range(rows)])
 
 

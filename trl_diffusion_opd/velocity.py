@@ -292,7 +292,9 @@ class VelocityField:
             [`ValueError`]: if images of this pipeline can't be encoded, with the reason.
         """
         if not isinstance(self.pipeline.components.get("vae"), nn.Module) or _image_processor(self.pipeline) is None:
-            raise ValueError(f"{type(self.pipeline).__name__} has no VAE with an image processor to encode images with.")
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no VAE with an image processor to encode images with."
+            )
         self.encode([new_image("RGB", (self.width or 64, self.height or 64), "grey")])
 
     def _find_latent_map(self) -> LatentMap:
