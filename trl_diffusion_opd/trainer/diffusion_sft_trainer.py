@@ -152,7 +152,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
 
     def _setup(self, model: nn.Module, problems: list[str]) -> None:
         args = self.args
-        column, features = args.image_column, self._images_of.features if self._images_of is not None else {}
+        column, features = args.image_column, self._images_of.features if isinstance(self._images_of, Dataset) else {}
         if self._teacher_specs is None:
             if args.teacher_cache_dir is not None:
                 problems.append(
