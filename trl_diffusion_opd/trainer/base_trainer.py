@@ -129,7 +129,7 @@ class DiffusionTrainer(_BaseTrainer):
         # Problems of the data don't keep the model from being checked, so that one message says everything.
         unfit = model_problems(self._pipeline, args, peft_config)
         if args.student_init == MERGE and self._teacher_specs is None:
-            unfit.append(
+            problems.append(
                 "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
                 "say './merge' if a folder of that name is meant."
             )
@@ -274,6 +274,9 @@ class DiffusionTrainer(_BaseTrainer):
         return self._sampler
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
+            self.control.should_training_stop = True
+            return
         # accelerate does not forward set_epoch through the wrappers that sharding and resuming put around a sampler.
         self._sampler.set_epoch(epoch)
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
