@@ -19,25 +19,22 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from families import FAMILIES
 from opd_fixtures import (
     Recorder,
     StopAt,
-    make_config,
     make_dataset,
     make_teachers,
     relative_difference,
     snapshot,
-    student_lora,
 )
 from peft import PeftModel
-from PIL import Image as Pillow
 from scipy.stats import norm
+from sft_fixtures import image_dataset, picture, sft_trainer
 from tiny_sd3 import make_pipeline
 
-from trl_diffusion_opd import DiffusionSFTConfig, DiffusionSFTTrainer, TeacherConfig, VelocityField
+from trl_diffusion_opd import DiffusionSFTConfig, TeacherConfig, VelocityField
 from trl_diffusion_opd.flow_matching import density_quantile, shifted
 
 
@@ -48,40 +45,6 @@ TASKS = ("count", "draw")
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     return make_teachers(tmp_path_factory.mktemp("teachers"))
-
-
-def picture(seed, width=16, height=16):
-    return Pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def image_dataset(**columns):
-    rows = make_dataset().to_dict()
-    images = [picture(i) for i in range(len(rows["prompt"]))]
-    features = Features(
-        {"prompt": Value("string"), "task": Value("string"), "target": Value("int64"), "image": Image()}
-    )
-    return Dataset.from_dict({**rows, "image": images, **columns}, features=features)
-
-
-def sft_config(output_dir, **options):
-    shared = make_config(output_dir).to_dict()
-    names = {
-        "height", "width", "max_sequence_length", "num_inference_steps", "eval_num_inference_steps", "guidance_scale",
-        "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps", "ema_decay", "gradient_checkpointing",
-        "logging_steps", "save_strategy", "disable_tqdm", "use_cpu",
-    }  # fmt: skip
-    defaults = {name: shared[name] for name in names} | {"report_to": "none"}
-    return DiffusionSFTConfig(str(output_dir), **{**defaults, **options})
-
-
-def sft_trainer(output_dir, teachers=None, pipeline=None, **options):
-    arguments = {"peft_config": student_lora(), "train_dataset": make_dataset() if teachers else image_dataset()}
-    for name in ("train_dataset", "eval_dataset", "reward_funcs", "callbacks", "peft_config"):
-        if name in options:
-            arguments[name] = options.pop(name)
-    return DiffusionSFTTrainer(
-        pipeline or make_pipeline(), teachers, args=sft_config(output_dir, **options), **arguments
-    )
 
 
 def one_update(tmp_path, teachers=None, **options):
@@ -151,6 +114,7 @@ def expected_gradient(trainer, batches, latents, task_weights=None, **density):
 
 CASES = {
     "logit-normal": ({}, {}),
+    "guidance, which is not trained": ({"guidance_scale": 3.0}, {}),
     "uniform": ({"timestep_density": "uniform"}, {"density": "uniform"}),
     "shifted density, weights, two micro-batches a task": (
         {"logit_mean": 0.5, "logit_std": 2.0, "task_weights": {"draw": 3.0}, "gradient_accumulation_steps": 4},
