@@ -192,7 +192,10 @@ class DiffusionTrainer(_BaseTrainer):
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
 
     def _card_fields(self) -> dict[str, Any]:
-        """What the model card says of the method: `method`, `teachers` and `settings`, all optional."""
+        """
+        What the model card says of the method: `method`, `teachers`, `settings`, and `no_walk` where training has no
+        sampler; all optional.
+        """
         return {}
 
     # Before the first step

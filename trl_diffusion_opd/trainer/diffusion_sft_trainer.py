@@ -330,6 +330,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
             "method": "The student was trained by flow matching on images that the frozen teacher of each prompt's task drew."
             if taught
             else "The student was trained by flow matching on images with captions.",
+            "no_walk": True,
             "settings": {"loss": "flow matching, without guidance", "timesteps": density},
         }
         if taught:
