@@ -32,6 +32,7 @@ from opd_fixtures import (
     train_losses,
 )
 from safetensors.torch import load_file
+from sft_fixtures import sft_trainer
 
 
 TESTS = Path(__file__).parent
@@ -55,6 +56,9 @@ OPTIONS = dict(
 )
 
 
+TUNING = dict(max_steps=2, gradient_accumulation_steps=4, learning_rate=1e-2, num_images_per_prompt=2)
+
+
 def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -72,7 +76,7 @@ def two(tmp_path_factory, teachers):
     folder = tmp_path_factory.mktemp("two")
     (folder / "launch.yaml").write_text(LAUNCH)
     options = {**OPTIONS, "per_device_train_batch_size": 2}
-    (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options}))
+    (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
     command += ["--main_process_port", str(free_port()), str(TESTS / "distributed" / "train.py"), str(folder)]
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
@@ -153,6 +157,22 @@ def test_two_processes_resume_exactly(two):
     assert [report["resumed_is_same"] for report in reports] == [True, True]
     files = {path.name for path in (folder / "stopped" / "checkpoint-2").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "complete"} <= files
+
+
+def test_fine_tuning_on_images_of_teachers_is_the_same(two, tmp_path, teachers):
+    reports, _, folder = two
+    options = {**TUNING, "per_device_train_batch_size": 4, "teacher_cache_dir": str(tmp_path / "images")}
+    trainer = sft_trainer(tmp_path / "out", teachers, **options)
+    trainer.train()
+    for name in ("loss", "loss/draw", "grad_norm"):
+        ours, theirs = (
+            [entry[name] for entry in log if name in entry]
+            for log in (reports[0]["tuning_log"], trainer.state.log_history)
+        )
+        assert len(ours) == 2 and ours == pytest.approx(theirs, rel=1e-4), name
+    for file in (tmp_path / "images").glob("*.safetensors"):
+        one, other = load_file(file)["latents"], load_file(folder / "images" / file.name)["latents"]
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_nan_of_one_process_stops_both(two):

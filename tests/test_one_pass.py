@@ -124,6 +124,46 @@ def test_gradients_with_weighted_teachers_and_base(tmp_path, teachers):
     assert relative_difference(gradients, reference.gradients(trainer.model, batches)) < 1e-5
 
 
+class AlongTheTeacher(ThreePass):
+    """The states are those of the teacher's own trajectory."""
+
+    def roll_out(self, student, batch, task_index):
+        (role,) = self.teachers[batch.task]
+        return super().roll_out(role.model, batch, task_index)
+
+
+@pytest.mark.parametrize("sampler", ["ode", "flow_sde"])
+def test_gradients_off_policy(sampler, tmp_path, teachers):
+    options = {"sampler": sampler, "gradient_accumulation_steps": 4}
+    trainer, gradients, batches = one_update(tmp_path, teachers, on_policy=False, **options)
+    reference = three_pass(trainer, teachers, sampler=sampler)
+    expected = AlongTheTeacher(**vars(reference)).gradients(trainer.model, batches)
+    assert relative_difference(gradients, expected) < 1e-5
+    # Their states differ from those of the student's trajectory by more than rounding.
+    assert relative_difference(gradients, reference.gradients(trainer.model, batches)) > 1e-2
+
+
+def test_forwards_off_policy(tmp_path, teachers):
+    trainer = make_trainer(
+        tmp_path,
+        teachers,
+        on_policy=False,
+        num_inference_steps=7,
+        num_trained_timesteps=2,
+        logging_steps=10,
+        max_steps=3,
+    )
+    counts, per_update = count_forwards(trainer), []
+    trainer.add_callback(CountPerUpdate(counts, per_update))
+    drawn, draw = [], trainer._drawn_steps
+    trainer._drawn_steps = lambda: drawn.append(draw()) or drawn[-1]
+    trainer.train()
+    for update, steps in enumerate(drawn[::2]):
+        # The teacher walks, and the student is asked where it is trained.
+        floor, walked = (2 if update == 0 else 0), max(steps) + 1
+        assert per_update[update] == {"default": 2 * 2 + floor, "teacher_0": walked, "teacher_1": walked}
+
+
 def count_forwards(trainer):
     """Counts what runs from now on: the transformer's forwards by adapter, and those of its first block."""
     transformer = trainer.model.base_model.model

@@ -96,6 +96,15 @@ def test_resumed_run_is_the_uninterrupted_run(stop, tmp_path, teachers, uninterr
     assert any(not torch.equal(p, average[name.replace(".default", "")]) for name, p in raw.items())
 
 
+def test_a_run_resumed_at_its_end_has_ended(tmp_path, teachers, uninterrupted):
+    make_trainer(tmp_path, teachers, save_strategy="steps", save_steps=UPDATES, **OPTIONS).train()
+    trainer = make_trainer(tmp_path, teachers, **OPTIONS)
+    trainer.train(resume_from_checkpoint=True)
+    through, _ = uninterrupted
+    assert trainer.state.global_step == UPDATES  # in the middle of an epoch
+    assert all(torch.equal(p, snapshot(through)[name]) for name, p in snapshot(trainer).items())
+
+
 CHILD = """
 import os, signal, sys
 from opd_fixtures import make_trainer

@@ -28,9 +28,13 @@ _MODULES = {
     "DiffusionNFTTrainer": "trainer.diffusion_nft_trainer",
     "DiffusionOPDConfig": "trainer.diffusion_opd_config",
     "DiffusionOPDTrainer": "trainer.diffusion_opd_trainer",
+    "DiffusionSFTConfig": "trainer.diffusion_sft_config",
+    "DiffusionSFTTrainer": "trainer.diffusion_sft_trainer",
     "TeacherConfig": "teacher_specs",
     "VelocityField": "velocity",
     "evaluate_retention": "evaluation",
+    "MergeReport": "merge",
+    "merge_teachers": "merge",
     "SamplerTable": "samplers",
     "sampler_table": "samplers",
     "step_weights": "objectives",
@@ -46,11 +50,15 @@ __all__ = [
     "DiffusionNFTTrainer",
     "DiffusionOPDConfig",
     "DiffusionOPDTrainer",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
+    "MergeReport",
     "SamplerTable",
     "TeacherConfig",
     "VelocityField",
     "__version__",
     "evaluate_retention",
+    "merge_teachers",
     "sampler_table",
     "step_weights",
     "tiny",
@@ -61,6 +69,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import tiny
     from .evaluation import evaluate_retention
+    from .merge import MergeReport, merge_teachers
     from .model_card import write_teacher_card
     from .objectives import step_weights
     from .rollout import walk
@@ -72,6 +81,8 @@ if TYPE_CHECKING:
     from .trainer.diffusion_nft_trainer import DiffusionNFTTrainer
     from .trainer.diffusion_opd_config import DiffusionOPDConfig
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+    from .trainer.diffusion_sft_config import DiffusionSFTConfig
+    from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
     from .velocity import VelocityField
 
 

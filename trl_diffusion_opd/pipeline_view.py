@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from .prompt_cache import PromptCache
 
 
+_TIMESTEPS = ("timestep", "timesteps", "t")  # as transformers call them
+
+
 class Stop(Exception):  # noqa: N818 (it is not an error)
     """Leaves a pipeline's `__call__` once it has told what was asked."""
 
@@ -75,6 +78,7 @@ class StandIn(nn.Module):
         weight = next(p for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         self.__dict__["names"] = list(inspect.signature(type(base).forward).parameters)[1:]
+        self.__dict__["timesteps"] = None  # of each sample, where they are not all at the same level
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -82,6 +86,8 @@ class StandIn(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
+        if self.timesteps is not None:
+            inputs[timestep_name(inputs)] = _rows_of(self.timesteps)
         inputs = {name: self._cast(name, value) for name, value in inputs.items()}
         if self.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base):
@@ -95,11 +101,29 @@ class StandIn(nn.Module):
         )
 
     def _cast(self, name: str, value: Any) -> Any:
-        if name in ("timestep", "timesteps", "guidance") or name.endswith("_ids"):
+        if name in (*_TIMESTEPS, "guidance") or name.endswith("_ids"):
             return value
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
+
+
+def timestep_name(inputs: dict[str, Any]) -> str:
+    """What a transformer calls its timesteps."""
+    return next(name for name in _TIMESTEPS if name in inputs)
+
+
+def _rows_of(timesteps: list[Tensor]) -> Tensor:
+    """
+    Timesteps of a batch of which sample `i` is at level `i`, from those of the whole batch at each of the levels. With
+    guidance there are several times as many rows as samples, sample after sample each time.
+    """
+    n, rows = len(timesteps), len(timesteps[0])
+    if rows % n:
+        raise ValueError(
+            f"{rows} timesteps don't belong to {n} samples: only one noise level a batch is possible here."
+        )
+    return torch.stack([timesteps[row % n][row] for row in range(rows)])
 
 
 @contextmanager
@@ -133,6 +157,25 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def stop(**kwargs: Any) -> None:
     raise Stop
+
+
+class DecoderStandIn(nn.Module):
+    """
+    Stands in for `pipeline.vae`: keeps what the pipeline would have decoded, and answers everything else from the VAE.
+
+    Its `dtype` is float32, so that the pipeline does its arithmetic in it.
+    """
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.__dict__.update(vae=vae, dtype=torch.float32, device=next(vae.parameters()).device, latents=None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["vae"], name)
+
+    def decode(self, latents: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["latents"] = latents
+        raise Stop
 
 
 class PipelineView(DiffusionPipeline):

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from .samplers import SamplerTable
     from .trainer.base_trainer import DiffusionTrainer
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+    from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
     from .trainer.rl_trainer import DiffusionRLTrainer
+    from .trainer.taught_trainer import TaughtTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,19 +43,7 @@ _DOMINANT_SHARE = 0.9
 def print_start(trainer: "DiffusionOPDTrainer") -> None:
     """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
     console = _console()
-    teachers = Table(title="Tasks and teachers")
-    for column in ("task", "prompts", "teacher", "kind", "guidance"):
-        teachers.add_column(column, overflow="fold")
-    for column in ("revision", "sha256"):  # cut in the middle they are of no use
-        teachers.add_column(column, no_wrap=True, min_width=8)
-    for row in trainer.bank.summary():
-        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
-        kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
-        cells = [name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
-        prompts = len(trainer._task_rows[row["task"]])
-        teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
-    console.print(teachers)
-
+    _print_teachers(console, trainer)
     weights = trainer.weights[: len(trainer.trainable_steps)]
     steps = Table(title=f"Steps of {trainer.table.name}, weighting {trainer.args.loss_weighting}")
     for column in ("step", "level", "weight", "share"):
@@ -102,6 +92,40 @@ def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> No
     for j, level in enumerate(table.levels[:-1].tolist()):
         shown.add_row(str(j), f"{level:.4f}", f"{float(table.s[j]):.3g}" if j in steps else "none, not trained")
     _console().print(shown)
+
+
+def print_sft_start(trainer: "DiffusionSFTTrainer") -> None:
+    """Shows what images are trained on for which task, and how many parameters are trained."""
+    console = _console()
+    if trainer._teacher_specs is not None:
+        _print_teachers(console, trainer)
+    else:
+        tasks = Table(title="Tasks")
+        for column in ("task", "images"):
+            tasks.add_column(column)
+        for task, rows in trainer._task_rows.items():
+            tasks.add_row(task, str(len(rows)))
+        console.print(tasks)
+    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def _print_teachers(console: Console, trainer: "TaughtTrainer") -> None:
+    teachers = Table(title="Tasks and teachers")
+    for column in ("task", "prompts", "teacher", "kind", "guidance"):
+        teachers.add_column(column, overflow="fold")
+    for column in ("revision", "sha256"):  # cut in the middle they are of no use
+        teachers.add_column(column, no_wrap=True, min_width=8)
+    for row in trainer.bank.summary():
+        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
+        kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
+        cells = [name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
+        prompts = len(trainer._task_rows[row["task"]])
+        teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
+    console.print(teachers)
+
+    if trainer.merge_report is not None:
+        lost = f"{trainer.merge_report.error:.1%}"
+        console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost}.")
 
 
 def print_completions(

@@ -24,15 +24,27 @@ touch a pipeline's inside.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
+from PIL.Image import new as new_image
 from torch import Tensor, nn
 
-from .pipeline_view import PipelineView, Probe, StandIn, Stop, at_least_float32, stop
+from .latent_map import LatentMap
+from .pipeline_view import (
+    DecoderStandIn,
+    PipelineView,
+    Probe,
+    StandIn,
+    Stop,
+    at_least_float32,
+    stop,
+    timestep_name,
+)
 from .prompt_cache import PromptCache
 
 
@@ -123,6 +135,7 @@ class VelocityField:
         self._view_class = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
         self._guidance_offset = 0.0
+        self._latent_map: LatentMap | None = None
         self.set_grid(num_inference_steps)
 
     def set_grid(self, num_inference_steps: int) -> None:
@@ -161,7 +174,7 @@ class VelocityField:
     def __call__(
         self,
         x: Tensor,
-        t: float,
+        t: float | Sequence[float],
         prompts: list[str],
         guidance_scale: float,
         transformer: Callable[..., Any] | None = None,
@@ -171,7 +184,7 @@ class VelocityField:
 
         Args:
             x (`torch.Tensor` of shape `(B, ...)`, float32): latents as the pipeline's loop has them (packed for some).
-            t (`float`): noise level, in (0, 1].
+            t (`float` or `Sequence[float]` of length `B`): noise level, in (0, 1], of all samples or of each.
             prompts (`list[str]` of length `B`)
             guidance_scale (`float`):
                 Scale of classifier-free guidance; 1 is none, also where the pipeline itself counts from 0.
@@ -180,7 +193,25 @@ class VelocityField:
         Returns:
             `torch.Tensor` of `x`'s shape, float32 (float64 where the model is).
         """
-        return self._velocity(x, t, prompts, guidance_scale, StandIn(transformer or self._base, self._base))
+        stand_in = StandIn(transformer or self._base, self._base)
+        if isinstance(t, Sequence):
+            # A pipeline's loop has one level. What it shows the transformer at each of them is asked beforehand.
+            shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
+            stand_in.__dict__["timesteps"] = [shown[level] for level in t]
+            t = t[0]
+        return self._velocity(x, t, prompts, guidance_scale, stand_in)
+
+    def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
+        """The timesteps that the pipeline gives its transformer for a batch at level `t`."""
+        seen: list[Tensor] = []
+
+        def note(**inputs: Any) -> None:
+            seen.append(inputs[timestep_name(inputs)])
+            raise Stop
+
+        self._probe.level, self._probe.own_timestep = float(t), self._timestep(float(t))
+        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=StandIn(note, self._base))
+        return seen[0]
 
     def _velocity(
         self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: "StandIn"
@@ -222,6 +253,62 @@ class VelocityField:
         images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
         one_frame = isinstance(images[0], list) and len(images[0]) == 1  # a pipeline for videos, asked for an image
         return [video[0] for video in images] if one_frame else images
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image]) -> Tensor:
+        """
+        Latents of images as the pipeline's loop has them at level 0: the inverse of [`decode`].
+
+        An image is cut to the aspect ratio of `height` and `width` around its centre, resized, and encoded by the
+        pipeline's own VAE, without the noise of a variational one.
+
+        Args:
+            images (`list[PIL.Image.Image]` of length `B`): of any size and mode.
+
+        Returns:
+            `torch.Tensor` of shape `(B, ...)`, float32, on the VAE's device.
+
+        Raises:
+            [`ValueError`]: if images of this pipeline can't be encoded.
+        """
+        if self._latent_map is None:
+            self._latent_map = self._find_latent_map()
+        processor = _image_processor(self.pipeline)
+        vae: Any = self.pipeline.components["vae"]
+        parameter = next(vae.parameters())
+        pixels = processor.preprocess(
+            [image.convert("RGB") for image in images], self.height, self.width, resize_mode="crop"
+        ).to(parameter.device, parameter.dtype)
+        if self._latent_map.of_video:
+            pixels = pixels.unsqueeze(2)
+        encoded = vae.encode(pixels, return_dict=False)[0]
+        return self._latent_map.from_vae(encoded if isinstance(encoded, Tensor) else encoded.mode())
+
+    def check_encode(self) -> None:
+        """
+        Encodes a grey image.
+
+        Raises:
+            [`ValueError`]: if images of this pipeline can't be encoded, with the reason.
+        """
+        if not isinstance(self.pipeline.components.get("vae"), nn.Module) or _image_processor(self.pipeline) is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no VAE with an image processor to encode images with."
+            )
+        self.encode([new_image("RGB", (self.width or 64, self.height or 64), "grey")])
+
+    def _find_latent_map(self) -> LatentMap:
+        """How the VAE's latents lie and are scaled in the loop's: whatever the pipeline does to them before decoding."""
+        vae: Any = self.pipeline.components["vae"]
+        generators = [torch.Generator().manual_seed(0)]
+
+        def to_vae(x: Tensor) -> Tensor:
+            stand_in = DecoderStandIn(vae)
+            self._probe.level = None
+            self._run([""], 1.0, self._probe, 1, x=x, output_type="pt", vae=stand_in)
+            return stand_in.latents
+
+        return LatentMap.find(to_vae, self.initial_latents([""], generators), type(self.pipeline).__name__)
 
     def check_guidance(self, guidance_scale: float) -> None:
         """
@@ -298,6 +385,7 @@ class VelocityField:
         x: Tensor | None = None,
         transformer: "StandIn | None" = None,
         output_type: str = "latent",
+        vae: DecoderStandIn | None = None,
     ) -> "PipelineView":
         """
         Runs the pipeline's `__call__`: to its transformer (no `x`), one step at `x`, or to the end from `x`.
@@ -312,10 +400,12 @@ class VelocityField:
             cache=self._cache,
             x=x,
             prepared=None if x is None else self._extras(prompts),
-            decoding=output_type != "latent",
+            decoding=output_type != "latent" and vae is None,
             images=None,
             _progress_bar_config={"disable": True},
         )
+        if vae is not None:
+            view.__dict__["vae"] = vae
         try:
             view.images = inspect.unwrap(type(self.pipeline).__call__)(
                 view,
@@ -377,7 +467,12 @@ def _pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
 
 def _pixels_a_latent(pipeline: DiffusionPipeline) -> int:
     # Packed families count two latents a side here, as they must.
+    processor = _image_processor(pipeline)
+    return 1 if processor is None else processor.config.vae_scale_factor
+
+
+def _image_processor(pipeline: DiffusionPipeline) -> Any:
     for name in ("image_processor", "video_processor"):
         if name in pipeline.__dict__:
-            return pipeline.__dict__[name].config.vae_scale_factor
-    return 1
+            return pipeline.__dict__[name]
+    return None

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, snapshot
 from safetensors.torch import save_file
+from sft_fixtures import sft_trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
@@ -79,6 +80,9 @@ def main(folder: Path) -> None:
     except FloatingPointError as stop:
         error = str(stop)
 
+    tuned = sft_trainer(folder / "tuned", teachers, teacher_cache_dir=str(folder / "images"), **scenario["tuning"])
+    tuned.train()
+
     save_file({**through, "drawn": drawn}, folder / f"rank_{rank}.safetensors")
     report = {
         "world_size": trainer.accelerator.num_processes,
@@ -88,6 +92,7 @@ def main(folder: Path) -> None:
         "trained_parameters": sum(p.numel() for p in trainer.student.parameters()),
         "resumed_is_same": same,
         "error": error,
+        "tuning_log": tuned.state.log_history,
         "updates_before_error": broken.state.global_step,
     }
     (folder / f"rank_{rank}.json").write_text(json.dumps(report))

@@ -15,9 +15,7 @@
 """The evaluation from its arguments to its report."""
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,9 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
-from diffusers.utils.peft_utils import recurse_remove_peft_layers
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
+from ..base_pipeline import borrowed, load_base
 from ..data import dataset_problems, task_rows
-from ..hub_errors import explained, retried
 from ..retention import retention_report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..teacher_specs import TeacherSpec
@@ -160,7 +155,7 @@ def evaluate_retention(
     if problems:
         raise ValueError("The evaluation cannot start:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
 
-    base: Any = _load_base(pipeline, dtype or "float32").to(state.device) if isinstance(pipeline, str) else pipeline
+    base: Any = load_base(pipeline, dtype or "float32").to(state.device) if isinstance(pipeline, str) else pipeline
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     tasks = {
         task: Task(
@@ -171,7 +166,7 @@ def evaluate_retention(
         )
         for index, (task, of_task) in enumerate(rows.items())
     }
-    with _borrowed(base) as transformer:
+    with borrowed(base) as transformer:
         field = VelocityField(
             base,
             num_inference_steps=num_inference_steps,
@@ -255,44 +250,5 @@ def _option_problems(
     return problems
 
 
-def _load_base(name: str, dtype: str) -> DiffusionPipeline:
-    with explained(f"The base {name!r}", name):
-        try:
-            return retried(DiffusionPipeline.from_pretrained, name, dtype=getattr(torch, dtype), use_safetensors=True)
-        except OSError as error:
-            if not os.path.isdir(name):
-                raise
-            raise ValueError(
-                f"The base {name!r} cannot be loaded: it needs a model_index.json and .safetensors weights. ({error})"
-            ) from error
-
-
 def _at(config: TeacherConfig, guidance_scale: float) -> TeacherConfig:
     return config if config.guidance_scale is not None else replace(config, guidance_scale=guidance_scale)
-
-
-@contextmanager
-def _borrowed(pipeline: Any) -> Iterator[Any]:
-    """The pipeline's transformer to put LoRAs on, which are gone afterwards, also when a teacher cannot be loaded."""
-    transformer = pipeline.components.get("transformer")
-    if isinstance(transformer, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
-        raise ValueError(
-            "The pipeline already carries a LoRA, which would count as part of the base. Remove it with "
-            "pipe.unload_lora_weights(), and pass it as a student or a teacher."
-        )
-    networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    trained = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]
-    for network in networks:
-        network.eval()
-    try:
-        yield transformer
-    finally:
-        if isinstance(transformer, nn.Module):
-            recurse_remove_peft_layers(transformer)
-            # PEFT leaves it on the model, and load_lora_weights would take its names for adapters that are there.
-            transformer.__dict__.pop("peft_config", None)
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)

@@ -20,6 +20,8 @@ from .diffusion_nft_config import DiffusionNFTConfig
 from .diffusion_nft_trainer import DiffusionNFTTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .diffusion_opd_trainer import DiffusionOPDTrainer
+from .diffusion_sft_config import DiffusionSFTConfig
+from .diffusion_sft_trainer import DiffusionSFTTrainer
 from .rl_config import DiffusionRLConfig
 from .rl_trainer import DiffusionRLTrainer, Rollout
 
@@ -34,6 +36,8 @@ __all__ = [
     "DiffusionOPDTrainer",
     "DiffusionRLConfig",
     "DiffusionRLTrainer",
+    "DiffusionSFTConfig",
+    "DiffusionSFTTrainer",
     "DiffusionTrainer",
     "Rollout",
 ]

@@ -19,6 +19,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 
+# Value of `student_init`: the mean of the teachers' LoRAs.
+MERGE = "merge"
+
+
 @dataclass
 class DiffusionConfig(_BaseConfig):
     r"""
@@ -63,7 +67,8 @@ class DiffusionConfig(_BaseConfig):
         > Parameters that control the student
 
         student_init (`str`, *optional*):
-            A LoRA to start from: a folder, or `owner/repo[/sub/folder][@revision]`.
+            A LoRA to start from: a folder, or `owner/repo[/sub/folder][@revision]`. `"merge"` starts from the mean of the
+            teachers' LoRAs, truncated to the rank of `peft_config`.
         ema_decay (`float`, *optional*, defaults to `0.9`):
             Decay of the exponential moving average of the weights, which evaluation and saving use; `None` or 0 for
             none.
@@ -159,7 +164,9 @@ class DiffusionConfig(_BaseConfig):
     )
 
     # Parameters that control the student
-    student_init: str | None = field(default=None, metadata={"help": "A LoRA to start from: a folder or a Hub id."})
+    student_init: str | None = field(
+        default=None, metadata={"help": "A LoRA to start from: a folder, a Hub id, or 'merge'."}
+    )
     ema_decay: float | None = field(
         default=0.9, metadata={"help": "Decay of the moving average that is evaluated and saved. 0 for none."}
     )

@@ -46,7 +46,7 @@ from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..trackers import use_public_trackers
 from ..velocity import VelocityField
-from .base_config import DiffusionConfig
+from .base_config import MERGE, DiffusionConfig
 from .checks import (
     collect,
     evaluation_data_problems,
@@ -92,6 +92,7 @@ class DiffusionTrainer(_BaseTrainer):
     _config_class: type[DiffusionConfig]
     # How often a prompt comes in a round, and a round in an epoch.
     _repeats, _passes = 1, 1
+    _teacher_specs: Any = None
 
     def __init__(
         self,
@@ -127,6 +128,11 @@ class DiffusionTrainer(_BaseTrainer):
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
         unfit = model_problems(self._pipeline, args, peft_config)
+        if args.student_init == MERGE and self._teacher_specs is None:
+            problems.append(
+                "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
+                "say './merge' if a folder of that name is meant."
+            )
         student_model: Any = None
         if not unfit:
             for component in self._components():
@@ -186,7 +192,10 @@ class DiffusionTrainer(_BaseTrainer):
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
 
     def _card_fields(self) -> dict[str, Any]:
-        """What the model card says of the method: `method`, `teachers` and `settings`, all optional."""
+        """
+        What the model card says of the method: `method`, `teachers`, `settings`, and `no_walk` where training has no
+        sampler; all optional.
+        """
         return {}
 
     # Before the first step
@@ -232,7 +241,7 @@ class DiffusionTrainer(_BaseTrainer):
         model: nn.Module
         if peft_config is None:
             model = transformer.requires_grad_(True)
-        elif args.student_init is not None:
+        elif args.student_init not in (None, MERGE):  # a merge needs the teachers, which are loaded later
             config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
             model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
         else:
@@ -268,6 +277,9 @@ class DiffusionTrainer(_BaseTrainer):
         return self._sampler
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
+            self.control.should_training_stop = True
+            return
         # accelerate does not forward set_epoch through the wrappers that sharding and resuming put around a sampler.
         self._sampler.set_epoch(epoch)
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
@@ -340,13 +352,22 @@ class DiffusionTrainer(_BaseTrainer):
             )
         return everyone
 
-    def _student_velocity(self, model: nn.Module, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+    def _student_velocity(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        t: float | list[float],
+        prompts: list[str],
+        guidance_scale: float | None = None,
+        field: VelocityField | None = None,
+    ) -> Tensor:
         """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
         unwrapped = self.accelerator.unwrap_model(model)
-        inputs = (x, t, prompts, self.args.guidance_scale)
+        field = self.velocity_field if field is None else field
+        inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         if unwrapped is model:
-            return self.velocity_field(*inputs, model)
-        return self._redirect(model, unwrapped, self.velocity_field, *inputs, unwrapped)
+            return field(*inputs, model)
+        return self._redirect(model, unwrapped, field, *inputs, unwrapped)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.

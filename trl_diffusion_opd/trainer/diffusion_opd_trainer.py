@@ -14,25 +14,21 @@
 
 """On-policy distillation of several frozen teachers into one student, one pass along each trajectory."""
 
-import json
 import logging
 import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .. import dry_run, tables
-from ..checkpoint import write_json
-from ..data import SINGLE_TASK, task_rows
+from ..data import task_rows
 from ..objectives import (
     default_skip_last_steps,
     inclusion_probabilities,
@@ -45,23 +41,21 @@ from ..objectives import (
 from ..rewards import RewardFuncs
 from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
-from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import Teacher, TeacherBank, TeacherConfig, normalize_teachers, rescaled_factors
-from .base_trainer import DiffusionTrainer
+from ..student import STUDENT_ADAPTER
+from ..teacher_specs import TeacherSpec
+from ..teachers import rescaled_factors
 from .checks import collect
 from .diffusion_opd_config import DiffusionOPDConfig
+from .taught_trainer import TaughtTrainer
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "teacher_manifest.json"
 # Third entry of a seed that is not a task's index: it draws the steps that are trained.
 _STEP_DRAW = 2**32 - 1
 
-TeacherSpec = str | TeacherConfig | list[str | TeacherConfig]
 
-
-class DiffusionOPDTrainer(DiffusionTrainer):
+class DiffusionOPDTrainer(TaughtTrainer):
     """
     Trainer for on-policy distillation of diffusion models ([DiffusionOPD](https://huggingface.co/papers/2605.15055)).
 
@@ -149,10 +143,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self.bank.to(self.accelerator.device)
-        # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
-        shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
-        assert not shared, "a teacher's parameter is trainable"
+        self._place_teachers()
         if self.is_world_process_zero():
             tables.print_start(self)
 
@@ -172,30 +163,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     f"num_trained_timesteps={args.num_trained_timesteps}: only {len(self.trainable_steps)} steps are "
                     f"trained of {len(self.table)}, without the last {skip} (skip_last_steps)."
                 )
-        with collect(problems):
-            specs = self._teacher_specs
-            # Where the data cannot tell the tasks, the teachers are still looked at.
-            named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
-            teachers = normalize_teachers(specs, self.tasks or named)
-            is_lora = isinstance(model, PeftModel)
-            default_scale = args.teacher_guidance_scale
-            self.bank = TeacherBank(
-                model if is_lora else frozen_copy(model),
-                self._pipeline,
-                teachers,
-                args.guidance_scale if default_scale is None else default_scale,
-                STUDENT_ADAPTER if is_lora else None,
-                self._recorded_manifest(args.resume_from_checkpoint),
-            )
-            for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
-                self.velocity_field.check_guidance(scale)
-
-    @staticmethod
-    def _recorded_manifest(resume_from_checkpoint: str | bool | None) -> dict[str, Any] | None:
-        if not isinstance(resume_from_checkpoint, str):
-            return None
-        path = Path(resume_from_checkpoint) / MANIFEST_FILE
-        return json.loads(path.read_text()) if path.exists() else None
+        self._load_teachers(model, problems, args.teacher_guidance_scale)
 
     def dry_run(self) -> dict[str, Any]:
         """
@@ -280,17 +248,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         steps = systematic_sample(pi, float(np.random.default_rng(seed).random()))
         return {j: 1.0 / float(pi[j]) for j in steps}
 
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """Weighted mean velocity of the task's teachers, each at its own guidance."""
-        target = torch.zeros_like(x)
-        for teacher in self.bank.teachers[task]:
-            target += teacher.weight * self._teacher_velocity(teacher, x, t, prompts)
-        return target
-
-    def _teacher_velocity(self, teacher: Teacher, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        with self.bank.use(teacher) as transformer:
-            return self.velocity_field(x, t, prompts, teacher.guidance_scale, transformer)
-
     def _step_loss(self, j: int, student: Tensor, target: Tensor, noise: Any) -> Tensor:
         weight = float(self.weights[j])
         if self.args.loss_type == "policy_gradient":
@@ -374,9 +331,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         gap = self.accelerator.gather(torch.stack(gaps)[None]).double().mean(0).cpu()
         return float((self.weights[:n] * gap).mean()), float((self.kl_weights[:n] * gap).mean())
 
-    def _save_method(self, folder: str) -> None:
-        write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
-
     def _card_fields(self) -> dict[str, Any]:
         args = self.args
         drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
@@ -389,21 +343,3 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 "trained steps": f"{len(self.trainable_steps)} of {args.num_inference_steps}{drawn}",
             },
         }
-
-    def _check_resume(self, folder: Path) -> list[str]:
-        problems = super()._check_resume(folder)
-        recorded = json.loads((folder / MANIFEST_FILE).read_text())
-        ours = self.bank.manifest()
-        if recorded.keys() != ours.keys():
-            return [
-                *problems,
-                f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}.",
-            ]
-        for task, entries in recorded.items():
-            if [entry["sha256"] for entry in entries] != [entry["sha256"] for entry in ours[task]]:
-                names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)
-                problems.append(
-                    f"the teacher of task {task!r} has changed: the checkpoint was trained with {names}. Give that one "
-                    "(for a Hub teacher, its revision), or set resume_from_checkpoint in the arguments, which loads it."
-                )
-        return problems

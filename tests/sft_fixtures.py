@@ -1,0 +1,61 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A tiny trainer of supervised fine-tuning in one call, and images for it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from diffusers import DiffusionPipeline
+from opd_fixtures import TRAINER_ARGUMENTS, make_config, make_dataset, student_lora
+from PIL import Image as Pillow
+from tiny_sd3 import make_pipeline
+
+from trl_diffusion_opd import DiffusionSFTConfig, DiffusionSFTTrainer
+
+
+def picture(seed: int, width: int = 16, height: int = 16) -> Pillow.Image:
+    return Pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def image_dataset() -> Dataset:
+    """The prompts of `make_dataset`, each with an image."""
+    rows = make_dataset().to_dict()
+    features = Features(
+        {"prompt": Value("string"), "task": Value("string"), "target": Value("int64"), "image": Image()}
+    )
+    images = [picture(i) for i in range(len(rows["prompt"]))]
+    return Dataset.from_dict({**rows, "image": images}, features=features)
+
+
+def sft_config(output_dir: str | Path, **options: Any) -> DiffusionSFTConfig:
+    shared = make_config(output_dir)
+    names = (
+        *("height", "width", "max_sequence_length", "num_inference_steps", "eval_num_inference_steps"),
+        *("guidance_scale", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps", "ema_decay"),
+        *("gradient_checkpointing", "logging_steps", "save_strategy", "report_to", "disable_tqdm", "use_cpu"),
+    )
+    return DiffusionSFTConfig(str(output_dir), **{**{name: getattr(shared, name) for name in names}, **options})
+
+
+def sft_trainer(
+    output_dir: str | Path, teachers: Any = None, pipeline: DiffusionPipeline | None = None, **options: Any
+) -> DiffusionSFTTrainer:
+    """On images, or with `teachers` on theirs. `options` are arguments of the trainer or fields of its config."""
+    arguments = {"peft_config": student_lora(), "train_dataset": make_dataset() if teachers else image_dataset()}
+    arguments |= {name: options.pop(name) for name in TRAINER_ARGUMENTS if name in options}
+    return DiffusionSFTTrainer(
+        pipeline or make_pipeline(), teachers, args=sft_config(output_dir, **options), **arguments
+    )

@@ -1,0 +1,281 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Stages one after another: each from the LoRA before, gone on with after a kill, and refused where they don't fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from opd_fixtures import make_dataset, make_teachers, make_trainer
+from safetensors.torch import load_file
+from sft_fixtures import sft_trainer
+from tiny_sd3 import make_pipeline
+
+from trl_diffusion_opd import DiffusionOPDTrainer, DiffusionSFTTrainer
+from trl_diffusion_opd.stages import Stage, StagesArguments, main, read_stages, run_stages
+from trl_diffusion_opd.student import Student
+from trl_diffusion_opd.trainer.base_trainer import DiffusionTrainer
+
+
+OPTIONS = dict(
+    max_steps=3,
+    learning_rate=1e-2,
+    save_strategy="steps",
+    save_steps=1,
+    save_total_limit=1,
+    ema_decay=0.9,
+    ema_update_interval=1,
+)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return make_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+def two_stages(teachers, seen=None):
+    """On-policy distillation of one task, then fine-tuning on the other's images."""
+
+    def first(output_dir, student_init):
+        if seen is not None:
+            seen.append(("first", student_init))
+        data = make_dataset(count=4)
+        return make_trainer(output_dir, teachers["count"], train_dataset=data, student_init=student_init, **OPTIONS)
+
+    def second(output_dir, student_init):
+        if seen is not None:
+            seen.append(("second", student_init))
+        data = make_dataset(draw=4)
+        return sft_trainer(output_dir, teachers["draw"], train_dataset=data, student_init=student_init, **OPTIONS)
+
+    return [Stage("first", first, {"trainer": "opd"}), Stage("second", second, {"trainer": "sft"})]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory, teachers):
+    folder = tmp_path_factory.mktemp("through")
+    seen = []
+    assert run_stages(two_stages(teachers, seen), folder) == folder / "second"
+    assert seen == [("first", None), ("second", str(folder / "first"))]
+    return folder
+
+
+def test_each_stage_starts_from_the_one_before(through, teachers, tmp_path):
+    # At learning rate 0 the second stage is the first one's LoRA, to the rounding of its average.
+    shutil.copytree(through / "first", tmp_path / "first")
+    still = dict(OPTIONS, learning_rate=0.0)
+    stages = two_stages(teachers)[:1] + [
+        Stage(
+            "second",
+            lambda folder, init: sft_trainer(
+                folder, teachers["draw"], train_dataset=make_dataset(draw=4), student_init=init, **still
+            ),
+        )
+    ]
+    run_stages(stages, tmp_path)
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+    assert not same(weights(through / "first"), weights(through / "second"))
+
+
+def test_finished_stages_are_skipped(through, teachers):
+    seen = []
+    before = weights(through / "second")
+    assert run_stages(two_stages(teachers, seen), through) == through / "second"
+    assert seen == [] and same(weights(through / "second"), before)
+
+
+class Killed(BaseException):
+    """Not an error: nothing handles it."""
+
+
+# Each stage has three updates, each with a checkpoint, and saves once more at its end.
+KILLS = {
+    "within the first stage": ("training_step", 2),
+    "at the end of the first stage": ("save_model", 4),
+    "at the beginning of the second stage": ("training_step", 4),
+    "within a checkpoint of the second stage": ("save_state", 5),
+    "at the end of the second stage": ("create_model_card", 8),
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_killed_anywhere_gives_the_same(where, tmp_path, teachers, through, monkeypatch):
+    (method, call), calls = KILLS[where], []
+    owners = {"training_step": (DiffusionOPDTrainer, DiffusionSFTTrainer), "save_state": (Student,)}
+    for cls in owners.get(method, (DiffusionTrainer,)):
+        original = getattr(cls, method)
+
+        def killed(self, *args, original=original, **kwargs):
+            calls.append(method)
+            if len(calls) == call:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, method, killed)
+    with pytest.raises(Killed):
+        run_stages(two_stages(teachers), tmp_path)
+    last = run_stages(two_stages(teachers), tmp_path)
+    assert same(weights(last), weights(through / "second"))
+    assert same(weights(tmp_path / "first"), weights(through / "first"))
+
+
+# What is refused
+
+
+def refusal(stages, folder):
+    with pytest.raises(ValueError) as error:
+        run_stages(stages, folder)
+    return str(error.value)
+
+
+def never(output_dir, student_init):
+    raise AssertionError("a stage was run")
+
+
+def test_names_are_checked(tmp_path):
+    names = ["ocr", "a/b", "ocr", "..", "style"]
+    message = refusal([Stage(name, never) for name in names], tmp_path)
+    assert "the name 'ocr' is given to 2 stages" in message
+    assert "the name 'a/b' is not fit for a folder" in message and "the name '..'" in message
+    assert message.count("\n- ") == 3
+    assert "there are none" in refusal([], tmp_path)
+
+
+def copy_of(through, tmp_path):
+    shutil.copytree(through, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_other_settings_are_refused(through, tmp_path):
+    folder = copy_of(through, tmp_path)
+    stages = [Stage("first", never, {"trainer": "opd"}), Stage("second", never, {"trainer": "sft", "seed": 1})]
+    message = refusal(stages, folder)
+    assert "stage 'second' was begun with other settings (seed). Remove the folder 'second' to run it anew" in message
+
+
+def test_another_beginning_is_refused(through, teachers, tmp_path):
+    folder = copy_of(through, tmp_path)
+    (
+        folder / "first" / "finished"
+    ).unlink()  # it would be run again, and the second stage has gone on from the old one
+    assert "stage 'second' was begun from another LoRA than the stage before has." in refusal(
+        two_stages(teachers), folder
+    )
+
+
+# From a file
+
+
+def write_file(path, **changes):
+    content = {
+        "output_dir": str(path.parent / "out"),
+        "shared": {"model_name_or_path": "base", "config": {"report_to": "none", "seed": 3}},
+        "stages": [
+            {"name": "one", "trainer": "opd", "prompts": ["a=a.txt"], "teachers": ["a=base"]},
+            {
+                "name": "two",
+                "trainer": "sft",
+                "prompts": ["a=a.txt"],
+                "config": {"seed": 4, "teacher_guidance_scale": 2.0},
+            },
+        ],
+    }
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def test_a_file_is_read(tmp_path):
+    stages, output_dir = read_stages(write_file(tmp_path / "stages.yaml"))
+    assert output_dir == str(tmp_path / "out")
+    assert [stage.name for stage in stages] == ["one", "two"]
+    assert [stage.settings["config"]["seed"] for stage in stages] == [3, 4]
+    assert [stage.settings["model_name_or_path"] for stage in stages] == ["base", "base"]
+
+
+def test_a_file_runs(tmp_path, teachers):
+    make_pipeline().save_pretrained(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("".join(f"draw{i}\n" for i in range(4)))
+    config = {
+        "height": 16, "width": 16, "max_sequence_length": 16, "num_inference_steps": 3, "eval_num_inference_steps": 2,
+        "guidance_scale": 1.0, "max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1.0e-2,
+        "gradient_checkpointing": False, "report_to": "none", "use_cpu": True, "ema_decay": 0.0,
+    }  # fmt: skip
+    prompts = {"prompts": [f"draw={tmp_path / 'prompts.txt'}"], "teachers": [f"draw={teachers['draw']}"]}
+    content = {
+        "output_dir": str(tmp_path / "out"),
+        "shared": {
+            "model_name_or_path": str(tmp_path / "base"),
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "config": config,
+            **prompts,
+        },
+        "stages": [
+            {"name": "one", "trainer": "opd"},
+            {"name": "two", "trainer": "sft", "config": {"learning_rate": 0.0}},
+        ],
+    }
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(content))
+    main(StagesArguments(str(tmp_path / "stages.yaml")))
+    pipeline = make_pipeline()
+    pipeline.load_lora_weights(tmp_path / "out" / "two")
+    assert json.loads((tmp_path / "out" / "two" / "adapter_config.json").read_text())["r"] == 4
+    one, two = weights(tmp_path / "out" / "one"), weights(tmp_path / "out" / "two")
+    assert same(one, two) and any(bool(p.any()) for name, p in one.items() if "lora_B" in name)
+
+
+def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
+    stages = [
+        {"name": "one", "trainer": "ppo", "prompts": ["a=a.txt"], "reward": "x"},
+        {"name": "two", "trainer": "opd", "prompts": ["a=a.txt"], "config": {"student_init": "x", "output_dir": "y"}},
+        {"trainer": "grpo", "prompts": ["a=a.txt"], "teachers": ["a=base"]},
+        {"name": "four", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"logit_std": -1.0, "sampler": "euler"}},
+        {"name": "five", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"learning_rte": 1.0}},
+    ]
+    path = write_file(tmp_path / "stages.yaml", stages=stages, defaults={})
+    with pytest.raises(ValueError) as error:
+        read_stages(path)
+    message = str(error.value)
+    for expected in (
+        "'defaults' is none of output_dir, shared, stages.",
+        "stage 'one': 'reward' is none of config,",
+        "stage 'one': trainer='ppo': it is one of opd, grpo, nft, sft.",
+        "stage 'two': trainer='opd' needs teachers.",
+        "stage 'two': config: output_dir is the stage's own folder.",
+        "stage 'two': config: student_init is the LoRA of the stage before.",
+        "stage 3: name must be given.",
+        "stage 3: trainer='grpo' takes no teachers.",
+        "stage 'four': DiffusionSFTConfig: sampler='euler'",
+        "logit_std=-1.0: it must be positive.",
+        "stage 'five': DiffusionSFTConfig has no learning_rte.",
+    ):
+        assert expected in message, expected
+
+
+def test_a_file_without_stages_is_refused(tmp_path):
+    (tmp_path / "stages.yaml").write_text("stages: one\n")
+    with pytest.raises(ValueError, match="it needs an output_dir and a list of stages"):
+        read_stages(tmp_path / "stages.yaml")

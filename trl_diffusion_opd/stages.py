@@ -1,0 +1,344 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Runs trainers one after another, each from the LoRA of the one before: the cascade that on-policy distillation is compared
+with, one task's training at a time.
+
+```bash
+accelerate launch -m trl_diffusion_opd.stages --stages cascade.yaml
+```
+
+```yaml
+output_dir: outputs/cascade
+shared:                       # of every stage, which can give its own
+  model_name_or_path: stabilityai/stable-diffusion-3.5-medium
+  config: {dtype: bfloat16, save_strategy: steps, save_steps: 50}
+stages:
+  - name: geneval
+    trainer: nft
+    prompts: [geneval=prompts/geneval.jsonl]
+    reward_funcs: [geneval=geneval]
+    config: {max_steps: 500}
+  - name: ocr
+    trainer: grpo
+    prompts: [ocr=prompts/ocr.txt]
+    reward_funcs: [ocr=ocr]
+    config: {max_steps: 300, sampler: flow_sde}
+```
+
+Run again after an interruption, it goes on: finished stages are skipped, an unfinished one resumes from its last checkpoint,
+and the result is the same.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import release_memory
+from peft import LoraConfig
+from trl import TrlParser
+
+from .checkpoint import COMPLETE_FILE, write_json
+from .cli import load_prompts, load_rewards, load_teachers
+from .student import ADAPTER_FILE, ATTENTION_TARGETS
+
+
+if TYPE_CHECKING:
+    from .trainer.base_config import DiffusionConfig
+    from .trainer.base_trainer import DiffusionTrainer
+
+STAGE_FILE = "stage.json"
+FINISHED_FILE = "finished"
+_TRAINERS = {"opd": "DiffusionOPD", "grpo": "DiffusionGRPO", "nft": "DiffusionNFT", "sft": "DiffusionSFT"}
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stage.
+
+    Args:
+        name (`str`): its folder in the output folder.
+        make_trainer (`Callable`):
+            `make_trainer(output_dir, student_init)` makes the trainer; `student_init` is the folder of the LoRA of the stage
+            before, `None` for the first. Its config must write its checkpoints to `output_dir`.
+        settings (`dict`, *optional*): JSON values that say what the stage does. With others a stage is not gone on with.
+    """
+
+    name: str
+    make_trainer: "Callable[[Path, str | None], DiffusionTrainer]"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
+    """
+    Runs the stages that are not finished yet.
+
+    Args:
+        stages (`list[Stage]`): in this order.
+        output_dir (`str` or `Path`): has a folder for each stage, with its checkpoints and its LoRA.
+
+    Returns:
+        `Path`: the folder of the last stage, with the final LoRA.
+
+    Raises:
+        [`ValueError`]: before anything is run, if names are missing, unfit or used twice, or a folder holds a stage of other
+            settings or with another beginning. One message lists everything.
+    """
+    output_dir = Path(output_dir)
+    problems = _name_problems([stage.name for stage in stages]) or _folder_problems(stages, output_dir)
+    if problems:
+        raise ValueError("The stages can't be run:\n" + "\n".join(f"- {problem}" for problem in problems))
+    state = PartialState()
+    state.wait_for_everyone()  # nobody writes while another checks
+    student_init: str | None = None
+    for stage in stages:
+        folder = output_dir / stage.name
+        if not (folder / FINISHED_FILE).exists():
+            if state.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / STAGE_FILE, _record(stage, student_init))
+            _run(stage, folder, student_init)
+            if state.is_main_process:
+                (folder / FINISHED_FILE).touch()
+            state.wait_for_everyone()
+        student_init = str(folder)
+    return output_dir / stages[-1].name
+
+
+def _run(stage: Stage, folder: Path, student_init: str | None) -> None:
+    trainer = stage.make_trainer(folder, student_init)
+    started = any(folder.glob(f"checkpoint-*/{COMPLETE_FILE}"))
+    trainer.train(resume_from_checkpoint=started)
+    trainer.save_model(str(folder))
+    trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    release_memory(trainer)
+
+
+def _name_problems(names: Sequence[str]) -> list[str]:
+    problems = [] if names else ["there are none."]
+    problems += [
+        f"the name {name!r} is not fit for a folder: use letters, digits, '-', '_' and '.'."
+        for name in names
+        if not _NAME.fullmatch(name)
+    ]
+    problems += [
+        f"the name {name!r} is given to {names.count(name)} stages, and each has a folder of its name. Rename all but one."
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    return problems
+
+
+def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
+    """What in the output folder does not belong to these stages."""
+    problems: list[str] = []
+    student_init: str | None = None
+    whole = True  # all stages so far are finished
+    for stage in stages:
+        folder = output_dir / stage.name
+        recorded = _read(folder / STAGE_FILE)
+        if recorded is not None:
+            expected = _record(stage, student_init if whole else None)
+            settings, ours = recorded["settings"], expected["settings"]
+            differing = sorted(key for key in {*settings, *ours} if settings.get(key) != ours.get(key))
+            remedy = f"Remove the folder {folder.name!r} to run it anew, or choose another output_dir."
+            if differing:
+                problems.append(
+                    f"stage {stage.name!r} was begun with other settings ({', '.join(differing)}). {remedy}"
+                )
+            elif not whole or recorded["student_init"] != expected["student_init"]:
+                problems.append(
+                    f"stage {stage.name!r} was begun from another LoRA than the stage before has. {remedy}"
+                )
+        whole = whole and (folder / FINISHED_FILE).exists()
+        student_init = str(folder)
+    return problems
+
+
+def _record(stage: Stage, student_init: str | None) -> dict[str, Any]:
+    """The settings of a stage, and the hash of the LoRA that it starts from."""
+    digest = None
+    if student_init is not None:
+        with open(Path(student_init) / ADAPTER_FILE, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"settings": json.loads(json.dumps(stage.settings)), "student_init": digest}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+# From a file
+
+
+@dataclass
+class StageSpec:
+    """
+    A stage as a file describes it.
+
+    Args:
+        name (`str`): its folder in the output folder.
+        trainer (`str`): `"opd"`, `"grpo"`, `"nft"` or `"sft"`.
+        model_name_or_path (`str`): the base, the same for all stages.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file. For
+            `"sft"` without teachers it has a column of images.
+        config (`dict`): fields of the trainer's config.
+        eval_prompts, reward_funcs, teachers, teacher_guidance_scales (`list[str]`, *optional*): as for `examples/opd_sd3.py`.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards.
+        lora_r, lora_alpha, lora_target_modules (*optional*): the LoRA of the first stage; the others go on with it.
+    """
+
+    name: str
+    trainer: str
+    model_name_or_path: str
+    prompts: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+    eval_prompts: list[str] | None = None
+    reward_funcs: list[str] | None = None
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+    teachers: list[str] | None = None
+    teacher_guidance_scales: list[str] | None = None
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_target_modules: list[str] | None = None
+
+    def stage(self) -> Stage:
+        settings = {known.name: self.__dict__[known.name] for known in fields(self)}
+        return Stage(self.name, self.make_trainer, settings)
+
+    def make_config(self, output_dir: Path, student_init: str | None) -> "DiffusionConfig":
+        """
+        Raises:
+            [`ValueError`]: if the config refuses its values, or has no field of a name.
+        """
+        options = {**self.config, "output_dir": str(output_dir)}
+        if student_init is not None:
+            options["student_init"] = student_init
+        config_class = getattr(importlib.import_module(__package__), f"{_TRAINERS[self.trainer]}Config")
+        unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
+        if unknown:
+            raise ValueError(f"{config_class.__name__} has no {', '.join(unknown)}.")
+        return config_class(**options)
+
+    def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
+        args = self.make_config(output_dir, student_init)
+        trainer_class = getattr(importlib.import_module(__package__), f"{_TRAINERS[self.trainer]}Trainer")
+        arguments: dict[str, Any] = {}
+        if self.teachers:
+            arguments["teachers"] = load_teachers(self.teachers, self.teacher_guidance_scales)
+        return trainer_class(
+            model=self.model_name_or_path,
+            reward_funcs=load_rewards(self.reward_funcs, self.reward_kwargs) or None,
+            args=args,
+            train_dataset=load_prompts("prompts", self.prompts, args.task_column),
+            eval_dataset=load_prompts("eval_prompts", self.eval_prompts, args.task_column),
+            peft_config=LoraConfig(
+                r=self.lora_r,
+                lora_alpha=self.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=self.lora_target_modules or list(ATTENTION_TARGETS),
+            ),
+            **arguments,
+        )
+
+
+def read_stages(path: str | Path) -> tuple[list[Stage], str]:
+    """
+    Reads a file of stages.
+
+    Returns:
+        The stages and the output folder.
+
+    Raises:
+        [`ValueError`]: with everything in the file that is wrong.
+    """
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or "output_dir" not in content:
+        raise ValueError(f"{path}: it needs an output_dir and a list of stages.")
+    problems = [
+        f"{key!r} is none of output_dir, shared, stages."
+        for key in content.keys() - {"output_dir", "shared", "stages"}
+    ]
+    shared = content.get("shared") or {}
+    known = {one.name for one in fields(StageSpec)}
+    stages = []
+    for i, given in enumerate(content["stages"]):
+        merged = {**shared, **given, "config": {**(shared.get("config") or {}), **(given.get("config") or {})}}
+        found = _spec_problems(merged, known, first=i == 0)
+        if not found:
+            spec = StageSpec(**merged)
+            stages.append(spec.stage())
+            try:  # of all stages before the first is run, not hours later
+                spec.make_config(Path(content["output_dir"]) / spec.name, None)
+            except ValueError as error:
+                found = str(error).replace("\n- ", " ").splitlines()
+        problems += [f"stage {merged.get('name', i + 1)!r}: {problem}" for problem in found]
+    if problems:
+        raise ValueError(f"{path}:\n" + "\n".join(f"- {problem}" for problem in problems))
+    return stages, str(content["output_dir"])
+
+
+def _spec_problems(given: dict[str, Any], known: set[str], first: bool) -> list[str]:
+    missing = [name for name in ("name", "trainer", "model_name_or_path", "prompts") if not given.get(name)]
+    problems = [f"{', '.join(missing)} must be given."] if missing else []
+    problems += [f"{name!r} is none of {', '.join(sorted(known))}." for name in sorted(given.keys() - known)]
+    trainer, config = given.get("trainer"), given["config"]
+    if trainer is not None and trainer not in _TRAINERS:
+        problems.append(f"trainer={trainer!r}: it is one of {', '.join(_TRAINERS)}.")
+    if trainer == "opd" and not given.get("teachers"):
+        problems.append("trainer='opd' needs teachers.")
+    if trainer in ("grpo", "nft") and given.get("teachers"):
+        problems.append(f"trainer={trainer!r} takes no teachers.")
+    if "output_dir" in config:
+        problems.append("config: output_dir is the stage's own folder. Set the one at the top.")
+    if not first and "student_init" in config:
+        problems.append("config: student_init is the LoRA of the stage before. Remove it.")
+    return problems
+
+
+@dataclass
+class StagesArguments:
+    """
+    Arguments of the command.
+
+    Args:
+        stages (`str`): a YAML file.
+    """
+
+    stages: str = field(metadata={"help": "A YAML file with output_dir, shared and stages."})
+
+
+def main(arguments: StagesArguments) -> None:
+    stages, output_dir = read_stages(arguments.stages)
+    folder = run_stages(stages, output_dir)
+    if PartialState().is_main_process:
+        print(f"The LoRA of all {len(stages)} stages is in {folder}.")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((StagesArguments,)).parse_args_and_config())

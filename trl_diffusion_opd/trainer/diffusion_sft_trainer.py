@@ -1,0 +1,340 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Supervised fine-tuning by flow matching, on images of a dataset or on images that teachers draw."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, Image
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .. import tables
+from ..data import task_rows
+from ..evaluation.identity import base_digest, model_identity
+from ..flow_matching import density_quantile, flow_matching_loss, noised_images, shifted
+from ..latent_cache import LatentCache, Shard
+from ..rewards import RewardFuncs
+from ..rollout import gaussian, sample_generators, walk
+from ..samplers import sampler_table
+from ..teacher_specs import TeacherSpec
+from .checks import collect
+from .diffusion_sft_config import DiffusionSFTConfig
+from .taught_trainer import TaughtTrainer
+
+
+# Third entries of seeds that are no update's: of the images of a cache, and of the loss in evaluations.
+_CACHE_DRAW = 2**32 - 2
+_EVAL_DRAW = 2**32 - 3
+_EVAL_LEVELS = 8
+
+
+class DiffusionSFTTrainer(TaughtTrainer):
+    """
+    Trainer for supervised fine-tuning of flow-matching models ([Flow Matching](https://huggingface.co/papers/2210.02747)).
+
+    An image `x0` is noised to `x_t = (1 - t) x0 + t eps`, and the velocity there is trained towards `eps - x0`. The images
+    are those of a dataset or, with `teachers`, images that each task's teacher draws for its prompts: the off-policy
+    baseline of on-policy distillation.
+
+    Example:
+
+    ```python
+    from trl_diffusion_opd import DiffusionSFTConfig, DiffusionSFTTrainer, tiny
+
+    trainer = DiffusionSFTTrainer(
+        model=tiny.BASE,
+        teachers=tiny.TEACHERS,
+        args=DiffusionSFTConfig("student", height=32, width=32, max_sequence_length=12, guidance_scale=1.0, max_steps=50),
+        train_dataset=tiny.dataset("train"),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]):
+            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+        teachers (`str`, [`TeacherConfig`], `list` of these, or `dict` from task to any of these, *optional*):
+            The frozen teachers of each task, as for [`DiffusionOPDTrainer`]. Not given, the dataset has images.
+        reward_funcs (function, `list` or `dict` from task to either, *optional*):
+            Rewards that are measured on the images of evaluations. They never enter the loss.
+        args ([`DiffusionSFTConfig`], *optional*):
+            Configuration. If not given, the default with an `output_dir` named after the model.
+        train_dataset ([`~datasets.Dataset`]):
+            Columns `prompt`, `image` (without teachers, of type [`~datasets.Image`]) and, for several tasks, `task`; others
+            are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and scheduler, if not those of `args`.
+        quantization_config (*optional*):
+            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+        peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
+            The student's LoRA, as for [`DiffusionOPDTrainer`]. `None` trains all weights.
+
+    Raises:
+        [`ValueError`]: before the first step, with everything that is wrong in one message.
+    """
+
+    _tag_names = ["trl", "diffusion-sft"]
+    _name = "DiffusionSFT"
+    _paper = {
+        "title": "Flow Matching",
+        "id": "2210.02747",
+        "citation": "@article{flowmatching,\n    title  = {{Flow Matching for Generative Modeling}},\n"
+        "    eprint = {arXiv:2210.02747},\n}",
+    }
+    args: DiffusionSFTConfig
+    _config_class = DiffusionSFTConfig
+
+    def __init__(
+        self,
+        model: str | DiffusionPipeline,
+        teachers: TeacherSpec | dict[str, TeacherSpec] | None = None,
+        reward_funcs: RewardFuncs | None = None,
+        args: DiffusionSFTConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | str | None = "default",
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
+            args = DiffusionSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
+        self._teacher_specs = teachers
+        self._images_of = train_dataset
+        self.cache: LatentCache | None = None
+        self._base_digest = ""
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            reward_funcs=reward_funcs,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if teachers is not None:
+            self._place_teachers()
+        # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
+        self._fine_field = self.velocity_field.with_steps(self._pipeline.scheduler.config.num_train_timesteps)
+        if self.is_world_process_zero():
+            tables.print_sft_start(self)
+
+    # Before the first step
+
+    def _make_student(self, transformer: nn.Module, args: Any, peft_config: PeftConfig | str | None) -> nn.Module:
+        if self._teacher_specs is not None and args.teacher_cache_dir is not None:
+            self._base_digest = base_digest(self._pipeline)  # while it is the base alone
+        return super()._make_student(transformer, args, peft_config)
+
+    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+        args = self.args
+        column, features = args.image_column, self._images_of.features if isinstance(self._images_of, Dataset) else {}
+        if self._teacher_specs is None:
+            if args.teacher_cache_dir is not None:
+                problems.append(
+                    f"teacher_cache_dir={args.teacher_cache_dir!r} keeps images of teachers, and there are none. Leave it unset."
+                )
+            if features and not isinstance(features.get(column), Image):
+                found = (
+                    f"its type is {features[column]}" if column in features else f"the columns are {list(features)}"
+                )
+                problems.append(
+                    f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, and "
+                    f"give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of teachers."
+                )
+            with collect(problems):
+                self.velocity_field.check_encode()
+            return
+        if column in features:
+            problems.append(
+                f"train_dataset has a column {column!r}, and with teachers its images would be ignored. Remove the column, or "
+                "leave out the teachers."
+            )
+        with collect(problems):
+            self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
+        loaded = len(problems)
+        self._load_teachers(model, problems, args.teacher_guidance_scale)
+        if args.teacher_cache_dir is not None and len(problems) == loaded and self.tasks:
+            self.cache = self._make_cache(args.teacher_cache_dir)
+            problems += [f"teacher_cache_dir: {problem}" for problem in self.cache.problems()]
+
+    def _make_cache(self, folder: str) -> LatentCache:
+        assert self._images_of is not None
+        prompts = self._images_of["prompt"][:]
+        of_task = {task: list(dict.fromkeys(prompts[row] for row in rows)) for task, rows in self._task_rows.items()}
+        settings = {
+            "base": self._base_digest,
+            "teachers": {task: model_identity(roles) for task, roles in self.bank.teachers.items()},
+            "sampler": self.args.sampler,
+            "noise_level": self.args.noise_level,
+            "levels": self.velocity_field.levels.tolist(),
+            "height": self.args.height,
+            "width": self.args.width,
+            "max_sequence_length": self.args.max_sequence_length,
+            "generation_kwargs": str(self.args.generation_kwargs),
+            "seed": self.args.seed,
+        }
+        return LatentCache(folder, settings, of_task, self.args.num_images_per_prompt)
+
+    # Images
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if self.cache is not None:
+            self._fill_cache(self.cache)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _fill_cache(self, cache: LatentCache) -> None:
+        """Draws what the cache lacks. Every process calls the transformer equally often."""
+        if self.is_world_process_zero():
+            cache.start()
+        missing = gather_object([cache.missing()])[0]  # the same for all, whatever has been written meanwhile
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        for first in range(0, len(missing), world):
+            shard = missing[min(first + rank, len(missing) - 1)]
+            latents = self._draw_shard(shard, cache.prompts_of(shard))
+            if first + rank < len(missing):
+                cache.write(shard, latents)
+        self.accelerator.wait_for_everyone()
+
+    def _draw_shard(self, shard: Shard, prompts: list[str]) -> Tensor:
+        size, parts = self.args.per_device_eval_batch_size, []
+        entropy = [self.args.seed, _CACHE_DRAW, self.tasks.index(shard.task)]
+        for first in range(0, len(prompts), size):
+            generators = sample_generators(entropy, shard.numbers[first : first + size])
+            parts.append(self._teacher_latents(shard.task, prompts[first : first + size], generators).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _teacher_latents(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        """Latents of images that the task's teachers draw, by the sampler of the arguments."""
+        x = self.velocity_field.initial_latents(prompts, generators)
+        levels = self.table.levels.tolist()
+        return walk(
+            lambda j, x: self._target(task, x, levels[j], prompts), x, self.table, lambda j: gaussian(generators, x)
+        )
+
+    def _latents(self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+        prompts = [row["prompt"] for row in rows]
+        if self._teacher_specs is None:
+            return self.velocity_field.encode([row[self.args.image_column] for row in rows])
+        if self.cache is None:
+            return self._teacher_latents(task, prompts, generators)
+        n = self.args.num_images_per_prompt
+        chosen = [int(torch.randint(n, (1,), generator=generator)) for generator in generators]
+        latents = [self.cache.read(task, prompt, which) for prompt, which in zip(prompts, chosen, strict=True)]
+        return torch.stack(latents).to(self.accelerator.device)
+
+    # Training
+
+    def training_step(
+        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Noises one task's images, each to a level of its own, and trains the velocity there."""
+        start = time.perf_counter()
+        model.eval()  # no dropout, and checkpointing in diffusers depends on the grad mode alone
+        task, positions = self._micro_batch(self._micro_step, len(inputs))
+        generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
+        x0 = self._latents(task, inputs, generators)
+        q = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+        eps = gaussian(generators, x0)
+        with self._gradient_sync(model, last=True):
+            loss = self._flow_loss(model, x0, eps, q, [row["prompt"] for row in inputs])
+            self._backward(self._task_share(task) * loss.mean())
+        mean = self._record(task, loss.detach().mean())
+        self._end_micro_batch()
+        self._metrics["train"]["step_time"].append(
+            (time.perf_counter() - start) * self._micro_batches * len(self.tasks)
+        )
+        return (mean * self._task_share(task)).to(x0.device, torch.float32)
+
+    def _flow_loss(self, model: nn.Module, x0: Tensor, eps: Tensor, q: Tensor, prompts: list[str]) -> Tensor:
+        """Loss of each image, at the level of the quantile `q` of the timesteps' density."""
+        args = self.args
+        u = density_quantile(q, args.timestep_density, args.logit_mean, args.logit_std)
+        t = shifted(u, self._fine_field.levels)
+        x = noised_images(x0, eps, t)
+        # Without guidance: it is the conditional velocity that is trained.
+        v = self._student_velocity(model, x, t.tolist(), prompts, guidance_scale=1.0, field=self._fine_field)
+        return flow_matching_loss(v, x0, eps)
+
+    def _record(self, task: str, loss: Tensor) -> Tensor:
+        """The mean loss over processes, kept by task; all of them refuse one that is not finite."""
+        everyone = self.accelerator.gather(loss[None]).double().cpu()
+        if not everyone.isfinite().all():
+            raise FloatingPointError(
+                f"The loss of task {task!r} is not finite in update {self.state.global_step + 1}. Training stops before the "
+                "optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype float32."
+            )
+        self._metrics["train"][f"loss/{task}"].append(float(everyone.mean()))
+        return everyone.mean()
+
+    # Evaluation and files
+
+    @torch.no_grad()
+    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """The loss on the first rows of the evaluation, one micro-batch a task, at fixed noise and levels."""
+        if self._teacher_specs is None and not isinstance(dataset.features.get(self.args.image_column), Image):
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        size = self.args.per_device_eval_batch_size
+        first = self.accelerator.process_index * size
+        losses: dict[str, float] = {}
+        for task, of_task in task_rows(dataset, self.args.task_column).items():
+            rows = [dataset[int(row)] for row in np.resize(of_task, first + size)[first:]]
+            entropy = [self.args.seed, _EVAL_DRAW, self.tasks.index(task)]
+            generators = sample_generators(entropy, range(first, first + size))
+            if self._teacher_specs is None:
+                x0 = self._latents(task, rows, generators)
+            else:  # a cache has the images of the training's prompts alone
+                x0 = self._teacher_latents(task, [row["prompt"] for row in rows], generators)
+            parts = []
+            for k in range(_EVAL_LEVELS):
+                q = torch.full((len(rows),), (k + 0.5) / _EVAL_LEVELS, dtype=torch.float64)
+                eps = gaussian(generators, x0)
+                parts.append(self._flow_loss(model, x0, eps, q, [row["prompt"] for row in rows]).mean())
+            gathered = self.accelerator.gather(torch.stack(parts)[None]).double()
+            losses[f"{metric_key_prefix}_loss/{task}"] = float(gathered.mean())
+        return {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **losses}
+
+    def _card_fields(self) -> dict[str, Any]:
+        args = self.args
+        taught = self._teacher_specs is not None
+        density = args.timestep_density
+        if density == "logit_normal":
+            density += f", mean {args.logit_mean}, standard deviation {args.logit_std}"
+        fields: dict[str, Any] = {
+            "method": "The student was trained by flow matching on images that the frozen teacher of each prompt's task drew."
+            if taught
+            else "The student was trained by flow matching on images with captions.",
+            "no_walk": True,
+            "settings": {"loss": "flow matching, without guidance", "timesteps": density},
+        }
+        if taught:
+            kept = f"{args.num_images_per_prompt} a prompt, drawn once" if self.cache else "fresh for every update"
+            fields["teachers"] = self.bank.manifest()
+            fields["settings"]["images"] = kept
+        return fields

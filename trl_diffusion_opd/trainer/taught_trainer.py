@@ -1,0 +1,125 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the trainers with frozen teachers share: loading them, asking them, and what a checkpoint says of them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..checkpoint import write_json
+from ..data import SINGLE_TASK
+from ..merge import MergeReport, merge_adapters, merge_weights
+from ..student import STUDENT_ADAPTER, frozen_copy
+from ..teachers import Teacher, TeacherBank, normalize_teachers
+from .base_config import MERGE
+from .base_trainer import DiffusionTrainer
+from .checks import collect
+
+
+MANIFEST_FILE = "teacher_manifest.json"
+
+
+class TaughtTrainer(DiffusionTrainer):
+    """
+    Base of the trainers with teachers. A trainer sets `_teacher_specs` before `__init__`, calls [`_load_teachers`] in
+    `_setup` and [`_place_teachers`] after `__init__`.
+
+    Attributes:
+        bank ([`TeacherBank`]): the loaded teachers.
+        merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, what the student started from.
+    """
+
+    bank: TeacherBank
+    merge_report: MergeReport | None = None
+
+    # Before the first step
+
+    def _load_teachers(self, model: nn.Module, problems: list[str], default_scale: float | None) -> None:
+        args = self.args
+        with collect(problems):
+            specs = self._teacher_specs
+            # Where the data cannot tell the tasks, the teachers are still looked at.
+            named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
+            teachers = normalize_teachers(specs, self.tasks or named)
+            is_lora = isinstance(model, PeftModel)
+            self.bank = TeacherBank(
+                model if is_lora else frozen_copy(model),
+                self._pipeline,
+                teachers,
+                args.guidance_scale if default_scale is None else default_scale,
+                STUDENT_ADAPTER if is_lora else None,
+                self._recorded_manifest(args.resume_from_checkpoint),
+            )
+            for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
+                self.velocity_field.check_guidance(scale)
+            if args.student_init == MERGE:
+                assert isinstance(model, PeftModel)  # full weights with a student_init are refused before
+                self.merge_report = merge_adapters(model, merge_weights(self.bank), STUDENT_ADAPTER)
+
+    def _place_teachers(self) -> None:
+        self.bank.to(self.accelerator.device)
+        # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
+        shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
+        assert not shared, "a teacher's parameter is trainable"
+
+    @staticmethod
+    def _recorded_manifest(resume_from_checkpoint: str | bool | None) -> dict[str, Any] | None:
+        if not isinstance(resume_from_checkpoint, str):
+            return None
+        path = Path(resume_from_checkpoint) / MANIFEST_FILE
+        return json.loads(path.read_text()) if path.exists() else None
+
+    # Training
+
+    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """Weighted mean velocity of the task's teachers, each at its own guidance."""
+        target = torch.zeros_like(x)
+        for teacher in self.bank.teachers[task]:
+            target += teacher.weight * self._teacher_velocity(teacher, x, t, prompts)
+        return target
+
+    def _teacher_velocity(self, teacher: Teacher, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        with self.bank.use(teacher) as transformer:
+            return self.velocity_field(x, t, prompts, teacher.guidance_scale, transformer)
+
+    # Files
+
+    def _save_method(self, folder: str) -> None:
+        if self._teacher_specs is not None:
+            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
+
+    def _check_resume(self, folder: Path) -> list[str]:
+        problems = super()._check_resume(folder)
+        path = folder / MANIFEST_FILE
+        recorded = json.loads(path.read_text()) if path.exists() else {}
+        ours = {} if self._teacher_specs is None else self.bank.manifest()
+        if recorded.keys() != ours.keys():
+            return [
+                *problems,
+                f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}.",
+            ]
+        for task, entries in recorded.items():
+            if [entry["sha256"] for entry in entries] != [entry["sha256"] for entry in ours[task]]:
+                names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)
+                problems.append(
+                    f"the teacher of task {task!r} has changed: the checkpoint was trained with {names}. Give that one "
+                    "(for a Hub teacher, its revision), or set resume_from_checkpoint in the arguments, which loads it."
+                )
+        return problems
