@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusion3Pipeline
-from opd_fixtures import TRAINER_ARGUMENTS, make_dataset, student_lora
+from opd_fixtures import TINY_SETTINGS, TRAINER_ARGUMENTS, make_dataset, student_lora
 from tiny_sd3 import make_pipeline
 
 from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
@@ -30,26 +30,8 @@ def brightness(images, **columns) -> list[float]:
 
 
 def make_config(output_dir: str | Path, **options: Any) -> DiffusionGRPOConfig:
-    defaults = dict(
-        height=16,
-        width=16,
-        max_sequence_length=16,
-        num_inference_steps=4,
-        eval_num_inference_steps=3,
-        guidance_scale=1.0,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=2,
-        num_generations=4,
-        max_steps=1,
-        ema_decay=None,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return DiffusionGRPOConfig(str(output_dir), **{**defaults, **options})
+    settings = {**TINY_SETTINGS, "per_device_train_batch_size": 4, "num_generations": 4}
+    return DiffusionGRPOConfig(str(output_dir), **{**settings, **options})
 
 
 def make_trainer(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from grpo_fixtures import brightness
 from noise_grids import sd3_levels
-from opd_fixtures import TRAINER_ARGUMENTS, make_dataset, student_lora
+from opd_fixtures import TINY_SETTINGS, TRAINER_ARGUMENTS, make_dataset, student_lora
 from three_pass import ThreePass
 from tiny_sd3 import make_pipeline
 from torch import Tensor, nn
@@ -56,25 +56,7 @@ def make_trainer(output_dir: str | Path, pipeline: Any = None, **options: Any) -
     """A trainer of the tiny pipeline with groups of 2. `options` are arguments of the trainer or fields of its config."""
     arguments = {"train_dataset": make_dataset(), "peft_config": student_lora(), "reward_funcs": brightness}
     arguments |= {name: options.pop(name) for name in TRAINER_ARGUMENTS if name in options}
-    settings = dict(
-        height=16,
-        width=16,
-        max_sequence_length=16,
-        num_inference_steps=4,
-        eval_num_inference_steps=3,
-        sampler="ode",
-        num_generations=2,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        max_steps=1,
-        ema_decay=None,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    settings = {**TINY_SETTINGS, "sampler": "ode", "num_generations": 2}
     args = DiffusionNFTConfig(str(output_dir), **{**settings, **options})
     return DiffusionNFTTrainer(pipeline or make_pipeline(), args=args, **arguments)
 

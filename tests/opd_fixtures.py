@@ -35,6 +35,25 @@ TRAINER_ARGUMENTS = (
     "optimizers",
     "peft_config",
 )
+# What every trainer is given in these tests.
+TINY_SETTINGS = dict(
+    height=16,
+    width=16,
+    max_sequence_length=16,
+    num_inference_steps=4,
+    eval_num_inference_steps=3,
+    guidance_scale=1.0,
+    per_device_train_batch_size=2,
+    per_device_eval_batch_size=2,
+    max_steps=1,
+    ema_decay=None,
+    gradient_checkpointing=False,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    use_cpu=True,
+)
 
 
 def make_teachers(folder: Path) -> dict[str, str]:
@@ -57,25 +76,7 @@ def student_lora(**options: Any) -> LoraConfig:
 
 
 def make_config(output_dir: str | Path, **options: Any) -> DiffusionOPDConfig:
-    defaults = dict(
-        height=16,
-        width=16,
-        max_sequence_length=16,
-        num_inference_steps=4,
-        eval_num_inference_steps=3,
-        guidance_scale=1.0,
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        max_steps=1,
-        ema_decay=None,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    return DiffusionOPDConfig(str(output_dir), **{**defaults, **options})
+    return DiffusionOPDConfig(str(output_dir), **{**TINY_SETTINGS, **options})
 
 
 def make_trainer(

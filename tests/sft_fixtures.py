@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 from diffusers import DiffusionPipeline
-from opd_fixtures import TRAINER_ARGUMENTS, make_config, make_dataset, student_lora
+from opd_fixtures import TINY_SETTINGS, TRAINER_ARGUMENTS, make_dataset, student_lora
 from PIL import Image as Pillow
 from tiny_sd3 import make_pipeline
 
@@ -41,13 +41,7 @@ def image_dataset() -> Dataset:
 
 
 def sft_config(output_dir: str | Path, **options: Any) -> DiffusionSFTConfig:
-    shared = make_config(output_dir)
-    names = (
-        *("height", "width", "max_sequence_length", "num_inference_steps", "eval_num_inference_steps"),
-        *("guidance_scale", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps", "ema_decay"),
-        *("gradient_checkpointing", "logging_steps", "save_strategy", "report_to", "disable_tqdm", "use_cpu"),
-    )
-    return DiffusionSFTConfig(str(output_dir), **{**{name: getattr(shared, name) for name in names}, **options})
+    return DiffusionSFTConfig(str(output_dir), **{**TINY_SETTINGS, **options})
 
 
 def sft_trainer(

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -26,11 +26,12 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from .adapters import AdapterSwitch
 from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
+from .velocity import VelocityField
 
 
 __all__ = [
@@ -301,6 +302,19 @@ class TeacherBank:
             return
         with self.switch.use(None if teacher is None or teacher.kind == "base" else teacher.name):
             yield self.backbone
+
+    def mean_velocity(
+        self, field: VelocityField, teachers: Sequence[Teacher], x: Tensor, t: float, prompts: list[str]
+    ) -> Tensor:
+        """
+        Weighted mean velocity of teachers, each at its own guidance, at `x` of shape `(B, ...)`. Call it under
+        `torch.no_grad()`.
+        """
+        mean = torch.zeros_like(x)
+        for teacher in teachers:
+            with self.use(teacher) as transformer:
+                mean += teacher.weight * field(x, t, prompts, teacher.guidance_scale, transformer)
+        return mean
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that belongs to a teacher alone, each once; without a student's adapter also the base's."""

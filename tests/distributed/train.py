@@ -71,9 +71,9 @@ def main(folder: Path) -> None:
     same = all(torch.equal(p, through[name]) for name, p in snapshot(resumed).items())
 
     broken = make_trainer(folder / "broken", teachers, **options)
-    velocity = broken._teacher_velocity
+    velocity = broken._target
     if rank == 1:
-        broken._teacher_velocity = lambda *inputs: velocity(*inputs) * float("nan")
+        broken._target = lambda *inputs: velocity(*inputs) * float("nan")
     error = ""
     try:
         broken.train()

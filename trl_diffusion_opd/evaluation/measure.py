@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from datasets import Dataset
@@ -344,11 +343,7 @@ def score_names(function: RewardFunc) -> tuple[str, ...]:
 
 def _velocity(field: VelocityField, bank: TeacherBank, model: Model) -> Velocity:
     def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        mean = torch.zeros_like(x)
-        for role in model.roles:
-            with bank.use(role) as transformer:
-                mean += role.weight * field(x, t, prompts, role.guidance_scale, transformer)
-        return mean
+        return bank.mean_velocity(field, model.roles, x, t, prompts)
 
     return velocity
 

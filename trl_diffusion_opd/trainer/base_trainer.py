@@ -97,7 +97,7 @@ class DiffusionTrainer(_BaseTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        args: DiffusionConfig,
+        args: DiffusionConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         reward_funcs: RewardFuncs | None = None,
@@ -106,6 +106,10 @@ class DiffusionTrainer(_BaseTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
+        if args is None:
+            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
+            method = self._config_class.__name__.removeprefix("Diffusion").removesuffix("Config")
+            args = self._config_class(f"{name.rstrip('/').split('/')[-1]}-{method}")
         if not isinstance(args, self._config_class):
             raise ValueError(
                 f"args is a {type(args).__name__}, which is for another trainer: {type(self).__name__} takes a "
@@ -326,13 +330,14 @@ class DiffusionTrainer(_BaseTrainer):
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(loss, **options)
 
-    def _gather_finite(self, task: str, levels: dict[int, float], values: Tensor) -> Tensor:
+    def _gather_finite(self, task: str, levels: dict[int, float] | None, values: Tensor) -> Tensor:
         """
         A micro-batch's figures of all processes.
 
         Args:
             task (`str`): its task.
-            levels (`dict[int, float]`): noise levels of its n trained steps by their numbers, for the message.
+            levels (`dict[int, float]`, *optional*): noise levels of its n trained steps by their numbers, for the message.
+                Not given where the figures belong to no step.
             values (`Tensor` of shape `(k, n)`): k figures of every step, on this process.
 
         Returns:
@@ -343,11 +348,14 @@ class DiffusionTrainer(_BaseTrainer):
         """
         # One collective and one wait for the device a micro-batch, and all processes decide alike.
         everyone = self.accelerator.gather(values[None]).double().cpu()
-        bad = [j for i, j in enumerate(levels) if not everyone[:, :, i].isfinite().all()]
+        bad = [i for i in range(everyone.shape[2]) if not everyone[:, :, i].isfinite().all()]
         if bad:
+            where = "in"
+            if levels is not None:
+                step, level = list(levels.items())[bad[0]]
+                where = f"at step {step} (noise level {level:.3f}) of"
             raise FloatingPointError(
-                f"The loss of task {task!r} is not finite at step {bad[0]} (noise level {levels[bad[0]]:.3f}) of update "
-                f"{self.state.global_step + 1}. Training stops before the optimizer's step; the last checkpoint is "
+                f"The loss of task {task!r} is not finite {where} update {self.state.global_step + 1}. Training stops before the optimizer's step; the last checkpoint is "
                 "untouched. Try a smaller learning_rate, or dtype float32."
             )
         return everyone

@@ -125,9 +125,6 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        if args is None:
-            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
-            args = DiffusionGRPOConfig(f"{name.rstrip('/').split('/')[-1]}-GRPO")
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -139,10 +136,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if self.bank is not None:
-            self.bank.to(self.accelerator.device)
         if self.is_world_process_zero():
-            tables.print_sde_steps(self.table, args.sde_range(), self._window_size)
+            tables.print_sde_steps(self.table, self.args.sde_range(), self._window_size)
 
     # Before the first step
 

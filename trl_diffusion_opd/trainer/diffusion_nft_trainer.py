@@ -126,9 +126,6 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        if args is None:
-            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
-            args = DiffusionNFTConfig(f"{name.rstrip('/').split('/')[-1]}-NFT")
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,

@@ -126,9 +126,6 @@ class DiffusionOPDTrainer(TaughtTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        if args is None:
-            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
-            args = DiffusionOPDConfig(f"{name.rstrip('/').split('/')[-1]}-OPD")
         self._teacher_specs = teachers
         self._noise_floor: float | None = None
         self._measured_floor_at = -1

@@ -118,9 +118,6 @@ class DiffusionSFTTrainer(TaughtTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        if args is None:
-            name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
-            args = DiffusionSFTConfig(f"{name.rstrip('/').split('/')[-1]}-SFT")
         self._teacher_specs = teachers
         self._images_of = train_dataset
         self.cache: LatentCache | None = None
@@ -283,12 +280,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
 
     def _record(self, task: str, loss: Tensor) -> Tensor:
         """The mean loss over processes, kept by task; all of them refuse one that is not finite."""
-        everyone = self.accelerator.gather(loss[None]).double().cpu()
-        if not everyone.isfinite().all():
-            raise FloatingPointError(
-                f"The loss of task {task!r} is not finite in update {self.state.global_step + 1}. Training stops before the "
-                "optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype float32."
-            )
+        everyone = self._gather_finite(task, None, loss[None, None])
         self._metrics["train"][f"loss/{task}"].append(float(everyone.mean()))
         return everyone.mean()
 

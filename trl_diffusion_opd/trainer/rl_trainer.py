@@ -84,12 +84,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
     """
 
     args: DiffusionRLConfig
+    bank: TeacherBank | None  # a trainer's `_setup` makes it where its loss has a distance from the base
 
     def __init__(
         self,
         model: str | DiffusionPipeline,
         reward_funcs: RewardFuncs,
-        args: DiffusionRLConfig,
+        args: DiffusionRLConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -113,7 +114,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self._repeats, self._passes = args.num_generations, args.num_iterations
+        self._repeats, self._passes = self.args.num_generations, self.args.num_iterations
+        if self.bank is not None:
+            self.bank.to(self.accelerator.device)
         if self.is_world_process_zero():
             tables.print_rewards(self)
 

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from ..checkpoint import write_json
 from ..data import SINGLE_TASK
 from ..merge import MergeReport, merge_adapters, merge_weights
 from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import Teacher, TeacherBank, normalize_teachers
+from ..teachers import TeacherBank, normalize_teachers
 from .base_config import MERGE
 from .base_trainer import DiffusionTrainer
 from .checks import collect
@@ -90,14 +89,7 @@ class TaughtTrainer(DiffusionTrainer):
 
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """Weighted mean velocity of the task's teachers, each at its own guidance."""
-        target = torch.zeros_like(x)
-        for teacher in self.bank.teachers[task]:
-            target += teacher.weight * self._teacher_velocity(teacher, x, t, prompts)
-        return target
-
-    def _teacher_velocity(self, teacher: Teacher, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        with self.bank.use(teacher) as transformer:
-            return self.velocity_field(x, t, prompts, teacher.guidance_scale, transformer)
+        return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
     # Files
 
