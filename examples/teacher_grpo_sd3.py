@@ -46,55 +46,17 @@ accelerate launch examples/teacher_grpo_sd3.py \
 With several tasks (`--prompts ocr=… geneval=…`, a reward for each) it is multi-task RL.
 """
 
-import json
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
 from trl_diffusion_opd.cli import load_prompts, load_rewards
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.student import ATTENTION_TARGETS
-
-
-@dataclass
-class ScriptArguments:
-    """
-    What the script needs beyond [`DiffusionGRPOConfig`]. Lists are given as `task=value task=value …`.
-
-    Args:
-        model_name_or_path (`str`): the base, a Hub id or a folder.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
-        reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`. A task that is
-            named several times has several rewards, whose weights are `--reward_weights`.
-        eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
-        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
-        full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
-        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
-        lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
-    """
-
-    model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
-    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
-    reward_funcs: list[str] = field(
-        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
-    )
-    eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
-    reward_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
-    )
-    full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
-    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
-    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
-
-    def __post_init__(self) -> None:
-        if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
-            self.reward_kwargs = json.loads(self.reward_kwargs)
 
 
 def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> None:
