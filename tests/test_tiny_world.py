@@ -80,6 +80,15 @@ class TestVerifiers:
         assert score("letters", [image], [row]) == 0.0
         assert 0.5 <= score("letters", [image], [row], graded=True) < 0.9
 
+    @pytest.mark.parametrize(("wanted", "drawn"), [("P", "F"), ("C", "E"), ("N", "O"), ("H", "K"), ("T", "I")])
+    def test_a_letter_that_no_prompt_asks_for_is_not_a_poor_one_that_some_do(self, wanted: str, drawn: str) -> None:
+        spec = {**json.loads(rows_of("letters", "test")[0]["spec"]), "word": wanted + wanted}
+        row = {**rows_of("letters", "test")[0], "spec": json.dumps(spec)}
+        right = tiny.render(row["spec"])
+        wrong = tiny.render(json.dumps({**spec, "word": wanted + drawn}))
+        assert score("letters", [right], [row]) == 1.0
+        assert score("letters", [wrong], [row]) == 0.0
+
     def test_blank_image_scores_nothing(self) -> None:
         blank = draw(Scene(), np.random.default_rng(0))
         for task in tiny.TASKS:

@@ -53,6 +53,23 @@ GLYPHS = {
     "Z": "111 001 010 100 111",
 }
 LETTERS = tuple(GLYPHS)
+# Letters that no prompt asks for. A reader has to know them: an F is not a poor P.
+OTHER_GLYPHS = {
+    "B": "110 101 110 101 110",
+    "D": "110 101 101 101 110",
+    "E": "111 100 111 100 111",
+    "F": "111 100 111 100 100",
+    "G": "111 100 101 101 111",
+    "I": "010 010 010 010 010",
+    "K": "101 101 110 101 101",
+    "M": "101 111 111 101 101",
+    "O": "111 101 101 101 111",
+    "Q": "111 101 101 111 001",
+    "R": "111 101 111 110 101",
+    "U": "101 101 101 101 111",
+    "V": "101 101 101 101 010",
+    "W": "101 101 111 111 101",
+}
 
 
 @dataclass(frozen=True)
@@ -88,13 +105,13 @@ def _shape_mask(shape: str) -> np.ndarray:
     return inside.reshape(SHAPE_SIZE, sub, SHAPE_SIZE, sub).mean(axis=(1, 3))
 
 
-def _letter_mask(letter: str) -> np.ndarray:
-    grid = np.array([[float(bit) for bit in row] for row in GLYPHS[letter].split()])
+def _letter_mask(glyph: str) -> np.ndarray:
+    grid = np.array([[float(bit) for bit in row] for row in glyph.split()])
     return np.kron(grid, np.ones((4, 4)))
 
 
 SHAPE_MASKS = {shape: _shape_mask(shape) for shape in SHAPES}
-LETTER_MASKS = {letter: _letter_mask(letter) for letter in LETTERS}
+LETTER_MASKS = {letter: _letter_mask(glyph) for letter, glyph in {**GLYPHS, **OTHER_GLYPHS}.items()}
 
 
 def dusk() -> np.ndarray:

@@ -147,7 +147,8 @@ def _compose(image: Image.Image, spec: Spec) -> tuple[float, float]:
 
 
 def match_letters(image: Image.Image) -> np.ndarray:
-    """(2, letters): the best correlation of each half of the image with each letter, in [-1, 1]."""
+    """(2, 26): the best correlation of each half of the image with each letter, in [-1, 1]. The order is that of
+    `scenes.LETTER_MASKS`: the letters that prompts ask for, then the others."""
     darkness = (PLAIN.mean() - _pixels(image).mean(axis=2)) / (PLAIN.mean() - INK.mean())
     halves = np.stack([darkness[:, :CELL].ravel(), darkness[:, CELL:].ravel()])
     halves = halves - halves.mean(axis=1, keepdims=True)
