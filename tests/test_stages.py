@@ -15,13 +15,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from opd_fixtures import make_dataset, make_teachers, make_trainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sft_fixtures import sft_trainer
 from tiny_sd3 import make_pipeline
 
@@ -181,9 +182,33 @@ def test_another_beginning_is_refused(through, teachers, tmp_path):
     (
         folder / "first" / "finished"
     ).unlink()  # it would be run again, and the second stage has gone on from the old one
-    assert "stage 'second' was begun from another LoRA than the stage before has." in refusal(
-        two_stages(teachers), folder
+    expected = "stage 'second' was begun from another LoRA than 'first' now has. Remove the folder 'second'"
+    assert expected in refusal(two_stages(teachers), folder)
+
+
+def test_a_stage_can_start_from_the_base(through, teachers, tmp_path):
+    folder = copy_of(through, tmp_path)
+    first, second = two_stages(teachers)
+    assert "stage 'second' was begun from another LoRA than the base now has" in refusal(
+        [first, replace(second, from_base=True)], folder
     )
+    shutil.rmtree(folder / "second")
+    seen = []
+    first, second = two_stages(teachers, seen)
+    run_stages([first, replace(second, from_base=True)], folder)
+    assert seen == [("second", None)]
+
+
+def test_another_teacher_is_refused(through, teachers, tmp_path):
+    folder = copy_of(through, tmp_path)
+    shutil.rmtree(folder / "second")
+    stages = [two_stages(teachers)[0], replace(two_stages(teachers)[1], from_base=True, teachers=["first"])]
+    run_stages(stages, folder)
+    run_stages(stages, folder)  # the teacher is the same
+    changed = {name: value + 1 for name, value in weights(folder / "first").items()}
+    save_file(changed, folder / "first" / "adapter_model.safetensors")
+    assert "stage 'second' was begun from another LoRA than 'first' now has" in refusal(stages, folder)
+    assert "stage 'second' is taught by stage 'first', which does not come before it" in refusal(stages[::-1], folder)
 
 
 # From a file
@@ -213,6 +238,30 @@ def test_a_file_is_read(tmp_path):
     assert [stage.name for stage in stages] == ["one", "two"]
     assert [stage.settings["config"]["seed"] for stage in stages] == [3, 4]
     assert [stage.settings["model_name_or_path"] for stage in stages] == ["base", "base"]
+
+
+def test_a_stage_takes_what_it_lacks_from_a_scripts_file(tmp_path):
+    (tmp_path / "script.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "prompts": ["a=b.txt"],
+                "lora_r": 2,
+                "seed": 5,
+                "max_steps": 7,
+                "output_dir": "x",
+                "test_prompts": ["a=c"],
+            }
+        )
+    )
+    out = tmp_path / "out"
+    stages = [
+        {"name": "one", "trainer": "sft", "config_file": str(tmp_path / "script.yaml"), "config": {"max_steps": 8}},
+        {"name": "two", "trainer": "opd", "prompts": ["a=a.txt"], "teachers": [f"a={out / 'one'}"], "from_base": True},
+    ]
+    (one, two), _ = read_stages(write_file(tmp_path / "stages.yaml", stages=stages))
+    assert one.settings["config"] == {"report_to": "none", "seed": 3, "max_steps": 8}
+    assert (one.settings["lora_r"], one.settings["prompts"]) == (2, ["a=b.txt"])
+    assert (list(two.teachers), two.from_base) == (["one"], True)
 
 
 def test_a_file_runs(tmp_path, teachers):

@@ -38,6 +38,10 @@ stages:
     config: {max_steps: 300, sampler: flow_sde}
 ```
 
+With `from_base: true` a stage starts from the base instead, so teachers and the student that they teach are one file too: the
+student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`. `config_file` takes what a stage does not give
+from the configuration file of an example script.
+
 Run again after an interruption, it goes on: finished stages are skipped, an unfinished one resumes from its last checkpoint,
 and the result is the same.
 """
@@ -58,7 +62,7 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from .checkpoint import COMPLETE_FILE, write_json
-from .cli import load_prompts, load_rewards, load_teachers
+from .cli import by_task, load_prompts, load_rewards, load_teachers
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
 
 
@@ -81,13 +85,18 @@ class Stage:
         name (`str`): its folder in the output folder.
         make_trainer (`Callable`):
             `make_trainer(output_dir, student_init)` makes the trainer; `student_init` is the folder of the LoRA of the stage
-            before, `None` for the first. Its config must write its checkpoints to `output_dir`.
+            before, `None` for the first and where it starts from the base. Its config must write its checkpoints to
+            `output_dir`.
         settings (`dict`, *optional*): JSON values that say what the stage does. With others a stage is not gone on with.
+        from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
+        teachers (`list[str]`, *optional*): names of earlier stages whose LoRAs it reads.
     """
 
     name: str
     make_trainer: "Callable[[Path, str | None], DiffusionTrainer]"
     settings: dict[str, Any] = field(default_factory=dict)
+    from_base: bool = False
+    teachers: Sequence[str] = ()
 
 
 def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
@@ -106,24 +115,28 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
             settings or with another beginning. One message lists everything.
     """
     output_dir = Path(output_dir)
-    problems = _name_problems([stage.name for stage in stages]) or _folder_problems(stages, output_dir)
+    problems = _name_problems(stages) or _folder_problems(stages, output_dir)
     if problems:
         raise ValueError("The stages can't be run:\n" + "\n".join(f"- {problem}" for problem in problems))
     state = PartialState()
     state.wait_for_everyone()  # nobody writes while another checks
-    student_init: str | None = None
-    for stage in stages:
+    for stage, before in zip(stages, _beginnings(stages), strict=True):
         folder = output_dir / stage.name
         if not (folder / FINISHED_FILE).exists():
             if state.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / STAGE_FILE, _record(stage, student_init))
-            _run(stage, folder, student_init)
+                write_json(folder / STAGE_FILE, _record(stage, before, output_dir))
+            _run(stage, folder, None if before is None else str(output_dir / before))
             if state.is_main_process:
                 (folder / FINISHED_FILE).touch()
             state.wait_for_everyone()
-        student_init = str(folder)
     return output_dir / stages[-1].name
+
+
+def _beginnings(stages: Sequence[Stage]) -> list[str | None]:
+    """For each stage the name of the one whose LoRA it goes on with."""
+    names = [None, *(stage.name for stage in stages)]
+    return [None if stage.from_base else before for stage, before in zip(stages, names, strict=False)]
 
 
 def _run(stage: Stage, folder: Path, student_init: str | None) -> None:
@@ -139,7 +152,8 @@ def _run(stage: Stage, folder: Path, student_init: str | None) -> None:
     release_memory(trainer)
 
 
-def _name_problems(names: Sequence[str]) -> list[str]:
+def _name_problems(stages: Sequence[Stage]) -> list[str]:
+    names = [stage.name for stage in stages]
     problems = [] if names else ["there are none."]
     problems += [
         f"the name {name!r} is not fit for a folder: use letters, digits, '-', '_' and '.'."
@@ -151,42 +165,50 @@ def _name_problems(names: Sequence[str]) -> list[str]:
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
+    problems += [
+        f"stage {stage.name!r} is taught by stage {teacher!r}, which does not come before it."
+        for i, stage in enumerate(stages)
+        for teacher in stage.teachers
+        if teacher not in names[:i]
+    ]
     return problems
 
 
 def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
     """What in the output folder does not belong to these stages."""
     problems: list[str] = []
-    student_init: str | None = None
-    whole = True  # all stages so far are finished
-    for stage in stages:
+    for stage, before in zip(stages, _beginnings(stages), strict=True):
         folder = output_dir / stage.name
         recorded = _read(folder / STAGE_FILE)
-        if recorded is not None:
-            expected = _record(stage, student_init if whole else None)
-            settings, ours = recorded["settings"], expected["settings"]
-            differing = sorted(key for key in {*settings, *ours} if settings.get(key) != ours.get(key))
-            remedy = f"Remove the folder {folder.name!r} to run it anew, or choose another output_dir."
-            if differing:
-                problems.append(
-                    f"stage {stage.name!r} was begun with other settings ({', '.join(differing)}). {remedy}"
-                )
-            elif not whole or recorded["student_init"] != expected["student_init"]:
-                problems.append(
-                    f"stage {stage.name!r} was begun from another LoRA than the stage before has. {remedy}"
-                )
-        whole = whole and (folder / FINISHED_FILE).exists()
-        student_init = str(folder)
+        if recorded is None:
+            continue
+        needed = [name for name in (before, *stage.teachers) if name is not None]
+        unfinished = [name for name in needed if not (output_dir / name / FINISHED_FILE).exists()]
+        settings, ours = recorded["settings"], json.loads(json.dumps(stage.settings))
+        differing = sorted(key for key in {*settings, *ours} if settings.get(key) != ours.get(key))
+        remedy = f"Remove the folder {folder.name!r} to run it anew, or choose another output_dir."
+        if differing:
+            problems.append(f"stage {stage.name!r} was begun with other settings ({', '.join(differing)}). {remedy}")
+        elif unfinished or recorded != _record(stage, before, output_dir):
+            problems.append(
+                f"stage {stage.name!r} was begun from another LoRA than {' and '.join(map(repr, needed)) or 'the base'} "
+                f"now has. {remedy}"
+            )
     return problems
 
 
-def _record(stage: Stage, student_init: str | None) -> dict[str, Any]:
-    """The settings of a stage, and the hash of the LoRA that it starts from."""
-    digest = None
-    if student_init is not None:
-        with open(Path(student_init) / ADAPTER_FILE, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"settings": json.loads(json.dumps(stage.settings)), "student_init": digest}
+def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, Any]:
+    """The settings of a stage, and the hashes of the LoRAs that it reads."""
+    return {
+        "settings": json.loads(json.dumps(stage.settings)),
+        "student_init": None if before is None else _digest(output_dir / before),
+        "teachers": {name: _digest(output_dir / name) for name in stage.teachers},
+    }
+
+
+def _digest(folder: Path) -> str:
+    with open(folder / ADAPTER_FILE, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -210,7 +232,8 @@ class StageSpec:
         config (`dict`): fields of the trainer's config.
         eval_prompts, reward_funcs, teachers, teacher_guidance_scales (`list[str]`, *optional*): as for `examples/opd_sd3.py`.
         reward_kwargs (`dict`, *optional*): arguments of named rewards.
-        lora_r, lora_alpha, lora_target_modules (*optional*): the LoRA of the first stage; the others go on with it.
+        lora_r, lora_alpha, lora_target_modules (*optional*): the LoRA of a stage from the base; the others go on with it.
+        from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
     """
 
     name: str
@@ -226,10 +249,13 @@ class StageSpec:
     lora_r: int = 32
     lora_alpha: int = 64
     lora_target_modules: list[str] | None = None
+    from_base: bool = False
 
-    def stage(self) -> Stage:
+    def stage(self, output_dir: str) -> Stage:
         settings = {known.name: self.__dict__[known.name] for known in fields(self)}
-        return Stage(self.name, self.make_trainer, settings)
+        specs = [Path(spec) for of_task in by_task("teachers", self.teachers).values() for spec in of_task]
+        teachers = [spec.name for spec in specs if spec.parent == Path(output_dir)]
+        return Stage(self.name, self.make_trainer, settings, self.from_base, teachers)
 
     def make_config(self, output_dir: Path, student_init: str | None) -> "DiffusionConfig":
         """
@@ -267,6 +293,11 @@ class StageSpec:
         )
 
 
+_KNOWN = {one.name for one in fields(StageSpec)}
+# Of an example script alone: a stage has no use for them.
+_OF_SCRIPTS = {"output_dir", "test_prompts", "num_test_images"}
+
+
 def read_stages(path: str | Path) -> tuple[list[Stage], str]:
     """
     Reads a file of stages.
@@ -284,15 +315,13 @@ def read_stages(path: str | Path) -> tuple[list[Stage], str]:
         f"{key!r} is none of output_dir, shared, stages."
         for key in content.keys() - {"output_dir", "shared", "stages"}
     ]
-    shared = content.get("shared") or {}
-    known = {one.name for one in fields(StageSpec)}
     stages = []
     for i, given in enumerate(content["stages"]):
-        merged = {**shared, **given, "config": {**(shared.get("config") or {}), **(given.get("config") or {})}}
-        found = _spec_problems(merged, known, first=i == 0)
+        merged = _merge(content.get("shared") or {}, given)
+        found = _spec_problems(merged, from_base=i == 0 or merged.get("from_base", False))
         if not found:
             spec = StageSpec(**merged)
-            stages.append(spec.stage())
+            stages.append(spec.stage(str(content["output_dir"])))
             try:  # of all stages before the first is run, not hours later
                 spec.make_config(Path(content["output_dir"]) / spec.name, None)
             except ValueError as error:
@@ -303,10 +332,23 @@ def read_stages(path: str | Path) -> tuple[list[Stage], str]:
     return stages, str(content["output_dir"])
 
 
-def _spec_problems(given: dict[str, Any], known: set[str], first: bool) -> list[str]:
+def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What a stage gives, else what is shared, else what is in its `config_file`."""
+    merged = {**shared, **given}
+    config = {**(shared.get("config") or {}), **(given.get("config") or {})}
+    path = merged.pop("config_file", None)
+    if path is not None:
+        in_file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        in_file = {key: value for key, value in in_file.items() if key not in _OF_SCRIPTS}
+        merged = {**{key: value for key, value in in_file.items() if key in _KNOWN}, **merged}
+        config = {**{key: value for key, value in in_file.items() if key not in _KNOWN}, **config}
+    return {**merged, "config": config}
+
+
+def _spec_problems(given: dict[str, Any], from_base: bool) -> list[str]:
     missing = [name for name in ("name", "trainer", "model_name_or_path", "prompts") if not given.get(name)]
     problems = [f"{', '.join(missing)} must be given."] if missing else []
-    problems += [f"{name!r} is none of {', '.join(sorted(known))}." for name in sorted(given.keys() - known)]
+    problems += [f"{name!r} is none of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]
     trainer, config = given.get("trainer"), given["config"]
     if trainer is not None and trainer not in _TRAINERS:
         problems.append(f"trainer={trainer!r}: it is one of {', '.join(_TRAINERS)}.")
@@ -316,7 +358,7 @@ def _spec_problems(given: dict[str, Any], known: set[str], first: bool) -> list[
         problems.append(f"trainer={trainer!r} takes no teachers.")
     if "output_dir" in config:
         problems.append("config: output_dir is the stage's own folder. Set the one at the top.")
-    if not first and "student_init" in config:
+    if not from_base and "student_init" in config:
         problems.append("config: student_init is the LoRA of the stage before. Remove it.")
     return problems
 
