@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "source" / "results" / "claims"
 TASKS = tuple(tiny.TASKS)
 # With this many updates the small comparisons, between forms of distillation, end before all of them have converged.
-SHORT_UPDATES = 150
+SHORT_UPDATES = 80
 SHORT_RANK = 32
 RANKS = (2, 8, 32)
 NOISE = {"ode": {"sampler": "ode"}} | {
@@ -119,7 +119,7 @@ def distilled(rank: int | None = None, trainer: str = "opd", **config: Any) -> l
     stage: dict[str, Any] = {"name": "student", "trainer": trainer, "config_file": _OPD}
     if rank is not None:
         stage |= {"lora_r": rank, "lora_alpha": 2 * rank}
-    config = {"log_completions": False, "num_eval_images": 128, "eval_steps": 100, "save_steps": 100, **config}
+    config = {"log_completions": False, "num_eval_images": 128, **config}
     if trainer == "sft":
         # Fine-tuning on images has no walk to configure; its teachers draw as in evaluations.
         settings = read(stage.pop("config_file"))
@@ -131,8 +131,8 @@ def distilled(rank: int | None = None, trainer: str = "opd", **config: Any) -> l
 
 
 def short(rank: int = SHORT_RANK, trainer: str = "opd", **config: Any) -> list[dict[str, Any]]:
-    every = SHORT_UPDATES // 3
-    return distilled(rank, trainer, max_steps=SHORT_UPDATES, eval_steps=every, save_steps=every, **config)
+    lengths = {"max_steps": SHORT_UPDATES, "eval_steps": SHORT_UPDATES // 4, "save_steps": SHORT_UPDATES // 2}
+    return distilled(rank, trainer, **lengths, **config)
 
 
 METHODS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
