@@ -99,7 +99,7 @@ def multi_task(seed: int) -> list[dict[str, Any]]:
     images = 36
     updates = round(budget(seed) / rl_forwards(images * len(TASKS)))
     config = {"per_device_train_batch_size": images, "max_steps": updates, "metric_for_best_model": "eval_reward"}
-    return [_rl_stage("multi-task", TASKS, {**config, "eval_steps": 40, "save_steps": 40, "num_eval_images": 128})]
+    return [_rl_stage("multi-task", TASKS, {**config, "eval_steps": 50, "save_steps": 50, "num_eval_images": 128})]
 
 
 def cascade(seed: int, order: Sequence[str]) -> list[dict[str, Any]]:
