@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """The example script of GRPO, run as a user runs it: two tasks, one with two rewards."""
+
 """The two-stage example, run as a user runs it, with a few updates a stage: whole, killed on its way, on two processes."""
 
 import json
@@ -142,3 +143,42 @@ def test_killed_anywhere_gives_the_same(whole, tmp_path):
     assert not (tmp_path / "out" / "retention.json").exists()
     run(stages, tmp_path / "out")
     assert results(tmp_path / "out") == results(whole)
+
+
+def launch(folder: Path) -> subprocess.Popen:
+    """The script on two processes, in a group of their own so that all of them can be killed."""
+    (folder / "launch.yaml").write_text(LAUNCH)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    command += ["--main_process_port", str(free_port()), str(SCRIPT), "--stages", str(shortened(folder))]
+    command += ["--output_dir", str(folder / "out"), "--num_test_images", "3"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    with open(folder / "log.txt", "ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def test_two_processes_go_on_after_a_kill(whole, tmp_path):
+    started, out = launch(tmp_path), tmp_path / "out"
+    deadline = time.monotonic() + 300
+    while not list(out.glob("teacher-letters/checkpoint-*/complete")):
+        assert started.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()[-5000:]
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+    finished = out / "teacher-compose" / "adapter_model.safetensors"
+    before = (finished.read_bytes(), finished.stat().st_mtime_ns)
+    assert launch(tmp_path).wait(300) == 0, (tmp_path / "log.txt").read_text()[-5000:]
+    assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
+    report, alone = (json.loads((folder / "retention.json").read_text()) for folder in (out, whole))
+    assert report["tasks"].keys() == alone["tasks"].keys() and report["num_images"] == alone["num_images"]
+    # The base's images don't depend on the number of processes.
+    assert report["scores"]["base"] == alone["scores"]["base"]
+
+
+def test_what_the_report_would_refuse_is_refused_at_once(tmp_path):
+    stages = shortened(tmp_path, teachers=["compose=base"])
+    with pytest.raises(ValueError) as error:
+        run(stages, tmp_path / "out", num_test_images=0)
+    assert "has trainer='opd' and teachers for ['compose']. The report needs" in str(error.value)
+    assert "--num_test_images 0: it must be at least 1." in str(error.value)
+    assert not (tmp_path / "out").exists()
