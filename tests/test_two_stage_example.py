@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The example script of GRPO, run as a user runs it: two tasks, one with two rewards."""
 
 """The two-stage example, run as a user runs it, with a few updates a stage: whole, killed on its way, on two processes."""
 
@@ -126,19 +125,23 @@ KILLS = {
 }
 
 
+def killing(original, call: int):
+    calls = []
+
+    def killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    return killed
+
+
 def test_killed_anywhere_gives_the_same(whole, tmp_path):
     stages = shortened(tmp_path)
     for owner, method, call in KILLS.values():
-        calls = []
-
-        def killed(self, *args, original=getattr(owner, method), calls=calls, call=call, **kwargs):
-            calls.append(method)
-            if len(calls) == call:
-                raise Killed
-            return original(self, *args, **kwargs)
-
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(owner, method, killed)
+            patch.setattr(owner, method, killing(getattr(owner, method), call))
             run(stages, tmp_path / "out")
     assert not (tmp_path / "out" / "retention.json").exists()
     run(stages, tmp_path / "out")
