@@ -159,18 +159,8 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
             reward_funcs,
             test_dataset,
             num_images=script_args.num_test_images,
-            num_inference_steps=training_args.eval_num_inference_steps,
-            guidance_scale=training_args.eval_guidance_scale or training_args.guidance_scale,
-            teacher_guidance_scale=training_args.teacher_guidance_scale,
-            height=training_args.height,
-            width=training_args.width,
-            max_sequence_length=training_args.max_sequence_length,
-            generation_kwargs=training_args.generation_kwargs,
-            dtype=training_args.dtype,
-            task_column=training_args.task_column,
-            batch_size=training_args.per_device_eval_batch_size,
-            seed=training_args.seed,
             output_dir=training_args.output_dir,
+            **training_args.retention_options(),
         )
     trainer.create_model_card()
     if training_args.push_to_hub:

@@ -214,6 +214,13 @@ def test_another_teacher_is_refused(through, teachers, tmp_path):
 # From a file
 
 
+@pytest.fixture
+def prompt_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("one\n")
+
+
 def write_file(path, **changes):
     content = {
         "output_dir": str(path.parent / "out"),
@@ -232,6 +239,7 @@ def write_file(path, **changes):
     return path
 
 
+@pytest.mark.usefixtures("prompt_files")
 def test_a_file_is_read(tmp_path):
     stages, output_dir = read_stages(write_file(tmp_path / "stages.yaml"))
     assert output_dir == str(tmp_path / "out")
@@ -240,6 +248,7 @@ def test_a_file_is_read(tmp_path):
     assert [stage.settings["model_name_or_path"] for stage in stages] == ["base", "base"]
 
 
+@pytest.mark.usefixtures("prompt_files")
 def test_a_stage_takes_what_it_lacks_from_a_scripts_file(tmp_path):
     (tmp_path / "script.yaml").write_text(
         yaml.safe_dump(
@@ -296,6 +305,7 @@ def test_a_file_runs(tmp_path, teachers):
     assert same(one, two) and any(bool(p.any()) for name, p in one.items() if "lora_B" in name)
 
 
+@pytest.mark.usefixtures("prompt_files")
 def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
     stages = [
         {"name": "one", "trainer": "ppo", "prompts": ["a=a.txt"], "reward": "x"},
@@ -322,6 +332,81 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
         "stage 'five': DiffusionSFTConfig has no learning_rte.",
     ):
         assert expected in message, expected
+
+
+@pytest.mark.usefixtures("prompt_files")
+def test_what_a_later_stage_would_miss_is_told_before_the_first(tmp_path):
+    Path("empty").mkdir()
+    Path("a.xlsx").touch()
+    rewards = ["a=json:dumps", "a=clip", "a=nowhere:reward", "a=ocr+jpeg", "a=remote"]
+    stages = [
+        {"name": "one", "trainer": "sft", "prompts": ["a=a.txt"]},
+        {
+            "name": "two",
+            "trainer": "grpo",
+            "prompts": ["a=gone.txt", "a=owner/name", "a"],
+            "eval_prompts": ["a=a.xlsx"],
+            "reward_funcs": rewards,
+        },
+        {"name": "three", "trainer": "grpo", "prompts": ["a=b.txt"], "reward_kwargs": {"ocr": {}}},
+        {"name": "four", "trainer": "opd", "prompts": ["a=a.txt"], "teachers": ["a=./gone", "a=empty", "a=base"]},
+        {
+            "name": "five",
+            "trainer": "opd",
+            "prompts": ["a=a.txt"],
+            "teachers": [f"a={tmp_path / 'out' / 'one'}", "a=owner/name"],
+            "teacher_guidance_scales": ["a=high"],
+        },
+        {"name": "six", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"max_steps": 7}},
+    ]
+    with pytest.raises(ValueError) as error:
+        read_stages(write_file(tmp_path / "stages.yaml", stages=stages))
+    lines = str(error.value).splitlines()[1:]
+    expected = (
+        "stage 'two': --prompts: 'a' is not of the form task=value.",
+        "stage 'two': --eval_prompts: 'a.xlsx' is none of .txt,",
+        "stage 'two': There is no reward 'clip'.",
+        "stage 'two': Reward 'nowhere:reward' cannot be imported",
+        "stage 'two': There is no reward 'jpeg'.",
+        "stage 'two': Reward 'remote' needs url",
+        "stage 'three': --reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+        "stage 'four': Teacher './gone' is neither an existing folder nor",
+        "stage 'four': empty: has no pytorch_lora_weights.safetensors.",
+        "stage 'five': --teacher_guidance_scales: 'high' for task 'a' is not a number.",
+        "stage 'six': config: max_steps=7 is less than ema_update_interval=8",
+    )
+    assert len(lines) == len(expected)
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(f"- {start}"), line
+    stages[1]["prompts"].remove("a")
+    with pytest.raises(ValueError, match=r"stage 'two': --prompts: there is no file 'gone.txt'\."):
+        read_stages(write_file(tmp_path / "stages.yaml", stages=stages))
+
+
+@pytest.mark.usefixtures("prompt_files")
+def test_another_output_folder_takes_the_teachers_along(tmp_path):
+    out = tmp_path / "out"
+    teachers = [f"a={out / 'one'}", "a=base"]
+    stages = [
+        {"name": "one", "trainer": "sft", "prompts": ["a=a.txt"]},
+        {"name": "two", "trainer": "opd", "prompts": ["a=a.txt"], "teachers": teachers},
+    ]
+    path = write_file(tmp_path / "stages.yaml", stages=stages)
+    (_, two), output_dir = read_stages(path, str(tmp_path / "new"))
+    assert output_dir == str(tmp_path / "new")
+    assert two.settings["teachers"] == [f"a={tmp_path / 'new' / 'one'}", "a=base"] and list(two.teachers) == ["one"]
+    (_, two), _ = read_stages(path)
+    assert two.settings["teachers"] == teachers and list(two.teachers) == ["one"]
+
+
+@pytest.mark.usefixtures("prompt_files")
+def test_names_in_a_file_are_checked(tmp_path):
+    stages = [{"name": name, "trainer": "sft", "prompts": ["a=a.txt"]} for name in ("a", "a")]
+    stages.append({**stages[0], "name": "b", "trainer": "opd", "teachers": [f"a={tmp_path / 'out' / 'c'}"]})
+    with pytest.raises(ValueError) as error:
+        read_stages(write_file(tmp_path / "stages.yaml", stages=stages))
+    assert "the name 'a' is given to 2 stages" in str(error.value)
+    assert "stage 'b' is taught by stage 'c', which does not come before it" in str(error.value)
 
 
 def test_a_file_without_stages_is_refused(tmp_path):

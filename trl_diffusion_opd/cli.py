@@ -24,6 +24,7 @@ from typing import Any
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 
 from .rewards import RewardFunc, load_reward
+from .rewards.names import check_reward
 from .teacher_specs import TeacherConfig
 
 
@@ -78,18 +79,36 @@ def by_task(option: str, values: list[str] | None, what: str = "task=value") -> 
     return result
 
 
+def source_problems(option: str, values: list[str] | None) -> list[str]:
+    """What can be said against sources of prompts without reading them."""
+    try:
+        sources = by_task(option, values)
+    except ValueError as error:
+        return [str(error)]
+    found = (_source_problem(option, source) for of_task in sources.values() for source in of_task)
+    return [problem for problem in found if problem is not None]
+
+
+def _source_problem(option: str, source: str) -> str | None:
+    is_known, is_there = Path(source).suffix in _FILE_FORMATS, os.path.exists(source)
+    if is_known and not is_there:
+        return f"--{option}: there is no file {source!r}."
+    if is_there and not is_known:
+        return f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}."
+    return None
+
+
 def load_source(option: str, source: str) -> Dataset:
     """The prompts of a file, or of a dataset on the Hub, `owner/name[:split]`, with the column `prompt`."""
+    problem = _source_problem(option, source)
+    if problem is not None:
+        raise ValueError(problem)
     file_format = _FILE_FORMATS.get(Path(source).suffix)
-    if file_format is not None and not os.path.exists(source):
-        raise ValueError(f"--{option}: there is no file {source!r}.")
     if file_format is not None:
         # Types are inferred from the first chunk. GenEval's metadata has lists of a text and a number in some rows, and
         # fields that most rows lack.
         whole = {"chunksize": max(1, os.path.getsize(source))} if file_format == "json" else {}
         part = load_dataset(file_format, data_files=source, split="train", **whole)
-    elif os.path.exists(source):
-        raise ValueError(f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}.")
     else:
         name, _, split = source.partition(":")
         part = load_dataset(name, split=split or "train")
@@ -169,10 +188,33 @@ def load_rewards(values: list[str] | None, options: Mapping[str, Mapping[str, An
         values (`list[str]`, *optional*): `task=name`.
         options (`dict`): arguments of named rewards, by name.
     """
+    specs, names = _reward_names(values, options)
+    loaded = {name: load_reward(name, **options.get(name, {})) for name in names}
+    return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
+
+
+def reward_problems(values: list[str] | None, options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What [`load_rewards`] would refuse, without loading weights."""
+    try:
+        _, names = _reward_names(values, options)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for name in names:
+        try:
+            check_reward(name, **options.get(name, {}))
+        except (ImportError, ValueError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _reward_names(
+    values: list[str] | None, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of rewards by task, and each of them once."""
     specs = by_task("reward_funcs", values)
     names = list(dict.fromkeys(name for of_task in specs.values() for name in of_task))
     unused = sorted(options.keys() - set(names))
     if unused:
         raise ValueError(f"--reward_kwargs has options for {unused}, which no --reward_funcs names; it has {names}.")
-    loaded = {name: load_reward(name, **options.get(name, {})) for name in names}
-    return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
+    return specs, names

@@ -39,7 +39,8 @@ stages:
 ```
 
 With `from_base: true` a stage starts from the base instead, so teachers and the student that they teach are one file too: the
-student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`. `config_file` takes what a stage does not give
+student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`, which follow where `--output_dir` puts the
+run elsewhere. `config_file` takes what a stage does not give
 from the configuration file of an example script.
 
 Run again after an interruption, it goes on: finished stages are skipped, an unfinished one resumes from its last checkpoint,
@@ -62,8 +63,10 @@ from peft import LoraConfig
 from trl import TrlParser
 
 from .checkpoint import COMPLETE_FILE, write_json
-from .cli import by_task, load_prompts, load_rewards, load_teachers
+from .cli import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
+from .teacher_files import find_files
+from .teacher_specs import local_folder, parse_teacher
 
 
 if TYPE_CHECKING:
@@ -253,9 +256,43 @@ class StageSpec:
 
     def stage(self, output_dir: str) -> Stage:
         settings = {known.name: self.__dict__[known.name] for known in fields(self)}
-        specs = [Path(spec) for of_task in by_task("teachers", self.teachers).values() for spec in of_task]
-        teachers = [spec.name for spec in specs if spec.parent == Path(output_dir)]
+        specs = [spec for of_task in by_task("teachers", self.teachers).values() for spec in of_task]
+        teachers = [stage for spec in specs if (stage := _stage_of(spec, Path(output_dir))) is not None]
         return Stage(self.name, self.make_trainer, settings, self.from_base, teachers)
+
+    def problems(self, output_dir: str) -> list[str]:
+        """What can be said against it before it is run, without loading weights or asking the Hub."""
+        problems = [
+            f for option in ("prompts", "eval_prompts") for f in source_problems(option, getattr(self, option))
+        ]
+        problems += reward_problems(self.reward_funcs, self.reward_kwargs)
+        problems += self._teacher_problems(Path(output_dir))
+        try:
+            args = self.make_config(Path(output_dir) / self.name, None)
+        except ValueError as error:
+            return [*problems, *str(error).replace("\n- ", " ").splitlines()]
+        if args.ema_decay and 0 < args.max_steps < args.ema_update_interval:
+            problems.append(
+                f"config: max_steps={args.max_steps} is less than ema_update_interval={args.ema_update_interval}, and the "
+                "average, which is what is saved, would be the LoRA of before. Set ema_update_interval: 1 or ema_decay: 0."
+            )
+        return problems
+
+    def _teacher_problems(self, output_dir: Path) -> list[str]:
+        try:
+            by_name = load_teachers(self.teachers or [], self.teacher_guidance_scales)
+        except ValueError as error:
+            return [str(error)]
+        problems = []
+        for config in (config for of_task in by_name.values() for config in of_task):
+            if _stage_of(config.model_name_or_path, output_dir) is None:  # else an earlier stage makes it
+                try:
+                    parsed = parse_teacher(config)
+                    if parsed.model_name_or_path != "base" and local_folder(parsed) is not None:
+                        find_files(parsed)
+                except ValueError as error:
+                    problems.append(str(error))
+        return problems
 
     def make_config(self, output_dir: Path, student_init: str | None) -> "DiffusionConfig":
         """
@@ -298,15 +335,21 @@ _KNOWN = {one.name for one in fields(StageSpec)}
 _OF_SCRIPTS = {"output_dir", "test_prompts", "num_test_images"}
 
 
-def read_stages(path: str | Path) -> tuple[list[Stage], str]:
+def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[Stage], str]:
     """
     Reads a file of stages.
+
+    Args:
+        path (`str` or `Path`): a YAML file.
+        output_dir (`str`, *optional*): an output folder other than the file's. Teachers that the file has in its own output
+            folder are then in this one.
 
     Returns:
         The stages and the output folder.
 
     Raises:
-        [`ValueError`]: with everything in the file that is wrong.
+        [`ValueError`]: with everything in the file that is wrong, and the prompt files, rewards and local teachers of all
+            stages that cannot be found.
     """
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or "output_dir" not in content:
@@ -315,21 +358,36 @@ def read_stages(path: str | Path) -> tuple[list[Stage], str]:
         f"{key!r} is none of output_dir, shared, stages."
         for key in content.keys() - {"output_dir", "shared", "stages"}
     ]
+    written = Path(content["output_dir"])
+    output_dir = str(written) if output_dir is None else output_dir
     stages = []
     for i, given in enumerate(content["stages"]):
         merged = _merge(content.get("shared") or {}, given)
         found = _spec_problems(merged, from_base=i == 0 or merged.get("from_base", False))
         if not found:
-            spec = StageSpec(**merged)
-            stages.append(spec.stage(str(content["output_dir"])))
-            try:  # of all stages before the first is run, not hours later
-                spec.make_config(Path(content["output_dir"]) / spec.name, None)
-            except ValueError as error:
-                found = str(error).replace("\n- ", " ").splitlines()
+            moved = [_moved(teacher, written, Path(output_dir)) for teacher in merged.get("teachers") or []]
+            spec = StageSpec(**{**merged, "teachers": moved or None})
+            found = spec.problems(output_dir)  # of all stages before the first is run, not hours later
+            if not found:
+                stages.append(spec.stage(output_dir))
         problems += [f"stage {merged.get('name', i + 1)!r}: {problem}" for problem in found]
+    if not problems:
+        problems = _name_problems(stages)
     if problems:
         raise ValueError(f"{path}:\n" + "\n".join(f"- {problem}" for problem in problems))
-    return stages, str(content["output_dir"])
+    return stages, output_dir
+
+
+def _stage_of(teacher: str, output_dir: Path) -> str | None:
+    """The name of the stage in whose folder a teacher is."""
+    return Path(teacher).name if Path(teacher).parent == output_dir else None
+
+
+def _moved(teacher: str, written: Path, output_dir: Path) -> str:
+    """`task=spec`, with the folder of a stage where this run has it."""
+    task, equals, spec = teacher.partition("=")
+    stage = _stage_of(spec, written)
+    return teacher if stage is None else f"{task}{equals}{output_dir / stage}"
 
 
 def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -370,13 +428,15 @@ class StagesArguments:
 
     Args:
         stages (`str`): a YAML file.
+        output_dir (`str`, *optional*): an output folder other than the file's.
     """
 
     stages: str = field(metadata={"help": "A YAML file with output_dir, shared and stages."})
+    output_dir: str | None = field(default=None, metadata={"help": "An output folder other than the file's."})
 
 
 def main(arguments: StagesArguments) -> None:
-    stages, output_dir = read_stages(arguments.stages)
+    stages, output_dir = read_stages(arguments.stages, arguments.output_dir)
     folder = run_stages(stages, output_dir)
     if PartialState().is_main_process:
         print(f"The LoRA of all {len(stages)} stages is in {folder}.")

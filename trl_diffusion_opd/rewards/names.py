@@ -58,6 +58,29 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
         reward = reward_class(spec)
         _check_options(spec, reward, options)
         return reward(**options)
+    return _imported(spec, options)
+
+
+def check_reward(spec: str, **options: Any) -> None:
+    """
+    Refuses what [`load_reward`] would refuse, without loading weights.
+
+    Raises:
+        [`ValueError`]: if there is no such function, or its options do not fit.
+        [`ImportError`]: if importing the reward needs a package that is not installed.
+    """
+    if "+" in spec:
+        of_parts = options.get("reward_kwargs", {})
+        for part in spec.split("+"):
+            check_reward(part, **of_parts.get(part, {}))
+    elif spec in REWARDS:
+        _check_options(spec, reward_class(spec), options)
+    else:
+        _imported(spec, options)
+
+
+def _imported(spec: str, options: dict[str, Any]) -> RewardFunc:
+    """The function of an import path."""
     module, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(

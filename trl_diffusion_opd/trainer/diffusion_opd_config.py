@@ -13,6 +13,7 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .base_config import DiffusionConfig
 
@@ -83,6 +84,22 @@ class DiffusionOPDConfig(DiffusionConfig):
     on_policy: bool = field(
         default=True, metadata={"help": "Whether to train on the student's own walk (the method) or its teacher's."}
     )
+
+    def retention_options(self) -> dict[str, Any]:
+        """The arguments of [`evaluate_retention`] that these settings decide."""
+        return {
+            "num_inference_steps": self.eval_num_inference_steps,
+            "guidance_scale": self.eval_guidance_scale or self.guidance_scale,
+            "teacher_guidance_scale": self.teacher_guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "max_sequence_length": self.max_sequence_length,
+            "generation_kwargs": self.generation_kwargs,
+            "dtype": self.dtype,
+            "task_column": self.task_column,
+            "batch_size": self.per_device_eval_batch_size,
+            "seed": self.seed,
+        }
 
     def _problems(self) -> list[str]:
         problems = super()._problems()

@@ -1,0 +1,97 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+# /// script
+# dependencies = ["trl-diffusion-opd"]
+# ///
+
+"""
+The whole story on the embedded tiny model, in one run: three teachers by reinforcement learning, each from the base, the
+student that they teach, and the report of what it kept of each.
+
+```bash
+accelerate launch --config_file examples/accelerate_configs/cpu.yaml examples/two_stage_tiny.py
+```
+
+Run again after an interruption, it goes on where it stopped, and the result is the same.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from trl import TrlParser
+
+from trl_diffusion_opd import DiffusionOPDConfig, evaluate_retention, tiny
+from trl_diffusion_opd.cli import load_teachers
+from trl_diffusion_opd.retention import retention_table, scores_table
+from trl_diffusion_opd.stages import StageSpec, read_stages, run_stages
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of the script.
+
+    Args:
+        stages (`str`, *optional*, defaults to `"examples/stages/tiny_two_stage.yaml"`):
+            A file of stages; the last one is the student's, with a teacher for each task of the tiny world.
+        output_dir (`str`, *optional*): an output folder other than the file's.
+        num_test_images (`int`, *optional*, defaults to `512`): images a task in the report.
+    """
+
+    stages: str = field(
+        default="examples/stages/tiny_two_stage.yaml",
+        metadata={"help": "A YAML file with output_dir, shared and stages; the last stage is the student's."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "An output folder other than the file's."})
+    num_test_images: int = field(default=512, metadata={"help": "Images a task in the report."})
+
+
+def main(script_args: ScriptArguments) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    stages, output_dir = read_stages(script_args.stages, script_args.output_dir)
+    student = StageSpec(**stages[-1].settings)
+    teachers = load_teachers(student.teachers or [], student.teacher_guidance_scales)
+    problems = []  # what the report would refuse after all the training
+    if student.trainer != "opd" or teachers.keys() != set(tiny.TASKS):
+        problems.append(
+            f"The last stage, {student.name!r}, has trainer={student.trainer!r} and teachers for {list(teachers)}. The report "
+            f"needs a student by 'opd' with teachers for {list(tiny.TASKS)}."
+        )
+    if script_args.num_test_images < 1:
+        problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
+    if problems:
+        raise ValueError("\n".join(problems))
+
+    folder = run_stages(stages, output_dir)
+    settings = student.make_config(folder, None)
+    assert isinstance(settings, DiffusionOPDConfig)
+    report = evaluate_retention(
+        student.model_name_or_path,
+        teachers,
+        str(folder),
+        tiny.rewards,
+        tiny.dataset("test"),
+        num_images=script_args.num_test_images,
+        output_dir=Path(output_dir),
+        **settings.retention_options(),
+    )
+    if PartialState().is_main_process:
+        print(f"{retention_table(report)}\n\n{scores_table(report)}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments,)).parse_args_and_config())
