@@ -46,6 +46,7 @@ class TeacherScriptArguments:
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
         lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and stop.
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
@@ -61,6 +62,9 @@ class TeacherScriptArguments:
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Draw and score a round, show what the run would do, and stop."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import tables
+from .. import dry_run_rl, tables
 from ..advantages import constant_groups, group_advantages, weighted_rewards
 from ..rewards import RewardFuncs, Scorer, reward_name
 from ..rollout import sample_generators
@@ -199,6 +199,29 @@ class DiffusionRLTrainer(DiffusionTrainer):
             f"{args.train_batch_size} x {args.world_size} process(es) x {self._micro_batches} micro-batch(es) of the task), "
             f"which are not whole groups of num_generations={size}. Use per_device_train_batch_size={fitting}."
         )
+
+    def dry_run(self) -> dict[str, Any]:
+        """
+        What a run would do, without one: the first round is drawn and scored, and one micro-batch of each task goes forward
+        and backward.
+
+        Prints, for every task, its rewards (mean and spread) and the share of its groups that have no signal; the seconds of
+        drawing and of each reward; seconds and network forwards of an update and of the run; and memory. Images of the
+        first prompt of each task, as an evaluation and as the round draws it, go to `dry_run/` in the output folder.
+        Nothing is trained, pushed or reported to a tracker. Call it before `train`, on all processes.
+
+        Returns:
+            `dict`: what is printed, as [`~dry_run_rl.dry_run`] describes it.
+        """
+        return dry_run_rl.dry_run(self)
+
+    def _frozen_networks(self) -> list[nn.Module]:
+        """What else than the student computes velocities here."""
+        return [] if self.bank is None else [self.bank.backbone]
+
+    def _frozen_parts(self) -> dict[str, list[Tensor]]:
+        """Weights that the method has beside the student and the pipeline, by name."""
+        return {} if self.bank is None else {"frozen base": list(self.bank.parameters())}
 
     # Rounds
 
