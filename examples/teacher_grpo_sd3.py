@@ -52,11 +52,10 @@ import logging
 from pathlib import Path
 
 from peft import LoraConfig
-from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
-from trl_diffusion_opd.cli import load_prompts, load_rewards
+from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 
@@ -94,4 +93,4 @@ def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> No
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, DiffusionGRPOConfig)).parse_args_and_config())
+    main(*parse(ScriptArguments, DiffusionGRPOConfig))

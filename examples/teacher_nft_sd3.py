@@ -44,11 +44,10 @@ import logging
 from pathlib import Path
 
 from peft import LoraConfig
-from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer
 from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
-from trl_diffusion_opd.cli import load_prompts, load_rewards
+from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 
@@ -86,4 +85,4 @@ def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> Non
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, DiffusionNFTConfig)).parse_args_and_config())
+    main(*parse(ScriptArguments, DiffusionNFTConfig))

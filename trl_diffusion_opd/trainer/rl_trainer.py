@@ -102,6 +102,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._given_prompts = train_dataset
         self._rollouts: list[Rollout] = []
         self._constant: dict[str, list[bool]] = {}
+        self._applied: set[str] = set()  # rewards with a value in this round
         self._without_signal: set[str] = set()
         super().__init__(
             model=model,
@@ -180,10 +181,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _set_reward_weights(self, problems: list[str]) -> None:
         names = self._reward_names()
         weights = [1.0] * len(names) if self.args.reward_weights is None else self.args.reward_weights
-        if len(weights) != len(names):
+        if names and len(weights) != len(names):
             problems.append(
                 f"reward_weights has {len(weights)} values for {len(names)} reward functions. Give one for each, in this "
                 f"order: {', '.join(names)}."
+            )
+        elif names and not any(weights):
+            problems.append(
+                f"reward_weights={weights}: all are 0, so nothing would be trained for. Give one of {', '.join(names)} a weight."
             )
         self.reward_weights = dict(zip(names, map(float, weights), strict=False))
 
@@ -308,7 +313,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
             ("frac_reward_zero_std", float(constant.double().mean())),
         ):
             metrics[name].append(value)
-        for name, of_reward in zip(names, constant_groups(rewards, args.num_generations).T, strict=True):
+        for name, of_reward, column in zip(
+            names, constant_groups(rewards, args.num_generations).T, rewards.T, strict=True
+        ):
+            if not column.isnan().all():
+                self._applied.add(name)
             if self.reward_weights[name] != 0:  # else it is only watched
                 self._constant.setdefault(name, []).append(bool(of_reward.all()))
         advantages = group_advantages(
@@ -322,13 +331,19 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for name, of_tasks in self._constant.items():
             if all(of_tasks) and name not in self._without_signal:
                 self._without_signal.add(name)
-                if self.is_world_process_zero():
+                if self.is_world_process_zero() and name not in self._applied:
+                    logger.warning(
+                        f"Reward {name!r} was None for every image of update {self.state.global_step + 1}, so it teaches "
+                        "nothing. Look at what it needs of the prompts and of the columns. This is said once."
+                    )
+                elif self.is_world_process_zero():
                     logger.warning(
                         f"Reward {name!r} had one value in every group of update {self.state.global_step + 1}, so it says "
                         "nothing of which completion is better. If this goes on, give it degrees, choose prompts that "
                         "sometimes succeed, or raise num_generations. This is said once."
                     )
         self._constant.clear()
+        self._applied.clear()
 
     # Files
 
