@@ -52,10 +52,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, evaluate_retention
-from trl_diffusion_opd.cli import by_task, load_prompts, load_rewards, load_teachers
+from trl_diffusion_opd.cli import by_task, load_prompts, load_rewards, load_teachers, parse
 from trl_diffusion_opd.data import dataset_problems
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.retention import retention_table
@@ -171,4 +170,4 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, DiffusionOPDConfig)).parse_args_and_config())
+    main(*parse(ScriptArguments, DiffusionOPDConfig))

@@ -25,6 +25,8 @@ The embedded tiny model, on any laptop:
 accelerate launch examples/teacher_grpo_sd3.py --config examples/configs/tiny_grpo.yaml
 ```
 
+With `--dry_run` it draws and scores a round, shows what the run would cost, and stops.
+
 Stable Diffusion 3.5 Medium, or any other flow-matching pipeline of diffusers:
 
 ```bash
@@ -50,11 +52,10 @@ import logging
 from pathlib import Path
 
 from peft import LoraConfig
-from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
-from trl_diffusion_opd.cli import load_prompts, load_rewards
+from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 
@@ -67,6 +68,8 @@ def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> No
         init_lora_weights="gaussian",
         target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
     )
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # with it the trainer makes the repository
     trainer = DiffusionGRPOTrainer(
         model=script_args.model_name_or_path,
         reward_funcs=load_rewards(script_args.reward_funcs, script_args.reward_kwargs or {}),
@@ -75,6 +78,10 @@ def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> No
         eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
         peft_config=None if script_args.full_finetuning else peft_config,
     )
+    if script_args.dry_run:
+        trainer.dry_run()
+        trainer.end()
+        return
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
@@ -86,4 +93,4 @@ def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> No
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, DiffusionGRPOConfig)).parse_args_and_config())
+    main(*parse(ScriptArguments, DiffusionGRPOConfig))

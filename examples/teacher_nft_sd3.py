@@ -21,6 +21,8 @@ A teacher for one task of the embedded 32 px model, on a laptop:
 python examples/teacher_nft_sd3.py --config examples/configs/tiny_nft.yaml
 ```
 
+With `--dry_run` it draws and scores a round, shows what the run would cost, and stops.
+
 A GenEval teacher for Stable Diffusion 3.5 Medium on eight GPUs, with the settings of the paper:
 
 ```bash
@@ -42,11 +44,10 @@ import logging
 from pathlib import Path
 
 from peft import LoraConfig
-from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer
 from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
-from trl_diffusion_opd.cli import load_prompts, load_rewards
+from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 
@@ -59,6 +60,8 @@ def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> Non
         init_lora_weights="gaussian",
         target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
     )
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # with it the trainer makes the repository
     trainer = DiffusionNFTTrainer(
         model=script_args.model_name_or_path,
         reward_funcs=load_rewards(script_args.reward_funcs, script_args.reward_kwargs or {}),
@@ -67,6 +70,10 @@ def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> Non
         eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
         peft_config=None if script_args.full_finetuning else peft_config,
     )
+    if script_args.dry_run:
+        trainer.dry_run()
+        trainer.end()
+        return
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
@@ -78,4 +85,4 @@ def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> Non
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments, DiffusionNFTConfig)).parse_args_and_config())
+    main(*parse(ScriptArguments, DiffusionNFTConfig))

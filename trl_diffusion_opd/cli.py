@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from trl import TrlParser
 
 from .rewards import RewardFunc, load_reward
 from .rewards.names import check_reward
 from .teacher_specs import TeacherConfig
+from .trainer.base_config import unknown_option
 
 
 _FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -47,6 +49,7 @@ class TeacherScriptArguments:
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
         lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and stop.
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
@@ -62,10 +65,42 @@ class TeacherScriptArguments:
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Draw and score a round, show what the run would do, and stop."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
-            self.reward_kwargs = json.loads(self.reward_kwargs)
+            self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
+
+
+def parse(script_class: type, config_class: type, arguments: list[str] | None = None) -> tuple[Any, Any]:
+    """
+    The arguments of a script and of its trainer, from the command line and from `--config`.
+
+    Raises:
+        [`ValueError`]: for an option that neither has, with the trainer's config that does.
+    """
+    parser = TrlParser((script_class, config_class))
+    script_args, config, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--"))
+    if rest:
+        problems = [unknown_option(config_class, name) for name in unknown] or [f"{rest} belong to no option."]
+        raise ValueError("\n".join(problems))
+    return script_args, config
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """An option that is given as JSON."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'--{option}: {text!r} is not a JSON object such as \'{{"remote": {{"url": "http://..."}}}}\'.'
+        )
+    return value
 
 
 def by_task(option: str, values: list[str] | None, what: str = "task=value") -> dict[str, list[str]]:

@@ -16,26 +16,29 @@
 
 import logging
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-import psutil
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor, nn
 
 from . import tables
-from .data import TaskSampler, task_rows
-from .evaluation import draw_images
+from .data import task_rows
+from .dry_run_shared import (
+    Clock,
+    Peak,
+    Pictures,
+    as_in_training,
+    draw,
+    evaluation_scale,
+    first_update,
+    memory,
+    number_of_updates,
+    score_pictures,
+    write_pictures,
+)
 from .objectives import inclusion_probabilities, systematic_sample, velocity_gap_sq
-from .rewards import score
 from .rollout import gaussian, sample_generators, walk
 from .teachers import Teacher, rescaled_factors
 
@@ -44,9 +47,6 @@ if TYPE_CHECKING:
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "dry_run"
-PICTURE = "dry_run.png"
 
 
 def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
@@ -68,23 +68,23 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
         - `"warnings"`: a sentence each.
     """
-    if trainer.args.activation_checkpointing:
-        trainer.model.activation_checkpointing_enable()  # as Trainer does when training begins
     sampler = trainer._get_train_sampler()
+    batches = first_update(trainer, sampler)
     tasks, costs, activations = {}, [], []
-    for task in trainer.tasks:
-        prompts, positions = _micro_batch(trainer, sampler, task)
-        figures, cost = _walk(trainer, task, prompts, positions)
-        cost["update"], used = _forward_backward(trainer, prompts, positions)
-        tasks[task] = figures
-        costs.append(cost)
-        activations.append(used)
+    with as_in_training(trainer) as student:
+        for i in range(len(trainer.tasks)):  # the first micro-batch of each
+            task, positions = trainer._micro_batch(i, len(batches[i]))
+            prompts = [trainer.train_dataset[row]["prompt"] for row in batches[i]]
+            tasks[task], cost = _walk(trainer, student, task, prompts, positions)
+            cost["update"], used = _forward_backward(trainer, student, prompts, positions)
+            costs.append(cost)
+            activations.append(used)
     seconds = max(gather_object([_seconds(trainer, costs)]))
-    epochs = trainer.args.num_train_epochs
-    updates = trainer.args.max_steps if trainer.args.max_steps > 0 else math.ceil(epochs * sampler.rounds)
+    updates = number_of_updates(trainer, sampler)
+    teachers = {"teachers" if trainer.student.is_lora else "teachers and frozen base": list(trainer.bank.parameters())}
     report = {
         "tasks": tasks,
-        "memory": _memory(trainer, max(activations)),
+        "memory": memory(trainer, teachers, max(activations), "a forward and backward"),
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,
@@ -92,9 +92,10 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
     }
     images = _draw(trainer)
     if trainer.accelerator.is_main_process:
-        for task, (row, of_task) in images.items():
-            tasks[task]["rewards"] = _score(trainer, task, row, of_task)
-        _write(trainer, images, tasks)
+        scored = score_pictures(trainer, images)
+        for task, of_task in scored.items():
+            tasks[task]["rewards"] = of_task
+        write_pictures(trainer, images, scored)
         tables.print_dry_run(report, trainer.accelerator.device.type)
         for warning in report["warnings"]:
             logger.warning(warning)
@@ -102,64 +103,19 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
     return report
 
 
-def _micro_batch(trainer: "DiffusionOPDTrainer", sampler: TaskSampler, task: str) -> tuple[list[str], list[int]]:
-    """This process's prompts in the first update's first micro-batch of a task, and their places in the task's part."""
-    size, accelerator = trainer._train_batch_size, trainer.accelerator
-    length = size * accelerator.num_processes
-    first = trainer.tasks.index(task) * length + accelerator.process_index * size
-    rows = list(islice(sampler, first, first + size))
-    start = accelerator.process_index * size
-    return [trainer.train_dataset[row]["prompt"] for row in rows], list(range(start, start + size))
-
-
 # An update's forwards
-
-
-class _Clock:
-    """Seconds of calls, the median of each kind: the first one sets things up, and others may have to wait."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.times: dict[str, list[float]] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.times.setdefault(name, []).append(time.perf_counter() - start)
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def median(self, name: str) -> float:
-        return statistics.median(self.times[name])
-
-
-def _network(trainer: "DiffusionOPDTrainer", module: nn.Module) -> Callable[..., Any]:
-    """The module as it computes in training, where accelerate has wrapped the trained model for mixed precision."""
-    if module is not trainer.accelerator.unwrap_model(trainer.model):
-        return module
-
-    def call(**inputs: Any) -> Any:
-        with trainer.accelerator.autocast():
-            return module(**inputs)
-
-    return call
 
 
 @torch.no_grad()
 def _walk(
-    trainer: "DiffusionOPDTrainer", task: str, prompts: list[str], positions: list[int]
+    trainer: "DiffusionOPDTrainer", network: nn.Module, task: str, prompts: list[str], positions: list[int]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What the walk shows of a task, and the seconds of a forward of `"student"`, `"teachers"` and `"base"`."""
     args, field, bank, roles = trainer.args, trainer.velocity_field, trainer.bank, trainer.bank.teachers[task]
     steps = len(trainer.trainable_steps)
     levels = trainer.table.levels.tolist()
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
-    clock = _Clock(trainer.accelerator.device)
+    clock = Clock(trainer.accelerator.device)
     # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
     # to the base and the squared norm of its velocity.
     squares: list[list[Tensor]] = []
@@ -168,19 +124,19 @@ def _walk(
     def velocity(j: int, x: Tensor) -> Tensor:
         t = levels[j]
         with clock("student"):
-            student = field(x, t, prompts, args.guidance_scale, _network(trainer, _student(trainer)))
+            student = field(x, t, prompts, args.guidance_scale, network)
         target, of_teachers = torch.zeros_like(x), []
         for i, role in enumerate(roles):
             scale = role.guidance_scale
             with bank.use(role) as module, clock(f"teacher {i}"):
-                own = field(x, t, prompts, scale, _network(trainer, module))
+                own = field(x, t, prompts, scale, module)
             with bank.use(None) as module, clock("base"):
-                base = field(x, t, prompts, scale, _network(trainer, module))
+                base = field(x, t, prompts, scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
             if j == steps - 1 and role.kind == "lora":
                 with bank.use(role) as module, rescaled_factors(bank.backbone, role.name):
-                    again = field(x, t, prompts, scale, _network(trainer, module))
+                    again = field(x, t, prompts, scale, module)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
@@ -211,10 +167,6 @@ def _walk(
     return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
 
 
-def _student(trainer: "DiffusionOPDTrainer") -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model)
-
-
 def _name(role: Teacher) -> str:
     return "/".join(filter(None, (role.source, role.config.subfolder)))
 
@@ -227,42 +179,28 @@ def _rounding(trainer: "DiffusionOPDTrainer") -> float:
     return max(torch.finfo(dtype).eps for dtype in (weights, mixed) if dtype is not None)
 
 
-def _forward_backward(trainer: "DiffusionOPDTrainer", prompts: list[str], positions: list[int]) -> tuple[float, int]:
+def _forward_backward(
+    trainer: "DiffusionOPDTrainer", student: nn.Module, prompts: list[str], positions: list[int]
+) -> tuple[float, int]:
     """Seconds of the student's forward and backward at one step, and the bytes that they need on the device."""
     device, field = trainer.accelerator.device, trainer.velocity_field
     x = field.initial_latents(prompts, sample_generators([trainer.args.seed], positions))
     parameters = trainer.student.parameters()
-    clock, used = _Clock(device), 0
+    clock, used = Clock(device), 0
     for _ in range(3):
-        before = _in_use(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        peak = Peak(device)
         with clock("update"):
-            velocity = field(
-                x,
-                float(trainer.table.levels[0]),
-                prompts,
-                trainer.args.guidance_scale,
-                _network(trainer, _student(trainer)),
-            )
+            velocity = field(x, float(trainer.table.levels[0]), prompts, trainer.args.guidance_scale, student)
             loss = velocity_gap_sq(velocity, x).mean()
-            at_loss = _in_use(device)
+            peak.look()
             # Not backward(): the parameters' own gradients stay as they are.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        if device.type == "cuda":
-            kept = sum(gradient.nbytes for gradient in gradients if gradient is not None)
-            used = max(used, torch.cuda.max_memory_allocated(device) - before - kept)
-        else:
-            used = max(used, at_loss - before)
+        used = max(used, peak.without(gradients))
         del gradients, loss, velocity
     return clock.median("update"), used
 
 
-def _in_use(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-# Time and memory
+# Time
 
 
 def _seconds(trainer: "DiffusionOPDTrainer", costs: list[dict[str, float]]) -> float:
@@ -280,36 +218,6 @@ def _seconds(trainer: "DiffusionOPDTrainer", costs: list[dict[str, float]]) -> f
     return seconds * trainer._micro_batches
 
 
-def _memory(trainer: "DiffusionOPDTrainer", activations: int) -> dict[str, dict[str, Any]]:
-    student = trainer.student.parameters()
-    teachers = list(trainer.bank.parameters())
-    taken = {id(parameter) for parameter in [*student, *teachers]}
-    parts: dict[str, list[Tensor]] = {}
-    for name, component in trainer._pipeline.components.items():
-        if isinstance(component, nn.Module):
-            parts[name] = [p for p in component.parameters() if id(p) not in taken]
-    parts["student"] = list(student)
-    parts["teachers" if trainer.student.is_lora else "teachers and frozen base"] = list(teachers)
-    parts["moving average"] = [] if trainer.student.ema is None else trainer.student.ema.shadow_params
-    rows = {
-        name: _row(sum(p.nbytes for p in tensors), {p.dtype for p in tensors}, "counted")
-        for name, tensors in parts.items()
-        if tensors
-    }
-    trained, dtypes = rows["student"]["bytes"], {p.dtype for p in student}
-    rows["gradients"] = _row(trained, dtypes, "as the student")
-    rows["optimizer"] = _row(2 * trained, dtypes, "estimate: Adam's two moments")
-    measured = trainer.accelerator.device.type == "cuda"
-    how = "measured: peak of forward and backward" if measured else "estimate: growth of the process in a forward"
-    rows["activations"] = _row(activations, set(), how)
-    rows["sum"] = _row(sum(row["bytes"] for row in rows.values()), set(), "estimate")
-    return rows
-
-
-def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
-    return {"dtype": ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)), "bytes": size, "how": how}
-
-
 def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
     return [
         f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
@@ -323,7 +231,7 @@ def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
 # Pictures
 
 
-def _draw(trainer: "DiffusionOPDTrainer") -> dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]:
+def _draw(trainer: "DiffusionOPDTrainer") -> Pictures:
     """For each task the first row that is evaluated and, by a caption, the images of the models, all from the same noise."""
     args, bank = trainer.args, trainer.bank
     evaluated: Any = trainer.eval_dataset
@@ -333,60 +241,19 @@ def _draw(trainer: "DiffusionOPDTrainer") -> dict[str, tuple[dict[str, Any], dic
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, args.task_column).items()}
-    scale = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
-    images: dict[str, tuple[dict[str, Any], dict[str, Image.Image]]] = {}
+    scale = evaluation_scale(trainer)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    pictures: Pictures = {}
     for task, row in firsts.items():
-
-        def draw(module: nn.Module, guidance_scale: float, task: str = task, row: dict[str, Any] = row) -> Image.Image:
-            entropy = [args.seed, trainer.tasks.index(task)]  # an evaluation's, so it shows the same image
-            ((_, image),) = draw_images(
-                trainer.eval_field,
-                module,
-                [row["prompt"]],
-                entropy=entropy,
-                guidance_scale=guidance_scale,
-                batch_size=1,
-            )
-            return image
-
         of_task = {}
         with bank.use(None) as module:
-            of_task[f"base, CFG {scale:g}"] = draw(module, scale)
+            of_task[f"base, CFG {scale:g}"] = draw(trainer, module, task, row["prompt"], scale)
         for i, role in enumerate(bank.teachers[task], start=1):
             name = "teacher" if len(bank.teachers[task]) == 1 else f"teacher {i}"
             with bank.use(role) as module:
-                of_task[f"{name}, CFG {role.guidance_scale:g}"] = draw(module, role.guidance_scale)
+                image = draw(trainer, module, task, row["prompt"], role.guidance_scale)
+            of_task[f"{name}, CFG {role.guidance_scale:g}"] = image
         with trainer.student.ema_weights():
-            of_task[f"student, CFG {scale:g}"] = draw(_student(trainer), scale)
-        images[task] = row, of_task
-    return images
-
-
-def _score(
-    trainer: "DiffusionOPDTrainer", task: str, row: dict[str, Any], images: dict[str, Image.Image]
-) -> dict[str, dict[str, float | None]]:
-    scores = score(trainer.reward_funcs[task], [row] * len(images), list(images.values()), trainer.state)
-    return {caption: {name: values[i] for name, values in scores.items()} for i, caption in enumerate(images)}
-
-
-def _write(
-    trainer: "DiffusionOPDTrainer",
-    images: dict[str, tuple[dict[str, Any], dict[str, Image.Image]]],
-    tasks: dict[str, dict[str, Any]],
-) -> None:
-    from . import plots  # matplotlib is slow to load
-
-    folder = Path(trainer.args.output_dir or ".") / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    widest = max(len(of_task) for _, of_task in images.values())
-    rows = []
-    for task, (row, of_task) in images.items():
-        scores = {caption: next(iter(tasks[task]["rewards"][caption].values()), None) for caption in of_task}
-        for caption, image in of_task.items():
-            model = caption.split(",")[0].replace(" ", "_")
-            image.save(folder / f"{quote(task, safe=' ')}_{model}.png")
-        # All rows of the picture have the same number of models.
-        width, height = next(iter(of_task.values())).size
-        blanks = {" " * n: Image.new("RGB", (width, height), "white") for n in range(1, widest - len(of_task) + 1)}
-        rows.append(plots.SampleRow(task, row["prompt"], {**of_task, **blanks}, {**scores, **dict.fromkeys(blanks)}))
-    plots.plot_samples(rows, folder / PICTURE)
+            of_task[f"student, CFG {scale:g}"] = draw(trainer, student, task, row["prompt"], scale)
+        pictures[task] = row, of_task
+    return pictures

@@ -15,6 +15,7 @@
 """The tables that a run shows in the console."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -173,27 +174,81 @@ def print_dry_run(report: Mapping[str, Any], device: str) -> None:
             shown = [""] * len(shown)
     console.print(tasks)
 
-    memory = Table(title=f"Memory of one process ({device}), without sharding")
-    for column in ("", "dtype", "GiB", "how"):
-        memory.add_column(column, justify="right" if column == "GiB" else "left")
-    for name, row in report["memory"].items():
-        memory.add_row(name, row["dtype"], f"{row['bytes'] / 2**30:.3f}", row["how"])
-    console.print(memory)
-
-    images = Table(title="One image of each model")
-    for column in ("task", "model", "reward", "score"):
-        images.add_column(column, overflow="fold")
-    for task, figures in report["tasks"].items():
-        for model, scores in figures.get("rewards", {}).items():
-            for name, value in scores.items():
-                images.add_row(task, model, name, reward_cell(value))
-    if images.row_count:
-        console.print(images)
+    _print_memory(console, report["memory"], device)
+    scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
+    _print_scores(console, "One image of each model", "model", scored)
     console.print(
         f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
         "updates. Estimated from single forwards and one forward with backward on a micro-batch of each task, times the "
         "steps of an update; without optimizer, encoding of prompts, evaluations and checkpoints."
     )
+
+
+def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
+    """
+    Shows what [`~dry_run_rl.dry_run`] found.
+
+    Args:
+        report (`dict`): as it returns it.
+        device (`str`): kind of the device that it ran on.
+    """
+    console = _console()
+    tasks = Table(title="What the first round gives")
+    for column in ("task", "prompts", "images", "groups without signal", "reward", "mean", "spread"):
+        tasks.add_column(column, overflow="fold")
+    for task, figures in report["tasks"].items():
+        counts = [str(figures[name]) for name in ("prompts", "completions")]
+        shown = [task, *counts, f"{figures['frac_reward_zero_std']:.0%}"]
+        for name, reward in figures["rewards"].items():
+            cells = ["-" if math.isnan(reward[figure]) else f"{reward[figure]:.3g}" for figure in ("mean", "std")]
+            tasks.add_row(*shown, name, *cells)
+            shown = [""] * len(shown)
+    console.print(tasks)
+
+    seconds = Table(title="Seconds of the round")
+    for column in ("", "seconds"):
+        seconds.add_column(column, justify="right" if column else "left")
+    seconds.add_row("drawing", f"{report['generation_time']:.3g}")
+    for name, taken in report["reward_time"].items():
+        seconds.add_row(f"{name}, meanwhile", f"{taken:.3g}")
+    console.print(seconds)
+
+    _print_memory(console, report["memory"], device)
+    scored = {task: figures["images"] for task, figures in report["tasks"].items()}
+    _print_scores(console, "Images of the first prompts", "image", scored)
+    console.print(
+        f"Network: {report['forwards_per_update']:,.0f} samples forward and {report['backwards_per_update']:,} of them "
+        f"backward an update, {report['forwards']:,} and {report['backwards']:,} in {report['updates']} updates, over all "
+        "processes. Guidance shows each sample twice."
+    )
+    console.print(
+        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
+        "updates. From one round and the loss of a micro-batch of each task; without optimizer, evaluations and checkpoints."
+    )
+
+
+def _print_memory(console: Console, rows: Mapping[str, Mapping[str, Any]], device: str) -> None:
+    memory = Table(title=f"Memory of one process ({device}), without sharding")
+    for column in ("", "dtype", "GiB", "how"):
+        memory.add_column(column, justify="right" if column == "GiB" else "left")
+    for name, row in rows.items():
+        memory.add_row(name, row["dtype"], f"{row['bytes'] / 2**30:.3f}", row["how"])
+    console.print(memory)
+
+
+def _print_scores(
+    console: Console, title: str, column: str, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+) -> None:
+    """A row an image and reward: by task, by caption and by name of the reward."""
+    images = Table(title=title)
+    for name in ("task", column, "reward", "score"):
+        images.add_column(name, overflow="fold")
+    for task, of_task in scored.items():
+        for caption, scores in of_task.items():
+            for name, value in scores.items():
+                images.add_row(task, caption, name, reward_cell(value))
+    if images.row_count:
+        console.print(images)
 
 
 def _trained_parameters(trainer: "DiffusionTrainer") -> int:

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -188,6 +189,13 @@ class DiffusionConfig(_BaseConfig):
     )
     num_completions_to_print: int = field(default=4, metadata={"help": "Prompts a task of which images are logged."})
 
+    def __new__(cls, *args: Any, **options: Any) -> "DiffusionConfig":
+        # Before Python says no more than that an argument is unexpected.
+        problems = [unknown_option(cls, name) for name in options.keys() - {known.name for known in fields(cls)}]
+        if problems:
+            raise TypeError("\n".join(sorted(problems)))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         # TRL takes bf16 on any machine and TrainingArguments then refuses a CPU. A laptop should just work.
         if self.bf16 is None:
@@ -238,6 +246,10 @@ class DiffusionConfig(_BaseConfig):
             scale = getattr(self, name)
             if scale is not None and scale < 1:
                 problems.append(f"{name}={scale}: it must be at least 1.0, which is no guidance.")
+        if not 0 <= self.learning_rate < math.inf:
+            problems.append(f"learning_rate={self.learning_rate}: it must be a finite number, not negative.")
+        if self.noise_level is not None and not math.isfinite(self.noise_level):
+            problems.append(f"noise_level={self.noise_level}: it must be a finite number.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}: it must be in [0, 1).")
         if isinstance(self.task_weights, dict):
@@ -254,3 +266,14 @@ class DiffusionConfig(_BaseConfig):
             for name in names
             if getattr(self, name) not in choices[name]
         ]
+
+
+def unknown_option(config_class: type, name: str) -> str:
+    """What to say of an option that a config does not have, and which configs of this package do."""
+    from .. import trainer  # all of the configs, which derive from the one of this file
+
+    configs = [getattr(trainer, known) for known in trainer.__all__ if known.endswith("Config")]
+    configs = [one for one in configs if not one.__subclasses__()]  # what others share is no trainer's
+    owners = [one.__name__ for one in configs if name in {known.name for known in fields(one)}]
+    has = f"It is an option of {' and '.join(sorted(owners))}." if owners else "No config of this package has it."
+    return f"{config_class.__name__} has no {name!r}. {has}"

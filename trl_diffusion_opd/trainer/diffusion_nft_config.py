@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 from dataclasses import dataclass, field
 
 from .rl_config import DiffusionRLConfig
@@ -128,6 +129,8 @@ class DiffusionNFTConfig(DiffusionRLConfig):
             problems.append(f"advantage_clip={self.advantage_clip}: it must be positive.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
+        elif not math.isfinite(self.beta):
+            problems.append(f"beta={self.beta}: it must be a finite number.")
         if not self.old_policy_decay_rate >= 0:
             problems.append(f"old_policy_decay_rate={self.old_policy_decay_rate} is negative.")
         if not 0 <= self.old_policy_decay_max < 1:

@@ -152,6 +152,12 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         self.old_policy = OldPolicy(model)
         self.bank = self._base_bank(model) if args.beta > 0 else None
 
+    def _frozen_networks(self) -> list[nn.Module]:
+        return [*super()._frozen_networks(), self.old_policy.model]
+
+    def _frozen_parts(self) -> dict[str, list[Tensor]]:
+        return {**super()._frozen_parts(), "old policy": list(self.old_policy.named_parameters().values())}
+
     # Training
 
     def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, Any]:

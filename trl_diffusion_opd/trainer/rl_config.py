@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 from dataclasses import dataclass, field
 
 from .base_config import DiffusionConfig
@@ -80,6 +81,9 @@ class DiffusionRLConfig(DiffusionConfig):
     def _problems(self) -> list[str]:
         problems = super()._problems()
         problems += self._choice_problems("scale_rewards", "multi_objective_aggregation")
+        bad = [weight for weight in self.reward_weights or [] if not math.isfinite(weight)]
+        if bad:
+            problems.append(f"reward_weights: {bad[0]} is not a finite number.")
         if self.num_generations < 2:
             problems.append(
                 f"num_generations={self.num_generations}: a completion is compared with the others of its prompt, so a "

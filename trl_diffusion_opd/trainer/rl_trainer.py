@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import tables
+from .. import dry_run_rl, tables
 from ..advantages import constant_groups, group_advantages, weighted_rewards
 from ..rewards import RewardFuncs, Scorer, reward_name
 from ..rollout import sample_generators
@@ -102,6 +102,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._given_prompts = train_dataset
         self._rollouts: list[Rollout] = []
         self._constant: dict[str, list[bool]] = {}
+        self._applied: set[str] = set()  # rewards with a value in this round
         self._without_signal: set[str] = set()
         super().__init__(
             model=model,
@@ -180,10 +181,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _set_reward_weights(self, problems: list[str]) -> None:
         names = self._reward_names()
         weights = [1.0] * len(names) if self.args.reward_weights is None else self.args.reward_weights
-        if len(weights) != len(names):
+        if names and len(weights) != len(names):
             problems.append(
                 f"reward_weights has {len(weights)} values for {len(names)} reward functions. Give one for each, in this "
                 f"order: {', '.join(names)}."
+            )
+        elif names and not any(weights):
+            problems.append(
+                f"reward_weights={weights}: all are 0, so nothing would be trained for. Give one of {', '.join(names)} a weight."
             )
         self.reward_weights = dict(zip(names, map(float, weights), strict=False))
 
@@ -199,6 +204,29 @@ class DiffusionRLTrainer(DiffusionTrainer):
             f"{args.train_batch_size} x {args.world_size} process(es) x {self._micro_batches} micro-batch(es) of the task), "
             f"which are not whole groups of num_generations={size}. Use per_device_train_batch_size={fitting}."
         )
+
+    def dry_run(self) -> dict[str, Any]:
+        """
+        What a run would do, without one: the first round is drawn and scored, and one micro-batch of each task goes forward
+        and backward.
+
+        Prints, for every task, its rewards (mean and spread) and the share of its groups that have no signal; the seconds of
+        drawing and of each reward; seconds and network forwards of an update and of the run; and memory. Images of the
+        first prompt of each task, as an evaluation and as the round draws it, go to `dry_run/` in the output folder.
+        Nothing is trained, pushed or reported to a tracker. Call it before `train`, on all processes.
+
+        Returns:
+            `dict`: what is printed, as [`~dry_run_rl.dry_run`] describes it.
+        """
+        return dry_run_rl.dry_run(self)
+
+    def _frozen_networks(self) -> list[nn.Module]:
+        """What else than the student computes velocities here."""
+        return [] if self.bank is None else [self.bank.backbone]
+
+    def _frozen_parts(self) -> dict[str, list[Tensor]]:
+        """Weights that the method has beside the student and the pipeline, by name."""
+        return {} if self.bank is None else {"frozen base": list(self.bank.parameters())}
 
     # Rounds
 
@@ -285,7 +313,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
             ("frac_reward_zero_std", float(constant.double().mean())),
         ):
             metrics[name].append(value)
-        for name, of_reward in zip(names, constant_groups(rewards, args.num_generations).T, strict=True):
+        for name, of_reward, column in zip(
+            names, constant_groups(rewards, args.num_generations).T, rewards.T, strict=True
+        ):
+            if not column.isnan().all():
+                self._applied.add(name)
             if self.reward_weights[name] != 0:  # else it is only watched
                 self._constant.setdefault(name, []).append(bool(of_reward.all()))
         advantages = group_advantages(
@@ -299,13 +331,19 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for name, of_tasks in self._constant.items():
             if all(of_tasks) and name not in self._without_signal:
                 self._without_signal.add(name)
-                if self.is_world_process_zero():
+                if self.is_world_process_zero() and name not in self._applied:
+                    logger.warning(
+                        f"Reward {name!r} was None for every image of update {self.state.global_step + 1}, so it teaches "
+                        "nothing. Look at what it needs of the prompts and of the columns. This is said once."
+                    )
+                elif self.is_world_process_zero():
                     logger.warning(
                         f"Reward {name!r} had one value in every group of update {self.state.global_step + 1}, so it says "
                         "nothing of which completion is better. If this goes on, give it degrees, choose prompts that "
                         "sometimes succeed, or raise num_generations. This is said once."
                     )
         self._constant.clear()
+        self._applied.clear()
 
     # Files
 
