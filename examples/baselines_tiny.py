@@ -37,7 +37,7 @@ accelerate launch examples/baselines_tiny.py --methods multi-task cascade merge
 | `sft` | `DiffusionSFTTrainer(teachers=...)`: flow matching on images that the teachers draw |
 
 The settings are in `examples/stages/tiny_baselines.yaml` and `examples/stages/tiny_cascade.yaml`. They show how the methods are
-called, and are no comparison: updates are few, so that everything takes TIME on two cores, and their cost is not the same. The
+called, and are no comparison: updates are few, so that everything takes some ten minutes on two cores, and their cost is not the same. The
 comparison at equal cost is `benchmarks/claims`.
 
 Run again after an interruption, it goes on: what is trained is not trained again, and no image is drawn twice.
@@ -74,7 +74,9 @@ class ScriptArguments:
     """
 
     methods: list[str] | None = field(default=None, metadata={"help": "The methods to run, all if not given."})
-    output_dir: str = field(default="outputs/baselines", metadata={"help": "A folder for each method, and the report."})
+    output_dir: str = field(
+        default="outputs/baselines", metadata={"help": "A folder for each method, and the report."}
+    )
     stages: str = field(
         default="examples/stages/tiny_baselines.yaml", metadata={"help": "A stage for each method of one trainer."}
     )
