@@ -61,7 +61,13 @@ def plot_lines(panels: Mapping[tuple[str, str, str], Sequence[Line]], path: Path
             for label, x, y in lines:
                 i = labels.index(label)
                 (handles[label],) = axes.plot(
-                    x, y, color=_COLORS[i % len(_COLORS)], linestyle=_DASHES[i % 4], marker=_MARKERS[i % 7], ms=4, lw=1.5
+                    x,
+                    y,
+                    color=_COLORS[i % len(_COLORS)],
+                    linestyle=_DASHES[i % 4],
+                    marker=_MARKERS[i % 7],
+                    ms=4,
+                    lw=1.5,
                 )
             axes.set_title(title)
             axes.set_xlabel(x_label)
@@ -71,7 +77,7 @@ def plot_lines(panels: Mapping[tuple[str, str, str], Sequence[Line]], path: Path
         _save(figure, path)
 
 
-def plot_bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str, path: Path, log: bool = False) -> None:
+def plot_bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str, path: Path) -> None:
     """Bars of `groups[label][x]`, with intervals where there are any."""
     names = list(dict.fromkeys(x for bars in groups.values() for x in bars))
     width = 0.84 / len(groups)
@@ -85,8 +91,6 @@ def plot_bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str, path: 
                 if bar.low is not None:
                     axes.vlines(place, bar.low, bar.high, color="#333333", linewidth=1.2)
         axes.axhline(0, color="#333333", linewidth=0.8)
-        if log:
-            axes.set_yscale("log")
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel(y_label)
         _look(axes)
