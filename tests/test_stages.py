@@ -312,7 +312,7 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
         {"name": "two", "trainer": "opd", "prompts": ["a=a.txt"], "config": {"student_init": "x", "output_dir": "y"}},
         {"trainer": "grpo", "prompts": ["a=a.txt"], "teachers": ["a=base"]},
         {"name": "four", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"logit_std": -1.0, "sampler": "euler"}},
-        {"name": "five", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"learning_rte": 1.0}},
+        {"name": "five", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"learning_rte": 1.0, "num_iterations": 2}},
     ]
     path = write_file(tmp_path / "stages.yaml", stages=stages, defaults={})
     with pytest.raises(ValueError) as error:
@@ -329,7 +329,8 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
         "stage 3: trainer='grpo' takes no teachers.",
         "stage 'four': DiffusionSFTConfig: sampler='euler'",
         "logit_std=-1.0: it must be positive.",
-        "stage 'five': DiffusionSFTConfig has no learning_rte.",
+        "stage 'five': DiffusionSFTConfig has no 'learning_rte'. No config of this package has it.",
+        "stage 'five': DiffusionSFTConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and",
     ):
         assert expected in message, expected
 

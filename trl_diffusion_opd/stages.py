@@ -67,6 +67,7 @@ from .cli import by_task, load_prompts, load_rewards, load_teachers, reward_prob
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
 from .teacher_files import find_files
 from .teacher_specs import local_folder, parse_teacher
+from .trainer.base_config import unknown_option
 
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ class StageSpec:
         config_class = getattr(importlib.import_module(__package__), f"{_TRAINERS[self.trainer]}Config")
         unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
         if unknown:
-            raise ValueError(f"{config_class.__name__} has no {', '.join(unknown)}.")
+            raise ValueError("\n".join(unknown_option(config_class, name) for name in unknown))
         return config_class(**options)
 
     def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
