@@ -312,7 +312,12 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
         {"name": "two", "trainer": "opd", "prompts": ["a=a.txt"], "config": {"student_init": "x", "output_dir": "y"}},
         {"trainer": "grpo", "prompts": ["a=a.txt"], "teachers": ["a=base"]},
         {"name": "four", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"logit_std": -1.0, "sampler": "euler"}},
-        {"name": "five", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"learning_rte": 1.0, "num_iterations": 2}},
+        {
+            "name": "five",
+            "trainer": "sft",
+            "prompts": ["a=a.txt"],
+            "config": {"learning_rte": 1.0, "num_iterations": 2},
+        },
     ]
     path = write_file(tmp_path / "stages.yaml", stages=stages, defaults={})
     with pytest.raises(ValueError) as error:

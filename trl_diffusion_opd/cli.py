@@ -24,10 +24,10 @@ from typing import Any
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from trl import TrlParser
 
+from .options import unknown_option
 from .rewards import RewardFunc, load_reward
 from .rewards.names import check_reward
 from .teacher_specs import TeacherConfig
-from .trainer.base_config import unknown_option
 
 
 _FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -64,10 +64,10 @@ from trl import TrlParser
 
 from .checkpoint import COMPLETE_FILE, write_json
 from .cli import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
+from .options import unknown_option
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
 from .teacher_files import find_files
 from .teacher_specs import local_folder, parse_teacher
-from .trainer.base_config import unknown_option
 
 
 if TYPE_CHECKING:

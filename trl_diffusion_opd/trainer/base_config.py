@@ -19,6 +19,8 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..options import unknown_option
+
 
 # Value of `student_init`: the mean of the teachers' LoRAs.
 MERGE = "merge"
@@ -266,14 +268,3 @@ class DiffusionConfig(_BaseConfig):
             for name in names
             if getattr(self, name) not in choices[name]
         ]
-
-
-def unknown_option(config_class: type, name: str) -> str:
-    """What to say of an option that a config does not have, and which configs of this package do."""
-    from .. import trainer  # all of the configs, which derive from the one of this file
-
-    configs = [getattr(trainer, known) for known in trainer.__all__ if known.endswith("Config")]
-    configs = [one for one in configs if not one.__subclasses__()]  # what others share is no trainer's
-    owners = [one.__name__ for one in configs if name in {known.name for known in fields(one)}]
-    has = f"It is an option of {' and '.join(sorted(owners))}." if owners else "No config of this package has it."
-    return f"{config_class.__name__} has no {name!r}. {has}"
