@@ -193,3 +193,61 @@ def measure(float32: MeasuredTrainer, bfloat16: MeasuredTrainer, gap: float) -> 
         "noise_floor": runs["velocities"]["noise_floor"],
         **{form: agreement(run, reference) for form, run in runs.items()},
     }
+
+
+def tiny_world(guidance_scale: float, batch_size: int, folder: Path) -> list[MeasuredTrainer]:
+    """The same update of the tiny world in float32 and on a bfloat16 base."""
+    (folder / "teacher").mkdir()
+    teacher = combine(tiny.TEACHERS[TASK], tiny.TEACHERS[OTHER], folder / "teacher")
+    prompts = [row["prompt"] for row in tiny.dataset("train") if row["task"] == TASK][:batch_size]
+    options = dict(height=32, width=32, max_sequence_length=12, guidance_scale=guidance_scale, num_inference_steps=10)
+    return [
+        make_trainer(
+            DiffusionPipeline.from_pretrained(tiny.BASE),
+            tiny.TEACHERS[TASK],
+            teacher,
+            prompts,
+            dtype,
+            folder / str(dtype),
+            **options,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print(
+        "| guidance | gap | form | loss / float32's | cosine | norm ratio | kl, float32 | kl, bfloat16 | noise floor |"
+    )
+    print("|---:|---:|---|---:|---:|---:|---:|---:|---:|")
+    for row in results:
+        for form in FORMS:
+            found = row[form]
+            logged = [f"{row[name]:.1e}" for name in ("kl", "kl_bfloat16", "noise_floor")]
+            print(
+                f"| {row['guidance_scale']} | {row['gap']:.1%} | {form} | {found['loss_ratio']:.3g} | "
+                f"{found['gradient_cosine']:.4f} | {found['gradient_norm_ratio']:.3f} | "
+                f"{' | '.join(logged) if form == 'velocities' else '| |'} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples that the gradient is averaged over")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    results = []
+    for guidance_scale in GUIDANCE_SCALES:
+        with tempfile.TemporaryDirectory() as folder:
+            pair = tiny_world(guidance_scale, args.batch_size, Path(folder))
+            for gap in GAPS:
+                results.append({"guidance_scale": guidance_scale, "gap": gap, **measure(*pair, gap)})
+    print_table(results)
+    if args.output:
+        settings = {"torch": torch.__version__, "batch_size": args.batch_size, "student": TASK, "other": OTHER}
+        args.output.write_text(json.dumps({"settings": settings, "rows": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -151,6 +151,7 @@ def test_noise_floor_is_where_the_kl_loses_its_meaning(tmp_path):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_output_projection_is_float32(wrapped, tmp_path):
+    """Also of a LoRA on a copy of the base: what teaches a student that is trained in full."""
     pipeline = make_pipeline()
     model = make_lora(pipeline, tmp_path, seed=1) if wrapped else pipeline.transformer
     for module in (model, pipeline.transformer):
