@@ -170,7 +170,7 @@ def agreement(run: dict[str, Any], reference: dict[str, Any]) -> dict[str, float
 def share_of_gap(trainer: MeasuredTrainer, gap: float) -> float:
     """The share of the other LoRA at which the velocities differ by `gap`: almost linear in it."""
     share = gap
-    for _ in range(3):
+    for _ in range(2):
         share *= gap / update(trainer, share)["velocity_gap"]
     return share
 
