@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .prompt_cache import PromptCache
@@ -132,8 +133,9 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
     Computes the output projection in float32. Student and teacher differ by little, and what is rounded last of each is
     all there in the difference, which guidance then multiplies.
     """
-    # A PeftModel has the base's; a teacher that is a transformer of its own has its own.
-    children = dict(model.named_children()) if isinstance(model, nn.Module) else {}
+    # A teacher may be a transformer of its own, or a LoRA on a frozen copy of the base: its own projection is meant.
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
     projection = children.get("proj_out", dict(base.named_children()).get("proj_out"))
     if not isinstance(projection, nn.Linear):
         yield

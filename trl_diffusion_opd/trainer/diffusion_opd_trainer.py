@@ -129,6 +129,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         self._teacher_specs = teachers
         self._noise_floor: float | None = None
         self._measured_floor_at = -1
+        self._lost_in_rounding: set[str] = set()
         super().__init__(
             model=model,
             args=args,
@@ -294,6 +295,28 @@ class DiffusionOPDTrainer(TaughtTrainer):
             two = self.velocity_field(x, t, prompts, scale, backbone)
         weights = self.kl_weights[: len(self.trainable_steps)]
         self._noise_floor = float(weights.mean()) * float(velocity_gap_sq(one, two).mean())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self._warn_of_rounding(logs)
+
+    def _warn_of_rounding(self, logs: dict[str, float]) -> None:
+        """
+        Says once a task that its KL is mostly rounding. Rounding adds to what is measured, so the KL hardly falls below
+        the floor itself: less than twice the floor means that less than the floor is left of it.
+        """
+        floor = logs.get("noise_floor", 0.0)
+        for task in self.tasks:
+            kl = logs.get(f"kl/{task}", math.inf)
+            if kl < 2 * floor and task not in self._lost_in_rounding:
+                self._lost_in_rounding.add(task)
+                logger.warning(
+                    f"kl/{task} is {kl:.2g} at update {self.state.global_step}, with a noise_floor of {floor:.2g}: what is "
+                    f"left of the gap between the student and the teacher of task {task!r} is below the rounding of this "
+                    "precision, and to go on follows rounding. Stop here, or, where the base is in half precision, go on "
+                    "with dtype='float32' and bf16=False."
+                )
 
     # Evaluation and files
 
