@@ -51,8 +51,8 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
     finally:
         trainer.args.save_total_limit = limit
     folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    trainer._save_state(folder)
     if trainer.args.should_save:
-        trainer._save_state(folder)
         write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
         # A path of this machine, which would be pushed. The number of the best update is in the state as well.
         state = json.loads((folder / TRAINER_STATE_NAME).read_text())

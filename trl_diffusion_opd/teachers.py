@@ -29,6 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .adapters import AdapterSwitch
+from .sharding import forget_gathered
 from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
 from .velocity import VelocityField
@@ -144,12 +145,14 @@ def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
     for a, b in factors:
         a.data.mul_(1.1)
         b.data.div_(1.1)
+    forget_gathered(model)
     try:
         yield
     finally:
         for (a, b), (old_a, old_b) in zip(factors, saved, strict=True):
             a.data.copy_(old_a)
             b.data.copy_(old_b)
+        forget_gathered(model)
 
 
 @dataclass(frozen=True)
