@@ -32,20 +32,20 @@ class CountReducedBytes(TrainerCallback):
     """Counts what FSDP2 hands over to be reduced, by update."""
 
     def __init__(self):
-        self.bytes, self._reduce = [0], dist.reduce_scatter_tensor
+        self.bytes, self._reduce = [0], dist.reduce_scatter_single
 
     def on_train_begin(self, args, state, control, **kwargs):
-        def counted(output, input, *rest, **options):
+        def counted(output, input, **options):
             self.bytes[-1] += input.numel() * input.element_size()
-            return self._reduce(output, input, *rest, **options)
+            return self._reduce(output, input, **options)
 
-        dist.reduce_scatter_tensor = counted
+        dist.reduce_scatter_single = counted
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bytes.append(0)
 
     def on_train_end(self, args, state, control, **kwargs):
-        dist.reduce_scatter_tensor = self._reduce
+        dist.reduce_scatter_single = self._reduce
 
 
 def main(folder: Path) -> None:
