@@ -73,7 +73,7 @@ def launch(script: str, folder: Path, environment: dict[str, str] | None = None)
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-5000:]
+    assert result.returncode == 0, result.stderr[-20000:]
 
 
 @pytest.fixture(scope="module")

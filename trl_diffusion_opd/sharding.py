@@ -37,9 +37,10 @@ def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
 
 def forget_gathered(model: nn.Module) -> None:
     """
-    Call it after weights were changed other than by the optimizer.
+    Call it before weights are read or changed other than by the optimizer, and not between a forward and its backward.
 
-    After a forward without a backward FSDP2 keeps gathered what belongs to the root, and would go on with the old values.
+    After a forward without gradients FSDP2 leaves the root's weights gathered: they are whole tensors then, and a change of
+    them is lost, while one of the parts behind them is not seen by the next forward.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

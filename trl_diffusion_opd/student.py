@@ -97,7 +97,8 @@ class Student:
         self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name, in the model's order."""
+        """The trained parameters by name, in the model's order. Not to be called between a forward and its backward."""
+        forget_gathered(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -123,12 +124,10 @@ class Student:
         self._split_average()
         self.ema.store(self.parameters())
         self.ema.copy_to(self.parameters())
-        forget_gathered(self.model)
         try:
             yield
         finally:
             self.ema.restore(self.parameters())  # also forgets what was stored
-            forget_gathered(self.model)
 
     def _split_average(self) -> None:
         # The average is made before training starts, which is when FSDP2 splits the weights.
@@ -191,7 +190,6 @@ class Student:
         if self.ema is not None:
             shadow = dict(zip(self.named_parameters(), self.ema.shadow_params, strict=True))
             self._copy(self._read_saved(folder), shadow, folder)
-        forget_gathered(self.model)
 
     @torch.no_grad()
     def load_saved(self, folder: str | Path) -> None:
@@ -200,7 +198,6 @@ class Student:
         self._copy(saved, self.named_parameters(), folder)
         if self.ema is not None:
             self._copy(saved, dict(zip(self.named_parameters(), self.ema.shadow_params, strict=True)), folder)
-        forget_gathered(self.model)
 
     def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
         if not self.is_lora:

@@ -139,13 +139,13 @@ def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
 
     Afterwards the weights are what they were, to the bit.
     """
+    forget_gathered(model)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
     factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
     saved = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
     for a, b in factors:
         a.data.mul_(1.1)
         b.data.div_(1.1)
-    forget_gathered(model)
     try:
         yield
     finally:

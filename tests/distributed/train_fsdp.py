@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
-from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer
+from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, student_lora
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -59,6 +59,10 @@ def main(folder: Path) -> None:
         callbacks=[counter],
         reward_funcs=first_pixel,
         eval_dataset=make_dataset(count=3, draw=1),
+        peft_config=student_lora(target_modules=scenario["targets"]),
+        per_device_eval_batch_size=1,
+        eval_strategy="steps",
+        eval_steps=1,
         **options,
     )
     rank = trainer.accelerator.process_index
@@ -68,6 +72,7 @@ def main(folder: Path) -> None:
     unchanged = whole(trainer.student.named_parameters())
     trainer.save_model()
 
+    options["peft_config"] = student_lora(target_modules=scenario["targets"])
     make_trainer(folder / "stopped", teachers, callbacks=[StopAt(2)], **options).train()
     resumed = make_trainer(folder / "stopped", teachers, **options)
     resumed.train(resume_from_checkpoint=True)
