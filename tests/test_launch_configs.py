@@ -21,7 +21,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from opd_fixtures import make_teachers, make_trainer
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "accelerate_configs"
@@ -97,3 +99,33 @@ def test_several_machines_know_their_places():
     assert arguments.machine_rank == 1 and arguments.nnodes == "2" and arguments.nproc_per_node == "8"
     assert arguments.node_rank == 1 and arguments.rdzv_endpoint == "10.1.2.3:29500"
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+class Engine:
+    """What accelerate calls of DeepSpeed's engine, counted."""
+
+    def __init__(self):
+        self.backwards = self.steps = 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        self.boundary = is_boundary
+
+    def backward(self, loss, **options):
+        self.backwards += 1
+        loss.backward()
+
+    def step(self):
+        assert self.boundary
+        self.steps += 1
+
+    def get_global_grad_norm(self):
+        return None
+
+
+def test_deepspeed_steps_once_an_update(tmp_path):
+    trainer = make_trainer(tmp_path, make_teachers(tmp_path), gradient_accumulation_steps=4, max_steps=2)
+    engine, accelerator = Engine(), trainer.accelerator
+    wrapper = DeepSpeedEngineWrapper(engine)
+    accelerator.backward = lambda loss: wrapper.backward(loss, sync_gradients=accelerator.sync_gradients)
+    trainer.train()
+    assert (engine.backwards, engine.steps) == (2 * 4 * 3, 2)

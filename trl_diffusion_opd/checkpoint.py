@@ -131,9 +131,9 @@ def optimizer_problems(folder: Path, is_fsdp: bool) -> list[str]:
     # Parameters are named under FSDP and numbered otherwise.
     named = any((folder / name).exists() for name in FSDP_OPTIMIZER_NAMES)
     if named and not is_fsdp:
-        return ["its optimizer was saved under FSDP. Launch with FSDP again; the number of processes is free."]
+        return ["its optimizer was saved under FSDP. Launch with FSDP again."]
     if is_fsdp and (folder / OPTIMIZER_NAME).exists():
-        return ["its optimizer was not saved under FSDP. Launch without FSDP; the number of processes is free."]
+        return ["its optimizer was not saved under FSDP. Launch without FSDP."]
     return []
 
 
