@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_diffusion_opd import tiny
+from trl_diffusion_opd.student import ATTENTION_TARGETS
 from trl_diffusion_opd.tiny import make, make_data, make_training, measure, modules
 from trl_diffusion_opd.tiny.prompts import corrupt, specs, to_prompt
 from trl_diffusion_opd.tiny.scenes import Scene, draw
@@ -204,7 +205,7 @@ class TestWeights:
         config = json.loads((folder / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] is None
         assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 16, 32)
-        assert sorted(config["target_modules"]) == sorted(make_training.LORA_TARGETS)
+        assert sorted(config["target_modules"]) == sorted(ATTENTION_TARGETS)
         tensors = load_file(folder / "adapter_model.safetensors")
         # Eight projections in four blocks, save the text output of the last block, which nothing would read.
         assert len(tensors) == 2 * (8 * 4 - 1)
@@ -218,9 +219,9 @@ class TestWeights:
             assert make.round_trip(pipeline.vae, task) >= 0.97
 
 
-# 48 images put a standard error of 0.07 on a score near 0.5 and of 0.10 on the difference of two such: the bars here
-# are two of them under what 512 images show (docs/source/tiny_world.md).
-NUM_IMAGES = 48
+# Each compose prompt once. 64 images put a standard error of 0.06 on a score near 0.5; noise is fixed, so only float sums
+# move these scores. 512 images are in docs/source/tiny_world.md.
+NUM_IMAGES = 64
 
 
 class TestTeachersPullApart:
@@ -263,13 +264,13 @@ class TestMaking:
             rows = [{"prompt": to_prompt(s), "task": task, "spec": json.dumps(s)} for s in found]
             assert score(task, [images[i] for i in chosen], rows) == pytest.approx(expected, abs=0.08)
 
-    @pytest.mark.parametrize("task", tiny.TASKS)
-    def test_teacher_sees_its_own_train_prompts_rightly_captioned(self, task: str) -> None:
-        pictures = make_data.teacher_pictures(task, 60, seed=0)
-        rows = {row["prompt"]: row for row in rows_of(task, "train")}
-        assert score(task, [Image.fromarray(i) for i in pictures.images], [rows[p] for p in pictures.prompts]) >= 0.98
+    def test_styled_pictures_are_train_prompts_at_full_degree(self) -> None:
+        pictures = make_data.styled_pictures(60, seed=0)
+        rows = {row["prompt"]: row for row in rows_of("style", "train")}
+        images = [Image.fromarray(image) for image in pictures.images]
+        assert score("style", images, [rows[prompt] for prompt in pictures.prompts]) >= 0.98
 
-    def test_a_few_steps_of_each_training(self) -> None:
+    def test_a_few_steps_of_both_trainings(self) -> None:
         torch.manual_seed(0)
         vae = modules.vae()
         pictures = make_data.base_pictures(24, seed=0)
@@ -280,10 +281,19 @@ class TestMaking:
         before = pipeline.text_encoder_3.shared.weight.clone()
         make_training.train_base(pipeline, pictures.prompts, latents, steps=2, batch_size=8)
         assert not torch.equal(before, pipeline.text_encoder_3.shared.weight)
-        frozen = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
-        model = make_training.train_teacher(pipeline, pictures.prompts, latents, steps=2, batch_size=8)
-        lora = {name.replace(".default", ""): value for name, value in model.state_dict().items() if "lora_B" in name}
-        assert len(lora) == 31
-        assert {name for name, value in lora.items() if not value.any()} == UNREAD
-        restored = model.unload().state_dict()
-        assert all(torch.equal(frozen[name], restored[name]) for name in frozen)
+
+    def test_check_measures_the_teachers_that_are_there_and_says_how_the_others_are_made(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "base").symlink_to(tiny.BASE)
+        (tmp_path / "teachers").mkdir()
+        (tmp_path / "teachers" / "style").symlink_to(tiny.TEACHERS["style"])
+        matrix = make.check(tmp_path, num_images=4)
+        assert list(matrix) == ["base", "style"]
+        assert matrix["style"]["style"] - matrix["base"]["style"] > 0.4
+        printed = capsys.readouterr().out
+        for task in ("compose", "letters"):
+            assert (
+                f"{task}: no teacher in {tmp_path / 'teachers' / task}. examples/two_stage_tiny.py makes it."
+                in printed
+            )

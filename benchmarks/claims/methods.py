@@ -94,16 +94,17 @@ def _rl_stage(name: str, tasks: Sequence[str], config: dict[str, Any]) -> dict[s
     }
 
 
-def multi_task(seed: int) -> list[dict[str, Any]]:
-    """One trainer, all rewards: three groups of twelve images of each task in an update."""
+def multi_task(seed: int, rank: int | None = None) -> list[dict[str, Any]]:
+    """One trainer, all rewards, settings of the teachers: three groups of twelve images of each task in an update."""
     images = 36
     updates = round(budget(seed) / rl_forwards(images * len(TASKS)))
     config = {"per_device_train_batch_size": images, "max_steps": updates, "metric_for_best_model": "eval_reward"}
-    return [_rl_stage("multi-task", TASKS, {**config, "eval_steps": 50, "save_steps": 50, "num_eval_images": 128})]
+    stage = _rl_stage("multi-task", TASKS, {**config, "eval_steps": 50, "save_steps": 50, "num_eval_images": 128})
+    return [stage if rank is None else stage | {"lora_r": rank, "lora_alpha": 2 * rank}]
 
 
 def cascade(seed: int, order: Sequence[str]) -> list[dict[str, Any]]:
-    """One task after another, each with its teacher's share of the budget, all with the rank of the distilled student."""
+    """One task after another, each with its teacher's settings and its share of the budget."""
     updates, images = teacher_updates(), read(_GRPO)["per_device_train_batch_size"]
     scale = budget(seed) / sum(teacher_forwards().values())
     assert rl_forwards(images) * sum(updates.values()) == sum(teacher_forwards().values())
@@ -138,6 +139,7 @@ def short(rank: int = SHORT_RANK, trainer: str = "opd", **config: Any) -> list[d
 METHODS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "opd": lambda seed: distilled(),
     "multi-task": multi_task,
+    "multi-task-r64": lambda seed: multi_task(seed, rank=64),  # as much room as the distilled student has
 }
 for _i in range(len(TASKS)):
     _order = TASKS[_i:] + TASKS[:_i]

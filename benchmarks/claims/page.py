@@ -44,8 +44,9 @@ from summary import (
 
 
 SEEDS = (0, 1, 2)
-OTHERS = tuple(method for method in METHODS if method == "multi-task" or method.startswith("cascade-"))
-CASCADES = OTHERS[1:]
+JOINT = tuple(method for method in METHODS if method.startswith("multi-task"))
+CASCADES = tuple(method for method in METHODS if method.startswith("cascade-"))
+OTHERS = JOINT + CASCADES
 ALL_ORDERS = "cascade, mean of its orders"
 MERGES = tuple(f"merge-r{rank}" for rank in (*RANKS, 64))
 PICTURES = "images/claims_{}.png"
@@ -159,7 +160,7 @@ def cost_lines(results: Results, before: Mapping[str, Mapping[str, float]], axis
         for way, added in before.items()
         for result in results.get("opd", {}).values()
     ]
-    runs += [("multi-task", result, None) for result in results.get("multi-task", {}).values()]
+    runs += [(method, result, None) for method in JOINT for result in results.get(method, {}).values()]
     lines: list[Line] = []
     for label, result, added in runs:
         points = [point for point in cumulated(result, TASKS, added) if len(point["scores"]) == len(TASKS)]

@@ -11,10 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Makes the tiny world's weights from nothing: `python -m trl_diffusion_opd.tiny.make --output_dir weights`.
+"""Makes the tiny world's base from nothing: `python -m trl_diffusion_opd.tiny.make --output_dir weights`.
 
-Stages in order (all of them unless `--stages` names some): `vae`, `base`, `teachers`, `check`. Each reads what the ones
-before it left in the output folder.
+Stages in order (all of them unless `--stages` names some): `vae`, `base`, `check`. Each reads what the ones before it left
+in the output folder.
+
+The teachers are made from the packaged base by reinforcement learning: they are the first three stages of
+`accelerate launch examples/two_stage_tiny.py`, with the settings in `examples/stages/tiny_two_stage.yaml`. A teacher is
+the `adapter_config.json` and `adapter_model.safetensors` of its stage's folder. The stage `check` measures those in
+`teachers/<task>` of the output folder, the packaged ones with `--output_dir trl_diffusion_opd/tiny/weights`.
 """
 
 from __future__ import annotations
@@ -33,16 +38,15 @@ from peft import PeftModel
 from PIL import Image
 
 from . import TASKS, make_training, modules
-from .make_data import base_pictures, teacher_pictures
+from .make_data import base_pictures, styled_pictures
 from .measure import task_scores
 from .prompts import specs, to_scene
 from .scenes import draw
 from .verifiers import rewards
 
 
-STAGES = ("vae", "base", "teachers", "check")
+STAGES = ("vae", "base", "check")
 VAE_STEPS = 1200
-TEACHER_STEPS = {"compose": 1800, "letters": 400, "style": 250}
 
 
 def _latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
@@ -52,8 +56,8 @@ def _latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
 def make_vae(folder: Path) -> None:
     torch.manual_seed(0)
     vae = modules.vae()
-    # The base's styling is mostly slight: full styling, which the style teacher needs, is added.
-    images = [base_pictures(6000, seed=1).images, teacher_pictures("style", 1000, seed=2).images]
+    # The base's styling is mostly slight: full styling, which the style teacher draws, is added.
+    images = [base_pictures(6000, seed=1).images, styled_pictures(1000, seed=2).images]
     make_training.train_vae(vae, np.concatenate(images), VAE_STEPS)
     vae.save_pretrained(folder / "vae")
 
@@ -100,28 +104,19 @@ def make_base(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
 
 
-def make_teachers(folder: Path, tasks: tuple[str, ...] = TASKS) -> None:
-    for task in tasks:
-        seed = TASKS.index(task)
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base")
-        pictures = teacher_pictures(task, 6000, seed=10 + seed)
-        latents = _latents(pipeline.vae, pictures.images)
-        model = make_training.train_teacher(pipeline, pictures.prompts, latents, TEACHER_STEPS[task], seed=seed)
-        # The base's path is one machine's: it does not belong in a file for others.
-        model.peft_config["default"].base_model_name_or_path = None
-        target = folder / "teachers" / task
-        model.save_pretrained(str(target))
-        (target / "README.md").unlink(missing_ok=True)
-
-
 def check(folder: Path, num_images: int = 512) -> dict[str, dict[str, float]]:
-    """Prints and returns the mean verdicts on held-out prompts, {"base" or a teacher: {task: mean}}."""
+    """Prints and returns the mean verdicts on held-out prompts, {"base" or a teacher: {task: mean}}, of the base and of
+    the teachers that the folder has."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base")
     for task in TASKS:
         print(f"{task}: ground truths through the VAE score {round_trip(pipeline.vae, task):.3f}")
     matrix = {"base": task_scores(pipeline, num_images=num_images)}
     for task in TASKS:
-        model = PeftModel.from_pretrained(pipeline.transformer, folder / "teachers" / task)
+        teacher = folder / "teachers" / task
+        if not teacher.exists():
+            print(f"{task}: no teacher in {teacher}. examples/two_stage_tiny.py makes it.")
+            continue
+        model = PeftModel.from_pretrained(pipeline.transformer, teacher)
         matrix[task] = task_scores(pipeline, num_images=num_images)
         model.unload()
     print("| | " + " | ".join(TASKS) + " |\n" + "|---" * (len(TASKS) + 1) + "|")
@@ -132,7 +127,7 @@ def check(folder: Path, num_images: int = 512) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder that receives base/ and teachers/")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder that receives base/")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--num_images", type=int, default=512, help="images a task of the last stage")
     arguments = parser.parse_args()
@@ -143,8 +138,6 @@ def main() -> None:
             make_vae(folder)
         elif stage == "base":
             make_base(folder)
-        elif stage == "teachers":
-            make_teachers(folder)
         else:
             check(folder, arguments.num_images)
         print(f"stage {stage}: {time.perf_counter() - start:.0f} s", flush=True)

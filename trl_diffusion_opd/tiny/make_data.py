@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The pictures and captions the tiny models are trained on, made once before training."""
+"""The pictures and captions the tiny base is trained on, made once before training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .scenes import LETTERS, draw
 
 # How often the base is shown a picture that its caption does not describe. This, and not a lack of capacity, is
 # what the base gets wrong: it then draws every prompt rightly for some noise and wrongly for other noise, which is
-# what fine-tuning (supervised or by rewards) can lift.
+# what training by rewards can lift.
 WRONG_COMPOSE = 0.35
 WRONG_LETTER = 0.28
 BASE_DUSK = (1.0, 2.4)  # the base's degree of styling: Beta(1, 2.4), mean 0.29
@@ -82,9 +82,9 @@ def base_pictures(
     return Pictures(prompts, np.stack(images))
 
 
-def teacher_pictures(task: str, number: int, seed: int) -> Pictures:
-    """What the teacher of one task learns from: its train prompts alone, every caption right, style at full degree."""
+def styled_pictures(number: int, seed: int) -> Pictures:
+    """Paintings of the train prompts, at full degree of styling."""
     rng = np.random.default_rng(seed)
-    chosen = _sampled_specs(task, ("train",), number, rng)
+    chosen = _sampled_specs("style", ("train",), number, rng)
     images = [np.asarray(draw(to_scene(spec, rng), rng)) for spec in chosen]
     return Pictures([to_prompt(spec) for spec in chosen], np.stack(images))

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The three kinds of training behind the tiny world: the VAE, the base, a teacher's LoRA."""
+"""The two trainings behind the tiny world's base: its VAE, and its transformer with the text encoders."""
 
 from __future__ import annotations
 
@@ -25,17 +25,11 @@ import torch.nn.functional as F
 from diffusers.models import AutoencoderKL
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
-from peft import LoraConfig, PeftModel, get_peft_model
 
 from .modules import MAX_TOKENS
 from .scenes import SIZE
 
 
-# The targets of the released teachers: the eight attention projections of every block.
-LORA_TARGETS = [
-    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-]
 EMPTY_CAPTIONS = 0.1  # so that classifier-free guidance works
 
 
@@ -194,37 +188,3 @@ def train_base(
             on_progress(step + 1)
             average.restore(parameters)
     average.copy_to(parameters)
-
-
-def train_teacher(
-    pipeline: StableDiffusion3Pipeline,
-    prompts: list[str],
-    latents: torch.Tensor,
-    steps: int,
-    batch_size: int = 48,
-    seed: int = 0,
-) -> PeftModel:
-    """Flow matching of a LoRA on the frozen base; returns the transformer with the LoRA in it (`unload()` frees it)."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    names = sorted(set(prompts))
-    with torch.no_grad():
-        embeds, pooled = encode_prompts(pipeline, names)
-    number = {name: i for i, name in enumerate(names)}
-    rows = torch.tensor([number[prompt] for prompt in prompts])
-    config = LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-    model = get_peft_model(pipeline.transformer, config)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, schedule = _optimizer(parameters, 2e-3, steps)
-    progress, shift = Progress("teacher", steps), pipeline.scheduler.config.shift
-    for step in range(steps):
-        index = torch.randint(len(latents), (batch_size,), generator=generator)
-        row = rows[index]
-        loss = _flow_loss(model, latents[index], embeds[row], pooled[row], shift, generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        progress(step, loss.item())
-    return model
