@@ -65,6 +65,17 @@ def free_port():
         return server.getsockname()[1]
 
 
+def launch(script: str, folder: Path, environment: dict[str, str] | None = None) -> None:
+    """Runs a script of `distributed/` on two processes, with a folder that it reads and writes."""
+    (folder / "launch.yaml").write_text(LAUNCH)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    command += ["--main_process_port", str(free_port()), str(TESTS / "distributed" / script), str(folder)]
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-20000:]
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     return make_teachers(tmp_path_factory.mktemp("teachers"))
@@ -74,15 +85,9 @@ def teachers(tmp_path_factory):
 def two(tmp_path_factory, teachers):
     """Reports and tensors of both ranks, with two prompts each at a time."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "launch.yaml").write_text(LAUNCH)
     options = {**OPTIONS, "per_device_train_batch_size": 2}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    command += ["--main_process_port", str(free_port()), str(TESTS / "distributed" / "train.py"), str(folder)]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-5000:]
+    launch("train.py", folder)
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     tensors = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
     return reports, tensors, folder

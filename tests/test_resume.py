@@ -112,11 +112,11 @@ from trl_diffusion_opd.student import Student
 
 save_state, saves = Student.save_state, []
 
-def killed(self, folder):
+def killed(self, folder, *rest):
     saves.append(folder)
     if len(saves) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    save_state(self, folder)
+    save_state(self, folder, *rest)
 
 Student.save_state = killed
 teachers = {"count": sys.argv[2], "draw": sys.argv[3]}

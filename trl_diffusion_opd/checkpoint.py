@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "complete"
 GRID_FILE = "noise_grid.json"
+# Of a full and of a sharded state, as accelerate names them.
+FSDP_OPTIMIZER_NAMES = (OPTIMIZER_NAME_BIN, "optimizer_0")
 
 
 def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> None:
@@ -51,8 +53,8 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
     finally:
         trainer.args.save_total_limit = limit
     folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    trainer._save_state(folder)
     if trainer.args.should_save:
-        trainer._save_state(folder)
         write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
         # A path of this machine, which would be pushed. The number of the best update is in the state as well.
         state = json.loads((folder / TRAINER_STATE_NAME).read_text())
@@ -82,7 +84,7 @@ def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / COMPLETE_FILE).exists():
         raise ValueError(f"{folder.name} was not saved to its end. Resume from an older checkpoint.")
-    problems = trainer._check_resume(folder)
+    problems = trainer._check_resume(folder) + optimizer_problems(folder, trainer.is_fsdp_enabled)
     if problems:
         raise ValueError(f"Can't resume from {folder.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
     trainer._load_state(folder)
@@ -122,6 +124,17 @@ def grid_problems(folder: Path, levels: Tensor) -> list[str]:
         f"it was trained on the noise grid {rounded[0]}, this run has {rounded[1]}. Use its num_inference_steps, "
         "resolution and scheduler."
     ]
+
+
+def optimizer_problems(folder: Path, is_fsdp: bool) -> list[str]:
+    """Whether the checkpoint's optimizer can be read with FSDP, or without it."""
+    # Parameters are named under FSDP and numbered otherwise.
+    named = any((folder / name).exists() for name in FSDP_OPTIMIZER_NAMES)
+    if named and not is_fsdp:
+        return ["its optimizer was saved under FSDP. Launch with FSDP again."]
+    if is_fsdp and (folder / OPTIMIZER_NAME).exists():
+        return ["its optimizer was not saved under FSDP. Launch without FSDP."]
+    return []
 
 
 def write_json(path: Path, content: Any) -> None:

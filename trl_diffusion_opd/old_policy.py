@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapters import AdapterSwitch
+from .sharding import whole
 from .student import STUDENT_ADAPTER, frozen_copy
 from .teachers import add_adapter
 
@@ -80,10 +81,11 @@ class OldPolicy:
         for name, parameter in self.named_parameters().items():
             parameter.lerp_(student[name].detach(), 1 - decay)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes it into a checkpoint. It is no part of a saved student."""
-        weights = {name: p.detach().to("cpu").contiguous() for name, p in self.named_parameters().items()}
-        save_file(weights, os.path.join(folder, OLD_POLICY_FILE), metadata={"format": "pt"})
+    def save(self, folder: str | Path, write: bool = True) -> None:
+        """Writes it into a checkpoint, of which it is a part as [`Student.save_state`]'s weights; of a saved student not."""
+        weights = whole(self.named_parameters())
+        if write:
+            save_file(weights, os.path.join(folder, OLD_POLICY_FILE), metadata={"format": "pt"})
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:

@@ -30,6 +30,8 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .sharding import forget_gathered, split_like, whole
+
 
 STUDENT_ADAPTER = "default"
 RAW_FILE = "student_raw.safetensors"
@@ -95,7 +97,8 @@ class Student:
         self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name, in the model's order."""
+        """The trained parameters by name, in the model's order. Not to be called between a forward and its backward."""
+        forget_gathered(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -108,6 +111,7 @@ class Student:
         # The warm-up min(decay, (1 + n) / (10 + n)) counts optimizer steps, not steps of the average, of which there are
         # fewer: it would last `ema_update_interval` times as long.
         self.ema.optimization_step = step - 1
+        self._split_average()
         self.ema.to(self.parameters()[0].device)
         self.ema.step(self.parameters())
 
@@ -117,12 +121,19 @@ class Student:
         if self.ema is None or self.ema.temp_stored_params is not None:
             yield
             return
+        self._split_average()
         self.ema.store(self.parameters())
         self.ema.copy_to(self.parameters())
         try:
             yield
         finally:
             self.ema.restore(self.parameters())  # also forgets what was stored
+
+    def _split_average(self) -> None:
+        # The average is made before training starts, which is when FSDP2 splits the weights.
+        if self.ema is not None:
+            pairs = zip(self.ema.shadow_params, self.parameters(), strict=True)
+            self.ema.shadow_params = [split_like(average, p) for average, p in pairs]
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """
@@ -158,10 +169,14 @@ class Student:
                 transformer_lora_adapter_metadata=_portable_metadata(config),
             )
 
-    def save_state(self, folder: str | Path) -> None:
-        """Writes the weights that training goes on from; the average is what [`save`] writes."""
-        weights = {name: p.detach().to("cpu").contiguous() for name, p in self.named_parameters().items()}
-        save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
+    def save_state(self, folder: str | Path, write: bool = True) -> None:
+        """
+        Writes the weights that training goes on from; the average is what [`save`] writes. All processes call it, and those
+        with `write` write.
+        """
+        weights = whole(self.named_parameters())
+        if write:
+            save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
 
     @torch.no_grad()
     def load_state(self, folder: str | Path) -> None:
@@ -203,7 +218,7 @@ class Student:
                 "Resume with the peft_config that the run was started with."
             )
         for name, parameter in target.items():
-            parameter.data.copy_(source[name])
+            parameter.data.copy_(split_like(source[name], parameter))
 
 
 def public_name(name_or_path: str | None) -> str | None:

@@ -29,6 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .adapters import AdapterSwitch
+from .sharding import forget_gathered
 from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
 from .velocity import VelocityField
@@ -138,6 +139,7 @@ def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
 
     Afterwards the weights are what they were, to the bit.
     """
+    forget_gathered(model)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
     factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
     saved = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
@@ -150,6 +152,7 @@ def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
         for (a, b), (old_a, old_b) in zip(factors, saved, strict=True):
             a.data.copy_(old_a)
             b.data.copy_(old_b)
+        forget_gathered(model)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
+from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..trackers import use_public_trackers
@@ -520,7 +521,13 @@ class DiffusionTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student's averaged weights: see [`Student.save`]."""
         with self.student.ema_weights():
-            super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled and self.student.is_lora:
+                # Trainer's would gather the base and the teachers too, and save nothing under SHARDED_STATE_DICT.
+                self._save(output_dir, whole(self.student.named_parameters()))
+                if self.args.push_to_hub and not _internal_call:
+                    self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            else:
+                super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -533,8 +540,8 @@ class DiffusionTrainer(_BaseTrainer):
         """Writes what the method adds to the saved student."""
 
     def _save_state(self, folder: Path) -> None:
-        """Writes into a checkpoint what training goes on from, besides Trainer's own files."""
-        self.student.save_state(folder)
+        """Writes into a checkpoint what training goes on from, besides Trainer's own files. All processes call it."""
+        self.student.save_state(folder, self.args.should_save)
 
     def _load_state(self, folder: Path) -> None:
         """Restores what [`_save_state`] wrote."""

@@ -233,7 +233,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     def _save_state(self, folder: Path) -> None:
         super()._save_state(folder)
-        self.old_policy.save(folder)
+        self.old_policy.save(folder, self.args.should_save)
 
     def _load_state(self, folder: Path) -> None:
         super()._load_state(folder)

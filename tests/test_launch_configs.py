@@ -1,0 +1,131 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The launch configurations of the examples are what accelerate takes, to the point that a CPU allows."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from opd_fixtures import make_teachers, make_trainer
+
+
+FOLDER = Path(__file__).parents[1] / "examples" / "accelerate_configs"
+KINDS = {
+    "cpu": "NO",
+    "single_gpu": "NO",
+    "multi_gpu": "MULTI_GPU",
+    "multi_node": "MULTI_GPU",
+    "fsdp2": "FSDP",
+    "deepspeed_zero2": "DEEPSPEED",
+    "deepspeed_zero3": "DEEPSPEED",
+}
+
+
+def launch_arguments(name, *options):
+    """What `accelerate launch` makes of the file, after its own checks."""
+    command = ["--config_file", str(FOLDER / f"{name}.yaml"), *options, "script.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    return arguments
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == KINDS.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_accelerate_reads_it(name):
+    path = FOLDER / f"{name}.yaml"
+    text, config = path.read_text(), load_config_from_file(str(path))  # refuses keys that it does not know
+    assert config.distributed_type == KINDS[name]
+    assert text.startswith("# ")
+    arguments = launch_arguments(name)
+    assert arguments.num_processes == yaml.safe_load(text)["num_processes"] == config.num_processes
+    # Settings within a section are not checked when the file is read: each must be an option of the launcher.
+    for section in ("fsdp_config", "deepspeed_config"):
+        for key, value in yaml.safe_load(text).get(section, {}).items():
+            assert key in vars(launch_command_parser().parse_args(["script.py"])), key
+            assert vars(arguments)[key] == value
+
+
+def test_fsdp2_settings(monkeypatch):
+    environment = prepare_multi_gpu_env(launch_arguments("fsdp2"))
+    for key, value in environment.items():
+        if "FSDP" in key:
+            monkeypatch.setenv(key, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_settings(stage, monkeypatch):
+    # DeepSpeed's engine needs an accelerator: its settings are checked as far as accelerate's plugin makes them.
+    arguments = launch_arguments(f"deepspeed_zero{stage}")
+    arguments.deepspeed_fields_from_accelerate_config = ""  # which of them conflict with a file of DeepSpeed's own
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    for key in set(environment) - set(os.environ):
+        if "DEEPSPEED" in key:
+            monkeypatch.setenv(key, environment[key])
+    plugin = DeepSpeedPlugin()
+    zero = plugin.deepspeed_config["zero_optimization"]
+    assert zero["stage"] == plugin.zero_stage == stage
+    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "none"
+    assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+    # "auto" there would be read from a language model's hidden_size.
+    assert "reduce_bucket_size" not in zero and "stage3_prefetch_bucket_size" not in zero
+
+
+def test_several_machines_know_their_places():
+    arguments = launch_arguments("multi_node", "--machine_rank", "1", "--main_process_ip", "10.1.2.3")
+    environment = prepare_multi_gpu_env(arguments)
+    assert arguments.machine_rank == 1 and arguments.nnodes == "2" and arguments.nproc_per_node == "8"
+    assert arguments.node_rank == 1 and arguments.rdzv_endpoint == "10.1.2.3:29500"
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+class Engine:
+    """What accelerate calls of DeepSpeed's engine, counted."""
+
+    def __init__(self):
+        self.backwards = self.steps = 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        self.boundary = is_boundary
+
+    def backward(self, loss, **options):
+        self.backwards += 1
+        loss.backward()
+
+    def step(self):
+        assert self.boundary
+        self.steps += 1
+
+    def get_global_grad_norm(self):
+        return None
+
+
+def test_deepspeed_steps_once_an_update(tmp_path):
+    trainer = make_trainer(tmp_path, make_teachers(tmp_path), gradient_accumulation_steps=4, max_steps=2)
+    engine, accelerator = Engine(), trainer.accelerator
+    wrapper = DeepSpeedEngineWrapper(engine)
+    accelerator.backward = lambda loss: wrapper.backward(loss, sync_gradients=accelerator.sync_gradients)
+    trainer.train()
+    assert (engine.backwards, engine.steps) == (2 * 4 * 3, 2)
