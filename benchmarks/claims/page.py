@@ -273,6 +273,7 @@ def forgetting_section(results: Results, gradients: Mapping[str, Any] | None) ->
         for place, figures in places["at"].items():
             for pair, cosine in figures["cosine"].items():
                 corrected = figures["corrected"][pair]["mean"]
+                reliable = [figures["reliability"][task]["mean"] for task in pair.split("-")]
                 rows.append(
                     [
                         method,
@@ -280,12 +281,13 @@ def forgetting_section(results: Results, gradients: Mapping[str, Any] | None) ->
                         pair,
                         shown(estimate(cosine["seeds"]), "+"),
                         "-" if corrected is None else f"{corrected:+.3f}",
+                        ", ".join(f"{value:.2f}" for value in reliable),
                     ]
                 )
                 if method == "rl" and place == "later":
                     claim = f"Joint RL interferes between {pair} (cosine of gradients, on the way)"
                     section.findings.append(sentence(claim, estimate(cosine["seeds"]), sign=-1))
-    section.tables.append(table(["gradients of", "at", "tasks", "cosine", "corrected"], rows))
+    section.tables.append(table(["gradients of", "at", "tasks", "cosine", "corrected", "reliability"], rows))
     return section
 
 
