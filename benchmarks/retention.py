@@ -69,7 +69,6 @@ def evaluate(config: Path, students: Mapping[str, str], num_images: int, batch_s
     names = {field.name for field in dataclasses.fields(DiffusionOPDConfig)}
     settings = {key: value for key, value in yaml.safe_load(config.read_text()).items() if key in names}
     args = DiffusionOPDConfig(**{**settings, "output_dir": str(output), "report_to": "none"})
-    own = args.teacher_guidance_scale
     evaluate_retention(
         tiny.BASE,
         tiny.TEACHERS,
@@ -77,16 +76,8 @@ def evaluate(config: Path, students: Mapping[str, str], num_images: int, batch_s
         tiny.rewards,
         tiny.dataset("test"),
         num_images=num_images,
-        num_inference_steps=args.eval_num_inference_steps,
-        guidance_scale=args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale,
-        teacher_guidance_scale=args.guidance_scale if own is None else own,
-        height=args.height,
-        width=args.width,
-        max_sequence_length=args.max_sequence_length,
-        task_column=args.task_column,
-        batch_size=batch_size,
-        seed=EVALUATION_SEED,
         output_dir=output,
+        **{**args.retention_options(), "batch_size": batch_size, "seed": EVALUATION_SEED},
     )
     return json.loads((output / SCORES_FILE).read_text())
 
