@@ -37,7 +37,7 @@ accelerate launch examples/baselines_tiny.py --methods multi-task cascade merge
 | `sft` | `DiffusionSFTTrainer(teachers=...)`: flow matching on images that the teachers draw |
 
 The settings are in `examples/stages/tiny_baselines.yaml` and `examples/stages/tiny_cascade.yaml`. They show how the methods are
-called, and are no comparison: updates are few, so that everything takes some ten minutes on two cores, and their cost is not the same. The
+called, and are no comparison: updates are few, so that everything takes some ten minutes with one thread, and their cost is not the same. The
 comparison at equal cost is `benchmarks/claims`.
 
 Run again after an interruption, it goes on: what is trained is not trained again, and no image is drawn twice.
