@@ -370,7 +370,12 @@ def ranks_section(results: Results, output: Path) -> Section:
         name = PICTURES.format("ranks")
         plot_bars({kind: of_kind for kind, of_kind in bars.items() if of_kind}, "mean test score", output / name)
         section.pictures[Path(name).name] = "Mean score by rank, with 95% intervals"
-        section.tables.append(scores_table(results, methods))
+        rows = [
+            [method, f"{estimate([r['cost']['forwards'] for r in results[method].values()]).mean:,.0f}"]
+            for method in methods
+            if method in results
+        ]
+        section.tables += [scores_table(results, methods), table(["method", "forwards"], rows)]
     section.findings += [
         sentence(
             f"On-policy above {other} at rank {rank} in mean score",
