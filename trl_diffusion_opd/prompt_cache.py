@@ -23,9 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .prompt_store import PromptStore
+
 
 # Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
 _PROBES = ("a", "a b c")
+# Key of what the trial found, in a store.
+_LAYOUT = "layout"
 # Guided and unguided calls of student and teachers on one micro-batch.
 _RECENT_BATCHES = 8
 
@@ -43,10 +47,13 @@ class PromptCache:
     Args:
         max_bytes (`int`, *optional*, defaults to 2 GiB):
             Bound of the embeddings kept in host memory.
+        store ([`PromptStore`], *optional*):
+            Where embeddings are looked for first and kept across runs. What it has takes no host memory.
     """
 
-    def __init__(self, max_bytes: int = 2 * 1024**3):
+    def __init__(self, max_bytes: int = 2 * 1024**3, store: PromptStore | None = None):
         self.max_bytes = max_bytes
+        self._store = store
         self._entries: OrderedDict[tuple, Any] = OrderedDict()
         self._recent: OrderedDict[tuple, Any] = OrderedDict()
         self._layouts: dict[tuple, Any] = {}
@@ -59,44 +66,62 @@ class PromptCache:
         texts = {name: value for name, value in call.items() if _is_texts(value)}
         options = tuple((name, str(value)) for name, value in call.items() if _is_option(name, value))
         device = str(call.get("device"))
+        # An image to edit is no part of the key, and may be another one in another run.
+        keyed = all(name in texts or name == "device" or _is_option(name, value) for name, value in call.items())
+        store = self._store if keyed else None
         batch = (*options, *((name, tuple(value)) for name, value in texts.items()))
         if (batch, device) not in self._recent:
-            self._recent[batch, device] = self._encode_batch(encode_prompt, call, texts, options, batch)
+            self._recent[batch, device] = self._encode_batch(encode_prompt, call, texts, options, batch, store)
             if len(self._recent) > _RECENT_BATCHES:
                 self._recent.popitem(last=False)
         self._recent.move_to_end((batch, device))
         return self._recent[batch, device]
 
     def _encode_batch(
-        self, encode_prompt: Callable[..., Any], call: dict, texts: dict[str, list[str]], options: tuple, batch: tuple
+        self,
+        encode_prompt: Callable[..., Any],
+        call: dict,
+        texts: dict[str, list[str]],
+        options: tuple,
+        batch: tuple,
+        store: PromptStore | None,
     ) -> Any:
         sizes = {len(value) for value in texts.values()}
         # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
-        layout = self._layout(encode_prompt, call, texts, options) if len(sizes) == 1 and sizes != {1} else None
+        layout = self._layout(encode_prompt, call, texts, options, store) if len(sizes) == 1 and sizes != {1} else None
         rows = []
         for i in range(sizes.pop() if layout is not None else 0):
             row = {name: [value[i]] for name, value in texts.items()}
             key = (*options, *((name, value[0]) for name, value in row.items()))
-            rows.append(self._remember(key, partial(encode_prompt, **{**call, **row})))
+            rows.append(self._remember(key, partial(encode_prompt, **{**call, **row}), store))
         # CogView4 pads to the next 16 tokens of the longest: rows until a batch has prompts on both sides of 16.
         if layout is not None and _fit(rows, layout):
             return _to(_join(rows, layout), call.get("device"))
         copies = {name: list(value) for name, value in texts.items()}  # Z-Image writes its template into the list
-        return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies})), call.get("device"))
+        return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies}), store), call.get("device"))
 
-    def _layout(self, encode_prompt: Callable[..., Any], call: dict, texts: dict, options: tuple) -> Any:
+    def _layout(
+        self, encode_prompt: Callable[..., Any], call: dict, texts: dict, options: tuple, store: PromptStore | None
+    ) -> Any:
         pattern = (*options, *texts)
         if pattern not in self._layouts:
-            first, second = (encode_prompt(**{**call, **{name: [probe] for name in texts}}) for probe in _PROBES)
-            both = encode_prompt(**{**call, **{name: list(_PROBES) for name in texts}})
-            self._layouts[pattern] = _find_layout(first, second, both)
+            kept = None if store is None else store.read((_LAYOUT, *pattern))
+            self._layouts[pattern] = kept[0] if kept is not None else _try_layout(encode_prompt, call, texts)
+            if store is not None and kept is None:
+                store.write((_LAYOUT, *pattern), (self._layouts[pattern],))
         return self._layouts[pattern]
 
-    def _remember(self, key: tuple, compute: Callable[[], Any]) -> Any:
+    def _remember(self, key: tuple, compute: Callable[[], Any], store: PromptStore | None) -> Any:
         if key not in self._entries:
+            kept = None if store is None else store.read(key)
+            if kept is not None:
+                return kept
+            value = _to(compute(), "cpu")
+            if store is not None and store.write(key, value):
+                return value
             last = next(reversed(self._entries.values())) if self._entries else None
             # The empty prompt's embedding comes with every prompt of some families: keep one copy of it.
-            self._entries[key] = _share(_to(compute(), "cpu"), last)
+            self._entries[key] = _share(value, last)
             self._bytes += _nbytes(self._entries[key])
             while self._bytes > self.max_bytes and len(self._entries) > 1:
                 self._bytes -= _nbytes(self._entries.popitem(last=False)[1])
@@ -111,6 +136,12 @@ def _is_texts(value: Any) -> bool:
 def _is_option(name: str, value: Any) -> bool:
     # Whatever is neither text nor a plain value (an image to edit) comes from `generation_kwargs`, which are fixed.
     return name != "device" and (value is None or isinstance(value, (str, int, float, bool, torch.dtype)))
+
+
+def _try_layout(encode_prompt: Callable[..., Any], call: dict, texts: dict) -> Any:
+    first, second = (encode_prompt(**{**call, **{name: [probe] for name in texts}}) for probe in _PROBES)
+    both = encode_prompt(**{**call, **{name: list(_PROBES) for name in texts}})
+    return _find_layout(first, second, both)
 
 
 def _find_layout(first: Any, second: Any, both: Any) -> Any:

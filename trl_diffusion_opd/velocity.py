@@ -46,6 +46,7 @@ from .pipeline_view import (
     timestep_name,
 )
 from .prompt_cache import PromptCache
+from .prompt_store import PromptStore
 
 
 # Their effect depends on the index within the loop, and here every step is the only one of its loop.
@@ -97,6 +98,8 @@ class VelocityField:
             Length of the text in tokens, the pipeline's default if not given.
         generation_kwargs (`dict`, *optional*):
             Further arguments of the pipeline's `__call__`. Those that depend on the index within the loop are refused.
+        prompt_store ([`PromptStore`], *optional*):
+            Where embeddings of prompts are kept across runs; they are kept in memory if not given.
 
     Attributes:
         levels (`torch.Tensor` of shape `(num_inference_steps + 1,)`, float64):
@@ -116,6 +119,7 @@ class VelocityField:
         width: int | None = None,
         max_sequence_length: int | None = None,
         generation_kwargs: dict[str, Any] | None = None,
+        prompt_store: PromptStore | None = None,
     ):
         self.pipeline = pipeline
         self._base = pipeline.components.get("transformer")
@@ -129,7 +133,7 @@ class VelocityField:
             options["max_sequence_length"] = max_sequence_length
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
         self._options = options
-        self._cache = PromptCache()
+        self._cache = PromptCache(store=prompt_store)
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
