@@ -70,7 +70,14 @@ PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, *PICTURES, "completions/
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 # They are paths even where they look like a Hub id: "outputs/demo".
-_PATH_ARGUMENTS = ("output_dir", "logging_dir", "resume_from_checkpoint", "deepspeed", "fsdp_config")
+_PATH_ARGUMENTS = (
+    "output_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "deepspeed",
+    "fsdp_config",
+    "prompt_cache_dir",
+)
 
 
 class PushError(RuntimeError):

@@ -57,6 +57,7 @@ _PASSING = (
     "is_local",
     "local_files_only",
     "architectures",
+    "_class_name",
     "dtype",
     "truncation",
     "padding",
@@ -235,10 +236,8 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
         `str`: 32 hexadecimal digits.
     """
     digest = xxhash.xxh3_128()
-    settings = {
-        name: value for name, value in pipeline.config.items() if name not in (*pipeline.components, "_name_or_path")
-    }
-    digest.update(repr((type(pipeline).__name__, sorted(settings.items()))).encode())
+    digest.update(type(pipeline).__name__.encode())
+    digest.update(_settings({k: v for k, v in pipeline.config.items() if k not in pipeline.components}))
     digest.update(f"{diffusers.__version__} {transformers.__version__}".encode())
     for name, component in sorted(pipeline.components.items()):
         digest.update(f"{name}: {type(component).__name__}".encode())

@@ -24,7 +24,7 @@ touch a pipeline's inside.
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -244,6 +244,20 @@ class VelocityField:
         return at_least_float32(view.prepared[0])
 
     @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], guidance_scales: Iterable[float]) -> None:
+        """
+        Encodes the prompts of a batch ahead of its calls, so that these find them encoded.
+
+        Args:
+            prompts (`list[str]`): of one batch: some pipelines' embeddings depend on the whole of it.
+            guidance_scales (`Iterable[float]`): of the calls to come.
+        """
+        x = self.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
+        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
+        for scale in guidance_scales:
+            self._run(prompts, scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
+
+    @torch.no_grad()
     def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
         """
         Images of final latents, decoded as the pipeline does: its loop is run with no step.
@@ -270,7 +284,7 @@ class VelocityField:
             images (`list[PIL.Image.Image]` of length `B`): of any size and mode.
 
         Returns:
-            `torch.Tensor` of shape `(B, ...)`, float32, on the VAE's device.
+            `torch.Tensor` of shape `(B, ...)`, float32, on the transformer's device.
 
         Raises:
             [`ValueError`]: if images of this pipeline can't be encoded.
@@ -279,10 +293,9 @@ class VelocityField:
             self._latent_map = self._find_latent_map()
         processor = _image_processor(self.pipeline)
         vae: Any = self.pipeline.components["vae"]
-        parameter = next(vae.parameters())
         pixels = processor.preprocess(
             [image.convert("RGB") for image in images], self.height, self.width, resize_mode="crop"
-        ).to(parameter.device, parameter.dtype)
+        ).to(next(self._base.parameters()).device, next(vae.parameters()).dtype)  # the VAE may be offloaded
         if self._latent_map.of_video:
             pixels = pixels.unsqueeze(2)
         encoded = vae.encode(pixels, return_dict=False)[0]

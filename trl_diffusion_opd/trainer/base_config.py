@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from datasets.utils.py_utils import convert_file_size_to_int
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
@@ -38,6 +39,14 @@ class DiffusionConfig(_BaseConfig):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a string.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype in which the base model is loaded: `"float32"`, `"bfloat16"` or `"float16"`. A LoRA stays float32.
+        offload_encoders (`bool`, *optional*, defaults to `False`):
+            Keep text encoders and VAE in host memory. The encoders are on the device while the prompts of a round are
+            encoded, in one go, and while images are drawn, as is the VAE.
+        prompt_cache_dir (`str`, *optional*):
+            Folder in which the prompts' embeddings are kept across runs, in Arrow files that are read through a memory
+            map. Not set, they are kept in memory, at most 2 GiB of them.
+        prompt_cache_max_size (`str`, *optional*, defaults to `"50GB"`):
+            Bound of the files in that folder. Prompts beyond it are encoded in every run.
 
         > Parameters that control the rollout
 
@@ -134,6 +143,16 @@ class DiffusionConfig(_BaseConfig):
         },
     )
 
+    offload_encoders: bool = field(
+        default=False, metadata={"help": "Keep text encoders and VAE in host memory between uses."}
+    )
+    prompt_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder in which the prompts' embeddings are kept across runs."}
+    )
+    prompt_cache_max_size: str = field(
+        default="50GB", metadata={"help": "Bound of the files in `prompt_cache_dir`, such as '50GB'."}
+    )
+
     # Parameters that control the rollout
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
     sampler: str = field(
@@ -223,6 +242,12 @@ class DiffusionConfig(_BaseConfig):
         if not options.get("use_safetensors", True):
             problems.append("model_init_kwargs: use_safetensors is always on; pickled weights are not read.")
         problems += self._choice_problems("dtype", "sampler")
+        try:
+            convert_file_size_to_int(self.prompt_cache_max_size)
+        except ValueError:
+            problems.append(
+                f"prompt_cache_max_size={self.prompt_cache_max_size!r}: it is a number with a unit, such as '50GB' or '800MiB'."
+            )
         if self.noise_level is not None:
             if self.sampler in ("ode", "dpm2m"):
                 problems.append(

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ from .. import checkpoint, hub, model_card
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
+from ..offload import Offload
+from ..prompt_store import PromptStore, encoder_fingerprint
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
@@ -116,6 +119,7 @@ class DiffusionTrainer(_BaseTrainer):
                 f"args is a {type(args).__name__}, which is for another trainer: {type(self).__name__} takes a "
                 f"{self._config_class.__name__}."
             )
+        self._offload: Offload | None = None
         set_seed(args.seed)  # before the LoRA's random initialisation
         self._pipeline = load_pipeline(model, args, quantization_config)
         transformer: Any = self._pipeline.components.get("transformer")
@@ -140,9 +144,15 @@ class DiffusionTrainer(_BaseTrainer):
             )
         student_model: Any = None
         if not unfit:
+            with collect(unfit):
+                prompt_store = self._prompt_store(args)
+            self._offload = Offload(self._pipeline, args.device) if args.offload_encoders else None
+            staying = [] if self._offload is None else self._offload.modules
             for component in self._components():
-                if component is not transformer or quantization_config is None:  # a quantised model is in its place
+                quantised = component is transformer and quantization_config is not None  # it is in its place
+                if not quantised and all(component is not other for other in staying):
                     component.to(args.device)  # the checks below run the pipeline
+        if not unfit:
             with collect(unfit):
                 self.velocity_field = VelocityField(
                     self._pipeline,
@@ -151,6 +161,7 @@ class DiffusionTrainer(_BaseTrainer):
                     width=args.width,
                     max_sequence_length=args.max_sequence_length,
                     generation_kwargs=_dict(args.generation_kwargs),
+                    prompt_store=prompt_store,
                 )
         if not unfit:
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
@@ -167,6 +178,8 @@ class DiffusionTrainer(_BaseTrainer):
             if isinstance(student_model, PeftModel):  # give a pipeline back as it was
                 student_model.unload()
                 transformer.__dict__.pop("peft_config", None)
+            if self._offload is not None:
+                self._offload.remove()
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
@@ -186,6 +199,8 @@ class DiffusionTrainer(_BaseTrainer):
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
         use_public_trackers(self.callback_handler.callbacks)
+        if self._offload is not None:
+            self._offload.rest()
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self._grid_at = -1
@@ -203,7 +218,17 @@ class DiffusionTrainer(_BaseTrainer):
         """
         return {}
 
+    def _guidance_scales(self, task: str) -> set[float]:
+        """The guidance scales at which a task's prompts are asked for in training."""
+        return {self.args.guidance_scale}
+
     # Before the first step
+
+    def _prompt_store(self, args: DiffusionConfig) -> PromptStore | None:
+        if args.prompt_cache_dir is None:
+            return None
+        size = convert_file_size_to_int(args.prompt_cache_max_size)
+        return PromptStore(args.prompt_cache_dir, encoder_fingerprint(self._pipeline), size)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.
@@ -293,6 +318,18 @@ class DiffusionTrainer(_BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a round, with their prompts encoded in one go where the encoders leave the device after it."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._offload is not None:
+            for i, rows in enumerate(batches):
+                task = self.tasks[i % len(self.tasks)]
+                self.velocity_field.encode_prompts([row["prompt"] for row in rows], self._guidance_scales(task))
+            self._offload.rest()
+        return batches, num_items
 
     def _micro_batch(self, number: int, size: int) -> tuple[str, list[int]]:
         """Task of a round's micro-batch, and its samples' positions among the task's samples of this round."""
@@ -436,6 +473,8 @@ class DiffusionTrainer(_BaseTrainer):
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(metrics)
         self._log_completions()  # the first log opens the trackers
+        if self._offload is not None:
+            self._offload.rest()
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

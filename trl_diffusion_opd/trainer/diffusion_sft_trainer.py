@@ -268,6 +268,9 @@ class DiffusionSFTTrainer(TaughtTrainer):
         )
         return (mean * self._task_share(task)).to(x0.device, torch.float32)
 
+    def _guidance_scales(self, task: str) -> set[float]:
+        return {1.0}
+
     def _flow_loss(self, model: nn.Module, x0: Tensor, eps: Tensor, q: Tensor, prompts: list[str]) -> Tensor:
         """Loss of each image, at the level of the quantile `q` of the timesteps' density."""
         args = self.args

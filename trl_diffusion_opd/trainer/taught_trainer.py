@@ -87,6 +87,10 @@ class TaughtTrainer(DiffusionTrainer):
 
     # Training
 
+    def _guidance_scales(self, task: str) -> set[float]:
+        own = {} if self._teacher_specs is None else self.bank.teachers
+        return super()._guidance_scales(task) | {teacher.guidance_scale for teacher in own.get(task, ())}
+
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """Weighted mean velocity of the task's teachers, each at its own guidance."""
         return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)

@@ -1,0 +1,61 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Text encoders and VAE in host memory between uses."""
+
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
+from diffusers import DiffusionPipeline
+from torch import nn
+
+
+_OFFLOADED = ("text_encoder", "vae")
+
+
+class Offload:
+    """
+    Keeps a pipeline's text encoders and its VAE in host memory until they are called; accelerate's hooks then move them to
+    the device, where they stay until [`rest`].
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): its components named `text_encoder…` and `vae…` are given hooks.
+        device (`torch.device`): where they run.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, device: torch.device):
+        self.modules = offloaded(pipeline)
+        self._hooks: list[UserCpuOffloadHook] = [cpu_offload_with_hook(m, device)[1] for m in self.modules]
+
+    def rest(self) -> None:
+        """Moves them to host memory."""
+        for hook in self._hooks:
+            hook.offload()
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def offloaded(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """What of a pipeline is not needed while its transformer runs."""
+    components: dict[str, Any] = pipeline.components
+    return [
+        component
+        for name, component in components.items()
+        if name.startswith(_OFFLOADED) and isinstance(component, nn.Module)
+    ]
