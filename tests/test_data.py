@@ -13,13 +13,14 @@
 # limitations under the License.
 
 import itertools
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
-from trl_diffusion_opd.data import SINGLE_TASK, TaskSampler, dataset_problems, task_rows
+from trl_diffusion_opd.data import BATCH, SINGLE_TASK, TaskSampler, dataset_problems, task_rows
 
 
 SIZES = (23, 7, 10)
@@ -151,3 +152,67 @@ def test_dataset_problems(label):
 def test_a_good_dataset_has_no_problems():
     assert dataset_problems(Dataset.from_dict({"prompt": ["a"], "task": ["ocr"], "x": [None]}), "task", "data") == []
     assert dataset_problems(Dataset.from_dict({"prompt": ["a"]}), "task", "data") == []
+
+
+def shuffled(n):
+    """Rows in an order of their own, as `shuffle` and `select` leave them, in several batches of reading."""
+    rng = np.random.default_rng(0)
+    tasks = rng.choice(["ocr", "count", "Ü", "a b"], n).tolist()
+    dataset = Dataset.from_dict({"prompt": [f"p{i}" for i in range(n)], "task": tasks})
+    return dataset.select(rng.permutation(n))
+
+
+def test_task_rows_of_many_batches_are_those_of_the_whole_column():
+    dataset = shuffled(2 * BATCH + 17)
+    column = np.array(dataset["task"][:])
+    rows = task_rows(dataset, "task")
+    assert list(rows) == sorted(set(column.tolist()))
+    for task, of_task in rows.items():
+        assert of_task.tolist() == np.flatnonzero(column == task).tolist()
+
+
+def test_problems_are_found_in_every_batch():
+    n = 2 * BATCH + 17
+    prompts, tasks = ["a"] * n, ["ocr"] * n
+    for row in (BATCH, n - 1):
+        prompts[row], tasks[row] = "\u3000\x1c ", None
+    problems = dataset_problems(Dataset.from_dict({"prompt": prompts, "task": tasks}), "task", "data")
+    assert problems == [
+        f"data has 2 empty prompt(s), the first in row {BATCH}. Remove them.",
+        f"data has 2 row(s) without a task in 'task', the first is row {BATCH}.",
+    ]
+
+
+# fmt: off
+EPOCH_0 = [1, 3, 5, 7, 1, 3, 5, 7, 4, 0, 6, 6, 4, 0, 6, 6, 2, 4, 7, 5, 2, 4, 7, 5]
+EPOCH_3 = [0, 2, 5, 7, 0, 2, 5, 7, 3, 4, 6, 6, 3, 4, 6, 6, 1, 4, 5, 7, 1, 4, 5, 7]
+# fmt: on
+
+
+def test_the_order_of_an_epoch():
+    # Whatever it is made with: a resumed run depends on it.
+    sampler = TaskSampler(make_rows((5, 3)), 2, 1, seed=7, repeats=1, passes=2)
+    assert list(sampler) == EPOCH_0
+    sampler.set_epoch(3)
+    assert list(sampler) == EPOCH_3
+
+
+def test_the_epoch_of_an_iterator_is_that_of_its_beginning():
+    sampler = make_sampler()
+    expected = list(sampler)
+    iterator = iter(sampler)
+    sampler.set_epoch(1)
+    assert list(iterator) == expected
+
+
+def test_a_million_prompts_take_no_list_of_them():
+    rows = make_rows((1_000_000, 10, 1000))
+    tracemalloc.start()
+    try:
+        iterator = iter(TaskSampler(rows, batch_size=8, micro_batches=1, seed=0))
+        next(iterator)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # An order of 8 bytes a sample of each task, twice while it is made. As a list it would be another 36 bytes.
+    assert peak < 2.2 * 3 * 8 * 1_000_000

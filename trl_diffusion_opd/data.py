@@ -14,15 +14,25 @@
 
 """Which prompts make up an update: every task has the same number of them, whatever the sizes of the prompt sets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from torch.utils.data import Sampler
 
 
 # The one task of a dataset without a task column.
 SINGLE_TASK = "default"
+# Rows that are Python objects at a time: whole columns of a million prompts would fill the memory.
+BATCH = 10_000
+
+
+def column_batches(dataset: Dataset, column: str) -> Iterator[pa.Array]:
+    """A column's values in order, some thousand at a time, as Arrow has them."""
+    for table in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
+        yield table[column].combine_chunks()
 
 
 def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
@@ -34,11 +44,18 @@ def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
     """
     if task_column not in dataset.column_names:
         return {SINGLE_TASK: np.arange(len(dataset))}
-    # One vectorised pass: with a million prompts a Python loop takes longer than loading the model.
-    names, inverse = np.unique(np.asarray(dataset[task_column][:], dtype=np.str_), return_inverse=True)
-    order = np.argsort(inverse, kind="stable")
-    bounds = np.cumsum(np.bincount(inverse))[:-1]
-    return {str(name): rows for name, rows in zip(names, np.split(order, bounds), strict=True)}
+    # Python sees each batch's different names alone: a million rows one by one take longer than loading the model.
+    rows: dict[str, list[np.ndarray]] = {}
+    start = 0
+    for values in column_batches(dataset, task_column):
+        encoded = values.dictionary_encode(null_encoding="encode")
+        codes = encoded.indices.to_numpy()
+        order = np.argsort(codes, kind="stable") + start
+        parts = np.split(order, np.cumsum(np.bincount(codes))[:-1])
+        for name, part in zip(encoded.dictionary.to_pylist(), parts, strict=True):
+            rows.setdefault(str(name), []).append(part)
+        start += len(values)
+    return {name: np.concatenate(rows[name]) for name in sorted(rows)}
 
 
 def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]:
@@ -47,20 +64,23 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     if "prompt" not in columns:
         return [f"{name} has no column 'prompt'; its columns are {columns}. Rename yours with rename_column."]
     problems = []
-    prompts = dataset["prompt"][:]
-    bad = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str) or not prompt.strip()]
+    bad = _rows_where(dataset, "prompt", lambda prompt: not isinstance(prompt, str) or not prompt.strip())
     if len(dataset) == 0:
         problems.append(f"{name} is empty.")
     if bad:
         problems.append(f"{name} has {len(bad)} empty prompt(s), the first in row {bad[0]}. Remove them.")
     if task_column in columns:
-        tasks = dataset[task_column][:]
-        bad = [i for i, task in enumerate(tasks) if not isinstance(task, str) or not task]
+        bad = _rows_where(dataset, task_column, lambda task: not isinstance(task, str) or not task)
         if bad:
             problems.append(
                 f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}."
             )
     return problems
+
+
+def _rows_where(dataset: Dataset, column: str, is_bad: Callable[[Any], bool]) -> list[int]:
+    batches = column_batches(dataset, column)
+    return [i for i, value in enumerate(v for batch in batches for v in batch.to_pylist()) if is_bad(value)]
 
 
 class TaskSampler(Sampler[int]):
@@ -114,9 +134,14 @@ class TaskSampler(Sampler[int]):
         shape = (self.rounds, self.micro_batches, self.batch_size)
         prompts = self.rounds * self.micro_batches * self.batch_size // self.repeats
         order = [self._order(task, prompts).repeat(self.repeats).reshape(shape) for task in range(len(self.rows))]
-        # [round, micro-batch, task, sample]
-        rounds = np.stack(order, axis=2)
-        return iter(rounds.repeat(self.passes, axis=0).reshape(-1).tolist())
+        return self._rounds(order)
+
+    def _rounds(self, order: list[np.ndarray]) -> Iterator[int]:
+        for i in range(self.rounds):  # an epoch of a million prompts as one list takes more memory than the prompts
+            # [micro-batch, task, sample]
+            indices = np.stack([of_task[i] for of_task in order], axis=1).reshape(-1).tolist()
+            for _ in range(self.passes):
+                yield from indices
 
     def _order(self, task: int, length: int) -> np.ndarray:
         rows = self.rows[task]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..data import BATCH
 from .base import Reward, RewardFunc, reward_name
 from .names import load_reward
 
@@ -106,17 +107,18 @@ def reward_data_problems(
             if not isinstance(reward, Reward):
                 problems += _column_problems(reward, dataset, source)
                 continue
-            part = dataset.select(rows[task]).to_dict()
-            prompts = part.pop("prompt")
-            reasons = [
-                (prompt, reason)
-                for i, prompt in enumerate(prompts)
-                if (reason := reward.why_not(prompt, {name: values[i] for name, values in part.items()})) is not None
-            ]
-            if reasons:
-                prompt, reason = reasons[0]
+            count, first = 0, ("", "")
+            for start in range(0, len(rows[task]), BATCH):
+                part = dataset.select(rows[task][start : start + BATCH]).to_dict()
+                for i, prompt in enumerate(part.pop("prompt")):
+                    reason = reward.why_not(prompt, {name: values[i] for name, values in part.items()})
+                    if reason is not None:
+                        first = first if count else (prompt, reason)
+                        count += 1
+            if count:
+                prompt, reason = first
                 problems.append(
-                    f"{source}: reward {reward.name!r} can't score {len(reasons)} of the {len(prompts)} prompts of its "
+                    f"{source}: reward {reward.name!r} can't score {count} of the {len(rows[task])} prompts of its "
                     f"task {task!r}, such as {prompt!r}: {reason}."
                 )
     return problems
