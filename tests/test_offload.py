@@ -78,10 +78,14 @@ def test_the_same_training_to_the_bit(tmp_path, teachers):
             assert torch.equal(snapshot(trainer)[name], weight)
 
 
-def test_encoders_are_there_for_the_prompts_of_a_round_and_not_beside_the_transformer(tmp_path, teachers, monkeypatch):
+@pytest.mark.parametrize(("scale", "teacher_scale"), [(3.0, 2.0), (3.0, 1.0), (1.0, 2.0)])
+def test_encoders_are_there_for_the_prompts_of_a_round_and_not_beside_the_transformer(
+    tmp_path, teachers, monkeypatch, scale, teacher_scale
+):
     pipeline = make_pipeline()
     device = Device(monkeypatch, pipeline)
-    trainer = make_trainer(tmp_path, teachers, pipeline, offload_encoders=True, **SETTINGS)
+    scales = {"guidance_scale": scale, "teacher_guidance_scale": teacher_scale}
+    trainer = make_trainer(tmp_path, teachers, pipeline, offload_encoders=True, **{**SETTINGS, **scales})
     assert not device.present
     device.beside.clear()
     device.moves = 0

@@ -269,7 +269,7 @@ def test_the_whole_rows_of_a_file_that_was_cut_off_are_used(tmp_path, caplog, mi
 @pytest.mark.parametrize("live", [False, True])
 def test_no_flipped_byte_gives_another_embedding(tmp_path, live, caplog):
     """Every byte of the file once: each prompt is exact or encoded anew, and the file is set aside where it was noticed."""
-    values = {str(i): (torch.full((2,), float(i), dtype=torch.bfloat16), None) for i in range(2)}
+    values = {str(i): (torch.full((2,), float(i), dtype=torch.bfloat16), None, "shared") for i in range(2)}
     store = make_store(tmp_path / "0")
     for name, value in values.items():
         store.write(key(name), value)
@@ -289,7 +289,7 @@ def test_no_flipped_byte_gives_another_embedding(tmp_path, live, caplog):
                 noticed += 1
                 assert reader.write(key(name), value)
                 got = reader.read(key(name))
-            assert_equal(got, value)
+            assert bits(got[0]) == bits(value[0]) and got[1:] == value[1:]
     assert noticed > len(data) // 10
     assert "is damaged" in caplog.text
     assert len(list(tmp_path.rglob("*.damaged"))) > len(data) // 30
