@@ -120,7 +120,9 @@ def test_the_vae_is_there_for_evaluations_alone(tmp_path, teachers, monkeypatch)
     expected = plain.evaluate()
     scores = ["eval_count/first_pixel", "eval_draw/first_pixel", "eval_reward"]
     assert all(metrics[name] == expected[name] for name in scores)
+    device.beside.clear()
     trainer.pipeline("a cat", height=16, width=16, num_inference_steps=1)
+    assert set(device.beside) == {frozenset(ENCODERS)} and not device.present
 
 
 @pytest.mark.parametrize("make", [make_nft_trainer, sft_trainer])

@@ -16,11 +16,13 @@
 
 import subprocess
 import sys
+from functools import wraps
 
 import datasets
 import psutil
 import pytest
 import torch
+from families import FAMILIES
 from test_prompt_cache import Encoder, assert_equal, lists, nested, one_tensor, padded_to_the_longest, rows
 from tiny_sd3 import make_pipeline
 
@@ -151,6 +153,40 @@ def test_the_same_velocity_from_disk_without_encoders(tmp_path, monkeypatch):
     for encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         monkeypatch.setattr(encoder, "forward", refuse)
     assert torch.equal(velocity_of(pipeline, tmp_path), expected)
+
+
+WITH_AN_IMAGE = ("flux_kontext", "qwen_image_edit")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_from_disk_and_ahead(tmp_path, name, monkeypatch):
+    family = FAMILIES[name]
+    prompts, scale = list(family.prompts)[: 1 if name in WITH_AN_IMAGE else 2], family.guidance_scale
+    results, encoded = [], []
+    for run in range(3):
+        pipeline = family.build()
+        # The last one's processor is a stub without files.
+        fingerprint = "stub" if name == "qwen_image_edit" else encoder_fingerprint(pipeline)
+        store = make_store(tmp_path, fingerprint) if run else None
+        field = VelocityField(pipeline, num_inference_steps=2, **family.kwargs, prompt_store=store)
+        own = type(pipeline).encode_prompt
+
+        @wraps(own)
+        def encode(*args, own=own, **kwargs):
+            encoded.append(args[1:2])
+            return own(*args, **kwargs)
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(type(pipeline), "encode_prompt", encode)
+            field.encode_prompts(prompts, [scale])
+            ahead = len(encoded)
+            x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
+            results.append(field(x, 0.5, prompts, scale))
+            assert len(encoded) == ahead > 0 or run == 2  # all of it was encoded ahead
+        if run == 2 and name not in WITH_AN_IMAGE:
+            assert not encoded
+        encoded.clear()
+    assert torch.equal(results[1], results[0]) and torch.equal(results[2], results[0])
 
 
 def one_weight(pipeline):

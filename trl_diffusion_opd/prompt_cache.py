@@ -135,6 +135,8 @@ def _is_texts(value: Any) -> bool:
 
 def _is_option(name: str, value: Any) -> bool:
     # Whatever is neither text nor a plain value (an image to edit) comes from `generation_kwargs`, which are fixed.
+    if isinstance(value, (tuple, list)) and not _is_texts(value):  # Flux.2's layers of the encoder
+        return all(_is_option(name, item) for item in value)
     return name != "device" and (value is None or isinstance(value, (str, int, float, bool, torch.dtype)))
 
 

@@ -146,7 +146,7 @@ class DiffusionTrainer(_BaseTrainer):
         if not unfit:
             with collect(unfit):
                 prompt_store = self._prompt_store(args)
-            self._offload = Offload(self._pipeline, args.device) if args.offload_encoders else None
+                self._offload = Offload(self._pipeline, args.device) if args.offload_encoders else None
             staying = [] if self._offload is None else self._offload.modules
             for component in self._components():
                 quantised = component is transformer and quantization_config is not None  # it is in its place
@@ -546,7 +546,10 @@ class DiffusionTrainer(_BaseTrainer):
         The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
         """
         with self.student.ema_weights(), torch.no_grad():
-            return self._pipeline(*args, **kwargs)
+            output = self._pipeline(*args, **kwargs)
+        if self._offload is not None:
+            self._offload.rest()
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # what was gathered since the last training log belongs to it, not to an evaluation between

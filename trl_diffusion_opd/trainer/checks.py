@@ -90,7 +90,7 @@ def model_problems(
     if any("_hf_hook" in network.__dict__ for network in networks):
         problems.append(
             "The pipeline is offloaded to the CPU; its hooks would move the model while it trains. Load it without "
-            "enable_model_cpu_offload()."
+            "enable_model_cpu_offload(); offload_encoders=True keeps its text encoders and VAE in host memory."
         )
     if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
         # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
