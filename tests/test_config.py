@@ -175,7 +175,8 @@ def test_the_examples_configs_are_read(name, tmp_path, monkeypatch):
         script_args, args = parser.parse_args_and_config(
             ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml")]
         )
-    assert script_args.prompts and script_args.reward_funcs and args.output_dir
+    assert script_args.prompts and args.output_dir
+    assert script_args.reward_funcs or not name.startswith("tiny")  # those of the tiny world come with the package
 
 
 def test_help_explains_every_option(script, capsys):
