@@ -17,8 +17,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+
+# The name under which compiled code finds whichever adapter is active, but for the first one.
+_SHARED_NAME = "switched"
 
 
 class AdapterSwitch:
@@ -36,17 +41,32 @@ class AdapterSwitch:
     def __init__(self, model: nn.Module, active: str | None):
         # The list is what makes a switch cheap: PEFT's own walks over every module of the model.
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self._home = active
+        self._shares_name = False
         self._activate(active)
         # Layers that PEFT made just now are in training mode whatever the model is in.
         model.train(model.training)
 
     def _activate(self, adapter: str | None) -> None:
         # Not set_adapter or disable_adapter: both change requires_grad, and the latter forgets that a parameter was frozen.
+        shared = self._shares_name and adapter not in (None, self._home)
         for layer in self._layers:
             if adapter is not None:
-                layer._active_adapter = [adapter]
+                layer._active_adapter = [_SHARED_NAME if shared else adapter]
             layer._disable_adapters = adapter is None
+            if shared:
+                _point(layer, adapter)
         self.active = adapter
+
+    def share_name(self) -> None:
+        """
+        From now on all adapters but the first are active under one name, which is made to point to the one that is meant.
+
+        Compiled code depends on the active adapter's name, its shapes and its scaling, but not on which weights these are: so
+        adapters of one rank and scaling share their code, instead of being compiled one by one. FSDP2 is not meant to
+        see one module under two names: don't use it there.
+        """
+        self._shares_name = True
 
     @contextmanager
     def use(self, adapter: str | None) -> Iterator[None]:
@@ -57,3 +77,13 @@ class AdapterSwitch:
             yield
         finally:
             self._activate(before)
+
+
+def _point(layer: LoraLayer, adapter: str) -> None:
+    for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+        if adapter in modules:
+            modules[_SHARED_NAME] = modules[adapter]
+        elif _SHARED_NAME in modules:  # this adapter leaves the layer alone
+            del modules[_SHARED_NAME]
+    if adapter in layer.lora_A:
+        layer.scaling[_SHARED_NAME] = layer.scaling[adapter]

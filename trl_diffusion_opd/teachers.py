@@ -29,6 +29,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from .adapters import AdapterSwitch
+from .compilation import compile_blocks
 from .sharding import forget_gathered
 from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
@@ -336,6 +337,16 @@ class TeacherBank:
         for teacher in self._distinct():
             if teacher.module is not None:
                 teacher.module.to(device)
+        return self
+
+    def compile(self, backend: str | None = None, mode: str | None = None) -> TeacherBank:
+        """Compiles what belongs to teachers alone ([`~compilation.compile_blocks`]), so that switching does not compile again."""
+        self.switch.share_name()
+        if not self._has_student:
+            compile_blocks(self.backbone, backend, mode)
+        for teacher in self._distinct():
+            if teacher.module is not None:
+                compile_blocks(teacher.module, backend, mode)
         return self
 
     def _distinct(self) -> list[Teacher]:

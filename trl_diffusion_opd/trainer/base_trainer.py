@@ -39,6 +39,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .. import checkpoint, hub, model_card
+from ..compilation import compile_blocks
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
@@ -183,6 +184,8 @@ class DiffusionTrainer(_BaseTrainer):
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
+        if args.torch_compile:
+            compile_blocks(transformer, args.torch_compile_backend, args.torch_compile_mode)
 
         super().__init__(
             model=student_model,
@@ -286,6 +289,11 @@ class DiffusionTrainer(_BaseTrainer):
         return model
 
     # Trainer's hooks
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # accelerate would compile the student alone, as a whole and as a wrapper. The blocks are compiled already, teachers' too.
+        accelerator_args = super()._build_accelerator_args(**kwargs)
+        return {name: value for name, value in accelerator_args.items() if name != "dynamo_plugin"}
 
     def _send_telemetry(self) -> None:
         """TRL's reads the config of a language model. Nothing is sent."""

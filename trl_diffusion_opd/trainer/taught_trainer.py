@@ -74,6 +74,8 @@ class TaughtTrainer(DiffusionTrainer):
 
     def _place_teachers(self) -> None:
         self.bank.to(self.accelerator.device)
+        if self.args.torch_compile:
+            self.bank.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
         # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
         shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
         assert not shared, "a teacher's parameter is trainable"

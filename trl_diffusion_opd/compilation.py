@@ -1,0 +1,54 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Regional `torch.compile`: the repeated blocks of a transformer, in place."""
+
+from collections.abc import Iterator
+
+from accelerate.utils.other import is_repeated_blocks
+from torch import nn
+
+
+# Graphs of one class of block: with and without gradients, the student, the base, and a teacher's of each rank, each twice or
+# three times, since a transformer's first or last blocks often differ. The default of 8 is not enough for SD3 with one
+# teacher, and beyond the limit all blocks silently run uncompiled.
+RECOMPILE_LIMIT = 64
+
+
+def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str | None = None) -> None:
+    """
+    Compiles the repeated blocks of a transformer where they are, so that parameters keep their names and wrappers put
+    around the model later still work. What is around the blocks is not compiled.
+
+    Args:
+        transformer (`nn.Module`): a transformer of diffusers, with its LoRAs if any.
+        backend, mode (`str`, *optional*): as in `torch.compile`.
+
+    Raises:
+        [`ValueError`]: if it has no repeated blocks.
+    """
+    blocks = list(_repeated_blocks(transformer))
+    if not blocks:
+        raise ValueError(f"torch_compile: {type(transformer).__name__} has no list of equal blocks to compile.")
+    options = {} if backend is None else {"backend": backend}
+    for block in blocks:
+        block.compile(mode=mode, recompile_limit=RECOMPILE_LIMIT, **options)
+
+
+def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if is_repeated_blocks(child):
+            yield from child.children()
+        else:
+            yield from _repeated_blocks(child)
