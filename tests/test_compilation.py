@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What an update accumulates is the gradient of the whole loss, and it costs the forwards that it should."""
 
 """Compiled blocks: the same training, and no compilation once every kind of forward has been seen."""
 

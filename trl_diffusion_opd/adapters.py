@@ -49,13 +49,13 @@ class AdapterSwitch:
 
     def _activate(self, adapter: str | None) -> None:
         # Not set_adapter or disable_adapter: both change requires_grad, and the latter forgets that a parameter was frozen.
-        shared = self._shares_name and adapter not in (None, self._home)
+        shares_name = self._shares_name and adapter != self._home
         for layer in self._layers:
             if adapter is not None:
-                layer._active_adapter = [_SHARED_NAME if shared else adapter]
+                layer._active_adapter = [_SHARED_NAME if shares_name else adapter]
+                if shares_name:
+                    _point(layer, adapter)
             layer._disable_adapters = adapter is None
-            if shared:
-                _point(layer, adapter)
         self.active = adapter
 
     def share_name(self) -> None:

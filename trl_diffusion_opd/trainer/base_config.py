@@ -105,6 +105,10 @@ class DiffusionConfig(_BaseConfig):
         num_completions_to_print (`int`, *optional*, defaults to `4`):
             Prompts a task in that table.
 
+    > [!TIP]
+    > `torch_compile=True` compiles the repeated blocks of the transformer, for the student and all teachers; teachers of one
+    > rank and alpha share the compiled code. It was not tried under FSDP2.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `logging_steps`: Defaults to `10` instead of `500`.
