@@ -41,10 +41,12 @@ from .. import checkpoint, hub, model_card
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
+from ..flops import matmul_rate
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
+from ..timing import UpdateCost
 from ..trackers import use_public_trackers
 from ..velocity import VelocityField
 from .base_config import MERGE, DiffusionConfig
@@ -73,11 +75,13 @@ class _StudentCallback(TrainerCallback):
     ) -> None:
         checkpoint.restore_best(args.output_dir, state)
         self.trainer._log_completions()
+        self.trainer._begin_costs()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.student.update_ema(state.global_step)
+        self.trainer._cost.stop()
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -94,6 +98,8 @@ class DiffusionTrainer(_BaseTrainer):
     # How often a prompt comes in a round, and a round in an epoch.
     _repeats, _passes = 1, 1
     _teacher_specs: Any = None
+    # What the seconds of an update are made of.
+    _parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
 
     def __init__(
         self,
@@ -187,9 +193,13 @@ class DiffusionTrainer(_BaseTrainer):
         self.add_callback(_StudentCallback(self))
         use_public_trackers(self.callback_handler.callbacks)
         self._redirect = _ForwardRedirection()
+        self._wrapped_and_own: tuple[nn.Module, nn.Module] | None = None
         self._micro_step = 0
         self._grid_at = -1
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._cost = UpdateCost(self._parts, self.accelerator.device)
+        self._part = self._cost.part
+        self.velocity_field.encoding = lambda: self._part("encoding")
 
     # Hooks of the trainers
 
@@ -290,6 +300,15 @@ class DiffusionTrainer(_BaseTrainer):
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
+    def _begin_costs(self) -> None:
+        rate, device = 0.0, self.accelerator.device
+        if device.type == "cuda":
+            mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            named = self.student.model.named_parameters()
+            own = next(p.dtype for name, p in named if p.is_floating_point() and "lora_" not in name)
+            rate = matmul_rate(device, mixed or own)
+        self._cost.begin(rate, self._passes)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -300,8 +319,18 @@ class DiffusionTrainer(_BaseTrainer):
         first = (number // len(self.tasks)) * self.accelerator.num_processes + self.accelerator.process_index
         return task, list(range(first * size, (first + 1) * size))
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of an optimizer step. Trainer asks for all of them at once: an update begins here."""
+        self._cost.start()
+        with self._part("data"):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _end_micro_batch(self) -> None:
         self._micro_step = (self._micro_step + 1) % (self._micro_batches * len(self.tasks))
+        if self._micro_step == 0:
+            self._cost.clock.go_on_with("optimizer")
 
     def _task_share(self, task: str) -> float:
         """Factor of a micro-batch's mean loss, such that an update's losses add up to the weighted mean over tasks."""
@@ -329,7 +358,8 @@ class DiffusionTrainer(_BaseTrainer):
     def _backward(self, loss: Tensor) -> None:
         # DeepSpeed would divide by the accumulation steps once more: a task's share is in the loss already.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **options)
+        with self._part("backward"):
+            self.accelerator.backward(loss, **options)
 
     def _gather_finite(self, task: str, levels: dict[int, float] | None, values: Tensor) -> Tensor:
         """
@@ -361,6 +391,18 @@ class DiffusionTrainer(_BaseTrainer):
             )
         return everyone
 
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        """The network in Trainer's wrapper. accelerate looks at every module to find it, which is too slow for every step."""
+        if self._wrapped_and_own is None or self._wrapped_and_own[0] is not model:
+            self._wrapped_and_own = model, self.accelerator.unwrap_model(model)
+        return self._wrapped_and_own[1]
+
+    @staticmethod
+    def _in_eval_mode(model: nn.Module) -> None:
+        """No dropout; checkpointing in diffusers depends on the grad mode alone."""
+        if model.training:  # Trainer's mode. To set it takes a walk over all modules
+            model.eval()
+
     def _student_velocity(
         self,
         model: nn.Module,
@@ -371,12 +413,13 @@ class DiffusionTrainer(_BaseTrainer):
         field: VelocityField | None = None,
     ) -> Tensor:
         """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self._unwrapped(model)
         field = self.velocity_field if field is None else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
-        if unwrapped is model:
-            return field(*inputs, model)
-        return self._redirect(model, unwrapped, field, *inputs, unwrapped)
+        with self._part("student"):
+            if unwrapped is model:
+                return field(*inputs, model)
+            return self._redirect(model, unwrapped, field, *inputs, unwrapped)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.
@@ -513,6 +556,8 @@ class DiffusionTrainer(_BaseTrainer):
         if "loss" in logs:  # what was gathered since the last training log belongs to it, not to an evaluation between
             metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
             logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
+            samples = self._train_batch_size * self.accelerator.num_processes * self._micro_batches * len(self.tasks)
+            logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
             self._metrics["train"].clear()
         super().log(logs, start_time)
 
