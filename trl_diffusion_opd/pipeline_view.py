@@ -79,7 +79,8 @@ class StandIn(nn.Module):
         super().__init__()
         weight = next(p for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
-        self.__dict__["names"] = _input_names(type(base))
+        network: Any = type(base)
+        self.__dict__["names"] = _input_names(network)
         self.__dict__["timesteps"] = None  # of each sample, where they are not all at the same level
 
     def __getattr__(self, name: str) -> Any:
