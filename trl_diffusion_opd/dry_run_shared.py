@@ -17,7 +17,6 @@
 import inspect
 import math
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from .data import TaskSampler
 from .evaluation import draw_images
 from .rewards import score
+from .timing import instant, seconds_between
 
 
 if TYPE_CHECKING:
@@ -91,22 +91,16 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.times: dict[str, list[float]] = {}
+        self.calls: dict[str, list[tuple[Any, Any]]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
+        begin = instant(self.device)
         yield
-        self._wait()
-        self.times.setdefault(name, []).append(time.perf_counter() - start)
-
-    def _wait(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        self.calls.setdefault(name, []).append((begin, instant(self.device)))
 
     def median(self, name: str) -> float:
-        return statistics.median(self.times[name])
+        return statistics.median(seconds_between(*call) for call in self.calls[name])
 
 
 @dataclass

@@ -18,8 +18,9 @@ own `__call__` runs for one step at a state of ours. `velocity.py` puts them to 
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class StandIn(nn.Module):
         super().__init__()
         weight = next(p for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
-        self.__dict__["names"] = list(inspect.signature(type(base).forward).parameters)[1:]
+        network: Any = type(base)
+        self.__dict__["names"] = _input_names(network)
         self.__dict__["timesteps"] = None  # of each sample, where they are not all at the same level
 
     def __getattr__(self, name: str) -> Any:
@@ -107,6 +109,11 @@ class StandIn(nn.Module):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
+
+
+@cache
+def _input_names(network: Any) -> list[str]:
+    return list(inspect.signature(network.forward).parameters)[1:]
 
 
 def timestep_name(inputs: dict[str, Any]) -> str:
@@ -185,6 +192,7 @@ class PipelineView(DiffusionPipeline):
 
     transformer: StandIn
     cache: PromptCache
+    encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
     prepared: Any
     decoding: bool
@@ -196,7 +204,8 @@ class PipelineView(DiffusionPipeline):
         return self.transformer.device
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cache.encode(super().encode_prompt, *args, **kwargs)
+        with self.encoding():
+            return self.cache.encode(super().encode_prompt, *args, **kwargs)
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         if self.x is None:
@@ -206,6 +215,10 @@ class PipelineView(DiffusionPipeline):
         # The decoder gets the dtype that the pipeline would have given it; the loop keeps ours.
         x = self.x.to(dtype) if self.decoding else self.x
         return (x, *extras) if extras else x
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """None: a loop of one step would make and close one at every step."""
+        return nullcontext() if iterable is None else iterable
 
     def maybe_free_model_hooks(self) -> None:
         """Offloading is the trainer's business."""

@@ -17,7 +17,8 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class PromptCache:
     @torch.no_grad()
     def encode(self, encode_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `encode_prompt(*args, **kwargs)` returns, from memory where it can be."""
-        call = inspect.signature(encode_prompt).bind(*args, **kwargs).arguments
+        call = _bind(encode_prompt, args, kwargs)
         texts = {name: value for name, value in call.items() if _is_texts(value)}
         options = tuple((name, str(value)) for name, value in call.items() if _is_option(name, value))
         device = str(call.get("device"))
@@ -127,6 +128,19 @@ class PromptCache:
                 self._bytes -= _nbytes(self._entries.popitem(last=False)[1])
         self._entries.move_to_end(key)
         return self._entries[key]
+
+
+def _bind(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name. Python would make a method's signature anew at every step."""
+    if not inspect.ismethod(function):
+        return inspect.signature(function).bind(*args, **kwargs).arguments
+    arguments = _signature(function.__func__).bind(function.__self__, *args, **kwargs).arguments
+    return dict(islice(arguments.items(), 1, None))  # without `self`
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _is_texts(value: Any) -> bool:

@@ -25,6 +25,7 @@ touch a pipeline's inside.
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,8 @@ class VelocityField:
     Attributes:
         levels (`torch.Tensor` of shape `(num_inference_steps + 1,)`, float64):
             The noise grid, decreasing, with a final 0.
+        encoding (`Callable`):
+            Makes a context in which prompts and images are encoded, such as one that times it.
 
     Raises:
         [`ValueError`]: if the pipeline is not a flow-matching one, lacks a part that is needed, or the size or an
@@ -134,6 +137,7 @@ class VelocityField:
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
         self._options = options
         self._cache = PromptCache(store=prompt_store)
+        self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
@@ -298,8 +302,9 @@ class VelocityField:
         ).to(next(self._base.parameters()).device, next(vae.parameters()).dtype)  # the VAE may be offloaded
         if self._latent_map.of_video:
             pixels = pixels.unsqueeze(2)
-        encoded = vae.encode(pixels, return_dict=False)[0]
-        return self._latent_map.from_vae(encoded if isinstance(encoded, Tensor) else encoded.mode())
+        with self.encoding():
+            encoded = vae.encode(pixels, return_dict=False)[0]
+            return self._latent_map.from_vae(encoded if isinstance(encoded, Tensor) else encoded.mode())
 
     def check_encode(self) -> None:
         """
@@ -415,11 +420,11 @@ class VelocityField:
             transformer=transformer or StandIn(stop, self._base),
             scheduler=scheduler,
             cache=self._cache,
+            encoding=self.encoding,
             x=x,
             prepared=None if x is None else self._extras(prompts),
             decoding=output_type != "latent" and vae is None,
             images=None,
-            _progress_bar_config={"disable": True},
         )
         if vae is not None:
             view.__dict__["vae"] = vae

@@ -107,7 +107,7 @@ class DiffusionConfig(_BaseConfig):
 
     > [!TIP]
     > `torch_compile=True` compiles the repeated blocks of the transformer, for the student and all teachers; teachers of one
-    > rank and alpha share the compiled code. It was not tried under FSDP2.
+    > rank and alpha share the compiled code. FSDP and DeepSpeed are refused with it.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:

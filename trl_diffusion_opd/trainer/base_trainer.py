@@ -43,12 +43,14 @@ from ..compilation import compile_blocks
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
+from ..flops import matmul_rate
 from ..offload import Offload
 from ..prompt_store import PromptStore, encoder_fingerprint
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
+from ..timing import UpdateCost
 from ..trackers import use_public_trackers
 from ..velocity import VelocityField
 from .base_config import MERGE, DiffusionConfig
@@ -77,11 +79,13 @@ class _StudentCallback(TrainerCallback):
     ) -> None:
         checkpoint.restore_best(args.output_dir, state)
         self.trainer._log_completions()
+        self.trainer._begin_costs()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.student.update_ema(state.global_step)
+        self.trainer._cost.stop()
 
 
 class DiffusionTrainer(_BaseTrainer):
@@ -98,6 +102,8 @@ class DiffusionTrainer(_BaseTrainer):
     # How often a prompt comes in a round, and a round in an epoch.
     _repeats, _passes = 1, 1
     _teacher_specs: Any = None
+    # What the seconds of an update are made of.
+    _parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
 
     def __init__(
         self,
@@ -198,6 +204,10 @@ class DiffusionTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
+        if args.torch_compile and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
+            )
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
@@ -205,9 +215,13 @@ class DiffusionTrainer(_BaseTrainer):
         if self._offload is not None:
             self._offload.rest()
         self._redirect = _ForwardRedirection()
+        self._wrapped_and_own: tuple[nn.Module, nn.Module] | None = None
         self._micro_step = 0
         self._grid_at = -1
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._cost = UpdateCost(self._parts, self.accelerator.device)
+        self._part = self._cost.part
+        self.velocity_field.encoding = lambda: self._part("encoding")
 
     # Hooks of the trainers
 
@@ -323,6 +337,15 @@ class DiffusionTrainer(_BaseTrainer):
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
+    def _begin_costs(self) -> None:
+        rate, device = 0.0, self.accelerator.device
+        if device.type == "cuda":
+            mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+            named = self.student.model.named_parameters()
+            own = next(p.dtype for name, p in named if p.is_floating_point() and "lora_" not in name)
+            rate = matmul_rate(device, mixed or own)
+        self._cost.begin(rate, self._passes)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -330,13 +353,16 @@ class DiffusionTrainer(_BaseTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of a round, with their prompts encoded in one go where the encoders leave the device after it."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._offload is not None:
+        """The micro-batches of an optimizer step. Trainer asks for all of them at once: an update begins here."""
+        self._cost.start()
+        with self._part("data"):
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._offload is not None:  # their prompts are encoded in one go, after which the encoders leave the device
             for i, rows in enumerate(batches):
                 task = self.tasks[i % len(self.tasks)]
                 self.velocity_field.encode_prompts([row["prompt"] for row in rows], self._guidance_scales(task))
-            self._offload.rest()
+            with self._part("encoding"):
+                self._offload.rest()
         return batches, num_items
 
     def _micro_batch(self, number: int, size: int) -> tuple[str, list[int]]:
@@ -347,6 +373,8 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _end_micro_batch(self) -> None:
         self._micro_step = (self._micro_step + 1) % (self._micro_batches * len(self.tasks))
+        if self._micro_step == 0:
+            self._cost.clock.go_on_with("optimizer")
 
     def _task_share(self, task: str) -> float:
         """Factor of a micro-batch's mean loss, such that an update's losses add up to the weighted mean over tasks."""
@@ -374,7 +402,8 @@ class DiffusionTrainer(_BaseTrainer):
     def _backward(self, loss: Tensor) -> None:
         # DeepSpeed would divide by the accumulation steps once more: a task's share is in the loss already.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **options)
+        with self._part("backward"):
+            self.accelerator.backward(loss, **options)
 
     def _gather_finite(self, task: str, levels: dict[int, float] | None, values: Tensor) -> Tensor:
         """
@@ -406,6 +435,18 @@ class DiffusionTrainer(_BaseTrainer):
             )
         return everyone
 
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        """The network in Trainer's wrapper. accelerate looks at every module to find it, which is too slow for every step."""
+        if self._wrapped_and_own is None or self._wrapped_and_own[0] is not model:
+            self._wrapped_and_own = model, self.accelerator.unwrap_model(model)
+        return self._wrapped_and_own[1]
+
+    @staticmethod
+    def _in_eval_mode(model: nn.Module) -> None:
+        """No dropout; checkpointing in diffusers depends on the grad mode alone."""
+        if model.training:  # Trainer's mode. To set it takes a walk over all modules
+            model.eval()
+
     def _student_velocity(
         self,
         model: nn.Module,
@@ -416,12 +457,13 @@ class DiffusionTrainer(_BaseTrainer):
         field: VelocityField | None = None,
     ) -> Tensor:
         """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self._unwrapped(model)
         field = self.velocity_field if field is None else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
-        if unwrapped is model:
-            return field(*inputs, model)
-        return self._redirect(model, unwrapped, field, *inputs, unwrapped)
+        with self._part("student"):
+            if unwrapped is model:
+                return field(*inputs, model)
+            return self._redirect(model, unwrapped, field, *inputs, unwrapped)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.
@@ -563,6 +605,8 @@ class DiffusionTrainer(_BaseTrainer):
         if "loss" in logs:  # what was gathered since the last training log belongs to it, not to an evaluation between
             metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
             logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
+            samples = self._train_batch_size * self.accelerator.num_processes * self._micro_batches * len(self.tasks)
+            logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
             self._metrics["train"].clear()
         super().log(logs, start_time)
 

@@ -172,7 +172,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
 
         def velocity(j: int, x: Tensor) -> Tensor:
             nonlocal left
-            left = (x, self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, model))
+            with self._part("rollout"):
+                left = (x, self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, model))
             return left[1]
 
         def noise(j: int) -> Tensor:
@@ -206,7 +207,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                 )
                 kl = torch.zeros_like(loss)
                 if self.bank is not None:
-                    with torch.no_grad(), self.bank.use(None) as base:
+                    with torch.no_grad(), self._part("reference"), self.bank.use(None) as base:
                         v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
                     kl = transition_kl(v, v_base, c, s)
                     loss = loss + args.beta * kl

@@ -167,7 +167,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         with self.old_policy.use() as transformer:
 
             def velocity(j: int, x: Tensor) -> Tensor:
-                return self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, transformer)
+                with self._part("rollout"):
+                    return self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, transformer)
 
             return walk(velocity, x, self.table, lambda j: gaussian(generators, x)), None
 
@@ -186,14 +187,14 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         for j, t in enumerate(levels):
             eps = gaussian(generators, x0)
             x = noised(x0, eps, t)
-            with torch.no_grad(), self.old_policy.use() as transformer:
+            with torch.no_grad(), self._part("reference"), self.old_policy.use() as transformer:
                 old = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
             with self._gradient_sync(model, last=j == len(levels) - 1):
                 student = self._student_velocity(model, x, t, prompts)
                 loss = scale * nft_loss(student, old, eps - x0, t, r, args.nft_beta, args.loss_weighting).mean()
                 kl = loss.new_zeros(())
                 if self.bank is not None:
-                    with torch.no_grad(), self.bank.use(None) as transformer:
+                    with torch.no_grad(), self._part("reference"), self.bank.use(None) as transformer:
                         base = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
                     kl = velocity_gap_sq(student, base).mean()
                 self._backward(share * (loss + args.beta * kl))

@@ -16,7 +16,6 @@
 
 import logging
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -112,6 +111,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
     }
     args: DiffusionOPDConfig
     _config_class = DiffusionOPDConfig
+    _parts = (*TaughtTrainer._parts, "teacher", "rollout", "reference", "noise_floor")
 
     def __init__(
         self,
@@ -186,15 +186,14 @@ class DiffusionOPDTrainer(TaughtTrainer):
         Walks the trajectory of one task's prompts once. At every trained step: the teacher's velocity, the student's, the
         weighted gap, its backward, and on to the next state.
         """
-        start = time.perf_counter()
-        model.eval()  # no dropout, and checkpointing in diffusers depends on the grad mode alone
+        self._in_eval_mode(model)
         task, positions = self._micro_batch(self._micro_step, len(inputs))
         prompts = [row["prompt"] for row in inputs]
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()
         last = max(steps)
         share = self._task_share(task) / len(self.trainable_steps)
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
         drawn: dict[int, Tensor] = {}
@@ -206,7 +205,8 @@ class DiffusionOPDTrainer(TaughtTrainer):
                 with torch.no_grad():
                     if not self.args.on_policy:
                         return self._target(task, x, t, prompts)
-                    return self.velocity_field(x, t, prompts, self.args.guidance_scale, unwrapped)
+                    with self._part("rollout"):
+                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, unwrapped)
             with torch.no_grad():
                 target = self._target(task, x, t, prompts)
                 if j == last:
@@ -231,9 +231,6 @@ class DiffusionOPDTrainer(TaughtTrainer):
         walk(velocity, x, self.table.head(last + 1), noise)
         loss = self._record(task, steps, gaps, norms) * self._task_share(task)
         self._end_micro_batch()
-        self._metrics["train"]["step_time"].append(
-            (time.perf_counter() - start) * self._micro_batches * len(self.tasks)
-        )
         return loss
 
     def _drawn_steps(self) -> dict[int, float]:
@@ -255,7 +252,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         return weight * velocity_gap_sq(student, target)
 
     def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        with torch.no_grad(), self.bank.use(None) as transformer:
+        with torch.no_grad(), self._part("reference"), self.bank.use(None) as transformer:
             base = self.velocity_field(x, t, prompts, self.args.guidance_scale, transformer)
         return float(self.weights[j]) * velocity_gap_sq(student, base)
 
@@ -290,9 +287,10 @@ class DiffusionOPDTrainer(TaughtTrainer):
         self._measured_floor_at = update
         scale = self.args.guidance_scale
         backbone = self.bank.backbone
-        one = self.velocity_field(x, t, prompts, scale, backbone)
-        with rescaled_factors(backbone, STUDENT_ADAPTER):
-            two = self.velocity_field(x, t, prompts, scale, backbone)
+        with self._part("noise_floor"):
+            one = self.velocity_field(x, t, prompts, scale, backbone)
+            with rescaled_factors(backbone, STUDENT_ADAPTER):
+                two = self.velocity_field(x, t, prompts, scale, backbone)
         weights = self.kl_weights[: len(self.trainable_steps)]
         self._noise_floor = float(weights.mean()) * float(velocity_gap_sq(one, two).mean())
 

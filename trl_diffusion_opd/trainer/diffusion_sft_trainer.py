@@ -14,7 +14,6 @@
 
 """Supervised fine-tuning by flow matching, on images of a dataset or on images that teachers draw."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,6 +103,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
     }
     args: DiffusionSFTConfig
     _config_class = DiffusionSFTConfig
+    _parts = (*TaughtTrainer._parts, "teacher")
 
     def __init__(
         self,
@@ -251,8 +251,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Noises one task's images, each to a level of its own, and trains the velocity there."""
-        start = time.perf_counter()
-        model.eval()  # no dropout, and checkpointing in diffusers depends on the grad mode alone
+        self._in_eval_mode(model)
         task, positions = self._micro_batch(self._micro_step, len(inputs))
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         x0 = self._latents(task, inputs, generators)
@@ -263,9 +262,6 @@ class DiffusionSFTTrainer(TaughtTrainer):
             self._backward(self._task_share(task) * loss.mean())
         mean = self._record(task, loss.detach().mean())
         self._end_micro_batch()
-        self._metrics["train"]["step_time"].append(
-            (time.perf_counter() - start) * self._micro_batches * len(self.tasks)
-        )
         return (mean * self._task_share(task)).to(x0.device, torch.float32)
 
     def _guidance_scales(self, task: str) -> set[float]:

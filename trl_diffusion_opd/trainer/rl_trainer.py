@@ -84,6 +84,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     """
 
     args: DiffusionRLConfig
+    _parts = (*DiffusionTrainer._parts, "rollout", "decoding", "rewards", "reference")
     bank: TeacherBank | None  # a trainer's `_setup` makes it where its loss has a distance from the base
 
     def __init__(
@@ -239,7 +240,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
         Trainer asks for all of a step at once, which is a whole round. The first step of a round draws and scores, the
         others train on the same completions.
         """
-        self._update_started = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.state.global_step % self.args.num_iterations == 0:
             self._rollouts = self._roll_out(batches)
@@ -248,11 +248,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def training_step(
         self, model: nn.Module, inputs: Rollout, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        model.eval()  # no dropout, and checkpointing in diffusers depends on the grad mode alone
+        self._in_eval_mode(model)
         loss = self._train_on(model, inputs)
         self._end_micro_batch()
-        if self._micro_step == 0:
-            self._metrics["train"]["step_time"].append(time.perf_counter() - self._update_started)
         return loss
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -275,9 +273,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     generators = sample_generators([self.args.seed, self.state.global_step, k], positions)
                     latents, record = self._draw_rollout(task, prompts, generators)
                     rollouts[i] = Rollout(task, prompts, positions, latents, record, latents.new_zeros(len(prompts)))
-                    scorer.submit(batches[i], self.velocity_field.decode(latents, prompts))
+                    with self._part("decoding"):
+                        images = self.velocity_field.decode(latents, prompts)
+                    with self._part("rewards"):
+                        scorer.submit(batches[i], images)
                 seconds["generation_time"] += time.perf_counter() - start - scorer.waited
-                scores = scorer.results()
+                with self._part("rewards"):
+                    scores = scorer.results()
             for name, taken in scorer.seconds.items():
                 seconds[f"reward_time/{name}"] += taken
             self._set_advantages(task, [rollouts[i] for i in numbers], scores)

@@ -95,7 +95,8 @@ class TaughtTrainer(DiffusionTrainer):
 
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """Weighted mean velocity of the task's teachers, each at its own guidance."""
-        return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
+        with self._part("teacher"):
+            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
     # Files
 
