@@ -41,6 +41,7 @@ from .. import checkpoint, hub, model_card
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
+from ..processes import lost_process_named
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
@@ -292,7 +293,11 @@ class DiffusionTrainer(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with lost_process_named(
+            lambda: f"in update {self.state.global_step + 1}",
+            lambda: checkpoint.resume_advice(self.args.output_dir),
+        ):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _micro_batch(self, number: int, size: int) -> tuple[str, list[int]]:
         """Task of a round's micro-batch, and its samples' positions among the task's samples of this round."""
@@ -548,9 +553,11 @@ class DiffusionTrainer(_BaseTrainer):
         self.student.load_state(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
+        def save() -> None:
             self.create_model_card()
-        checkpoint.save(self, lambda: super(DiffusionTrainer, self)._save_checkpoint(model, trial))
+            super(DiffusionTrainer, self)._save_checkpoint(model, trial)
+
+        checkpoint.save(self, save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load(self, resume_from_checkpoint)
