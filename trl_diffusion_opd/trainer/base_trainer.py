@@ -42,7 +42,7 @@ from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
 from ..processes import lost_process_named
-from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
+from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
@@ -468,11 +468,15 @@ class DiffusionTrainer(_BaseTrainer):
             on_batch=on_batch,
         )
 
+    def _monitor(self, task: str) -> Scorer:
+        """A scorer whose scores are looked at and not trained on: without them training goes on."""
+        return Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, on_timeout="none", task=task)
+
     def _score_task(
         self, dataset: Dataset, task: str, rows: list[int], seconds: dict[str, float]
     ) -> dict[str, list[float | None]]:
         """Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored."""
-        with Scorer(self.reward_funcs[task], self.state) as scorer:
+        with self._monitor(task) as scorer:
 
             def submit(positions: list[int], images: list[Any]) -> None:
                 scorer.submit([dataset[rows[i]] for i in positions], images)
@@ -499,7 +503,9 @@ class DiffusionTrainer(_BaseTrainer):
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
                 mine = self._draw(dataset, task, rows[: len(entries)].tolist())
                 images = [image for _, image in mine]
-                scores = score(self.reward_funcs[task], [entries[i] for i, _ in mine], images, self.state)
+                with self._monitor(task) as scorer:
+                    scorer.submit([entries[i] for i, _ in mine], images)
+                    scores = scorer.results()
                 for n, (i, image) in enumerate(mine):
                     rewards = {name: values[n] for name, values in scores.items()}
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards)))
