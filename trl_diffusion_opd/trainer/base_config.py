@@ -260,7 +260,7 @@ class DiffusionConfig(_BaseConfig):
                 problems.append(
                     f"reward_timeout={self.reward_timeout}: it must be a positive number of seconds, or unset."
                 )
-            elif self.world_size > 1 and self.reward_timeout >= self.ddp_timeout:
+            elif self.reward_timeout >= self.ddp_timeout and self.world_size > 1:
                 problems.append(
                     f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
                     "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
