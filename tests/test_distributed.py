@@ -65,14 +65,20 @@ def free_port():
         return server.getsockname()[1]
 
 
-def launch(script: str, folder: Path, environment: dict[str, str] | None = None) -> None:
-    """Runs a script of `distributed/` on two processes, with a folder that it reads and writes."""
+def launched(script: str, folder: Path, *arguments: str, environment: dict[str, str] | None = None):
+    """Runs a script of `distributed/` on two processes, with a folder that it reads and writes, and returns how it ended."""
     (folder / "launch.yaml").write_text(LAUNCH)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
     command += ["--main_process_port", str(free_port()), str(TESTS / "distributed" / script), str(folder)]
+    command += arguments
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def launch(script: str, folder: Path, environment: dict[str, str] | None = None) -> None:
+    """The same, to its end."""
+    result = launched(script, folder, environment=environment)
     assert result.returncode == 0, result.stderr[-20000:]
 
 

@@ -16,18 +16,23 @@
 
 import json
 import logging
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import hub
+from .processes import communication_failed
 
 
 if TYPE_CHECKING:
@@ -46,23 +51,30 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
     Saves a checkpoint and marks it as complete when all processes have written their part of it.
 
     Older checkpoints are rotated away after that and not before: a process killed in between leaves one more, not none.
+
+    Raises:
+        [`OSError`]: if it cannot be written, for example on a full disk. Training then stops, and the older checkpoints are
+            as they were.
     """
-    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-    try:
-        save_checkpoint()
-    finally:
-        trainer.args.save_total_limit = limit
     folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    trainer._save_state(folder)
+    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    with _failure_explained(trainer, folder):
+        try:
+            save_checkpoint()
+        finally:
+            trainer.args.save_total_limit = limit
+        trainer._save_state(folder)
+        if trainer.args.should_save:
+            write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
+            # A path of this machine, which would be pushed. The number of the best update is in the state as well.
+            state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+            write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None})
+            hub.write_arguments(trainer.args, folder)  # once more: the limit was lifted while Trainer saved
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            _flush(folder)
+            (folder / COMPLETE_FILE).touch()
     if trainer.args.should_save:
-        write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
-        # A path of this machine, which would be pushed. The number of the best update is in the state as well.
-        state = json.loads((folder / TRAINER_STATE_NAME).read_text())
-        write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None})
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        hub.write_arguments(trainer.args, folder)  # once more: the limit was lifted while Trainer saved
-        (folder / COMPLETE_FILE).touch()
         rotate_checkpoints(
             output_dir=trainer.args.output_dir,
             save_total_limit=limit,
@@ -71,6 +83,60 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
         )
     if trainer.args.push_to_hub:
         hub.push_checkpoint(trainer, str(folder))
+
+
+@contextmanager
+def _failure_explained(trainer: "DiffusionTrainer", folder: Path) -> Iterator[None]:
+    """A full disk has many voices: torch.save's is "unexpected pos 64 vs 0"."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if communication_failed(error):
+            raise
+        needed = (_size(trainer), shutil.disk_usage(folder.parent).free)
+        of, free = (f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB" for size in needed)
+        raise OSError(
+            f"{folder.name} could not be saved in {trainer.args.output_dir} ({error}). A checkpoint of this run takes about "
+            f"{of}; {free} are free there. Training stops. {resume_advice(trainer.args.output_dir)}"
+        ) from error
+
+
+def _size(trainer: "DiffusionTrainer") -> int:
+    """Bytes of a checkpoint: those of an earlier one, else what its tensors take."""
+    earlier = last_complete(trainer.args.output_dir)
+    if earlier is not None:
+        return sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
+    weights = sum(p.numel() * p.element_size() for p in trainer.student.parameters())
+    states: list[Any] = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    moments = sum(t.numel() * t.element_size() for t in states if isinstance(t, Tensor))
+    # The average in PEFT's format and in diffusers', or in diffusers' alone, and the weights as they are.
+    return (3 if trainer.student.is_lora else 2) * weights + moments
+
+
+def _flush(folder: Path) -> None:
+    """Has everything in the folder on the disk before it is called complete: a power cut must not leave empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def last_complete(output_dir: str | Path | None) -> Path | None:
+    """The newest checkpoint of a run that was saved to its end."""
+    found = [path.parent for path in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}")]
+    numbers = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found}
+    return max((path for path in found if numbers[path].isdigit()), key=lambda path: int(numbers[path]), default=None)
+
+
+def resume_advice(output_dir: str | Path | None) -> str:
+    """What to do after a training that stopped."""
+    last = last_complete(output_dir)
+    if last is None:
+        return "There is no complete checkpoint: start again, with a smaller save_steps if less is to be lost."
+    return f"{last.name} is complete: start again with resume_from_checkpoint=True to go on from there."
 
 
 def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:

@@ -17,19 +17,26 @@
 import asyncio
 import contextvars
 import inspect
+import logging
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL.Image import Image
 
 from .base import Reward, RewardFunc, reward_name
 
+
+logger = logging.getLogger(__name__)
+
+OnTimeout = Literal["raise", "none"]
 
 # Batches of images that wait to be scored: more would only fill the memory.
 _MAX_PENDING = 2
@@ -74,7 +81,10 @@ class Scorer:
     the scores are those of [`score`].
 
     What a function raises is raised by the next call of `submit` or `results` that meets it, and by every one after that.
-    Leaving the `with` block waits for the calls that are running and drops those that wait.
+    Leaving the `with` block waits for the calls that are running, up to `timeout` seconds, and drops those that wait.
+
+    A call that hangs cannot be ended. Its thread is left behind, which does not keep the program from exiting, and the function
+    is not called again by this scorer.
 
     ```python
     with Scorer(functions) as scorer:
@@ -86,6 +96,10 @@ class Scorer:
     Args:
         functions (`list` of reward functions)
         trainer_state ([`~transformers.TrainerState`], *optional*): passed to the functions.
+        timeout (`float`, *optional*): seconds that the caller waits for one call of a function; without it, for ever.
+        on_timeout (`str`, *optional*, defaults to `"raise"`): what follows then: `"raise"` an error, or log a warning and give
+            `"none"` as the scores of these images and of all that the function has yet to score.
+        task (`str`, *optional*): whose images these are, for the message.
 
     Attributes:
         seconds (`dict[str, float]`): the time that each function took, by name.
@@ -94,21 +108,28 @@ class Scorer:
 
     Raises:
         [`ValueError`]: if two functions have one name.
+        [`TimeoutError`]: by `submit` and `results`, if a call took too long.
     """
 
-    def __init__(self, functions: Sequence[RewardFunc], trainer_state: Any = None):
+    def __init__(
+        self,
+        functions: Sequence[RewardFunc],
+        trainer_state: Any = None,
+        timeout: float | None = None,
+        on_timeout: OnTimeout = "raise",
+        task: str | None = None,
+    ):
         self.functions = _by_name(functions)
+        self.timeout = timeout
+        self.on_timeout = on_timeout
+        self.task = task
         self.seconds = dict.fromkeys(self.functions, 0.0)
         self.waited = 0.0
         self._trainer_state = trainer_state
         self._scores: Scores = {name: [] for function in functions for name in _score_names(function)}
-        self._pending: deque[list[Future[Scores]]] = deque()
-        self._threads = {
-            name: ThreadPoolExecutor(
-                1, thread_name_prefix=f"reward-{name}", initializer=_use_device, initargs=_device()
-            )
-            for name in self.functions
-        }
+        self._pending: deque[tuple[int, dict[str, Future[Scores]]]] = deque()
+        self._threads = {name: _Thread(f"reward-{name}") for name in self.functions}
+        self._hung: set[str] = set()
 
     def __enter__(self) -> "Scorer":
         return self
@@ -116,22 +137,28 @@ class Scorer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for _, futures in self._pending:
+            for future in futures.values():
+                future.cancel()
         # All are told before one is waited for.
         for thread in self._threads.values():
-            thread.shutdown(wait=False, cancel_futures=True)
-        for thread in self._threads.values():
-            thread.shutdown()
+            thread.stop()
+        for name, thread in self._threads.items():
+            if name not in self._hung:
+                thread.join(self.timeout)
 
     def submit(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> None:
         """Gives a batch to the functions, and waits while too many batches are under way."""
         while len(self._pending) >= _MAX_PENDING:
             self._collect()
-        self._pending.append(
-            [
-                self._threads[name].submit(contextvars.copy_context().run, self._timed, name, list(rows), list(images))
-                for name in self.functions
-            ]
-        )
+        futures = {
+            name: self._threads[name].submit(
+                contextvars.copy_context().run, self._timed, name, list(rows), list(images)
+            )
+            for name in self.functions
+            if name not in self._hung
+        }
+        self._pending.append((len(images), futures))
 
     def results(self) -> Scores:
         """The scores of all batches so far, in the order in which they were submitted, by the name of the function."""
@@ -140,15 +167,42 @@ class Scorer:
         return self._scores
 
     def _collect(self) -> None:
-        start = time.perf_counter()
         # The batch stays where it is if it failed: whoever goes on after an error meets it again, and not scores that
         # lack a batch.
-        scores = [future.result() for future in self._pending[0]]
+        size, futures = self._pending[0]
+        start = time.perf_counter()
+        scores = [self._result(name, futures.get(name), function, size) for name, function in self.functions.items()]
         self.waited += time.perf_counter() - start
         self._pending.popleft()
         for of_function in scores:
             for name, values in of_function.items():
                 self._scores[name] += values
+
+    def _result(self, name: str, future: "Future[Scores] | None", function: RewardFunc, size: int) -> Scores:
+        if future is not None and name not in self._hung:
+            try:
+                return future.result(self.timeout)
+            except TimeoutError:
+                if future.done():  # the function's own error, or its scores at the last moment
+                    return future.result()
+                self._hung.add(name)
+                of_task = "" if self.task is None else f" of task {self.task!r}"
+                message = (
+                    f"Reward {name!r} has given no scores for {size} images{of_task} in {self.timeout:g} seconds "
+                    "(reward_timeout)."
+                )
+                if self.on_timeout == "raise":
+                    raise self._too_long(message) from None
+                logger.warning(
+                    "%s These images, and those after them in this evaluation, have no score of it.", message
+                )
+        elif self.on_timeout == "raise":
+            raise self._too_long(f"Reward {name!r} hangs.")
+        return {of_part: [None] * size for of_part in _score_names(function)}
+
+    @staticmethod
+    def _too_long(message: str) -> TimeoutError:
+        return TimeoutError(f"{message} Look at what it waits for, or give it longer.")
 
     def _timed(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> Scores:
         start = time.perf_counter()
@@ -240,6 +294,42 @@ def _wait_for(awaitable: Any) -> Any:
     # A notebook has a loop in this thread, and a second one needs another thread.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(contextvars.copy_context().run, torch.no_grad()(asyncio.run), result()).result()
+
+
+class _Thread:
+    """
+    One thread that makes calls in order.
+
+    Not a `ThreadPoolExecutor`, since the interpreter waits for the threads of those when it exits.
+    """
+
+    def __init__(self, name: str):
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=_device(), name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self._calls.put((future, lambda: function(*args)))
+        return future
+
+    def stop(self) -> None:
+        """Has the thread end after what was submitted and not cancelled."""
+        self._calls.put(None)
+
+    def join(self, timeout: float | None) -> None:
+        self._thread.join(timeout)
+
+    def _work(self, device: int | None) -> None:
+        _use_device(device)
+        while (submitted := self._calls.get()) is not None:
+            future, call = submitted
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # whatever it is, the caller raises it
+                future.set_exception(error)
 
 
 def _device() -> tuple[int | None]:

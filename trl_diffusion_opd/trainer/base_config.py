@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import math
+import threading
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -95,6 +96,9 @@ class DiffusionConfig(_BaseConfig):
             Guidance scale of an evaluation, `guidance_scale` if not set.
         num_eval_images (`int`, *optional*):
             Images a task in an evaluation, spread over its prompts; as many as the task has prompts if not set.
+        reward_timeout (`float`, *optional*, defaults to `900`):
+            Seconds to wait for one call of a reward function; `None` for ever. In an evaluation what comes later counts as no
+            score, with a warning; where rewards are trained on, training stops.
 
         > Parameters that control the logging
 
@@ -206,6 +210,9 @@ class DiffusionConfig(_BaseConfig):
     num_eval_images: int | None = field(
         default=None, metadata={"help": "Images a task in an evaluation. One a prompt if not set."}
     )
+    reward_timeout: float | None = field(
+        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function. None for ever."}
+    )
 
     # Parameters that control the logging
     log_completions: bool = field(
@@ -277,6 +284,16 @@ class DiffusionConfig(_BaseConfig):
             scale = getattr(self, name)
             if scale is not None and scale < 1:
                 problems.append(f"{name}={scale}: it must be at least 1.0, which is no guidance.")
+        if self.reward_timeout is not None:
+            if not 0 < self.reward_timeout <= threading.TIMEOUT_MAX:
+                problems.append(
+                    f"reward_timeout={self.reward_timeout}: it must be a positive number of seconds, or unset."
+                )
+            elif self.reward_timeout >= self.ddp_timeout and self.world_size > 1:
+                problems.append(
+                    f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
+                    "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
+                )
         if not 0 <= self.learning_rate < math.inf:
             problems.append(f"learning_rate={self.learning_rate}: it must be a finite number, not negative.")
         if self.noise_level is not None and not math.isfinite(self.noise_level):

@@ -45,8 +45,9 @@ from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
 from ..flops import matmul_rate
 from ..offload import Offload
+from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
-from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task, score
+from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
@@ -348,7 +349,11 @@ class DiffusionTrainer(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with lost_process_named(
+            lambda: f"in update {self.state.global_step + 1}",
+            lambda: checkpoint.resume_advice(self.args.output_dir),
+        ):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -552,11 +557,15 @@ class DiffusionTrainer(_BaseTrainer):
             on_batch=on_batch,
         )
 
+    def _monitor(self, task: str) -> Scorer:
+        """A scorer whose scores are looked at and not trained on: without them training goes on."""
+        return Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, on_timeout="none", task=task)
+
     def _score_task(
         self, dataset: Dataset, task: str, rows: list[int], seconds: dict[str, float]
     ) -> dict[str, list[float | None]]:
         """Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored."""
-        with Scorer(self.reward_funcs[task], self.state) as scorer:
+        with self._monitor(task) as scorer:
 
             def submit(positions: list[int], images: list[Any]) -> None:
                 scorer.submit([dataset[rows[i]] for i in positions], images)
@@ -583,7 +592,9 @@ class DiffusionTrainer(_BaseTrainer):
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
                 mine = self._draw(dataset, task, rows[: len(entries)].tolist())
                 images = [image for _, image in mine]
-                scores = score(self.reward_funcs[task], [entries[i] for i, _ in mine], images, self.state)
+                with self._monitor(task) as scorer:
+                    scorer.submit([entries[i] for i, _ in mine], images)
+                    scores = scorer.results()
                 for n, (i, image) in enumerate(mine):
                     rewards = {name: values[n] for name, values in scores.items()}
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards)))
@@ -642,9 +653,11 @@ class DiffusionTrainer(_BaseTrainer):
         self.student.load_state(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
+        def save() -> None:
             self.create_model_card()
-        checkpoint.save(self, lambda: super(DiffusionTrainer, self)._save_checkpoint(model, trial))
+            super(DiffusionTrainer, self)._save_checkpoint(model, trial)
+
+        checkpoint.save(self, save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load(self, resume_from_checkpoint)

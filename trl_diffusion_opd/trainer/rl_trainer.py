@@ -266,7 +266,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for k, task in enumerate(self.tasks):
             numbers = range(k, len(batches), len(self.tasks))
             start = time.perf_counter()
-            with Scorer(self.reward_funcs[task], self.state) as scorer:
+            with Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, task=task) as scorer:
                 for i in numbers:
                     _, positions = self._micro_batch(i, len(batches[i]))
                     prompts = [row["prompt"] for row in batches[i]]
