@@ -69,6 +69,8 @@ def launched(script: str, folder: Path, *arguments: str, environment: dict[str, 
     """Runs a script of `distributed/` on two processes, with a folder that it reads and writes, and returns how it ended."""
     (folder / "launch.yaml").write_text(LAUNCH)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    # Where one process fails, the launcher ends the others when it looks next: not before they have said why they stop.
+    command += ["--monitor_interval", "5"]
     command += ["--main_process_port", str(free_port()), str(TESTS / "distributed" / script), str(folder)]
     command += arguments
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
