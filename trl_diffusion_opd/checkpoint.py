@@ -126,9 +126,17 @@ def _flush(folder: Path) -> None:
 
 def last_complete(output_dir: str | Path | None) -> Path | None:
     """The newest checkpoint of a run that was saved to its end."""
-    found = [path.parent for path in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_FILE}")]
-    numbers = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in found}
-    return max((path for path in found if numbers[path].isdigit()), key=lambda path: int(numbers[path]), default=None)
+    complete = [folder for folder in _checkpoints(output_dir) if (folder / COMPLETE_FILE).exists()]
+    return complete[-1] if complete else None
+
+
+def _checkpoints(output_dir: str | Path | None) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
+    numbers = {
+        folder: folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    }
+    return sorted((f for f in numbers if f.is_dir() and numbers[f].isdigit()), key=lambda f: int(numbers[f]))
 
 
 def resume_advice(output_dir: str | Path | None) -> str:
@@ -165,10 +173,9 @@ def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
 
 def set_incomplete_aside(output_dir: str | Path | None, accelerator: Accelerator) -> None:
     """Renames checkpoints that a killed process left half-written, so that none of them is resumed from."""
-    if accelerator.is_main_process and output_dir is not None and Path(output_dir).is_dir():
-        for folder in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            suffix = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-            if folder.is_dir() and suffix.isdigit() and not (folder / COMPLETE_FILE).exists():
+    if accelerator.is_main_process and output_dir is not None:
+        for folder in _checkpoints(output_dir):
+            if not (folder / COMPLETE_FILE).exists():
                 aside = folder.with_name(f"incomplete-{folder.name}")
                 while aside.exists():  # killed at the same update before
                     aside = aside.with_name(f"{aside.name}-again")

@@ -173,10 +173,9 @@ def _name(role: Teacher) -> str:
 
 def _rounding(trainer: "DiffusionOPDTrainer") -> float:
     """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
     frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
     weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
-    return 4 * max(torch.finfo(dtype).eps for dtype in (weights, mixed) if dtype is not None)
+    return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 
 
 def _forward_backward(

@@ -77,7 +77,7 @@ class StandIn(nn.Module):
 
     def __init__(self, model: Callable[..., Any], base: nn.Module):
         super().__init__()
-        weight = next(p for n, p in base.named_parameters() if p.is_floating_point() and "lora_" not in n)
+        weight = base_weight(base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         network: Any = type(base)
         self.__dict__["names"] = _input_names(network)
@@ -109,6 +109,11 @@ class StandIn(nn.Module):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
+
+
+def base_weight(network: nn.Module) -> nn.Parameter:
+    """A weight of the network itself and of none of its LoRAs, which says the dtype and the device. Quantised ones are integers."""
+    return next(p for n, p in network.named_parameters() if p.is_floating_point() and "lora_" not in n)
 
 
 @cache

@@ -62,7 +62,7 @@ from accelerate.utils import release_memory
 from peft import LoraConfig
 from trl import TrlParser
 
-from .checkpoint import COMPLETE_FILE, write_json
+from .checkpoint import last_complete, write_json
 from .cli import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
 from .options import unknown_option
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
@@ -145,7 +145,7 @@ def _beginnings(stages: Sequence[Stage]) -> list[str | None]:
 
 def _run(stage: Stage, folder: Path, student_init: str | None) -> None:
     trainer = stage.make_trainer(folder, student_init)
-    started = any(folder.glob(f"checkpoint-*/{COMPLETE_FILE}"))
+    started = last_complete(folder) is not None
     trainer.train(resume_from_checkpoint=started)
     trainer.save_model(str(folder))
     trainer.create_model_card()

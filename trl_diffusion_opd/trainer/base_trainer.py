@@ -45,6 +45,7 @@ from ..data import TaskSampler, task_rows
 from ..evaluation import draw_images
 from ..flops import matmul_rate
 from ..offload import Offload
+from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task
@@ -341,11 +342,13 @@ class DiffusionTrainer(_BaseTrainer):
     def _begin_costs(self) -> None:
         rate, device = 0.0, self.accelerator.device
         if device.type == "cuda":
-            mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-            named = self.student.model.named_parameters()
-            own = next(p.dtype for name, p in named if p.is_floating_point() and "lora_" not in name)
-            rate = matmul_rate(device, mixed or own)
+            rate = matmul_rate(device, self.mixed_dtype or base_weight(self.student.model).dtype)
         self._cost.begin(rate, self._passes)
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """What mixed precision computes in, if it is on."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
