@@ -101,6 +101,7 @@ def test_forwards_are_those_of_the_settings(tmp_path):
 def test_memory_has_what_the_method_adds(tmp_path):
     memory = nft_fixtures.make_trainer(tmp_path, **COMMON).dry_run()["memory"]
     assert memory["old policy"]["bytes"] == memory["student"]["bytes"] > 0 and "frozen base" not in memory
+    assert memory["round"]["bytes"] > 0
     full = grpo_fixtures.make_trainer(tmp_path, **COMMON, beta=0.1, peft_config=None).dry_run()["memory"]
     assert full["frozen base"]["bytes"] == full["student"]["bytes"] and "transformer" not in full
 

@@ -32,6 +32,7 @@ _MODULES = {
     "DiffusionSFTTrainer": "trainer.diffusion_sft_trainer",
     "TeacherConfig": "teacher_specs",
     "VelocityField": "velocity",
+    "estimate_memory": "memory",
     "evaluate_retention": "evaluation",
     "MergeReport": "merge",
     "merge_teachers": "merge",
@@ -57,6 +58,7 @@ __all__ = [
     "TeacherConfig",
     "VelocityField",
     "__version__",
+    "estimate_memory",
     "evaluate_retention",
     "merge_teachers",
     "sampler_table",
@@ -69,6 +71,7 @@ __all__ = [
 if TYPE_CHECKING:
     from . import tiny
     from .evaluation import evaluate_retention
+    from .memory import estimate_memory
     from .merge import MergeReport, merge_teachers
     from .model_card import write_teacher_card
     from .objectives import step_weights

@@ -64,7 +64,7 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         - `"tasks"`: by task `"kl"`, `"velocity_gap"` and `"noise_floor"` as in the logged metrics, over all trained steps;
           `"teachers"`, a list with each one's `"gap_to_base"` (relative norm of the difference to the base's velocity, at
           the teacher's guidance) and `"rounding"` (the same for two equal networks); and `"rewards"` by model and name.
-        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, on one process and without sharding.
+        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, as [`estimate_memory`] says, on one process and without sharding.
         - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
         - `"warnings"`: a sentence each.
     """
@@ -81,10 +81,9 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
             activations.append(used)
     seconds = max(gather_object([_seconds(trainer, costs)]))
     updates = number_of_updates(trainer, sampler)
-    teachers = {"teachers" if trainer.student.is_lora else "teachers and frozen base": list(trainer.bank.parameters())}
     report = {
         "tasks": tasks,
-        "memory": memory(trainer, teachers, max(activations), "a forward and backward"),
+        "memory": memory(trainer, {}, max(activations), "a forward and backward"),
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import tables
 from .dry_run_shared import (
@@ -72,14 +73,14 @@ def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
         - `"forwards_per_update"`, `"backwards_per_update"`, `"forwards"`, `"backwards"`: samples that networks see, of an
           update and of the run, over all processes. Guidance shows each sample twice.
         - `"seconds_per_update"`, `"updates"`, `"seconds"`: of rounds and losses alone.
-        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, on one process and without sharding.
+        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, as [`estimate_memory`] says, and the tensors of a round; on one
+          process and without sharding.
         - `"warnings"`: names of rewards that had one value in every group.
     """
     sampler = trainer._get_train_sampler()
     batches = [[trainer.train_dataset[row] for row in rows] for rows in first_update(trainer, sampler)]
     args, device = trainer.args, trainer.accelerator.device
     clock, start, peak = Clock(device), in_use(device), Peak(device)
-    frozen = trainer._frozen_parts()
     with as_in_training(trainer) as model, _untouched(trainer):
         model.eval()
         networks = [model, *trainer._frozen_networks()]
@@ -87,6 +88,7 @@ def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
             rollouts = trainer._roll_out(batches)
         peak.look()
         kept = in_use(device) - start
+        in_round = sum(value.nbytes for value in _tensors(rollouts))
         metrics, constant = trainer._metrics["train"], sorted(trainer._without_signal)
         of_losses, used = _losses(trainer, model, rollouts, networks, clock)
     passes, processes, micro_batches = args.num_iterations, trainer.accelerator.num_processes, trainer._micro_batches
@@ -107,7 +109,9 @@ def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
         "forwards": round(forwards * updates),
         "backwards": backwards * updates,
         "seconds": seconds * updates,
-        "memory": memory(trainer, frozen, max(peak.bytes, kept + used, 0), "a round and of a forward and backward"),
+        "memory": memory(
+            trainer, {"round": in_round}, max(peak.bytes, kept + used, 0), "a round and of a forward and backward"
+        ),
         "warnings": constant,
     }
     pictures = _draw(trainer, rollouts, batches)
@@ -163,6 +167,12 @@ def _losses(
     finally:
         del trainer._backward  # the class's own is behind it
     return count, used
+
+
+def _tensors(rollouts: "list[Rollout]") -> Iterator[Tensor]:
+    for value in tree_leaves([vars(rollout) for rollout in rollouts]):
+        if isinstance(value, Tensor):
+            yield value
 
 
 def _below(prefix: str, metrics: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .data import TaskSampler
 from .evaluation import draw_images
+from .memory import estimate_memory
 from .rewards import score
 from .timing import instant, seconds_between
 
@@ -166,43 +167,25 @@ class Peak:
 
 
 def memory(
-    trainer: "DiffusionTrainer", frozen: Mapping[str, Sequence[Tensor]], activations: int, what: str
+    trainer: "DiffusionTrainer", extra: Mapping[str, int], measured: int, what: str
 ) -> dict[str, dict[str, Any]]:
     """
-    Memory by part, on one process and without sharding.
+    [`estimate_memory`] for the trainer's device, without sharding.
 
     Args:
         trainer
-        frozen (`dict[str, list[Tensor]]`): weights that the method has beside the student and the pipeline, by name.
-        activations (`int`): bytes.
-        what (`str`): what these were measured in.
+        extra (`dict[str, int]`): bytes that the method keeps besides, by name, counted.
+        measured (`int`): bytes above those in use before, as measured.
+        what (`str`): what they were measured in.
     """
-    student = trainer.student.parameters()
-    taken = {id(parameter) for tensors in (student, *frozen.values()) for parameter in tensors}
-    parts: dict[str, list[Tensor]] = {}
-    for name, component in trainer._pipeline.components.items():
-        if isinstance(component, nn.Module):
-            parts[name] = [p for p in component.parameters() if id(p) not in taken]
-    parts["student"] = list(student)
-    parts |= {name: list(tensors) for name, tensors in frozen.items()}
-    parts["moving average"] = [] if trainer.student.ema is None else trainer.student.ema.shadow_params
-    rows = {
-        name: _row(sum(p.nbytes for p in tensors), {p.dtype for p in tensors}, "counted")
-        for name, tensors in parts.items()
-        if tensors
-    }
-    trained, dtypes = rows["student"]["bytes"], {p.dtype for p in student}
-    rows["gradients"] = _row(trained, dtypes, "as the student")
-    rows["optimizer"] = _row(2 * trained, dtypes, "estimate: Adam's two moments")
-    measured = trainer.accelerator.device.type == "cuda"
-    how = f"measured: peak of {what}" if measured else f"estimate: growth of the process in {what}"
-    rows["activations"] = _row(activations, set(), how)
-    rows["sum"] = _row(sum(row["bytes"] for row in rows.values()), set(), "estimate")
-    return rows
-
-
-def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
-    return {"dtype": ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)), "bytes": size, "how": how}
+    rows = estimate_memory(trainer)
+    peak = rows.pop("peak")
+    for name, size in extra.items():
+        rows[name] = {"dtype": "", "bytes": size, "how": "counted"}
+        peak["bytes"] += size
+    if trainer.accelerator.device.type == "cuda":  # elsewhere a process's memory says little of its tensors'
+        rows["activations, measured"] = {"dtype": "", "bytes": measured, "how": f"peak of {what}, not in the sum"}
+    return {**rows, "peak": peak}
 
 
 # Pictures

@@ -228,7 +228,7 @@ def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
 
 
 def _print_memory(console: Console, rows: Mapping[str, Mapping[str, Any]], device: str) -> None:
-    memory = Table(title=f"Memory of one process ({device}), without sharding")
+    memory = Table(title=f"Memory of one process ({device}), estimated, without sharding")
     for column in ("", "dtype", "GiB", "how"):
         memory.add_column(column, justify="right" if column == "GiB" else "left")
     for name, row in rows.items():

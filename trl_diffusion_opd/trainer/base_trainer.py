@@ -237,6 +237,10 @@ class DiffusionTrainer(_BaseTrainer):
         """
         return {}
 
+    def _frozen_parts(self) -> dict[str, list[Tensor]]:
+        """Weights that the method has beside the student and the pipeline, by name."""
+        return {}
+
     def _guidance_scales(self, task: str) -> set[float]:
         """The guidance scales at which a task's prompts are asked for in training."""
         return {self.args.guidance_scale}

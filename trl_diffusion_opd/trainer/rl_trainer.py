@@ -226,7 +226,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return [] if self.bank is None else [self.bank.backbone]
 
     def _frozen_parts(self) -> dict[str, list[Tensor]]:
-        """Weights that the method has beside the student and the pipeline, by name."""
         return {} if self.bank is None else {"frozen base": list(self.bank.parameters())}
 
     # Rounds

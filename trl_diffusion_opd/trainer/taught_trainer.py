@@ -98,6 +98,12 @@ class TaughtTrainer(DiffusionTrainer):
         with self._part("teacher"):
             return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
+    def _frozen_parts(self) -> dict[str, list[Tensor]]:
+        if self._teacher_specs is None:
+            return {}
+        name = "teachers" if self.student.is_lora else "teachers and frozen base"
+        return {**super()._frozen_parts(), name: list(self.bank.parameters())}
+
     # Files
 
     def _save_method(self, folder: str) -> None:

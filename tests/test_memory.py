@@ -1,0 +1,185 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from opd_fixtures import make_teachers, make_trainer
+from peft import get_peft_model
+from safetensors.torch import load_file
+from tiny_sd3 import make_pipeline, make_transformer
+from torch import nn
+
+from trl_diffusion_opd import estimate_memory
+from trl_diffusion_opd.memory import Live, activation_bytes, optimizer_bytes, step_bytes
+from trl_diffusion_opd.student import default_lora_config
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    return make_teachers(tmp_path_factory.mktemp("teachers"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_weights_are_counted(full, tmp_path, teachers):
+    options = {"peft_config": None} if full else {}
+    trainer = make_trainer(tmp_path, {"count": teachers["count"], "draw": teachers["count"]}, ema_decay=0.9, **options)
+    memory = estimate_memory(trainer)
+    pipeline = make_pipeline()
+
+    def count(module, buffers=True):
+        return sum(p.nbytes for p in [*module.parameters(), *(module.buffers() if buffers else ())])
+
+    base = count(pipeline.transformer, buffers=False)
+    buffers = count(pipeline.transformer) - base
+    lora = sum(w.nbytes for w in load_file(Path(teachers["count"]) / "adapter_model.safetensors").values())
+    trained = base if full else lora  # the student's LoRA has the teacher's rank
+    expected = {
+        "vae": count(pipeline.vae),
+        "text_encoder": count(pipeline.text_encoder),
+        "transformer": buffers if full else base + buffers,
+        "student": trained,
+        "teachers": None if full else lora,  # one, though it has two tasks
+        "teachers and frozen base": base + lora if full else None,
+        "moving average": trained,
+        "gradients": trained,
+    }
+    for name, size in expected.items():
+        assert (memory[name]["bytes"] if name in memory else None) == size, name
+    assert memory["optimizer"]["bytes"] == pytest.approx(2 * trained, rel=1e-4)  # Adam's two moments
+    parts = [row["bytes"] for name, row in memory.items() if name != "peak"]
+    assert memory["peak"]["bytes"] == sum(parts) and memory["activations"]["bytes"] > 0
+
+
+def test_activations_of_two_linear_layers():
+    """Against counting on paper: n rows of a float32 MLP with two layers of width d and a ReLU."""
+
+    class Network(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.first, self.second = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, hidden_states):
+            return (self.second(self.first(hidden_states).relu()),)
+
+    n, d = 64, 256
+    network = Network(d)
+    size = step_bytes(network, network, [{"hidden_states": torch.empty(n, d)}])
+    # At its most: ReLU's output is kept and the first layer's is gone; in the backward the gradient of the weights of a
+    # layer is made beside gradients of its input and output.
+    kept, gradient = 4 * n * d, 4 * d * d
+    assert kept + gradient <= size <= 4 * kept + gradient + 4096
+
+
+def measured(trainer, prompts):
+    """The same count of real tensors in a real forward and backward."""
+    field, student = trainer.velocity_field, trainer.accelerator.unwrap_model(trainer.model)
+    x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
+    for parameter in trainer.student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
+    gc.collect()
+    live = Live()
+    live.ignore([*student.parameters(), *student.buffers(), *(p.grad for p in trainer.student.parameters()), x])
+    with live:
+        field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("batch", "scale"), [(1, 1.0), (4, 1.0), (4, 4.5)])
+def test_activations_are_those_of_a_real_pass(batch, scale, checkpointing, dtype, tmp_path, teachers):
+    options = {
+        "per_device_train_batch_size": batch,
+        "guidance_scale": scale,
+        "dtype": dtype,
+        "height": 32,
+        "width": 32,
+    }
+    trainer = make_trainer(tmp_path, teachers, gradient_checkpointing=checkpointing, **options)
+    estimate = activation_bytes(trainer, "cpu")
+    assert not trainer._pipeline.transformer.is_gradient_checkpointing  # as it was
+    if checkpointing:
+        trainer.model.activation_checkpointing_enable()
+    # The pipeline's own small tensors come on top.
+    assert estimate == pytest.approx(measured(trainer, ["count0"] * batch), rel=0.05)
+
+
+def test_more_of_everything_takes_more(tmp_path, teachers):
+    def activations(**options):
+        return activation_bytes(make_trainer(tmp_path, teachers, **options))
+
+    one = activations(per_device_train_batch_size=1)
+    assert 3.5 * one < activations(per_device_train_batch_size=4) < 4.5 * one
+    assert 1.5 * one < activations(per_device_train_batch_size=1, guidance_scale=4.5) < 2.5 * one
+    # A teacher's guided rows don't count where the student's own pass takes more.
+    assert activations(per_device_train_batch_size=1, teacher_guidance_scale=4.5) == pytest.approx(one, rel=0.3)
+
+
+def test_float32_layer_norms_of_cuda_take_more(tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers, dtype="bfloat16")
+    assert activation_bytes(trainer, "cuda") > 1.05 * activation_bytes(trainer, "cpu")
+
+
+def test_a_network_without_weights_in_memory():
+    with torch.device("meta"):
+        base = make_transformer(num_layers=3).requires_grad_(False)
+        model = get_peft_model(base, default_lora_config(base))
+    inputs = {
+        "hidden_states": torch.empty(2, 4, 64, 64, device="meta"),
+        "encoder_hidden_states": torch.empty(2, 10, 16, device="meta"),
+        "pooled_projections": torch.empty(2, 16, device="meta"),
+        "timestep": torch.empty(2, device="meta"),
+    }
+    plain = step_bytes(model, base, [inputs])
+    base.enable_gradient_checkpointing()
+    assert 0 < step_bytes(model, base, [inputs]) < 0.7 * plain
+    assert step_bytes(model, base, [inputs], backward=False) < 0.7 * plain
+
+
+@pytest.mark.parametrize(("optim", "kept"), [("adamw_torch", 2), ("sgd", 0), ("adafactor", 0)])
+def test_what_an_optimizer_keeps(optim, kept, tmp_path, teachers):
+    state, temporary = optimizer_bytes(make_trainer(tmp_path, teachers, optim=optim))
+    assert state == pytest.approx(kept, abs=0.01) and 0 <= temporary < 6
+
+
+def test_shards(tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers)
+    whole, half = estimate_memory(trainer), estimate_memory(trainer, shards=2)
+    for name in ("transformer", "student", "gradients", "optimizer"):
+        assert half[name]["bytes"] == whole[name]["bytes"] // 2
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in trainer._pipeline.transformer.transformer_blocks]
+    assert half["gathered blocks"]["bytes"] == 2 * max(blocks)
+    assert half["teachers"] == whole["teachers"]
+
+
+def test_offloaded_encoders_count_when_they_are_used(tmp_path, teachers):
+    plain, offloaded = (estimate_memory(make_trainer(tmp_path, teachers, offload_encoders=on)) for on in (False, True))
+    away = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+    assert all("while it is used" in offloaded[name]["how"] for name in away)
+    assert offloaded["peak"]["bytes"] == plain["peak"]["bytes"] - sum(plain[name]["bytes"] for name in away)
+
+
+def test_nothing_changes(tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    state = torch.random.get_rng_state()
+    estimate_memory(trainer)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in trainer.model.named_parameters())
