@@ -106,7 +106,7 @@ def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
 def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
     student, frozen = trainer.student.parameters(), trainer._frozen_parts()
-    taken = {id(tensor) for tensors in (student, *frozen.values()) for tensor in tensors}
+    taken = {id(tensor) for tensors in [student, *frozen.values()] for tensor in tensors}
     offloaded = [] if trainer._offload is None else trainer._offload.modules
     components: dict[str, Any] = trainer._pipeline.components
     rows, elsewhere = {}, {}
@@ -222,12 +222,12 @@ class _Step(nn.Module):
 
     def __init__(self, model: nn.Module, base: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: nn.Module = model
         self.__dict__["base"] = base  # not registered: its weights would be put back twice, the second time as shapes
 
     def forward(self, calls: Sequence[Mapping[str, Any]], backward: bool, live: Live) -> Any:
         with live, torch.set_grad_enabled(backward):
-            velocities = [StandIn(self.model, self.base)(**inputs)[0] for inputs in calls]
+            velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
                 torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum().backward()
         return velocities
