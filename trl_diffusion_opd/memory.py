@@ -14,6 +14,7 @@
 
 """The peak memory of training, from shapes alone: nothing is allocated and no network runs."""
 
+import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -106,8 +107,7 @@ def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
 def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
     student, frozen = trainer.student.parameters(), trainer._frozen_parts()
-    taken = {id(tensor) for tensors in [student, *frozen.values()] for tensor in tensors}
-    offloaded = [] if trainer._offload is None else trainer._offload.modules
+    taken = {id(tensor) for tensor in itertools.chain(student, *frozen.values())}
     components: dict[str, Any] = trainer._pipeline.components
     rows, elsewhere = {}, {}
     for name, component in components.items():
@@ -115,7 +115,7 @@ def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], di
             continue
         own = [*component.parameters(), *component.buffers()]
         tensors = [tensor for tensor in own if id(tensor) not in taken]
-        if any(component is other for other in offloaded):
+        if any(component is other for other in trainer._offload.modules):
             elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
         elif tensors:
             rows[name] = _row_of(tensors, "counted")
