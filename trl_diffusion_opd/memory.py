@@ -21,6 +21,7 @@ from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
@@ -53,7 +54,7 @@ def estimate_memory(
     workspaces, the CUDA context (some .5 GiB), DDP's buckets, the decoder's activations in evaluations, reward models.
 
     Args:
-        trainer ([`DiffusionOPDTrainer`] or another of this package): one that has not trained yet.
+        trainer ([`DiffusionOPDTrainer`] or another of this package)
         device_type (`str`, *optional*):
             `"cuda"` for what mixed precision keeps there (layer norms are float32), `"cpu"` for what it keeps here; that of
             the trainer if not given.
@@ -152,7 +153,8 @@ def optimizer_bytes(trainer: "DiffusionTrainer") -> tuple[float, float]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         optimizer = kind([weight], **options)
     else:
-        optimizer = type(trainer.optimizer)([weight], **trainer.optimizer.defaults)
+        used = trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
+        optimizer = type(used)([weight], **used.defaults)
     live = Live()
     for step in range(2):  # the first one makes the states
         weight.grad = torch.ones_like(weight)
