@@ -25,8 +25,9 @@ measured against the three passes too.
     python benchmarks/step_cost.py --output step_cost.json
     python benchmarks/step_cost.py --sizes sd35_medium sd35_medium_b1 --options_size sd35_medium --dtype bfloat16
 
-The second line needs a GPU: it makes a transformer of SD3.5-M's shape with random weights. Peaks are each of a process of
-its own, beside what `estimate_memory` says: on a GPU what was allocated, else the resident memory above that of the imports.
+The second line needs a GPU: it makes a transformer of SD3.5-M's shape with random weights. What an update holds at its peak
+beside what stays (activations, gradients and, with three passes, the stored trajectory) is each of a process of its own, and
+stands beside what `estimate_memory` says.
 """
 
 import argparse
@@ -42,7 +43,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
@@ -53,7 +53,7 @@ from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_
 from trl_diffusion_opd.objectives import velocity_gap_sq
 from trl_diffusion_opd.rollout import sample_generators, walk
 from trl_diffusion_opd.student import ATTENTION_TARGETS
-from trl_diffusion_opd.timing import instant, peak_memory, seconds_between
+from trl_diffusion_opd.timing import instant, seconds_between
 
 
 TASKS = ("a", "b", "c")
@@ -177,7 +177,7 @@ def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]
     field, model, scale = trainer.velocity_field, trainer.model_wrapped, trainer.args.guidance_scale
     steps = trainer.trainable_steps
     table = trainer.table.head(len(steps))
-    for task, batch in zip(trainer.tasks, batches, strict=True):
+    for task, batch in zip(trainer.tasks, batches, strict=False):
         prompts = [row["prompt"] for row in batch]
         generators = sample_generators([trainer.args.seed, 0, trainer.tasks.index(task)], range(len(batch)))
         states: list[Tensor] = []
@@ -291,7 +291,7 @@ def measure_options(size: str, dtype: str) -> dict[str, float]:
 
 
 def peaks(size: str, dtype: str, form: str, checkpointing: bool) -> dict[str, float]:
-    """In MiB: the peak of a process that makes one update in one form, and what `estimate_memory` says of it."""
+    """In MiB, of a process of its own: what an update in one form holds at its peak, and what `estimate_memory` says."""
     command = [sys.executable, __file__, "--only", size, form, "--dtype", dtype]
     command += ["--checkpointing"] if checkpointing else []
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -300,14 +300,30 @@ def peaks(size: str, dtype: str, form: str, checkpointing: bool) -> dict[str, fl
 
 def print_peaks(size: str, dtype: str, form: str, checkpointing: bool) -> None:
     """What [`peaks`] runs in a process of its own."""
-    before = psutil.Process().memory_info().rss
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(size, Path(folder), dtype, gradient_checkpointing=checkpointing)
-        estimate = estimate_memory(trainer)["peak"]["bytes"]
-        FORMS[form](trainer, [[{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]] * len(TASKS))
-    device = trainer.accelerator.device
-    peak = peak_memory(device) - (before if device.type == "cpu" else 0)
-    print(json.dumps({"peak_mib": peak / 2**20, "estimate_mib": estimate / 2**20}))
+        estimate = {part: row["bytes"] for part, row in estimate_memory(trainer).items()}
+        batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
+        device = trainer.accelerator.device
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            FORMS[form](trainer, [batch] * len(TASKS))
+            peak = torch.cuda.max_memory_allocated(device)
+            result = {"peak_mib": peak, "estimate_mib": estimate["peak"], "update_mib": peak - before}
+        else:
+            result = {"update_mib": allocated(lambda: FORMS[form](trainer, [batch]), Path(folder))}
+    result["update_estimate_mib"] = estimate["activations"] + estimate["gradients"]
+    print(json.dumps({name: size / 2**20 for name, size in result.items()}))
+
+
+def allocated(run: Callable[[], None], folder: Path) -> int:
+    """The most bytes that PyTorch's CPU allocator had given out at once since `run` began, by its profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def main() -> None:
@@ -333,7 +349,7 @@ def main() -> None:
             results[f"{size}, checkpointing" if checkpointing else size] = result
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
     print(
-        "| model | form | forwards | s an update | outside the network | peak MiB | estimate | speed-up | b | bound | share | MFU |"
+        "| model | form | forwards | s an update | outside the network | holds MiB | estimate | speed-up | b | bound | share | MFU |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for size, result in results.items():
@@ -346,7 +362,7 @@ def main() -> None:
             )
             print(
                 f"| {size} | {form} | {row['forwards']} | {row['seconds']:.3f} | {row['overhead']:.1%} | "
-                f"{row['peak_mib']:.0f} | {row['estimate_mib']:.0f} | {ratio} |"
+                f"{row['update_mib']:.0f} | {row['update_estimate_mib']:.0f} | {ratio} |"
             )
     options = measure_options(args.options_size, args.dtype)
     print(f"\n| option, {args.options_size} | speed-up over three passes |\n|---|---|")

@@ -167,6 +167,16 @@ def test_what_an_optimizer_keeps(optim, kept, tmp_path, teachers):
     assert state == pytest.approx(kept, abs=0.01) and 0 <= temporary < 6
 
 
+def test_what_an_optimizer_keeps_after_training(tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers, max_steps=1)
+    before = optimizer_bytes(trainer)
+    trainer.train()
+    state, moment = trainer.optimizer.state_dict(), trainer.optimizer.state[trainer.student.parameters()[0]]["exp_avg"]
+    kept = moment.clone()
+    assert optimizer_bytes(trainer) == before
+    assert torch.equal(moment, kept) and len(trainer.optimizer.state_dict()["state"]) == len(state["state"])
+
+
 def test_shards(tmp_path, teachers):
     trainer = make_trainer(tmp_path, teachers)
     whole, half = estimate_memory(trainer), estimate_memory(trainer, shards=2)

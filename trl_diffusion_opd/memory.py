@@ -16,6 +16,7 @@
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -153,8 +154,14 @@ def optimizer_bytes(trainer: "DiffusionTrainer") -> tuple[float, float]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         optimizer = kind([weight], **options)
     else:
-        used = trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
-        optimizer = type(used)([weight], **used.defaults)
+        used = (
+            trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
+        )
+        # Not by its constructor, which need not take all that it keeps.
+        optimizer = object.__new__(type(used))
+        optimizer.__dict__.update(used.__dict__)
+        optimizer.__dict__.pop("step", None)  # a schedule's, which is bound to the other one
+        optimizer.state, optimizer.param_groups = defaultdict(dict), [{**used.param_groups[0], "params": [weight]}]
     live = Live()
     for step in range(2):  # the first one makes the states
         weight.grad = torch.ones_like(weight)
