@@ -148,7 +148,9 @@ def on_meta(dtype):
 
 def test_float32_layer_norms_of_cuda_take_more():
     model, base, inputs = on_meta(torch.bfloat16)
-    sizes = {kind: step_bytes(model, base, [inputs], device_type=kind, precision=torch.bfloat16) for kind in ("cpu", "cuda")}
+    sizes = {
+        kind: step_bytes(model, base, [inputs], device_type=kind, precision=torch.bfloat16) for kind in ("cpu", "cuda")
+    }
     assert sizes["cuda"] > 1.05 * sizes["cpu"]
 
 
