@@ -23,32 +23,37 @@ student's forward first: it is in the backward's time and so in `b`. The options
 measured against the three passes too.
 
     python benchmarks/step_cost.py --output step_cost.json
+    python benchmarks/step_cost.py --sizes sd35_medium sd35_medium_b1 --options_size sd35_medium --dtype bfloat16
+
+The second line needs a GPU: it makes a transformer of SD3.5-M's shape with random weights. Peaks are each of a process of
+its own, beside what `estimate_memory` says: on a GPU what was allocated, else the resident memory above that of the imports.
 """
 
 import argparse
 import json
-import resource
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
 from trl_diffusion_opd.objectives import velocity_gap_sq
 from trl_diffusion_opd.rollout import sample_generators, walk
 from trl_diffusion_opd.student import ATTENTION_TARGETS
+from trl_diffusion_opd.timing import instant, peak_memory, seconds_between
 
 
 TASKS = ("a", "b", "c")
@@ -83,7 +88,28 @@ SIZES: dict[str, dict[str, Any]] = {
         "guidance_scale": 4.5,
         "repeats": 3,
     },
+    # SD3.5-M itself at 512 px, 64 x 64 latents and 205 tokens of text; only the encoders are the tiny model's, so that the
+    # layers that take embeddings in are narrower (9 million parameters less of 2.2 billion).
+    "sd35_medium": {
+        "transformer": {
+            "num_layers": 24,
+            "dual_attention_layers": tuple(range(13)),
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 384,
+            "in_channels": 16,
+            "out_channels": 16,
+        },
+        "pixels": 256,  # the tiny model's VAE has 4 pixels a latent for 8
+        "max_sequence_length": 193,  # with the 12 of the tiny CLIP tokenizers
+        "batch_size": 8,
+        "guidance_scale": 4.5,
+        "repeats": 3,
+    },
 }
+SIZES["sd35_medium_b1"] = {**SIZES["sd35_medium"], "batch_size": 1}
+DEFAULT_SIZES = ("tiny", "wide", "sd35_small")
 # What an update may do with less, against three passes with guidance and all steps trained.
 OPTIONS: dict[str, dict[str, Any]] = {
     "num_trained_timesteps=5": {"num_trained_timesteps": 5},
@@ -98,14 +124,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_trainer(size: str, folder: Path, **options: Any) -> DiffusionOPDTrainer:
+def make_trainer(size: str, folder: Path, dtype: str = "float32", **options: Any) -> DiffusionOPDTrainer:
     """A trainer with three LoRA teachers of random weights."""
     torch.manual_seed(0)
     settings = SIZES[size]
     pipeline = DiffusionPipeline.from_pretrained(tiny.BASE)
     pipeline.set_progress_bar_config(disable=True)
     config = {**pipeline.transformer.config, **settings["transformer"]}
-    pipeline.transformer = SD3Transformer2DModel.from_config(config).eval()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU would take minutes for random billions
+        pipeline.transformer = SD3Transformer2DModel.from_config(config).to(getattr(torch, dtype)).eval()
     teachers = {}
     for task in TASKS:
         model = get_peft_model(pipeline.transformer, LoraConfig(r=32, target_modules=list(ATTENTION_TARGETS)))
@@ -121,8 +148,9 @@ def make_trainer(size: str, folder: Path, **options: Any) -> DiffusionOPDTrainer
         output_dir=str(folder / "out"),
         height=settings["pixels"],
         width=settings["pixels"],
-        max_sequence_length=12,
+        max_sequence_length=settings.get("max_sequence_length", 12),
         per_device_train_batch_size=settings["batch_size"],
+        dtype=dtype,
         max_steps=1,
         save_strategy="no",
         report_to="none",
@@ -168,6 +196,13 @@ def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]
     finish_update(trainer)
 
 
+def seconds_of(trainer: DiffusionOPDTrainer, run: Callable[[], Any]) -> float:
+    """Seconds in which a device does what `run` asks of it."""
+    begin = instant(trainer.accelerator.device)
+    run()
+    return seconds_between(begin, instant(trainer.accelerator.device))
+
+
 def finish_update(trainer: DiffusionOPDTrainer) -> None:
     trainer.accelerator.clip_grad_norm_(trainer.student.parameters(), trainer.args.max_grad_norm)
     trainer.optimizer.step()
@@ -179,24 +214,21 @@ FORMS: dict[str, Callable[..., None]] = {"one_pass": one_pass, "three_pass": thr
 
 @contextmanager
 def counted(trainer: DiffusionOPDTrainer) -> Any:
-    """Counts the transformer's forwards and the seconds in them and in backwards."""
+    """Counts the transformer's forwards and the seconds in them and in backwards, each of which is waited for."""
     model = trainer.model_wrapped
     spent = {"forwards": 0, "forward_s": 0.0, "grad_forward_s": 0.0, "backward_s": 0.0}
     forward, backward = model.forward, trainer._backward
 
     def timed_forward(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        output = forward(*args, **kwargs)
-        seconds = time.perf_counter() - start
+        output = []
+        seconds = seconds_of(trainer, lambda: output.append(forward(*args, **kwargs)))
         spent["forwards"] += 1
         spent["forward_s"] += seconds
         spent["grad_forward_s"] += seconds * torch.is_grad_enabled()
-        return output
+        return output[0]
 
     def timed_backward(loss: Tensor) -> None:
-        start = time.perf_counter()
-        backward(loss)
-        spent["backward_s"] += time.perf_counter() - start
+        spent["backward_s"] += seconds_of(trainer, lambda: backward(loss))
 
     model.forward, trainer._backward = timed_forward, timed_backward  # type: ignore[method-assign]
     try:
@@ -205,25 +237,23 @@ def counted(trainer: DiffusionOPDTrainer) -> Any:
         model.forward, trainer._backward = forward, backward  # type: ignore[method-assign]
 
 
-def measure(size: str, checkpointing: bool) -> dict[str, Any]:
+def measure(size: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     """Times both forms in turns."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(size, Path(folder), gradient_checkpointing=checkpointing)
+        trainer = make_trainer(size, Path(folder), dtype, gradient_checkpointing=checkpointing)
         batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
         batches = [batch] * len(TASKS)
         seconds: dict[str, list[float]] = {name: [] for name in FORMS}
         for update in range(SIZES[size]["repeats"]):
             order = list(FORMS) if update % 2 else list(reversed(FORMS))
             for name in order:
-                start = time.perf_counter()
-                FORMS[name](trainer, batches)
-                seconds[name].append(time.perf_counter() - start)
-        result: dict[str, Any] = {}
+                seconds[name].append(seconds_of(trainer, lambda name=name: FORMS[name](trainer, batches)))
+        # The first of these updates, in which FLOPs are counted, is slower; all are in the mean.
+        mfu = trainer._cost.metrics(1, checkpointing).get("mfu")
+        result: dict[str, Any] = {} if mfu is None else {"mfu": mfu}
         for name, form in FORMS.items():
             with counted(trainer) as spent:
-                start = time.perf_counter()
-                form(trainer, batches)
-                total = time.perf_counter() - start
+                total = seconds_of(trainer, lambda form=form: form(trainer, batches))
             inside = spent["forward_s"] + spent["backward_s"]
             result[name] = {
                 "seconds": statistics.median(seconds[name]),
@@ -241,37 +271,50 @@ def measure(size: str, checkpointing: bool) -> dict[str, Any]:
     return result
 
 
-def measure_options(size: str) -> dict[str, float]:
+def measure_options(size: str, dtype: str) -> dict[str, float]:
     """How many times as fast as three passes an update with each of the options is, without checkpointing."""
     with tempfile.TemporaryDirectory() as folder:
-        plain = make_trainer(size, Path(folder))
-        trainers = {name: make_trainer(size, Path(folder), **options) for name, options in OPTIONS.items()}
+        plain = make_trainer(size, Path(folder), dtype)
         batches = [[{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]] * len(TASKS)
-        seconds: dict[str, list[float]] = {name: [] for name in ("three passes", *OPTIONS)}
-        for update in range(1, 1 + 2 * SIZES[size]["repeats"]):
-            for name in seconds:
-                start = time.perf_counter()
-                if name == "three passes":
-                    three_pass(plain, batches)
-                else:
-                    trainers[name].state.global_step = update  # which steps are trained is drawn anew
-                    one_pass(trainers[name], batches)
-                seconds[name].append(time.perf_counter() - start)
-    # Means: how far a walk goes depends on the draw.
-    three = statistics.mean(seconds["three passes"])
-    return {name: three / statistics.mean(seconds[name]) for name in OPTIONS}
+        updates = range(1, 1 + 2 * SIZES[size]["repeats"])
+        speedups = {}
+        for option, changes in OPTIONS.items():  # two trainers at a time: more would not fit
+            trainer = make_trainer(size, Path(folder), dtype, **changes)
+            three, one = [], []
+            for update in updates:
+                trainer.state.global_step = update  # which steps are trained is drawn anew
+                three.append(seconds_of(plain, lambda: three_pass(plain, batches)))
+                one.append(seconds_of(trainer, lambda trainer=trainer: one_pass(trainer, batches)))
+            # Means: how far a walk goes depends on the draw.
+            speedups[option] = statistics.mean(three) / statistics.mean(one)
+    return speedups
 
 
-def peak_memory(size: str, form: str, checkpointing: bool = False) -> float:
-    """Peak resident memory of a process that makes one update in one form, in MiB."""
-    command = [sys.executable, __file__, "--only", size, form, *(["--checkpointing"] if checkpointing else [])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def peaks(size: str, dtype: str, form: str, checkpointing: bool) -> dict[str, float]:
+    """In MiB: the peak of a process that makes one update in one form, and what `estimate_memory` says of it."""
+    command = [sys.executable, __file__, "--only", size, form, "--dtype", dtype]
+    command += ["--checkpointing"] if checkpointing else []
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return json.loads(lines[-1])
+
+
+def print_peaks(size: str, dtype: str, form: str, checkpointing: bool) -> None:
+    """What [`peaks`] runs in a process of its own."""
+    before = psutil.Process().memory_info().rss
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(size, Path(folder), dtype, gradient_checkpointing=checkpointing)
+        estimate = estimate_memory(trainer)["peak"]["bytes"]
+        FORMS[form](trainer, [[{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]] * len(TASKS))
+    device = trainer.accelerator.device
+    peak = peak_memory(device) - (before if device.type == "cpu" else 0)
+    print(json.dumps({"peak_mib": peak / 2**20, "estimate_mib": estimate / 2**20}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where to write the results as JSON")
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=list(DEFAULT_SIZES), choices=list(SIZES))
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the base")
     parser.add_argument("--options_size", default="sd35_small", choices=list(SIZES), help="measured with options")
     parser.add_argument("--only", nargs=2, metavar=("SIZE", "FORM"), help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
@@ -279,36 +322,33 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if args.only:
         size, form = args.only
-        with tempfile.TemporaryDirectory() as folder:
-            batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
-            trainer = make_trainer(size, Path(folder), gradient_checkpointing=args.checkpointing)
-            FORMS[form](trainer, [batch] * len(TASKS))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print_peaks(size, args.dtype, form, args.checkpointing)
         return
     results = {}
     for size in args.sizes:
-        results[size] = measure(size, checkpointing=False)
-        for form in FORMS:
-            results[size][form]["peak_memory_mib"] = peak_memory(size, form)
-        results[f"{size}, checkpointing"] = measure(size, checkpointing=True)
-        for form in FORMS:
-            results[f"{size}, checkpointing"][form]["peak_memory_mib"] = peak_memory(size, form, checkpointing=True)
+        for checkpointing in (False, True):
+            result = measure(size, args.dtype, checkpointing)
+            for form in FORMS:
+                result[form] |= peaks(size, args.dtype, form, checkpointing)
+            results[f"{size}, checkpointing" if checkpointing else size] = result
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
-    print("| model | form | forwards | s an update | outside the network | peak MiB | speed-up | b | bound | share |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | form | forwards | s an update | outside the network | peak MiB | estimate | speed-up | b | bound | share | MFU |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for size, result in results.items():
         for form in FORMS:
             row = result[form]
             ratio = (
-                f"{result['speedup']:.3f} | {result['b']:.2f} | {result['bound']:.3f} | {result['share_of_bound']:.1%}"
+                f"{result['speedup']:.3f} | {result['b']:.2f} | {result['bound']:.3f} | {result['share_of_bound']:.1%} | {result.get('mfu', math.nan):.1%}"
                 if form == "one_pass"
-                else "| | |"
+                else "| | | |"
             )
             print(
                 f"| {size} | {form} | {row['forwards']} | {row['seconds']:.3f} | {row['overhead']:.1%} | "
-                f"{row['peak_memory_mib']:.0f} | {ratio} |"
+                f"{row['peak_mib']:.0f} | {row['estimate_mib']:.0f} | {ratio} |"
             )
-    options = measure_options(args.options_size)
+    options = measure_options(args.options_size, args.dtype)
     print(f"\n| option, {args.options_size} | speed-up over three passes |\n|---|---|")
     for name, speedup in options.items():
         print(f"| {name} | {speedup:.2f} |")

@@ -190,7 +190,8 @@ def test_memory_on_a_gpu(tmp_path, teachers):
 def test_memory_is_the_estimate(tmp_path, teachers, capsys):
     trainer = make_trainer(tmp_path, teachers)
     assert trainer.dry_run()["memory"] == estimate_memory(trainer)
-    assert "at the student's backward" in " ".join(capsys.readouterr().out.split())
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "from shapes: forward and backward" in words and "estimate: at the student's" in words
 
 
 def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):

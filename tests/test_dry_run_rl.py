@@ -27,7 +27,7 @@ import torch
 from grpo_fixtures import brightness
 from opd_fixtures import first_pixel, relative_difference, snapshot
 from test_dry_run import files
-from tiny_sd3 import make_pipeline
+from tiny_sd3 import make_pipeline, make_transformer
 
 from trl_diffusion_opd.dry_run_shared import counted
 
@@ -103,7 +103,8 @@ def test_memory_has_what_the_method_adds(tmp_path):
     assert memory["old policy"]["bytes"] == memory["student"]["bytes"] > 0 and "frozen base" not in memory
     assert memory["round"]["bytes"] > 0
     full = grpo_fixtures.make_trainer(tmp_path, **COMMON, beta=0.1, peft_config=None).dry_run()["memory"]
-    assert full["frozen base"]["bytes"] == full["student"]["bytes"] and "transformer" not in full
+    assert full["frozen base"]["bytes"] == full["student"]["bytes"]
+    assert full["transformer"]["bytes"] == make_transformer().pos_embed.pos_embed.nbytes  # its weights are the student
 
 
 def test_a_reward_without_signal_is_shown_and_training_warns_too(tmp_path, caplog, capsys):

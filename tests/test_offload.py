@@ -25,7 +25,7 @@ from sft_fixtures import sft_trainer
 from tiny_sd3 import make_pipeline
 
 from trl_diffusion_opd import DiffusionOPDConfig
-from trl_diffusion_opd.offload import Offload
+from trl_diffusion_opd.offload import Offload, offloaded
 
 
 SETTINGS = {"max_steps": 3, "guidance_scale": 3.0, "teacher_guidance_scale": 2.0}
@@ -149,7 +149,7 @@ def test_a_refused_pipeline_is_given_back_without_hooks(tmp_path, teachers):
 
 def test_what_is_offloaded():
     pipeline = make_pipeline()
-    offload = Offload(pipeline, torch.device("cpu"))
+    offload = Offload(offloaded(pipeline), torch.device("cpu"))
     assert {n for n, c in pipeline.components.items() if any(c is m for m in offload.modules)} == {*ENCODERS, "vae"}
     offload.remove()
 

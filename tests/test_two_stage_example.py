@@ -17,13 +17,13 @@
 import json
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import yaml
 from test_distributed import LAUNCH, free_port
@@ -149,7 +149,7 @@ def test_killed_anywhere_gives_the_same(whole, tmp_path):
 
 
 def launch(folder: Path) -> subprocess.Popen:
-    """The script on two processes, in a group of their own so that all of them can be killed."""
+    """The script on two processes."""
     (folder / "launch.yaml").write_text(LAUNCH)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
     command += ["--main_process_port", str(free_port()), str(SCRIPT), "--stages", str(shortened(folder))]
@@ -157,7 +157,16 @@ def launch(folder: Path) -> subprocess.Popen:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def kill(launcher: subprocess.Popen) -> None:
+    """Kills a launcher and its processes, each of which leads a session of its own and would go on alone."""
+    everyone = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+    for process in everyone:
+        process.kill()
+    launcher.wait()
+    psutil.wait_procs(everyone)
 
 
 def test_two_processes_go_on_after_a_kill(whole, tmp_path):
@@ -166,8 +175,7 @@ def test_two_processes_go_on_after_a_kill(whole, tmp_path):
     while not list(out.glob("teacher-letters/checkpoint-*/complete")):
         assert started.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()[-5000:]
         time.sleep(0.05)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    kill(started)
     finished = out / "teacher-compose" / "adapter_model.safetensors"
     before = (finished.read_bytes(), finished.stat().st_mtime_ns)
     assert launch(tmp_path).wait(300) == 0, (tmp_path / "log.txt").read_text()[-5000:]

@@ -15,6 +15,7 @@
 """The peak memory of training, from shapes alone: nothing is allocated and no network runs."""
 
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
@@ -53,7 +55,7 @@ def estimate_memory(
     workspaces, the CUDA context (some .5 GiB), DDP's buckets, the decoder's activations in evaluations, reward models.
 
     Args:
-        trainer ([`DiffusionOPDTrainer`] or another of this package): one that has not trained yet.
+        trainer ([`DiffusionOPDTrainer`] or another of this package)
         device_type (`str`, *optional*):
             `"cuda"` for what mixed precision keeps there (layer norms are float32), `"cpu"` for what it keeps here; that of
             the trainer if not given.
@@ -107,8 +109,7 @@ def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
 def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
     student, frozen = trainer.student.parameters(), trainer._frozen_parts()
-    taken = {id(tensor) for tensors in [student, *frozen.values()] for tensor in tensors}
-    offloaded = [] if trainer._offload is None else trainer._offload.modules
+    taken = {id(tensor) for tensor in itertools.chain(student, *frozen.values())}
     components: dict[str, Any] = trainer._pipeline.components
     rows, elsewhere = {}, {}
     for name, component in components.items():
@@ -116,7 +117,7 @@ def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], di
             continue
         own = [*component.parameters(), *component.buffers()]
         tensors = [tensor for tensor in own if id(tensor) not in taken]
-        if any(component is other for other in offloaded):
+        if any(component is other for other in trainer._offload.modules):
             elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
         elif tensors:
             rows[name] = _row_of(tensors, "counted")
@@ -153,7 +154,8 @@ def optimizer_bytes(trainer: "DiffusionTrainer") -> tuple[float, float]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         optimizer = kind([weight], **options)
     else:
-        optimizer = type(trainer.optimizer)([weight], **trainer.optimizer.defaults)
+        used = trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
+        optimizer = type(used)([weight], **used.defaults)
     live = Live()
     for step in range(2):  # the first one makes the states
         weight.grad = torch.ones_like(weight)

@@ -28,16 +28,16 @@ _OFFLOADED = ("text_encoder", "vae")
 
 class Offload:
     """
-    Keeps a pipeline's text encoders and its VAE in host memory until they are called; accelerate's hooks then move them to
-    the device, where they stay until [`rest`].
+    Keeps modules in host memory until they are called; accelerate's hooks then move them to the device, where they stay until
+    [`rest`].
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): its components named `text_encoder…` and `vae…` are given hooks.
+        modules (`list[nn.Module]`): as [`offloaded`] returns them; there may be none.
         device (`torch.device`): where they run.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, device: torch.device):
-        self.modules = offloaded(pipeline)
+    def __init__(self, modules: list[nn.Module], device: torch.device):
+        self.modules = modules
         self._hooks: list[UserCpuOffloadHook] = [cpu_offload_with_hook(m, device)[1] for m in self.modules]
 
     def rest(self) -> None:

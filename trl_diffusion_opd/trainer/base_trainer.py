@@ -17,38 +17,32 @@
 import copy
 import logging
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .. import checkpoint, hub, model_card
 from ..compilation import compile_blocks
-from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
-from ..evaluation import draw_images
 from ..flops import matmul_rate
-from ..offload import Offload
+from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
-from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task
+from ..rewards import RewardFuncs, rewards_by_task
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
@@ -65,6 +59,7 @@ from .checks import (
     scored_data_problems,
     training_data_problems,
 )
+from .evaluating_trainer import EvaluatingTrainer, applicable_mean
 
 
 logger = logging.getLogger(__name__)
@@ -90,7 +85,7 @@ class _StudentCallback(TrainerCallback):
         self.trainer._cost.stop()
 
 
-class DiffusionTrainer(_BaseTrainer):
+class DiffusionTrainer(EvaluatingTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
@@ -128,7 +123,7 @@ class DiffusionTrainer(_BaseTrainer):
                 f"args is a {type(args).__name__}, which is for another trainer: {type(self).__name__} takes a "
                 f"{self._config_class.__name__}."
             )
-        self._offload: Offload | None = None
+        self._offload = Offload([], args.device)
         set_seed(args.seed)  # before the LoRA's random initialisation
         self._pipeline = load_pipeline(model, args, quantization_config)
         transformer: Any = self._pipeline.components.get("transformer")
@@ -155,11 +150,11 @@ class DiffusionTrainer(_BaseTrainer):
         if not unfit:
             with collect(unfit):
                 prompt_store = self._prompt_store(args)
-                self._offload = Offload(self._pipeline, args.device) if args.offload_encoders else None
-            staying = [] if self._offload is None else self._offload.modules
+                if args.offload_encoders:
+                    self._offload = Offload(offloaded(self._pipeline), args.device)
             for component in self._components():
                 quantised = component is transformer and quantization_config is not None  # it is in its place
-                if not quantised and all(component is not other for other in staying):
+                if not quantised and all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
             with collect(unfit):
@@ -187,8 +182,7 @@ class DiffusionTrainer(_BaseTrainer):
             if isinstance(student_model, PeftModel):  # give a pipeline back as it was
                 student_model.unload()
                 transformer.__dict__.pop("peft_config", None)
-            if self._offload is not None:
-                self._offload.remove()
+            self._offload.remove()
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
@@ -217,12 +211,10 @@ class DiffusionTrainer(_BaseTrainer):
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
         use_public_trackers(self.callback_handler.callbacks)
-        if self._offload is not None:
-            self._offload.rest()
+        self._offload.rest()
         self._redirect = _ForwardRedirection()
         self._wrapped_and_own: tuple[nn.Module, nn.Module] | None = None
         self._micro_step = 0
-        self._grid_at = -1
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self._parts, self.accelerator.device)
         self._part = self._cost.part
@@ -372,7 +364,7 @@ class DiffusionTrainer(_BaseTrainer):
         self._cost.start()
         with self._part("data"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._offload is not None:  # their prompts are encoded in one go, after which the encoders leave the device
+        if self._offload.modules:  # their prompts are encoded in one go, after which the encoders leave the device
             for i, rows in enumerate(batches):
                 task = self.tasks[i % len(self.tasks)]
                 self.velocity_field.encode_prompts([row["prompt"] for row in rows], self._guidance_scales(task))
@@ -491,140 +483,11 @@ class DiffusionTrainer(_BaseTrainer):
             )
         return norm
 
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
-
-        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
-
-        Returns:
-            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
-            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
-            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset.")
-        start = time.time()
-        metrics, num_images = {}, 0
-        seconds: dict[str, float] = defaultdict(float)
-        with self.student.ema_weights():
-            task_means = []
-            for task, rows in task_rows(dataset, self.args.task_column).items():
-                count = self.args.num_eval_images or len(rows)
-                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), seconds)
-                means = {name: _mean(values) for name, values in scores.items()}
-                metrics |= {f"{metric_key_prefix}_{task}/{name}": value for name, value in means.items()}
-                task_means.append(_mean([means[reward_name(function)] for function in self.reward_funcs[task]]))
-                num_images += count
-            metrics |= self._evaluate_method(dataset, metric_key_prefix)
-        if any(self.reward_funcs.values()):
-            metrics[f"{metric_key_prefix}_reward"] = _mean(task_means)
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in seconds.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
-        self.log(metrics)
-        self._log_completions()  # the first log opens the trackers
-        if self._offload is not None:
-            self._offload.rest()
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
-        return {}
-
-    def _draw(
-        self,
-        dataset: Dataset,
-        task: str,
-        rows: list[int],
-        on_batch: Callable[[list[int], list[Any]], None] | None = None,
-    ) -> list[tuple[int, Any]]:
-        """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
-        scale = self.args.eval_guidance_scale
-        return draw_images(
-            self.eval_field,
-            self.accelerator.unwrap_model(self.model),
-            [dataset[row]["prompt"] for row in rows],
-            entropy=[self.args.seed, self.tasks.index(task)],
-            guidance_scale=self.args.guidance_scale if scale is None else scale,
-            batch_size=self.args.per_device_eval_batch_size,
-            process=(self.accelerator.process_index, self.accelerator.num_processes),
-            on_batch=on_batch,
-        )
-
-    def _monitor(self, task: str) -> Scorer:
-        """A scorer whose scores are looked at and not trained on: without them training goes on."""
-        return Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, on_timeout="none", task=task)
-
-    def _score_task(
-        self, dataset: Dataset, task: str, rows: list[int], seconds: dict[str, float]
-    ) -> dict[str, list[float | None]]:
-        """Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored."""
-        with self._monitor(task) as scorer:
-
-            def submit(positions: list[int], images: list[Any]) -> None:
-                scorer.submit([dataset[rows[i]] for i in positions], images)
-
-            start = time.perf_counter()
-            self._draw(dataset, task, rows, submit)
-            seconds["generation_time"] += time.perf_counter() - start - scorer.waited
-            scores = scorer.results()
-        for name, taken in scorer.seconds.items():
-            seconds[f"reward_time/{name}"] += taken
-        return {name: gather_object(values) for name, values in scores.items()}
-
-    def _log_completions(self) -> None:
-        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
-            return
-        self._grid_at = self.state.global_step
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        shown: list[tuple[int, int, Completion]] = []
-        with self.student.ema_weights():
-            for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
-                entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
-                mine = self._draw(dataset, task, rows[: len(entries)].tolist())
-                images = [image for _, image in mine]
-                with self._monitor(task) as scorer:
-                    scorer.submit([entries[i] for i, _ in mine], images)
-                    scores = scorer.results()
-                for n, (i, image) in enumerate(mine):
-                    rewards = {name: values[n] for name, values in scores.items()}
-                    shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards)))
-        shown = sorted(gather_object(shown), key=lambda item: item[:2])
-        if self.accelerator.is_main_process:
-            log_completions(self, [completion for _, _, completion in shown])
-
-    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
-        """
-        with self.student.ema_weights(), torch.no_grad():
-            output = self._pipeline(*args, **kwargs)
-        if self._offload is not None:
-            self._offload.rest()
-        return output
+    # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # what was gathered since the last training log belongs to it, not to an evaluation between
-            metrics = {name: _mean(values) for name, values in self._metrics["train"].items()}
+            metrics = {name: applicable_mean(values) for name, values in self._metrics["train"].items()}
             logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
             samples = self._train_batch_size * self.accelerator.num_processes * self._micro_batches * len(self.tasks)
             logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
@@ -702,8 +565,3 @@ class DiffusionTrainer(_BaseTrainer):
 def _dict(value: Any) -> dict[str, Any] | None:
     assert value is None or isinstance(value, dict)  # the config has parsed or refused strings
     return value
-
-
-def _mean(values: list[float | None] | list[float]) -> float:
-    applicable = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(applicable) / len(applicable) if applicable else math.nan

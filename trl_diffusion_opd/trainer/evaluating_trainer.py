@@ -1,0 +1,195 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The part of a trainer that draws images of the student and scores them: evaluations and logged completions."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from transformers import TrainerControl
+from transformers.trainer_utils import speed_metrics
+from trl.trainer.base_trainer import _BaseTrainer
+
+from ..completions import Completion, log_completions
+from ..data import task_rows
+from ..evaluation import draw_images
+from ..offload import Offload
+from ..rewards import Scorer, reward_name
+from ..student import Student
+from ..velocity import VelocityField
+from .base_config import DiffusionConfig
+
+
+class EvaluatingTrainer(_BaseTrainer):
+    """
+    A trainer whose evaluation draws images for prompts and scores them, with the averaged weights of its student.
+
+    Attributes:
+        tasks (`list[str]`): the tasks of the training data.
+        reward_funcs (`dict[str, list[Callable]]`): the rewards of each task.
+        student ([`Student`]): what is trained.
+        eval_field ([`VelocityField`]): the velocity on the grid of evaluations.
+    """
+
+    args: DiffusionConfig
+    tasks: list[str]
+    reward_funcs: dict[str, list[Callable[..., Any]]]
+    student: Student
+    eval_field: VelocityField
+    _pipeline: DiffusionPipeline
+    _offload: Offload
+    _grid_at = -1  # the update of which images were last shown
+
+    def evaluate(
+        self,
+        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
+
+        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
+
+        Returns:
+            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
+            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
+            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset.")
+        start = time.time()
+        metrics, num_images = {}, 0
+        seconds: dict[str, float] = defaultdict(float)
+        with self.student.ema_weights():
+            task_means = []
+            for task, rows in task_rows(dataset, self.args.task_column).items():
+                count = self.args.num_eval_images or len(rows)
+                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), seconds)
+                means = {name: applicable_mean(values) for name, values in scores.items()}
+                metrics |= {f"{metric_key_prefix}_{task}/{name}": value for name, value in means.items()}
+                task_means.append(
+                    applicable_mean([means[reward_name(function)] for function in self.reward_funcs[task]])
+                )
+                num_images += count
+            metrics |= self._evaluate_method(dataset, metric_key_prefix)
+        if any(self.reward_funcs.values()):
+            metrics[f"{metric_key_prefix}_reward"] = applicable_mean(task_means)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in seconds.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
+        self.log(metrics)
+        self._log_completions()  # the first log opens the trackers
+        self._offload.rest()
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
+        return {}
+
+    def _draw(
+        self,
+        dataset: Dataset,
+        task: str,
+        rows: list[int],
+        on_batch: Callable[[list[int], list[Any]], None] | None = None,
+    ) -> list[tuple[int, Any]]:
+        """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
+        scale = self.args.eval_guidance_scale
+        return draw_images(
+            self.eval_field,
+            self.accelerator.unwrap_model(self.model),
+            [dataset[row]["prompt"] for row in rows],
+            entropy=[self.args.seed, self.tasks.index(task)],
+            guidance_scale=self.args.guidance_scale if scale is None else scale,
+            batch_size=self.args.per_device_eval_batch_size,
+            process=(self.accelerator.process_index, self.accelerator.num_processes),
+            on_batch=on_batch,
+        )
+
+    def _monitor(self, task: str) -> Scorer:
+        """A scorer whose scores are looked at and not trained on: without them training goes on."""
+        return Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, on_timeout="none", task=task)
+
+    def _score_task(
+        self, dataset: Dataset, task: str, rows: list[int], seconds: dict[str, float]
+    ) -> dict[str, list[float | None]]:
+        """Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored."""
+        with self._monitor(task) as scorer:
+
+            def submit(positions: list[int], images: list[Any]) -> None:
+                scorer.submit([dataset[rows[i]] for i in positions], images)
+
+            start = time.perf_counter()
+            self._draw(dataset, task, rows, submit)
+            seconds["generation_time"] += time.perf_counter() - start - scorer.waited
+            scores = scorer.results()
+        for name, taken in scorer.seconds.items():
+            seconds[f"reward_time/{name}"] += taken
+        return {name: gather_object(values) for name, values in scores.items()}
+
+    def _log_completions(self) -> None:
+        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
+        if not self.args.log_completions or self._grid_at == self.state.global_step:
+            return
+        self._grid_at = self.state.global_step
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()))
+        shown: list[tuple[int, int, Completion]] = []
+        with self.student.ema_weights():
+            for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
+                entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
+                mine = self._draw(dataset, task, rows[: len(entries)].tolist())
+                images = [image for _, image in mine]
+                with self._monitor(task) as scorer:
+                    scorer.submit([entries[i] for i, _ in mine], images)
+                    scores = scorer.results()
+                for n, (i, image) in enumerate(mine):
+                    rewards = {name: values[n] for name, values in scores.items()}
+                    shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards)))
+        shown = sorted(gather_object(shown), key=lambda item: item[:2])
+        if self.accelerator.is_main_process:
+            log_completions(self, [completion for _, _, completion in shown])
+
+    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+        """
+        with self.student.ema_weights(), torch.no_grad():
+            output = self._pipeline(*args, **kwargs)
+        self._offload.rest()
+        return output
+
+
+def applicable_mean(values: list[float | None] | list[float]) -> float:
+    """The mean of those that are numbers; NaN without any."""
+    applicable = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(applicable) / len(applicable) if applicable else math.nan
