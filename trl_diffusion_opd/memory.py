@@ -154,7 +154,9 @@ def optimizer_bytes(trainer: "DiffusionTrainer") -> tuple[float, float]:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         optimizer = kind([weight], **options)
     else:
-        used = trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
+        used = (
+            trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
+        )
         optimizer = type(used)([weight], **used.defaults)
     live = Live()
     for step in range(2):  # the first one makes the states
