@@ -155,3 +155,23 @@ def test_an_optimizer_without_fsdp_is_refused_under_it(tmp_path):
     (tmp_path / "optimizer.pt").touch()
     assert optimizer_problems(tmp_path, is_fsdp=False) == []
     assert "was not saved under FSDP" in optimizer_problems(tmp_path, is_fsdp=True)[0]
+
+
+def test_half_precision_is_what_one_process_has(teachers, tmp_path):
+    """A bfloat16 base and mixed precision, as on GPUs: no timestep, velocity or gradient is rounded by the split."""
+    options = {**OPTIONS, "max_steps": 2, "bf16": True}
+    scenario = {"teachers": teachers, "options": {**options, "per_device_train_batch_size": 2}}
+    (tmp_path / "scenario.json").write_text(json.dumps(scenario))
+    launch("train_fsdp_half.py", tmp_path, environment=fsdp_environment())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["kind"], report["mesh"], report["mixed_precision"]) == ("DistributedType.FSDP", [2], "bf16")
+
+    alone = make_trainer(
+        tmp_path / "one", teachers, make_pipeline().to(torch.bfloat16), per_device_train_batch_size=4, **options
+    )
+    levels = alone.velocity_field.levels[:-2]  # of the trained steps
+    assert report["timesteps"] == pytest.approx(sorted(1000 * float(t) for t in levels), rel=1e-6)
+    alone.train()
+    for name in ("loss", "kl/draw", "grad_norm"):
+        ours, theirs = ([e[name] for e in log if "loss" in e] for log in (report["log"], alone.state.log_history))
+        assert len(ours) == 2 and ours == pytest.approx(theirs, rel=5e-3), name

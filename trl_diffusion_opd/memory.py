@@ -14,11 +14,12 @@
 
 """The peak memory of training, from shapes alone: nothing is allocated and no network runs."""
 
+import functools
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,6 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
@@ -203,21 +203,39 @@ class Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """Autocast's list of what is computed in float32 is longer on CUDA than on the CPU; these have the large outputs."""
+# Autocast's list of what is computed in float32 is longer on CUDA than on the CPU; these have the large outputs.
+_FLOAT32_ON_CUDA: tuple[tuple[Any, str], ...] = (
+    (nn.functional, "layer_norm"),
+    (nn.functional, "group_norm"),
+    (nn.functional, "softmax"),
+    (torch, "softmax"),
+    (Tensor, "softmax"),
+)
 
-    FLOAT32 = (
-        nn.functional.layer_norm,
-        nn.functional.group_norm,
-        nn.functional.softmax,
-        torch.softmax,
-        Tensor.softmax,
-    )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_float32, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """
+    What autocast computes in float32 on CUDA is so within it.
+
+    The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
+    """
+
+    def of(function: Any) -> Any:
+        @functools.wraps(function)
+        def float32(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_float32, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return float32
+
+    with ExitStack() as stack:
+        for owner, name in _FLOAT32_ON_CUDA:
+            original = getattr(owner, name)
+            stack.callback(setattr, owner, name, original)
+            setattr(owner, name, of(original))
+        yield
 
 
 def _float32(value: Any) -> Any:
@@ -295,7 +313,7 @@ def _in_shapes(
     with ExitStack() as modes:
         modes.enter_context(shapes)
         if device_type == "cuda":
-            modes.enter_context(_AsOnCuda())
+            modes.enter_context(_as_on_cuda())
         if precision is not None:
             modes.enter_context(torch.autocast("cpu", precision))
         velocities = functional_call(step, state, (inputs, backward, live))

@@ -152,9 +152,10 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
     if not isinstance(projection, nn.Linear):
         yield
         return
-    weight, bias = projection.weight, projection.bias
 
     def forward(x: Tensor) -> Tensor:
+        # Looked up here: FSDP2 gathers weights when the network is called, and before it they are parts.
+        weight, bias = projection.weight, projection.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 

@@ -204,6 +204,9 @@ class DiffusionTrainer(EvaluatingTrainer):
             raise ValueError(
                 "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
             )
+        if self.is_fsdp_enabled and peft_config is not None:
+            # Precision is `StandIn`'s business. accelerate's policy would round timesteps, velocities and gradients to bfloat16.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
