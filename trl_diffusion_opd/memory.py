@@ -233,7 +233,10 @@ def _as_on_cuda() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name in _FLOAT32_ON_CUDA:
             original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, original)
+            else:  # a tensor's is inherited
+                stack.callback(delattr, owner, name)
             setattr(owner, name, of(original))
         yield
 
