@@ -15,7 +15,7 @@
 """
 What SD3.5-M, FLUX.1-dev and Qwen-Image need on 1, 8 and 64 H100s, on paper: memory, time and communication of an update.
 
-Counts from shapes (some ten minutes on one core, no weights, no GPU), then the formulas, then the tables of the page:
+Counts from shapes (a quarter of an hour on one busy core, no weights, no GPU), then the formulas, then the tables of the page:
 
     python benchmarks/scaling.py --output docs/source/results/scaling.json --page docs/source/scaling.md
 
