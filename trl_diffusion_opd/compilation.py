@@ -38,7 +38,7 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
     Raises:
         [`ValueError`]: if it has no repeated blocks.
     """
-    blocks = list(_repeated_blocks(transformer))
+    blocks = list(repeated_blocks(transformer))
     if not blocks:
         raise ValueError(f"torch_compile: {type(transformer).__name__} has no list of equal blocks to compile.")
     options = {} if backend is None else {"backend": backend}
@@ -46,9 +46,10 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
         block.compile(mode=mode, recompile_limit=RECOMPILE_LIMIT, **options)
 
 
-def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of which a transformer mostly consists: the members of its outermost lists of equal modules."""
     for child in module.children():
         if is_repeated_blocks(child):
             yield from child.children()
         else:
-            yield from _repeated_blocks(child)
+            yield from repeated_blocks(child)

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
 
+from .compilation import repeated_blocks
 from .pipeline_view import StandIn
 
 
@@ -60,8 +61,8 @@ def estimate_memory(
             `"cuda"` for what mixed precision keeps there (layer norms are float32), `"cpu"` for what it keeps here; that of
             the trainer if not given.
         shards (`int`, *optional*, defaults to 1):
-            Processes that share the student's network, its gradients and its optimizer, under FSDP2 or ZeRO-3. Two of its
-            blocks are whole at a time.
+            Processes that share the student's network and its optimizer, under FSDP2. Two of its blocks are whole at a time,
+            what is outside of the blocks, and the gradients.
 
     Returns:
         `dict`: by part `{"dtype", "bytes", "how"}`; the last one is `"peak"`, whose `"how"` names what happens then.
@@ -70,13 +71,14 @@ def estimate_memory(
     dtypes = {p.dtype for p in student}
     rows, elsewhere = _weights(trainer)
     if shards > 1:
-        rows["gathered blocks"] = _row(_gathered(trainer), {p.dtype for p in student}, "counted: two blocks at a time")
+        rows["gathered"] = _row(_gathered(trainer), dtypes, "counted: two blocks at a time and what is outside")
         for name in ("transformer", "student", "moving average"):
             if name in rows:
                 rows[name]["bytes"] //= shards
     trained = sum(p.nbytes for p in student)
     state, temporary = optimizer_bytes(trainer)
-    rows["gradients"] = _row(trained // shards, dtypes, "as the student")
+    # FSDP2 splits them in the update's last backward.
+    rows["gradients"] = _row(trained, dtypes, "as the student" if shards == 1 else "as the student, whole")
     rows["optimizer"] = _row(round(state * trained) // shards, set(), f"{state:.2f} bytes a byte of the student")
     resident = sum(row["bytes"] for row in rows.values())
     activations = activation_bytes(trainer, device_type)
@@ -141,9 +143,8 @@ def bytes_of(tensor: Tensor) -> int:
 
 def _gathered(trainer: "DiffusionTrainer") -> int:
     transformer: Any = trainer._pipeline.components["transformer"]
-    lists = [module for module in transformer.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [sum(bytes_of(p) for p in block.parameters()) for blocks in lists for block in blocks]
-    return 2 * max(blocks, default=0)
+    blocks = [sum(bytes_of(p) for p in block.parameters()) for block in repeated_blocks(transformer)]
+    return sum(bytes_of(p) for p in transformer.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
 def optimizer_bytes(trainer: "DiffusionTrainer") -> tuple[float, float]:
