@@ -115,10 +115,7 @@ def update_row(models: dict[str, Any], name: str, side: int) -> dict[str, Any]:
 def ddp_row(name: str, counted: dict[str, Any]) -> dict[str, Any]:
     sizes = {str(gpus): paper.ddp_bytes(counted, gpus) for gpus in (8, 64)}
     links = {"8": paper.NVLINK, "64": paper.NETWORK}
-    seconds = {
-        gpus: {part: size / (paper.LINK_SHARE * links[gpus]) for part, size in parts.items()}
-        for gpus, parts in sizes.items()
-    }
+    seconds = {gpus: size / (paper.LINK_SHARE * links[gpus]) for gpus, size in sizes.items()}
     return {"model": name, "bytes": sizes, "seconds": seconds}
 
 
@@ -231,8 +228,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
     ]
     ddp = [
         [row["model"]]
-        + [f"{row['bytes'][n][p] / 1e6:.0f}" for n in ("8", "64") for p in ("gradients", "buffers")]
-        + [f"{1000 * sum(row['seconds'][n].values()):.1f}" for n in ("8", "64")]
+        + [f"{row['bytes'][n] / 1e6:.0f}" for n in ("8", "64")]
+        + [f"{1000 * row['seconds'][n]:.1f}" for n in ("8", "64")]
         for row in result["ddp"]
     ]
     fsdp = [
@@ -312,10 +309,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "ddp": table(
             [
                 "sent by a GPU in an update, MB",
-                "8 GPUs, gradients",
-                "buffers",
-                "64 GPUs, gradients",
-                "buffers",
+                "8 GPUs",
+                "64 GPUs",
                 "ms on 8",
                 "ms on 64",
             ],

@@ -148,12 +148,9 @@ def link(gpus: int) -> float:
     return LINK_SHARE * (NVLINK if gpus <= GPUS_A_NODE else min(NVLINK, GPUS_A_NODE * NETWORK))
 
 
-def ddp_bytes(counted: Mapping[str, Any], gpus: int) -> dict[str, float]:
-    """Bytes that a GPU sends in an update: the ring's all-reduce of the gradients, and buffers, which DDP broadcasts."""
-    n = counted["parameters"]
-    if gpus == 1:
-        return {"gradients": 0.0, "buffers": 0.0}
-    return {"gradients": 2 * (gpus - 1) / gpus * FP32 * n["lora"], "buffers": float(BF16 * n["buffers"])}
+def ddp_bytes(counted: Mapping[str, Any], gpus: int) -> float:
+    """Bytes that a GPU sends in an update: the ring's all-reduce of the gradients. Buffers are not broadcast."""
+    return 2 * (gpus - 1) / gpus * FP32 * counted["parameters"]["lora"]
 
 
 def gathers(counted: Mapping[str, Any], reshard: bool = True) -> float:
@@ -201,7 +198,7 @@ def exposed_seconds(counted: Mapping[str, Any], side: int, layout: Layout, mfu: 
         NVLINK if layout.gpus <= GPUS_A_NODE else NETWORK
     )  # as if each GPU's ran through its own card
     if layout.shards == 1:
-        return sum(ddp_bytes(counted, layout.gpus).values()) / across
+        return ddp_bytes(counted, layout.gpus) / across
     flops, rows, calls = counted["flops"][str(side)], counted["rows"], counted["calls"]
     gather, scale = gather_seconds(counted, layout.shards), layout.batch / (RATE * mfu)
     forward, backward = flops["forward"], flops["backward"] + layout.checkpointing * flops["recompute"]

@@ -186,6 +186,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
         if args.torch_compile:
             compile_blocks(transformer, args.torch_compile_backend, args.torch_compile_mode)
 
