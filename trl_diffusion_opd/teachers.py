@@ -390,6 +390,12 @@ class TeacherBank:
             elif teacher.kind == "lora" and self._has_student:
                 yield from _adapter_parameters(self.backbone, teacher.name)
 
+    def networks(self) -> Iterator[ModelMixin]:
+        """The transformers that are not the student's: full teachers, and without a student's adapter the base."""
+        if not self._has_student:
+            yield self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        yield from (teacher.module for teacher in self._distinct() if teacher.module is not None)
+
     def to(self, device: torch.device | str) -> TeacherBank:
         """Moves what the trainer does not: full teachers, and without a student's adapter the base with the LoRAs."""
         if not self._has_student:

@@ -39,6 +39,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from .. import checkpoint, hub, model_card
+from ..attention import use_attention_backend
 from ..compilation import compile_blocks
 from ..completions import Completion, log_completions
 from ..data import TaskSampler, task_rows
@@ -152,6 +153,7 @@ class DiffusionTrainer(_BaseTrainer):
                 "say './merge' if a folder of that name is meant."
             )
         student_model: Any = None
+        attention: Callable[[], None] | None = None
         if not unfit:
             with collect(unfit):
                 prompt_store = self._prompt_store(args)
@@ -176,6 +178,8 @@ class DiffusionTrainer(_BaseTrainer):
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
                 with collect(problems):
                     self.velocity_field.check_guidance(scale)
+            with collect(problems):
+                attention = self._use_attention_backend(transformer, as_student=True)
             with collect(unfit):
                 student_model = self._make_student(transformer, args, peft_config)
         if not unfit:
@@ -187,6 +191,8 @@ class DiffusionTrainer(_BaseTrainer):
             if isinstance(student_model, PeftModel):  # give a pipeline back as it was
                 student_model.unload()
                 transformer.__dict__.pop("peft_config", None)
+            if attention is not None:
+                attention()
             if self._offload is not None:
                 self._offload.remove()
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
@@ -252,6 +258,15 @@ class DiffusionTrainer(_BaseTrainer):
             return None
         size = convert_file_size_to_int(args.prompt_cache_max_size)
         return PromptStore(args.prompt_cache_dir, encoder_fingerprint(self._pipeline), size)
+
+    def _use_attention_backend(self, network: Any, as_student: bool) -> Callable[[], None] | None:
+        """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
+        if self.args.attention_backend is None:
+            return None
+        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        inputs = (self.velocity_field, network, self.args.attention_backend, batch_size)
+        return use_attention_backend(*inputs, mixed if as_student else None)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.

@@ -76,6 +76,8 @@ class TaughtTrainer(DiffusionTrainer):
             )
             for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
                 self.velocity_field.check_guidance(scale)
+            for network in self.bank.networks():
+                self._use_attention_backend(network.to(args.device), as_student=False)
             self.bank.check_batched(self.velocity_field)
             if args.student_init == MERGE:
                 assert isinstance(model, PeftModel)  # full weights with a student_init are refused before
