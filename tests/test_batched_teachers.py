@@ -20,14 +20,24 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from families import FAMILIES, Family
-from opd_fixtures import TASKS, make_dataset, make_trainer, relative_difference, snapshot, student_lora, train_losses
+from opd_fixtures import (
+    TASKS,
+    make_config,
+    make_dataset,
+    make_trainer,
+    relative_difference,
+    snapshot,
+    student_lora,
+    train_losses,
+)
 from peft import LoraConfig, get_peft_model
 from sft_fixtures import sft_trainer
 from teachers_helpers import make_bank
 from tiny_sd3 import make_lora, make_pipeline
 
-from trl_diffusion_opd import TeacherConfig
+from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
 from trl_diffusion_opd.pipeline_view import StandIn
 from trl_diffusion_opd.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.velocity import VelocityField
@@ -266,30 +276,47 @@ class TestRefusals:
         teachers = normalize_teachers([str(tmp_path / "a"), str(tmp_path / "b")], ["task"])
         bank = TeacherBank(student, pipeline, teachers, 4.0, batched=True)
         field = VelocityField(pipeline, num_inference_steps=2, **family.kwargs)
-        with pytest.raises(
-            ValueError, match=r"the 2 teachers of task 'task' cannot share a forward \(Length of .adapter_names"
-        ):
-            bank.check_batched(field)
+        x = field.initial_latents(["a", "b"], [torch.Generator().manual_seed(i) for i in range(2)])
+        with torch.no_grad():
+            before = field(x, 0.5, ["a", "b"], 1.0, student)
+            with pytest.raises(
+                ValueError, match=r"the 2 teachers of task 'task' cannot share a forward \(Length of .adapter_names"
+            ):
+                bank.check_batched(field)
+            # PEFT's hooks would still say which row is whose.
+            assert torch.equal(field(x, 0.5, ["a", "b"], 1.0, student), before)
         bank.batched = False
         bank.check_batched(field)
+        teachers_by_name = {"one": [str(tmp_path / "a"), str(tmp_path / "b")]}
+        with pytest.raises(ValueError, match="(?s)cannot start.*task_weights.*cannot share a forward"):
+            DiffusionOPDTrainer(
+                family.build(),
+                teachers_by_name,
+                args=make_config(tmp_path, **family.kwargs, batch_teachers=True, task_weights={"x": 1.0}),
+                train_dataset=Dataset.from_list([{"prompt": "a", "task": "one"}]),
+                peft_config=LoraConfig(r=2, target_modules=list(family.lora_targets)),
+            )
 
     def test_a_pipeline_that_takes_one_prompt_for_its_image(self, tmp_path: Path) -> None:
         bank, field, _ = family_bank("qwen_image_edit", tmp_path)
         with pytest.raises(ValueError, match="cannot share a forward .*number of images"):
             bank.check_batched(field)
 
-    def test_rows_in_another_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # A pipeline that lays out guidance sample by sample.
+    # Guidance sample by sample, or the second time backwards.
+    @pytest.mark.parametrize("order", [[0, 2, 1, 3], [0, 1, 3, 2]])
+    def test_rows_in_another_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int]) -> None:
         pipeline = make_pipeline()
         bank = make_bank(pipeline, {"task": list(several(tmp_path)["count"])}, batched=True)
         field = VelocityField(pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16)
         bank.check_batched(field)
         forward = StandIn.forward
 
-        def interleaved(self: StandIn, hidden_states: Any, **inputs: Any) -> Any:
-            rows = [0, 2, 1, 3] if len(hidden_states) == 4 else [*range(len(hidden_states))]
+        def reordered(self: StandIn, hidden_states: Any, **inputs: Any) -> Any:
+            rows = order if len(hidden_states) == 4 else [*range(len(hidden_states))]
             return forward(self, hidden_states=hidden_states[rows], **inputs)
 
-        monkeypatch.setattr(StandIn, "forward", interleaved)
-        with pytest.raises(ValueError, match="StableDiffusion3Pipeline does not give its transformer the samples"):
-            field.check_rows(4.5)
+        monkeypatch.setattr(StandIn, "forward", reordered)
+        with pytest.raises(
+            ValueError, match="cannot share a forward .StableDiffusion3Pipeline does not give its transf"
+        ):
+            bank.check_batched(field)

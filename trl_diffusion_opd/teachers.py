@@ -350,8 +350,7 @@ class TeacherBank:
             with self.use(group[0]) as transformer:
                 return [field(x, t, prompts, scale, transformer)]
         names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in group for _ in prompts]
-        # PEFT does not look at the names while adapters are off.
-        with self.switch.use(next(teacher.name for teacher in group if teacher.kind == "lora")):
+        with self.switch.mixed(next(teacher.name for teacher in group if teacher.kind == "lora")):
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
             return field(copies, t, prompts * n, scale, self.backbone, names).chunk(n)
 

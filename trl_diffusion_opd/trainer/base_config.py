@@ -44,9 +44,9 @@ class DiffusionConfig(_BaseConfig):
             Keep text encoders and VAE in host memory. The encoders are on the device while the prompts of a round are
             encoded, in one go, and while images are drawn, as is the VAE.
         attention_backend (`str`, *optional*):
-            How the transformer computes attention: a name of diffusers' attention backends, such as `"flash"`,
-            `"flash_hub"` or `"flex"`. It is tried on one forward and refused where it would do nothing, cannot run or passes no gradient. Not
-            set, it is left as it is.
+            How the transformers compute attention: a name of diffusers' attention backends, such as `"flash"`,
+            `"_native_cudnn"` or `"flex"`. It is tried on one forward and refused where it would do nothing, cannot run or
+            passes no gradient. Not set, it is left as it is.
         prompt_cache_dir (`str`, *optional*):
             Folder in which the prompts' embeddings are kept across runs, in Arrow files that are read through a memory
             map. Not set, they are kept in memory, at most 2 GiB of them.
