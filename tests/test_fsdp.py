@@ -50,14 +50,15 @@ def fsdp_environment():
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
+    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
+    return {**one_each, "count": [*one_each.values(), "base"]}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, teachers):
-    """Reports and weights of both ranks, with two prompts each at a time."""
+    """Reports and weights of both ranks, with two prompts each at a time and a task's teachers in one forward."""
     folder = tmp_path_factory.mktemp("two")
-    options = {**OPTIONS, "per_device_train_batch_size": 2}
+    options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "targets": TARGETS}))
     launch("train_fsdp.py", folder, environment=fsdp_environment())
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]

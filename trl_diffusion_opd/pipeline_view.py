@@ -82,6 +82,7 @@ class StandIn(nn.Module):
         network: Any = type(base)
         self.__dict__["names"] = _input_names(network)
         self.__dict__["timesteps"] = None  # of each sample, where they are not all at the same level
+        self.__dict__["adapters"] = None  # name of each sample's LoRA, where they don't all have the active one
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -92,6 +93,10 @@ class StandIn(nn.Module):
         if self.timesteps is not None:
             inputs[timestep_name(inputs)] = _rows_of(self.timesteps)
         inputs = {name: self._cast(name, value) for name, value in inputs.items()}
+        if self.adapters is not None:
+            # With guidance there are several times as many rows as samples, as for timesteps.
+            rows = len(inputs[self.names[0]])
+            inputs["adapter_names"] = [self.adapters[row % len(self.adapters)] for row in range(rows)]
         if self.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base):
                 output = self.model(**inputs)

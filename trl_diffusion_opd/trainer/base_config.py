@@ -43,6 +43,10 @@ class DiffusionConfig(_BaseConfig):
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep text encoders and VAE in host memory. The encoders are on the device while the prompts of a round are
             encoded, in one go, and while images are drawn, as is the VAE.
+        attention_backend (`str`, *optional*):
+            How the transformers compute attention: a name of diffusers' attention backends, such as `"flash"`,
+            `"_native_cudnn"` or `"flex"`. It is tried on one forward and refused where it would do nothing, cannot run or
+            passes no gradient. Not set, it is left as it is.
         prompt_cache_dir (`str`, *optional*):
             Folder in which the prompts' embeddings are kept across runs, in Arrow files that are read through a memory
             map. Not set, they are kept in memory, at most 2 GiB of them.
@@ -153,6 +157,9 @@ class DiffusionConfig(_BaseConfig):
 
     offload_encoders: bool = field(
         default=False, metadata={"help": "Keep text encoders and VAE in host memory between uses."}
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Name of the attention backend of diffusers to use, such as 'flash'."}
     )
     prompt_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder in which the prompts' embeddings are kept across runs."}

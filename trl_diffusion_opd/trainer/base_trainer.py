@@ -35,6 +35,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import identity
 
 from .. import checkpoint, hub, model_card
+from ..attention import use_attention_backend
 from ..compilation import compile_blocks
 from ..data import TaskSampler, task_rows
 from ..flops import matmul_rate
@@ -147,6 +148,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 "say './merge' if a folder of that name is meant."
             )
         student_model: Any = None
+        attention: Callable[[], None] | None = None
         if not unfit:
             with collect(unfit):
                 prompt_store = self._prompt_store(args)
@@ -171,6 +173,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
                 with collect(problems):
                     self.velocity_field.check_guidance(scale)
+            with collect(problems):
+                attention = self._use_attention_backend(transformer, as_student=True)
             with collect(unfit):
                 student_model = self._make_student(transformer, args, peft_config)
         if not unfit:
@@ -182,6 +186,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             if isinstance(student_model, PeftModel):  # give a pipeline back as it was
                 student_model.unload()
                 transformer.__dict__.pop("peft_config", None)
+            if attention is not None:
+                attention()
             self._offload.remove()
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
@@ -249,6 +255,15 @@ class DiffusionTrainer(EvaluatingTrainer):
             return None
         size = convert_file_size_to_int(args.prompt_cache_max_size)
         return PromptStore(args.prompt_cache_dir, encoder_fingerprint(self._pipeline), size)
+
+    def _use_attention_backend(self, network: Any, as_student: bool) -> Callable[[], None] | None:
+        """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
+        if self.args.attention_backend is None:
+            return None
+        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        inputs = (self.velocity_field, network, self.args.attention_backend, batch_size)
+        return use_attention_backend(*inputs, mixed if as_student else None)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.

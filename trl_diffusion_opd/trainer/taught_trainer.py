@@ -50,8 +50,15 @@ class TaughtTrainer(DiffusionTrainer):
 
     # Before the first step
 
-    def _load_teachers(self, model: nn.Module, problems: list[str], default_scale: float | None) -> None:
+    def _load_teachers(
+        self, model: nn.Module, problems: list[str], default_scale: float | None, batched: bool
+    ) -> None:
         args = self.args
+        if batched and args.torch_compile:
+            problems.append(
+                "batch_teachers=True with torch_compile=True: compiled blocks would be compiled again for every number of "
+                "rows of every teacher. Leave out one of the two."
+            )
         with collect(problems):
             specs = self._teacher_specs
             # Where the data cannot tell the tasks, the teachers are still looked at.
@@ -65,9 +72,13 @@ class TaughtTrainer(DiffusionTrainer):
                 args.guidance_scale if default_scale is None else default_scale,
                 STUDENT_ADAPTER if is_lora else None,
                 self._recorded_manifest(args.resume_from_checkpoint),
+                batched,
             )
             for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
                 self.velocity_field.check_guidance(scale)
+            for network in self.bank.networks():
+                self._use_attention_backend(network.to(args.device), as_student=False)
+            self.bank.check_batched(self.velocity_field)
             if args.student_init == MERGE:
                 assert isinstance(model, PeftModel)  # full weights with a student_init are refused before
                 self.merge_report = merge_adapters(model, merge_weights(self.bank), STUDENT_ADAPTER)
