@@ -152,9 +152,9 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
     if not isinstance(projection, nn.Linear):
         yield
         return
-    weight, bias = projection.weight, projection.bias
 
     def forward(x: Tensor) -> Tensor:
+        weight, bias = projection.weight, projection.bias  # FSDP2 has them whole within a forward alone
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 

@@ -49,7 +49,7 @@ from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
 from ..rewards import RewardFuncs, Scorer, reward_name, rewards_by_task
-from ..sharding import whole
+from ..sharding import is_split, leave_precision_alone
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..timing import UpdateCost
@@ -210,6 +210,8 @@ class DiffusionTrainer(_BaseTrainer):
             raise ValueError(
                 "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
             )
+        if self.is_fsdp_enabled:
+            leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
@@ -612,7 +614,15 @@ class DiffusionTrainer(_BaseTrainer):
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """
         The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+
+        Raises:
+            [`RuntimeError`]: once FSDP has split the model.
         """
+        if is_split(self.model):
+            raise RuntimeError(
+                "trainer.pipeline(...) has no whole model to draw with: FSDP has split it over the processes. Call "
+                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
+            )
         with self.student.ema_weights(), torch.no_grad():
             output = self._pipeline(*args, **kwargs)
         if self._offload is not None:
@@ -633,9 +643,9 @@ class DiffusionTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student's averaged weights: see [`Student.save`]."""
         with self.student.ema_weights():
-            if self.is_fsdp_enabled and self.student.is_lora:
+            if self.is_fsdp_enabled:
                 # Trainer's would gather the base and the teachers too, and save nothing under SHARDED_STATE_DICT.
-                self._save(output_dir, whole(self.student.named_parameters()))
+                self._save(output_dir, self.student.whole_weights(keep=self.args.should_save))
                 if self.args.push_to_hub and not _internal_call:
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
@@ -668,6 +678,18 @@ class DiffusionTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load(self, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            checkpoint.save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint_folder is not None:
+            checkpoint.load_optimizer(self, checkpoint_folder)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
 
     def _check_resume(self, folder: Path) -> list[str]:
         """What in a checkpoint does not fit this run, a sentence each."""
