@@ -77,7 +77,8 @@ class StandIn(nn.Module):
 
     def __init__(self, model: Callable[..., Any], base: nn.Module):
         super().__init__()
-        weight = base_weight(base)
+        # Under mixed precision FSDP2's student, trained in full, is float32 where its frozen base is not.
+        weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         network: Any = type(base)
         self.__dict__["names"] = _input_names(network)
