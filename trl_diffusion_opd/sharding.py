@@ -70,15 +70,19 @@ def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, 
 
 
 def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Restores what [`whole_optimizer_state`] returned, or a process's own `state_dict()`, split as the parameters are."""
+    """
+    Restores what [`whole_optimizer_state`] returned, or a process's own `state_dict()`, split as the parameters are. Of the
+    tensors in `state` nothing is kept.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def own(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
+
     of_parameters = {
-        number: {
-            name: split_like(value, parameters[number])
-            if isinstance(value, Tensor) and value.shape == parameters[number].shape
-            else value
-            for name, value in values.items()
-        }
+        number: {name: own(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": of_parameters})
