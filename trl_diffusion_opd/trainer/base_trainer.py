@@ -59,6 +59,7 @@ from .base_config import MERGE, DiffusionConfig
 from .checks import (
     collect,
     evaluation_data_problems,
+    launch_problems,
     list_of,
     load_pipeline,
     model_problems,
@@ -146,6 +147,7 @@ class DiffusionTrainer(_BaseTrainer):
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
         unfit = model_problems(self._pipeline, args, peft_config)
+        problems += launch_problems(transformer, args)
         if args.student_init == MERGE and self._teacher_specs is None:
             problems.append(
                 "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
@@ -206,10 +208,6 @@ class DiffusionTrainer(_BaseTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
-        if args.torch_compile and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
-            )
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
