@@ -153,6 +153,7 @@ def test_every_sample_has_its_own_noise(two, one):
 def test_gradients_are_reduced_once_an_update(two):
     for report in two[0]:
         assert report["reduced_bytes"] == [4 * report["trained_parameters"]] * UPDATES + [0]
+        assert report["tuning_reduced_bytes"] == [4 * report["trained_parameters"]] * TUNING["max_steps"] + [0]
 
 
 def test_evaluation_is_the_same(two, one, teachers):

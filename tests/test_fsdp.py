@@ -30,14 +30,11 @@ from opd_fixtures import (
     student_lora,
 )
 from safetensors.torch import load_file
+from split_runs import TARGETS
 from test_distributed import OPTIONS, UPDATES, launch
-from tiny_sd3 import ATTENTION, make_pipeline
-
-from trl_diffusion_opd.checkpoint import optimizer_problems
+from tiny_sd3 import make_pipeline
 
 
-# The last is of the root, whose weights FSDP2 keeps gathered after a forward without gradients.
-TARGETS = [*ATTENTION, "proj_out"]
 CONFIG = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "fsdp2.yaml"
 
 
@@ -142,37 +139,3 @@ def test_checkpoints_hold_adapters_alone_and_resume_exactly(two, one):
     assert {"adapter_model.safetensors", "student_raw.safetensors", "complete"} <= sizes.keys()
     assert frozen > trained
     assert all(size < 2.5 * trained + 100_000 for name, size in sizes.items()), sizes
-
-
-def test_an_optimizer_of_fsdp_is_refused_without_it(two, teachers, tmp_path):
-    _, _, folder = two
-    trainer = make_trainer(tmp_path, teachers, peft_config=student_lora(target_modules=TARGETS), **OPTIONS)
-    with pytest.raises(ValueError, match="its optimizer was saved under FSDP. Launch with FSDP again"):
-        trainer.train(resume_from_checkpoint=str(folder / "stopped" / "checkpoint-2"))
-
-
-def test_an_optimizer_without_fsdp_is_refused_under_it(tmp_path):
-    assert optimizer_problems(tmp_path, is_fsdp=True) == []  # a checkpoint without an optimizer
-    (tmp_path / "optimizer.pt").touch()
-    assert optimizer_problems(tmp_path, is_fsdp=False) == []
-    assert "was not saved under FSDP" in optimizer_problems(tmp_path, is_fsdp=True)[0]
-
-
-def test_half_precision_is_what_one_process_has(teachers, tmp_path):
-    """A bfloat16 base and mixed precision, as on GPUs: no timestep, velocity or gradient is rounded by the split."""
-    options = {**OPTIONS, "max_steps": 2, "bf16": True}
-    scenario = {"teachers": teachers, "options": {**options, "per_device_train_batch_size": 2}}
-    (tmp_path / "scenario.json").write_text(json.dumps(scenario))
-    launch("train_fsdp_half.py", tmp_path, environment=fsdp_environment())
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["kind"], report["mesh"], report["mixed_precision"]) == ("DistributedType.FSDP", [2], "bf16")
-
-    alone = make_trainer(
-        tmp_path / "one", teachers, make_pipeline().to(torch.bfloat16), per_device_train_batch_size=4, **options
-    )
-    levels = alone.velocity_field.levels[:-2]  # of the trained steps
-    assert report["timesteps"] == pytest.approx(sorted(1000 * float(t) for t in levels), rel=1e-6)
-    alone.train()
-    for name in ("loss", "kl/draw", "grad_norm"):
-        ours, theirs = ([e[name] for e in log if "loss" in e] for log in (report["log"], alone.state.log_history))
-        assert len(ours) == 2 and ours == pytest.approx(theirs, rel=5e-3), name

@@ -38,12 +38,24 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
     Raises:
         [`ValueError`]: if it has no repeated blocks.
     """
+    options = {} if backend is None else {"backend": backend}
+    for block in compilable_blocks(transformer):
+        block.compile(mode=mode, recompile_limit=RECOMPILE_LIMIT, **options)
+
+
+def compilable_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """
+    What [`compile_blocks`] compiles.
+
+    Raises:
+        [`ValueError`]: if there is nothing.
+    """
     blocks = list(repeated_blocks(transformer))
     if not blocks:
-        raise ValueError(f"torch_compile: {type(transformer).__name__} has no list of equal blocks to compile.")
-    options = {} if backend is None else {"backend": backend}
-    for block in blocks:
-        block.compile(mode=mode, recompile_limit=RECOMPILE_LIMIT, **options)
+        raise ValueError(
+            f"torch_compile: {type(transformer).__name__} has no list of equal blocks to compile. Leave it out."
+        )
+    return blocks
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -77,7 +77,8 @@ class StandIn(nn.Module):
 
     def __init__(self, model: Callable[..., Any], base: nn.Module):
         super().__init__()
-        weight = base_weight(base)
+        # Under mixed precision FSDP2's student, trained in full, is float32 where its frozen base is not.
+        weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         network: Any = type(base)
         self.__dict__["names"] = _input_names(network)
@@ -159,8 +160,7 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
         return
 
     def forward(x: Tensor) -> Tensor:
-        # Looked up here: FSDP2 gathers weights when the network is called, and before it they are parts.
-        weight, bias = projection.weight, projection.bias
+        weight, bias = projection.weight, projection.bias  # FSDP2 has them whole within a forward alone
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 

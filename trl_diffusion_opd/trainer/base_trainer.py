@@ -44,7 +44,7 @@ from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
 from ..rewards import RewardFuncs, rewards_by_task
-from ..sharding import whole
+from ..sharding import leave_precision_alone
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..timing import UpdateCost
@@ -54,6 +54,7 @@ from .base_config import MERGE, DiffusionConfig
 from .checks import (
     collect,
     evaluation_data_problems,
+    launch_problems,
     list_of,
     load_pipeline,
     model_problems,
@@ -142,6 +143,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
         unfit = model_problems(self._pipeline, args, peft_config)
+        problems += launch_problems(transformer, args)
         if args.student_init == MERGE and self._teacher_specs is None:
             problems.append(
                 "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
@@ -208,13 +210,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
-        if args.torch_compile and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
-            )
-        if self.is_fsdp_enabled and peft_config is not None:
-            # Precision is `StandIn`'s business. accelerate's policy would round timesteps, velocities and gradients to bfloat16.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        if self.is_fsdp_enabled:
+            leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
@@ -516,9 +513,9 @@ class DiffusionTrainer(EvaluatingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student's averaged weights: see [`Student.save`]."""
         with self.student.ema_weights():
-            if self.is_fsdp_enabled and self.student.is_lora:
+            if self.is_fsdp_enabled:
                 # Trainer's would gather the base and the teachers too, and save nothing under SHARDED_STATE_DICT.
-                self._save(output_dir, whole(self.student.named_parameters()))
+                self._save(output_dir, self.student.whole_weights(keep=self.args.should_save))
                 if self.args.push_to_hub and not _internal_call:
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
@@ -551,6 +548,18 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load(self, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            checkpoint.save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint_folder is not None:
+            checkpoint.load_optimizer(self, checkpoint_folder)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
 
     def _check_resume(self, folder: Path) -> list[str]:
         """What in a checkpoint does not fit this run, a sentence each."""

@@ -109,6 +109,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             "task_column": self.task_column,
             "batch_size": self.per_device_eval_batch_size,
             "seed": self.seed,
+            "reward_timeout": self.reward_timeout,
         }
 
     def _problems(self) -> list[str]:
