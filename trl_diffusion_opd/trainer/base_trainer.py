@@ -42,6 +42,7 @@ from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
+from ..quantization import exempt_from_broadcast, is_quantised
 from ..rewards import RewardFuncs, rewards_by_task
 from ..sharding import whole
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
@@ -55,6 +56,7 @@ from .checks import (
     evaluation_data_problems,
     list_of,
     load_pipeline,
+    loading_problems,
     model_problems,
     scored_data_problems,
     training_data_problems,
@@ -140,7 +142,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
-        unfit = model_problems(self._pipeline, args, peft_config)
+        unfit = loading_problems(model, self._pipeline, args, quantization_config)
+        unfit += model_problems(self._pipeline, args, peft_config)
         if args.student_init == MERGE and self._teacher_specs is None:
             problems.append(
                 "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
@@ -153,8 +156,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 if args.offload_encoders:
                     self._offload = Offload(offloaded(self._pipeline), args.device)
             for component in self._components():
-                quantised = component is transformer and quantization_config is not None  # it is in its place
-                if not quantised and all(component is not other for other in self._offload.modules):
+                if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
             with collect(unfit):
@@ -188,6 +190,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
         if args.torch_compile:
             compile_blocks(transformer, args.torch_compile_backend, args.torch_compile_mode)
+        exempt_from_broadcast(student_model)
 
         super().__init__(
             model=student_model,
@@ -203,6 +206,11 @@ class DiffusionTrainer(EvaluatingTrainer):
         if args.torch_compile and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
+            )
+        if is_quantised(transformer) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "A quantised base is not supported where FSDP or DeepSpeed wrap the model: use processes that each hold it "
+                "(examples/accelerate_configs/multi_gpu.yaml)."
             )
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
