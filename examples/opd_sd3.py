@@ -54,7 +54,7 @@ from typing import Any
 from peft import LoraConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, evaluate_retention
-from trl_diffusion_opd.cli import by_task, load_prompts, load_rewards, load_teachers, parse
+from trl_diffusion_opd.cli import QuantizationArguments, by_task, load_prompts, load_rewards, load_teachers, parse
 from trl_diffusion_opd.data import dataset_problems
 from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.retention import retention_table
@@ -62,9 +62,9 @@ from trl_diffusion_opd.student import ATTENTION_TARGETS
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(QuantizationArguments):
     """
-    What the script needs beyond [`DiffusionOPDConfig`]. Lists are given as `task=value task=value …`.
+    What the script needs beyond [`DiffusionOPDConfig`]; see [`QuantizationArguments`] for a quantised base. Lists are given as `task=value task=value …`.
 
     Args:
         model_name_or_path (`str`): the base, a Hub id or a folder.
@@ -107,6 +107,7 @@ class ScriptArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
             self.reward_kwargs = json.loads(self.reward_kwargs)
 
@@ -130,6 +131,7 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         init_lora_weights="gaussian",
         target_modules=script_args.lora_target_modules or list(ATTENTION_TARGETS),
     )
+    quantization_config = script_args.quantization_config(training_args.dtype)
     if script_args.dry_run:
         training_args.push_to_hub = False  # with it the trainer makes the repository
     trainer = DiffusionOPDTrainer(
@@ -139,6 +141,7 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         args=training_args,
         train_dataset=load_prompts("prompts", script_args.prompts, training_args.task_column),
         eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
+        quantization_config=quantization_config,
         peft_config=None if script_args.full_finetuning else peft_config,
     )
     if script_args.dry_run:
@@ -159,6 +162,7 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
             test_dataset,
             num_images=script_args.num_test_images,
             output_dir=training_args.output_dir,
+            quantization_config=quantization_config,
             **training_args.retention_options(),
         )
     trainer.create_model_card()

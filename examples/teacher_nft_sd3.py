@@ -68,6 +68,7 @@ def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> Non
         args=training_args,
         train_dataset=load_prompts("prompts", script_args.prompts, training_args.task_column),
         eval_dataset=load_prompts("eval_prompts", script_args.eval_prompts, training_args.task_column),
+        quantization_config=script_args.quantization_config(training_args.dtype),
         peft_config=None if script_args.full_finetuning else peft_config,
     )
     if script_args.dry_run:

@@ -33,6 +33,7 @@ TRAINER_ARGUMENTS = (
     "eval_dataset",
     "callbacks",
     "optimizers",
+    "quantization_config",
     "peft_config",
 )
 # What every trainer is given in these tests.

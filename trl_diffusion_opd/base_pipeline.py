@@ -26,18 +26,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .hub_errors import explained, retried
+from .quantization import failures_named, pipeline_config, prepare
 
 
-def load_base(name: str, dtype: str) -> DiffusionPipeline:
+def load_base(name: str, dtype: str, quantization_config: Any = None) -> DiffusionPipeline:
     """
-    Loads a base pipeline by its Hub id or folder, in `"float32"`, `"bfloat16"` or `"float16"`.
+    Loads a base pipeline by its Hub id or folder, in `"float32"`, `"bfloat16"` or `"float16"`, and as a
+    `quantization_config` of diffusers says.
 
     Raises:
         [`ValueError`]: if it cannot be loaded, with what to check.
     """
-    with explained(f"The base {name!r}", name):
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    config = pipeline_config(quantization_config)
+    if config is not None:
+        options["quantization_config"] = config
+    with failures_named(name, config), explained(f"The base {name!r}", name):
         try:
-            return retried(DiffusionPipeline.from_pretrained, name, dtype=getattr(torch, dtype), use_safetensors=True)
+            return retried(DiffusionPipeline.from_pretrained, name, **options)
         except OSError as error:
             if not os.path.isdir(name):
                 raise
@@ -55,6 +61,8 @@ def borrowed(pipeline: Any) -> Iterator[Any]:
             "The pipeline already carries a LoRA, which would count as part of the base. Remove it with "
             "pipe.unload_lora_weights(), and pass it as a student or a teacher."
         )
+    if isinstance(transformer, nn.Module):
+        prepare(transformer)
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for network in networks for module in network.modules()]
     trained = [(parameter, parameter.requires_grad) for network in networks for parameter in network.parameters()]

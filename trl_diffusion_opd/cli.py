@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from diffusers import BitsAndBytesConfig, TorchAoConfig
 from trl import TrlParser
 
 from .options import unknown_option
@@ -33,8 +34,56 @@ from .teacher_specs import TeacherConfig
 _FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+@dataclass(kw_only=True)
+class QuantizationArguments:
+    """
+    How the base's transformer is quantised, by the names of TRL's `ModelConfig` for bitsandbytes. Its compute dtype is `--dtype`.
+
+    Args:
+        load_in_4bit (`bool`, *optional*, defaults to `False`), load_in_8bit (`bool`, *optional*, defaults to `False`):
+            by bitsandbytes.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): quantise the scales of 4 bits too.
+        torchao_quant_type (`str`, *optional*): by torchao: `"int8_weight_only"` or `"float8_weight_only"`.
+    """
+
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bits by bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bits by bitsandbytes."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Numbers of the 4 bits.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
+    torchao_quant_type: str | None = field(
+        default=None,
+        metadata={"help": "Quantise the base by torchao.", "choices": ["int8_weight_only", "float8_weight_only"]},
+    )
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("load_in_4bit", "load_in_8bit", "torchao_quant_type") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join('--' + name for name in given)} exclude each other. Give one of them.")
+
+    def quantization_config(self, dtype: str) -> Any:
+        """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
+        if self.load_in_4bit:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            )
+        if self.load_in_8bit:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        if self.torchao_quant_type is None:
+            return None
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        quant_type: Any = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
+        return TorchAoConfig(quant_type[self.torchao_quant_type]())
+
+
 @dataclass
-class TeacherScriptArguments:
+class TeacherScriptArguments(QuantizationArguments):
     """
     What the scripts that train a teacher by reward take beyond a trainer's configuration. Lists are given as
     `task=value task=value …`.
@@ -70,6 +119,7 @@ class TeacherScriptArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
             self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
 

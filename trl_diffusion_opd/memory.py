@@ -18,7 +18,7 @@ import functools
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
 
 from .compilation import repeated_blocks
-from .pipeline_view import StandIn
+from .pipeline_view import StandIn, base_weight
+from .quantization import plain_tensors, quantised_layers, scales, weight_kind
 
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def estimate_memory(
     activations = activation_bytes(trainer, device_type)
     how = "from shapes: forward and backward of a micro-batch"
     if activations is None:
-        how = "not estimated: the network's shapes depend on values, or its weights are quantised by own kernels"
+        how = "not estimated: the network's shapes depend on values"
     rows["activations"] = _row(activations or 0, set(), how)
     moments = {
         "the student's backward": resident + (activations or 0),
@@ -117,7 +118,7 @@ def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], di
     for name, component in components.items():
         if not isinstance(component, nn.Module):
             continue
-        own = [*component.parameters(), *component.buffers()]
+        own = [*component.parameters(), *component.buffers(), *scales(component)]
         tensors = [tensor for tensor in own if id(tensor) not in taken]
         if any(component is other for other in trainer._offload.modules):
             elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
@@ -136,9 +137,7 @@ def _row_of(tensors: Sequence[Tensor], how: str) -> dict[str, Any]:
 
 def bytes_of(tensor: Tensor) -> int:
     """Bytes that a tensor holds; of a quantised one, those of its parts."""
-    if is_traceable_wrapper_subclass(tensor):
-        return sum(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.nbytes
+    return sum(part.nbytes for part in plain_tensors(tensor))
 
 
 def _gathered(trainer: "DiffusionTrainer") -> int:
@@ -247,6 +246,55 @@ def _float32(value: Any) -> Any:
     return value.float() if half else value
 
 
+class _Dequantising(torch.autograd.Function):
+    """
+    A linear layer on frozen weights that are dequantised as a whole for each product with them. One that `keeps` its inputs does
+    so where checkpointing cannot let go of them, as bitsandbytes' 8 bits do.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], bias: Tensor | None, keeps: bool) -> Tensor:
+        ctx.shape, ctx.dtype = shape, x.dtype
+        ctx.inputs = x if keeps else None
+        return nn.functional.linear(x, x.new_empty(shape), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        return gradient.to(ctx.dtype) @ gradient.new_empty(ctx.shape, dtype=ctx.dtype), None, None, None
+
+
+@contextmanager
+def _kernels_in_shapes(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """Within it quantised layers compute with shapes what their kernels do: in memory, what they make and what they keep."""
+
+    def kernel(layer: Any) -> Callable[[Tensor], Tensor]:
+        kind, shape = weight_kind(layer.weight), (layer.out_features, layer.in_features)
+
+        def bitsandbytes(x: Tensor) -> Tensor:
+            inner = x.to(layer.compute_dtype) if kind == "4bit" and layer.compute_dtype is not None else x
+            return _Dequantising.apply(inner, shape, layer.bias, kind == "8bit").to(x.dtype)
+
+        def torchao(x: Tensor) -> Tensor:
+            # Operations of PyTorch, of which the product keeps the dequantised weight for its backward.
+            product = torch.mm(x.reshape(-1, shape[1]), x.new_empty(shape).t()) * x.new_empty(shape[0])
+            product = product.reshape(*x.shape[:-1], shape[0])
+            return (product if layer.bias is None else product + layer.bias).to(x.dtype)
+
+        return torchao if kind == "torchao" else bitsandbytes
+
+    outer = [layer.__dict__.get("forward") for layer in layers]  # of a call within a call
+    for layer in layers:
+        layer.__dict__["forward"] = kernel(layer)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, outer, strict=True):
+            del layer.__dict__["forward"]
+            if forward is not None:
+                layer.__dict__["forward"] = forward
+
+
 class _Step(nn.Module):
     """A forward of `model` for each call that the pipeline makes, and the backward of all: one module for `functional_call`,
     so that checkpointing, which repeats forwards within the backward, sees the same weights again."""
@@ -306,6 +354,10 @@ def _in_shapes(
 
     step, live = _Step(model, base), Live()
     state = {name: fake(tensor) for name, tensor in [*step.named_parameters(), *step.named_buffers()]}
+    quantised = list(quantised_layers(step))
+    for name, layer in quantised:
+        with shapes:  # as if they were not, for what looks at a weight
+            state[f"{name}.weight"] = torch.empty(layer.out_features, layer.in_features, dtype=base_weight(base).dtype)
     inputs = tree_map(fake, [dict(call) for call in calls])
     known = [*state.values(), *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))]
     for tensor in state.values():
@@ -316,6 +368,7 @@ def _in_shapes(
     live.ignore(known)
     with ExitStack() as modes:
         modes.enter_context(shapes)
+        modes.enter_context(_kernels_in_shapes([layer for _, layer in quantised]))
         if device_type == "cuda":
             modes.enter_context(_as_on_cuda())
         if precision is not None:
@@ -327,8 +380,6 @@ def _in_shapes(
 def activation_bytes(trainer: "DiffusionTrainer", device_type: str | None = None) -> int | None:
     """The activations' part of [`estimate_memory`]; `None` where a network cannot be followed by shapes alone."""
     base: Any = trainer._pipeline.components["transformer"]
-    if any(not p.is_floating_point() or is_traceable_wrapper_subclass(p) for p in base.parameters()):
-        return None
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
     checkpointing = base.is_gradient_checkpointing

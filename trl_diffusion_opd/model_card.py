@@ -37,6 +37,7 @@ from transformers.utils.hub import hf_api
 
 from .hub import CARD_FILE, REPORT_FILE, known_tokens
 from .public import last_part, public_value
+from .quantization import described
 from .student import STUDENT_ADAPTER, public_name
 from .teacher_files import find_files
 from .teacher_specs import TeacherConfig
@@ -369,6 +370,8 @@ def _literals(options: Mapping[str, Any], secrets: list[str]) -> dict[str, str]:
 
 def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
     args, plain = trainer.args, trainer.args.to_dict()  # enums as their values
+    transformer: Any = trainer._pipeline.components["transformer"]
+    quantised = described(transformer)
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
     settings = {
         "updates": trainer.state.global_step,
@@ -379,6 +382,7 @@ def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "gradient clipping": args.max_grad_norm,
         "moving average": f"{args.ema_decay} every {args.ema_update_interval} updates" if args.ema_decay else "none",
         "precision": f"base {args.dtype}"
+        + (f", its weights quantised ({quantised})" if quantised else "")
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
         "seed": args.seed,
     }

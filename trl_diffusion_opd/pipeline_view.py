@@ -29,6 +29,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .prompt_cache import PromptCache
+from .quantization import dequantised, weight_kind
 
 
 _TIMESTEPS = ("timestep", "timesteps", "t")  # as transformers call them
@@ -118,8 +119,15 @@ class StandIn(nn.Module):
 
 
 def base_weight(network: nn.Module) -> nn.Parameter:
-    """A weight of the network itself and of none of its LoRAs, which says the dtype and the device. Quantised ones are integers."""
-    return next(p for n, p in network.named_parameters() if p.is_floating_point() and "lora_" not in n)
+    """A weight of the network itself, of none of its LoRAs and no quantised layer, which says the dtype and the device."""
+    return next(
+        parameter
+        for name, module in network.named_modules()
+        # A quantised layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
+        if "lora_" not in name and not (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    )
 
 
 @cache
@@ -160,7 +168,8 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
         return
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = projection.weight, projection.bias  # FSDP2 has them whole within a forward alone
+        # FSDP2 has them whole within a forward alone.
+        weight, bias = dequantised(projection), projection.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 

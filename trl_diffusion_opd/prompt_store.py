@@ -32,8 +32,9 @@ import transformers
 import xxhash
 from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
+
+from .quantization import plain_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -271,7 +272,7 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
 def _add_module(digest: Any, module: nn.Module) -> None:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
-            for part in _plain_tensors(value):
+            for part in plain_tensors(value):
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(_bytes_of(part).numpy().data)
     # What is not in the weights: number of heads, activations, which layer is taken.
@@ -280,15 +281,6 @@ def _add_module(digest: Any, module: nn.Module) -> None:
     else:
         entries = dict(module.config) if isinstance(module, ConfigMixin) else {"modules": repr(module)}
     digest.update(_settings(entries))
-
-
-def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, or those that a quantised one consists of."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor.detach()
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain_tensors(getattr(tensor, name))
 
 
 def _add_files(digest: Any, component: Any) -> None:

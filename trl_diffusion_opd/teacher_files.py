@@ -37,6 +37,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .hub_errors import download
+from .pipeline_view import base_weight
+from .quantization import plain_tensors
 from .teacher_specs import TeacherConfig, local_folder
 
 
@@ -374,15 +376,19 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(f"{label}: made for another base: {shown}")
     try:
         model, info = cls.from_pretrained(
-            files.folder, dtype=base.dtype, use_safetensors=True, output_loading_info=True
+            files.folder, dtype=base_weight(base).dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise TeacherError(f"{label}: its weights do not load ({error})") from error
     if wrong := {key: value for key, value in info.items() if value}:
         raise TeacherError(f"{label}: its weights do not fit its config: {wrong}")
-    if bad := [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]:
+    if bad := [key for key, value in model.named_parameters() if not _is_finite(value)]:
         raise TeacherError(f"{label}: holds NaN or infinite values in {_some(bad)}")
     return model.to(base.device).requires_grad_(False).eval()
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(part.float()).all()) for part in plain_tensors(weight))
 
 
 def _some(names: list[str]) -> str:

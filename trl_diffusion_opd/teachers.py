@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .adapters import AdapterSwitch
 from .compilation import compile_blocks
+from .pipeline_view import base_weight
 from .sharding import forget_gathered
 from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
@@ -123,8 +124,11 @@ def add_adapter(
             tuner.unload()
         raise TeacherError("; ".join(problems))
     set_peft_model_state_dict(peft_model, dict(state_dict), adapter_name=name)
+    dtype = base_weight(peft_model).dtype
     for parameter in _adapter_parameters(peft_model, name):
         parameter.requires_grad_(trainable)
+        if not trainable:
+            parameter.data = parameter.data.to(dtype)  # PEFT takes float32 where the base is in integers
     return peft_model
 
 

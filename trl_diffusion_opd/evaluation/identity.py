@@ -28,6 +28,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ..quantization import plain_tensors
 from ..rewards import Reward, RewardFunc
 from ..teachers import Teacher
 
@@ -55,8 +56,9 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
             hashed.update(json.dumps(sorted(component.get_vocab().items())).encode())
         if isinstance(component, nn.Module):
             for key, tensor in sorted(component.state_dict().items()):
-                hashed.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                hashed.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                for part in plain_tensors(tensor):
+                    hashed.update(f"{key} {part.dtype} {tuple(part.shape)}".encode())
+                    hashed.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 

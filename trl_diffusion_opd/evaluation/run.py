@@ -62,6 +62,7 @@ def evaluate_retention(
     max_sequence_length: int | None = None,
     generation_kwargs: dict[str, Any] | None = None,
     dtype: str | None = None,
+    quantization_config: Any = None,
     task_column: str = "task",
     cross_task_rewards: bool = True,
     batch_size: int = 32,
@@ -105,6 +106,8 @@ def evaluate_retention(
             As in [`VelocityField`].
         dtype (`str`, *optional*):
             Precision of a base that is given by name: `"float32"` (if not given), `"bfloat16"` or `"float16"`.
+        quantization_config (*optional*):
+            How a base that is given by name is quantised, as for [`DiffusionOPDTrainer`].
         task_column (`str`, *optional*, defaults to `"task"`):
             Column that names the task.
         cross_task_rewards (`bool`, *optional*, defaults to `True`):
@@ -140,6 +143,10 @@ def evaluate_retention(
     rows = {} if problems else task_rows(dataset, task_column)
     problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
     problems += timeout_problems(reward_timeout)
+    if quantization_config is not None and not isinstance(pipeline, str):
+        problems.append(
+            "quantization_config is for a base that is given by name. This one is loaded: load it with that."
+        )
     specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
     functions: dict[str, list[RewardFunc]] = {}
     if rows:
@@ -162,7 +169,9 @@ def evaluate_retention(
     if problems:
         raise ValueError("The evaluation cannot start:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
 
-    base: Any = load_base(pipeline, dtype or "float32").to(state.device) if isinstance(pipeline, str) else pipeline
+    base: Any = pipeline
+    if isinstance(pipeline, str):
+        base = load_base(pipeline, dtype or "float32", quantization_config).to(state.device)
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     tasks = {
         task: Task(

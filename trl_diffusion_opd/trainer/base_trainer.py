@@ -43,6 +43,7 @@ from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
+from ..quantization import exempt_from_broadcast
 from ..rewards import RewardFuncs, rewards_by_task
 from ..sharding import leave_precision_alone
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
@@ -57,6 +58,7 @@ from .checks import (
     launch_problems,
     list_of,
     load_pipeline,
+    loading_problems,
     model_problems,
     scored_data_problems,
     training_data_problems,
@@ -142,7 +144,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
-        unfit = model_problems(self._pipeline, args, peft_config)
+        unfit = loading_problems(model, self._pipeline, args, quantization_config)
+        unfit += model_problems(self._pipeline, args, peft_config)
         problems += launch_problems(transformer, args)
         if args.student_init == MERGE and self._teacher_specs is None:
             problems.append(
@@ -157,8 +160,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 if args.offload_encoders:
                     self._offload = Offload(offloaded(self._pipeline), args.device)
             for component in self._components():
-                quantised = component is transformer and quantization_config is not None  # it is in its place
-                if not quantised and all(component is not other for other in self._offload.modules):
+                if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
             with collect(unfit):
@@ -198,6 +200,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
         if args.torch_compile:
             compile_blocks(transformer, args.torch_compile_backend, args.torch_compile_mode)
+        exempt_from_broadcast(student_model)
 
         super().__init__(
             model=student_model,

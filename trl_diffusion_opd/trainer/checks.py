@@ -31,6 +31,14 @@ from torch import nn
 from ..compilation import compilable_blocks
 from ..data import dataset_problems, task_rows
 from ..hub_errors import explained, retried
+from ..quantization import (
+    failures_named,
+    is_quantised,
+    named_components,
+    pipeline_config,
+    prepare,
+    quantisation_problems,
+)
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
@@ -39,17 +47,13 @@ def load_pipeline(
     model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
 ) -> DiffusionPipeline:
     """
-    The base pipeline, loaded if it is given by name.
+    The base pipeline, loaded if it is given by name, fit to be trained on.
 
     Raises:
         [`ValueError`]: if it cannot be loaded, with what to check.
     """
     if isinstance(model, DiffusionPipeline):
-        if args.model_init_kwargs or quantization_config is not None:
-            raise ValueError(
-                "model_init_kwargs and quantization_config are for a model that is given by name. This one is "
-                "loaded already: load it with them, or pass its name."
-            )
+        _prepare(model)
         return model
     if not isinstance(model, str):
         raise ValueError(
@@ -59,17 +63,51 @@ def load_pipeline(
     options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
     if isinstance(args.model_init_kwargs, dict):
         options |= args.model_init_kwargs
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
+    quantised = pipeline_config(quantization_config)
+    if quantised is not None:
+        options["quantization_config"] = quantised
     try:
-        with explained(f"The base model {model!r}", model, options.get("revision")):
-            return retried(DiffusionPipeline.from_pretrained, model, **{**options, "use_safetensors": True})
+        with (
+            failures_named(model, quantised),
+            explained(f"The base model {model!r}", model, options.get("revision")),
+        ):
+            pipeline = retried(DiffusionPipeline.from_pretrained, model, **{**options, "use_safetensors": True})
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
             "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
             f"({error})"
         ) from error
+    _prepare(pipeline)
+    return pipeline
+
+
+def _prepare(pipeline: DiffusionPipeline) -> None:
+    transformer = pipeline.components.get("transformer")
+    if isinstance(transformer, nn.Module):
+        prepare(transformer)
+
+
+def loading_problems(
+    model: str | DiffusionPipeline, pipeline: DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
+) -> list[str]:
+    """What of the options with which `pipeline` should have been loaded has no effect."""
+    if isinstance(model, DiffusionPipeline):
+        if args.model_init_kwargs or quantization_config is not None:
+            return [
+                "model_init_kwargs and quantization_config are for a model that is given by name. This one is "
+                "loaded already: load it with them, or pass its name."
+            ]
+        return []
+    quantised = pipeline_config(quantization_config)
+    named = [] if quantised is None else named_components(quantised)
+    unknown = [name for name in named if name not in pipeline.components]
+    if unknown:
+        return [
+            f"quantization_config is for {unknown}, which {type(pipeline).__name__} does not have; it has "
+            f"{sorted(n for n, c in pipeline.components.items() if isinstance(c, nn.Module))}."
+        ]
+    return []
 
 
 def model_problems(
@@ -104,7 +142,7 @@ def model_problems(
         problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
     elif peft_config is None and args.student_init is not None:
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
-    return problems
+    return problems + quantisation_problems(transformer, full_weights=peft_config is None)
 
 
 def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
@@ -122,6 +160,11 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
     elif args.torch_compile and is_module:
         with collect(problems):
             compilable_blocks(transformer)
+    if is_module and is_quantised(transformer) and (is_fsdp or is_deepspeed):
+        problems.append(
+            "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
+            "examples/accelerate_configs/, with which each process holds it."
+        )
     if is_fsdp:
         version = os.environ.get("FSDP_VERSION", "1") if plugin is None else plugin["fsdp_version"]
         if int(version) != 2:
