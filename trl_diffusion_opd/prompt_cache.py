@@ -216,7 +216,7 @@ def _find_axes(once: Any, twice: Any) -> Any:
         doubled = [
             axis for axis in range(once.ndim) if once.shape[axis] == 2 and _close(torch.cat([once] * 2, axis), twice)
         ]
-        return doubled[0] if doubled else None
+        return str(doubled[0]) if doubled else None  # a store keeps text
     return None
 
 
@@ -235,7 +235,7 @@ def _take(encoded: Any, axes: Any, numbers: list[int]) -> Any:
         return [encoded[i] for i in numbers] if encoded else encoded
     if encoded is None or axes == "shared":  # a mask is None where it would mask nothing (Qwen-Image)
         return encoded
-    return encoded.index_select(axes, torch.tensor(numbers, device=encoded.device))
+    return encoded.index_select(int(axes), torch.tensor(numbers, device=encoded.device))
 
 
 def _fit(rows: list[Any], layout: Any) -> bool:
