@@ -156,8 +156,8 @@ def test_a_dry_run_goes_on_without_a_monitored_reward(tmp_path, caplog):
     )
     tasks = trainer.dry_run()["tasks"]
     release.set()
-    assert {score for of_image in tasks["count"]["images"].values() for score in of_image.values()} == {None}
-    assert {score for of_image in tasks["draw"]["images"].values() for score in of_image.values()} == {1.0}
+    assert {score for of_image in tasks["count"]["rewards"].values() for score in of_image.values()} == {None}
+    assert {score for of_image in tasks["draw"]["rewards"].values() for score in of_image.values()} == {1.0}
     assert "Reward 'stuck' has given no scores for 3 images of task 'count' in 0.2 seconds" in caplog.text
 
 
