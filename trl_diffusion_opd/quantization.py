@@ -162,15 +162,12 @@ def prepare(network: nn.Module) -> None:
     """
     Makes a network whose weights bitsandbytes has quantised fit to be trained on in eval mode.
 
-    On CPUs with AVX512-BF16 its 4-bit layers rearrange their weights in the first forward without gradients, such as a
+    On CPUs with AVX512-BF16 its 4-bit layers would rearrange their weights in the first forward without gradients, such as a
     teacher's. What they compute from then on passes no gradient, and some shapes they refuse.
     """
     for _, layer in quantised_layers(network):
         kind = weight_kind(layer.weight)
         if kind == "4bit":
-            weight: Any = layer.weight
-            if vars(weight.quant_state).get("packing_format_for_cpu"):
-                layer.state_dict()  # puts them back
             layer.__dict__["support_avx512bf16_for_cpu"] = False
         elif kind == "8bit":
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
@@ -222,6 +219,11 @@ def quantisation_problems(transformer: nn.Module, full_weights: bool) -> list[st
             f"peft_config=None trains all weights, and the base's are quantised ({described(transformer)}). Train a "
             "LoRA (peft_config='default' or a LoraConfig), or load the base without quantisation."
         ]
+    if any(_is_rearranged(layer) for _, layer in quantised_layers(transformer)):
+        return [
+            "bitsandbytes has rearranged the base's 4-bit weights to draw with them on this CPU, and they pass no gradient any "
+            "more. Load the pipeline again, and give it to the trainer before it draws."
+        ]
     quantizer = transformer.__dict__.get("hf_quantizer")
     if quantizer is not None and not quantizer.is_trainable:
         how = type(quantizer.quantization_config.quant_type).__name__  # torchao's: bitsandbytes' are all trainable
@@ -235,6 +237,12 @@ def quantisation_problems(transformer: nn.Module, full_weights: bool) -> list[st
         for name, layer in first.values()
         if not _passes_gradient(layer)
     ]
+
+
+def _is_rearranged(layer: nn.Linear) -> bool:
+    # bitsandbytes' own way back (0.50.2) leaves scales transposed, and in bfloat16.
+    weight: Any = layer.weight
+    return weight_kind(weight) == "4bit" and bool(vars(weight.quant_state).get("packing_format_for_cpu"))
 
 
 @torch.enable_grad()
