@@ -20,6 +20,8 @@ ways; the teachers' LoRAs are on the same base as the student. diffusers quantis
 layers run on a CPU as well: where there is no GPU, its question for one is answered here.
 
     python benchmarks/quantization.py --output quantization.json
+
+With `--sizes` it counts, on the meta device, what the transformers of three large bases hold in each way.
 """
 
 import argparse
@@ -29,8 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import BitsAndBytesConfig, TorchAoConfig
+from diffusers import (
+    BitsAndBytesConfig,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    TorchAoConfig,
+)
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
@@ -52,7 +61,7 @@ def config_of(way: str) -> Any:
 
 
 def measure(way: str, updates: int) -> dict[str, float]:
-    """Bytes of the base's transformer; `kl` of the first and of the last fifth of the updates, mean noise floor, seconds an update."""
+    """Bytes of the base's transformer; `kl` of the first update and mean of the last fifth, mean noise floor."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = DiffusionOPDTrainer(
             model=tiny.BASE,
@@ -64,7 +73,7 @@ def measure(way: str, updates: int) -> dict[str, float]:
                 width=32,
                 max_sequence_length=12,
                 guidance_scale=1.0,
-                per_device_train_batch_size=8,
+                per_device_train_batch_size=4,
                 max_steps=updates,
                 learning_rate=1e-3,
                 ema_decay=None,
@@ -86,27 +95,67 @@ def measure(way: str, updates: int) -> dict[str, float]:
         "first_kl": log[0]["kl"],
         "last_kl": sum(entry["kl"] for entry in last) / len(last),
         "noise_floor": sum(floors) / len(floors),
-        "step_time": sum(entry["step_time"] for entry in log) / len(log),
     }
+
+
+def sizes() -> dict[str, dict[str, float]]:
+    """GiB of the transformers, in bfloat16 and with all linear layers quantised; scales and their tables are counted in full."""
+    with torch.device("meta"):
+        transformers = {
+            "Stable Diffusion 3.5 Medium": SD3Transformer2DModel(
+                sample_size=128,
+                in_channels=16,
+                out_channels=16,
+                num_layers=24,
+                num_attention_heads=24,
+                caption_projection_dim=1536,
+                pos_embed_max_size=384,
+                dual_attention_layers=tuple(range(13)),
+                qk_norm="rms_norm",
+            ),
+            "FLUX.1 [dev]": FluxTransformer2DModel(guidance_embeds=True),
+            "Qwen-Image": QwenImageTransformer2DModel(),
+        }
+    found = {}
+    for name, transformer in transformers.items():
+        linear = [module for module in transformer.modules() if isinstance(module, nn.Linear)]
+        weights, rows = [layer.weight.numel() for layer in linear], sum(layer.out_features for layer in linear)
+        n = sum(weights)
+        # Buffers are in bfloat16 too once they are loaded.
+        rest = sum(t.numel() for t in [*transformer.parameters(), *transformer.buffers()]) - n
+        nested = sum(w // 2 + w // 64 + 4 * -(-w // (64 * 256)) + 4 + 4 * 16 + 4 * 256 for w in weights)
+        quantised = {
+            "bfloat16": 2 * n,
+            "nf4": n // 2 + 4 * n // 64 + 4 * 16 * len(linear),
+            "nf4 nested": nested,
+            "8 bits": n + 4 * rows,
+            "torchao int8": n + 5 * rows,
+            "torchao float8": n + 4 * rows,
+        }
+        found[name] = {way: (2 * rest + size) / 2**30 for way, size in quantised.items()}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=30)
+    parser.add_argument("--updates", type=int, default=10)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--sizes", action="store_true")
     arguments = parser.parse_args()
+    if arguments.sizes:
+        for name, row in sizes().items():
+            print(f"| {name} | {' | '.join(f'{size:.2f}' for size in row.values())} |")
+        return
     if not torch.cuda.is_available():
         for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
             quantizer.validate_environment = lambda self, *args, **kwargs: None
             quantizer.update_device_map = lambda self, device_map: {"": "cpu"}
     ways = ("float32", "bfloat16", "nf4", "nf4 nested", "8 bits", "torchao int8", "torchao float8")
     results = {way: measure(way, arguments.updates) for way in ways}
-    print("| base | bytes | first kl | last kl | noise_floor | s an update |\n|---|---:|---:|---:|---:|---:|")
+    print("| base | bytes | first kl | last kl | noise_floor |\n|---|---:|---:|---:|---:|")
     for way, row in results.items():
-        print(
-            f"| {way} | {row['bytes']:,} | {row['first_kl']:.2e} | {row['last_kl']:.2e} | {row['noise_floor']:.1e} | "
-            f"{row['step_time']:.2f} |"
-        )
+        kls = f"{row['first_kl']:.2e} | {row['last_kl']:.2e}"
+        print(f"| {way} | {row['bytes']:,} | {kls} | {row['noise_floor']:.1e} |")
     if arguments.output:
         arguments.output.write_text(json.dumps({"updates": arguments.updates, "results": results}, indent=2) + "\n")
 

@@ -31,8 +31,9 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from transformers import BitsAndBytesConfig as TransformersConfig
 from transformers import TorchAoConfig as TransformersTorchAoConfig
+from transformers import Trainer
 
-from trl_diffusion_opd import estimate_memory, quantization
+from trl_diffusion_opd import cli, estimate_memory, quantization
 from trl_diffusion_opd.cli import QuantizationArguments
 from trl_diffusion_opd.evaluation.identity import base_digest
 from trl_diffusion_opd.memory import Live, activation_bytes
@@ -213,6 +214,13 @@ def test_by_name(given, base, loras, tmp_path):
     trainer, gradient = update(tmp_path / "ours", str(base), loras, quantization_config=given)
     _, expected = update(tmp_path / "loaded", load(base, "torchao int8"), loras)
     assert len(list(quantised_layers(trainer._pipeline.transformer))) > 20
+    assert relative_difference(gradient, expected) < 1e-6
+
+
+def test_what_is_saved_quantised(base, loras, tmp_path):
+    load(base, "nf4").save_pretrained(tmp_path / "saved")
+    _, gradient = update(tmp_path / "ours", str(tmp_path / "saved"), loras)
+    _, expected = update(tmp_path / "loaded", load(base, "nf4"), loras)
     assert relative_difference(gradient, expected) < 1e-6
 
 
@@ -410,6 +418,17 @@ def test_quantisation_that_is_not_trained_on(quant_type, message, base, loras, t
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=TorchAoConfig(quant_type))
 
 
+def test_sharding(base, loras, tmp_path, monkeypatch):
+    make_accelerator = Trainer.create_accelerator_and_postprocess
+
+    def sharded(trainer):
+        make_accelerator(trainer)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    refused(tmp_path, loras, "A quantised base is not supported where FSDP or DeepSpeed", pipeline=load(base, "nf4"))
+
+
 def test_other_library(base, loras, tmp_path):
     pipeline = load(base, "torchao int8")
     pipeline.transformer.quantization_method = type(pipeline.transformer.quantization_method).GGUF
@@ -448,6 +467,7 @@ def test_weights_are_counted(kind, base, loras, tmp_path):
     row = estimate_memory(trainer)["transformer"]
     size, tables = counted_by_hand(load(base, kind).transformer, kind)
     assert size <= row["bytes"] <= size + tables  # layers share tables
+    assert ("uint8" if kind == "nf4 nested" else "int8") in row["dtype"].split(", ")
     trainer.train()
     assert estimate_memory(trainer)["transformer"]["bytes"] == row["bytes"]
 
@@ -501,3 +521,12 @@ def test_options_of_the_scripts():
     assert isinstance(torchao, TorchAoConfig) and type(torchao.quant_type).__name__ == "Int8WeightOnlyConfig"
     with pytest.raises(ValueError, match="--load_in_4bit and --torchao_quant_type exclude each other"):
         QuantizationArguments(load_in_4bit=True, torchao_quant_type="int8_weight_only")
+
+
+def test_options_without_the_library(monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    QuantizationArguments()
+    with pytest.raises(
+        ValueError, match=r"--load_in_8bit needs bitsandbytes: pip install 'trl-diffusion-opd\[quantiz"
+    ):
+        QuantizationArguments(load_in_8bit=True)

@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ class QuantizationArguments:
         given = [name for name in ("load_in_4bit", "load_in_8bit", "torchao_quant_type") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join('--' + name for name in given)} exclude each other. Give one of them.")
+        for name in given:
+            library = "torchao" if name == "torchao_quant_type" else "bitsandbytes"
+            if find_spec(library) is None:
+                raise ValueError(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
 
     def quantization_config(self, dtype: str) -> Any:
         """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""

@@ -132,7 +132,7 @@ def _weights(trainer: "DiffusionTrainer") -> tuple[dict[str, dict[str, Any]], di
 
 
 def _row_of(tensors: Sequence[Tensor], how: str) -> dict[str, Any]:
-    return _row(sum(map(bytes_of, tensors)), {t.dtype for t in tensors}, how)
+    return _row(sum(map(bytes_of, tensors)), {part.dtype for t in tensors for part in plain_tensors(t)}, how)
 
 
 def bytes_of(tensor: Tensor) -> int:

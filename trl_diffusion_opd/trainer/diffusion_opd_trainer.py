@@ -92,8 +92,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler, if not those of `args`.
-        quantization_config (*optional*):
-            Passed to [`~diffusers.DiffusionPipeline.from_pretrained`].
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model, *optional*):
+            How a base that is given by name is quantised, by bitsandbytes or torchao; one for a model is the transformer's.
+            The LoRA on it stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
             The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections); `None` trains all
             weights, and a frozen copy of the base then serves the LoRA teachers.
