@@ -67,6 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "num_trained_timesteps=1": {"num_trained_timesteps": 1},
     "skip_last_steps=3": {"skip_last_steps": 3},
     "skip_last_steps=5": {"skip_last_steps": 5},
+    "skip_last_steps=3, num_trained_timesteps=4": {"skip_last_steps": 3, "num_trained_timesteps": 4},
     "num_inference_steps=5": {"num_inference_steps": 5},
     "guided": {"guidance_scale": SCALE},
     "guided, num_trained_timesteps=4": {"guidance_scale": SCALE, "num_trained_timesteps": 4},
@@ -143,14 +144,65 @@ def evaluate(option: str, seed: int, folder: Path, num_images: int, shared: Path
     return report
 
 
+def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results of each option, one a seed."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        results.setdefault(result["option"], []).append(result)
+    return {option: results[option] for option in OPTIONS if option in results}
+
+
+def cost(result: dict[str, Any]) -> float:
+    """Of one sample in an update, in forwards of one row; a backward counts as one."""
+    return result["cost"]["forward_rows"] + result["cost"]["backward_rows"]
+
+
+def published_cost(option: str) -> int:
+    """The same in three passes with all of nine steps trained, guided or not as the option's teachers are."""
+    rows = (
+        1
+        if OPTIONS[option].get("guidance_scale", 1.0) == OPTIONS[option].get("teacher_guidance_scale", 1.0) == 1
+        else 2
+    )
+    return 9 * 4 * rows
+
+
+def retention(result: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
+    """By task, over the base without guidance."""
+    return {
+        task: (row["student"] - base[task]["base"]) / (row["teacher"] - base[task]["base"])
+        for task, row in result["scores"].items()
+    }
+
+
+def print_table(folder: Path) -> None:
+    results = read(folder)
+    base = results["all"][0]["scores"]
+    header = "| option | forwards and backwards a sample | times cheaper than published | "
+    print(header + " | ".join(tiny.TASKS) + " | mean | seeds |")
+    print("|---|---:|---:|" + "---:|" * (len(tiny.TASKS) + 2))
+    for option, of_seeds in results.items():
+        costs = statistics.mean(map(cost, of_seeds))
+        kept = [retention(result, base) for result in of_seeds]
+        by_task = [statistics.mean(of_seed[task] for of_seed in kept) for task in tiny.TASKS]
+        cells = [f"{published_cost(option) / costs:.2f}", *(f"{value:.3f}" for value in by_task)]
+        seeds = ", ".join(f"{statistics.mean(of_seed.values()):.3f}" for of_seed in kept)
+        print(f"| {option} | {costs:.1f} | {' | '.join(cells)} | {statistics.mean(by_task):.3f} | {seeds} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
     parser.add_argument("--num_images", type=int, default=512)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print what is in the folder, and train nothing")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.table:
+        print_table(args.output)
+        return
     with tempfile.TemporaryDirectory() as work:
         for seed in args.seeds:
             for option in args.options:

@@ -276,7 +276,7 @@ def measure_options(size: str, dtype: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         plain = make_trainer(size, Path(folder), dtype)
         batches = [[{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]] * len(TASKS)
-        updates = range(1, 1 + 2 * SIZES[size]["repeats"])
+        updates = range(1, 2 + SIZES[size]["repeats"])
         speedups = {}
         for option, changes in OPTIONS.items():  # two trainers at a time: more would not fit
             trainer = make_trainer(size, Path(folder), dtype, **changes)

@@ -22,7 +22,7 @@ from tiny_sd3 import ATTENTION, make_pipeline
 from torch import nn
 from transformers import TrainerCallback
 
-from trl_diffusion_opd import TeacherConfig
+from trl_diffusion_opd import TeacherConfig, compilation
 from trl_diffusion_opd.adapters import AdapterSwitch
 from trl_diffusion_opd.compilation import compile_blocks
 
@@ -126,6 +126,13 @@ class TestCompilation:
     def test_nothing_to_compile_is_refused(self):
         with pytest.raises(ValueError, match="no list of equal blocks"):
             compile_blocks(nn.Sequential(nn.Linear(2, 2)))
+
+    def test_nothing_to_compile_is_told_with_all_else(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(compilation, "is_repeated_blocks", lambda module: False)
+        with pytest.raises(ValueError) as error:
+            make_trainer(tmp_path, "base", torch_compile=True, gradient_accumulation_steps=3)
+        assert "- torch_compile: SD3Transformer2DModel has no list of equal blocks to compile." in str(error.value)
+        assert "- gradient_accumulation_steps=3 is not a multiple" in str(error.value)
 
 
 class TestSharedName:

@@ -86,14 +86,15 @@ def launch(script: str, folder: Path, environment: dict[str, str] | None = None)
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
+    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
+    return {**one_each, "count": [*one_each.values(), "base"]}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, teachers):
-    """Reports and tensors of both ranks, with two prompts each at a time."""
+    """Reports and tensors of both ranks, with two prompts each at a time and a task's teachers in one forward."""
     folder = tmp_path_factory.mktemp("two")
-    options = {**OPTIONS, "per_device_train_batch_size": 2}
+    options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
     launch("train.py", folder)
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
@@ -152,6 +153,7 @@ def test_every_sample_has_its_own_noise(two, one):
 def test_gradients_are_reduced_once_an_update(two):
     for report in two[0]:
         assert report["reduced_bytes"] == [4 * report["trained_parameters"]] * UPDATES + [0]
+        assert report["tuning_reduced_bytes"] == [4 * report["trained_parameters"]] * TUNING["max_steps"] + [0]
 
 
 def test_evaluation_is_the_same(two, one, teachers):

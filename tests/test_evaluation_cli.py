@@ -21,6 +21,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -30,7 +31,7 @@ import yaml
 from tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd import TeacherConfig, plots
-from trl_diffusion_opd.evaluation import evaluate_retention
+from trl_diffusion_opd.evaluation import evaluate_retention, measure
 
 
 MODULE = "trl_diffusion_opd.evaluation"
@@ -127,6 +128,50 @@ def test_on_the_command_line(monkeypatch, capsys, models):
         dtype="bfloat16",
     )
     assert again["scores"] == report["scores"]
+
+
+def stuck(prompts, **kwargs):
+    """Hangs until a file says that it may answer."""
+    deadline = time.monotonic() + 60
+    while not Path("answer").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [0.5] * len(prompts)
+
+
+def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models):
+    for name in ("plot_retention", "plot_samples"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    settings = settings_of(models, reward_funcs=[f"{task}=test_evaluation_cli:stuck" for task in TASKS])
+    message = (
+        r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Look at what it waits"
+    )
+    with pytest.raises(TimeoutError, match=message) as error:
+        run(monkeypatch, settings, "--reward_timeout", "0.3")
+    assert error.value.__notes__ == ["What has been drawn and scored is kept: the same command goes on from there."]
+    drawn = len(list(Path("out").rglob("*.png")))
+    Path("answer").touch()
+    monkeypatch.setattr(measure, "draw_batch", counted := Counted(measure.draw_batch))
+    run(monkeypatch, settings, "--reward_timeout", "30")
+    # Two images of four models for two tasks, and none of them twice.
+    assert drawn >= 2 and drawn + counted.images == 2 * 4 * 2
+    assert json.loads(Path("out", "retention.json").read_text())["scores"]["base"]["text"]["stuck"] == 0.5
+
+
+class Counted:
+    """`draw_batch`, with the number of images that it has drawn."""
+
+    def __init__(self, function):
+        self.function, self.images = function, 0
+
+    def __call__(self, *arguments):
+        images = self.function(*arguments)
+        self.images += len(images)
+        return images
+
+
+def test_bad_seconds(monkeypatch, models):
+    with pytest.raises(ValueError, match="reward_timeout=-1.0: it must be a positive number of seconds, or unset"):
+        run(monkeypatch, settings_of(models), "--reward_timeout", "-1")
 
 
 def test_with_a_config_file(monkeypatch, capsys, models):

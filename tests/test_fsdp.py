@@ -30,14 +30,11 @@ from opd_fixtures import (
     student_lora,
 )
 from safetensors.torch import load_file
+from split_runs import TARGETS
 from test_distributed import OPTIONS, UPDATES, launch
-from tiny_sd3 import ATTENTION, make_pipeline
-
-from trl_diffusion_opd.checkpoint import optimizer_problems
+from tiny_sd3 import make_pipeline
 
 
-# The last is of the root, whose weights FSDP2 keeps gathered after a forward without gradients.
-TARGETS = [*ATTENTION, "proj_out"]
 CONFIG = Path(__file__).parents[1] / "examples" / "accelerate_configs" / "fsdp2.yaml"
 
 
@@ -50,14 +47,15 @@ def fsdp_environment():
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
+    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
+    return {**one_each, "count": [*one_each.values(), "base"]}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, teachers):
-    """Reports and weights of both ranks, with two prompts each at a time."""
+    """Reports and weights of both ranks, with two prompts each at a time and a task's teachers in one forward."""
     folder = tmp_path_factory.mktemp("two")
-    options = {**OPTIONS, "per_device_train_batch_size": 2}
+    options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "targets": TARGETS}))
     launch("train_fsdp.py", folder, environment=fsdp_environment())
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
@@ -141,17 +139,3 @@ def test_checkpoints_hold_adapters_alone_and_resume_exactly(two, one):
     assert {"adapter_model.safetensors", "student_raw.safetensors", "complete"} <= sizes.keys()
     assert frozen > trained
     assert all(size < 2.5 * trained + 100_000 for name, size in sizes.items()), sizes
-
-
-def test_an_optimizer_of_fsdp_is_refused_without_it(two, teachers, tmp_path):
-    _, _, folder = two
-    trainer = make_trainer(tmp_path, teachers, peft_config=student_lora(target_modules=TARGETS), **OPTIONS)
-    with pytest.raises(ValueError, match="its optimizer was saved under FSDP. Launch with FSDP again"):
-        trainer.train(resume_from_checkpoint=str(folder / "stopped" / "checkpoint-2"))
-
-
-def test_an_optimizer_without_fsdp_is_refused_under_it(tmp_path):
-    assert optimizer_problems(tmp_path, is_fsdp=True) == []  # a checkpoint without an optimizer
-    (tmp_path / "optimizer.pt").touch()
-    assert optimizer_problems(tmp_path, is_fsdp=False) == []
-    assert "was not saved under FSDP" in optimizer_problems(tmp_path, is_fsdp=True)[0]

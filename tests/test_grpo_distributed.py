@@ -32,7 +32,11 @@ OPTIONS = dict(max_steps=4, num_iterations=2, gradient_accumulation_steps=4, lea
 
 
 def on_two_processes(tmp_path: Path, fixtures: str, options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Logs and weights of both ranks of the trainer that `fixtures` makes."""
+    """
+    Logs and weights of both ranks of the trainer that `fixtures` makes.
+
+    Both have reduced their gradients once an update, or it fails.
+    """
     (tmp_path / "launch.yaml").write_text(LAUNCH)
     (tmp_path / "options.json").write_text(json.dumps(options))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")]
@@ -42,8 +46,10 @@ def on_two_processes(tmp_path: Path, fixtures: str, options: dict[str, Any]) -> 
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-5000:]
-    logs = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    return logs, [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in (0, 1)]
+    reports = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    for report in reports:
+        assert report["reduced_bytes"] == [4 * report["trained_parameters"]] * options["max_steps"] + [0]
+    return [report["log"] for report in reports], [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in (0, 1)]
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

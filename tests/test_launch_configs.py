@@ -23,7 +23,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from opd_fixtures import make_teachers, make_trainer
+from opd_fixtures import make_config, make_teachers, make_trainer
+from tiny_sd3 import make_transformer
+
+from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd.trainer.checks import launch_problems
 
 
 FOLDER = Path(__file__).parents[1] / "examples" / "accelerate_configs"
@@ -99,6 +103,55 @@ def test_several_machines_know_their_places():
     assert arguments.machine_rank == 1 and arguments.nnodes == "2" and arguments.nproc_per_node == "8"
     assert arguments.node_rank == 1 and arguments.rdzv_endpoint == "10.1.2.3:29500"
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+def refusal(tmp_path, **options):
+    with pytest.raises(ValueError) as error:
+        make_trainer(tmp_path, "base", gradient_accumulation_steps=3, **options)
+    assert "- gradient_accumulation_steps=3 is not a multiple" in str(error.value)  # all is told at once
+    return str(error.value)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Two processes, as far as the arguments know, with the environment of a launcher."""
+
+    def launch(**environment):
+        monkeypatch.setattr(DiffusionOPDConfig, "world_size", 2)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_what_fsdp_can_not_do_is_refused(tmp_path, launched, monkeypatch):
+    launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    message = refusal(tmp_path, torch_compile=True)
+    assert "- torch_compile=True is not supported where FSDP wraps the model: leave it out." in message
+    assert "- FSDP of version 1 is not supported. Set fsdp_version: 2 in its settings." in message
+    buffer = "pos_embed.pos_embed"
+    assert f"loading: true fails on SD3Transformer2DModel, which saves a buffer ({buffer})" in message
+    launched(FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+    assert refusal(tmp_path).count("\n- ") == 1
+    # On one process it is no matter.
+    launched(FSDP_VERSION="1")
+    monkeypatch.setattr(DiffusionOPDConfig, "world_size", 1)
+    assert refusal(tmp_path).count("\n- ") == 1
+
+
+def test_fsdp_of_the_arguments_is_checked_as_well(tmp_path, launched):
+    launched()
+    assert "- FSDP of version 1 is not" in refusal(tmp_path, fsdp=True, fsdp_config={"version": 1})
+    assert "FSDP of version" not in refusal(tmp_path, fsdp=True, fsdp_config={"version": 2})
+
+
+def test_torch_compile_is_refused_with_deepspeed(tmp_path):
+    args = make_config(tmp_path, torch_compile=True)
+    assert launch_problems(make_transformer(), args) == []
+    # What the arguments make under its launcher. Made here, it would be transformers' for all tests to come.
+    args.deepspeed_plugin = object()
+    (problem,) = launch_problems(make_transformer(), args)
+    assert problem == "torch_compile=True is not supported where DeepSpeed wraps the model: leave it out."
 
 
 class Engine:

@@ -232,3 +232,42 @@ def test_no_graph_is_kept():
     weight = torch.ones((), requires_grad=True)
     got = PromptCache().encode(Encoder(lambda *args: one_tensor(*args) * weight), ["x", "y"], device="cpu")
     assert not got.requires_grad
+
+
+@pytest.mark.parametrize("outputs", [layers_first, padded_to_the_longest])
+@pytest.mark.parametrize("negative", [None, [""] * 5])
+def test_copies_in_a_batch_that_is_encoded_whole_are_encoded_once(outputs, negative):
+    cache, encoder = PromptCache(), Encoder(outputs)
+    prompts = ["x", "yyy", "x", "zz", "yyy"]
+    got = cache.encode(encoder, prompts, negative_prompt=negative, device="cpu")
+    assert_equal(got, outputs(prompts, negative, LENGTH))
+    encoder.forget_trial()
+    assert encoder.batches == [["x", "yyy", "zz"]]
+    # The batch without copies is there already, and so are any other numbers of them.
+    for more in (["x", "yyy", "zz"], ["x", "yyy", "zz"] * 3):
+        got = cache.encode(encoder, more, negative_prompt=negative and [""] * len(more), device="cpu")
+        assert_equal(got, outputs(more, None, LENGTH))
+    assert encoder.batches == [["x", "yyy", "zz"]]
+
+
+def test_a_mask_that_is_there_only_where_it_masks():
+    def masked(when):
+        def outputs(prompt, negative_prompt, length):
+            embeds = padded_to_the_longest(prompt, None, length)
+            mask = (embeds[..., 0] != 0).float()
+            return embeds, mask if when(mask) else None
+
+        return outputs
+
+    # As Qwen-Image has it, and as it would mislead the trial, whose prompts have 1 and 5 letters.
+    for outputs in (masked(lambda mask: not mask.all()), masked(lambda mask: mask.shape[1] > 5)):
+        cache, encoder = PromptCache(), Encoder(outputs)
+        for prompts in (["xx", "xx"], ["x", "yyyyyy", "x"]):
+            assert_equal(cache.encode(encoder, prompts, device="cpu"), outputs(prompts, None, LENGTH))
+
+
+def test_a_batch_in_which_the_prompts_cannot_be_found_is_encoded_with_its_copies():
+    cache, encoder = PromptCache(), Encoder(position_of_the_batch)
+    assert_equal(cache.encode(encoder, ["x", "x"], device="cpu"), position_of_the_batch(["x", "x"], None, LENGTH))
+    encoder.forget_trial()
+    assert encoder.batches == [["x", "x"]]

@@ -26,6 +26,7 @@ from families import FAMILIES
 from test_prompt_cache import Encoder, assert_equal, lists, nested, one_tensor, padded_to_the_longest, rows
 from tiny_sd3 import make_pipeline
 
+from trl_diffusion_opd import prompt_store
 from trl_diffusion_opd.prompt_cache import PromptCache
 from trl_diffusion_opd.prompt_store import PromptStore, encoder_fingerprint
 from trl_diffusion_opd.velocity import VelocityField
@@ -247,6 +248,20 @@ def test_embeddings_of_another_fingerprint_are_not_seen(tmp_path):
 
 
 # Bound
+
+
+def test_the_files_are_not_looked_at_for_every_prompt(tmp_path, monkeypatch):
+    looks, look = [], prompt_store._size
+    monkeypatch.setattr(prompt_store, "_size", lambda folder: looks.append(folder) or look(folder))
+    one, other = make_store(tmp_path, max_bytes=2**20), make_store(tmp_path, max_bytes=2**20)
+    written = 0
+    for i in range(1000):
+        written += one.write(key(f"one {i}"), torch.full((100,), float(i)))
+        written += other.write(key(f"other {i}"), torch.full((100,), float(-i)))
+    # Two that write at the same time, and do not see each other meanwhile.
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert 2**20 - 4000 < size <= 2**20
+    assert 100 < len(looks) < written / 2 < 1000
 
 
 def test_bytes_are_bounded_and_the_rest_is_encoded_anew(tmp_path, caplog):

@@ -167,11 +167,11 @@ def stopped(tmp_path_factory, teachers):
     return folder
 
 
-def refused(folder, teachers, **options):
+def refused(folder, teachers, named=None, **options):
     trainer = make_trainer(folder, teachers, max_steps=2, **options)
     before = snapshot(trainer)
     with pytest.raises(ValueError) as error:
-        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        trainer.train(resume_from_checkpoint=named or str(folder / "checkpoint-1"))
     assert all(torch.equal(p, before[name]) for name, p in snapshot(trainer).items())
     return str(error.value)
 
@@ -194,8 +194,16 @@ def test_changed_teacher_is_refused(stopped, teachers, tmp_path):
         assert "the teacher of task 'draw' has changed: the checkpoint was trained with draw@" in message
         assert "'count'" not in message
         # Named in the arguments, the checkpoint is compared before anything is loaded into the student.
-        with pytest.raises(ValueError, match="draw: not the teacher that the checkpoint was trained with"):
+        refusal = "draw: not the teacher that the checkpoint was trained with"
+        with pytest.raises(ValueError, match=refusal):
             make_trainer(tmp_path, teachers, resume_from_checkpoint=str(stopped / "checkpoint-1"))
+        # The last one of the run, not named but asked for.
+        assert refused(stopped, teachers, named=True) == message
+        with pytest.raises(ValueError, match=refusal):
+            make_trainer(stopped, teachers, resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match=refusal):  # as a command line gives it
+            make_trainer(stopped, teachers, resume_from_checkpoint="True")
+        make_trainer(tmp_path, teachers, resume_from_checkpoint=True)  # there is none here
     finally:
         file.write_bytes(original)
 

@@ -140,6 +140,27 @@ def test_training_goes_on_without_a_monitored_reward(tmp_path, caplog):
     assert "Reward 'stuck' has given no scores for 2 images of task 'count' in 0.2 seconds" in caplog.text
 
 
+def test_a_dry_run_goes_on_without_a_monitored_reward(tmp_path, caplog):
+    release = threading.Event()
+
+    def stuck(prompts, **columns):
+        release.wait(60)
+        return [0.0] * len(prompts)
+
+    trainer = make_trainer(
+        tmp_path / "out",
+        make_teachers(tmp_path),
+        reward_funcs={"count": stuck, "draw": quick},
+        train_dataset=make_dataset(count=2, draw=2),
+        reward_timeout=0.2,
+    )
+    tasks = trainer.dry_run()["tasks"]
+    release.set()
+    assert {score for of_image in tasks["count"]["rewards"].values() for score in of_image.values()} == {None}
+    assert {score for of_image in tasks["draw"]["rewards"].values() for score in of_image.values()} == {1.0}
+    assert "Reward 'stuck' has given no scores for 3 images of task 'count' in 0.2 seconds" in caplog.text
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_bad_seconds(seconds, tmp_path):
     with pytest.raises(ValueError, match="reward_timeout=.*: it must be a positive number of seconds, or unset"):

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from opd_fixtures import make_dataset, make_teachers, make_trainer
+from opd_fixtures import TINY_SETTINGS, make_dataset, make_teachers, make_trainer
 from safetensors.torch import load_file, save_file
 from sft_fixtures import sft_trainer
 from tiny_sd3 import make_pipeline
@@ -211,6 +211,21 @@ def test_another_teacher_is_refused(through, teachers, tmp_path):
     assert "stage 'second' is taught by stage 'first', which does not come before it" in refusal(stages[::-1], folder)
 
 
+def test_a_teacher_that_changes_within_a_stage_is_refused(through, teachers, tmp_path):
+    folder = copy_of(through, tmp_path)
+    (folder / "second" / "finished").unlink()  # interrupted after its last checkpoint
+    before = weights(folder / "second")
+    moved = {task: str(shutil.copytree(teachers[task], tmp_path / task)) for task in teachers}
+    run_stages(two_stages(moved), folder)  # the same files elsewhere
+    assert same(weights(folder / "second"), before)
+    (folder / "second" / "finished").unlink()
+    file = tmp_path / "draw" / "adapter_model.safetensors"
+    save_file({name: value + 1e-3 for name, value in load_file(file).items()}, file)
+    message = refusal(two_stages(moved), folder)
+    assert "Can't resume from checkpoint-3:\n- the teacher of task 'draw' has changed" in message
+    assert not (folder / "second" / "finished").exists()
+
+
 # From a file
 
 
@@ -246,6 +261,32 @@ def test_a_file_is_read(tmp_path):
     assert [stage.name for stage in stages] == ["one", "two"]
     assert [stage.settings["config"]["seed"] for stage in stages] == [3, 4]
     assert [stage.settings["model_name_or_path"] for stage in stages] == ["base", "base"]
+
+
+@pytest.mark.usefixtures("prompt_files")
+def test_a_teacher_of_a_file_that_changes_is_refused(teachers, tmp_path):
+    base, teacher = tmp_path / "base", Path(shutil.copytree(teachers["draw"], tmp_path / "draw"))
+    make_pipeline().save_pretrained(base)
+    tiny = {name: value for name, value in TINY_SETTINGS.items() if name != "disable_tqdm"}
+    stage = {
+        "name": "one",
+        "trainer": "opd",
+        "model_name_or_path": str(base),
+        "prompts": ["draw=a.txt"],
+        "teachers": [f"draw={teacher}"],
+        "config": {**tiny, **OPTIONS, "max_steps": 1, "per_device_train_batch_size": 1},
+        "lora_r": 2,
+    }
+    path = write_file(tmp_path / "stages.yaml", shared={}, stages=[stage])
+    main(StagesArguments(str(path)))
+    (tmp_path / "out" / "one" / "finished").unlink()
+    main(StagesArguments(str(path)))  # nothing is left of it to train
+    (tmp_path / "out" / "one" / "finished").unlink()
+    file = teacher / "adapter_model.safetensors"
+    save_file({name: value + 1e-3 for name, value in load_file(file).items()}, file)
+    # By the arguments of its trainer, before a student is made.
+    with pytest.raises(ValueError, match="task 'draw': draw: not the teacher that the checkpoint was trained with"):
+        main(StagesArguments(str(path)))
 
 
 @pytest.mark.usefixtures("prompt_files")

@@ -79,6 +79,25 @@ class AdapterSwitch:
         finally:
             self._activate(before)
 
+    @contextmanager
+    def mixed(self, adapter: str) -> Iterator[None]:
+        """
+        For a forward with PEFT's `adapter_names`, which it heeds only where some adapter is active: within it, `adapter` is.
+
+        After an exception nothing is left of the forward. PEFT would leave its hooks, and the next one would compute its rows
+        with these adapters.
+        """
+        known = [set(layer._forward_pre_hooks) for layer in self._layers]
+        with self.use(adapter):
+            try:
+                yield
+            except BaseException:
+                for layer, before in zip(self._layers, known, strict=True):
+                    for key in layer._forward_pre_hooks.keys() - before:
+                        del layer._forward_pre_hooks[key]
+                        layer._forward_pre_hooks_with_kwargs.pop(key, None)
+                raise
+
 
 def _point(layer: LoraLayer, adapter: str) -> None:
     for modules in (layer.lora_A, layer.lora_B, layer.lora_dropout):

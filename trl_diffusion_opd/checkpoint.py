@@ -27,12 +27,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import hub
 from .processes import communication_failed
+from .sharding import load_whole_optimizer_state, whole_optimizer_state
 
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "complete"
 GRID_FILE = "noise_grid.json"
-# Of a full and of a sharded state, as accelerate names them.
-FSDP_OPTIMIZER_NAMES = (OPTIMIZER_NAME_BIN, "optimizer_0")
 
 
 def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> None:
@@ -158,7 +157,9 @@ def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / COMPLETE_FILE).exists():
         raise ValueError(f"{folder.name} was not saved to its end. Resume from an older checkpoint.")
-    problems = trainer._check_resume(folder) + optimizer_problems(folder, trainer.is_fsdp_enabled)
+    problems = trainer._check_resume(folder)
+    if not trainer.is_deepspeed_enabled:  # it looks for its own
+        problems += optimizer_problems(folder)
     if problems:
         raise ValueError(f"Can't resume from {folder.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
     trainer._load_state(folder)
@@ -199,15 +200,34 @@ def grid_problems(folder: Path, levels: Tensor) -> list[str]:
     ]
 
 
-def optimizer_problems(folder: Path, is_fsdp: bool) -> list[str]:
-    """Whether the checkpoint's optimizer can be read with FSDP, or without it."""
-    # Parameters are named under FSDP and numbered otherwise.
-    named = any((folder / name).exists() for name in FSDP_OPTIMIZER_NAMES)
-    if named and not is_fsdp:
-        return ["its optimizer was saved under FSDP. Launch with FSDP again."]
-    if is_fsdp and (folder / OPTIMIZER_NAME).exists():
-        return ["its optimizer was not saved under FSDP. Launch without FSDP."]
-    return []
+def optimizer_problems(folder: Path) -> list[str]:
+    """Whether the checkpoint has its optimizer, without which Trainer would silently begin with a new one."""
+    if (folder / OPTIMIZER_NAME).exists():
+        return []
+    return [
+        f"it has no optimizer ({OPTIMIZER_NAME}): it was saved with save_only_model=True, or under DeepSpeed, whose "
+        "checkpoints are resumed under DeepSpeed alone. Name a saved LoRA as student_init to begin anew with its weights."
+    ]
+
+
+def save_optimizer(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+    """
+    Writes optimizer and schedule of split weights as Trainer writes them where they are whole, so that any number of
+    processes can go on from them. All processes call it.
+    """
+    state = whole_optimizer_state(trainer.optimizer, keep=trainer.args.should_save)
+    if trainer.args.should_save:
+        torch.save(state, os.path.join(folder, OPTIMIZER_NAME))
+        torch.save(trainer.lr_scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
+
+
+def load_optimizer(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+    """Restores for split weights what [`save_optimizer`] or Trainer wrote."""
+    # Mapped, not read: each process takes its part, and those of a machine share the pages.
+    state = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
+    load_whole_optimizer_state(trainer.optimizer, state)
+    schedule = torch.load(os.path.join(folder, SCHEDULER_NAME), map_location="cpu", weights_only=True)
+    trainer.lr_scheduler.load_state_dict(schedule)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -38,17 +38,30 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
     Raises:
         [`ValueError`]: if it has no repeated blocks.
     """
-    blocks = list(_repeated_blocks(transformer))
-    if not blocks:
-        raise ValueError(f"torch_compile: {type(transformer).__name__} has no list of equal blocks to compile.")
     options = {} if backend is None else {"backend": backend}
-    for block in blocks:
+    for block in compilable_blocks(transformer):
         block.compile(mode=mode, recompile_limit=RECOMPILE_LIMIT, **options)
 
 
-def _repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+def compilable_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """
+    What [`compile_blocks`] compiles.
+
+    Raises:
+        [`ValueError`]: if there is nothing.
+    """
+    blocks = list(repeated_blocks(transformer))
+    if not blocks:
+        raise ValueError(
+            f"torch_compile: {type(transformer).__name__} has no list of equal blocks to compile. Leave it out."
+        )
+    return blocks
+
+
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of which a transformer mostly consists: the members of its outermost lists of equal modules."""
     for child in module.children():
         if is_repeated_blocks(child):
             yield from child.children()
         else:
-            yield from _repeated_blocks(child)
+            yield from repeated_blocks(child)

@@ -119,6 +119,7 @@ def _walk(
     # to the base and the squared norm of its velocity.
     squares: list[list[Tensor]] = []
     rounding = [_rounding(trainer)] * len(roles)
+    shares_forwards = len(bank.forwards(roles)) < len(roles)
 
     def velocity(j: int, x: Tensor) -> Tensor:
         t = levels[j]
@@ -137,6 +138,9 @@ def _walk(
                 with bank.use(role) as module, rescaled_factors(bank.backbone, role.name):
                     again = field(x, t, prompts, scale, module)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
+        if shares_forwards:
+            with clock("teachers"):
+                trainer._target(task, x, t, prompts)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
@@ -162,7 +166,8 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    teachers = sum(clock.median(f"teacher {i}") for i in range(len(roles)))
+    alone = [f"teacher {i}" for i in range(len(roles))]
+    teachers = sum(clock.median(name) for name in (["teachers"] if shares_forwards else alone))
     return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from .data import TaskSampler
 from .evaluation import draw_images
 from .memory import estimate_memory
-from .rewards import score
+from .rewards import Scorer
 from .timing import instant, seconds_between
 
 
@@ -213,10 +213,13 @@ def draw(trainer: "DiffusionTrainer", module: nn.Module, task: str, prompt: str,
 
 
 def score_pictures(trainer: "DiffusionTrainer", pictures: Pictures) -> dict[str, dict[str, dict[str, float | None]]]:
-    """By task, caption and reward the score of every image."""
+    """By task, caption and reward the score of every image; none of a reward that hangs, with a warning."""
     scored = {}
     for task, (row, images) in pictures.items():
-        scores = score(trainer.reward_funcs[task], [row] * len(images), list(images.values()), trainer.state)
+        functions, timeout = trainer.reward_funcs[task], trainer.args.reward_timeout
+        with Scorer(functions, trainer.state, timeout, on_timeout="none", task=task) as scorer:
+            scorer.submit([row] * len(images), list(images.values()))
+            scores = scorer.results()
         scored[task] = {
             caption: {name: values[i] for name, values in scores.items()} for i, caption in enumerate(images)
         }

@@ -14,6 +14,7 @@
 
 """The peak memory of training, from shapes alone: nothing is allocated and no network runs."""
 
+import functools
 import itertools
 import weakref
 from collections import defaultdict
@@ -26,11 +27,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
 
+from .compilation import repeated_blocks
 from .pipeline_view import StandIn, base_weight
 from .quantization import plain_tensors, quantised_layers, scales, weight_kind
 
@@ -61,8 +62,8 @@ def estimate_memory(
             `"cuda"` for what mixed precision keeps there (layer norms are float32), `"cpu"` for what it keeps here; that of
             the trainer if not given.
         shards (`int`, *optional*, defaults to 1):
-            Processes that share the student's network, its gradients and its optimizer, under FSDP2 or ZeRO-3. Two of its
-            blocks are whole at a time.
+            Processes that share the student's network and its optimizer, under FSDP2. Two of its blocks are whole at a time,
+            what is outside of the blocks, and the gradients.
 
     Returns:
         `dict`: by part `{"dtype", "bytes", "how"}`; the last one is `"peak"`, whose `"how"` names what happens then.
@@ -71,13 +72,14 @@ def estimate_memory(
     dtypes = {p.dtype for p in student}
     rows, elsewhere = _weights(trainer)
     if shards > 1:
-        rows["gathered blocks"] = _row(_gathered(trainer), {p.dtype for p in student}, "counted: two blocks at a time")
+        rows["gathered"] = _row(_gathered(trainer), dtypes, "counted: two blocks at a time and what is outside")
         for name in ("transformer", "student", "moving average"):
             if name in rows:
                 rows[name]["bytes"] //= shards
     trained = sum(p.nbytes for p in student)
     state, temporary = optimizer_bytes(trainer)
-    rows["gradients"] = _row(trained // shards, dtypes, "as the student")
+    # FSDP2 splits them in the update's last backward.
+    rows["gradients"] = _row(trained, dtypes, "as the student" if shards == 1 else "as the student, whole")
     rows["optimizer"] = _row(round(state * trained) // shards, set(), f"{state:.2f} bytes a byte of the student")
     resident = sum(row["bytes"] for row in rows.values())
     activations = activation_bytes(trainer, device_type)
@@ -140,9 +142,8 @@ def bytes_of(tensor: Tensor) -> int:
 
 def _gathered(trainer: "DiffusionTrainer") -> int:
     transformer: Any = trainer._pipeline.components["transformer"]
-    lists = [module for module in transformer.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [sum(bytes_of(p) for p in block.parameters()) for blocks in lists for block in blocks]
-    return 2 * max(blocks, default=0)
+    blocks = [sum(bytes_of(p) for p in block.parameters()) for block in repeated_blocks(transformer)]
+    return sum(bytes_of(p) for p in transformer.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
 def optimizer_bytes(trainer: "DiffusionTrainer") -> tuple[float, float]:
@@ -202,21 +203,42 @@ class Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key, 0)
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """Autocast's list of what is computed in float32 is longer on CUDA than on the CPU; these have the large outputs."""
+# Autocast's list of what is computed in float32 is longer on CUDA than on the CPU; these have the large outputs.
+_FLOAT32_ON_CUDA: tuple[tuple[Any, str], ...] = (
+    (nn.functional, "layer_norm"),
+    (nn.functional, "group_norm"),
+    (nn.functional, "softmax"),
+    (torch, "softmax"),
+    (Tensor, "softmax"),
+)
 
-    FLOAT32 = (
-        nn.functional.layer_norm,
-        nn.functional.group_norm,
-        nn.functional.softmax,
-        torch.softmax,
-        Tensor.softmax,
-    )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_float32, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """
+    What autocast computes in float32 on CUDA is so within it.
+
+    The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
+    """
+
+    def of(function: Any) -> Any:
+        @functools.wraps(function)
+        def float32(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_float32, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return float32
+
+    with ExitStack() as stack:
+        for owner, name in _FLOAT32_ON_CUDA:
+            original = getattr(owner, name)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, original)
+            else:  # a tensor's is inherited
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, of(original))
+        yield
 
 
 def _float32(value: Any) -> Any:
@@ -348,7 +370,7 @@ def _in_shapes(
         modes.enter_context(shapes)
         modes.enter_context(_kernels_in_shapes([layer for _, layer in quantised]))
         if device_type == "cuda":
-            modes.enter_context(_AsOnCuda())
+            modes.enter_context(_as_on_cuda())
         if precision is not None:
             modes.enter_context(torch.autocast("cpu", precision))
         velocities = functional_call(step, state, (inputs, backward, live))

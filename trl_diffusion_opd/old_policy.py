@@ -23,9 +23,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .adapters import AdapterSwitch
-from .sharding import whole
+from .sharding import forget_gathered, gathered, split_like, whole
 from .student import STUDENT_ADAPTER, frozen_copy
 from .teachers import add_adapter
 
@@ -57,7 +58,8 @@ class OldPolicy:
             parameter.requires_grad_(False)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Its weights by the names of the student's."""
+        """Its weights by the names of the student's. Not to be called between a forward and its backward."""
+        forget_gathered(self.model)
         parameters = dict(self.model.named_parameters())
         if self._switch is None:
             return {name: parameters[name] for name in self._names}
@@ -79,11 +81,13 @@ class OldPolicy:
     def follow(self, student: Mapping[str, nn.Parameter], decay: float) -> None:
         """`old = decay old + (1 - decay) student` (arXiv 2509.16117, Algorithm 1); at 0 it is the student, to the bit."""
         for name, parameter in self.named_parameters().items():
-            parameter.lerp_(student[name].detach(), 1 - decay)
+            weight = student[name].detach()
+            # Under FSDP2 the copy of a fully trained student is not split.
+            parameter.lerp_(weight if isinstance(parameter, DTensor) else gathered(weight), 1 - decay)
 
     def save(self, folder: str | Path, write: bool = True) -> None:
         """Writes it into a checkpoint, of which it is a part as [`Student.save_state`]'s weights; of a saved student not."""
-        weights = whole(self.named_parameters())
+        weights = whole(self.named_parameters(), keep=write)
         if write:
             save_file(weights, os.path.join(folder, OLD_POLICY_FILE), metadata={"format": "pt"})
 
@@ -92,4 +96,4 @@ class OldPolicy:
         """Restores what [`save`] wrote for the same student."""
         parameters = self.named_parameters()
         for name, weight in load_file(os.path.join(folder, OLD_POLICY_FILE)).items():
-            parameters[name].copy_(weight)
+            parameters[name].copy_(split_like(weight, parameters[name]))

@@ -78,11 +78,13 @@ class StandIn(nn.Module):
 
     def __init__(self, model: Callable[..., Any], base: nn.Module):
         super().__init__()
-        weight = base_weight(base)
+        # Under mixed precision FSDP2's student, trained in full, is float32 where its frozen base is not.
+        weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         network: Any = type(base)
         self.__dict__["names"] = _input_names(network)
         self.__dict__["timesteps"] = None  # of each sample, where they are not all at the same level
+        self.__dict__["adapters"] = None  # name of each sample's LoRA, where they don't all have the active one
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -93,6 +95,10 @@ class StandIn(nn.Module):
         if self.timesteps is not None:
             inputs[timestep_name(inputs)] = _rows_of(self.timesteps)
         inputs = {name: self._cast(name, value) for name, value in inputs.items()}
+        if self.adapters is not None:
+            # With guidance there are several times as many rows as samples, as for timesteps.
+            rows = len(inputs[self.names[0]])
+            inputs["adapter_names"] = [self.adapters[row % len(self.adapters)] for row in range(rows)]
         if self.dtype in (torch.bfloat16, torch.float16):
             with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base):
                 output = self.model(**inputs)
@@ -160,9 +166,10 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
     if not isinstance(projection, nn.Linear):
         yield
         return
-    weight, bias = dequantised(projection), projection.bias
 
     def forward(x: Tensor) -> Tensor:
+        # FSDP2 has them whole within a forward alone.
+        weight, bias = dequantised(projection), projection.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 

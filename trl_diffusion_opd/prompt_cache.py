@@ -29,8 +29,8 @@ from .prompt_store import PromptStore
 
 # Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
 _PROBES = ("a", "a b c")
-# Key of what the trial found, in a store.
-_LAYOUT = "layout"
+# Keys of what the trials found, in a store.
+_LAYOUT, _AXES = "layout", "axes"
 # Guided and unguided calls of student and teachers on one micro-batch.
 _RECENT_BATCHES = 8
 
@@ -43,7 +43,7 @@ class PromptCache:
     number of processes or what was encoded before, without which a resumed run could not repeat an uninterrupted one
     to the bit. Some encoders return things that are not rows (position ids, layers first) or pad to the longest
     prompt of the batch; a trial at the first call finds them, and for those the whole batch is encoded and kept as it
-    is.
+    is, a prompt that is several times in it once.
 
     Args:
         max_bytes (`int`, *optional*, defaults to 2 GiB):
@@ -89,27 +89,39 @@ class PromptCache:
     ) -> Any:
         sizes = {len(value) for value in texts.values()}
         # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
-        layout = self._layout(encode_prompt, call, texts, options, store) if len(sizes) == 1 and sizes != {1} else None
+        size = sizes.pop() if len(sizes) == 1 else 1
+        layout = None
+        if size > 1:
+            trial = partial(_try_layout, encode_prompt, call, texts)
+            layout = self._trial((_LAYOUT, *options, *texts), trial, store)
         rows = []
-        for i in range(sizes.pop() if layout is not None else 0):
+        for i in range(size if layout is not None else 0):
             row = {name: [value[i]] for name, value in texts.items()}
             key = (*options, *((name, value[0]) for name, value in row.items()))
             rows.append(self._remember(key, partial(encode_prompt, **{**call, **row}), store))
         # CogView4 pads to the next 16 tokens of the longest: rows until a batch has prompts on both sides of 16.
         if layout is not None and _fit(rows, layout):
             return _to(_join(rows, layout), call.get("device"))
+        distinct = list(dict.fromkeys(zip(*texts.values(), strict=True))) if size > 1 else []
+        if 0 < len(distinct) < size:
+            trial = partial(_try_axes, encode_prompt, call, texts)
+            axes = self._trial((_AXES, *options, *texts), trial, store)
+            if axes is not None:
+                once = dict(zip(texts, map(list, zip(*distinct, strict=True)), strict=True))
+                key = (*options, *((name, tuple(value)) for name, value in once.items()))
+                encoded = self._encode_batch(encode_prompt, {**call, **once}, once, options, key, store)
+                if _as_tried(encoded, axes):
+                    return _take(encoded, axes, [distinct.index(row) for row in zip(*texts.values(), strict=True)])
         copies = {name: list(value) for name, value in texts.items()}  # Z-Image writes its template into the list
         return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies}), store), call.get("device"))
 
-    def _layout(
-        self, encode_prompt: Callable[..., Any], call: dict, texts: dict, options: tuple, store: PromptStore | None
-    ) -> Any:
-        pattern = (*options, *texts)
+    def _trial(self, pattern: tuple, run: Callable[[], Any], store: PromptStore | None) -> Any:
+        """What a trial found, for this kind of call."""
         if pattern not in self._layouts:
-            kept = None if store is None else store.read((_LAYOUT, *pattern))
-            self._layouts[pattern] = kept[0] if kept is not None else _try_layout(encode_prompt, call, texts)
+            kept = None if store is None else store.read(pattern)
+            self._layouts[pattern] = kept[0] if kept is not None else run()
             if store is not None and kept is None:
-                store.write((_LAYOUT, *pattern), (self._layouts[pattern],))
+                store.write(pattern, (self._layouts[pattern],))
         return self._layouts[pattern]
 
     def _remember(self, key: tuple, compute: Callable[[], Any], store: PromptStore | None) -> Any:
@@ -178,6 +190,52 @@ def _find_layout(first: Any, second: Any, both: Any) -> Any:
     if tensors and first.shape == second.shape and _close(torch.cat([first, second]), both):
         return "rows"
     return None
+
+
+def _try_axes(encode_prompt: Callable[..., Any], call: dict, texts: dict) -> Any:
+    once, twice = (encode_prompt(**{**call, **{name: list(_PROBES) * n for name in texts}}) for n in (1, 2))
+    return _find_axes(once, twice)
+
+
+def _find_axes(once: Any, twice: Any) -> Any:
+    """
+    Where the prompts of a batch are in its embeddings, from those of a batch and of the batch twice over: the number of an
+    axis, `"shared"` (the same for any batch), `"list"`, `"nothing"`, a tuple of these, or `None` where they are nowhere to
+    be seen.
+    """
+    if isinstance(twice, tuple):
+        axes = [_find_axes(*items) for items in zip(once, twice, strict=True)]
+        return None if None in axes else tuple(axes)
+    if isinstance(twice, list):
+        return "list" if len(twice) == 2 * len(once) and all(map(_close, once * 2, twice)) else None
+    if once is None and twice is None:
+        return "nothing"
+    if _close(once, twice):
+        return "shared"
+    if isinstance(once, Tensor) and isinstance(twice, Tensor):
+        doubled = [
+            axis for axis in range(once.ndim) if once.shape[axis] == 2 and _close(torch.cat([once] * 2, axis), twice)
+        ]
+        return str(doubled[0]) if doubled else None  # a store keeps text
+    return None
+
+
+def _as_tried(encoded: Any, axes: Any) -> bool:
+    """Whether there is nothing where the trial had nothing, of which it cannot be said where the prompts are."""
+    if isinstance(axes, tuple):
+        return all(_as_tried(*items) for items in zip(encoded, axes, strict=True))
+    return encoded is None or axes != "nothing"
+
+
+def _take(encoded: Any, axes: Any, numbers: list[int]) -> Any:
+    """The embeddings of the batch that has the prompts of these numbers of another."""
+    if isinstance(axes, tuple):
+        return tuple(_take(part, of_part, numbers) for part, of_part in zip(encoded, axes, strict=True))
+    if axes == "list":
+        return [encoded[i] for i in numbers] if encoded else encoded
+    if encoded is None or axes == "shared":  # a mask is None where it would mask nothing (Qwen-Image)
+        return encoded
+    return encoded.index_select(int(axes), torch.tensor(numbers, device=encoded.device))
 
 
 def _fit(rows: list[Any], layout: Any) -> bool:

@@ -65,6 +65,7 @@ _PASSING = (
     "transformers_version",
     "_diffusers_version",
 )
+_UNSEEN = 64 * 2**20  # bytes that a process writes at most before it looks at everybody's files again
 # What pyarrow raises for a file that is cut off, of another kind or gone.
 _UNREADABLE = (OSError, EOFError, ValueError, pa.ArrowException)
 
@@ -101,6 +102,7 @@ class PromptStore:
         self._own = self.folder / f"{uuid.uuid4().hex}.arrow"
         self._file: BinaryIO | None = None
         self._stopped = False
+        self._free = 0  # bytes that may be written without another look at the files
         self._rows: dict[bytes, tuple[Path, int]] = {}  # where a row begins, by its key's hash
         self._tensors: dict[str, tuple[Path, int]] = {}  # the row that brings a tensor
         self._ends: dict[Path, int] = {}  # how far a file is known
@@ -155,7 +157,7 @@ class PromptStore:
             "tensors": list(new.values()),
         }
         message = pa.RecordBatch.from_pylist([row], schema=_SCHEMA).serialize()
-        if _size(self.root) + message.size > self.max_bytes:
+        if not self._has_room(message.size):
             self._stop(f"is full ({self.max_bytes} bytes, prompt_cache_max_size)")
             return False
         try:
@@ -172,6 +174,17 @@ class PromptStore:
             return False
         self._rows[_hash(text.encode())] = self._own, offset
         self._tensors |= dict.fromkeys(new, (self._own, offset))
+        return True
+
+    def _has_room(self, size: int) -> bool:
+        """Whether `size` bytes may be written. It looks at the files where what it saw of them last leaves it in doubt."""
+        if size > self._free:
+            room = self.max_bytes - _size(self.root)
+            if size > room:
+                return False
+            # The rest of it as long as others, who may be many, write as much.
+            self._free = max(size, min(room // 64, _UNSEEN))
+        self._free -= size
         return True
 
     def _stop(self, why: str) -> None:

@@ -26,6 +26,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.training_utils import EMAModel
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ STUDENT_ADAPTER = "default"
 RAW_FILE = "student_raw.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
 FULL_FILES = "diffusion_pytorch_model*.safetensors"
+_FULL_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"  # as diffusers names them
 
 # The attention projections of the paper's released settings, by the names that diffusers gives them.
 ATTENTION_TARGETS = (
@@ -93,6 +95,7 @@ class Student:
         self.model = model
         self.pipeline = pipeline
         self.is_lora = isinstance(model, PeftModel)
+        self._class_name = type(model).__name__  # FSDP2 gives the model a class of its own
         self.ema_update_interval = ema_update_interval
         self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
 
@@ -135,6 +138,14 @@ class Student:
             pairs = zip(self.ema.shadow_params, self.parameters(), strict=True)
             self.ema.shadow_params = [split_like(average, p) for average, p in pairs]
 
+    def whole_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """
+        What [`save`] needs of a model that FSDP2 splits: the LoRA, or all weights and buffers. All processes must call it;
+        those without `keep` get nothing.
+        """
+        trained = self.named_parameters()
+        return whole(trained if self.is_lora else self.model.state_dict(), keep)
+
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """
         Writes the weights that the model has now: for a LoRA in PEFT's and in diffusers' format, each with alpha; for a
@@ -142,14 +153,22 @@ class Student:
 
         Args:
             folder (`str` or `Path`): made if it does not exist.
-            state_dict (`dict`, *optional*): the model's gathered weights, where training shards them.
+            state_dict (`dict`, *optional*): what [`whole_weights`] returned, where training splits the model.
         """
         os.makedirs(folder, exist_ok=True)
         model: Any = self.model
         if not self.is_lora:
             if "_name_or_path" in model.config:
                 model.register_to_config(_name_or_path=public_name(model.config["_name_or_path"]))
-            model.save_pretrained(folder, state_dict=state_dict)
+            if state_dict is None:
+                model.save_pretrained(folder)
+                return
+            # diffusers' own takes the weights from the model, which has parts of them.
+            model.save_config(folder)
+            config_file = Path(folder) / model.config_name
+            config = json.loads(config_file.read_text()) | {"_class_name": self._class_name}
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_torch_state_dict(state_dict, folder, filename_pattern=_FULL_PATTERN, max_shard_size="10GB")
             return
         # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
         weights = get_peft_model_state_dict(
@@ -174,7 +193,7 @@ class Student:
         Writes the weights that training goes on from; the average is what [`save`] writes. All processes call it, and those
         with `write` write.
         """
-        weights = whole(self.named_parameters())
+        weights = whole(self.named_parameters(), keep=write)
         if write:
             save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
 

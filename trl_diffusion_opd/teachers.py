@@ -37,6 +37,9 @@ from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, pars
 from .velocity import VelocityField
 
 
+# PEFT's name for a row without an adapter.
+_NO_ADAPTER = "__base__"
+
 __all__ = [
     "Teacher",
     "TeacherBank",
@@ -206,12 +209,16 @@ class TeacherBank:
             Guidance scale of teachers that name none.
         student_adapter (`str`, *optional*, defaults to `"default"`):
             The adapter that is active outside of [`~TeacherBank.use`]; `None` without one (full fine-tuning).
+        batched (`bool`, *optional*, defaults to `False`):
+            Whether the teachers of a task that are LoRAs, or the base, at the same guidance scale share a forward, with as
+            many copies of the batch as there are teachers.
         manifest (`dict`, *optional*):
             A checkpoint's [`~TeacherBank.manifest`]. Hub teachers are loaded at the commits in it, and a teacher with
             another hash is refused.
 
     Attributes:
         teachers (`dict[str, list[Teacher]]`): The loaded teachers by task.
+        batched (`bool`): As given.
         backbone (`nn.Module`): The model that `use` yields for LoRAs and the base.
         switch (`AdapterSwitch`): Which of its adapters is active.
 
@@ -227,8 +234,10 @@ class TeacherBank:
         default_guidance_scale: float,
         student_adapter: str | None = "default",
         manifest: Mapping[str, Any] | None = None,
+        batched: bool = False,
     ) -> None:
         self.backbone = backbone
+        self.batched = batched
         self.teachers: dict[str, list[Teacher]] = {}
         self._has_student = student_adapter is not None
 
@@ -255,7 +264,7 @@ class TeacherBank:
 
         self.switch = AdapterSwitch(self.backbone, student_adapter)
         if student_adapter is None:
-            self.backbone.requires_grad_(False)
+            self.backbone.requires_grad_(False).eval()  # PEFT's wrapper came in training mode
         if problems:
             raise ValueError("The teachers cannot be used:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
 
@@ -319,10 +328,60 @@ class TeacherBank:
         `torch.no_grad()`.
         """
         mean = torch.zeros_like(x)
-        for teacher in teachers:
-            with self.use(teacher) as transformer:
-                mean += teacher.weight * field(x, t, prompts, teacher.guidance_scale, transformer)
+        for group in self.forwards(teachers):
+            for teacher, velocity in zip(group, self._velocities(field, group, x, t, prompts), strict=True):
+                mean += teacher.weight * velocity
         return mean
+
+    def forwards(self, teachers: Sequence[Teacher]) -> list[list[Teacher]]:
+        """The teachers by the forward that computes them: one each, or several on one backbone at one guidance scale."""
+        if not self.batched:
+            return [[teacher] for teacher in teachers]
+        groups: dict[tuple[float, str | None], dict[str, Teacher]] = {}
+        for teacher in teachers:
+            alone = teacher.name if teacher.kind == "full" else None
+            group = groups.setdefault((teacher.guidance_scale, alone), {})
+            weight = group[teacher.name].weight if teacher.name in group else 0.0  # one that is named twice
+            group[teacher.name] = replace(teacher, weight=weight + teacher.weight)
+        return [[*group.values()] for group in groups.values()]
+
+    def _velocities(
+        self, field: VelocityField, group: Sequence[Teacher], x: Tensor, t: float, prompts: list[str]
+    ) -> Sequence[Tensor]:
+        """Velocity of each teacher of a forward, at `x` of shape `(B, ...)`, from as many copies of it as there are teachers."""
+        n, scale = len(group), group[0].guidance_scale
+        if n == 1:
+            with self.use(group[0]) as transformer:
+                return [field(x, t, prompts, scale, transformer)]
+        names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in group for _ in prompts]
+        with self.switch.mixed(next(teacher.name for teacher in group if teacher.kind == "lora")):
+            copies = x.repeat(n, *(1 for _ in x.shape[1:]))
+            return field(copies, t, prompts * n, scale, self.backbone, names).chunk(n)
+
+    @torch.no_grad()
+    def check_batched(self, field: VelocityField) -> None:
+        """
+        Computes one sample's velocities of all teachers that share a forward.
+
+        Raises:
+            [`ValueError`]: if they cannot share it, with the reason for each task.
+        """
+        problems = []
+        for task, teachers in self.teachers.items():
+            for group in self.forwards(teachers):
+                if len(group) == 1:
+                    continue
+                try:
+                    field.check_rows(group[0].guidance_scale)
+                    x = field.initial_latents([""], [torch.Generator().manual_seed(0)])
+                    self._velocities(field, group, x, float(field.levels[0]), [""])
+                except ValueError as error:
+                    problems.append(
+                        f"batch_teachers=True: the {len(group)} teachers of task {task!r} cannot share a forward ("
+                        f"{' '.join(str(error).split()).rstrip('.')}). Leave it out: each teacher then has its own."
+                    )
+        if problems:
+            raise ValueError("\n".join(problems))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter that belongs to a teacher alone, each once; without a student's adapter also the base's."""
@@ -333,6 +392,12 @@ class TeacherBank:
                 yield from teacher.module.parameters()
             elif teacher.kind == "lora" and self._has_student:
                 yield from _adapter_parameters(self.backbone, teacher.name)
+
+    def networks(self) -> Iterator[ModelMixin]:
+        """The transformers that are not the student's: full teachers, and without a student's adapter the base."""
+        if not self._has_student:
+            yield self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        yield from (teacher.module for teacher in self._distinct() if teacher.module is not None)
 
     def to(self, device: torch.device | str) -> TeacherBank:
         """Moves what the trainer does not: full teachers, and without a student's adapter the base with the LoRAs."""

@@ -186,6 +186,7 @@ class VelocityField:
         prompts: list[str],
         guidance_scale: float,
         transformer: Callable[..., Any] | None = None,
+        adapters: list[str] | None = None,
     ) -> Tensor:
         """
         Velocity at `x`, after guidance.
@@ -197,6 +198,8 @@ class VelocityField:
             guidance_scale (`float`):
                 Scale of classifier-free guidance; 1 is none, also where the pipeline itself counts from 0.
             transformer (`Callable`, *optional*): what is called in place of the pipeline's transformer.
+            adapters (`list[str]` of length `B`, *optional*):
+                Which LoRA of a `PeftModel` each sample is for, `"__base__"` for none, in place of the active one for all.
 
         Returns:
             `torch.Tensor` of `x`'s shape, float32 (float64 where the model is).
@@ -207,6 +210,7 @@ class VelocityField:
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
             stand_in.__dict__["timesteps"] = [shown[level] for level in t]
             t = t[0]
+        stand_in.__dict__["adapters"] = adapters
         return self._velocity(x, t, prompts, guidance_scale, stand_in)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
@@ -355,6 +359,31 @@ class VelocityField:
                 "is set through generation_kwargs)."
             )
         self._working_scales.add(guidance_scale)
+
+    @torch.no_grad()
+    def check_rows(self, guidance_scale: float) -> None:
+        """
+        Refuses a pipeline of which it cannot be told which sample a row of the transformer belongs to.
+
+        Raises:
+            [`ValueError`]: if the rows are not sample after sample, once or, with guidance, several times over.
+        """
+        prompts = ["", ""]
+        x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
+        seen: list[Any] = []
+
+        def note(**inputs: Any) -> None:
+            seen.append(next(iter(inputs.values())))
+            raise Stop
+
+        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
+        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=StandIn(note, self._base))
+        rows = seen[0]
+        in_order = len(rows) % 2 == 0 and all(torch.equal(row, rows[i % 2]) for i, row in enumerate(rows))
+        if not in_order or torch.equal(rows[0], rows[1]):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
+            )
 
     def _option_problems(self, options: dict[str, Any], max_sequence_length: int | None) -> list[str]:
         name = type(self.pipeline).__name__

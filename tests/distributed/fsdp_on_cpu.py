@@ -29,5 +29,7 @@ def allow_fsdp_on_cpu() -> None:
         # The state is also made anew without a plugin, where only its type is asked for.
         if plugins and self.distributed_type == DistributedType.MULTI_CPU:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
+            if self.mixed_precision != "no":  # as it does on accelerators
+                plugins[-1].set_mixed_precision(self.mixed_precision)
 
     AcceleratorState.__init__ = with_fsdp

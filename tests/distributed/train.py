@@ -20,28 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, snapshot
+from reduced import CountReducedBytes
 from safetensors.torch import save_file
 from sft_fixtures import sft_trainer
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import TrainerCallback
-
-
-class CountReducedBytes(TrainerCallback):
-    """Counts what DDP reduces, by update, where it hands its buckets over."""
-
-    def __init__(self):
-        self.trainer = None
-        self.bytes = [0]
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        def hook(group, bucket):
-            self.bytes[-1] += bucket.buffer().numel() * bucket.buffer().element_size()
-            return allreduce_hook(group, bucket)
-
-        self.trainer.model_wrapped.register_comm_hook(None, hook)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bytes.append(0)
 
 
 def main(folder: Path) -> None:
@@ -80,7 +61,15 @@ def main(folder: Path) -> None:
     except FloatingPointError as stop:
         error = str(stop)
 
-    tuned = sft_trainer(folder / "tuned", teachers, teacher_cache_dir=str(folder / "images"), **scenario["tuning"])
+    tuning_counter = CountReducedBytes()
+    tuned = sft_trainer(
+        folder / "tuned",
+        teachers,
+        teacher_cache_dir=str(folder / "images"),
+        callbacks=[tuning_counter],
+        **scenario["tuning"],
+    )
+    tuning_counter.trainer = tuned
     tuned.train()
 
     save_file({**through, "drawn": drawn}, folder / f"rank_{rank}.safetensors")
@@ -92,6 +81,7 @@ def main(folder: Path) -> None:
         "trained_parameters": sum(p.numel() for p in trainer.student.parameters()),
         "resumed_is_same": same,
         "error": error,
+        "tuning_reduced_bytes": tuning_counter.bytes,
         "tuning_log": tuned.state.log_history,
         "updates_before_error": broken.state.global_step,
     }

@@ -21,38 +21,18 @@ import torch
 import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
 from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, student_lora
+from reduced import CountScatteredBytes
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
 
 from trl_diffusion_opd.sharding import whole
-
-
-class CountReducedBytes(TrainerCallback):
-    """Counts what FSDP2 hands over to be reduced, by update."""
-
-    def __init__(self):
-        self.bytes, self._reduce = [0], dist.reduce_scatter_single
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        def counted(output, input, **options):
-            self.bytes[-1] += input.numel() * input.element_size()
-            return self._reduce(output, input, **options)
-
-        dist.reduce_scatter_single = counted
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bytes.append(0)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        dist.reduce_scatter_single = self._reduce
 
 
 def main(folder: Path) -> None:
     allow_fsdp_on_cpu()
     scenario = json.loads((folder / "scenario.json").read_text())
     teachers, options = scenario["teachers"], scenario["options"]
-    counter = CountReducedBytes()
+    counter = CountScatteredBytes()
     trainer = make_trainer(
         folder / "through",
         teachers,

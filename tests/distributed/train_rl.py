@@ -20,17 +20,25 @@ from pathlib import Path
 
 import torch.distributed as dist
 from opd_fixtures import first_pixel, snapshot
+from reduced import CountReducedBytes
 from safetensors.torch import save_file
 
 
 def main(folder: Path, fixtures: str) -> None:
     make_trainer = importlib.import_module(fixtures).make_trainer
     options = json.loads((folder / "options.json").read_text())
-    trainer = make_trainer(folder / "through", reward_funcs=first_pixel, **options)
+    counter = CountReducedBytes()
+    trainer = make_trainer(folder / "through", reward_funcs=first_pixel, callbacks=[counter], **options)
+    counter.trainer = trainer
     trainer.train()
     rank = trainer.accelerator.process_index
     save_file(snapshot(trainer), folder / f"rank_{rank}.safetensors")
-    (folder / f"rank_{rank}.json").write_text(json.dumps(trainer.state.log_history))
+    report = {
+        "log": trainer.state.log_history,
+        "reduced_bytes": counter.bytes,
+        "trained_parameters": sum(p.numel() for p in trainer.student.parameters()),
+    }
+    (folder / f"rank_{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
 

@@ -95,6 +95,9 @@ class EvaluationArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Where images, scores and the report are kept."})
     num_samples: int = field(default=4, metadata={"help": "Prompts a task that are shown with their images."})
     keep_images: bool = field(default=True, metadata={"help": "Whether to keep the images that are not shown."})
+    reward_timeout: float | None = field(
+        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function. None for ever."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("reward_kwargs", "generation_kwargs"):  # from a command line; a YAML file gives dicts
@@ -132,6 +135,7 @@ def main(args: EvaluationArguments) -> None:
         output_dir=args.output_dir,
         num_samples=args.num_samples,
         keep_images=args.keep_images,
+        reward_timeout=args.reward_timeout,
     )
     if PartialState().is_main_process:
         print(f"{retention_table(report)}\n\n{scores_table(report)}")

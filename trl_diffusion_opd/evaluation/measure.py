@@ -134,6 +134,7 @@ def measure(
     store: Store | None,
     num_shown: int,
     keep_images: bool,
+    reward_timeout: float | None = None,
 ) -> Measured:
     """
     Scores of every model on every task. Call it on all processes; all of them return the same.
@@ -149,6 +150,10 @@ def measure(
         store ([`Store`], *optional*): where images and scores are kept, and looked for first.
         num_shown (`int`): the first images of each task that are kept in any case.
         keep_images (`bool`): whether the others are kept too.
+        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; without it, for ever.
+
+    Raises:
+        [`TimeoutError`]: if a call took longer.
     """
     state = PartialState()
     models = _distinct_models(bank)
@@ -189,7 +194,12 @@ def measure(
             store.save(batch.key, batch.task, {n: image for n, image in pairs if n < kept})
         return images
 
-    seconds = _work(mine, tasks, draw, record, store)
+    try:
+        seconds = _work(mine, tasks, draw, record, store, reward_timeout)
+    except TimeoutError as error:
+        if store is not None:
+            error.add_note("What has been drawn and scored is kept: the same command goes on from there.")
+        raise
     everyone = gather_object([(fresh, seconds, sum(len(batch.numbers) for batch in mine if batch.is_drawn))])
     merge(found.scores, (scores for scores, _, _ in everyone))
     scores: Scores = {
@@ -261,6 +271,7 @@ def _work(
     draw: Callable[[_Batch], list[Image]],
     record: Callable[[_Batch, RewardFunc, Mapping[str, list[float | None]]], None],
     store: Store | None,
+    reward_timeout: float | None,
 ) -> dict[str, Any]:
     """Draws and scores batches; returns the seconds that it took: `generation`, and `rewards` by name."""
     generation = 0.0
@@ -269,7 +280,7 @@ def _work(
     with ExitStack() as stack:
         # One for each function, since after an interruption not all of them miss the same scores.
         scorers = {
-            name: stack.enter_context(Scorer([_recorded(function, tasks, queues[name], record)]))
+            name: stack.enter_context(Scorer([_recorded(function, tasks, queues[name], record)], None, reward_timeout))
             for name, function in functions.items()
         }
         for batch in tqdm(batches, desc="Evaluating", unit="batch"):

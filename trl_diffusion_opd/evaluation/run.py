@@ -31,6 +31,7 @@ from ..base_pipeline import borrowed, load_base
 from ..data import dataset_problems, task_rows
 from ..retention import retention_report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
+from ..rewards.scoring import timeout_problems
 from ..teacher_specs import TeacherSpec
 from ..teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..velocity import VelocityField
@@ -69,6 +70,7 @@ def evaluate_retention(
     output_dir: str | Path | None = None,
     num_samples: int = 4,
     keep_images: bool = True,
+    reward_timeout: float | None = 900.0,
 ) -> dict[str, Any]:
     """
     Measures how much of its teachers' gains a student has.
@@ -122,12 +124,16 @@ def evaluate_retention(
         keep_images (`bool`, *optional*, defaults to `True`):
             Whether all images are kept in `output_dir`. Without it only those that are shown: an interrupted run then still
             goes on where it stopped, but a reward that is added later has to draw again.
+        reward_timeout (`float`, *optional*, defaults to 900):
+            Seconds to wait for one call of a reward function; `None` for ever. Scores are what an evaluation is for, so it
+            then stops; with `output_dir` what has been drawn and scored is kept.
 
     Returns:
         `dict`: as [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students' names.
 
     Raises:
         [`ValueError`]: if anything of this cannot be used. One message lists all of it, before anything is drawn.
+        [`TimeoutError`]: if a call of a reward function takes longer than `reward_timeout`.
     """
     # Without `cpu`, processes that were launched on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
@@ -136,6 +142,7 @@ def evaluate_retention(
     problems = dataset_problems(dataset, task_column, "dataset")
     rows = {} if problems else task_rows(dataset, task_column)
     problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
+    problems += timeout_problems(reward_timeout)
     if quantization_config is not None and not isinstance(pipeline, str):
         problems.append(
             "quantization_config is for a base that is given by name. This one is loaded: load it with that."
@@ -208,6 +215,7 @@ def evaluate_retention(
             store=store,
             num_shown=num_samples,
             keep_images=keep_images,
+            reward_timeout=reward_timeout,
         )
     report = retention_report(
         measured.scores,

@@ -241,6 +241,13 @@ def call_reward(
     return {name: _checked(name, of_name, rows) for name, of_name in named.items()}
 
 
+def timeout_problems(timeout: float | None) -> list[str]:
+    """What is wrong with seconds as `reward_timeout`."""
+    if timeout is None or 0 < timeout <= threading.TIMEOUT_MAX:
+        return []
+    return [f"reward_timeout={timeout}: it must be a positive number of seconds, or unset."]
+
+
 def _by_name(functions: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
     named = {reward_name(function): function for function in functions}
     if len(named) < len(functions):

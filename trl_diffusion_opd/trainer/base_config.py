@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import math
-import threading
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..options import unknown_option
+from ..rewards.scoring import timeout_problems
 
 
 # Value of `student_init`: the mean of the teachers' LoRAs.
@@ -43,6 +43,10 @@ class DiffusionConfig(_BaseConfig):
         offload_encoders (`bool`, *optional*, defaults to `False`):
             Keep text encoders and VAE in host memory. The encoders are on the device while the prompts of a round are
             encoded, in one go, and while images are drawn, as is the VAE.
+        attention_backend (`str`, *optional*):
+            How the transformers compute attention: a name of diffusers' attention backends, such as `"flash"`,
+            `"_native_cudnn"` or `"flex"`. It is tried on one forward and refused where it would do nothing, cannot run or
+            passes no gradient. Not set, it is left as it is.
         prompt_cache_dir (`str`, *optional*):
             Folder in which the prompts' embeddings are kept across runs, in Arrow files that are read through a memory
             map. Not set, they are kept in memory, at most 2 GiB of them.
@@ -154,6 +158,9 @@ class DiffusionConfig(_BaseConfig):
     offload_encoders: bool = field(
         default=False, metadata={"help": "Keep text encoders and VAE in host memory between uses."}
     )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "Name of the attention backend of diffusers to use, such as 'flash'."}
+    )
     prompt_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder in which the prompts' embeddings are kept across runs."}
     )
@@ -232,6 +239,9 @@ class DiffusionConfig(_BaseConfig):
         # TRL takes bf16 on any machine and TrainingArguments then refuses a CPU. A laptop should just work.
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        given: dict[str, Any] = self.__dict__
+        if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
+            given["resume_from_checkpoint"] = True
         super().__post_init__()
         problems = self._problems()
         if problems:
@@ -284,12 +294,10 @@ class DiffusionConfig(_BaseConfig):
             scale = getattr(self, name)
             if scale is not None and scale < 1:
                 problems.append(f"{name}={scale}: it must be at least 1.0, which is no guidance.")
-        if self.reward_timeout is not None:
-            if not 0 < self.reward_timeout <= threading.TIMEOUT_MAX:
-                problems.append(
-                    f"reward_timeout={self.reward_timeout}: it must be a positive number of seconds, or unset."
-                )
-            elif self.reward_timeout >= self.ddp_timeout and self.world_size > 1:
+        unusable = timeout_problems(self.reward_timeout)
+        problems += unusable
+        if self.reward_timeout is not None and not unusable:
+            if self.reward_timeout >= self.ddp_timeout and self.world_size > 1:
                 problems.append(
                     f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
                     "other processes no longer wait for the one that scores. Set a longer ddp_timeout."

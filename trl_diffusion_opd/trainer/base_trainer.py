@@ -35,6 +35,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import identity
 
 from .. import checkpoint, hub, model_card
+from ..attention import use_attention_backend
 from ..compilation import compile_blocks
 from ..data import TaskSampler, task_rows
 from ..flops import matmul_rate
@@ -42,9 +43,9 @@ from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
-from ..quantization import exempt_from_broadcast, is_quantised
+from ..quantization import exempt_from_broadcast
 from ..rewards import RewardFuncs, rewards_by_task
-from ..sharding import whole
+from ..sharding import leave_precision_alone
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..timing import UpdateCost
@@ -54,6 +55,7 @@ from .base_config import MERGE, DiffusionConfig
 from .checks import (
     collect,
     evaluation_data_problems,
+    launch_problems,
     list_of,
     load_pipeline,
     loading_problems,
@@ -144,12 +146,14 @@ class DiffusionTrainer(EvaluatingTrainer):
         # Problems of the data don't keep the model from being checked, so that one message says everything.
         unfit = loading_problems(model, self._pipeline, args, quantization_config)
         unfit += model_problems(self._pipeline, args, peft_config)
+        problems += launch_problems(transformer, args)
         if args.student_init == MERGE and self._teacher_specs is None:
             problems.append(
                 "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
                 "say './merge' if a folder of that name is meant."
             )
         student_model: Any = None
+        attention: Callable[[], None] | None = None
         if not unfit:
             with collect(unfit):
                 prompt_store = self._prompt_store(args)
@@ -173,6 +177,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
                 with collect(problems):
                     self.velocity_field.check_guidance(scale)
+            with collect(problems):
+                attention = self._use_attention_backend(transformer, as_student=True)
             with collect(unfit):
                 student_model = self._make_student(transformer, args, peft_config)
         if not unfit:
@@ -184,10 +190,14 @@ class DiffusionTrainer(EvaluatingTrainer):
             if isinstance(student_model, PeftModel):  # give a pipeline back as it was
                 student_model.unload()
                 transformer.__dict__.pop("peft_config", None)
+            if attention is not None:
+                attention()
             self._offload.remove()
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
         if args.torch_compile:
             compile_blocks(transformer, args.torch_compile_backend, args.torch_compile_mode)
         exempt_from_broadcast(student_model)
@@ -203,15 +213,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         )
         if args.n_gpu > 1:
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
-        if args.torch_compile and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "torch_compile=True is not supported where FSDP or DeepSpeed wrap the model: leave it out."
-            )
-        if is_quantised(transformer) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "A quantised base is not supported where FSDP or DeepSpeed wrap the model: use processes that each hold it "
-                "(examples/accelerate_configs/multi_gpu.yaml)."
-            )
+        if self.is_fsdp_enabled:
+            leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
@@ -252,6 +255,15 @@ class DiffusionTrainer(EvaluatingTrainer):
             return None
         size = convert_file_size_to_int(args.prompt_cache_max_size)
         return PromptStore(args.prompt_cache_dir, encoder_fingerprint(self._pipeline), size)
+
+    def _use_attention_backend(self, network: Any, as_student: bool) -> Callable[[], None] | None:
+        """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
+        if self.args.attention_backend is None:
+            return None
+        mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
+        inputs = (self.velocity_field, network, self.args.attention_backend, batch_size)
+        return use_attention_backend(*inputs, mixed if as_student else None)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.
@@ -504,9 +516,9 @@ class DiffusionTrainer(EvaluatingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student's averaged weights: see [`Student.save`]."""
         with self.student.ema_weights():
-            if self.is_fsdp_enabled and self.student.is_lora:
+            if self.is_fsdp_enabled:
                 # Trainer's would gather the base and the teachers too, and save nothing under SHARDED_STATE_DICT.
-                self._save(output_dir, whole(self.student.named_parameters()))
+                self._save(output_dir, self.student.whole_weights(keep=self.args.should_save))
                 if self.args.push_to_hub and not _internal_call:
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
@@ -539,6 +551,18 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load(self, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            checkpoint.save_optimizer(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if self.is_fsdp_enabled and checkpoint_folder is not None:
+            checkpoint.load_optimizer(self, checkpoint_folder)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
 
     def _check_resume(self, folder: Path) -> list[str]:
         """What in a checkpoint does not fit this run, a sentence each."""

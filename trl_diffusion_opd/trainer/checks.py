@@ -14,11 +14,13 @@
 
 """What is refused before the first step: each function says what is wrong, a sentence each, and changes nothing."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
@@ -26,9 +28,17 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..compilation import compilable_blocks
 from ..data import dataset_problems, task_rows
 from ..hub_errors import explained, retried
-from ..quantization import failures_named, named_components, pipeline_config, prepare, quantisation_problems
+from ..quantization import (
+    failures_named,
+    is_quantised,
+    named_components,
+    pipeline_config,
+    prepare,
+    quantisation_problems,
+)
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
@@ -133,6 +143,41 @@ def model_problems(
     elif peft_config is None and args.student_init is not None:
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     return problems + quantisation_problems(transformer, full_weights=peft_config is None)
+
+
+def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
+    """What of `args` and of the launcher's settings, which are in the environment, can't be had together."""
+    problems = []
+    is_module = isinstance(transformer, nn.Module)
+    # Of one process nothing is split.
+    plugin = args.fsdp_plugin_args
+    is_fsdp = args.world_size > 1 and (plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    is_deepspeed = args.deepspeed_plugin is not None
+    if args.torch_compile and (is_fsdp or is_deepspeed):
+        problems.append(
+            f"torch_compile=True is not supported where {'FSDP' if is_fsdp else 'DeepSpeed'} wraps the model: leave it out."
+        )
+    elif args.torch_compile and is_module:
+        with collect(problems):
+            compilable_blocks(transformer)
+    if is_module and is_quantised(transformer) and (is_fsdp or is_deepspeed):
+        problems.append(
+            "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
+            "examples/accelerate_configs/, with which each process holds it."
+        )
+    if is_fsdp:
+        version = os.environ.get("FSDP_VERSION", "1") if plugin is None else plugin["fsdp_version"]
+        if int(version) != 2:
+            problems.append(f"FSDP of version {version} is not supported. Set fsdp_version: 2 in its settings.")
+        # Trainer sets the variable too.
+        if is_module and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+            buffers = transformer.state_dict().keys() - dict(transformer.named_parameters())
+            if buffers:
+                problems.append(
+                    f"fsdp_cpu_ram_efficient_loading: true fails on {type(transformer).__name__}, which saves a buffer "
+                    f"({min(buffers)}). Set it to false."
+                )
+    return problems
 
 
 def training_data_problems(dataset: Any, task_column: str) -> list[str]:

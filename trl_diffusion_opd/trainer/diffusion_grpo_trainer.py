@@ -146,7 +146,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         super()._setup(model, problems)
         args = self.args
         self._window_size = args.sde_window_size or len(args.sde_range())
-        self.bank = self._base_bank(model) if args.beta > 0 else None
+        self.bank = self._base_bank(model, problems) if args.beta > 0 else None
         with collect(problems):
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             sde_window(self.table, args.sde_range())

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -151,7 +151,10 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         with collect(problems):
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
         self.old_policy = OldPolicy(model)
-        self.bank = self._base_bank(model) if args.beta > 0 else None
+        if not isinstance(model, PeftModel):
+            with collect(problems):
+                self._use_attention_backend(self.old_policy.model, as_student=False)
+        self.bank = self._base_bank(model, problems) if args.beta > 0 else None
 
     def _frozen_networks(self) -> list[nn.Module]:
         return [*super()._frozen_networks(), self.old_policy.model]

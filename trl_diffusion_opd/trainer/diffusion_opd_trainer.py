@@ -162,7 +162,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                     f"num_trained_timesteps={args.num_trained_timesteps}: only {len(self.trainable_steps)} steps are "
                     f"trained of {len(self.table)}, without the last {skip} (skip_last_steps)."
                 )
-        self._load_teachers(model, problems, args.teacher_guidance_scale)
+        self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
 
     def dry_run(self) -> dict[str, Any]:
         """

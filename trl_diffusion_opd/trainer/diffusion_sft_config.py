@@ -35,6 +35,9 @@ class DiffusionSFTConfig(DiffusionConfig):
             Column of the dataset with the images. Not needed with teachers.
         teacher_guidance_scale (`float`, *optional*):
             Guidance scale of the teachers that name none of their own, `guidance_scale` if not set.
+        batch_teachers (`bool`, *optional*, defaults to `False`):
+            Where a task has several teachers, compute those that are LoRAs (or `"base"`) at the same guidance scale in one
+            forward, with a copy of the micro-batch for each. Refused with `torch_compile`.
         teacher_cache_dir (`str`, *optional*):
             Folder in which the latents of the teachers' images are kept. They are drawn before the first update, once: a
             folder that is there already is used, and completed if it is not complete. Not set, every update has fresh
@@ -56,6 +59,12 @@ class DiffusionSFTConfig(DiffusionConfig):
     image_column: str = field(default="image", metadata={"help": "Column of the dataset with the images."})
     teacher_guidance_scale: float | None = field(
         default=None, metadata={"help": "Guidance scale of teachers that name none. `guidance_scale` if not set."}
+    )
+    batch_teachers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute a task's LoRA teachers at one guidance scale in one forward, a copy of the batch each."
+        },
     )
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the teachers' images. Fresh ones for every update if not set."}

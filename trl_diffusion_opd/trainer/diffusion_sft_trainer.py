@@ -175,7 +175,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         with collect(problems):
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
         loaded = len(problems)
-        self._load_teachers(model, problems, args.teacher_guidance_scale)
+        self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
         if args.teacher_cache_dir is not None and len(problems) == loaded and self.tasks:
             self.cache = self._make_cache(args.teacher_cache_dir)
             problems += [f"teacher_cache_dir: {problem}" for problem in self.cache.problems()]

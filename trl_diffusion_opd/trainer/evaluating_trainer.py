@@ -34,6 +34,7 @@ from ..data import task_rows
 from ..evaluation import draw_images
 from ..offload import Offload
 from ..rewards import Scorer, reward_name
+from ..sharding import is_split
 from ..student import Student
 from ..velocity import VelocityField
 from .base_config import DiffusionConfig
@@ -182,7 +183,15 @@ class EvaluatingTrainer(_BaseTrainer):
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """
         The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+
+        Raises:
+            [`RuntimeError`]: once FSDP has split the model.
         """
+        if is_split(self.model):
+            raise RuntimeError(
+                "trainer.pipeline(...) has no whole model to draw with: FSDP has split it over the processes. Call "
+                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
+            )
         with self.student.ema_weights(), torch.no_grad():
             output = self._pipeline(*args, **kwargs)
         self._offload.rest()

@@ -40,7 +40,7 @@ from ..rollout import sample_generators
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank
 from .base_trainer import DiffusionTrainer
-from .checks import scored_data_problems
+from .checks import collect, scored_data_problems
 from .rl_config import DiffusionRLConfig
 
 
@@ -165,13 +165,17 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self._set_reward_weights(problems)
             self._check_groups(problems)
 
-    def _base_bank(self, model: nn.Module) -> TeacherBank:
+    def _base_bank(self, model: nn.Module, problems: list[str]) -> TeacherBank:
         """Switches between the student and the base, for a distance from it. It has no teachers."""
         is_lora = isinstance(model, PeftModel)
         adapter = STUDENT_ADAPTER if is_lora else None
-        return TeacherBank(
+        bank = TeacherBank(
             model if is_lora else frozen_copy(model), self._pipeline, {}, self.args.guidance_scale, adapter
         )
+        with collect(problems):
+            for network in bank.networks():
+                self._use_attention_backend(network, as_student=False)
+        return bank
 
     def _reward_names(self) -> list[str]:
         """Names of the reward functions in the order in which they were given."""

@@ -22,12 +22,12 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..checkpoint import write_json
+from ..checkpoint import last_complete, write_json
 from ..data import SINGLE_TASK
 from ..merge import MergeReport, merge_adapters, merge_weights
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank, normalize_teachers
-from .base_config import MERGE
+from .base_config import MERGE, DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .checks import collect
 
@@ -50,8 +50,15 @@ class TaughtTrainer(DiffusionTrainer):
 
     # Before the first step
 
-    def _load_teachers(self, model: nn.Module, problems: list[str], default_scale: float | None) -> None:
+    def _load_teachers(
+        self, model: nn.Module, problems: list[str], default_scale: float | None, batched: bool
+    ) -> None:
         args = self.args
+        if batched and args.torch_compile:
+            problems.append(
+                "batch_teachers=True with torch_compile=True: compiled blocks would be compiled again for every number of "
+                "rows of every teacher. Leave out one of the two."
+            )
         with collect(problems):
             specs = self._teacher_specs
             # Where the data cannot tell the tasks, the teachers are still looked at.
@@ -64,10 +71,14 @@ class TaughtTrainer(DiffusionTrainer):
                 teachers,
                 args.guidance_scale if default_scale is None else default_scale,
                 STUDENT_ADAPTER if is_lora else None,
-                self._recorded_manifest(args.resume_from_checkpoint),
+                self._recorded_manifest(args),
+                batched,
             )
             for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
                 self.velocity_field.check_guidance(scale)
+            for network in self.bank.networks():
+                self._use_attention_backend(network.to(args.device), as_student=False)
+            self.bank.check_batched(self.velocity_field)
             if args.student_init == MERGE:
                 assert isinstance(model, PeftModel)  # full weights with a student_init are refused before
                 self.merge_report = merge_adapters(model, merge_weights(self.bank), STUDENT_ADAPTER)
@@ -81,11 +92,11 @@ class TaughtTrainer(DiffusionTrainer):
         assert not shared, "a teacher's parameter is trainable"
 
     @staticmethod
-    def _recorded_manifest(resume_from_checkpoint: str | bool | None) -> dict[str, Any] | None:
-        if not isinstance(resume_from_checkpoint, str):
-            return None
-        path = Path(resume_from_checkpoint) / MANIFEST_FILE
-        return json.loads(path.read_text()) if path.exists() else None
+    def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
+        named: str | bool | None = args.resume_from_checkpoint
+        folder = last_complete(args.output_dir) if named is True else named
+        path = Path(folder) / MANIFEST_FILE if folder else None
+        return json.loads(path.read_text()) if path is not None and path.exists() else None
 
     # Training
 
