@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
 from grpo_fixtures import make_trainer as grpo_trainer
-from opd_fixtures import Recorder, StopAt, make_trainer, relative_difference, snapshot, train_losses
+from opd_fixtures import Recorder, StopAt, make_config, make_trainer, relative_difference, snapshot, train_losses
 from quantization_fixtures import KINDS, config, dequantised, load, make_base, weight, without_gpu
 from sft_fixtures import sft_trainer
 from test_nft_trainer import make_trainer as nft_trainer
@@ -31,7 +31,6 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
 from transformers import BitsAndBytesConfig as TransformersConfig
 from transformers import TorchAoConfig as TransformersTorchAoConfig
-from transformers import Trainer
 
 from trl_diffusion_opd import cli, estimate_memory, quantization
 from trl_diffusion_opd.cli import QuantizationArguments
@@ -39,6 +38,7 @@ from trl_diffusion_opd.evaluation.identity import base_digest
 from trl_diffusion_opd.memory import Live, activation_bytes
 from trl_diffusion_opd.pipeline_view import StandIn, base_weight
 from trl_diffusion_opd.quantization import plain_tensors, quantised_layers, scales
+from trl_diffusion_opd.trainer.checks import launch_problems
 
 
 @pytest.fixture(autouse=True)
@@ -418,15 +418,14 @@ def test_quantisation_that_is_not_trained_on(quant_type, message, base, loras, t
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=TorchAoConfig(quant_type))
 
 
-def test_sharding(base, loras, tmp_path, monkeypatch):
-    make_accelerator = Trainer.create_accelerator_and_postprocess
-
-    def sharded(trainer):
-        make_accelerator(trainer)
-        trainer.is_fsdp_enabled = True
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
-    refused(tmp_path, loras, "A quantised base is not supported where FSDP or DeepSpeed", pipeline=load(base, "nf4"))
+def test_sharding(base, tmp_path, monkeypatch):
+    args = make_config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setattr(type(args), "world_size", 2)
+    (problem,) = launch_problems(load(base, "nf4").transformer, args)
+    assert "A quantised base is not supported where FSDP or DeepSpeed" in problem
+    assert launch_problems(make_base().transformer, args) == []
 
 
 def test_other_library(base, loras, tmp_path):
