@@ -31,13 +31,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
-from peft import LoraConfig, get_peft_model
-from step_cost import allocated, one_pass, seconds_of
+from step_cost import allocated, one_pass, save_random_lora, seconds_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
-from trl_diffusion_opd.student import ATTENTION_TARGETS
 
 
 PIXELS_A_LATENT = 4
@@ -58,13 +56,7 @@ def make_trainer(folder: Path, latents: int, tasks: int, teachers: int) -> Diffu
     specs: dict[str, list[Any]] = {}
     for i in range(tasks):
         for j in range(teachers):
-            model = get_peft_model(pipeline.transformer, LoraConfig(r=32, target_modules=list(ATTENTION_TARGETS)))
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, std=0.01)
-            model.save_pretrained(str(folder / f"{i}_{j}"))
-            specs.setdefault(f"task{i}", []).append(str(folder / f"{i}_{j}"))
-            pipeline.transformer = model.unload()
+            specs.setdefault(f"task{i}", []).append(save_random_lora(pipeline, folder / f"{i}_{j}"))
     args = DiffusionOPDConfig(
         output_dir=str(folder / "out"),
         height=latents * PIXELS_A_LATENT,

@@ -124,6 +124,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def save_random_lora(pipeline: Any, folder: Path) -> str:
+    """A LoRA of random weights for the pipeline's transformer, which is as it was afterwards; the name of its folder."""
+    model = get_peft_model(pipeline.transformer, LoraConfig(r=32, target_modules=list(ATTENTION_TARGETS)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    model.save_pretrained(str(folder))
+    pipeline.transformer = model.unload()
+    return str(folder)
+
+
 def make_trainer(size: str, folder: Path, dtype: str = "float32", **options: Any) -> DiffusionOPDTrainer:
     """A trainer with three LoRA teachers of random weights."""
     torch.manual_seed(0)
@@ -135,13 +146,7 @@ def make_trainer(size: str, folder: Path, dtype: str = "float32", **options: Any
         pipeline.transformer = SD3Transformer2DModel.from_config(config).to(getattr(torch, dtype)).eval()
     teachers = {}
     for task in TASKS:
-        model = get_peft_model(pipeline.transformer, LoraConfig(r=32, target_modules=list(ATTENTION_TARGETS)))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.01)
-        model.save_pretrained(str(folder / task))
-        teachers[task] = str(folder / task)
-        pipeline.transformer = model.unload()
+        teachers[task] = save_random_lora(pipeline, folder / task)
     rows = [{"prompt": f"{word} red circle", "task": task} for task in TASKS for word in ("one", "two", "three") * 8]
     options = {"guidance_scale": settings.get("guidance_scale", 1.0), "gradient_checkpointing": False, **options}
     args = DiffusionOPDConfig(

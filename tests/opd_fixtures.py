@@ -13,6 +13,7 @@
 # limitations under the License.
 """A tiny trainer in one call, and the parts it is made of."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tiny_sd3 import ATTENTION, make_lora, make_pipeline
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+from trl_diffusion_opd.memory import Live
+from trl_diffusion_opd.quantization import plain_tensors, scales
 
 
 TASKS = ("count", "draw")
@@ -137,3 +140,19 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 def train_losses(trainer: DiffusionOPDTrainer) -> list[float]:
     """The logged loss of every update."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def measured(trainer: Any, prompts: list[str]) -> int:
+    """Bytes that a real forward and backward hold at once."""
+    field, student = trainer.velocity_field, trainer.accelerator.unwrap_model(trainer.model)
+    x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
+    for parameter in trainer.student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
+    gc.collect()
+    live = Live()
+    there = [*student.parameters(), *student.buffers(), *scales(student)]
+    live.ignore([p for t in there for p in plain_tensors(t)] + [p.grad for p in trainer.student.parameters()] + [x])
+    with live:
+        field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
+    return live.peak

@@ -12,19 +12,18 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import gc
 from pathlib import Path
 
 import pytest
 import torch
-from opd_fixtures import make_teachers, make_trainer
+from opd_fixtures import make_teachers, make_trainer, measured
 from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny_sd3 import make_pipeline, make_transformer
 from torch import nn
 
 from trl_diffusion_opd import estimate_memory
-from trl_diffusion_opd.memory import Live, activation_bytes, optimizer_bytes, step_bytes
+from trl_diffusion_opd.memory import activation_bytes, optimizer_bytes, step_bytes
 from trl_diffusion_opd.student import default_lora_config
 
 
@@ -92,21 +91,6 @@ def in_dtype(dtype):
     pipeline.transformer = make_transformer(attention_head_dim=32, caption_projection_dim=64)
     pipeline.transformer.to(getattr(torch, dtype))
     return pipeline
-
-
-def measured(trainer, prompts):
-    """The same count of real tensors in a real forward and backward."""
-    field, student = trainer.velocity_field, trainer.accelerator.unwrap_model(trainer.model)
-    x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
-    for parameter in trainer.student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
-    gc.collect()
-    live = Live()
-    live.ignore([*student.parameters(), *student.buffers(), *(p.grad for p in trainer.student.parameters()), x])
-    with live:
-        field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
-    return live.peak
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

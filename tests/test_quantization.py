@@ -14,7 +14,6 @@
 
 """Quantised bases: the float32 LoRA on them, what is refused, what they hold. bitsandbytes and torchao run on this CPU."""
 
-import gc
 import logging
 
 import pytest
@@ -22,7 +21,16 @@ import torch
 import torch.distributed as dist
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
 from grpo_fixtures import make_trainer as grpo_trainer
-from opd_fixtures import Recorder, StopAt, make_config, make_trainer, relative_difference, snapshot, train_losses
+from opd_fixtures import (
+    Recorder,
+    StopAt,
+    make_config,
+    make_trainer,
+    measured,
+    relative_difference,
+    snapshot,
+    train_losses,
+)
 from quantization_fixtures import KINDS, config, dequantised, load, make_base, weight, without_gpu
 from sft_fixtures import sft_trainer
 from test_nft_trainer import make_trainer as nft_trainer
@@ -35,7 +43,7 @@ from transformers import TorchAoConfig as TransformersTorchAoConfig
 from trl_diffusion_opd import cli, estimate_memory, quantization
 from trl_diffusion_opd.cli import QuantizationArguments
 from trl_diffusion_opd.evaluation.identity import base_digest
-from trl_diffusion_opd.memory import Live, activation_bytes
+from trl_diffusion_opd.memory import activation_bytes
 from trl_diffusion_opd.pipeline_view import StandIn, base_weight
 from trl_diffusion_opd.quantization import plain_tensors, quantised_layers, scales
 from trl_diffusion_opd.trainer.checks import launch_problems
@@ -469,22 +477,6 @@ def test_weights_are_counted(kind, base, loras, tmp_path):
     assert ("uint8" if kind == "nf4 nested" else "int8") in row["dtype"].split(", ")
     trainer.train()
     assert estimate_memory(trainer)["transformer"]["bytes"] == row["bytes"]
-
-
-def measured(trainer, prompts):
-    """Bytes that a real forward and backward hold at once."""
-    field, student = trainer.velocity_field, trainer.accelerator.unwrap_model(trainer.model)
-    x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
-    for parameter in trainer.student.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
-    gc.collect()
-    live = Live()
-    there = [*student.parameters(), *student.buffers(), *scales(student)]
-    live.ignore([p for t in there for p in plain_tensors(t)] + [p.grad for p in trainer.student.parameters()] + [x])
-    with live:
-        field(x, 1.0, prompts, trainer.args.guidance_scale, student).square().mean().backward()
-    return live.peak
 
 
 # Few samples where weights are kept for the backward, many where a layer's weights are made and dropped within a kernel.

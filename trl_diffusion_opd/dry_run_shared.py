@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from .data import TaskSampler
 from .evaluation import draw_images
 from .memory import estimate_memory
-from .rewards import Scorer
 from .timing import instant, seconds_between
 
 
@@ -216,8 +215,7 @@ def score_pictures(trainer: "DiffusionTrainer", pictures: Pictures) -> dict[str,
     """By task, caption and reward the score of every image; none of a reward that hangs, with a warning."""
     scored = {}
     for task, (row, images) in pictures.items():
-        functions, timeout = trainer.reward_funcs[task], trainer.args.reward_timeout
-        with Scorer(functions, trainer.state, timeout, on_timeout="none", task=task) as scorer:
+        with trainer._monitor(task) as scorer:
             scorer.submit([row] * len(images), list(images.values()))
             scores = scorer.results()
         scored[task] = {

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
 
 from .compilation import repeated_blocks
-from .pipeline_view import StandIn, base_weight
+from .pipeline_view import StandIn, base_weight, exchanged_forward
 from .quantization import plain_tensors, quantised_layers, scales, weight_kind
 
 
@@ -283,16 +283,10 @@ def _kernels_in_shapes(layers: Sequence[nn.Linear]) -> Iterator[None]:
 
         return torchao if kind == "torchao" else bitsandbytes
 
-    outer = [layer.__dict__.get("forward") for layer in layers]  # of a call within a call
-    for layer in layers:
-        layer.__dict__["forward"] = kernel(layer)
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(exchanged_forward(layer, kernel(layer)))
         yield
-    finally:
-        for layer, forward in zip(layers, outer, strict=True):
-            del layer.__dict__["forward"]
-            if forward is not None:
-                layer.__dict__["forward"] = forward
 
 
 class _Step(nn.Module):

@@ -173,14 +173,21 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
-    outer = projection.__dict__.get("forward")  # of a call within a call, as where memory is estimated
-    projection.__dict__["forward"] = forward
+    with exchanged_forward(projection, forward):
+        yield
+
+
+@contextmanager
+def exchanged_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it a module computes `forward`; after it what it did before, also of a call within a call."""
+    outer = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del projection.__dict__["forward"]
+        del module.__dict__["forward"]
         if outer is not None:
-            projection.__dict__["forward"] = outer
+            module.__dict__["forward"] = outer
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -303,10 +303,8 @@ class StageSpec:
         options = {**self.config, "output_dir": str(output_dir)}
         if student_init is not None:
             options["student_init"] = student_init
-        if (
-            last_complete(output_dir) is not None
-        ):  # teachers from the Hub are then loaded at the commits that it recorded
-            options["resume_from_checkpoint"] = True
+        if last_complete(output_dir) is not None:
+            options["resume_from_checkpoint"] = True  # Hub teachers are then loaded at the commits that it recorded
         config_class = getattr(importlib.import_module(__package__), f"{_TRAINERS[self.trainer]}Config")
         unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
         if unknown:

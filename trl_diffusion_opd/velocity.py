@@ -215,10 +215,15 @@ class VelocityField:
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`."""
-        seen: list[Tensor] = []
+        inputs = self._first_inputs(x, t, prompts, guidance_scale)
+        return inputs[timestep_name(inputs)]
+
+    def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline gives its transformer in the first call at level `t`, by name."""
+        seen: list[dict[str, Any]] = []
 
         def note(**inputs: Any) -> None:
-            seen.append(inputs[timestep_name(inputs)])
+            seen.append(inputs)
             raise Stop
 
         self._probe.level, self._probe.own_timestep = float(t), self._timestep(float(t))
@@ -370,15 +375,7 @@ class VelocityField:
         """
         prompts = ["", ""]
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
-        seen: list[Any] = []
-
-        def note(**inputs: Any) -> None:
-            seen.append(next(iter(inputs.values())))
-            raise Stop
-
-        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
-        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=StandIn(note, self._base))
-        rows = seen[0]
+        rows = next(iter(self._first_inputs(x, 1.0, prompts, guidance_scale).values()))
         in_order = len(rows) % 2 == 0 and all(torch.equal(row, rows[i % 2]) for i, row in enumerate(rows))
         if not in_order or torch.equal(rows[0], rows[1]):
             raise ValueError(

@@ -296,12 +296,12 @@ class DiffusionConfig(_BaseConfig):
                 problems.append(f"{name}={scale}: it must be at least 1.0, which is no guidance.")
         unusable = timeout_problems(self.reward_timeout)
         problems += unusable
-        if self.reward_timeout is not None and not unusable:
-            if self.reward_timeout >= self.ddp_timeout and self.world_size > 1:
-                problems.append(
-                    f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
-                    "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
-                )
+        waits_longer = self.reward_timeout is not None and self.reward_timeout >= self.ddp_timeout
+        if waits_longer and not unusable and self.world_size > 1:
+            problems.append(
+                f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
+                "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
+            )
         if not 0 <= self.learning_rate < math.inf:
             problems.append(f"learning_rate={self.learning_rate}: it must be a finite number, not negative.")
         if self.noise_level is not None and not math.isfinite(self.noise_level):
