@@ -28,16 +28,14 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from peft import LoraConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
+from trl_diffusion_opd.dry_run_shared import counted
 from trl_diffusion_opd.evaluation import SCORES_FILE, evaluate_retention
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 
@@ -76,24 +74,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@contextmanager
-def counted_rows(trainer: DiffusionOPDTrainer) -> Any:
-    """Rows that go through the network with and without gradient."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    rows: Counter[bool] = Counter()
-    forward = model.forward
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        rows[torch.is_grad_enabled()] += len(kwargs["hidden_states"])
-        return forward(*args, **kwargs)
-
-    model.forward = counted
-    try:
-        yield rows
-    finally:
-        del model.forward
-
-
 def settings(option: str, seed: int, folder: Path) -> DiffusionOPDConfig:
     file = yaml.safe_load((ROOT / "examples" / "configs" / "tiny.yaml").read_text())
     known = {name: value for name, value in file.items() if name in DiffusionOPDConfig.__dataclass_fields__}
@@ -108,14 +88,14 @@ def train(option: str, seed: int, folder: Path) -> dict[str, Any]:
     trainer = DiffusionOPDTrainer(
         tiny.BASE, tiny.TEACHERS, args=args, train_dataset=tiny.dataset("train"), peft_config=lora
     )
-    with counted_rows(trainer) as rows:
+    with counted([trainer.student.model]) as rows:
         trainer.train()
     trainer.save_model()
     steps = len(trainer.trainable_steps)
     # The noise floor is measured at some updates; it is a part of the counts, as of the run.
-    forwards, backwards = rows.total() / args.max_steps, rows[True] / args.max_steps
-    samples = args.per_device_train_batch_size * len(trainer.tasks)
-    return {"forward_rows": forwards / samples, "backward_rows": backwards / samples, "trainable_steps": steps}
+    samples = args.max_steps * args.per_device_train_batch_size * len(trainer.tasks)
+    counts = {"forward_rows": rows.forwards / samples, "backward_rows": rows.backwards / samples}
+    return {**counts, "trainable_steps": steps}
 
 
 def evaluate(option: str, seed: int, folder: Path, num_images: int, shared: Path) -> dict[str, Any]:

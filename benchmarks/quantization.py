@@ -31,14 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    BitsAndBytesConfig,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    TorchAoConfig,
-)
+from diffusers import BitsAndBytesConfig, TorchAoConfig
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+from scaling_shapes import MODELS
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -101,21 +96,7 @@ def measure(way: str, updates: int) -> dict[str, float]:
 def sizes() -> dict[str, dict[str, float]]:
     """GiB of the transformers, in bfloat16 and with all linear layers quantised; scales and their tables are counted in full."""
     with torch.device("meta"):
-        transformers = {
-            "Stable Diffusion 3.5 Medium": SD3Transformer2DModel(
-                sample_size=128,
-                in_channels=16,
-                out_channels=16,
-                num_layers=24,
-                num_attention_heads=24,
-                caption_projection_dim=1536,
-                pos_embed_max_size=384,
-                dual_attention_layers=tuple(range(13)),
-                qk_norm="rms_norm",
-            ),
-            "FLUX.1 [dev]": FluxTransformer2DModel(guidance_embeds=True),
-            "Qwen-Image": QwenImageTransformer2DModel(),
-        }
+        transformers = {name: one.network(**one.config) for name, one in MODELS.items()}
     found = {}
     for name, transformer in transformers.items():
         linear = [module for module in transformer.modules() if isinstance(module, nn.Linear)]

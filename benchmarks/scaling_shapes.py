@@ -40,6 +40,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from trl_diffusion_opd.compilation import repeated_blocks
 from trl_diffusion_opd.memory import step_bytes
 from trl_diffusion_opd.student import default_lora_config
 
@@ -213,8 +214,7 @@ def network(released: Released, **changes: Any) -> tuple[PeftModel, Any]:
 def parameters(model: PeftModel, base: Any) -> dict[str, int]:
     """Numbers of parameters: of the base, of its blocks, of its largest block, of the LoRA, and values in buffers."""
     lora = {id(p) for p in model.parameters() if p.requires_grad}
-    lists = [module for module in base.children() if isinstance(module, nn.ModuleList)]
-    blocks = [[p for p in block.parameters() if id(p) not in lora] for blocks in lists for block in blocks]
+    blocks = [[p for p in block.parameters() if id(p) not in lora] for block in repeated_blocks(base)]
     counts = [sum(p.numel() for p in block) for block in blocks]
     return {
         "base": sum(p.numel() for p in model.parameters() if id(p) not in lora),

@@ -154,7 +154,7 @@ def launch(folder: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
     command += ["--main_process_port", str(free_port()), str(SCRIPT), "--stages", str(shortened(folder))]
     command += ["--output_dir", str(folder / "out"), "--num_test_images", "3"]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with open(folder / "log.txt", "ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
