@@ -23,16 +23,14 @@ student's forward first: it is in the backward's time and so in `b`. The options
 measured against the three passes too.
 
     python benchmarks/step_cost.py --output step_cost.json
-    python benchmarks/step_cost.py --sizes sd35_medium sd35_medium_b1 --options_size sd35_medium --dtype bfloat16
 
-The second line needs a GPU: it makes a transformer of SD3.5-M's shape with random weights. What an update holds at its peak
-beside what stays (activations, gradients and, with three passes, the stored trajectory) is each of a process of its own, and
-stands beside what `estimate_memory` says.
+What an update holds at its peak beside what stays (activations, gradients and, with three passes, the stored trajectory) is
+each of a process of its own, and stands beside what `estimate_memory` says. On a GPU and at SD3.5-M's own shape
+`benchmarks/gpu.py` measures it.
 """
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -148,13 +146,17 @@ def make_trainer(size: str, folder: Path, dtype: str = "float32", **options: Any
     for task in TASKS:
         teachers[task] = save_random_lora(pipeline, folder / task)
     rows = [{"prompt": f"{word} red circle", "task": task} for task in TASKS for word in ("one", "two", "three") * 8]
-    options = {"guidance_scale": settings.get("guidance_scale", 1.0), "gradient_checkpointing": False, **options}
+    options = {
+        "guidance_scale": settings.get("guidance_scale", 1.0),
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": settings["batch_size"],
+        **options,
+    }
     args = DiffusionOPDConfig(
         output_dir=str(folder / "out"),
         height=settings["pixels"],
         width=settings["pixels"],
         max_sequence_length=settings.get("max_sequence_length", 12),
-        per_device_train_batch_size=settings["batch_size"],
         dtype=dtype,
         max_steps=1,
         save_strategy="no",
@@ -169,12 +171,10 @@ def make_trainer(size: str, folder: Path, dtype: str = "float32", **options: Any
 
 
 def one_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]) -> None:
-    """An update as the trainer does it, with the seconds of its parts."""
-    trainer._cost.start()
+    """An update as the trainer does it."""
     for batch in batches:
         trainer.training_step(trainer.model_wrapped, batch)
     finish_update(trainer)
-    trainer._cost.stop()
 
 
 def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]) -> None:
@@ -246,30 +246,42 @@ def measure(size: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
     """Times both forms in turns."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(size, Path(folder), dtype, gradient_checkpointing=checkpointing)
-        batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
-        batches = [batch] * len(TASKS)
-        seconds: dict[str, list[float]] = {name: [] for name in FORMS}
-        for update in range(SIZES[size]["repeats"]):
-            order = list(FORMS) if update % 2 else list(reversed(FORMS))
-            for name in order:
-                seconds[name].append(seconds_of(trainer, lambda name=name: FORMS[name](trainer, batches)))
-        # The first of these updates, in which FLOPs are counted, is slower; all are in the mean.
-        mfu = trainer._cost.metrics(1, checkpointing).get("mfu")
-        result: dict[str, Any] = {} if mfu is None else {"mfu": mfu}
-        for name, form in FORMS.items():
-            with counted(trainer) as spent:
-                total = seconds_of(trainer, lambda form=form: form(trainer, batches))
-            inside = spent["forward_s"] + spent["backward_s"]
-            result[name] = {
-                "seconds": statistics.median(seconds[name]),
-                "forwards": spent["forwards"],
-                "overhead": 1 - inside / total,
-            }
-            if name == "three_pass":
-                steps = len(trainer.trainable_steps) * len(TASKS)
-                plain = (spent["forward_s"] - spent["grad_forward_s"]) / (spent["forwards"] - steps)
-                # A forward that keeps its activations costs what one without does, or a little more, which is b's.
-                b = (spent["backward_s"] / steps + spent["grad_forward_s"] / steps - plain) / plain
+        return timed(trainer, micro_batches(SIZES[size]["batch_size"]), SIZES[size]["repeats"])
+
+
+def micro_batches(size: int) -> list[list[dict[str, Any]]]:
+    """The micro-batches of an update, one a task."""
+    return [[{"prompt": "two red circles", "task": "a"}] * size] * len(TASKS)
+
+
+def timed(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]], repeats: int) -> dict[str, Any]:
+    """
+    Both forms of an update in turns.
+
+    Returns:
+        `dict`: for each form the median of its `"seconds"`, its `"forwards"`, and its `"overhead"`, the share of it that is in
+        neither a forward nor a backward; `"speedup"`, the median of their ratios, `"b"`, `"bound"` and `"share_of_bound"`.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in FORMS}
+    for update in range(repeats):
+        order = list(FORMS) if update % 2 else list(reversed(FORMS))
+        for name in order:
+            seconds[name].append(seconds_of(trainer, lambda name=name: FORMS[name](trainer, batches)))
+    result: dict[str, Any] = {}
+    for name, form in FORMS.items():
+        with counted(trainer) as spent:
+            total = seconds_of(trainer, lambda form=form: form(trainer, batches))
+        inside = spent["forward_s"] + spent["backward_s"]
+        result[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "forwards": spent["forwards"],
+            "overhead": 1 - inside / total,
+        }
+        if name == "three_pass":
+            steps = len(trainer.trainable_steps) * len(batches)
+            plain = (spent["forward_s"] - spent["grad_forward_s"]) / (spent["forwards"] - steps)
+            # A forward that keeps its activations costs what one without does, or a little more, which is b's.
+            b = (spent["backward_s"] / steps + spent["grad_forward_s"] / steps - plain) / plain
     ratios = [three / one for one, three in zip(seconds["one_pass"], seconds["three_pass"], strict=True)]
     result |= {"speedup": statistics.median(ratios), "b": b, "bound": (3 + b) / (2 + b)}
     result["share_of_bound"] = result["speedup"] / result["bound"]
@@ -280,7 +292,7 @@ def measure_options(size: str, dtype: str) -> dict[str, float]:
     """How many times as fast as three passes an update with each of the options is, without checkpointing."""
     with tempfile.TemporaryDirectory() as folder:
         plain = make_trainer(size, Path(folder), dtype)
-        batches = [[{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]] * len(TASKS)
+        batches = micro_batches(SIZES[size]["batch_size"])
         updates = range(1, 2 + SIZES[size]["repeats"])
         speedups = {}
         for option, changes in OPTIONS.items():  # two trainers at a time: more would not fit
@@ -308,16 +320,16 @@ def print_peaks(size: str, dtype: str, form: str, checkpointing: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(size, Path(folder), dtype, gradient_checkpointing=checkpointing)
         estimate = {part: row["bytes"] for part, row in estimate_memory(trainer).items()}
-        batch = [{"prompt": "two red circles", "task": "a"}] * SIZES[size]["batch_size"]
+        batches = micro_batches(SIZES[size]["batch_size"])
         device = trainer.accelerator.device
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            FORMS[form](trainer, [batch] * len(TASKS))
+            FORMS[form](trainer, batches)
             peak = torch.cuda.max_memory_allocated(device)
             result = {"peak_mib": peak, "estimate_mib": estimate["peak"], "update_mib": peak - before}
         else:
-            result = {"update_mib": allocated(lambda: FORMS[form](trainer, [batch]), Path(folder))}
+            result = {"update_mib": allocated(lambda: FORMS[form](trainer, batches[:1]), Path(folder))}
     result["update_estimate_mib"] = estimate["activations"] + estimate["gradients"]
     print(json.dumps({name: size / 2**20 for name, size in result.items()}))
 
@@ -354,16 +366,16 @@ def main() -> None:
             results[f"{size}, checkpointing" if checkpointing else size] = result
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)\n")
     print(
-        "| model | form | forwards | s an update | outside the network | holds MiB | estimate | speed-up | b | bound | share | MFU |"
+        "| model | form | forwards | s an update | outside the network | holds MiB | estimate | speed-up | b | bound | share |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for size, result in results.items():
         for form in FORMS:
             row = result[form]
             ratio = (
-                f"{result['speedup']:.3f} | {result['b']:.2f} | {result['bound']:.3f} | {result['share_of_bound']:.1%} | {result.get('mfu', math.nan):.1%}"
+                f"{result['speedup']:.3f} | {result['b']:.2f} | {result['bound']:.3f} | {result['share_of_bound']:.1%}"
                 if form == "one_pass"
-                else "| | | |"
+                else "| | |"
             )
             print(
                 f"| {size} | {form} | {row['forwards']} | {row['seconds']:.3f} | {row['overhead']:.1%} | "

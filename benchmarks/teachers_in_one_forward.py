@@ -17,8 +17,8 @@ What several teachers of one task cost in one forward (`batch_teachers=True`) an
 
 One forward has as many rows as there are teachers times samples, and every LoRA computes its own rows; separate forwards
 have the samples' rows each. Both are the target of a training step as the trainer computes it, in turns within one process.
-The models are those of `step_cost.py`. Seconds are the processor's for this process, so that others on the machine count
-less; run it with one thread.
+The models are those of `step_cost.py`. On a CPU seconds are the processor's for this process, so that others on the machine
+count less; run it with one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/teachers_in_one_forward.py --output teachers_in_one_forward.json
 """
@@ -29,6 +29,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,22 @@ from step_cost import SIZES
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 from trl_diffusion_opd.teachers import TeacherBank, normalize_teachers
+from trl_diffusion_opd.timing import instant, seconds_between
 from trl_diffusion_opd.velocity import VelocityField
 
 
-def make_bank(size: str, folder: Path, n: int) -> tuple[TeacherBank, VelocityField]:
+def make_bank(
+    size: str, folder: Path, n: int, device: torch.device, dtype: torch.dtype
+) -> tuple[TeacherBank, VelocityField]:
     """A student and `n` LoRA teachers of one task, of random weights."""
     torch.manual_seed(0)
     settings = SIZES[size]
     pipeline = DiffusionPipeline.from_pretrained(tiny.BASE)
     pipeline.set_progress_bar_config(disable=True)
     config = {**pipeline.transformer.config, **settings["transformer"]}
-    pipeline.transformer = SD3Transformer2DModel.from_config(config).eval().requires_grad_(False)
+    with device:
+        pipeline.transformer = SD3Transformer2DModel.from_config(config).to(dtype).eval().requires_grad_(False)
+    pipeline.to(device)
     model = get_peft_model(pipeline.transformer, LoraConfig(r=32, target_modules=list(ATTENTION_TARGETS)))
     folders = [str(folder / f"{size}{i}") for i in range(n)]
     for name in folders:
@@ -63,24 +69,41 @@ def make_bank(size: str, folder: Path, n: int) -> tuple[TeacherBank, VelocityFie
     field = VelocityField(
         pipeline, num_inference_steps=10, height=settings["pixels"], width=settings["pixels"], max_sequence_length=12
     )
+    bank.to(device)
     return bank, field
 
 
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """The processor's seconds on a CPU, a GPU's own on one."""
+    if device.type == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    begin = instant(device)
+    run()
+    return seconds_between(begin, instant(device))
+
+
 @torch.no_grad()
-def measure(size: str, n: int, batch_size: int, repeats: int) -> dict[str, Any]:
+def measure(
+    size: str, n: int, batch_size: int, repeats: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """Seconds of the target of one step, both ways."""
     with tempfile.TemporaryDirectory() as folder:
-        bank, field = make_bank(size, Path(folder), n)
+        bank, field = make_bank(size, Path(folder), n, device, dtype)
     prompts = [f"{number} red circles" for number in ("one", "two", "three", "four") * batch_size][:batch_size]
     x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(batch_size)])
+
+    def target() -> torch.Tensor:
+        return bank.mean_velocity(field, bank.teachers["task"], x, 0.5, prompts)
+
     seconds: dict[bool, list[float]] = {False: [], True: []}
     velocities: dict[bool, torch.Tensor] = {}
     for update in range(repeats + 1):
         for batched in (False, True) if update % 2 else (True, False):
             bank.batched = batched
-            start = time.process_time()
-            velocities[batched] = bank.mean_velocity(field, bank.teachers["task"], x, 0.5, prompts)
-            seconds[batched].append(time.process_time() - start)
+            seconds[batched].append(seconds_of(target, device))
+            velocities[batched] = target()
     separate, together = (seconds[batched][1:] for batched in (False, True))  # the first of each warms up
     ratios = sorted(a / b for a, b in zip(separate, together, strict=True))
     return {
@@ -109,7 +132,7 @@ def main() -> None:
     for size in args.sizes:
         for batch_size in args.batch_sizes:
             for n in args.teachers:
-                row = measure(size, n, batch_size, args.repeats)
+                row = measure(size, n, batch_size, args.repeats, torch.device("cpu"), torch.float32)
                 results.append({"model": size, "samples": batch_size, "teachers": n, **row})
                 print(
                     f"| {size} | {batch_size} | {n} | {row['separate_s']:.3f} | {row['one_forward_s']:.3f} | "

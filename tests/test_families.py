@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from families import FAMILIES, Family, flux2_klein, flux2_without_encoder
 from peft import LoraConfig, get_peft_model
+from pipeline_recorder import STEPS, Recorder, recorder
 from torch import Tensor
 
 from trl_diffusion_opd.rollout import walk
@@ -32,41 +33,7 @@ from trl_diffusion_opd.samplers import sampler_table
 from trl_diffusion_opd.velocity import VelocityField
 
 
-STEPS = 3
 EPSILON = 1e-2  # of a central difference: outputs are float32
-
-
-class Recorder(FlowMatchEulerDiscreteScheduler):
-    """Keeps the level, the state and the velocity of every step that a pipeline makes."""
-
-    solver_levels: Tensor | None = None
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
-        self.trace: list[tuple[float, Tensor, Tensor]] = []
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-        if self.solver_levels is not None:
-            self.sigmas, self.timesteps = self.solver_levels, self.solver_levels[:-1] * 1000
-
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
-        level = self.sigmas[len(self.trace)]
-        self.trace.append((float(level), sample.clone(), model_output.clone()))
-        return super().step(model_output, timestep, sample, **kwargs)
-
-
-def recorder(scheduler: Any) -> Recorder:
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return Recorder.from_config(scheduler.config)
-    own = Recorder()
-    scheduler.set_timesteps(STEPS)
-    own.solver_levels = scheduler.sigmas
-    return own
 
 
 def generators(n: int) -> list[torch.Generator]:

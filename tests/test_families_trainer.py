@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from families import FAMILIES, PROMPTS, Family
 from opd_fixtures import make_config
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_families import recorder
+from pipeline_recorder import STEPS, recorder
 from torch import nn
 
 from trl_diffusion_opd import DiffusionOPDTrainer
@@ -32,7 +32,6 @@ from trl_diffusion_opd.rollout import sample_generators
 from trl_diffusion_opd.velocity import VelocityField
 
 
-STEPS = 3  # as the recorder has them
 SEED = 5
 TASKS = dict(zip(("animals", "places"), PROMPTS, strict=True))
 # Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all others.

@@ -1,0 +1,230 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The four trainers on the tiny base: their figures against the CPU's, in three precisions, and what a run needs around them."""
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from trl_diffusion_opd import (
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    DiffusionNFTConfig,
+    DiffusionNFTTrainer,
+    DiffusionOPDConfig,
+    DiffusionOPDTrainer,
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    evaluate_retention,
+    tiny,
+)
+
+from .report import Report
+
+
+SIZE: dict[str, Any] = dict(height=32, width=32, max_sequence_length=12)
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32", "bf16": False},
+    "bf16": {"dtype": "bfloat16", "bf16": True},
+    "fp16": {"dtype": "float16", "fp16": True, "bf16": False},
+}
+# At most this relative difference from the CPU's loss in float32. Rewards see images in 256 steps, and a loss by
+# reward is small beside what it is a difference of: there the gradient's norm is compared.
+TOLERANCE = {"float32": 1e-3, "bf16": 0.25, "fp16": 0.25}
+
+
+def settings(folder: Path, device: str, **options: Any) -> dict[str, Any]:
+    common = dict(
+        output_dir=str(folder),
+        **SIZE,
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=1e-3,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+    )
+    return {**common, **options}
+
+
+def pictures() -> Dataset:
+    """The tiny world's prompts with the pictures that they ask for."""
+    rows = tiny.dataset("train").select(range(24))
+    return rows.map(lambda row: {"image": tiny.render(row["spec"])})
+
+
+def opd(folder: Path, device: str, **options: Any) -> DiffusionOPDTrainer:
+    args = DiffusionOPDConfig(**settings(folder, device, **options))
+    return DiffusionOPDTrainer(tiny.BASE, tiny.TEACHERS, args=args, train_dataset=tiny.dataset("train"))
+
+
+def grpo(folder: Path, device: str, **options: Any) -> DiffusionGRPOTrainer:
+    args = DiffusionGRPOConfig(**settings(folder, device, num_generations=4, **options))
+    return DiffusionGRPOTrainer(tiny.BASE, tiny.graded_rewards, args=args, train_dataset=tiny.dataset("train"))
+
+
+def nft(folder: Path, device: str, **options: Any) -> DiffusionNFTTrainer:
+    args = DiffusionNFTConfig(**settings(folder, device, num_generations=4, **options))
+    return DiffusionNFTTrainer(tiny.BASE, tiny.graded_rewards, args=args, train_dataset=tiny.dataset("train"))
+
+
+def sft(folder: Path, device: str, **options: Any) -> DiffusionSFTTrainer:
+    args = DiffusionSFTConfig(**settings(folder, device, **options))
+    return DiffusionSFTTrainer(tiny.BASE, args=args, train_dataset=pictures())
+
+
+METHODS: dict[str, tuple[Callable[..., Any], str]] = {
+    "opd": (opd, "loss"),
+    "sft": (sft, "loss"),
+    "grpo": (grpo, "grad_norm"),
+    "nft": (nft, "grad_norm"),
+}
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
+
+
+def trained(method: str, device: str, **options: Any) -> list[float]:
+    """The figure that a method is compared by, of each update."""
+    make, figure = METHODS[method]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make(Path(folder), device, **options)
+        trainer.train()
+        return logged(trainer, figure)
+
+
+def against_cpu(method: str, precision: str, device: str, reference: dict[str, list[float]]) -> dict[str, Any]:
+    if method not in reference:
+        reference[method] = trained(method, "cpu", **PRECISIONS["float32"])
+    found, expected = trained(method, device, **PRECISIONS[precision]), reference[method]
+    off = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    # A scaler of fp16 finds its scale by updates that overflow, whose gradient has no norm.
+    finite = all(map(math.isfinite, found)) or precision == "fp16"
+    within = off < TOLERANCE[precision] or (METHODS[method][1] == "grad_norm" and precision != "float32")
+    return {
+        "figure": METHODS[method][1],
+        "cpu_float32": expected,
+        "found": found,
+        "relative_difference": off,
+        "passed": finite and within,
+    }
+
+
+def same_losses(device: str, **options: Any) -> dict[str, Any]:
+    """Options that change where things are and nothing else: the losses of a run without them."""
+    plain, other = trained("opd", device), trained("opd", device, **options)
+    off = max(abs(a - b) / abs(a) for a, b in zip(plain, other, strict=True))
+    return {"losses": other, "relative_difference": off, "passed": off < 1e-5}
+
+
+def prompt_cache(device: str) -> dict[str, Any]:
+    """A second run that finds its prompts on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        trained("opd", device, prompt_cache_dir=folder)
+        return same_losses(device, prompt_cache_dir=folder)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def resume(device: str) -> dict[str, Any]:
+    """Four updates, and two and two more: bit for bit, with PyTorch's deterministic kernels."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            options: dict[str, Any] = dict(max_steps=4, save_strategy="steps", save_steps=2)
+            whole = opd(folder / "whole", device, **options)
+            whole.train()
+            checkpoint = str(folder / "whole" / "checkpoint-2")
+            again = opd(folder / "again", device, **options)
+            again.train(resume_from_checkpoint=checkpoint)
+            a, b = (weights(folder / run / "checkpoint-4") for run in ("whole", "again"))
+            off = max(float((a[key].float() - b[key].float()).abs().max()) for key in a)
+            same = all(torch.equal(a[key], b[key]) for key in a)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return {"largest_difference": off, "bitwise": same, "passed": same}
+
+
+def saved_student(device: str) -> dict[str, Any]:
+    """A trained student's file in plain diffusers gives the trainer's own image."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = opd(Path(folder), device, ema_decay=None, learning_rate=1e-2)
+        trainer.train()
+        trainer.save_model()
+        options: dict[str, Any] = dict(SIZE, num_inference_steps=6, guidance_scale=1.0, output_type="pt")
+        prompt = 'the word "CJ"'
+        own = trainer.pipeline(prompt, generator=torch.Generator().manual_seed(0), **options).images
+        plain = DiffusionPipeline.from_pretrained(tiny.BASE).to(device)
+        plain.set_progress_bar_config(disable=True)
+        base = plain(prompt, generator=torch.Generator().manual_seed(0), **options).images
+        plain.load_lora_weights(folder)
+        loaded = plain(prompt, generator=torch.Generator().manual_seed(0), **options).images
+    off, moved = (float((x.float() - own.float()).abs().max()) for x in (loaded, base))
+    return {"largest_difference": off, "of_the_base": moved, "passed": off < 2e-3 < moved}
+
+
+def evaluation(device: str, small: bool) -> dict[str, Any]:
+    """The report of the tiny world's teacher of letters, here and on the CPU."""
+    scores = {}
+    for place in dict.fromkeys(("cpu", device)):
+        pipeline = DiffusionPipeline.from_pretrained(tiny.BASE).to(place)
+        pipeline.set_progress_bar_config(disable=True)
+        rows = tiny.dataset("test").filter(lambda row: row["task"] == "letters")
+        report = evaluate_retention(
+            pipeline,
+            {"letters": tiny.TEACHERS["letters"]},
+            tiny.TEACHERS["letters"],
+            {"letters": tiny.rewards["letters"]},
+            rows,
+            num_images=4 if small else 32,
+            num_inference_steps=6,
+            guidance_scale=1.0,
+            batch_size=16,
+            **SIZE,
+        )
+        scores[place] = {who: report["tasks"]["letters"][who] for who in ("base", "teacher")}
+    here, there = scores[device], scores["cpu"]
+    off = max(abs(here[who] - there[who]) for who in here)
+    # A verdict is all or nothing: an image at its edge may change sides.
+    return {"scores": scores, "largest_difference": off, "passed": off <= 0.07}
+
+
+def run(report: Report) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # compared with a CPU's float32
+    reference: dict[str, list[float]] = {}
+    precisions = ("float32", "bf16") if report.small else tuple(PRECISIONS)
+    for precision in precisions:
+        for method in METHODS:
+            report.check(f"{method} in {precision}", against_cpu, method, precision, report.device, reference)
+    report.check("offloaded encoders", lambda: same_losses(report.device, offload_encoders=True))
+    report.check("prompt cache", prompt_cache, report.device)
+    report.check("resume", resume, report.device)
+    report.check("student in diffusers", saved_student, report.device)
+    report.check("evaluation", evaluation, report.device, report.small)
