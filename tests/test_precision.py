@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from opd_fixtures import TINY_SETTINGS, make_teachers, make_trainer
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_sd3 import make_lora, make_pipeline, make_transformer
 from torch import nn
@@ -179,6 +180,24 @@ def test_output_projection_of_a_teacher_of_its_own(tmp_path):
     with torch.no_grad():
         field(field.initial_latents(["draw"], [torch.Generator().manual_seed(0)]), 0.7, ["draw"], 1.0, teacher)
     assert outputs == [torch.float32]
+
+
+def test_a_float32_lora_takes_half_precision_as_it_is(tmp_path):
+    """Without a float32 copy of what enters it; autocast casts its weights, which are small."""
+    pipeline = make_pipeline()
+    pipeline.transformer.to(torch.bfloat16)
+    teachers = make_teachers(tmp_path / "teachers")
+    trainer = make_trainer(tmp_path / "run", teachers, pipeline=pipeline, peft_config="default")
+    entered = []
+    for name, module in trainer.model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(
+                lambda module, inputs: entered.append((module.weight.dtype, inputs[0].dtype))
+            )
+    trainer.train()
+    assert set(entered) == {(torch.float32, torch.bfloat16)}
+    layer = next(module for module in trainer.model.modules() if isinstance(module, LoraLayer))
+    assert layer.cast_input_dtype_enabled, "outside of training, PEFT's own way is back"
 
 
 # What the console says

@@ -35,6 +35,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.utils.hub import hf_api
 
+from . import __version__
 from .hub import CARD_FILE, REPORT_FILE, known_tokens
 from .public import last_part, public_value
 from .quantization import described
@@ -53,7 +54,7 @@ _PICTURES = {
     "radar.png": "All rewards of base, teachers and student",
     "curves.png": "Training curves",
 }
-_SHOWN_PACKAGES = ("trl-diffusion-opd", "trl", "diffusers", "peft", "transformers", "torch", "datasets")
+_SHOWN_PACKAGES = ("trl", "diffusers", "peft", "transformers", "torch", "datasets")
 _TASK = "text-to-image"
 
 
@@ -207,7 +208,8 @@ def write_teacher_card(
 
 def _render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
     path = str(files(__package__) / "templates" / template)
-    versions = {name: version(name) for name in _SHOWN_PACKAGES}
+    # Ours is not asked for: a checkout that is on the path, and not installed, has no metadata.
+    versions = {"trl-diffusion-opd": __version__, **{name: version(name) for name in _SHOWN_PACKAGES}}
     return ModelCard.from_template(data, template_path=path, versions=versions, **fields)
 
 

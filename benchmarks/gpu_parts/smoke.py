@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -46,9 +47,14 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bfloat16", "bf16": True},
     "fp16": {"dtype": "float16", "fp16": True, "bf16": False},
 }
-# At most this relative difference from the CPU's loss in float32. Rewards see images in 256 steps, and a loss by
-# reward is small beside what it is a difference of: there the gradient's norm is compared.
-TOLERANCE = {"float32": 1e-3, "bf16": 0.25, "fp16": 0.25}
+# What a precision is compared with on the CPU, which has no mixed precision in float16, and the largest relative difference
+# of the first update. PyTorch before 2.12 draws other noise in half precision, and so another trajectory, than in float32.
+COMPARED_WITH = {"float32": ("float32", 1e-3), "bf16": ("bf16", 0.05), "fp16": ("float32", 0.25)}
+
+
+def brightness(images: list[Any], **columns: Any) -> list[float]:
+    """Mean of the pixels: a reward in which a rounded pixel is a rounded reward, where a verdict would change sides."""
+    return [float(np.asarray(image).mean()) for image in images]
 
 
 def settings(folder: Path, device: str, **options: Any) -> dict[str, Any]:
@@ -83,12 +89,12 @@ def opd(folder: Path, device: str, **options: Any) -> DiffusionOPDTrainer:
 
 def grpo(folder: Path, device: str, **options: Any) -> DiffusionGRPOTrainer:
     args = DiffusionGRPOConfig(**settings(folder, device, num_generations=4, **options))
-    return DiffusionGRPOTrainer(tiny.BASE, tiny.graded_rewards, args=args, train_dataset=tiny.dataset("train"))
+    return DiffusionGRPOTrainer(tiny.BASE, brightness, args=args, train_dataset=tiny.dataset("train"))
 
 
 def nft(folder: Path, device: str, **options: Any) -> DiffusionNFTTrainer:
     args = DiffusionNFTConfig(**settings(folder, device, num_generations=4, **options))
-    return DiffusionNFTTrainer(tiny.BASE, tiny.graded_rewards, args=args, train_dataset=tiny.dataset("train"))
+    return DiffusionNFTTrainer(tiny.BASE, brightness, args=args, train_dataset=tiny.dataset("train"))
 
 
 def sft(folder: Path, device: str, **options: Any) -> DiffusionSFTTrainer:
@@ -96,47 +102,40 @@ def sft(folder: Path, device: str, **options: Any) -> DiffusionSFTTrainer:
     return DiffusionSFTTrainer(tiny.BASE, args=args, train_dataset=pictures())
 
 
-METHODS: dict[str, tuple[Callable[..., Any], str]] = {
-    "opd": (opd, "loss"),
-    "sft": (sft, "loss"),
-    "grpo": (grpo, "grad_norm"),
-    "nft": (nft, "grad_norm"),
-}
+METHODS: dict[str, Callable[..., Any]] = {"opd": opd, "sft": sft, "grpo": grpo, "nft": nft}
 
 
-def logged(trainer: Any, name: str) -> list[float]:
-    return [float(entry[name]) for entry in trainer.state.log_history if name in entry]
-
-
-def trained(method: str, device: str, **options: Any) -> list[float]:
-    """The figure that a method is compared by, of each update."""
-    make, figure = METHODS[method]
+def trained(method: str, device: str, **options: Any) -> dict[str, list[float]]:
+    """Loss and gradient's norm of each update."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make(Path(folder), device, **options)
+        trainer = METHODS[method](Path(folder), device, **options)
         trainer.train()
-        return logged(trainer, figure)
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {name: [float(entry[name]) for entry in log] for name in ("loss", "grad_norm")}
 
 
-def against_cpu(method: str, precision: str, device: str, reference: dict[str, list[float]]) -> dict[str, Any]:
-    if method not in reference:
-        reference[method] = trained(method, "cpu", **PRECISIONS["float32"])
-    found, expected = trained(method, device, **PRECISIONS[precision]), reference[method]
-    off = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+def against_cpu(
+    method: str, precision: str, device: str, reference: dict[Any, dict[str, list[float]]]
+) -> dict[str, Any]:
+    """
+    The first update's figures: after it Adam has made a step in the direction of every gradient's sign, and one that is
+    rounding has any sign. What rewards train has a loss of about zero: there the gradient's norm alone is compared.
+    """
+    other, tolerance = COMPARED_WITH[precision]
+    if (method, other) not in reference:
+        reference[method, other] = trained(method, "cpu", **PRECISIONS[other])
+    expected = reference[method, other]
+    found = expected if (device, precision) == ("cpu", other) else trained(method, device, **PRECISIONS[precision])
+    off = {name: abs(found[name][0] - expected[name][0]) / abs(expected[name][0] or 1.0) for name in found}
     # A scaler of fp16 finds its scale by updates that overflow, whose gradient has no norm.
-    finite = all(map(math.isfinite, found)) or precision == "fp16"
-    within = off < TOLERANCE[precision] or (METHODS[method][1] == "grad_norm" and precision != "float32")
-    return {
-        "figure": METHODS[method][1],
-        "cpu_float32": expected,
-        "found": found,
-        "relative_difference": off,
-        "passed": finite and within,
-    }
+    names = ["loss"] if precision == "fp16" else ["grad_norm"] if method in ("grpo", "nft") else ["loss", "grad_norm"]
+    passed = all(off[name] < tolerance for name in names) and all(map(math.isfinite, found["loss"]))
+    return {"cpu": expected, "found": found, "relative_difference": off, "passed": passed}
 
 
 def same_losses(device: str, **options: Any) -> dict[str, Any]:
     """Options that change where things are and nothing else: the losses of a run without them."""
-    plain, other = trained("opd", device), trained("opd", device, **options)
+    plain, other = (trained("opd", device, **more)["loss"] for more in ({}, options))
     off = max(abs(a - b) / abs(a) for a, b in zip(plain, other, strict=True))
     return {"losses": other, "relative_difference": off, "passed": off < 1e-5}
 
@@ -218,7 +217,7 @@ def evaluation(device: str, small: bool) -> dict[str, Any]:
 
 def run(report: Report) -> None:
     torch.backends.cudnn.allow_tf32 = False  # compared with a CPU's float32
-    reference: dict[str, list[float]] = {}
+    reference: dict[Any, dict[str, list[float]]] = {}
     precisions = ("float32", "bf16") if report.small else tuple(PRECISIONS)
     for precision in precisions:
         for method in METHODS:

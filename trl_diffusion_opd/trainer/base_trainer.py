@@ -29,6 +29,7 @@ from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl.models.utils import _ForwardRedirection
@@ -368,9 +369,13 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
-        with lost_process_named(
-            lambda: f"in update {self.state.global_step + 1}",
-            lambda: checkpoint.resume_advice(self.args.output_dir),
+        with (
+            lost_process_named(
+                lambda: f"in update {self.state.global_step + 1}",
+                lambda: checkpoint.resume_advice(self.args.output_dir),
+            ),
+            # PEFT casts what enters a float32 LoRA to float32, and autocast casts it back: whole activations, for nothing.
+            disable_input_dtype_casting(self.model),
         ):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
