@@ -72,6 +72,8 @@ def settings(folder: Path, device: str, **options: Any) -> dict[str, Any]:
         report_to="none",
         disable_tqdm=True,
         use_cpu=device == "cpu",
+        # A LoRA whose factors are given: those of a new one are random, and other ones on another machine.
+        student_init=tiny.TEACHERS["compose"],
     )
     return {**common, **options}
 
