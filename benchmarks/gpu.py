@@ -71,7 +71,7 @@ def launch(part: str, device: str, output: Path, limit: float) -> bool:
             code = subprocess.run(command, env=environment, timeout=limit, stdout=log, stderr=log).returncode
             ended = "finished" if code == 0 else f"ended with exit code {code}"
         except subprocess.TimeoutExpired:
-            ended = f"cut off after {limit:.0f} s"
+            ended = f"cut off after {limit:g} s"
     report = json.loads(file.read_text()) if file.exists() else {"part": part, "checks": {}}
     report |= {"ended": ended, "seconds": round(time.monotonic() - begin, 1)}
     file.write_text(json.dumps(report, indent=2) + "\n")
@@ -110,7 +110,7 @@ def main() -> None:
             continue
         limit = min(left, PARTS[part][1]) if args.device == "cuda" else left
         passed &= launch(part, args.device, args.output, limit)
-    sys.exit(not passed)
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from families import FAMILIES, Family  # noqa: E402
 from pipeline_recorder import STEPS, recorder  # noqa: E402
 
 
-# A batch-doubled, a packed and a video family.
-SMALL = ("sd3", "flux", "wan")
+# A batch-doubled and a packed family.
+SMALL = ("sd3", "flux")
 
 
 def velocity(family: Family, device: str) -> dict[str, Any]:
