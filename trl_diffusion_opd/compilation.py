@@ -14,8 +14,10 @@
 
 """Regional `torch.compile`: the repeated blocks of a transformer, in place."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
+import torch
 from accelerate.utils.other import is_repeated_blocks
 from torch import nn
 
@@ -38,9 +40,28 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
     Raises:
         [`ValueError`]: if it has no repeated blocks.
     """
-    options = {} if backend is None else {"backend": backend}
+    options: dict[str, Any] = {} if backend is None else {"backend": backend}
+    takes_limit = torch.__version__ >= "2.13"
+    if takes_limit:
+        options["recompile_limit"] = RECOMPILE_LIMIT
     for block in compilable_blocks(transformer):
-        block.compile(mode=mode, recompile_limit=RECOMPILE_LIMIT, **options)
+        block.compile(mode=mode, **options)
+        if not takes_limit:
+            _limit_recompiles(block)
+
+
+def _limit_recompiles(block: nn.Module) -> None:
+    """
+    Our limit for a compiled block, where `torch.compile` has no argument for it. It is set around each call, since it is
+    looked up when a call compiles, in that call's thread, which with gradient checkpointing may be one of autograd's.
+    """
+    compiled = cast(Callable, block._compiled_call_impl)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(*args, **kwargs)
+
+    block._compiled_call_impl = call
 
 
 def compilable_blocks(transformer: nn.Module) -> list[nn.Module]:
