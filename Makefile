@@ -30,8 +30,8 @@ test-lowest: .venv-lowest/.installed
 	$(PYTHON) -m venv --clear .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --upgrade pip uv
 	.venv-lowest/bin/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct --extra dev \
-		--output-file .venv-lowest/requirements.txt pyproject.toml
-	.venv-lowest/bin/python -m pip install --quiet --requirement .venv-lowest/requirements.txt --editable ".[dev]"
+		--output-file .venv-lowest/constraints.txt pyproject.toml
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable ".[dev]"
 	touch $@
 
 test-newest:
