@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # One thread a core: with more, PyTorch's threads wait for each other.
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: install test lint format demo clean
+.PHONY: install test test-lowest test-newest wheel-check lint format demo clean
 
 install: $(STAMP)
 
@@ -21,6 +21,36 @@ $(STAMP): pyproject.toml constraints.txt
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
 
+# The suite with the lowest versions that pyproject.toml names, of its direct dependencies, or with the newest that there are.
+# TESTS: files and options for pytest instead of the whole suite.
+test-lowest: .venv-lowest/.installed
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(THREADS) --dist loadfile $(TESTS)
+
+.venv-lowest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip uv
+	.venv-lowest/bin/uv pip compile --quiet --python .venv-lowest/bin/python --resolution lowest-direct --extra dev \
+		--output-file .venv-lowest/constraints.txt pyproject.toml
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable ".[dev]"
+	touch $@
+
+test-newest:
+	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(THREADS) --dist loadfile $(TESTS)
+
+# The wheel: what is in it, and the README's first lines run with it and nothing else, outside of the checkout.
+wheel-check:
+	rm -rf build .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --upgrade pip
+	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir .venv-wheel/dist .
+	.venv-wheel/bin/python tests/check_wheel.py contents .venv-wheel/dist/*.whl
+	.venv-wheel/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt .venv-wheel/dist/*.whl
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python tests/check_wheel.py readme
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,4 +65,4 @@ demo: install
 		examples/opd_sd3.py --config examples/configs/tiny.yaml
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info
+	rm -rf $(VENV) .venv-* outputs build dist *.egg-info

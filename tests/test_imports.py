@@ -11,10 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Every module of the package can be the first one that is imported: none needs another's import order."""
+"""Every module of the package can be the first one that is imported, and what they import is a dependency."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 
 SCRIPT = """
@@ -37,3 +42,30 @@ for name in names:
 def test_any_module_is_imported_first():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_is_imported_is_named_in_pyproject():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = project["dependencies"] + [one for name in extras if name != "dev" for one in extras[name]]
+    trackers = ["tensorboard", "trackio", "wandb"]  # imported only where Trainer found them
+    names = {_normalised(re.match(r"[\w.-]+", one)[0]) for one in required + trackers}
+    distributions = packages_distributions()
+    for file in sorted((root / "trl_diffusion_opd").rglob("*.py")):
+        for module in _imported(ast.parse(file.read_text())):
+            if module not in sys.stdlib_module_names | {"trl_diffusion_opd"}:
+                found = {_normalised(one) for one in distributions.get(module, [module])}
+                assert found & names, f"{file.name} imports {module}, which pyproject.toml does not name"
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """The top-level modules that a file imports, in functions too."""
+    nodes = list(ast.walk(tree))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def _normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
