@@ -51,14 +51,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-
-from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, evaluate_retention
+from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.cli import QuantizationArguments, by_task, load_prompts, load_rewards, load_teachers, parse
 from trl_diffusion_opd.data import dataset_problems
-from trl_diffusion_opd.plots import plot_curves
 from trl_diffusion_opd.retention import retention_table
-from trl_diffusion_opd.student import ATTENTION_TARGETS
 
 
 @dataclass
@@ -124,6 +120,13 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
             problems.append(f"--test_prompts: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
         if problems:
             raise ValueError("\n".join(problems))
+
+    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    from peft import LoraConfig
+
+    from trl_diffusion_opd import DiffusionOPDTrainer, evaluate_retention
+    from trl_diffusion_opd.plots import plot_curves
+    from trl_diffusion_opd.student import ATTENTION_TARGETS
 
     peft_config = LoraConfig(
         r=script_args.lora_r,

@@ -51,17 +51,20 @@ With several tasks (`--prompts ocr=… geneval=…`, a reward for each) it is mu
 import logging
 from pathlib import Path
 
-from peft import LoraConfig
-
-from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion_opd import DiffusionGRPOConfig
 from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
 from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
-from trl_diffusion_opd.plots import plot_curves
-from trl_diffusion_opd.student import ATTENTION_TARGETS
 
 
 def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    from peft import LoraConfig
+
+    from trl_diffusion_opd import DiffusionGRPOTrainer
+    from trl_diffusion_opd.plots import plot_curves
+    from trl_diffusion_opd.student import ATTENTION_TARGETS
+
     peft_config = LoraConfig(
         r=script_args.lora_r,
         lora_alpha=script_args.lora_alpha,

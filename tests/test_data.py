@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from trl_diffusion_opd.data import BATCH, SINGLE_TASK, TaskSampler, dataset_problems, task_rows
+from trl_diffusion_opd.data import BATCH, COMPANY, SINGLE_TASK, TaskSampler, dataset_problems, task_rows
 
 
 SIZES = (23, 7, 10)
@@ -98,6 +98,36 @@ def test_more_micro_batches_draw_the_same_samples_for_every_round():
     parts = np.array(list(make_sampler(batch_size=2, micro_batches=4))).reshape(-1, 4, len(SIZES), 2)
     for task in range(len(SIZES)):
         assert whole[:, :, task].reshape(len(whole), -1).tolist() == parts[:, :, task].reshape(len(parts), -1).tolist()
+
+
+def companies_of(sampler):
+    """Of every round of the epoch, as sorted tuples."""
+    return [[tuple(sorted(rows.tolist())) for rows in sampler.companies(i)] for i in range(sampler.rounds)]
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_companies_are_the_same_however_rounds_are_split_and_in_every_epoch(repeats):
+    found = {}
+    for batch_size, micro in ((8, 1), (4, 2), (2, 4), (6, 3), (8, 1)):
+        sampler = TaskSampler(make_rows(SIZES), batch_size, micro, seed=0, repeats=repeats)
+        for epoch in (1, 0, 2):
+            sampler.set_epoch(epoch)
+            order = np.array(list(sampler)).reshape(sampler.rounds, -1)
+            for of_round, companies in zip(order, companies_of(sampler), strict=True):
+                assert len(companies) == len(set(companies))
+                for row in set(of_round.tolist()):  # all of a round are in one of its companies, and in one alone
+                    (company,) = [one for one in companies if row in one]
+                    assert found.setdefault(row, company) == company and len(company) <= COMPANY
+                assert all(set(company) & set(of_round.tolist()) for company in companies)
+    assert sorted(row for company in set(found.values()) for row in company) == list(range(sum(SIZES)))
+    assert Counter(map(len, set(found.values()))) == {8: 3, 7: 2, 2: 1}  # of 23, 7 and 10 rows
+
+
+def test_a_rounds_prompts_come_in_few_companies_at_first():
+    sampler = make_sampler(batch_size=8, micro_batches=1, sizes=[64, 64])
+    assert [len(companies) for companies in companies_of(sampler)] == [2] * 8
+    other = make_sampler(batch_size=8, micro_batches=1, sizes=[64, 64], seed=1)
+    assert companies_of(other) != companies_of(sampler)
 
 
 def test_task_rows():

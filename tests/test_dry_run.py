@@ -213,7 +213,7 @@ def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
     field = trainer.velocity_field
 
     class Counting:
-        initial_latents, levels = field.initial_latents, field.levels
+        initial_latents, levels, encode_together = field.initial_latents, field.levels, field.encode_together
 
         def __call__(self, *inputs):
             frozen = {None: "base", "default": "student"}.get(trainer.bank.switch.active, "teachers")

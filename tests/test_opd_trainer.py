@@ -16,10 +16,12 @@
 import copy
 import json
 import math
+from functools import wraps
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from opd_fixtures import (
     Recorder,
     first_pixel,
@@ -34,6 +36,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
+from transformers import TrainerCallback
 
 from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.rollout import sample_generators
@@ -430,3 +433,36 @@ def test_logs_by_epoch(tmp_path, teachers):
     (log,) = (entry for entry in trainer.state.log_history if "loss" in entry)
     assert log["epoch"] == 1.0
     assert log["kl"] == pytest.approx(log["loss"], rel=1e-5)
+
+
+def test_an_updates_new_prompts_are_encoded_together_and_the_empty_one_never_again(tmp_path, teachers, monkeypatch):
+    calls, own = [], StableDiffusion3Pipeline.encode_prompt
+
+    @wraps(own)
+    def encode(*args, **kwargs):
+        calls.append((kwargs["prompt"], kwargs["do_classifier_free_guidance"]))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", encode)
+    data = make_dataset(count=10, draw=9)
+    scales = {"guidance_scale": 3.0, "teacher_guidance_scale": 1.0}
+    options = {"train_dataset": data, "max_steps": 5, "eval_dataset": make_dataset(count=2), "eval_strategy": "no"}
+    trainer = make_trainer(tmp_path, teachers, per_device_train_batch_size=2, **options, **scales)
+    updates = []
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            updates.append(calls.copy())
+            calls.clear()
+
+    trainer.add_callback(Notes())
+    calls.clear()
+    trainer.train()
+    first, *others = [[call for call in update if not set(call[0]) & {"a", "a b c"}] for update in updates]
+    # 2 of 10 prompts an update: the first 8 come in one go, and the other 2 in the last one; of 9, 8 and 1.
+    assert [guided for _, guided in first] == [False, False] and [len(prompts) for prompts, _ in first] == [8, 8]
+    assert [[len(prompts) for prompts, _ in update] for update in others] == [[], [], [], [2, 1]]
+    assert sorted(prompt for prompts, _ in first + others[-1] for prompt in prompts) == sorted(data["prompt"])
+    trainer.evaluate()  # which does not depend on the updates before
+    assert {"count0", "count1"} == {prompt for prompts, _ in calls for prompt in prompts if prompt.startswith("count")}
+    assert all(len(prompts) == 1 for prompts, _ in calls)

@@ -271,3 +271,141 @@ def test_a_batch_in_which_the_prompts_cannot_be_found_is_encoded_with_its_copies
     assert_equal(cache.encode(encoder, ["x", "x"], device="cpu"), position_of_the_batch(["x", "x"], None, LENGTH))
     encoder.forget_trial()
     assert encoder.batches == [["x", "x"]]
+
+
+# Guidance
+
+
+def guided(prompt, negative_prompt, guidance):
+    """As Stable Diffusion 3's: two encodings of the prompts, and of the negative ones where there is guidance."""
+    negative = [""] * len(prompt) if negative_prompt is None else negative_prompt
+    positive, beside = (torch.cat([embed(text) for text in texts]) for texts in (prompt, negative))
+    return positive, beside if guidance else None, positive[:, 0], beside[:, 0] if guidance else None
+
+
+def guided_lists(prompt, negative_prompt, guidance):
+    """As Z-Image's, where there is nothing instead of a list of negative embeddings."""
+    return lists(prompt, None, LENGTH)[0], lists([""] * len(prompt), None, LENGTH)[0] if guidance else []
+
+
+def guided_beside_each_other(prompt, negative_prompt, guidance):
+    """A negative embedding that is made for its prompt."""
+    positive = one_tensor(prompt, None, LENGTH)
+    return positive, 2 * positive if guidance else None
+
+
+def guided_in_one(prompt, negative_prompt, guidance):
+    return one_tensor(prompt, None, LENGTH) + float(guidance)
+
+
+class GuidedEncoder(Encoder):
+    """It remembers each text that it encodes, negative ones in brackets."""
+
+    def __call__(self, prompt, do_classifier_free_guidance, negative_prompt=None, device=None):
+        negative = [""] * len(prompt) if negative_prompt is None else negative_prompt
+        self.batches.append(list(prompt) + [f"[{text}]" for text in negative if do_classifier_free_guidance])
+        return self.outputs(prompt, negative_prompt, do_classifier_free_guidance)
+
+
+@pytest.mark.parametrize("outputs", [guided, guided_lists])
+@pytest.mark.parametrize("negative", [None, "dull"])
+def test_guidance_encodes_a_prompt_once_and_the_negative_prompt_once(outputs, negative):
+    cache, encoder = PromptCache(), GuidedEncoder(outputs)
+    first = ["x", "y"]
+    cache.encode(encoder, first, True, negative and [negative] * 2, "cpu")  # with its trials
+    encoder.batches.clear()
+    for prompts in (["y", "z"], ["v"], ["z", "v", "w", "w"]):
+        for guidance in (True, False, True):
+            texts = negative and [negative] * len(prompts)
+            got = cache.encode(encoder, prompts, guidance, texts, "cpu")
+            assert_equal(got, outputs(prompts, texts, guidance))
+    encoder.forget_trial()  # of calls without guidance, and of one prompt
+    assert [batch for batch in encoder.batches if not set(_PROBES) & set(batch)] == [["z"], ["v"], ["w"]]
+
+
+@pytest.mark.parametrize("outputs", [guided_beside_each_other, guided_in_one])
+def test_guidance_that_cannot_be_told_apart_is_encoded_as_it_is(outputs):
+    cache, encoder = PromptCache(), GuidedEncoder(outputs)
+    for prompts in (["x", "y"], ["y", "z"], ["z"]):
+        for guidance in (True, False):
+            assert_equal(cache.encode(encoder, prompts, guidance, device="cpu"), outputs(prompts, None, guidance))
+
+
+# Company
+
+
+def of_the_batch(outputs):
+    """As an encoder that rounds a prompt by the size of its batch and what else is in it."""
+
+    def rounded(prompt, negative_prompt, length):
+        factor = 1 + 1e-4 * sum(map(len, prompt))
+        scale = lambda part: part if part is None else part * factor  # noqa: E731
+        value = outputs(prompt, negative_prompt, length)
+        return tuple(map(scale, value)) if isinstance(value, tuple) else scale(value)
+
+    return rounded
+
+
+COMPANIES = [["x", "yy", "zzz"], ["u", "v"]]
+
+
+@pytest.mark.parametrize("outputs", [rows, one_tensor])
+@pytest.mark.parametrize("negative", [None, "dull"])
+def test_a_company_is_encoded_at_once_and_nobody_else_matters(outputs, negative):
+    def texts(prompts):
+        return negative and [negative] * len(prompts)
+
+    rounded = of_the_batch(outputs)
+    expected = {one: rounded(company, texts(company), LENGTH) for company in COMPANIES for one in company}
+    histories = ([], [["x"]], [["v", "x"], ["q", "u"]], [["zzz", "yy", "x", "v", "u"]], [["u"], ["v"], ["yy"]])
+    for history in histories:
+        cache, encoder = PromptCache(), Encoder(rounded)
+        cache.set_companies(COMPANIES)
+        for prompts in (*history, ["x", "v"], ["zzz"], ["yy", "u", "x"], ["q", "yy"]):
+            got = cache.encode(encoder, prompts, texts(prompts), "cpu")
+            first = got[0] if isinstance(got, tuple) else got
+            for prompt, row in zip(prompts, first, strict=True):
+                of_company = expected.get(prompt, rounded(["q"], texts(["q"]), LENGTH))
+                of_company = of_company[0] if isinstance(of_company, tuple) else of_company
+                company = next((one for one in COMPANIES if prompt in one), ["q"])
+                assert torch.equal(row, of_company[company.index(prompt)])
+        encoder.forget_trial()
+        assert sorted(encoder.batches) == [["q"], ["u", "v"], ["x", "yy", "zzz"]]
+
+
+def test_without_its_company_a_prompt_is_encoded_alone():
+    cache, encoder = PromptCache(), Encoder(of_the_batch(rows))
+    alone = PromptCache().encode(encoder, ["x", "u"], device="cpu")
+    for companies in (COMPANIES, [], COMPANIES):
+        cache.set_companies(companies)
+        got = cache.encode(encoder, ["x", "u"], device="cpu")
+        assert torch.equal(got[0], alone[0]) == (not companies)
+
+
+def test_of_several_companies_the_first_counts():
+    cache, encoder = PromptCache(), Encoder(rows)
+    cache.set_companies([["x", "y"], ["y", "z"]])
+    cache.encode(encoder, ["y", "z"], device="cpu")
+    encoder.forget_trial()
+    assert encoder.batches == [["x", "y"], ["y", "z"]]
+
+
+@pytest.mark.parametrize("outputs", [padded_to_sixteens, *BY_BATCH, shared_ids, lists, nested])
+def test_company_changes_no_kind_of_embedding(outputs):
+    long, longer = "y" * 20, "z" * 40
+    cache, encoder = PromptCache(), Encoder(outputs)
+    cache.set_companies([["x", long, "w"], [longer, "v"]])
+    for prompts in (["x", "w"], ["w", "v"], [long, "x"], [long, longer], ["v"]):
+        assert_equal(cache.encode(encoder, prompts, device="cpu"), outputs(prompts, None, LENGTH))
+
+
+def test_a_company_that_does_not_fit_into_memory_comes_out_the_same():
+    rounded, results = of_the_batch(rows), []
+    for max_bytes in (1, 2**30):
+        cache, encoder = PromptCache(max_bytes=max_bytes), Encoder(rounded)
+        cache.set_companies(COMPANIES)
+        batches = (["x", "u"], ["v", "zzz"], ["x", "u"], ["zzz", "x"])
+        results.append([cache.encode(encoder, prompts, device="cpu") for prompts in batches])
+        assert cache._bytes == sum(t.nbytes for e in cache._entries.values() for t in e if t is not None)
+    for small, large in zip(*results, strict=True):
+        assert_equal(small, large)

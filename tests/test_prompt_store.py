@@ -23,7 +23,16 @@ import psutil
 import pytest
 import torch
 from families import FAMILIES
-from test_prompt_cache import Encoder, assert_equal, lists, nested, one_tensor, padded_to_the_longest, rows
+from test_prompt_cache import (
+    Encoder,
+    assert_equal,
+    lists,
+    nested,
+    of_the_batch,
+    one_tensor,
+    padded_to_the_longest,
+    rows,
+)
 from tiny_sd3 import make_pipeline
 
 from trl_diffusion_opd import prompt_store
@@ -119,6 +128,26 @@ def test_another_run_encodes_nothing(tmp_path, outputs, negative):
             assert_equal(got, outputs(prompts, negative, 64))
         assert cache._bytes == 0  # memory has nothing of what the disk has
         assert bool(encoder.batches) == (run == 0)
+
+
+def test_a_company_from_disk_is_that_of_the_encoder(tmp_path):
+    company = [["x", "yy", "zzz"]]
+    cache, encoder = PromptCache(), Encoder(of_the_batch(rows))
+    cache.set_companies(company)
+    expected = [cache.encode(encoder, prompts, device="cpu") for prompts in (["x", "yy"], ["zzz", "x"])]
+    encoder.batches.clear()
+    for run in range(3):
+        one, other = (PromptCache(store=make_store(tmp_path)) for _ in range(2))  # two processes share the prompts
+        for cache, prompts, value in ((one, ["x", "yy"], expected[0]), (other, ["zzz", "x"], expected[1])):
+            cache.set_companies(company)
+            assert_equal(cache.encode(encoder, prompts, device="cpu"), value)
+        encoder.forget_trial()
+        assert len(encoder.batches) == 2 * (run == 0)  # each writes what it was asked for
+        encoder.batches.clear()
+    entries = [row for path in arrow_files(tmp_path) for row in datasets.Dataset.from_file(str(path))["key"]]
+    assert sorted(set(entries)) == sorted(entries)
+    alone = PromptCache(store=make_store(tmp_path)).encode(encoder, ["x", "yy"], device="cpu")
+    assert not torch.equal(alone[0], expected[0][0]) and encoder.batches
 
 
 def test_a_call_with_an_image_is_not_kept(tmp_path):
@@ -417,7 +446,7 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     n, one = 200, torch.zeros(2**18)  # 1 MiB a prompt
     store = make_store(tmp_path)
     for i in range(n):
-        store.write(key((str(i),)), one + i)
+        store.write(key(str(i)), one + i)
     process = psutil.Process()
     cache = PromptCache(store=make_store(tmp_path))
     before = process.memory_info().rss

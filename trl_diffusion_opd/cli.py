@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
-from diffusers import BitsAndBytesConfig, TorchAoConfig
 from trl import TrlParser
 
 from .options import unknown_option
@@ -70,6 +69,8 @@ class QuantizationArguments:
 
     def quantization_config(self, dtype: str) -> Any:
         """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
+        from diffusers import BitsAndBytesConfig, TorchAoConfig
+
         if self.load_in_4bit:
             return BitsAndBytesConfig(
                 load_in_4bit=True,

@@ -25,6 +25,8 @@ from torch.utils.data import Sampler
 
 # The one task of a dataset without a task column.
 SINGLE_TASK = "default"
+# Prompts that an encoder gets at a time.
+COMPANY = 8
 # Rows that are Python objects at a time: whole columns of a million prompts would fill the memory.
 BATCH = 10_000
 
@@ -121,6 +123,8 @@ class TaskSampler(Sampler[int]):
         self.repeats = repeats
         self.passes = passes
         self.epoch = 0
+        self._known_orders: tuple[int, list[np.ndarray]] | None = None
+        self._first_passes: list[tuple[np.ndarray, np.ndarray]] | None = None
         per_round = batch_size * micro_batches // repeats
         self.rounds = -(-max(len(task) for task in self.rows) // per_round)
 
@@ -132,9 +136,28 @@ class TaskSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         shape = (self.rounds, self.micro_batches, self.batch_size)
-        prompts = self.rounds * self.micro_batches * self.batch_size // self.repeats
-        order = [self._order(task, prompts).repeat(self.repeats).reshape(shape) for task in range(len(self.rows))]
-        return self._rounds(order)
+        return self._rounds([order.repeat(self.repeats).reshape(shape) for order in self._orders()])
+
+    def companies(self, number: int) -> Iterator[np.ndarray]:
+        """
+        Rows whose prompts are encoded together, of all that are in a round of this epoch: at most [`COMPANY`], which follow
+        each other in their task's first pass of the first epoch.
+
+        They hang on data and seed alone. In the first pass an update's prompts are new and come in as few groups as can be;
+        later they are in the groups of then, and known.
+
+        Args:
+            number (`int`): of the round in its epoch.
+        """
+        size = self.batch_size * self.micro_batches // self.repeats
+        if self._first_passes is None:
+            firsts = [self._order(task, 0, len(rows)) for task, rows in enumerate(self.rows)]
+            self._first_passes = [(first, np.argsort(first)) for first in firsts]
+        for order, (first, place) in zip(self._orders(), self._first_passes, strict=True):
+            of_round = order[number * size : (number + 1) * size]
+            groups = place[np.searchsorted(first, of_round, sorter=place)] // COMPANY
+            for group in np.unique(groups):
+                yield first[group * COMPANY : (group + 1) * COMPANY]
 
     def _rounds(self, order: list[np.ndarray]) -> Iterator[int]:
         for i in range(self.rounds):  # an epoch of a million prompts as one list takes more memory than the prompts
@@ -143,8 +166,16 @@ class TaskSampler(Sampler[int]):
             for _ in range(self.passes):
                 yield from indices
 
-    def _order(self, task: int, length: int) -> np.ndarray:
+    def _orders(self) -> list[np.ndarray]:
+        """The prompts of each task in this epoch, in order."""
+        if self._known_orders is None or self._known_orders[0] != self.epoch:
+            length = self.rounds * self.micro_batches * self.batch_size // self.repeats
+            orders = [self._order(task, self.epoch, length) for task in range(len(self.rows))]
+            self._known_orders = self.epoch, orders
+        return self._known_orders[1]
+
+    def _order(self, task: int, epoch: int, length: int) -> np.ndarray:
         rows = self.rows[task]
-        generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch, task, 1]))
+        generator = np.random.default_rng(np.random.SeedSequence([self.seed, epoch, task, 1]))
         passes = [generator.permutation(rows) for _ in range(-(-length // len(rows)))]
         return np.concatenate(passes)[:length]

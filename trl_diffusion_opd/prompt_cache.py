@@ -16,8 +16,8 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -30,7 +30,9 @@ from .prompt_store import PromptStore
 # Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
 _PROBES = ("a", "a b c")
 # Keys of what the trials found, in a store.
-_LAYOUT, _AXES = "layout", "axes"
+_LAYOUT, _AXES, _PARTS, _SHORT = "layout", "axes", "parts", "short"
+# What pipelines call the argument that asks for the negative prompts' embeddings too.
+_GUIDED = "do_classifier_free_guidance"
 # Guided and unguided calls of student and teachers on one micro-batch.
 _RECENT_BATCHES = 8
 
@@ -39,11 +41,14 @@ class PromptCache:
     """
     Remembers what `encode_prompt` returned, one entry a prompt, the least recently used dropped beyond `max_bytes`.
 
-    Prompts are encoded one at a time, so that an embedding depends on nothing but its prompt: not on the batch, the
-    number of processes or what was encoded before, without which a resumed run could not repeat an uninterrupted one
-    to the bit. Some encoders return things that are not rows (position ids, layers first) or pad to the longest
-    prompt of the batch; a trial at the first call finds them, and for those the whole batch is encoded and kept as it
-    is, a prompt that is several times in it once.
+    Prompts are encoded one at a time, or in the company that [`set_companies`] says, so that an embedding depends on
+    nothing but its prompt and that: not on the batch, the number of processes or what was encoded before, without which
+    a resumed run could not repeat an uninterrupted one to the bit. Some encoders return things that are not rows (position
+    ids, layers first) or pad to the longest prompt of the batch; a trial at the first call finds them, and for those the
+    whole batch is encoded and kept as it is, a prompt that is several times in it once.
+
+    What comes with every prompt under guidance, the embedding of the empty prompt, is encoded once, and the prompt as
+    without guidance: another trial finds which is which.
 
     Args:
         max_bytes (`int`, *optional*, defaults to 2 GiB):
@@ -57,89 +62,182 @@ class PromptCache:
         self._store = store
         self._entries: OrderedDict[tuple, Any] = OrderedDict()
         self._recent: OrderedDict[tuple, Any] = OrderedDict()
-        self._layouts: dict[tuple, Any] = {}
+        self._trials: dict[tuple, Any] = {}
+        self._companies: dict[str, tuple[str, ...]] = {}
+        self._unasked: set[tuple] = set()  # those that came with others
         self._bytes = 0
+
+    def set_companies(self, companies: Iterable[Sequence[str]]) -> None:
+        """
+        Says which prompts are encoded together from now on; all others are encoded alone.
+
+        An encoder may round a prompt differently in other company, so who is in it is part of what an embedding is kept
+        under. Each company should follow from the data alone.
+
+        Args:
+            companies (`Iterable[Sequence[str]]`): different prompts each. A prompt that is in several counts for the first.
+        """
+        self._recent.clear()
+        self._companies = {}
+        for company in companies:
+            for prompt in company:
+                self._companies.setdefault(prompt, tuple(company))
 
     @torch.no_grad()
     def encode(self, encode_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What `encode_prompt(*args, **kwargs)` returns, from memory where it can be."""
-        call = _bind(encode_prompt, args, kwargs)
-        texts = {name: value for name, value in call.items() if _is_texts(value)}
-        options = tuple((name, str(value)) for name, value in call.items() if _is_option(name, value))
-        device = str(call.get("device"))
-        # An image to edit is no part of the key, and may be another one in another run.
-        keyed = all(name in texts or name == "device" or _is_option(name, value) for name, value in call.items())
-        store = self._store if keyed else None
-        batch = (*options, *((name, tuple(value)) for name, value in texts.items()))
-        if (batch, device) not in self._recent:
-            self._recent[batch, device] = self._encode_batch(encode_prompt, call, texts, options, batch, store)
+        call = _Call(encode_prompt, _bind(encode_prompt, args, kwargs))
+        device = call.arguments.get("device")
+        key = (call.key, str(device))
+        if key not in self._recent:
+            self._recent[key] = _to(self._encode(call), device)
             if len(self._recent) > _RECENT_BATCHES:
                 self._recent.popitem(last=False)
-        self._recent.move_to_end((batch, device))
-        return self._recent[batch, device]
+        self._recent.move_to_end(key)
+        return self._recent[key]
 
-    def _encode_batch(
-        self,
-        encode_prompt: Callable[..., Any],
-        call: dict,
-        texts: dict[str, list[str]],
-        options: tuple,
-        batch: tuple,
-        store: PromptStore | None,
-    ) -> Any:
-        sizes = {len(value) for value in texts.values()}
+    def _encode(self, call: "_Call") -> Any:
+        if call.arguments.get(_GUIDED) is True and call.keyed:
+            parts = self._trial(_PARTS, call, _try_parts)
+            if parts is not None:
+                prompts, negatives = (self._encode_batch(one) for one in _apart(call))
+                return tuple(
+                    prompt if part == "prompt" else negative
+                    for prompt, negative, part in zip(prompts, negatives, parts, strict=True)
+                )
+        return self._encode_batch(call)
+
+    def _encode_batch(self, call: "_Call") -> Any:
+        size = call.size
         # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
-        size = sizes.pop() if len(sizes) == 1 else 1
         layout = None
-        if size > 1:
-            trial = partial(_try_layout, encode_prompt, call, texts)
-            layout = self._trial((_LAYOUT, *options, *texts), trial, store)
-        rows = []
-        for i in range(size if layout is not None else 0):
-            row = {name: [value[i]] for name, value in texts.items()}
-            key = (*options, *((name, value[0]) for name, value in row.items()))
-            rows.append(self._remember(key, partial(encode_prompt, **{**call, **row}), store))
+        if size > 1 or call.keyed and any(text in self._companies for text in call.texts.get("prompt", [])):
+            layout = self._trial(_LAYOUT, call, _try_layout)
+        rows = [self._row(call.row(i), layout) for i in range(size if layout is not None else 0)]
         # CogView4 pads to the next 16 tokens of the longest: rows until a batch has prompts on both sides of 16.
         if layout is not None and _fit(rows, layout):
-            return _to(_join(rows, layout), call.get("device"))
-        distinct = list(dict.fromkeys(zip(*texts.values(), strict=True))) if size > 1 else []
+            return _join(rows, layout)
+        distinct = list(dict.fromkeys(zip(*call.texts.values(), strict=True))) if size > 1 else []
         if 0 < len(distinct) < size:
-            trial = partial(_try_axes, encode_prompt, call, texts)
-            axes = self._trial((_AXES, *options, *texts), trial, store)
+            axes = self._trial(_AXES, call, _try_axes)
             if axes is not None:
-                once = dict(zip(texts, map(list, zip(*distinct, strict=True)), strict=True))
-                key = (*options, *((name, tuple(value)) for name, value in once.items()))
-                encoded = self._encode_batch(encode_prompt, {**call, **once}, once, options, key, store)
+                once = dict(zip(call.texts, map(list, zip(*distinct, strict=True)), strict=True))
+                encoded = self._encode_batch(call.with_arguments(once))
                 if _as_tried(encoded, axes):
-                    return _take(encoded, axes, [distinct.index(row) for row in zip(*texts.values(), strict=True)])
-        copies = {name: list(value) for name, value in texts.items()}  # Z-Image writes its template into the list
-        return _to(self._remember(batch, lambda: encode_prompt(**{**call, **copies}), store), call.get("device"))
+                    return _take(
+                        encoded, axes, [distinct.index(row) for row in zip(*call.texts.values(), strict=True)]
+                    )
+        return self._remember(call)
 
-    def _trial(self, pattern: tuple, run: Callable[[], Any], store: PromptStore | None) -> Any:
+    def _row(self, call: "_Call", layout: Any) -> Any:
+        """The embedding of a call with one prompt, which was encoded alone or in its company."""
+        company = self._companies.get(call.texts.get("prompt", [""])[0]) if call.keyed else None
+        if company is None or len(company) == 1:
+            return self._remember(call)
+        together = ("together", company)
+        key = (*call.key, together)
+        row = self._find(key, call)
+        if row is None:
+            encoded = _to(call.with_prompts(company)(), "cpu")
+            keys = [(*call.with_prompts([prompt]).key, together) for prompt in company]
+            rows = dict(zip(keys, _split(encoded, layout, len(company)), strict=True))
+            row = self._keep(key, rows.pop(key), call)
+            for other, value in rows.items():
+                self._hold(other, value)
+            self._unasked.update(other for other in rows if other in self._entries)
+        elif key in self._unasked and key in self._entries and self._store is not None:
+            # A process writes what it was asked for, and others do the rest.
+            held, kept = self._drop(key), self._store.read(key)
+            row = self._keep(key, held, call) if kept is None else kept
+        self._unasked.discard(key)
+        # Where the longest of the company decides how long the others are, they are not what they would be without it.
+        short = self._trial(_SHORT, call, lambda call: _to(call.with_prompts(_PROBES[:1])(), "cpu"))
+        return row if _same_shapes(short, row, layout) else self._remember(call)
+
+    def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Any]) -> Any:
         """What a trial found, for this kind of call."""
-        if pattern not in self._layouts:
+        pattern = (kind, *call.options, *call.texts)
+        if pattern not in self._trials:
+            store = self._store if call.keyed else None
             kept = None if store is None else store.read(pattern)
-            self._layouts[pattern] = kept[0] if kept is not None else run()
+            self._trials[pattern] = kept[0] if kept is not None else run(call)
             if store is not None and kept is None:
-                store.write(pattern, (self._layouts[pattern],))
-        return self._layouts[pattern]
+                store.write(pattern, (self._trials[pattern],))
+        return self._trials[pattern]
 
-    def _remember(self, key: tuple, compute: Callable[[], Any], store: PromptStore | None) -> Any:
-        if key not in self._entries:
-            kept = None if store is None else store.read(key)
-            if kept is not None:
-                return kept
-            value = _to(compute(), "cpu")
-            if store is not None and store.write(key, value):
-                return value
-            last = next(reversed(self._entries.values())) if self._entries else None
-            # The empty prompt's embedding comes with every prompt of some families: keep one copy of it.
-            self._entries[key] = _share(value, last)
-            self._bytes += _nbytes(self._entries[key])
-            while self._bytes > self.max_bytes and len(self._entries) > 1:
-                self._bytes -= _nbytes(self._entries.popitem(last=False)[1])
-        self._entries.move_to_end(key)
-        return self._entries[key]
+    def _remember(self, call: "_Call") -> Any:
+        found = self._find(call.key, call)
+        return self._keep(call.key, _to(call(), "cpu"), call) if found is None else found
+
+    def _find(self, key: tuple, call: "_Call") -> Any:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        return self._store.read(key) if self._store is not None and call.keyed else None
+
+    def _keep(self, key: tuple, value: Any, call: "_Call") -> Any:
+        if self._store is not None and call.keyed and self._store.write(key, value):
+            return value
+        return self._hold(key, value)
+
+    def _hold(self, key: tuple, value: Any) -> Any:
+        if key in self._entries:
+            self._drop(key)
+        last = next(reversed(self._entries.values())) if self._entries else None
+        # The empty prompt's embedding comes with every prompt of some families: keep one copy of it.
+        self._entries[key] = value = _share(value, last)
+        self._bytes += _nbytes(value)
+        while self._bytes > self.max_bytes and len(self._entries) > 1:
+            self._drop(next(iter(self._entries)))
+        return value
+
+    def _drop(self, key: tuple) -> Any:
+        value = self._entries.pop(key)
+        self._unasked.discard(key)
+        self._bytes -= _nbytes(value)
+        return value
+
+
+class _Call:
+    """
+    A call of `encode_prompt`.
+
+    Attributes:
+        texts (`dict[str, list[str]]`): its arguments that have a text a prompt.
+        options (`tuple`): its plain arguments.
+        keyed (`bool`): whether these are all that there are: an image to edit is no part of the key, and may be another
+            one in another run.
+        key (`tuple`): what it is remembered under.
+        size (`int`): number of its prompts.
+    """
+
+    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]):
+        self.function, self.arguments = function, arguments
+        self.texts = {name: value for name, value in arguments.items() if _is_texts(value)}
+        plain = [name for name, value in arguments.items() if _is_option(name, value)]
+        self.options = tuple((name, str(arguments[name])) for name in plain)
+        self.keyed = all(name in self.texts or name == "device" or name in plain for name in arguments)
+        self.key = (*self.options, *((name, _key_of(value)) for name, value in self.texts.items()))
+        sizes = {len(value) for value in self.texts.values()}
+        self.size = sizes.pop() if len(sizes) == 1 else 1
+
+    def __call__(self) -> Any:
+        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image writes its template into the list
+        return self.function(**{**self.arguments, **copies})
+
+    def with_arguments(self, changes: dict[str, Any]) -> "_Call":
+        return _Call(self.function, {**self.arguments, **changes})
+
+    def row(self, i: int) -> "_Call":
+        """The call with one of its prompts."""
+        return self.with_arguments({name: [value[i]] for name, value in self.texts.items()})
+
+    def with_prompts(self, prompts: Sequence[str]) -> "_Call":
+        """The call of one prompt with these in its place."""
+        own = {name for name, text in self.texts.items() if text == self.texts["prompt"] and not _is_negative(name)}
+        return self.with_arguments(
+            {name: list(prompts) if name in own else text * len(prompts) for name, text in self.texts.items()}
+        )
 
 
 def _bind(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -159,6 +257,10 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
+def _is_negative(name: str) -> bool:
+    return name.startswith("negative")
+
+
 def _is_option(name: str, value: Any) -> bool:
     # Whatever is neither text nor a plain value (an image to edit) comes from `generation_kwargs`, which are fixed.
     if isinstance(value, (tuple, list)) and not _is_texts(value):  # Flux.2's layers of the encoder
@@ -166,10 +268,49 @@ def _is_option(name: str, value: Any) -> bool:
     return name != "device" and (value is None or isinstance(value, (str, int, float, bool, torch.dtype)))
 
 
-def _try_layout(encode_prompt: Callable[..., Any], call: dict, texts: dict) -> Any:
-    first, second = (encode_prompt(**{**call, **{name: [probe] for name in texts}}) for probe in _PROBES)
-    both = encode_prompt(**{**call, **{name: list(_PROBES) for name in texts}})
-    return _find_layout(first, second, both)
+def _key_of(texts: list[str]) -> str | tuple[str, ...]:
+    return texts[0] if len(texts) == 1 else tuple(texts)
+
+
+def _apart(call: _Call) -> tuple[_Call, _Call]:
+    """A guided call's prompts without guidance, and its negative prompts, beside a probe."""
+    probes = {name: [_PROBES[0]] * len(text) for name, text in call.texts.items() if not _is_negative(name)}
+    return call.with_arguments({_GUIDED: False}), call.with_arguments(probes)
+
+
+def _try_parts(call: _Call) -> Any:
+    """
+    Which part of a guided call's embeddings is the prompts' (`"prompt"`), the same as without guidance, and which is the
+    negative prompts' (`"negative"`), the same for any prompt: a tuple, or `None` where it can't be told apart.
+    """
+    names = [name for name in call.texts if not _is_negative(name)]
+    guided = [call.row(0).with_arguments({name: [probe] for name in names}) for probe in _PROBES]
+    both, alone = ([one() for one in calls] for calls in (guided, [_apart(one)[0] for one in guided]))
+    if not all(isinstance(value, tuple) for value in (*both, *alone)):
+        return None
+    parts = []
+    for first, second, first_alone, second_alone in zip(*both, *alone, strict=True):
+        if _equal(first, first_alone) and _equal(second, second_alone):
+            parts.append("prompt")
+        elif _equal(first, second):
+            parts.append("negative")
+        else:
+            return None
+    return tuple(parts)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether embeddings are the same to the bit."""
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    return a is None and b is None
+
+
+def _try_layout(call: _Call) -> Any:
+    first, second = (call.with_arguments({name: [probe] for name in call.texts})() for probe in _PROBES)
+    return _find_layout(first, second, call.with_arguments({name: list(_PROBES) for name in call.texts})())
 
 
 def _find_layout(first: Any, second: Any, both: Any) -> Any:
@@ -192,8 +333,8 @@ def _find_layout(first: Any, second: Any, both: Any) -> Any:
     return None
 
 
-def _try_axes(encode_prompt: Callable[..., Any], call: dict, texts: dict) -> Any:
-    once, twice = (encode_prompt(**{**call, **{name: list(_PROBES) * n for name in texts}}) for n in (1, 2))
+def _try_axes(call: _Call) -> Any:
+    once, twice = (call.with_arguments({name: list(_PROBES) * n for name in call.texts})() for n in (1, 2))
     return _find_axes(once, twice)
 
 
@@ -250,6 +391,26 @@ def _join(rows: list[Any], layout: Any) -> Any:
     if layout == "list":
         return [item for row in rows for item in row]
     return torch.cat(rows) if layout == "rows" else rows[0]
+
+
+def _split(value: Any, layout: Any, size: int) -> list[Any]:
+    """The embeddings of each prompt of a batch: [`_join`] puts them together again."""
+    if isinstance(layout, tuple):
+        columns = [_split(part, of_part, size) for part, of_part in zip(value, layout, strict=True)]
+        return [tuple(column[i] for column in columns) for i in range(size)]
+    if layout == "list":
+        return [[item] for item in value] if value else [[] for _ in range(size)]
+    # Copies: a view would keep the whole batch in memory.
+    return [row.clone() for row in value.split(1)] if layout == "rows" else [value] * size
+
+
+def _same_shapes(a: Any, b: Any, layout: Any) -> bool:
+    """Whether the embeddings of two prompts have the same shape, where those of a batch must."""
+    if isinstance(layout, tuple):
+        return all(_same_shapes(*parts) for parts in zip(a, b, layout, strict=True))
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape
+    return layout == "list" or a is None and b is None
 
 
 def _close(a: Any, b: Any) -> bool:

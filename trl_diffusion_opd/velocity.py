@@ -256,6 +256,13 @@ class VelocityField:
         view = self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
         return at_least_float32(view.prepared[0])
 
+    def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
+        """
+        Says which prompts are encoded together from now on, in calls of this field and of those of its `with_steps`; all
+        others are encoded alone. See [`PromptCache.set_companies`].
+        """
+        self._cache.set_companies(companies)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], guidance_scales: Iterable[float]) -> None:
         """

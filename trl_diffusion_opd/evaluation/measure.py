@@ -30,7 +30,6 @@ from torch import Tensor
 
 from ..retention import Scores
 from ..rewards import Reward, RewardFunc, Scorer, reward_name
-from ..rewards.metric import as_metric
 from ..teachers import Teacher, TeacherBank
 from ..velocity import VelocityField
 from .drawing import Velocity, draw_batch
@@ -318,6 +317,8 @@ def _recorded(
         batch = batches.popleft()  # a scorer calls a function in the order of its batches
         part = tasks[batch.task]
         with _Hint(name, batch.task, is_own=function in part.functions):
+            from ..rewards.metric import as_metric  # evaluate is slow to load
+
             found = as_metric(function, part.prompts.features).compute(prompts=prompts, images=images, **columns)
         record(batch, function, {score: found[f"{score}_scores"] for score in score_names(function)})
         return found[f"{name}_scores"]

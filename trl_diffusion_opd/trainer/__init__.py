@@ -12,19 +12,42 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from .base_config import DiffusionConfig
-from .base_trainer import DiffusionTrainer
-from .diffusion_grpo_config import DiffusionGRPOConfig
-from .diffusion_grpo_trainer import DiffusionGRPOTrainer
-from .diffusion_nft_config import DiffusionNFTConfig
-from .diffusion_nft_trainer import DiffusionNFTTrainer
-from .diffusion_opd_config import DiffusionOPDConfig
-from .diffusion_opd_trainer import DiffusionOPDTrainer
-from .diffusion_sft_config import DiffusionSFTConfig
-from .diffusion_sft_trainer import DiffusionSFTTrainer
-from .rl_config import DiffusionRLConfig
-from .rl_trainer import DiffusionRLTrainer, Rollout
+"""The trainers and their configs."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .base_config import DiffusionConfig
+    from .base_trainer import DiffusionTrainer
+    from .diffusion_grpo_config import DiffusionGRPOConfig
+    from .diffusion_grpo_trainer import DiffusionGRPOTrainer
+    from .diffusion_nft_config import DiffusionNFTConfig
+    from .diffusion_nft_trainer import DiffusionNFTTrainer
+    from .diffusion_opd_config import DiffusionOPDConfig
+    from .diffusion_opd_trainer import DiffusionOPDTrainer
+    from .diffusion_sft_config import DiffusionSFTConfig
+    from .diffusion_sft_trainer import DiffusionSFTTrainer
+    from .rl_config import DiffusionRLConfig
+    from .rl_trainer import DiffusionRLTrainer, Rollout
+
+# Imported when first asked for: a config needs no diffusers, and a command line's mistakes are told sooner.
+_MODULES = {
+    "DiffusionConfig": "base_config",
+    "DiffusionGRPOConfig": "diffusion_grpo_config",
+    "DiffusionGRPOTrainer": "diffusion_grpo_trainer",
+    "DiffusionNFTConfig": "diffusion_nft_config",
+    "DiffusionNFTTrainer": "diffusion_nft_trainer",
+    "DiffusionOPDConfig": "diffusion_opd_config",
+    "DiffusionOPDTrainer": "diffusion_opd_trainer",
+    "DiffusionRLConfig": "rl_config",
+    "DiffusionRLTrainer": "rl_trainer",
+    "DiffusionSFTConfig": "diffusion_sft_config",
+    "DiffusionSFTTrainer": "diffusion_sft_trainer",
+    "DiffusionTrainer": "base_trainer",
+    "Rollout": "rl_trainer",
+}
 
 __all__ = [
     "DiffusionConfig",
@@ -41,3 +64,9 @@ __all__ = [
     "DiffusionTrainer",
     "Rollout",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

@@ -86,6 +86,7 @@ class _StudentCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.trainer.student.update_ema(state.global_step)
         self.trainer._cost.stop()
 
@@ -224,6 +225,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._redirect = _ForwardRedirection()
         self._wrapped_and_own: tuple[nn.Module, nn.Module] | None = None
         self._micro_step = 0
+        assert train_dataset is not None  # it has been checked
+        self._prompts = train_dataset.select_columns(["prompt"])
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self._parts, self.accelerator.device)
         self._part = self._cost.part
@@ -386,6 +389,9 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._cost.start()
         with self._part("data"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            with self._part("encoding"):
+                self.velocity_field.encode_together(self._companies())
         if self._offload.modules:  # their prompts are encoded in one go, after which the encoders leave the device
             for i, rows in enumerate(batches):
                 task = self.tasks[i % len(self.tasks)]
@@ -393,6 +399,15 @@ class DiffusionTrainer(EvaluatingTrainer):
             with self._part("encoding"):
                 self._offload.rest()
         return batches, num_items
+
+    def _companies(self) -> list[list[str]]:
+        """
+        The prompts of the update's round that are encoded together: the same for any number of processes, and for any
+        size of micro-batches.
+        """
+        a_round = self.state.global_step // self._sampler.passes
+        companies = self._sampler.companies(a_round % self._sampler.rounds)
+        return [list(dict.fromkeys(self._prompts[rows.tolist()]["prompt"])) for rows in companies]
 
     def _micro_batch(self, number: int, size: int) -> tuple[str, list[int]]:
         """Task of a round's micro-batch, and its samples' positions among the task's samples of this round."""
