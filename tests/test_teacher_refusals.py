@@ -73,7 +73,10 @@ BROKEN_TENSORS = {
     "NaN": (with_value("to_q.lora_B", lambda value: value.fill_(math.nan)), "holds NaN or infinite values in trans"),
     "infinite": (with_value("to_q.lora_B", lambda value: value / 0), "holds NaN or infinite values"),
     "DoRA": (with_key("base_model.model.x.lora_magnitude_vector"), "is a DoRA"),
-    "bias": (with_key("base_model.model.proj_out.bias"), "tensors that are no LoRA matrices .proj_out.bias."),
+    "bias": (
+        with_key("base_model.model.proj_out.bias"),
+        "tensors that are no LoRA matrices and would be dropped: base_model.model.proj_out.bias",
+    ),
 }
 
 
@@ -118,7 +121,7 @@ BROKEN_DIFFUSERS_FILES = {
     "second transformer": (with_key("transformer_2.x.lora_A.weight"), "holds weights outside the transformer"),
     "kohya keys": (
         lambda tensors: {key.replace(".lora_A.", ".lora_down."): value for key, value in tensors.items()},
-        "tensors that are no LoRA matrices",
+        "in the layout of kohya's trainers .lora_down and lora_up",
     ),
     "no lora_B": (
         lambda tensors: {key: value for key, value in tensors.items() if "lora_A" in key},

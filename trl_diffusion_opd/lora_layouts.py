@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,25 +28,24 @@ from torch import Tensor, nn
 from .teacher_specs import TeacherError
 
 
-# What stands behind a module's name in the keys of an adapter's file, in any layout.
-ADAPTER_KEY = re.compile(
-    r"\.(lora_(embedding_)?[AB](\.\w+)?|lora_(down|up|mid)|(\w+_)?lora(_linear_layer|\d)?\.(down|up)|(lokr|hada|oft|boft)_\w+"
-    r"|diff(_\w+)?|set_weight|[wb]_norm|alpha)(\.(weight|bias))?$"
-)
+# What stands behind a module's name in the keys of a LoRA's file, in any layout: its two matrices, and alpha.
+_MATRIX = r"(lora_(embedding_)?[AB](\.(?!bias)\w+)?|lora_(down|up)|(\w+_)?lora(_linear_layer|\d)?\.(down|up))"
+LORA_KEY = re.compile(rf"\.({_MATRIX}(\.weight)?|alpha)$")
+# Other adapters, and differences of whole weights or biases that some programs save beside a LoRA.
+LYCORIS_KEY = re.compile(r"\.(lokr|hada|oft|boft)_\w+$|\.(glora|[ab][12])\.weight$")
+DIFFERENCE_KEY = re.compile(r"\.diff(_[bm])?$")
 # What stands before it.
 _PREFIX = re.compile(
     r"^((base_model\.model|diffusion_model|transformer|model)\.|(lora_unet|lora_transformer|lycoris)_)+"
 )
-# Layouts that some loader of diffusers reads and others don't: how to tell them, what they are called, and what to do where
-# that is not to rename the keys.
-_LAYOUTS: dict[str, tuple[str, str | None]] = {
-    r"\.(lokr|hada|oft|boft)_": ("LyCORIS (LoKr, LoHa or OFT)", "It is no LoRA: merge it into a full transformer."),
-    r"^(lora_unet|lora_transformer|lycoris)_": ("kohya's trainers (underscores for the dots of names)", None),
-    r"\.lora_[AB]\.\w+\.(weight|bias)$": ("DiffSynth-Studio (an adapter's name behind lora_A and lora_B)", None),
-    r"^diffusion_model\.": ('ComfyUI ("diffusion_model." before each name)', None),
-    r"\.lora_(down|up)\.": ("kohya's trainers (lora_down and lora_up for lora_A and lora_B)", None),
-    r"\.lora(_linear_layer)?\.(down|up)\.": ("an old diffusers (lora.down and lora.up for lora_A and lora_B)", None),
-    r"^base_model\.model\.": ("PEFT", "Its alpha is in its adapter_config.json: put that beside it."),
+# Layouts that some loader of diffusers reads and others don't: how to tell them, and what they are called.
+_LAYOUTS = {
+    r"^(lora_unet|lora_transformer|lycoris)_": "kohya's trainers (underscores for the dots of names)",
+    r"\.lora_[AB]\.\w+\.weight$": "DiffSynth-Studio (an adapter's name behind lora_A and lora_B)",
+    r"^diffusion_model\.": 'ComfyUI ("diffusion_model." before each name)',
+    r"\.lora_(down|up)\.": "kohya's trainers (lora_down and lora_up for lora_A and lora_B)",
+    r"lora(_linear_layer|\d)?\.(down|up)\.": "an old diffusers (lora.down and lora.up for lora_A and lora_B)",
+    r"^base_model\.model\.": "PEFT",
 }
 
 
@@ -96,6 +96,7 @@ def convert(
     Raises:
         TeacherError: If the layout is none of these, or a tensor of the file would be dropped.
     """
+    _refuse_mixture(raw, label)
     tensors: dict[str, Any] = {}
     for key, value in raw.items():
         tensors[key] = value.as_subclass(_Traced)
@@ -110,7 +111,10 @@ def convert(
             said = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise TeacherError(f"{label}: {_describe(raw, pipeline, f' ({said})')}") from error
     if any(key.startswith("transformer.") for key in tensors):
-        if foreign := [key for key in tensors if not key.startswith("transformer.")]:
+        # FLUX.1's converter leaves out the prefix of the layers outside the blocks.
+        ours = {name for name, _ in pipeline.components["transformer"].named_modules()}
+        outside = [key for key in tensors if not key.startswith("transformer.")]
+        if foreign := [key for key in outside if LORA_KEY.sub("", key) not in ours]:
             raise TeacherError(
                 f"{label}: holds weights outside the transformer ({some(foreign)}), which would be dropped"
             )
@@ -127,6 +131,18 @@ def convert(
             "the teacher."
         )
     return {key: value.as_subclass(Tensor) for key, value in tensors.items()}, alphas
+
+
+def _refuse_mixture(keys: Iterable[str], label: str) -> None:
+    """Converters cut a prefix from all keys, or drop those without it: what lacks it is named before."""
+    prefixes = {key: (_PREFIX.match(key) or [""])[0] for key in keys}
+    most = Counter(prefixes.values()).most_common(1)[0][0]
+    if most != "transformer." and (others := [key for key, prefix in prefixes.items() if prefix != most]):
+        example = next(key for key, prefix in prefixes.items() if prefix == most)
+        raise TeacherError(
+            f"{label}: is a mixture of layouts, {some(others)} beside {example} and the like, of which one would be dropped. Make "
+            "two files of it, or convert it to the layout of diffusers."
+        )
 
 
 def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
@@ -152,10 +168,8 @@ def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
 
 
 def _changes_nothing(key: str, raw: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor that the loader drops has no effect anyway: a difference or product of zeros, or an alpha that is the rank."""
-    if re.search(r"\.diff(_[bm])?$", key):
-        return not raw[key].any()
-    module = ADAPTER_KEY.sub("", key)
+    """Whether a tensor that the loader drops has no effect anyway: of a product that is zero, or an alpha that is the rank."""
+    module = LORA_KEY.sub("", key)
     for a, b in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
         down, up = raw.get(f"{module}.{a}.weight"), raw.get(f"{module}.{b}.weight")
         if down is not None and up is not None:
@@ -175,20 +189,21 @@ def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") 
     keys = sorted(keys)
     transformer: nn.Module = pipeline.components["transformer"]
     ours = {name.replace(".", "_"): name for name, _ in transformer.named_modules() if name}
-    found = {key: ours.get(_PREFIX.sub("", ADAPTER_KEY.sub("", key)).replace(".", "_")) for key in keys}
+    found = {key: ours.get(_PREFIX.sub("", LORA_KEY.sub("", key)).replace(".", "_")) for key in keys}
     named = {key: name for key, name in found.items() if name is not None}
     mark = layout_of(keys)
-    layout, advice = ("another trainer", None) if mark is None else _LAYOUTS[mark]
-    start = f"its keys, such as {next(iter(named or keys))}, are in the layout of {layout}, which {type(pipeline).__name__} "
-    start += f"cannot convert{said}"
+    layout = "another trainer" if mark is None else _LAYOUTS[mark]
+    example = next((key for key in named or keys if not key.endswith(".alpha")), keys[0])
+    start = f"its keys, such as {example}, are in the layout of {layout}, which {type(pipeline).__name__} cannot convert{said}"
+    if layout == "PEFT":
+        return f"{start}. Its alpha is in its adapter_config.json: put that beside it."
     if not named:
         return (
             f"{start}, and name no layer of a {type(transformer).__name__}: it is for another base, or names the layers as its "
-            f"trainer does. {advice or 'Convert it to the layout of diffusers with the tools of its trainer.'}"
+            "trainer does. Convert it to the layout of diffusers with the tools of its trainer."
         )
-    key = next((key for key in named if re.search(r"\.lora([._]linear_layer)?[._](A|down)\b", key)), None)
-    rename = f"Rename its keys: {key} to transformer.{named[key]}.lora_A.weight, and so on." if key else ""
-    return f"{start}. {advice or rename}".rstrip()
+    side = "B" if re.search(r"(B|up)(\.\w+)?\.weight$", example) else "A"
+    return f"{start}. Rename its keys: {example} to transformer.{named[example]}.lora_{side}.weight, and so on."
 
 
 def some(names: list[str]) -> str:

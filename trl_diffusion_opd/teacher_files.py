@@ -39,7 +39,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .hub_errors import download, listing
-from .lora_layouts import ADAPTER_KEY, convert, layout_of, some
+from .lora_layouts import DIFFERENCE_KEY, LORA_KEY, LYCORIS_KEY, convert, layout_of, some
 from .pipeline_view import base_weight
 from .quantization import plain_tensors
 from .teacher_specs import TeacherConfig, TeacherError, local_folder
@@ -275,7 +275,7 @@ def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     try:
         with safe_open(path, "pt") as file:
             keys, metadata = list(file.keys()), file.metadata() or {}
-            if not any("lora" in key or ADAPTER_KEY.search(key) for key in keys):
+            if not any(LORA_KEY.search(key) or LYCORIS_KEY.search(key) or "lora" in key for key in keys):
                 raise TeacherError(
                     f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are {some(keys)}). A "
                     "whole transformer is given as the folder that save_pretrained() makes; one in a single file is loaded "
@@ -294,13 +294,22 @@ def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]
         raise TeacherError(
             f"{label}: is a DoRA ({some(dora)}), which is not supported. Merge it into a full transformer."
         )
+    # Nothing computes in 8 bits; bfloat16 holds all of their values.
+    raw = {k: v.bfloat16() if v.is_floating_point() and v.itemsize == 1 else v for k, v in raw.items()}
+    # Differences of zeros, as ComfyUI's extraction writes them for norms, change nothing.
+    raw = {key: value for key, value in raw.items() if not DIFFERENCE_KEY.search(key) or value.any()}
+    if other := [key for key in raw if not LORA_KEY.search(key)]:
+        what = "LyCORIS's (LoKr, LoHa or OFT)" if any(LYCORIS_KEY.search(key) for key in other) else "no LoRA matrices"
+        raise TeacherError(
+            f"{label}: {path.name} holds tensors that are {what} and would be dropped: {some(other)}. Merge the whole file into "
+            "its base with a program that knows it, and use the full transformer as the teacher."
+        )
     whole = [key for key, value in raw.items() if not (value.is_floating_point() or key.endswith(".alpha"))]
     if whole:
         raise TeacherError(
             f"{label}: {path.name} holds {raw[whole[0]].dtype} in {some(whole)}. Save it in a floating-point dtype."
         )
-    # Nothing computes in 8 bits; bfloat16 holds all of their values.
-    return {k: v.bfloat16() if v.is_floating_point() and v.itemsize == 1 else v for k, v in raw.items()}, metadata
+    return raw, metadata
 
 
 def _read_peft(

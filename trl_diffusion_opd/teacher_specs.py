@@ -123,8 +123,8 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     weight_name = parts.pop() if parts[-1].endswith(".safetensors") else None
     if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
         raise ValueError(
-            f"Teacher {name!r} is neither an existing folder or file nor of the form "
-            'owner/repo[/sub/folder][/file.safetensors][@revision]. Check the path, or say "base" for the base model.'
+            f"Teacher {name!r} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"
+            '[@revision], nor a .safetensors file here. Check the path, or say "base" for the base model.'
         )
     if weight_name and config.weight_name not in (None, weight_name):
         raise ValueError(f"Teacher {name!r} names a file, and its config {config.weight_name!r}: give one.")
