@@ -150,7 +150,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
     else:
         names = (_lora_file(config, revision, folder, prefix, label),)
 
-    if local is None:
+    if local is None and not all((folder / name).is_file() for name in names):
         _download(config, revision, [prefix + name for name in names])
     if missing := [name for name in names if not (folder / name).is_file()]:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
