@@ -102,6 +102,9 @@ BROKEN_CONFIGS = {
     "fewer targets": ({"target_modules": ATTENTION[:-1]}, "the file has 2 tensors that its config or the base"),
     "no such targets": ({"target_modules": ["query_key_value"]}, "made for another base: Target modules"),
     "other rank": ({"r": 8}, "its config gives another rank"),
+    "no alpha": ({"lora_alpha": 0}, "has an alpha of 0, which makes the teacher the base"),
+    "no alpha somewhere": ({"alpha_pattern": {"attn.to_q": 0}}, "has an alpha of 0"),
+    "a broken pattern": ({"target_modules": "(to_q"}, r"PEFT cannot use its LoRA config \(.*: missing"),
 }
 
 
@@ -151,6 +154,30 @@ def test_refuses_alpha_twice(pipeline, tmp_path):
     rewrite(tmp_path / DIFFUSERS_FILE, lambda t: {**t, f"{module}.alpha": torch.tensor(1.0)}, metadata)
     with pytest.raises(ValueError, match="alpha both in its metadata and as tensors"):
         make_bank(pipeline, str(tmp_path))
+
+
+def test_refuses_metadata_without_a_rank(pipeline, tmp_path):
+    make_lora(pipeline, tmp_path, seed=1, format="diffusers")
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
+    rewrite(tmp_path / DIFFUSERS_FILE, lambda tensors: tensors, metadata)
+    with pytest.raises(
+        ValueError, match=f"metadata of {DIFFUSERS_FILE} is not of a LoRA: it has lora_alpha, but no r"
+    ):
+        make_bank(pipeline, str(tmp_path))
+
+
+def test_refuses_shards_without_a_map(pipeline, tmp_path):
+    save_full(pipeline, tmp_path, seed=1)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        make_bank(pipeline, str(tmp_path))
+
+
+def test_whatever_a_transformers_config_raises_is_a_teachers_error(pipeline, tmp_path):
+    save_full(pipeline, tmp_path / "the-teacher", seed=1)
+    edit_json(tmp_path / "the-teacher" / "config.json", num_layers="two")
+    with pytest.raises(ValueError, match=r"the-teacher: cannot read config.json and .* \(TypeError: "):
+        make_bank(pipeline, str(tmp_path / "the-teacher"))
 
 
 def test_refuses_pickles_and_says_how_to_convert(pipeline, tmp_path):

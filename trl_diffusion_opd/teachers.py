@@ -96,8 +96,9 @@ def add_adapter(
                 peft_model = get_peft_model(model, lora_config, adapter_name=name, autocast_adapter_dtype=trainable)
         except Exception as error:  # the config is a stranger's
             _discard(model, name)
-            reason = "made for another base" if isinstance(error, ValueError | TypeError) else type(error).__name__
-            raise TeacherError(f"{reason}: {error}") from error
+            if isinstance(error, ValueError):
+                raise TeacherError(f"made for another base: {error}") from error
+            raise TeacherError(f"PEFT cannot use its LoRA config ({type(error).__name__}: {error})") from error
 
     # save_embedding_layers would look the base up on the Hub.
     expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
