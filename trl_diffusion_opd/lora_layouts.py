@@ -35,9 +35,7 @@ LORA_KEY = re.compile(rf"\.({_MATRIX}(\.weight)?|alpha)$")
 LYCORIS_KEY = re.compile(r"\.(lokr|hada|oft|boft)_\w+$|\.(glora|[ab][12])\.weight$")
 DIFFERENCE_KEY = re.compile(r"\.diff(_[bm])?$")
 # What stands before it.
-_PREFIX = re.compile(
-    r"^((base_model\.model|diffusion_model|transformer|model)\.|(lora_unet|lora_transformer|lycoris)_)+"
-)
+_PREFIX = re.compile(r"^((base_model\.model|diffusion_model|transformer)\.|(lora_unet|lora_transformer|lycoris)_)")
 # Layouts that some loader of diffusers reads and others don't: how to tell them, and what they are called.
 _LAYOUTS = {
     r"^(lora_unet|lora_transformer|lycoris)_": "kohya's trainers (underscores for the dots of names)",
