@@ -73,7 +73,10 @@ BROKEN_TENSORS = {
     "NaN": (with_value("to_q.lora_B", lambda value: value.fill_(math.nan)), "holds NaN or infinite values in trans"),
     "infinite": (with_value("to_q.lora_B", lambda value: value / 0), "holds NaN or infinite values"),
     "DoRA": (with_key("base_model.model.x.lora_magnitude_vector"), "is a DoRA"),
-    "bias": (with_key("base_model.model.proj_out.bias"), "tensors that are no LoRA matrices .proj_out.bias."),
+    "bias": (
+        with_key("base_model.model.proj_out.bias"),
+        "tensors that are no LoRA matrices and would be dropped: base_model.model.proj_out.bias",
+    ),
 }
 
 
@@ -99,6 +102,9 @@ BROKEN_CONFIGS = {
     "fewer targets": ({"target_modules": ATTENTION[:-1]}, "the file has 2 tensors that its config or the base"),
     "no such targets": ({"target_modules": ["query_key_value"]}, "made for another base: Target modules"),
     "other rank": ({"r": 8}, "its config gives another rank"),
+    "no alpha": ({"lora_alpha": 0}, "has an alpha of 0, which makes the teacher the base"),
+    "no alpha somewhere": ({"alpha_pattern": {"attn.to_q": 0}}, "has an alpha of 0"),
+    "a broken pattern": ({"target_modules": "(to_q"}, r"PEFT cannot use its LoRA config \(.*: missing"),
 }
 
 
@@ -118,7 +124,7 @@ BROKEN_DIFFUSERS_FILES = {
     "second transformer": (with_key("transformer_2.x.lora_A.weight"), "holds weights outside the transformer"),
     "kohya keys": (
         lambda tensors: {key.replace(".lora_A.", ".lora_down."): value for key, value in tensors.items()},
-        "tensors that are no LoRA matrices",
+        "in the layout of kohya's trainers .lora_down and lora_up",
     ),
     "no lora_B": (
         lambda tensors: {key: value for key, value in tensors.items() if "lora_A" in key},
@@ -148,6 +154,30 @@ def test_refuses_alpha_twice(pipeline, tmp_path):
     rewrite(tmp_path / DIFFUSERS_FILE, lambda t: {**t, f"{module}.alpha": torch.tensor(1.0)}, metadata)
     with pytest.raises(ValueError, match="alpha both in its metadata and as tensors"):
         make_bank(pipeline, str(tmp_path))
+
+
+def test_refuses_metadata_without_a_rank(pipeline, tmp_path):
+    make_lora(pipeline, tmp_path, seed=1, format="diffusers")
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
+    rewrite(tmp_path / DIFFUSERS_FILE, lambda tensors: tensors, metadata)
+    with pytest.raises(
+        ValueError, match=f"metadata of {DIFFUSERS_FILE} is not of a LoRA: it has lora_alpha, but no r"
+    ):
+        make_bank(pipeline, str(tmp_path))
+
+
+def test_refuses_shards_without_a_map(pipeline, tmp_path):
+    save_full(pipeline, tmp_path, seed=1)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        make_bank(pipeline, str(tmp_path))
+
+
+def test_whatever_a_transformers_config_raises_is_a_teachers_error(pipeline, tmp_path):
+    save_full(pipeline, tmp_path / "the-teacher", seed=1)
+    edit_json(tmp_path / "the-teacher" / "config.json", num_layers="two")
+    with pytest.raises(ValueError, match=r"the-teacher: cannot read config.json and .* \(TypeError: "):
+        make_bank(pipeline, str(tmp_path / "the-teacher"))
 
 
 def test_refuses_pickles_and_says_how_to_convert(pipeline, tmp_path):

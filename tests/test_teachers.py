@@ -24,7 +24,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
-from diffusers import FluxPipeline
+from families import FAMILIES
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -42,6 +42,7 @@ from tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
 from torch import nn
 
 from trl_diffusion_opd import hub_errors, teacher_files
+from trl_diffusion_opd.lora_layouts import convert
 from trl_diffusion_opd.teachers import (
     TeacherConfig,
     add_adapter,
@@ -165,7 +166,7 @@ def test_a_teacher_is_base_plus_scaled_product(pipeline, tmp_path):
 def test_alpha_tensors_survive_a_loader_that_drops_them():
     raw = {f"transformer.x.{name}.weight": torch.ones(2, 2) for name in ("lora_A", "lora_B")}
     raw["transformer.x.alpha"] = torch.tensor(7.0)
-    tensors, alphas = teacher_files._convert(raw, FluxPipeline, "file")
+    tensors, alphas = convert(raw, FAMILIES["flux"].build(), "file")
     assert alphas == {"x": 7.0}
     assert sorted(tensors) == ["x.lora_A.weight", "x.lora_B.weight"]
 

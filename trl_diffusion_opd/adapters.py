@@ -19,11 +19,26 @@ from contextlib import contextmanager
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 # The name under which compiled code finds whichever adapter is active, but for the first one.
 _SHARED_NAME = "switched"
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Takes all of PEFT's layers out of a model, also where PEFT failed halfway through putting them in."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+        elif isinstance(layer, AuxiliaryTrainingWrapper):
+            base = layer.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)
+    model.__dict__.pop("peft_config", None)
 
 
 class AdapterSwitch:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import httpx2
-from huggingface_hub import snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -188,3 +188,27 @@ def download(
     """
     with explained(shown, repo_id, revision, error_type):
         return Path(retried(snapshot_download, repo_id, revision=revision, allow_patterns=patterns))
+
+
+def listing(
+    shown: str,
+    repo_id: str,
+    revision: str | None,
+    folder: Path,
+    prefix: str,
+    error_type: type[ValueError] = ValueError,
+) -> list[str]:
+    """
+    The files of a repository below `prefix`, relative to it; without a connection those that were downloaded to `folder`.
+
+    Raises:
+        `error_type`: if the Hub refuses, with what to do about it.
+    """
+    try:
+        with explained(shown, repo_id, revision, error_type):
+            files = retried(model_info, repo_id, revision=revision).siblings or []
+        return [file.rfilename.removeprefix(prefix) for file in files if file.rfilename.startswith(prefix)]
+    except error_type as error:
+        if isinstance(_cause(error), (OfflineModeIsEnabled, httpx2.TransportError)):
+            return [path.name for path in folder.glob("*")]
+        raise

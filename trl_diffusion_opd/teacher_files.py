@@ -19,13 +19,15 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig
@@ -36,10 +38,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-from .hub_errors import download
+from .hub_errors import download, listing
+from .lora_layouts import DIFFERENCE_KEY, LORA_KEY, LYCORIS_KEY, convert, layout_of, some
 from .pipeline_view import base_weight
 from .quantization import plain_tensors
-from .teacher_specs import TeacherConfig, local_folder
+from .teacher_specs import TeacherConfig, TeacherError, local_folder
 
 
 logger = logging.get_logger(__name__)
@@ -59,10 +62,6 @@ _SUPPORTED_FIELDS = {
 
 # Initialisations that move part of the base's weights into the adapter: the adapter is then right on no other base.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-class TeacherError(ValueError):
-    """A teacher that cannot be used, with what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,10 @@ class TeacherFiles:
 
     @property
     def label(self) -> str:
-        """How messages and tables call this teacher."""
-        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
+        """How messages call this teacher."""
+        # A file that is not named as its kind's always are.
+        name = self.names[0] if self.kind == "diffusers" and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
+        return "/".join(filter(None, (self.source, self.subfolder, name)))
 
     def sha256(self) -> str:
         """
@@ -130,24 +131,26 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
         revision, folder = snapshot.name, snapshot / prefix
     label = f"{source}/{config.subfolder}" if config.subfolder else source
 
-    kind: Literal["peft", "diffusers", "full"]
+    kind: Literal["peft", "diffusers", "full"] = "diffusers"
     names: tuple[str, ...]
-    if config.weight_name is not None:
-        kind, names = "diffusers", (config.weight_name,)
-    elif (folder / CONFIG_NAME).is_file():
+    # The weights of a PEFT folder or a transformer are these with the config beside them, also where they are named.
+    if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
         kind, names = "peft", (CONFIG_NAME, PEFT_WEIGHTS_NAME)
-    elif (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
+    elif any((folder / name).is_file() for name in ("model_index.json", "config.json")) and config.weight_name in (
+        None,
+        SAFETENSORS_WEIGHTS_NAME,
+    ):
         if (folder / "model_index.json").is_file():
             prefix, folder = f"{prefix}transformer/", folder / "transformer"
         index = folder / SAFE_WEIGHTS_INDEX_NAME
-        weights = (
-            set(_read_json(index, label)["weight_map"].values()) if index.is_file() else {SAFETENSORS_WEIGHTS_NAME}
-        )
-        kind, names = "full", ("config.json", *sorted(weights))
+        weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
+        kind, names = "full", ("config.json", *weights)
+    elif config.weight_name is not None:
+        names = (config.weight_name,)
     else:
-        kind, names = "diffusers", (LORA_WEIGHT_NAME_SAFE,)
+        names = (_lora_file(config, revision, folder, prefix, label),)
 
-    if local is None:
+    if local is None and not all((folder / name).is_file() for name in names):
         _download(config, revision, [prefix + name for name in names])
     if missing := [name for name in names if not (folder / name).is_file()]:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -159,16 +162,44 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
             )
         raise TeacherError(
             f"{label}: has no {', '.join(missing)}. A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), a "
-            f"diffusers LoRA ({LORA_WEIGHT_NAME_SAFE} or weight_name=), a transformer (config.json) or a pipeline "
-            "(model_index.json), all with .safetensors weights. Check the subfolder and the revision."
+            f"LoRA's file ({LORA_WEIGHT_NAME_SAFE}, a folder's only other one, or weight_name=), a transformer (config.json) or "
+            "a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and the revision."
         )
     return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
 
 
+def _shards(index: Path, label: str) -> list[str]:
+    shards = _read_json(index, label).get("weight_map")
+    if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
+        raise TeacherError(f"{label}: {index.name} has no weight_map, which says in which file each weight is")
+    return sorted(set(shards.values()))
+
+
+def _lora_file(config: TeacherConfig, revision: str | None, folder: Path, prefix: str, label: str) -> str:
+    """The name of the LoRA's file in a folder: diffusers' own, else that of the only `.safetensors` file there."""
+    is_local = local_folder(config) is not None
+    if not is_local:
+        _download(config, revision, [prefix + LORA_WEIGHT_NAME_SAFE])
+    if (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        return LORA_WEIGHT_NAME_SAFE
+    if is_local:
+        there = [path.name for path in folder.glob("*.safetensors")]
+    else:
+        there = listing(_shown(config), config.model_name_or_path, revision, folder, prefix, TeacherError)
+    names = sorted(name for name in there if name.endswith(".safetensors") and "/" not in name)
+    if len(names) > 1:
+        raise TeacherError(
+            f"{label}: has several files ({some(names)}). Say which one: name it at the end of the path, or with weight_name=."
+        )
+    return names[0] if names else LORA_WEIGHT_NAME_SAFE
+
+
+def _shown(config: TeacherConfig) -> str:
+    return f"{config.model_name_or_path}@{config.revision}" if config.revision else config.model_name_or_path
+
+
 def _download(config: TeacherConfig, revision: str | None, names: list[str]) -> Path:
-    repo_id = config.model_name_or_path
-    shown = f"{repo_id}@{config.revision}" if config.revision else repo_id
-    return download(shown, repo_id, revision, names, TeacherError)
+    return download(_shown(config), config.model_name_or_path, revision, names, TeacherError)
 
 
 def _read_json(path: Path, label: str) -> dict[str, Any]:
@@ -215,53 +246,127 @@ def read_lora(
 
 def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """The part of [`read_lora`] after the files are found. Same results and errors."""
+    with _readable(files):
+        raw, metadata = _load(files)
+        if files.kind == "peft":
+            config, tensors = _read_peft(files, raw, pipeline)
+        else:
+            config, tensors = _read_diffusers(files, raw, metadata, pipeline)
+        _check_tensors(files, tensors)
+    return config, {PEFT_PREFIX + key: value for key, value in tensors.items()}
+
+
+@contextmanager
+def _readable(files: TeacherFiles) -> Iterator[None]:
+    """A stranger's file can make the libraries that read it fail in any way: whatever they raise says which teacher it was."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except Exception as error:
+        names = " and ".join(files.names) if len(files.names) < 3 else "its files"
+        raise TeacherError(f"{files.label}: cannot read {names} ({type(error).__name__}: {error})") from error
+
+
+def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a LoRA's file, in a dtype that can be computed in, and its metadata."""
     label = files.label
     path = files.folder / files.names[-1]
     try:
-        raw = load_file(path, device="cpu")
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            keys, metadata = list(file.keys()), file.metadata() or {}
+            if not any(LORA_KEY.search(key) or LYCORIS_KEY.search(key) or "lora" in key for key in keys):
+                raise TeacherError(
+                    f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are {some(keys)}). A "
+                    "whole transformer is given as the folder that save_pretrained() makes; one in a single file is loaded "
+                    "with from_single_file() first."
+                )
+        raw = load_file(path, device="cpu")
     except SafetensorError as error:
         raise TeacherError(f"{label}: {path.name} is not a readable safetensors file ({error})") from error
     if encoders := [key for key in raw if key.startswith(("text_encoder", "lora_te"))]:
         raise TeacherError(
-            f"{label}: {path.name} also adapts text encoders ({_some(encoders)}), which would be dropped: only the "
+            f"{label}: {path.name} also adapts text encoders ({some(encoders)}), which would be dropped: only the "
             "transformer is distilled. Use a teacher that was trained with frozen text encoders."
         )
     # diffusers filters these keys out of a file with a warning; without them it is another adapter.
     if dora := [key for key in raw if "dora_scale" in key or "lora_magnitude_vector" in key]:
         raise TeacherError(
-            f"{label}: is a DoRA ({_some(dora)}), which is not supported. Merge it into a full transformer."
+            f"{label}: is a DoRA ({some(dora)}), which is not supported. Merge it into a full transformer."
         )
+    # Nothing computes in 8 bits; bfloat16 holds all of their values.
+    raw = {k: v.bfloat16() if v.is_floating_point() and v.itemsize == 1 else v for k, v in raw.items()}
+    # Differences of zeros, as ComfyUI's extraction writes them for norms, change nothing.
+    raw = {key: value for key, value in raw.items() if not DIFFERENCE_KEY.search(key) or value.any()}
+    if other := [key for key in raw if not LORA_KEY.search(key)]:
+        what = "LyCORIS's (LoKr, LoHa or OFT)" if any(LYCORIS_KEY.search(key) for key in other) else "no LoRA matrices"
+        raise TeacherError(
+            f"{label}: {path.name} holds tensors that are {what} and would be dropped: {some(other)}. Merge the whole file into "
+            "its base with a program that knows it, and use the full transformer as the teacher."
+        )
+    whole = [key for key, value in raw.items() if not (value.is_floating_point() or key.endswith(".alpha"))]
+    if whole:
+        raise TeacherError(
+            f"{label}: {path.name} holds {raw[whole[0]].dtype} in {some(whole)}. Save it in a floating-point dtype."
+        )
+    return raw, metadata
 
-    if files.kind == "peft":
-        tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in raw.items()}
-        config = _lora_config(_read_json(files.folder / CONFIG_NAME, label), label)
-    else:
-        tensors, alphas = _convert(raw, type(pipeline), label)
-        stored = _parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}", f"{label}: the metadata of {path.name}")
-        if any(key.startswith("transformer.") for key in stored):
-            # The options of text encoders lie beside them.
-            stored = {k.removeprefix("transformer."): v for k, v in stored.items() if k.startswith("transformer.")}
-        if stored and alphas:
-            raise TeacherError(f"{label}: has alpha both in its metadata and as tensors; which one counts is unclear")
-        config = _lora_config(stored, label) if "r" in stored else _infer_config(tensors, alphas, label)
 
+def _read_peft(
+    files: TeacherFiles, raw: dict[str, torch.Tensor], pipeline: DiffusionPipeline
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    label = files.label
+    config = _lora_config(_read_json(files.folder / CONFIG_NAME, label), label)
+    tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in raw.items()}
+    if len(tensors) < len(raw):
+        twice = [key for key in raw if PEFT_PREFIX + key in raw]
+        raise TeacherError(f"{label}: {some(twice)} is in it twice, with and without {PEFT_PREFIX!r} before it.")
+    if layout_of(tensors) is None:
+        return config, tensors
+    # Some trainers (diffusion-pipe) save PEFT's config beside ComfyUI's keys. Whoever reads such a file goes by its keys alone.
+    converted, alphas = convert(tensors, pipeline, label)
+    if alphas or config.use_rslora or config.alpha_pattern or config.rank_pattern or config.lora_alpha != config.r:
+        raise TeacherError(
+            f"{label}: its {CONFIG_NAME} is PEFT's, with lora_alpha={config.lora_alpha} and r={config.r}, and its keys are not: "
+            f"whether they were meant to be scaled is unclear. Save it with PEFT or diffusers."
+        )
+    return _infer_config(converted, {}, label), converted
+
+
+def _read_diffusers(
+    files: TeacherFiles, raw: dict[str, torch.Tensor], metadata: dict[str, str], pipeline: DiffusionPipeline
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    label, name = files.label, files.names[-1]
+    tensors, alphas = convert(raw, pipeline, label)
+    stored = _parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}", f"{label}: the metadata of {name}")
+    if any(key.startswith("transformer.") for key in stored):
+        # The options of text encoders lie beside them.
+        stored = {k.removeprefix("transformer."): v for k, v in stored.items() if k.startswith("transformer.")}
+    if not stored:
+        return _infer_config(tensors, alphas, label), tensors
+    if any(key.endswith(".alpha") for key in raw):
+        raise TeacherError(f"{label}: has alpha both in its metadata and as tensors; which one counts is unclear")
+    if "r" not in stored:
+        raise TeacherError(f"{label}: the metadata of {name} is not of a LoRA: it has {', '.join(stored)}, but no r.")
+    return _lora_config(stored, label), tensors
+
+
+def _check_tensors(files: TeacherFiles, tensors: dict[str, torch.Tensor]) -> None:
+    label, name = files.label, files.names[-1]
     if other := [key for key in tensors if not re.search(r"\.lora_(embedding_)?[AB](\.weight)?$", key)]:
         raise TeacherError(
-            f"{label}: {path.name} holds tensors that are no LoRA matrices ({_some(other)}) and would be dropped. Load "
+            f"{label}: {name} holds tensors that are no LoRA matrices ({some(other)}) and would be dropped. Load "
             "it with the library it was made with and save it with PEFT or diffusers."
         )
     if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
-        raise TeacherError(f"{label}: {path.name} holds NaN or infinite values in {_some(bad)}")
+        raise TeacherError(f"{label}: {name} holds NaN or infinite values in {some(bad)}")
     for side in "AB":
         # Either side zero makes every product zero, and the teacher silently equal to the base.
         if not any(value.any() for key, value in tensors.items() if f".lora_{side}." in key):
             raise TeacherError(
-                f"{label}: every lora_{side} of {path.name} is zero, so this teacher is the base model. Was it saved before "
+                f"{label}: every lora_{side} of {name} is zero, so this teacher is the base model. Was it saved before "
                 'training? If the base is meant, say "base".'
             )
-    return config, {PEFT_PREFIX + key: value for key, value in tensors.items()}
 
 
 def _lora_config(stored: dict[str, Any], label: str) -> LoraConfig:
@@ -274,7 +379,7 @@ def _lora_config(stored: dict[str, Any], label: str) -> LoraConfig:
         logger.warning(f"{label}: the installed PEFT does not know the LoRA options {unknown}; they are ignored.")
     try:
         config = LoraConfig(**{key: value for key, value in stored.items() if key in known})
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # as above
         raise TeacherError(f"{label}: PEFT does not accept its LoRA config ({error})") from error
     if config.use_dora:
         raise TeacherError(
@@ -297,37 +402,13 @@ def _lora_config(stored: dict[str, Any], label: str) -> LoraConfig:
             f"{label}: was initialised with {init!r}, which changes the base's own weights, and so fits no base shared by "
             "several teachers. Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
+    if 0 in (config.lora_alpha, *config.alpha_pattern.values()):
+        raise TeacherError(
+            f"{label}: its LoRA config has an alpha of 0, which makes the teacher the base where it counts."
+        )
     config.init_lora_weights = True
     config.task_type = None
     return config
-
-
-def _convert(
-    raw: dict[str, torch.Tensor], pipeline_class: type[DiffusionPipeline], label: str
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Tensors and alphas by module of the transformer, from any layout that the pipeline's own loader converts."""
-    # Taken out first because some loaders of diffusers drop them when only the tensors are asked for. "diffusion_model."
-    # is renamed by the loaders, which then fold alpha into the tensors.
-    alphas: dict[str, float] = {}
-    for key in [key for key in raw if key.endswith(".alpha") and not key.startswith("diffusion_model.")]:
-        module = key.removesuffix(".alpha")
-        if f"{module}.lora_A.weight" in raw:
-            alphas[module.removeprefix("transformer.")] = float(raw.pop(key))
-    if issubclass(pipeline_class, LoraBaseMixin):
-        try:
-            loader: Any = pipeline_class  # the mixin's type has only a stub of what every family implements
-            raw = loader.lora_state_dict(dict(raw))
-        except (ValueError, KeyError) as error:
-            raise TeacherError(f"{label}: {pipeline_class.__name__} cannot convert its keys ({error})") from error
-    if any(key.startswith("transformer.") for key in raw):
-        if foreign := [key for key in raw if not key.startswith("transformer.")]:
-            raise TeacherError(
-                f"{label}: holds weights outside the transformer ({_some(foreign)}), which would be dropped"
-            )
-        raw = {key.removeprefix("transformer."): value for key, value in raw.items()}
-    if lost := [module for module in alphas if f"{module}.lora_A.weight" not in raw]:
-        raise TeacherError(f"{label}: alpha of {_some(lost)} belongs to no lora_A. Save it again with diffusers.")
-    return raw, alphas
 
 
 def _infer_config(tensors: dict[str, torch.Tensor], alphas: dict[str, float], label: str) -> LoraConfig:
@@ -335,7 +416,7 @@ def _infer_config(tensors: dict[str, torch.Tensor], alphas: dict[str, float], la
     suffix = ".lora_B.weight"
     ranks = {key.removesuffix(suffix): value.shape[1] for key, value in tensors.items() if key.endswith(suffix)}
     if not ranks:
-        raise TeacherError(f"{label}: holds no lora_B (its keys are like {_some(list(tensors))})")
+        raise TeacherError(f"{label}: holds no lora_B (its keys are like {some(list(tensors))})")
     alphas = {module: alphas.get(module, float(rank)) for module, rank in ranks.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha: Any = Counter(alphas.values()).most_common(1)[0][0]  # an int to PEFT's types, a float to its arithmetic
@@ -357,6 +438,11 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         TeacherError: If its class or config differs from the base's, or a weight is missing, left over, of another
             shape or not finite.
     """
+    with _readable(files):
+        return _load_transformer(files, base)
+
+
+def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     label = files.label
     cls: Any = type(base)  # the config half of a diffusers model is not in ModelMixin's type
     stored = _read_json(files.folder / "config.json", label)
@@ -383,13 +469,9 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     if wrong := {key: value for key, value in info.items() if value}:
         raise TeacherError(f"{label}: its weights do not fit its config: {wrong}")
     if bad := [key for key, value in model.named_parameters() if not _is_finite(value)]:
-        raise TeacherError(f"{label}: holds NaN or infinite values in {_some(bad)}")
+        raise TeacherError(f"{label}: holds NaN or infinite values in {some(bad)}")
     return model.to(base.device).requires_grad_(False).eval()
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part.float()).all()) for part in plain_tensors(weight))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

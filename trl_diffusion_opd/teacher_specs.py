@@ -21,6 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 
+class TeacherError(ValueError):
+    """A teacher that cannot be used, with what to do about it."""
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """
@@ -28,14 +32,14 @@ class TeacherConfig:
 
     Args:
         model_name_or_path (`str`):
-            `"base"` (the base model itself), a local folder, or a Hub id in the form
-            `owner/repo[/sub/folder][@revision]`. A folder that exists wins over a Hub id of the same spelling.
+            `"base"` (the base model itself), a local folder or `.safetensors` file, or a Hub id in the form
+            `owner/repo[/sub/folder][/file.safetensors][@revision]`. What exists here wins over a Hub id of the same spelling.
         subfolder (`str`, *optional*):
             Folder inside the repository or local folder that holds the teacher.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         weight_name (`str`, *optional*):
-            Name of a diffusers LoRA file (`.safetensors`) other than `pytorch_lora_weights.safetensors`.
+            Name of a LoRA's file (`.safetensors`), where its folder has several.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance scale, 0 or larger, at which this teacher is evaluated. `None` is the trainer's
             `teacher_guidance_scale`.
@@ -85,7 +89,8 @@ def local_folder(config: TeacherConfig) -> Path | None:
 
 def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     """
-    Reads a teacher's short form: `"base"`, an existing folder, or `owner/repo[/sub/folder][@revision]`.
+    Reads a teacher's short form: `"base"`, an existing folder or `.safetensors` file, or
+    `owner/repo[/sub/folder][/file.safetensors][@revision]`.
 
     Args:
         spec (`str` or [`TeacherConfig`]):
@@ -95,7 +100,7 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
         [`TeacherConfig`] whose `model_name_or_path` is `"base"`, an existing folder or `owner/repo`.
 
     Raises:
-        ValueError: If the string is none of these, or names a subfolder or revision that the config contradicts.
+        ValueError: If the string is none of these, or names a subfolder, file or revision that the config contradicts.
     """
     config = TeacherConfig(spec) if isinstance(spec, str) else spec
     name = config.model_name_or_path
@@ -106,14 +111,23 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
         return config
     if local_folder(config) is not None:
         return config
+    file = Path(name).expanduser()
+    if file.is_file():
+        given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
+        if given:
+            raise ValueError(f"Teacher {name!r} is a file and takes no {', '.join(given)}.")
+        return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)  # refuses pickles
 
     path, at, revision = name.partition("@")
     parts = path.split("/")
+    weight_name = parts.pop() if parts[-1].endswith(".safetensors") else None
     if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
         raise ValueError(
-            f"Teacher {name!r} is neither an existing folder nor of the form owner/repo[/sub/folder][@revision]. "
-            'Check the path, or say "base" for the base model.'
+            f"Teacher {name!r} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"
+            '[@revision], nor a .safetensors file here. Check the path, or say "base" for the base model.'
         )
+    if weight_name and config.weight_name not in (None, weight_name):
+        raise ValueError(f"Teacher {name!r} names a file, and its config {config.weight_name!r}: give one.")
     if revision and config.revision not in (None, revision):
         raise ValueError(f"Teacher {name!r} names revision {revision!r} and its config {config.revision!r}: give one.")
     subfolder = "/".join([*parts[2:], *([config.subfolder.strip("/")] if config.subfolder else [])])
@@ -122,6 +136,7 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
         model_name_or_path="/".join(parts[:2]),
         subfolder=subfolder or None,
         revision=revision or config.revision,
+        weight_name=weight_name or config.weight_name,
     )
 
 

@@ -26,14 +26,15 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .adapters import AdapterSwitch
+from .adapters import AdapterSwitch, remove_adapters
 from .compilation import compile_blocks
 from .pipeline_view import base_weight
 from .sharding import forget_gathered
-from .teacher_files import PEFT_PREFIX, TeacherError, find_files, read_lora, read_lora_files, read_transformer
-from .teacher_specs import TeacherConfig, local_folder, normalize_teachers, parse_teacher
+from .teacher_files import PEFT_PREFIX, find_files, read_lora, read_lora_files, read_transformer
+from .teacher_specs import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
 from .velocity import VelocityField
 
 
@@ -93,8 +94,11 @@ def add_adapter(
                 peft_model.add_adapter(name, lora_config, autocast_adapter_dtype=trainable)
             else:
                 peft_model = get_peft_model(model, lora_config, adapter_name=name, autocast_adapter_dtype=trainable)
-        except (ValueError, TypeError) as error:
-            raise TeacherError(f"made for another base: {error}") from error
+        except Exception as error:  # the config is a stranger's
+            _discard(model, name)
+            if isinstance(error, ValueError):
+                raise TeacherError(f"made for another base: {error}") from error
+            raise TeacherError(f"PEFT cannot use its LoRA config ({type(error).__name__}: {error})") from error
 
     # save_embedding_layers would look the base up on the Hub.
     expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
@@ -117,11 +121,7 @@ def add_adapter(
             problems.append(f"{reason}: {_short(key)} is {theirs} in the file and {ours} here")
             break
     if problems:
-        if isinstance(model, PeftModel):
-            model.delete_adapter(name)
-        else:
-            tuner: Any = peft_model.base_model
-            tuner.unload()
+        _discard(model, name)
         raise TeacherError("; ".join(problems))
     set_peft_model_state_dict(peft_model, dict(state_dict), adapter_name=name)
     dtype = base_weight(peft_model).dtype
@@ -130,6 +130,18 @@ def add_adapter(
         if not trainable:
             parameter.data = parameter.data.to(dtype)  # PEFT takes float32 where the base is in integers
     return peft_model
+
+
+def _discard(model: nn.Module, name: str) -> None:
+    """Undoes what there is of an adapter that cannot be used."""
+    if not isinstance(model, PeftModel):
+        remove_adapters(model)
+        return
+    if name in model.peft_config:
+        model.delete_adapter(name)
+    for layer in model.modules():  # of an adapter that PEFT has forgotten after it failed
+        if isinstance(layer, BaseTunerLayer):
+            layer.delete_adapter(name)
 
 
 def _short(key: str) -> str:
@@ -445,7 +457,9 @@ class TeacherBank:
         return [
             {
                 "task": task,
-                "teacher": "/".join(filter(None, (teacher.source, teacher.config.subfolder))),
+                "teacher": "/".join(
+                    filter(None, (teacher.source, teacher.config.subfolder, teacher.config.weight_name))
+                ),
                 "kind": teacher.kind,
                 "rank": teacher.rank,
                 "guidance_scale": teacher.guidance_scale,

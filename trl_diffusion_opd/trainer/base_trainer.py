@@ -19,7 +19,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -65,6 +65,7 @@ from .checks import (
     training_data_problems,
 )
 from .evaluating_trainer import EvaluatingTrainer, applicable_mean
+from .failed_start import gives_back, restorer, without_student
 
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
     args: DiffusionConfig
+    _undo: ExitStack  # what a failed start undoes, made by `gives_back`
     _config_class: type[DiffusionConfig]
     # How often a prompt comes in a round, and a round in an epoch.
     _repeats, _passes = 1, 1
@@ -108,6 +110,7 @@ class DiffusionTrainer(EvaluatingTrainer):
     # What the seconds of an update are made of.
     _parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
 
+    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,
@@ -132,6 +135,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._offload = Offload([], args.device)
         set_seed(args.seed)  # before the LoRA's random initialisation
         self._pipeline = load_pipeline(model, args, quantization_config)
+        if isinstance(model, DiffusionPipeline):
+            self._undo.callback(restorer(self._components()))
         transformer: Any = self._pipeline.components.get("transformer")
         self.args = args
         problems = training_data_problems(train_dataset, args.task_column)
@@ -155,12 +160,12 @@ class DiffusionTrainer(EvaluatingTrainer):
                 "say './merge' if a folder of that name is meant."
             )
         student_model: Any = None
-        attention: Callable[[], None] | None = None
         if not unfit:
             with collect(unfit):
                 prompt_store = self._prompt_store(args)
                 if args.offload_encoders:
                     self._offload = Offload(offloaded(self._pipeline), args.device)
+                    self._undo.callback(self._offload.remove)
             for component in self._components():
                 if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
@@ -180,7 +185,9 @@ class DiffusionTrainer(EvaluatingTrainer):
                 with collect(problems):
                     self.velocity_field.check_guidance(scale)
             with collect(problems):
-                attention = self._use_attention_backend(transformer, as_student=True)
+                if (put_back := self._use_attention_backend(transformer, as_student=True)) is not None:
+                    self._undo.callback(put_back)
+            self._undo.callback(without_student(transformer))
             with collect(unfit):
                 student_model = self._make_student(transformer, args, peft_config)
         if not unfit:
@@ -189,12 +196,6 @@ class DiffusionTrainer(EvaluatingTrainer):
             problems += self._push_problems(args, full_weights=peft_config is None)
         problems = unfit + problems
         if problems:
-            if isinstance(student_model, PeftModel):  # give a pipeline back as it was
-                student_model.unload()
-                transformer.__dict__.pop("peft_config", None)
-            if attention is not None:
-                attention()
-            self._offload.remove()
             raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time

@@ -32,6 +32,7 @@ from ..rollout import gaussian, walk
 from ..samplers import sampler_table, sde_window
 from .checks import collect
 from .diffusion_grpo_config import DiffusionGRPOConfig
+from .failed_start import gives_back
 from .rl_trainer import DiffusionRLTrainer, Rollout
 
 
@@ -114,6 +115,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
     args: DiffusionGRPOConfig
     _config_class = DiffusionGRPOConfig
 
+    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,

@@ -33,6 +33,7 @@ from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
 from .checks import collect
 from .diffusion_nft_config import DiffusionNFTConfig
+from .failed_start import gives_back
 from .rl_trainer import DiffusionRLTrainer, Rollout
 
 
@@ -115,6 +116,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     args: DiffusionNFTConfig
     _config_class = DiffusionNFTConfig
 
+    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,

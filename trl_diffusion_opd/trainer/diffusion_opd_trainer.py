@@ -45,6 +45,7 @@ from ..teacher_specs import TeacherSpec
 from ..teachers import rescaled_factors
 from .checks import collect
 from .diffusion_opd_config import DiffusionOPDConfig
+from .failed_start import gives_back
 from .taught_trainer import TaughtTrainer
 
 
@@ -114,6 +115,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
     _config_class = DiffusionOPDConfig
     _parts = (*TaughtTrainer._parts, "teacher", "rollout", "reference", "noise_floor")
 
+    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,

@@ -37,6 +37,7 @@ from ..samplers import sampler_table
 from ..teacher_specs import TeacherSpec
 from .checks import collect
 from .diffusion_sft_config import DiffusionSFTConfig
+from .failed_start import gives_back
 from .taught_trainer import TaughtTrainer
 
 
@@ -106,6 +107,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
     _config_class = DiffusionSFTConfig
     _parts = (*TaughtTrainer._parts, "teacher")
 
+    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,

@@ -41,6 +41,7 @@ from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank
 from .base_trainer import DiffusionTrainer
 from .checks import collect, scored_data_problems
+from .failed_start import gives_back
 from .rl_config import DiffusionRLConfig
 
 
@@ -87,6 +88,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     _parts = (*DiffusionTrainer._parts, "rollout", "decoding", "rewards", "reference")
     bank: TeacherBank | None  # a trainer's `_setup` makes it where its loss has a distance from the base
 
+    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,

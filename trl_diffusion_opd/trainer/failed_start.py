@@ -1,0 +1,80 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""A trainer that cannot start gives the caller's pipeline back as it was, whatever was raised."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from torch import nn
+
+from ..adapters import remove_adapters
+from ..compilation import repeated_blocks
+
+
+class _Undoable(Protocol):
+    _undo: ExitStack
+
+
+P = ParamSpec("P")
+T = TypeVar("T", bound=_Undoable)
+
+
+def gives_back(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
+    """For a trainer's `__init__`: if it fails, what was put into `self._undo` is called, the last first."""
+
+    @wraps(init)
+    def wrapped(self: T, *args: P.args, **kwargs: P.kwargs) -> None:
+        if "_undo" not in vars(self):  # else this is the `__init__` of a base class
+            self._undo = ExitStack()
+        try:
+            init(self, *args, **kwargs)
+        except BaseException:
+            self._undo.close()
+            raise
+
+    return wrapped
+
+
+def restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
+    """What sets modules' devices and modes, and which of their parameters are trained, to what they are now."""
+    modules = list(components)
+    devices = [(module, parameter.device) for module in modules for parameter in [*module.parameters()][:1]]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    trained = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+
+    def restore() -> None:
+        for module, device in devices:
+            if next(module.parameters()).device != device:
+                module.to(device)
+        for part, training in modes:
+            part.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
+
+
+def without_student(transformer: Any) -> Callable[[], None]:
+    """What takes the student, and all that was made of it, out of the pipeline's transformer."""
+
+    def remove() -> None:
+        remove_adapters(transformer)
+        for block in repeated_blocks(transformer):
+            vars(block).pop("_compiled_call_impl", None)
+        vars(transformer).pop("activation_checkpointing_enable", None)
+
+    return remove
