@@ -23,6 +23,8 @@ from dataclasses import fields
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 
 from .student import STUDENT_ADAPTER
 
@@ -58,7 +60,7 @@ def config_problems(config: LoraConfig) -> list[str]:
     if config.peft_type != PeftType.LORA:
         return [f"peft_config is a {type(config).__name__}; the student can be a LoRA or full weights."]
     problems = []
-    plain = LoraConfig()
+    plain = type(config)()
     for name in [field.name for field in fields(config)]:
         value: Any = getattr(config, name)
         # An empty list, dict or string says the same as None.
@@ -78,14 +80,33 @@ def config_problems(config: LoraConfig) -> list[str]:
 
 
 def layer_problems(model: PeftModel) -> list[str]:
-    """What of a student's LoRA would train and not be saved, or the other way round, once it is on its layers."""
+    """What of a student's LoRA would be another one in its file, once it is on its layers."""
+    problems = _pattern_problems(model)
     weights = get_peft_model_state_dict(model, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
     saved = {f"{name.removesuffix('.weight')}.{STUDENT_ADAPTER}.weight" for name in weights}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     different = sorted(saved ^ trained)
-    if not different:
-        return []
-    return [
-        f"peft_config: of {different[0]!r} and {len(different) - 1} more, what is trained is not what is saved. Name other layers in "
-        "target_modules: those that are nn.Linear or nn.Conv2d."
-    ]
+    if different:
+        problems.append(
+            f"peft_config: of {different[0]!r} and {len(different) - 1} more, what is trained is not what is saved. Name other layers in "
+            "target_modules: those that are nn.Linear or nn.Conv2d."
+        )
+    return problems
+
+
+def _pattern_problems(model: PeftModel) -> list[str]:
+    # The first pattern that fits a layer counts, and files have them sorted.
+    network = model.get_base_model()
+    layers = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
+    problems = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern: dict[str, Any] = getattr(model.peft_config[STUDENT_ADAPTER], field)
+        for layer in layers:
+            ours, theirs = get_pattern_key(list(pattern), layer), get_pattern_key(sorted(pattern), layer)
+            if pattern.get(ours) != pattern.get(theirs):
+                problems.append(
+                    f"peft_config: {field} has both {ours!r} and {theirs!r} for {layer}. The first of them counts, and the order is "
+                    "lost when the student is saved. Give each layer one."
+                )
+                break
+    return problems

@@ -170,6 +170,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 if args.offload_encoders:
                     self._offload = Offload(offloaded(self._pipeline), args.device)
             for component in self._components():
+                component.eval()  # the checks below encode prompts, which are kept: without dropout
                 if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
