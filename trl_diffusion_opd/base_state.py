@@ -15,12 +15,13 @@
 """
 What a pipeline carries beside its weights. A base is plain: what its classes and configs say, and nothing around it.
 
-LoRAs, fused projections, caches and hooks change what the transformer computes or which of its layers take part, and none of it
+LoRAs, fused projections, caches and other hooks of diffusers change what the transformer computes or which of its layers take part, and none of it
 is saved with a student. Here they are found, named, and it is said what undoes them. What changes neither is let through:
 gradient checkpointing, forward chunking, compiling in place, train mode, frozen weights, and on the VAE slicing,
 tiling, fused projections and layerwise casting.
 """
 
+import logging
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -35,6 +36,8 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+
+logger = logging.getLogger(__name__)
 
 _LOAD_AGAIN = "Load the pipeline again without it."
 # Names of diffusers' hooks, by how they begin.
@@ -134,10 +137,10 @@ def _hook_problems(transformer: nn.Module) -> list[str]:
             f"{_LOAD_AGAIN[1:]}"
         )
     hooked = [name or "itself" for name, module in transformer.named_modules() if _has_hooks(module)]
-    if hooked:
-        problems.append(
-            f"The transformer has forward or backward hooks (on {_some(hooked)}), which are no part of what is saved. Remove "
-            "them: register_forward_hook(...) and the like return a handle with .remove()."
+    if hooked:  # those that only watch, as wandb.watch(...) puts them on, do no harm
+        logger.warning(
+            f"The transformer has forward or backward hooks (on {_some(hooked)}). They run for student and teachers alike, and are no "
+            "part of what is saved: one that changes what it sees is missing there. Its handle's .remove() takes it away."
         )
     replaced = [name or "itself" for name, module in transformer.named_modules() if _has_other_forward(module)]
     if replaced:
