@@ -27,7 +27,7 @@ from diffusers.hooks import apply_first_block_cache
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from families import FAMILIES
 from opd_fixtures import make_dataset, make_teachers, make_trainer, relative_difference, snapshot, train_losses
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny_sd3 import ATTENTION, make_pipeline
 from torch import nn
 
@@ -98,6 +98,10 @@ def leave_weights_unloaded(pipeline: Any) -> None:
     pipeline.text_encoder.text_projection.to("meta")
 
 
+def wrap_for_adapters(pipeline: Any) -> None:
+    pipeline.transformer = get_peft_model(pipeline.transformer, LoraConfig(r=2, target_modules=["to_q"]))
+
+
 def adapt_an_encoder(pipeline: Any) -> None:
     pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
 
@@ -136,6 +140,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
         "is not what its config says: it lacks transformer_blocks.1",
         "Load the pipeline again",
     ),
+    "PeftModel": (wrap_for_adapters, "already carries a LoRA: its transformer is a PeftModel", ".unload()"),
     "lora of an encoder": (adapt_an_encoder, "already carries a LoRA", "pipe.unload_lora_weights()"),
 }
 
@@ -183,6 +188,8 @@ def test_what_undoes_it() -> None:
     network = pipeline.transformer
     wrap(pipeline)
     pipeline.transformer = pipeline.transformer._orig_mod
+    wrap_for_adapters(pipeline)
+    pipeline.transformer = pipeline.transformer.unload()
     replace_processors(pipeline)
     network.set_attn_processor(JointAttnProcessor2_0())
     # accelerate leaves the class's own forward on the module.

@@ -25,7 +25,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from ..base_state import carries_lora, placement_problems, transformer_problems
@@ -123,7 +123,12 @@ def model_problems(
             "can be trained."
         ]
     problems = []
-    if carries_lora(pipeline):
+    if isinstance(transformer, PeftModel):
+        problems.append(
+            "The pipeline already carries a LoRA: its transformer is a PeftModel. Take it out with "
+            "pipe.transformer = pipe.transformer.unload(), or merge_and_unload() to keep its effect, and name the layers in peft_config."
+        )
+    elif carries_lora(pipeline):
         problems.append(
             "The pipeline already carries a LoRA, which would become part of the base. Remove it with "
             "pipe.unload_lora_weights(), after pipe.fuse_lora() to keep its effect, or pass it as student_init or as a "
