@@ -25,6 +25,7 @@ from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .base_state import transformer_problems
 from .hub_errors import explained, retried
 from .quantization import failures_named, pipeline_config, prepare
 
@@ -62,6 +63,9 @@ def borrowed(pipeline: Any) -> Iterator[Any]:
             "pipe.unload_lora_weights(), and pass it as a student or a teacher."
         )
     if isinstance(transformer, nn.Module):
+        problems = transformer_problems(transformer)
+        if problems:
+            raise ValueError("The pipeline cannot be used as a base:\n" + "\n".join(f"- {line}" for line in problems))
         prepare(transformer)
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for network in networks for module in network.modules()]

@@ -14,7 +14,7 @@
 
 """Which prompts make up an update: every task has the same number of them, whatever the sizes of the prompt sets."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,11 @@ def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
             rows.setdefault(str(name), []).append(part)
         start += len(values)
     return {name: np.concatenate(rows[name]) for name in sorted(rows)}
+
+
+def task_of(row: Mapping[str, Any], task_column: str) -> str:
+    """The task of a row of such a dataset, as [`task_rows`] names it."""
+    return str(row[task_column]) if task_column in row else SINGLE_TASK
 
 
 def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]:

@@ -73,8 +73,9 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
     tasks, costs, activations = {}, [], []
     with as_in_training(trainer) as student:
         for i in range(len(trainer.tasks)):  # the first micro-batch of each
-            task, positions = trainer._micro_batch(i, len(batches[i]))
-            prompts = [trainer.train_dataset[row]["prompt"] for row in batches[i]]
+            rows = [trainer.train_dataset[row] for row in batches[i]]
+            task, positions = trainer._micro_batch(i, rows)
+            prompts = [row["prompt"] for row in rows]
             tasks[task], cost = _walk(trainer, student, task, prompts, positions)
             cost["update"], used = _forward_backward(trainer, student, prompts, positions)
             costs.append(cost)

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -38,8 +38,9 @@ from trl.trainer.utils import identity
 from .. import checkpoint, hub, model_card
 from ..attention import use_attention_backend
 from ..compilation import compile_blocks
-from ..data import TaskSampler, task_rows
+from ..data import TaskSampler, task_of, task_rows
 from ..flops import matmul_rate
+from ..lora_config import layer_problems
 from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
@@ -59,6 +60,7 @@ from .checks import (
     launch_problems,
     list_of,
     load_pipeline,
+    loader_problems,
     loading_problems,
     model_problems,
     scored_data_problems,
@@ -76,6 +78,7 @@ class _StudentCallback(TrainerCallback):
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
+        self._has_looked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,6 +86,13 @@ class _StudentCallback(TrainerCallback):
         checkpoint.restore_best(args.output_dir, state)
         self.trainer._log_completions()
         self.trainer._begin_costs()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._has_looked:
+            self._has_looked = True
+            self.trainer._warn_of_idle_weights()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -153,7 +163,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         # Problems of the data don't keep the model from being checked, so that one message says everything.
         unfit = loading_problems(model, self._pipeline, args, quantization_config)
         unfit += model_problems(self._pipeline, args, peft_config)
-        problems += launch_problems(transformer, args)
+        problems += launch_problems(transformer, args) + loader_problems(args)
         if args.student_init == MERGE and self._teacher_specs is None:
             problems.append(
                 "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
@@ -167,6 +177,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                     self._offload = Offload(offloaded(self._pipeline), args.device)
                     self._undo.callback(self._offload.remove)
             for component in self._components():
+                component.eval()  # the checks below encode prompts, which are kept: without dropout
                 if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
@@ -190,6 +201,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             self._undo.callback(without_student(transformer))
             with collect(unfit):
                 student_model = self._make_student(transformer, args, peft_config)
+            if isinstance(student_model, PeftModel):
+                unfit += layer_problems(student_model)
         if not unfit:
             self._setup(student_model, problems)
         if args.push_to_hub:
@@ -319,6 +332,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             config = copy.deepcopy(config)  # the caller's stays as it is
             config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
             config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
+            config.inference_mode = False  # that of a config which was read from a saved LoRA freezes it
             model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
         model.eval()
         # Names under which Trainer looks for what diffusers calls enable_gradient_checkpointing.
@@ -395,7 +409,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 self.velocity_field.encode_together(self._companies())
         if self._offload.modules:  # their prompts are encoded in one go, after which the encoders leave the device
             for i, rows in enumerate(batches):
-                task = self.tasks[i % len(self.tasks)]
+                task, _ = self._micro_batch(i, rows)
                 self.velocity_field.encode_prompts([row["prompt"] for row in rows], self._guidance_scales(task))
             with self._part("encoding"):
                 self._offload.rest()
@@ -410,9 +424,23 @@ class DiffusionTrainer(EvaluatingTrainer):
         companies = self._sampler.companies(a_round % self._sampler.rounds)
         return [list(dict.fromkeys(self._prompts[rows.tolist()]["prompt"])) for rows in companies]
 
-    def _micro_batch(self, number: int, size: int) -> tuple[str, list[int]]:
-        """Task of a round's micro-batch, and its samples' positions among the task's samples of this round."""
-        task = self.tasks[number % len(self.tasks)]
+    def _micro_batch(self, number: int, rows: list[dict[str, Any]]) -> tuple[str, list[int]]:
+        """
+        Task of a round's micro-batch, and its samples' positions among the task's samples of this round.
+
+        Raises:
+            [`RuntimeError`]: if its rows are of another task than the one whose turn it is, of several, or not as many as it
+                has. A data loader that was replaced, or one that hands out rows in another order, would have them taught by
+                another task's teacher.
+        """
+        task, size = self.tasks[number % len(self.tasks)], self._train_batch_size
+        tasks = sorted({task_of(row, self.args.task_column) for row in rows})
+        if tasks != [task] or len(rows) != size:
+            raise RuntimeError(
+                f"Micro-batch {number + 1} of update {self.state.global_step + 1} has {len(rows)} rows of {', '.join(tasks)}, where "
+                f"{size} of {task!r} are due. Rounds of tasks need the trainer's own data loader and sampler, which hand out the "
+                "rows in order: leave get_train_dataloader and accelerator_config as they are."
+            )
         first = (number // len(self.tasks)) * self.accelerator.num_processes + self.accelerator.process_index
         return task, list(range(first * size, (first + 1) * size))
 
@@ -520,6 +548,19 @@ class DiffusionTrainer(EvaluatingTrainer):
                 "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
+
+    def _warn_of_idle_weights(self) -> None:
+        """Says which of the trained weights take no part: the forward passes them by, or an operation has no gradient."""
+        if self.is_deepspeed_enabled or not self.is_world_process_zero():  # DeepSpeed keeps the gradients to itself
+            return
+        trained = self.student.named_parameters()
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        if idle:
+            logger.warning(
+                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {idle[0]}, "
+                "and stay as they are. Either the transformer does not use these layers, and target_modules of peft_config need "
+                "not name them, or something in its forward passes no gradient, such as an attention backend."
+            )
 
     # Logs
 

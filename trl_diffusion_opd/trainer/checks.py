@@ -20,17 +20,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig, PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
+from ..base_state import carries_lora, placement_problems, transformer_problems
 from ..compilation import compilable_blocks
 from ..data import dataset_problems, task_rows
 from ..hub_errors import explained, retried
+from ..lora_config import config_problems
 from ..quantization import (
     failures_named,
     is_quantised,
@@ -121,18 +123,20 @@ def model_problems(
             "can be trained."
         ]
     problems = []
-    if any(isinstance(module, BaseTunerLayer) for module in transformer.modules()):
+    if isinstance(transformer, PeftModel):
+        problems.append(
+            "The pipeline already carries a LoRA: its transformer is a PeftModel. Take it out with "
+            "pipe.transformer = pipe.transformer.unload(), or merge_and_unload() to keep its effect, and name the layers in peft_config."
+        )
+    elif carries_lora(pipeline):
         problems.append(
             "The pipeline already carries a LoRA, which would become part of the base. Remove it with "
             "pipe.unload_lora_weights(), after pipe.fuse_lora() to keep its effect, or pass it as student_init or as a "
             "teacher."
         )
-    networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
-    if any("_hf_hook" in network.__dict__ for network in networks):
-        problems.append(
-            "The pipeline is offloaded to the CPU; its hooks would move the model while it trains. Load it without "
-            "enable_model_cpu_offload(); offload_encoders=True keeps its text encoders and VAE in host memory."
-        )
+    else:
+        problems += transformer_problems(transformer)
+    problems += placement_problems(pipeline)
     if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
         # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
         problems.append("HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here.")
@@ -142,6 +146,8 @@ def model_problems(
         problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
     elif peft_config is None and args.student_init is not None:
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
+    elif isinstance(peft_config, LoraConfig):
+        problems += config_problems(peft_config)
     return problems + quantisation_problems(transformer, full_weights=peft_config is None)
 
 
@@ -177,6 +183,42 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
                     f"fsdp_cpu_ram_efficient_loading: true fails on {type(transformer).__name__}, which saves a buffer "
                     f"({min(buffers)}). Set it to false."
                 )
+    return problems
+
+
+def loader_problems(args: DiffusionConfig) -> list[str]:
+    """What of `args` would have the data loader hand out other rows than a round consists of, or in another order."""
+    problems = []
+    loader, world = args.accelerator_config, args.world_size
+    if loader.split_batches and world > 1:
+        size = args.per_device_train_batch_size
+        problems.append(
+            f"accelerator_config: split_batches=True splits a batch over the {world} processes, and here a batch is of one process. "
+            f"Leave it out, and use per_device_train_batch_size={max(1, size // world)} for {size} samples over all processes."
+        )
+    if loader.dispatch_batches:
+        problems.append(
+            "accelerator_config: dispatch_batches=True sends batches of tensors from the first process to the others, and here they are "
+            "prompts with their columns. Leave it out: every process reads its own."
+        )
+    if "num_steps" in (loader.gradient_accumulation_kwargs or {}):
+        problems.append(
+            "accelerator_config: num_steps in gradient_accumulation_kwargs is another number of micro-batches than rounds are made "
+            "for. Use gradient_accumulation_steps."
+        )
+    if not args.dataloader_in_order and args.dataloader_num_workers > 0:
+        problems.append(
+            "dataloader_in_order=False hands out batches as they are ready, and in a round every task has its turn. Leave it out."
+        )
+    # The launcher's settings are in the environment, which ParallelismConfig reads.
+    parallelism = args.parallelism_config
+    if parallelism is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        parallelism = ParallelismConfig()
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        problems.append(
+            f"parallelism_config has {parallelism.non_data_parallel_size} processes share one batch (tp, cp or sp), and here each process "
+            "has samples of its own. Use FSDP to split the model: fsdp2.yaml of examples/accelerate_configs/."
+        )
     return problems
 
 

@@ -190,7 +190,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         weighted gap, its backward, and on to the next state.
         """
         self._in_eval_mode(model)
-        task, positions = self._micro_batch(self._micro_step, len(inputs))
+        task, positions = self._micro_batch(self._micro_step, inputs)
         prompts = [row["prompt"] for row in inputs]
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()

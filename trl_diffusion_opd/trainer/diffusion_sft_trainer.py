@@ -255,7 +255,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
     ) -> Tensor:
         """Noises one task's images, each to a level of its own, and trains the velocity there."""
         self._in_eval_mode(model)
-        task, positions = self._micro_batch(self._micro_step, len(inputs))
+        task, positions = self._micro_batch(self._micro_step, inputs)
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         x0 = self._latents(task, inputs, generators)
         q = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])

@@ -244,10 +244,20 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
         Trainer asks for all of a step at once, which is a whole round. The first step of a round draws and scores, the
         others train on the same completions.
+
+        Raises:
+            [`RuntimeError`]: if the rows of such another step are not those that were drawn for.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.state.global_step % self.args.num_iterations == 0:
             self._rollouts = self._roll_out(batches)
+        elif batches:
+            prompts = [[row["prompt"] for row in rows] for rows in batches]
+            if prompts != [rollout.prompts for rollout in self._rollouts]:
+                raise RuntimeError(
+                    f"Update {self.state.global_step + 1} goes on with a round's completions (num_iterations="
+                    f"{self.args.num_iterations}), and the data loader has other prompts than they were drawn for."
+                )
         return self._rollouts if batches else [], num_items
 
     def training_step(
@@ -273,7 +283,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             start = time.perf_counter()
             with Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, task=task) as scorer:
                 for i in numbers:
-                    _, positions = self._micro_batch(i, len(batches[i]))
+                    _, positions = self._micro_batch(i, batches[i])
                     prompts = [row["prompt"] for row in batches[i]]
                     generators = sample_generators([self.args.seed, self.state.global_step, k], positions)
                     latents, record = self._draw_rollout(task, prompts, generators)
@@ -297,12 +307,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """Advantages of a task's completions, from the scores of all processes' groups."""
         args, metrics = self.args, self._metrics["train"]
         positions = [position for rollout in rollouts for position in rollout.positions]
+        prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
         columns = list(scores)
-        rows = zip(positions, *scores.values(), strict=True)
+        rows = zip(positions, prompts, *scores.values(), strict=True)
         # In the order of the prompts: the same on any number of processes.
         everyone = sorted(gather_object(list(rows)), key=lambda row: row[0])
+        self._check_drawn_groups(task, everyone)
         values = torch.tensor(
-            [[math.nan if value is None else value for value in row[1:]] for row in everyone], dtype=torch.float64
+            [[math.nan if value is None else value for value in row[2:]] for row in everyone], dtype=torch.float64
         )
         for name, column in zip(columns, values.T, strict=True):
             metrics[f"rewards/{name}/mean"].append(float(column.nanmean()))
@@ -332,6 +344,21 @@ class DiffusionRLTrainer(DiffusionTrainer):
         )
         for rollout in rollouts:
             rollout.advantages = advantages[rollout.positions].to(rollout.latents.device, torch.float32)
+
+    def _check_drawn_groups(self, task: str, rows: list[tuple[Any, ...]]) -> None:
+        """
+        Completions are compared within their group, which their positions tell: each group must be of one prompt.
+
+        Raises:
+            [`RuntimeError`]: on all processes, if one is not. `rows` are those of all, `(position, prompt, ...)` in order.
+        """
+        size = self.args.num_generations
+        groups = [{row[1] for row in rows[first : first + size]} for first in range(0, len(rows), size)]
+        if [row[0] for row in rows] != list(range(len(rows))) or any(len(prompts) > 1 for prompts in groups):
+            raise RuntimeError(
+                f"The completions of task {task!r} in update {self.state.global_step + 1} are not whole groups of num_generations="
+                f"{size} of one prompt each, so they cannot be compared. Leave get_train_dataloader as it is."
+            )
 
     def _warn_without_signal(self) -> None:
         """Says once of a reward that it was the same within every group of a round: it then teaches nothing."""
