@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -28,6 +27,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..base_pipeline import check_base_name, loading_options
 from ..compilation import compilable_blocks
 from ..data import dataset_problems, task_rows
 from ..hub_errors import explained, retried
@@ -60,9 +60,10 @@ def load_pipeline(
             f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
             "trainer takes the transformer)."
         )
-    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
-    if isinstance(args.model_init_kwargs, dict):
-        options |= args.model_init_kwargs
+    check_base_name(model)
+    given = args.model_init_kwargs
+    assert given is None or isinstance(given, dict)  # the config has parsed or refused strings
+    options = loading_options(args.dtype, given)
     quantised = pipeline_config(quantization_config)
     if quantised is not None:
         options["quantization_config"] = quantised
@@ -71,7 +72,7 @@ def load_pipeline(
             failures_named(model, quantised),
             explained(f"The base model {model!r}", model, options.get("revision")),
         ):
-            pipeline = retried(DiffusionPipeline.from_pretrained, model, **{**options, "use_safetensors": True})
+            pipeline = retried(DiffusionPipeline.from_pretrained, model, **options)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
