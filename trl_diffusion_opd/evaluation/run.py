@@ -28,7 +28,7 @@ from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 
 from ..base_pipeline import borrowed, load_base
-from ..data import dataset_problems, task_rows
+from ..data import dataset_problems, plain_dataset, task_rows
 from ..options import DTYPES, model_init_problems
 from ..processes import failing_together
 from ..retention import retention_report
@@ -143,7 +143,13 @@ def evaluate_retention(
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     if not isinstance(students, Mapping):
         students = {"student": students}
-    problems = dataset_problems(dataset, task_column, "dataset")
+    if isinstance(dataset, Dataset):
+        dataset = plain_dataset(dataset, task_column)
+        problems = dataset_problems(dataset, task_column, "dataset")
+    else:
+        problems = [
+            f"dataset is a {type(dataset).__name__}; it must be a datasets.Dataset, of a DatasetDict one split."
+        ]
     rows = {} if problems else task_rows(dataset, task_column)
     problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
     problems += timeout_problems(reward_timeout)

@@ -253,9 +253,7 @@ class DiffusionConfig(_BaseConfig):
         super().__post_init__()
         if self.dtype == "float32":  # as when it is not given
             self.dtype = min(self._given_dtypes(), default=self.dtype)
-        problems = self._problems()
-        if problems:
-            raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
+        self._raise(self._problems())
 
     def _refuse_broken_json(self) -> None:
         """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
@@ -269,8 +267,11 @@ class DiffusionConfig(_BaseConfig):
                     problems.append(
                         f"{name}={value!r} is not JSON ({error}). Names and texts are in double quotes: '{{\"key\": 1}}'."
                     )
+        self._raise(problems)
+
+    def _raise(self, problems: list[str]) -> None:
         if problems:
-            raise ValueError("\n".join(problems))
+            raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
 
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""

@@ -37,7 +37,7 @@ from trl.trainer.utils import identity
 from .. import checkpoint, hub, model_card
 from ..attention import use_attention_backend
 from ..compilation import compile_blocks
-from ..data import TaskSampler, task_rows
+from ..data import TaskSampler, plain_dataset, task_rows
 from ..flops import matmul_rate
 from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
@@ -132,6 +132,9 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._pipeline = load_pipeline(model, args, quantization_config)
         transformer: Any = self._pipeline.components.get("transformer")
         self.args = args
+        if isinstance(train_dataset, Dataset):
+            train_dataset = plain_dataset(train_dataset, args.task_column)
+        eval_dataset = plain_dataset(eval_dataset, args.task_column)
         problems = training_data_problems(train_dataset, args.task_column)
         self._task_rows = {} if problems else task_rows(train_dataset, args.task_column)
         self.tasks = list(self._task_rows)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig
@@ -29,7 +29,7 @@ from torch import nn
 
 from ..base_pipeline import check_base_name, loading_options
 from ..compilation import compilable_blocks
-from ..data import dataset_problems, task_rows
+from ..data import dataset_problems, plain_dataset, task_rows
 from ..hub_errors import explained, retried
 from ..quantization import (
     failures_named,
@@ -185,6 +185,10 @@ def training_data_problems(dataset: Any, task_column: str) -> list[str]:
     """What keeps `dataset` from being trained on."""
     if not isinstance(dataset, Dataset):
         kind = "None" if dataset is None else f"a {type(dataset).__name__}"
+        if isinstance(dataset, DatasetDict):
+            return [
+                f"train_dataset is a DatasetDict. Choose one of its splits, such as dataset[{next(iter(dataset), 'train')!r}]."
+            ]
         return [
             f"train_dataset is {kind}; it must be a datasets.Dataset, since every update takes prompts of all tasks. For a "
             "streamed one use Dataset.from_list(list(iterable))."
@@ -217,7 +221,8 @@ def scored_data_problems(
     scored = {"train_dataset": train_dataset} if eval_dataset is None else {"eval_dataset": eval_dataset}
     scored = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else scored
     problems = []
-    for name, dataset in scored.items():
+    for name, given in scored.items():
+        dataset = plain_dataset(given, task_column)
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name):
             problems += reward_data_problems(functions, dataset, task_rows(dataset, task_column), name)
     return problems
