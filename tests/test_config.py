@@ -24,8 +24,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, options
-from trl_diffusion_opd.cli import TeacherScriptArguments, parse
+from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, cli, options
 
 
 ROOT = Path(__file__).parent.parent
@@ -320,11 +319,11 @@ def test_options_of_old(name):
         DiffusionOPDConfig("out", **{name: 1})
     with loaded("opd_sd3", "old_options") as script, pytest.raises(ValueError, match=re.escape(message)):
         required = ("--model_name_or_path", "x", "--teachers", "a=base", "--prompts", "a=a.txt", "--output_dir", "out")
-        parse(script.ScriptArguments, DiffusionOPDConfig, [*required, f"--{name}", "1"])
+        cli.parse(script.ScriptArguments, DiffusionOPDConfig, [*required, f"--{name}", "1"])
 
 
 def test_what_took_a_place_is_there():
-    known = {one.name for one in fields(DiffusionOPDConfig)} | {one.name for one in fields(TeacherScriptArguments)}
+    known = {one.name for one in fields(DiffusionOPDConfig)} | {one.name for one in fields(cli.TeacherScriptArguments)}
     for name, advice in options._REPLACED.items():
         assert name not in {one.name for one in fields(DiffusionOPDConfig)}, name
         for new in re.findall(r"(?:^Use |and |or )(\w+)(?=[ .,=;]|$)", advice):

@@ -16,13 +16,18 @@ import asyncio
 import functools
 import sys
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
+from torch import nn
 
 from trl_diffusion_opd import rewards
 from trl_diffusion_opd.rewards import (
+    CombinedReward,
     Reward,
+    Scorer,
     load_reward,
     reward_data_problems,
     reward_fingerprint,
@@ -30,6 +35,7 @@ from trl_diffusion_opd.rewards import (
     rewards_by_task,
     score,
 )
+from trl_diffusion_opd.rewards.names import check_reward
 
 
 ROWS = [{"prompt": "a cat", "task": "count", "answer": 1}, {"prompt": "two cats", "task": "count", "answer": 2}]

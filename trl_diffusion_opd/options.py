@@ -40,7 +40,6 @@ _REPLACED = {
     "half_precision_backend": "Use bf16 or fp16.",
     "fp16_backend": "Use bf16 or fp16.",
     "fp16_opt_level": "Use bf16 or fp16.",
-    "bf16_full_eval": "Use dtype.",
     "torchdynamo": "Use torch_compile and torch_compile_backend.",
     "jit_mode_eval": "Use torch_compile.",
     "group_by_length": "Prompts have no order by length here.",

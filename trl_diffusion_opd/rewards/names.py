@@ -60,7 +60,7 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
         reward = reward_class(spec)
         _check_options(spec, reward, options)
         return reward(**options)
-    found = _imported(spec, options)
+    found: RewardFunc = _imported(spec, options)
     return found(**options) if inspect.isclass(found) else found
 
 
