@@ -71,7 +71,7 @@ class ScriptArguments(QuantizationArguments):
         model_name_or_path (`str`): the base, a Hub id or a folder.
         teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
             A task that is named several times is taught by the mean of its teachers.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
         teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from the others.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
         test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
@@ -87,7 +87,9 @@ class ScriptArguments(QuantizationArguments):
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
-    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    prompts: list[str] = field(
+        metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
+    )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
     eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
     test_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, held out for the report."})

@@ -93,7 +93,7 @@ class TeacherScriptArguments(QuantizationArguments):
 
     Args:
         model_name_or_path (`str`): the base, a Hub id or a folder.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
         reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`. A task that is
             named several times has several rewards, whose weights are `--reward_weights`.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
@@ -105,7 +105,9 @@ class TeacherScriptArguments(QuantizationArguments):
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
-    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    prompts: list[str] = field(
+        metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
+    )
     reward_funcs: list[str] = field(
         metadata={"help": "task=name …: a reward of the package, or package.module:function"}
     )
@@ -145,13 +147,15 @@ def parse(script_class: type, config_class: type, arguments: list[str] | None = 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
     """An option that is given as JSON."""
+    reason = ""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
+    except json.JSONDecodeError as error:
+        value, reason = None, f" ({error})"
     if not isinstance(value, dict):
         raise ValueError(
-            f'--{option}: {text!r} is not a JSON object such as \'{{"remote": {{"url": "http://..."}}}}\'.'
+            f'--{option}: {text!r} is not a JSON object such as \'{{"key": {{"name": 1}}}}\', with names and texts in double '
+            f"quotes.{reason}"
         )
     return value
 

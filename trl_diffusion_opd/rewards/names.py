@@ -60,8 +60,10 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
         reward = reward_class(spec)
         _check_options(spec, reward, options)
         return reward(**options)
-    found: RewardFunc = _imported(spec, options)
-    return found(**options) if inspect.isclass(found) else found
+    found = _imported(spec, options)
+    if inspect.isclass(found):
+        found = found(**options)
+    return found
 
 
 def check_reward(spec: str, **options: Any) -> None:
