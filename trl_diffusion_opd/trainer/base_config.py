@@ -245,6 +245,8 @@ class DiffusionConfig(_BaseConfig):
         given: dict[str, Any] = self.__dict__
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
+        # Without an accelerator it does nothing but warn.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
         # TRL sets the older name, of which transformers would warn whoever has set neither.
         for name in ("checkpointing", "checkpointing_kwargs"):
             if given[f"activation_{name}"] is None:

@@ -251,6 +251,10 @@ class DiffusionTrainer(EvaluatingTrainer):
         """The guidance scales at which a task's prompts are asked for in training."""
         return {self.args.guidance_scale}
 
+    def _trained_scale(self) -> float:
+        """The guidance scale of the student's forwards that have a backward."""
+        return self.args.guidance_scale
+
     # Before the first step
 
     def _prompt_store(self, args: DiffusionConfig) -> PromptStore | None:
@@ -315,6 +319,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         else:
             config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
             config = copy.deepcopy(config)  # the caller's stays as it is
+            config.base_model_name_or_path = None  # PEFT warns of another base than this one, which has no name to it
             config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
             config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
             model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
