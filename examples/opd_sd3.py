@@ -45,15 +45,15 @@ accelerate launch examples/opd_sd3.py \
 ```
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trl_diffusion_opd import DiffusionOPDConfig
-from trl_diffusion_opd.cli import QuantizationArguments, by_task, load_prompts, load_rewards, load_teachers, parse
-from trl_diffusion_opd.data import dataset_problems
+from trl_diffusion_opd.cli import QuantizationArguments, json_object, load_prompts, load_rewards, load_teachers, parse
+from trl_diffusion_opd.data import task_rows
+from trl_diffusion_opd.extras import extra
 from trl_diffusion_opd.retention import retention_table
 
 
@@ -66,7 +66,7 @@ class ScriptArguments(QuantizationArguments):
         model_name_or_path (`str`): the base, a Hub id or a folder.
         teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
             A task that is named several times is taught by the mean of its teachers.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
         teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from the others.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
         test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
@@ -82,7 +82,9 @@ class ScriptArguments(QuantizationArguments):
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
-    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    prompts: list[str] = field(
+        metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
+    )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
     eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
     test_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, held out for the report."})
@@ -105,7 +107,7 @@ class ScriptArguments(QuantizationArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
-            self.reward_kwargs = json.loads(self.reward_kwargs)
+            self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
 
 
 def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> None:
@@ -114,17 +116,20 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
     reward_funcs = load_rewards(script_args.reward_funcs, script_args.reward_kwargs or {})
     test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
     if test_dataset is not None:  # what the report at the end would refuse
-        problems = dataset_problems(test_dataset, training_args.task_column, "--test_prompts")
-        unscored = sorted(by_task("test_prompts", script_args.test_prompts).keys() - reward_funcs.keys())
-        if unscored:
-            problems.append(f"--test_prompts: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
+        from trl_diffusion_opd.evaluation import report_problems
+
+        problems = report_problems(teachers, reward_funcs, test_dataset, training_args.task_column, "--test_prompts")
+        if script_args.num_test_images < 1:
+            problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
         if problems:
             raise ValueError("\n".join(problems))
+        tested = task_rows(test_dataset, training_args.task_column)  # not each task need be
 
     # Imported here, so that --help and what is wrong with the arguments are there sooner.
     from peft import LoraConfig
 
     from trl_diffusion_opd import DiffusionOPDTrainer, evaluate_retention
+    from trl_diffusion_opd.evaluation import rehearse_report
     from trl_diffusion_opd.plots import plot_curves
     from trl_diffusion_opd.student import ATTENTION_TARGETS
 
@@ -151,28 +156,34 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         trainer.dry_run()
         trainer.end()
         return
+    if test_dataset is not None:
+        rehearse_report(trainer, {task: reward_funcs[task] for task in tested}, test_dataset)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 
     if trainer.is_world_process_zero():
-        plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
+        with extra("The picture curves.png"):
+            plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
+    report = None
     if test_dataset is not None:
-        report = evaluate_retention(
-            script_args.model_name_or_path,
-            teachers,
-            training_args.output_dir,
-            reward_funcs,
-            test_dataset,
-            num_images=script_args.num_test_images,
-            output_dir=training_args.output_dir,
-            quantization_config=quantization_config,
-            **training_args.retention_options(),
-        )
-    trainer.create_model_card()
+        with extra("The retention report", "python -m trl_diffusion_opd.evaluation makes it of the saved student."):
+            report = evaluate_retention(
+                script_args.model_name_or_path,
+                {task: teachers[task] for task in tested},
+                training_args.output_dir,
+                {task: reward_funcs[task] for task in tested},
+                test_dataset,
+                num_images=script_args.num_test_images,
+                output_dir=training_args.output_dir,
+                quantization_config=quantization_config,
+                **training_args.retention_options(),
+            )
+    with extra("The model card"):
+        trainer.create_model_card()
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
-    if test_dataset is not None and trainer.is_world_process_zero():
+    if report is not None and trainer.is_world_process_zero():
         print(retention_table(report))
 
 

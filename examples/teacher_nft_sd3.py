@@ -46,6 +46,7 @@ from pathlib import Path
 from trl_diffusion_opd import DiffusionNFTConfig
 from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
 from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
+from trl_diffusion_opd.extras import extra
 
 
 def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> None:
@@ -81,8 +82,10 @@ def main(script_args: ScriptArguments, training_args: DiffusionNFTConfig) -> Non
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
     if trainer.is_world_process_zero():
-        plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
-    trainer.create_model_card()
+        with extra("The picture curves.png"):
+            plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
+    with extra("The model card"):
+        trainer.create_model_card()
     if training_args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

@@ -54,7 +54,7 @@ def teacher_card(report: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / TASK
         shutil.copytree(tiny.TEACHERS[TASK], copy)
-        method = "It was trained with flow matching on correctly captioned scenes of its task."
+        method = "It was trained by GRPO on the prompts of its task, with the graded verifier as the reward."
         path = write_teacher_card(copy, tiny.BASE, TASK, 1.0, call_options, report=report, method=method)
         return path.read_text(encoding="utf-8")
 

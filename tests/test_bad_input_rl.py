@@ -39,7 +39,7 @@ def test_options_of_another_trainer_and_of_none(tmp_path):
     with pytest.raises(TypeError) as error:
         DiffusionNFTConfig(str(tmp_path), sde_window_size=2, learning_rte=1.0)
     assert str(error.value).splitlines() == [
-        "DiffusionNFTConfig has no 'learning_rte'. No config of this package has it.",
+        "DiffusionNFTConfig has no 'learning_rte'. No config of this package has it. Is 'learning_rate' meant?",
         "DiffusionNFTConfig has no 'sde_window_size'. It is an option of DiffusionGRPOConfig.",
     ]
 

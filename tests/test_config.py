@@ -13,8 +13,10 @@
 # limitations under the License.
 
 import importlib.util
+import re
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
-from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
+from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, cli, options
 
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +243,23 @@ REFUSED = {
         "model_init_kwargs: use_safetensors is always on; pickled weights are not read.",
     ),
     "not JSON": ({"generation_kwargs": "clip_skip=1"}, "generation_kwargs='clip_skip=1' is not a JSON object such as"),
+    "not quoted": (
+        {"generation_kwargs": "{clip_skip: 1}"},
+        "generation_kwargs='{clip_skip: 1}' is not JSON (Expecting property name enclosed in double quotes",
+    ),
+    "transformers' own": ({"lr_scheduler_kwargs": "{'a': 1}"}, "lr_scheduler_kwargs=\"{'a': 1}\" is not JSON ("),
+    "dtype of the base": (
+        {"model_init_kwargs": {"dtype": "bf16"}},
+        "model_init_kwargs: dtype='bf16' is none of float32, bfloat16, float16.",
+    ),
+    "dtype of a part": (
+        {"model_init_kwargs": {"torch_dtype": {"vae": "half"}}},
+        "model_init_kwargs: torch_dtype='half' is none of float32, bfloat16, float16.",
+    ),
+    "two dtypes": (
+        {"dtype": "float16", "model_init_kwargs": {"dtype": "bfloat16"}},
+        "dtype='float16', and model_init_kwargs has bfloat16: give it once.",
+    ),
     "not an object": ({"task_weights": "[1, 2]"}, "task_weights='[1, 2]' is not a JSON object"),
     "weight": ({"task_weights": {"ocr": 0}}, "task_weights: ocr=0 is not a positive number."),
     "guidance": ({"guidance_scale": 0.0}, "guidance_scale=0.0: it must be at least 1.0, which is no guidance."),
@@ -259,9 +278,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("label", REFUSED)
 def test_refuses(label):
-    options, message = REFUSED[label]
+    given, message = REFUSED[label]
     with pytest.raises(ValueError) as error:
-        DiffusionOPDConfig("out", **options)
+        DiffusionOPDConfig("out", **given)
     head, *problems = str(error.value).splitlines()
     assert head == "DiffusionOPDConfig:"
     assert len(problems) == 1 and problems[0].startswith("- ") and message in problems[0]
@@ -282,3 +301,38 @@ def test_eta_of_one_is_fine(sampler):
 
 def test_eta_above_one_is_fine_for_the_sdes():
     assert DiffusionOPDConfig("out", sampler="flow_sde", noise_level=1.2).noise_level == 1.2
+
+
+REPLACED = {
+    "evaluation_strategy": "Use eval_strategy.",
+    "overwrite_output_dir": "A run writes into the folder that is there;",
+    "no_cuda": "Use use_cpu.",
+    "learning_rte": "No config of this package has it. Is 'learning_rate' meant?",
+    "zzz": "No config of this package has it.",
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_options_of_old(name):
+    message = f"DiffusionOPDConfig has no '{name}'. {REPLACED[name]}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        DiffusionOPDConfig("out", **{name: 1})
+    with loaded("opd_sd3", "old_options") as script, pytest.raises(ValueError, match=re.escape(message)):
+        required = ("--model_name_or_path", "x", "--teachers", "a=base", "--prompts", "a=a.txt", "--output_dir", "out")
+        cli.parse(script.ScriptArguments, DiffusionOPDConfig, [*required, f"--{name}", "1"])
+
+
+def test_what_took_a_place_is_there():
+    known = {one.name for one in fields(DiffusionOPDConfig)} | {one.name for one in fields(cli.TeacherScriptArguments)}
+    for name, advice in options._REPLACED.items():
+        assert name not in {one.name for one in fields(DiffusionOPDConfig)}, name
+        for new in re.findall(r"(?:^Use |and |or )(\w+)(?=[ .,=;]|$)", advice):
+            assert new in known, (name, new)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize(("given", "is_on"), [({}, True), ({"gradient_checkpointing": False}, False)])
+def test_either_name_of_checkpointing_without_a_warning(given, is_on):
+    args = DiffusionOPDConfig("out", **given)
+    assert args.activation_checkpointing is args.gradient_checkpointing is is_on
+    assert DiffusionOPDConfig("out", activation_checkpointing=False).gradient_checkpointing is False

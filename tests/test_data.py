@@ -13,14 +13,15 @@
 # limitations under the License.
 
 import itertools
+import json
 import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 
-from trl_diffusion_opd.data import BATCH, COMPANY, SINGLE_TASK, TaskSampler, dataset_problems, task_rows
+from trl_diffusion_opd.data import BATCH, COMPANY, SINGLE_TASK, TaskSampler, dataset_problems, plain_dataset, task_rows
 
 
 SIZES = (23, 7, 10)
@@ -164,7 +165,23 @@ PROBLEMS = {
         {"prompt": ["a", "", " \n", None], "task": ["ocr"] * 4},
         "data has 3 empty prompt(s), the first in row 1. Remove them.",
     ),
-    "not text": ({"prompt": [[1], [2]], "task": ["ocr"] * 2}, "data has 2 empty prompt(s), the first in row 0."),
+    "lists": (
+        {"prompt": [["a", "b"], ["c"]], "task": ["ocr"] * 2},
+        "data has 2 prompt(s) that are no text, the first in row 0: a list, ['a', 'b']. A row has one prompt: make a row of each.",
+    ),
+    "numbers": (
+        {"prompt": [7, 8], "task": ["ocr"] * 2},
+        "data has 2 prompt(s) that are no text, the first in row 0: a number, 7. If another column has the texts, rename it",
+    ),
+    "conversations": (
+        {"prompt": [[{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]]},
+        "data has 1 prompt(s) that are no text, the first in row 0: a conversation (system, user). Of a conversation the text of "
+        "a single user message is taken; this is not one.",
+    ),
+    "tasks by number": (
+        {"prompt": ["a", "b"], "task": [3, 4]},
+        "data has 2 task(s) in 'task' that are no names, the first in row 0: 3. A task's name is text: dataset.cast_column('task',",
+    ),
     "empty tasks": (
         {"prompt": ["a", "b", "c"], "task": ["ocr", None, ""]},
         "data has 2 row(s) without a task in 'task', the first is row 1.",
@@ -182,6 +199,50 @@ def test_dataset_problems(label):
 def test_a_good_dataset_has_no_problems():
     assert dataset_problems(Dataset.from_dict({"prompt": ["a"], "task": ["ocr"], "x": [None]}), "task", "data") == []
     assert dataset_problems(Dataset.from_dict({"prompt": ["a"]}), "task", "data") == []
+
+
+USER = {"role": "user", "content": "a cat"}
+PLAIN = {
+    "one message": ([[USER]], ["a cat"]),
+    "parts": ([[{"role": "user", "content": [{"type": "text", "text": "a cat"}]}]], ["a cat"]),
+    "two messages": ([[USER, USER]], None),
+    "an answer": ([[{"role": "assistant", "content": "a cat"}]], None),
+    "two parts": ([[{"role": "user", "content": [{"type": "text", "text": text} for text in "ab"]}]], None),
+    "numbers": ([1], None),
+    "text": (["a cat"], ["a cat"]),
+}
+
+
+@pytest.mark.parametrize("label", PLAIN)
+def test_conversations_of_one_message_are_prompts(label):
+    prompts, texts = PLAIN[label]
+    dataset = Dataset.from_dict({"prompt": prompts, "x": [1]})
+    plain = plain_dataset(dataset, "task")
+    assert plain["prompt"][:] == (prompts if texts is None else texts) and plain.column_names == ["prompt", "x"]
+    assert bool(dataset_problems(plain, "task", "data")) == (texts is None)
+
+
+def test_texts_and_conversations_in_one_file(tmp_path):
+    # Rows of several types are JSON to datasets, whose text is no prompt.
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ("a dog", [USER])))
+    mixed = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    assert plain_dataset(mixed, "task")["prompt"][:] == ["a dog", "a cat"]
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ("a dog", [USER, USER])))
+    mixed = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
+    (problem,) = dataset_problems(plain_dataset(mixed, "task"), "task", "data")
+    assert "1 prompt(s) that are no text, the first in row 1: a conversation (user, user)." in problem
+
+
+def test_class_labels_are_names():
+    features = Features({"prompt": Value("string"), "task": ClassLabel(names=["ocr", "count"])})
+    dataset = Dataset.from_dict({"prompt": ["a", "b", "c"], "task": [1, 0, -1]}, features=features).select([1, 0, 2])
+    plain = plain_dataset({"x": dataset}, "task")["x"]
+    assert plain["task"][:] == ["ocr", "count", None] and plain["prompt"][:] == ["b", "a", "c"]
+    assert dataset_problems(plain, "task", "data") == [
+        "data has 1 row(s) without a task in 'task', the first is row 2."
+    ]
+    assert list(task_rows(plain.select([0, 1]), "task")) == ["count", "ocr"]
 
 
 def shuffled(n):

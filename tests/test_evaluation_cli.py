@@ -31,7 +31,9 @@ import yaml
 from tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd import TeacherConfig, plots
+from trl_diffusion_opd.base_pipeline import load_base
 from trl_diffusion_opd.evaluation import evaluate_retention, measure
+from trl_diffusion_opd.evaluation import run as evaluation_run
 
 
 MODULE = "trl_diffusion_opd.evaluation"
@@ -181,13 +183,21 @@ def test_with_a_config_file(monkeypatch, capsys, models):
         models,
         dataset=["both.jsonl"],
         task_column="skill",
-        reward_funcs=["text=remote", "lines=test_evaluation_cli:redness"],
+        reward_funcs={"text": "remote", "lines": ["test_evaluation_cli:redness"]},
         reward_kwargs={"remote": {"url": "http://127.0.0.1:9/none", "max_retries": 0, "on_error": "none"}},
         generation_kwargs={"negative_prompt": "grey"},
         student=[str(models / "student")],
     )
     Path("evaluation.yaml").write_text(yaml.safe_dump(settings))
-    run(monkeypatch, {"num_images": 1}, "--config", "evaluation.yaml")
+    loaded = []
+    monkeypatch.setattr(evaluation_run, "load_base", lambda *args: loaded.append(args[3]) or load_base(*args))
+    run(
+        monkeypatch,
+        {"num_images": 1, "model_init_kwargs": '{"low_cpu_mem_usage": true}'},
+        "--config",
+        "evaluation.yaml",
+    )
+    assert loaded == [{"low_cpu_mem_usage": True}]
     report = json.loads(Path("out", "retention.json").read_text())
     assert report["num_images"] == 1 and list(report["tasks"]) == ["lines", "text"]
     assert report["tasks"]["text"]["base"] is None  # nobody answered, which is no 0
@@ -216,7 +226,7 @@ REFUSED = {
         {"reward_kwargs": '{"ocr": {}}'},
         "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
     ),
-    "no JSON": ({"generation_kwargs": "{x}"}, "--generation_kwargs: '{x}' is not valid JSON"),
+    "no JSON": ({"generation_kwargs": "{x}"}, "--generation_kwargs: '{x}' is not a JSON object such as"),
     "precision": ({"dtype": "half"}, "dtype='half': it must be one of float32, bfloat16, float16."),
     "no student there": ({"student": "nobody"}, "'nobody' is neither an existing folder nor of the form"),
 }

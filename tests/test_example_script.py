@@ -18,16 +18,18 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pandas as pd
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from tiny_sd3 import forward, make_lora, make_pipeline
 
-from trl_diffusion_opd import cli
+from trl_diffusion_opd import DiffusionOPDConfig, cli, prompt_files
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "opd_sd3.py"
@@ -36,6 +38,10 @@ PROMPTS = ["one cat", "two dogs", "a sign"]
 
 def brightness(images, **kwargs):
     return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+
+
+def fails(images, **kwargs):
+    raise KeyError("label")
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,27 @@ def test_full_finetuning(monkeypatch, base):
     assert not Path("out", "adapter_config.json").exists()
 
 
+def test_fewer_updates_than_are_logged_and_a_report_that_fails(monkeypatch, caplog, base):
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("trl_diffusion_opd.evaluate_retention", fail)
+    run(
+        monkeypatch,
+        base,
+        # A report need not have every task.
+        *("--teachers", f"text={base.parent}/peft", "table=base", "--prompts", "text=text.txt", "table=table.csv"),
+        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:brightness"),
+        logging_steps=10,
+    )
+    names = {path.name for path in Path("out").iterdir()}
+    assert {"README.md", "adapter_model.safetensors"} <= names and "curves.png" not in names
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any(message.startswith("No curves are drawn") for message in messages)
+    (failed,) = [message for message in messages if message.startswith("The retention report could not be made")]
+    assert "RuntimeError: out of memory" in failed and "python -m trl_diffusion_opd.evaluation" in failed
+
+
 REFUSED = {
     "no equals sign": (
         {"teachers": "base"},
@@ -161,7 +188,7 @@ REFUSED = {
     "no value": ({"reward_funcs": "text="}, "--reward_funcs: 'text=' is not of the form task=value."),
     "file type": (
         {"prompts": "text=prompts.xlsx"},
-        "--prompts: 'prompts.xlsx' is none of .txt, .json, .jsonl, .csv, .parquet.",
+        "--prompts: 'prompts.xlsx' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet.",
     ),
     "other types": (
         {"prompts": ["text=lines.jsonl", "text=words.jsonl"]},
@@ -188,6 +215,7 @@ REFUSED = {
         {"test_prompts": "text=text.txt"},
         "--test_prompts: tasks ['text'] have no reward to report. Name one in --reward_funcs.",
     ),
+    "not JSON": ({"reward_kwargs": "{ocr: 1}"}, "--reward_kwargs: '{ocr: 1}' is not a JSON object such as"),
     "an empty prompt to report": (
         {"test_prompts": "text=gap.txt", "reward_funcs": "text=test_example_script:brightness"},
         "--test_prompts has 1 empty prompt(s), the first in row 1. Remove them.",
@@ -197,6 +225,15 @@ REFUSED = {
         "no teacher for task 'ocr'; teachers are given for ['text']",
     ),
 }
+
+
+def test_a_reward_that_the_report_would_fail_at(monkeypatch, base):
+    given = ("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:fails")
+    with pytest.raises(
+        ValueError, match="reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyErr"
+    ):
+        run(monkeypatch, base, *given, teachers="text=base", prompts="text=text.txt")
+    assert not any(Path("out").iterdir())  # before training
 
 
 @pytest.mark.parametrize("label", REFUSED)
@@ -228,10 +265,94 @@ def test_prompts_from_the_hub(monkeypatch):
         asked.append((name, split))
         return datasets.Dataset.from_dict({"text": ["a hub"], "task": ["x"]})
 
-    monkeypatch.setattr(cli, "load_dataset", load_dataset)
+    monkeypatch.setattr(prompt_files, "load_dataset", load_dataset)
     dataset = cli.load_prompts("prompts", ["a=owner/name", "b=owner/name:test[:10]"], "task")
     assert asked == [("owner/name", "train"), ("owner/name", "test[:10]")]
     assert dataset.to_dict() == {"prompt": ["a hub"] * 2, "task": ["a", "b"]}
+
+
+def test_tasks_as_a_mapping():
+    """What a YAML file may have in place of `task=value`."""
+    mapping = {"a": ["x", "z"], "b": 1.5}
+    assert cli.by_task("teachers", mapping) == {"a": ["x", "z"], "b": ["1.5"]}
+    assert cli.by_task("teachers", [{"a": "x"}, "b=y", {"a": "z"}]) == {"a": ["x", "z"], "b": ["y"]}
+    assert cli.by_task("teachers", "a=x") == {"a": ["x"]}  # without a list
+    with pytest.raises(ValueError, match="--teachers: task 'a' has no value."):
+        cli.by_task("teachers", {"a": None})
+    teachers = cli.load_teachers({"a": "x", "b": ["y", "z"]}, {"b": 1})
+    assert {
+        task: [(t.model_name_or_path, t.guidance_scale) for t in of_task] for task, of_task in teachers.items()
+    } == {
+        "a": [("x", None)],
+        "b": [("y", 1.0), ("z", 1.0)],
+    }
+    assert (
+        cli.load_prompts("prompts", {"a": "text.txt", "b": ["lines.jsonl"]}, "task")["task"][:]
+        == ["a"] * 3 + ["b"] * 3
+    )
+    assert cli.load_students("student", {"one": "x"}) == {"one": "x"}
+    assert cli.load_students("student", "x") == {"student": "x"}
+    assert cli.load_tasks("dataset", "table.csv", "task")["task"][:] == ["another"] * 3
+
+
+def test_a_mapping_in_a_config_file(monkeypatch, base):
+    settings = {"teachers": {"text": "base"}, "prompts": {"text": "text.txt"}, "output_dir": "out", "max_steps": 1}
+    Path("run.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(base), **settings}))
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(sys.modules, script["ScriptArguments"].__module__, SimpleNamespace(**script))
+    arguments, _ = cli.parse(script["ScriptArguments"], DiffusionOPDConfig, ["--config", "run.yaml"])
+    assert cli.by_task("teachers", arguments.teachers) == {"text": ["base"]}
+    assert cli.by_task("prompts", arguments.prompts) == {"text": ["text.txt"]}
+
+
+FILES = {
+    "mark.txt": ("\ufeffa cat\nü\n".encode(), ["a cat", "ü"]),
+    "mark.jsonl": ('\ufeff{"prompt": "a cat"}\n'.encode(), ["a cat"]),
+    "mark.csv": ("\ufeffprompt,x\na cat,1\n".encode(), ["a cat"]),
+    "tabs.tsv": (b'prompt\tx\n"a, b"\t1\nc\t2\n', ["a, b", "c"]),
+    "CAPITALS.TXT": (b"a cat\n", ["a cat"]),
+    "talk.jsonl": (b'{"prompt": [{"role": "user", "content": "a cat"}]}\n', ["a cat"]),
+    "latin.txt": (
+        "a\nü\n".encode("latin-1"),
+        "'latin.txt' is not in UTF-8: byte 2, in line 2, is 0xfc. Save it as UTF-8; if it",
+    ),
+    "latin.csv": ("prompt\nü\n".encode("latin-1"), "'latin.csv' is not in UTF-8: byte 7, in line 2, is 0xfc."),
+    "latin.jsonl": (
+        '{"prompt": "ü"}\n'.encode("latin-1"),
+        "'latin.jsonl' is not in UTF-8: byte 12, in line 1, is 0xfc.",
+    ),
+    "wide.txt": (
+        "a\n".encode("utf-16"),
+        "'wide.txt' is not in UTF-8: byte 0, in line 1, is 0xff. Save it as UTF-8; if it is in UTF-16",
+    ),
+    "cut.txt": ("ü".encode()[:1], "'cut.txt' is not in UTF-8: byte 0, in line 1, is 0xc3."),
+    "none.txt": (b"", "the file 'none.txt' is empty."),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "the file 'broken.jsonl' cannot be read as json: "),
+    "broken.csv": (b"prompt\na\nb,c,d\n", "the file 'broken.csv' cannot be read as csv: Error tokenizing data."),
+    "broken.parquet": (b"nothing", "the file 'broken.parquet' cannot be read as parquet: Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_prompts(name):
+    content, expected = FILES[name]
+    Path(name).write_bytes(content)
+    if isinstance(expected, list):
+        assert cli.load_prompts("prompts", [f"a={name}"], "task")["prompt"][:] == expected
+    else:
+        with pytest.raises(ValueError) as error:
+            cli.load_prompts("prompts", [f"a={name}"], "task")
+        assert str(error.value).startswith("--prompts: ") and expected in str(error.value)
+
+
+@pytest.mark.parametrize("at", [1, 7])
+def test_a_letter_between_two_blocks(monkeypatch, at):
+    monkeypatch.setattr(prompt_files, "_BLOCK", at)
+    Path("a.txt").write_bytes("ü\nüü\n".encode())
+    assert cli.load_prompts("prompts", ["a=a.txt"], "task")["prompt"][:] == ["ü", "üü"]
+    Path("a.txt").write_bytes("ü\nüü\nä".encode() + b"\xfc")
+    with pytest.raises(ValueError, match="byte 10, in line 3, is 0xfc"):
+        cli.load_prompts("prompts", ["a=a.txt"], "task")
 
 
 def test_a_task_named_twice_has_two_teachers():

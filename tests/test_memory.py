@@ -19,6 +19,7 @@ import torch
 from opd_fixtures import make_teachers, make_trainer, measured
 from peft import get_peft_model
 from safetensors.torch import load_file
+from sft_fixtures import sft_trainer
 from tiny_sd3 import make_pipeline, make_transformer
 from torch import nn
 
@@ -188,6 +189,16 @@ def test_offloaded_encoders_count_when_they_are_used(tmp_path, teachers):
     away = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae")
     assert all("while it is used" in offloaded[name]["how"] for name in away)
     assert offloaded["peak"]["bytes"] == plain["peak"]["bytes"] - sum(plain[name]["bytes"] for name in away)
+
+
+@pytest.mark.parametrize("source", ["pictures", "teachers"])
+def test_pictures_are_trained_on_without_guidance(tmp_path, teachers, source):
+    given = teachers if source == "teachers" else None
+    plain, guided = (
+        estimate_memory(sft_trainer(tmp_path / str(scale), given, guidance_scale=scale, teacher_guidance_scale=1.0))
+        for scale in (1.0, 4.5)
+    )
+    assert guided["activations"] == plain["activations"] and plain["activations"]["bytes"] > 0
 
 
 def test_nothing_changes(tmp_path, teachers):

@@ -16,13 +16,18 @@ import asyncio
 import functools
 import sys
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
+from torch import nn
 
 from trl_diffusion_opd import rewards
 from trl_diffusion_opd.rewards import (
+    CombinedReward,
     Reward,
+    Scorer,
     load_reward,
     reward_data_problems,
     reward_fingerprint,
@@ -30,6 +35,7 @@ from trl_diffusion_opd.rewards import (
     rewards_by_task,
     score,
 )
+from trl_diffusion_opd.rewards.names import check_reward
 
 
 ROWS = [{"prompt": "a cat", "task": "count", "answer": 1}, {"prompt": "two cats", "task": "count", "answer": 2}]
@@ -70,6 +76,91 @@ def test_called_by_keyword_with_every_column():
         "answer": [1, 2],
         "trainer_state": state,
     }
+
+
+def test_only_what_a_function_has_a_parameter_for():
+    def few(images):
+        return [image.width for image in images]
+
+    def one_column(answer, images):
+        return answer
+
+    assert score([few, one_column], ROWS, IMAGES) == {
+        "few": [image.width for image in IMAGES],
+        "one_column": [1.0, 2.0],
+    }
+
+
+def test_what_functions_log():
+    """As in TRL: `log_metric` and `log_extra`, where they are asked for, also by a part of a sum."""
+
+    def logs(completions, log_metric, log_extra=None, **columns):
+        assert "log_extra" not in columns
+        log_metric("mean answer", sum(columns["answer"]) / 2)
+        log_extra("seen", [f"{answer}!" for answer in columns["answer"]])
+        return [1, 2]
+
+    def part(images, log_metric, **columns):
+        log_metric("part", 7)
+        return [0, 0]
+
+    with Scorer([logs, CombinedReward({part: 1.0})]) as scorer:
+        for _ in range(2):
+            scorer.submit(ROWS, IMAGES)
+        assert scorer.results()["logs"] == [1, 2, 1, 2]
+    assert scorer.log.metrics == {"mean answer": [1.5, 1.5], "part": [7.0, 7.0]}
+    assert scorer.log.extra == {"seen": ["1!", "2!", "1!", "2!"]}
+    assert score([logs], ROWS, IMAGES) == {"logs": [1.0, 2.0]}  # nobody listens
+    dataset = Dataset.from_list(ROWS)
+    assert reward_data_problems({"count": [logs]}, dataset, {"count": np.arange(2)}, "data") == []
+
+
+class Warmth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images, answer):
+        return self.weight * torch.tensor(answer)
+
+
+class PixelModel(nn.Module):
+    def forward(self, pixel_values):
+        return pixel_values
+
+
+def test_a_torch_module():
+    reward = Warmth()
+    assert reward_name(reward) == "Warmth" and rewards_by_task(reward, ["a"]) == {"a": [reward]}
+    assert score([reward], ROWS, IMAGES) == {"Warmth": [2.0, 4.0]}
+    dataset = Dataset.from_list(ROWS)
+    assert reward_data_problems({"count": [reward]}, dataset, {"count": np.arange(2)}, "data") == []
+    (problem,) = reward_data_problems({"count": [PixelModel()]}, dataset, {"count": np.arange(2)}, "data")
+    assert problem.startswith("data: reward 'PixelModel' needs the column(s) 'pixel_values'; there are")
+
+
+def test_classes():
+    message = "reward_funcs: Length of task 'a' is a class. Give an instance: Length"
+    with pytest.raises(ValueError, match=message):
+        rewards_by_task({"a": Length}, ["a"])
+    assert load_reward("test_rewards:Length", batch_size=3).batch_size == 3
+    check_reward("test_rewards:Length", batch_size=3)
+    with pytest.raises(ValueError, match=r"Reward 'test_rewards:Length' has no options \['batchsize'\]"):
+        load_reward("test_rewards:Length", batchsize=3)
+
+
+def test_modules_of_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def score(images, **columns):\n    return [1.0] * len(images)\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # a script's, which has its own folder
+    with pytest.raises(
+        ValueError, match="cannot be imported: No module named 'rewards_of_mine'. Modules are looked for in the"
+    ):
+        load_reward("rewards_of_mine:score")
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("rewards_of_mine:score")(IMAGES) == [1.0, 1.0]
+    for spec in ("./rewards_of_mine.py:score", "rewards_of_mine.py:score"):
+        with pytest.raises(ValueError, match="is a path to a file. Name the module .*: rewards_of_mine:score."):
+            load_reward(spec)
 
 
 def test_several_functions():

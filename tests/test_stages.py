@@ -314,6 +314,26 @@ def test_a_stage_takes_what_it_lacks_from_a_scripts_file(tmp_path):
     assert (list(two.teachers), two.from_base) == (["one"], True)
 
 
+@pytest.mark.usefixtures("prompt_files")
+def test_tasks_as_mappings(tmp_path):
+    stages = [
+        {"name": "one", "trainer": "grpo", "prompts": {"a": "a.txt"}, "reward_funcs": {"a": ["json:dumps"]}},
+        {
+            "name": "two",
+            "trainer": "opd",
+            "prompts": {"a": ["a.txt", "b.txt"]},
+            "teachers": {"a": str(tmp_path / "out" / "one")},
+            "from_base": True,
+        },
+    ]
+    (one, two), _ = read_stages(write_file(tmp_path / "stages.yaml", stages=stages))
+    assert one.settings["reward_funcs"] == ["a=json:dumps"] and one.settings["prompts"] == ["a=a.txt"]
+    assert two.settings["prompts"] == ["a=a.txt", "a=b.txt"] and list(two.teachers) == ["one"]
+    stages[0]["prompts"] = {"a": None}
+    with pytest.raises(ValueError, match="stage 'one': --prompts: task 'a' has no value."):
+        read_stages(write_file(tmp_path / "stages.yaml", stages=stages))
+
+
 def test_a_file_runs(tmp_path, teachers):
     make_pipeline().save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.txt").write_text("".join(f"draw{i}\n" for i in range(4)))

@@ -15,8 +15,9 @@
 """A base pipeline for work without a trainer: loading it, and lending its transformer for LoRAs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,22 +28,29 @@ from torch import nn
 
 from .base_state import transformer_problems
 from .hub_errors import explained, retried
+from .options import dtype_name
 from .quantization import failures_named, pipeline_config, prepare
 
 
-def load_base(name: str, dtype: str, quantization_config: Any = None) -> DiffusionPipeline:
+_WHOLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+
+
+def load_base(
+    name: str, dtype: str, quantization_config: Any = None, model_init_kwargs: Mapping[str, Any] | None = None
+) -> DiffusionPipeline:
     """
-    Loads a base pipeline by its Hub id or folder, in `"float32"`, `"bfloat16"` or `"float16"`, and as a
-    `quantization_config` of diffusers says.
+    Loads a base pipeline by its Hub id or folder, in `"float32"`, `"bfloat16"` or `"float16"`, as a `quantization_config` of
+    diffusers says, and with further arguments of `from_pretrained`, such as `revision` and `variant`.
 
     Raises:
         [`ValueError`]: if it cannot be loaded, with what to check.
     """
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+    check_base_name(name)
+    options = loading_options(dtype, model_init_kwargs)
     config = pipeline_config(quantization_config)
     if config is not None:
         options["quantization_config"] = config
-    with failures_named(name, config), explained(f"The base {name!r}", name):
+    with failures_named(name, config), explained(f"The base {name!r}", name, options.get("revision")):
         try:
             return retried(DiffusionPipeline.from_pretrained, name, **options)
         except OSError as error:
@@ -51,6 +59,47 @@ def load_base(name: str, dtype: str, quantization_config: Any = None) -> Diffusi
             raise ValueError(
                 f"The base {name!r} cannot be loaded: it needs a model_index.json and .safetensors weights. ({error})"
             ) from error
+
+
+def loading_options(dtype: str, model_init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """
+    Arguments of `DiffusionPipeline.from_pretrained`, which takes a dtype that is text for none.
+
+    Args:
+        dtype (`str`): of the base.
+        model_init_kwargs (`dict`, *optional*): further arguments. A `dtype` or `torch_dtype` of theirs counts where it has one
+            for each component.
+    """
+    options = dict(model_init_kwargs or {})
+    named = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
+    of_components = next((one for one in named if isinstance(one, Mapping)), None)
+    if of_components is None:
+        options["dtype"] = getattr(torch, dtype)
+    else:
+        options["dtype"] = {part: getattr(torch, dtype_name(one) or "") for part, one in of_components.items()}
+    return {**options, "use_safetensors": True}
+
+
+def check_base_name(name: str) -> None:
+    """
+    Refuses what holds a whole model in one file, in place of a folder of diffusers.
+
+    Raises:
+        [`ValueError`]: with how to load it.
+    """
+    path = Path(name)
+    files = [path] if path.suffix in _WHOLE_FILES else []
+    if path.is_dir() and not (path / "model_index.json").exists() and not (path / "config.json").exists():
+        files = sorted(file for file in path.iterdir() if file.suffix in _WHOLE_FILES)
+    if files:
+        where = (
+            f"{name!r} is" if files == [path] else f"{name!r} has no model_index.json, and {files[0].name!r} in it is"
+        )
+        raise ValueError(
+            f"The base {where} a single file, and a base by name is a folder of diffusers or a Hub id. If it holds the whole "
+            f"model: pipe = StableDiffusion3Pipeline.from_single_file({str(files[0])!r}), or with the class of your model, "
+            "then pass pipe as the model, or pipe.save_pretrained(folder) and name that folder."
+        )
 
 
 @contextmanager

@@ -19,19 +19,18 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets
+from diffusers import BitsAndBytesConfig, TorchAoConfig
 from trl import TrlParser
 
+from .data import plain_dataset
 from .options import unknown_option
+from .prompt_files import load_source, source_problem
 from .rewards import RewardFunc, load_reward
 from .rewards.names import check_reward
 from .teacher_specs import TeacherConfig
-
-
-_FILE_FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(kw_only=True)
@@ -69,7 +68,6 @@ class QuantizationArguments:
 
     def quantization_config(self, dtype: str) -> Any:
         """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
-        from diffusers import BitsAndBytesConfig, TorchAoConfig
 
         if self.load_in_4bit:
             return BitsAndBytesConfig(
@@ -96,7 +94,7 @@ class TeacherScriptArguments(QuantizationArguments):
 
     Args:
         model_name_or_path (`str`): the base, a Hub id or a folder.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
         reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`. A task that is
             named several times has several rewards, whose weights are `--reward_weights`.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
@@ -108,7 +106,9 @@ class TeacherScriptArguments(QuantizationArguments):
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
-    prompts: list[str] = field(metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, parquet file."})
+    prompts: list[str] = field(
+        metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
+    )
     reward_funcs: list[str] = field(
         metadata={"help": "task=name …: a reward of the package, or package.module:function"}
     )
@@ -148,21 +148,37 @@ def parse(script_class: type, config_class: type, arguments: list[str] | None = 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
     """An option that is given as JSON."""
+    reason = ""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
+    except json.JSONDecodeError as error:
+        value, reason = None, f" ({error})"
     if not isinstance(value, dict):
         raise ValueError(
-            f'--{option}: {text!r} is not a JSON object such as \'{{"remote": {{"url": "http://..."}}}}\'.'
+            f'--{option}: {text!r} is not a JSON object such as \'{{"key": {{"name": 1}}}}\', with names and texts in double '
+            f"quotes.{reason}"
         )
     return value
 
 
-def by_task(option: str, values: list[str] | None, what: str = "task=value") -> dict[str, list[str]]:
-    """`task=value` strings to lists by task. `what` is how messages call that form."""
+# `task=value` strings. A YAML file may have a mapping in their place, from task to a value or a list of them.
+OfTasks = list[str] | Mapping[str, Any]
+
+
+def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> dict[str, list[str]]:
+    """Values by task. `what` is how messages call the form of one string."""
+    if isinstance(values, Mapping):
+        given = {str(task): value if isinstance(value, list) else [value] for task, value in values.items()}
+        unset = [task for task, of_task in given.items() if not of_task or None in of_task]
+        if unset:
+            raise ValueError(f"--{option}: task {unset[0]!r} has no value.")
+        return {task: [str(value) for value in of_task] for task, of_task in given.items()}
     result: dict[str, list[str]] = {}
-    for value in values or []:
+    for value in [values] if isinstance(values, str) else values or []:  # a YAML file may have one without a list
+        if isinstance(value, Mapping):  # "- task: value"
+            for task, of_task in by_task(option, value).items():
+                result.setdefault(task, []).extend(of_task)
+            continue
         task, equals, content = value.partition("=")
         if not (task and equals and content):
             raise ValueError(f"--{option}: {value!r} is not of the form {what}.")
@@ -170,52 +186,22 @@ def by_task(option: str, values: list[str] | None, what: str = "task=value") -> 
     return result
 
 
-def source_problems(option: str, values: list[str] | None) -> list[str]:
+def source_problems(option: str, values: OfTasks | None) -> list[str]:
     """What can be said against sources of prompts without reading them."""
     try:
         sources = by_task(option, values)
     except ValueError as error:
         return [str(error)]
-    found = (_source_problem(option, source) for of_task in sources.values() for source in of_task)
+    found = (source_problem(option, source) for of_task in sources.values() for source in of_task)
     return [problem for problem in found if problem is not None]
 
 
-def _source_problem(option: str, source: str) -> str | None:
-    is_known, is_there = Path(source).suffix in _FILE_FORMATS, os.path.exists(source)
-    if is_known and not is_there:
-        return f"--{option}: there is no file {source!r}."
-    if is_there and not is_known:
-        return f"--{option}: {source!r} is none of {', '.join(_FILE_FORMATS)}."
-    return None
-
-
-def load_source(option: str, source: str) -> Dataset:
-    """The prompts of a file, or of a dataset on the Hub, `owner/name[:split]`, with the column `prompt`."""
-    problem = _source_problem(option, source)
-    if problem is not None:
-        raise ValueError(problem)
-    file_format = _FILE_FORMATS.get(Path(source).suffix)
-    if file_format is not None:
-        # Types are inferred from the first chunk. GenEval's metadata has lists of a text and a number in some rows, and
-        # fields that most rows lack.
-        whole = {"chunksize": max(1, os.path.getsize(source))} if file_format == "json" else {}
-        part = load_dataset(file_format, data_files=source, split="train", **whole)
-    else:
-        name, _, split = source.partition(":")
-        part = load_dataset(name, split=split or "train")
-    if "prompt" not in part.column_names and "text" in part.column_names:
-        part = part.rename_column("text", "prompt")
-    # Csv and parquet files may hold large strings, which are another type to datasets.
-    text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
-    return part.cast(Features({**part.features, **text}))
-
-
-def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dataset | None:
+def load_prompts(option: str, values: OfTasks | None, task_column: str) -> Dataset | None:
     """One dataset of all tasks' sources, with the column `prompt` and the task's name in `task_column`."""
     parts = []
     for task, sources in by_task(option, values).items():
         for source in sources:
-            part = load_source(option, source)
+            part = plain_dataset(load_source(option, source), task_column)
             if task_column in part.column_names:
                 part = part.remove_columns(task_column)
             parts.append(part.add_column(task_column, [task] * len(part)))
@@ -225,22 +211,30 @@ def load_prompts(option: str, values: list[str] | None, task_column: str) -> Dat
         raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
 
 
-def load_tasks(option: str, values: list[str], task_column: str) -> Dataset:
+def load_tasks(option: str, values: OfTasks, task_column: str) -> Dataset:
     """As [`load_prompts`], or from one source alone, which then has a column that names the tasks."""
-    if len(values) > 1 or "=" in values[0]:
+    single = _single(values)
+    if single is None or "=" in single:
         dataset = load_prompts(option, values, task_column)
         assert dataset is not None
         return dataset
-    dataset = load_source(option, values[0])
+    dataset = plain_dataset(load_source(option, single), task_column)
     if task_column not in dataset.column_names:
         raise ValueError(
-            f"--{option}: {values[0]!r} has no column {task_column!r} that names the tasks; it has "
+            f"--{option}: {single!r} has no column {task_column!r} that names the tasks; it has "
             f"{dataset.column_names}. Name the column with --task_column, or give task=source."
         )
     return dataset
 
 
-def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, float]:
+def _single(values: OfTasks) -> str | None:
+    """The one value of a list that has no more, or of a YAML file that has it without a list."""
+    if isinstance(values, str):
+        return values
+    return values[0] if not isinstance(values, Mapping) and len(values) == 1 and isinstance(values[0], str) else None
+
+
+def load_scales(values: OfTasks | None, tasks: Collection[str]) -> dict[str, float]:
     """Guidance scales by task."""
     option, scales = "teacher_guidance_scales", {}
     for task, given in by_task(option, values).items():
@@ -253,17 +247,18 @@ def load_scales(values: list[str] | None, tasks: Collection[str]) -> dict[str, f
     return scales
 
 
-def load_teachers(values: list[str], scales: list[str] | None) -> dict[str, list[TeacherConfig]]:
+def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[TeacherConfig]]:
     """Teachers by task, with the guidance scales of `--teacher_guidance_scales`."""
     specs = by_task("teachers", values)
     of_task = load_scales(scales, specs)
     return {task: [TeacherConfig(spec, guidance_scale=of_task.get(task)) for spec in specs[task]] for task in specs}
 
 
-def load_students(option: str, values: list[str]) -> dict[str, str]:
+def load_students(option: str, values: OfTasks) -> dict[str, str]:
     """Students by name: one alone needs none."""
-    if len(values) == 1 and (os.path.exists(values[0]) or "=" not in values[0]):
-        return {"student": values[0]}
+    single = _single(values)
+    if single is not None and (os.path.exists(single) or "=" not in single):
+        return {"student": single}
     students = by_task(option, values, what="name=spec")
     twice = [name for name, specs in students.items() if len(specs) > 1]
     if twice:
@@ -271,7 +266,7 @@ def load_students(option: str, values: list[str]) -> dict[str, str]:
     return {name: specs[0] for name, specs in students.items()}
 
 
-def load_rewards(values: list[str] | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:
+def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:
     """
     Reward functions by task. A reward that several tasks name is loaded once.
 
@@ -284,7 +279,7 @@ def load_rewards(values: list[str] | None, options: Mapping[str, Mapping[str, An
     return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
 
 
-def reward_problems(values: list[str] | None, options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What [`load_rewards`] would refuse, without loading weights."""
     try:
         _, names = _reward_names(values, options)
@@ -300,7 +295,7 @@ def reward_problems(values: list[str] | None, options: Mapping[str, Mapping[str,
 
 
 def _reward_names(
-    values: list[str] | None, options: Mapping[str, Mapping[str, Any]]
+    values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Names of rewards by task, and each of them once."""
     specs = by_task("reward_funcs", values)

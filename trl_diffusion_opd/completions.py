@@ -16,7 +16,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,12 +55,14 @@ class Completion:
         prompt (`str`), task (`str`)
         image (`PIL.Image.Image`)
         rewards (`dict[str, float | None]`): the image's own scores, by the name of the reward.
+        columns (`dict`): what the rewards logged of it by `log_extra`.
     """
 
     prompt: str
     task: str
     image: Image.Image
     rewards: dict[str, float | None]
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completion]) -> None:
@@ -68,7 +70,7 @@ def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completio
     Shows images of the student: a table with a row an image, and a picture with a row a task.
 
     Both are saved in `completions/` in the output folder, the table as `completions_{global_step}.parquet` with the columns
-    `step`, `prompt`, `task`, `image` and one a reward, the picture as `step_{global_step}.png`. The trackers in `report_to`
+    `step`, `prompt`, `task`, `image`, one a reward and those that rewards logged by `log_extra`, the picture as `step_{global_step}.png`. The trackers in `report_to`
     that show pictures (tensorboard, wandb, trackio) get them at the current update, as `completions` and
     `completions_grid`. The rewards are also printed. Call it on the main process.
 
@@ -83,12 +85,12 @@ def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completio
     folder = Path(trainer.args.output_dir or ".") / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / f"step_{step:06d}.png")
-    rewards = _reward_columns(completions)
+    rewards, extra = _reward_columns(completions), _extra_columns(completions)
     # Not to_parquet, which shows a progress bar for its one batch.
-    write_table(_dataset(completions, rewards, step).data.table, folder / f"completions_{step:05d}.parquet")
+    write_table(_dataset(completions, rewards, extra, step).data.table, folder / f"completions_{step:05d}.parquet")
     if rewards:
         tables.print_completions(completions, rewards, step)
-    _send(trainer, completions, rewards, picture, step)
+    _send(trainer, completions, rewards, extra, picture, step)
 
 
 def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
@@ -101,15 +103,35 @@ def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float |
     }
 
 
-def _dataset(completions: Sequence[Completion], rewards: dict[str, list[float | None]], step: int) -> datasets.Dataset:
+def _extra_columns(completions: Sequence[Completion]) -> dict[str, list[str | None]]:
+    """What the rewards logged, as text: `None` where an image has none of it."""
+    names = dict.fromkeys(name for completion in completions for name in completion.columns)
+    return {
+        f"extra_{name}"
+        if name in _FEATURES or any(name in completion.rewards for completion in completions)
+        else name: [
+            str(completion.columns[name]) if name in completion.columns else None for completion in completions
+        ]
+        for name in names
+    }
+
+
+def _dataset(
+    completions: Sequence[Completion],
+    rewards: dict[str, list[float | None]],
+    extra: dict[str, list[str | None]],
+    step: int,
+) -> datasets.Dataset:
     columns = {
         "step": [step] * len(completions),
         "prompt": [completion.prompt for completion in completions],
         "task": [completion.task for completion in completions],
         "image": [completion.image for completion in completions],
         **rewards,
+        **extra,
     }
-    features = datasets.Features({**_FEATURES, **dict.fromkeys(rewards, datasets.Value("float64"))})
+    kinds = dict.fromkeys(rewards, datasets.Value("float64")) | dict.fromkeys(extra, datasets.Value("string"))
+    features = datasets.Features({**_FEATURES, **kinds})
     return datasets.Dataset.from_dict(columns, features=features)
 
 
@@ -131,6 +153,7 @@ def _send(
     trainer: "DiffusionTrainer",
     completions: Sequence[Completion],
     rewards: dict[str, list[float | None]],
+    extra: dict[str, list[str | None]],
     picture: Image.Image,
     step: int,
 ) -> None:
@@ -142,10 +165,10 @@ def _send(
         images = [tracker.Image(completion.image) for completion in completions]
         rows = [
             [completion.prompt, completion.task, image, *values]
-            for completion, image, *values in zip(completions, images, *rewards.values(), strict=True)
+            for completion, image, *values in zip(completions, images, *rewards.values(), *extra.values(), strict=True)
         ]
         return {
-            TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards], data=rows),
+            TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards, *extra], data=rows),
             GRID_NAME: tracker.Image(picture, caption=f"rows: {', '.join(tasks)}"),
             "train/global_step": step,
         }

@@ -14,12 +14,12 @@
 
 """Which prompts make up an update: every task has the same number of them, whatever the sizes of the prompt sets."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from torch.utils.data import Sampler
 
 
@@ -71,23 +71,115 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     if "prompt" not in columns:
         return [f"{name} has no column 'prompt'; its columns are {columns}. Rename yours with rename_column."]
     problems = []
-    bad = _rows_where(dataset, "prompt", lambda prompt: not isinstance(prompt, str) or not prompt.strip())
+    empty, unfit = [], []
+    for row, prompt in enumerate(_values(dataset, "prompt")):
+        if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
+            empty.append(row)
+        elif not isinstance(prompt, str):
+            unfit.append((row, prompt))
     if len(dataset) == 0:
         problems.append(f"{name} is empty.")
-    if bad:
-        problems.append(f"{name} has {len(bad)} empty prompt(s), the first in row {bad[0]}. Remove them.")
+    if empty:
+        problems.append(f"{name} has {len(empty)} empty prompt(s), the first in row {empty[0]}. Remove them.")
+    if unfit:
+        row, prompt = unfit[0]
+        problems.append(
+            f"{name} has {len(unfit)} prompt(s) that are no text, the first in row {row}: {_no_text(prompt)}"
+        )
     if task_column in columns:
-        bad = _rows_where(dataset, task_column, lambda task: not isinstance(task, str) or not task)
+        bad, others = [], []
+        for row, task in enumerate(_values(dataset, task_column)):
+            if task is None or task == "":
+                bad.append(row)
+            elif not isinstance(task, str):
+                others.append((row, task))
         if bad:
             problems.append(
                 f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}."
             )
+        if others:
+            row, task = others[0]
+            problems.append(
+                f"{name} has {len(others)} task(s) in '{task_column}' that are no names, the first in row {row}: {task!r:.80}. "
+                f"A task's name is text: dataset.cast_column('{task_column}', Value('string'))."
+            )
     return problems
 
 
-def _rows_where(dataset: Dataset, column: str, is_bad: Callable[[Any], bool]) -> list[int]:
-    batches = column_batches(dataset, column)
-    return [i for i, value in enumerate(v for batch in batches for v in batch.to_pylist()) if is_bad(value)]
+def _no_text(prompt: Any) -> str:
+    """What a prompt is that is no text, and what to do."""
+    if _is_conversation(prompt):
+        roles = ", ".join(str(message.get("role")) for message in prompt)
+        return (
+            f"a conversation ({roles}). Of a conversation the text of a single user message is taken; this is not one. Write "
+            "what is to be drawn into 'prompt'."
+        )
+    if isinstance(prompt, list):
+        return f"a list, {prompt!r:.80}. A row has one prompt: make a row of each."
+    kind = "a number" if isinstance(prompt, int | float) else f"a {type(prompt).__name__}"
+    return f"{kind}, {prompt!r:.80}. If another column has the texts, rename it with rename_column."
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
+
+
+def _plain_text(prompt: Any) -> str | None:
+    """A prompt's text: its own, or of a conversation that is one message of the user that of the message. `None` for others."""
+    if isinstance(prompt, str):
+        return prompt
+    if not _is_conversation(prompt) or len(prompt) != 1 or prompt[0]["role"] != "user":
+        return None
+    content = prompt[0].get("content")
+    if (
+        isinstance(content, list)
+        and len(content) == 1
+        and isinstance(content[0], dict)
+        and content[0].get("type") == "text"
+    ):
+        content = content[0].get("text")
+    return content if isinstance(content, str) else None
+
+
+def plain_dataset(dataset: Any, task_column: str) -> Any:
+    """
+    A dataset, or a dict of them, with prompts and tasks as text where it is clear which: TRL's datasets have conversations, of
+    which a single user message is a prompt, and a column of class labels has names. All else is given back as it is.
+    """
+    if isinstance(dataset, dict):
+        return {name: plain_dataset(part, task_column) for name, part in dataset.items()}
+    if not isinstance(dataset, Dataset):
+        return dataset
+    prompts, labels = dataset.features.get("prompt"), dataset.features.get(task_column)
+    if prompts is not None and not _is_text(prompts):
+        texts = [_plain_text(prompt) for prompt in _values(dataset, "prompt")]
+        if None not in texts:
+            dataset = _with_column(dataset, "prompt", texts)
+    if isinstance(labels, ClassLabel):
+        numbers = _values(dataset, task_column)
+        names = [labels.names[n] if n is not None and n >= 0 else None for n in numbers]
+        dataset = _with_column(dataset, task_column, names)
+    return dataset
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def _with_column(dataset: Dataset, name: str, values: list[str | None]) -> Dataset:
+    columns, other = dataset.column_names, "".join(dataset.column_names) + "_"
+    # First added: a dataset without any column has no rows.
+    added = dataset.add_column(other, pa.array(values, pa.string())).remove_columns(name)
+    return added.rename_column(other, name).select_columns(columns)
+
+
+def _values(dataset: Dataset, column: str) -> Iterator[Any]:
+    if _is_text(dataset.features[column]):
+        for batch in column_batches(dataset, column):
+            yield from batch.to_pylist()
+    else:  # rows of several kinds are JSON to Arrow, which datasets decodes
+        for part in dataset.select_columns([column]).with_format(None).iter(BATCH):
+            yield from part[column]
 
 
 class TaskSampler(Sampler[int]):

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import psutil
 import torch
@@ -33,6 +32,8 @@ from torch import Tensor, nn
 
 from .data import TaskSampler
 from .evaluation import draw_images
+from .evaluation.store import file_name
+from .extras import extra
 from .memory import estimate_memory
 from .timing import instant, seconds_between
 
@@ -238,9 +239,10 @@ def write_pictures(
         scores = {caption: next(iter(scored[task][caption].values()), None) for caption in of_task}
         for caption, image in of_task.items():
             model = caption.split(",")[0].replace(" ", "_")
-            image.save(folder / f"{quote(task, safe=' ')}_{model}.png")
+            image.save(folder / f"{file_name(task)}_{model}.png")
         # All rows of the picture have the same number of models.
         width, height = next(iter(of_task.values())).size
         blanks = {" " * n: Image.new("RGB", (width, height), "white") for n in range(1, widest - len(of_task) + 1)}
         rows.append(plots.SampleRow(task, row["prompt"], {**of_task, **blanks}, {**scores, **dict.fromkeys(blanks)}))
-    plots.plot_samples(rows, folder / PICTURE)
+    with extra(f"The picture {PICTURE}"):
+        plots.plot_samples(rows, folder / PICTURE)

@@ -381,11 +381,12 @@ def activation_bytes(trainer: "DiffusionTrainer", device_type: str | None = None
         base.enable_gradient_checkpointing()
     device_type = device_type or trainer.accelerator.device.type
     # Teachers' forwards keep nothing, but may have more rows than a student without guidance.
-    scales = {scale for task in trainer.tasks for scale in trainer._guidance_scales(task)} - {args.guidance_scale}
+    trained = trainer._trained_scale()
+    scales = {scale for task in trainer.tasks for scale in trainer._guidance_scales(task)} - {trained}
     try:
         return max(
-            _of_scale(trainer, model, base, scale, device_type, backward=scale == args.guidance_scale)
-            for scale in (args.guidance_scale, *scales)
+            _of_scale(trainer, model, base, scale, device_type, backward=scale == trained)
+            for scale in (trained, *scales)
         )
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
@@ -410,5 +411,5 @@ def _of_scale(
 
     with torch.no_grad():
         x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
-        field(x, float(trainer.table.levels[0]), prompts, scale, network)
+        field(x, float(field.levels[0]), prompts, scale, network)
     return step_bytes(model, base, calls, device_type=device_type, precision=precision, backward=backward)

@@ -42,7 +42,8 @@ from torch import Tensor
 from trl import TrlParser
 
 from .base_pipeline import borrowed, load_base
-from .cli import by_task, load_teachers
+from .cli import by_task, json_object, load_teachers
+from .options import model_init_problems
 from .student import STUDENT_ADAPTER, Student
 from .teacher_specs import TeacherSpec, normalize_teachers
 from .teachers import TeacherBank
@@ -372,6 +373,7 @@ class MergeArguments:
         output_dir (`str`): where the merged LoRA is written.
         weights (`list[str]`, *optional*): `task=weight`, 1 for tasks that are not named.
         dtype (`str`, *optional*, defaults to `"float32"`): precision in which base and teachers are loaded.
+        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
     """
 
     base: str = field(metadata={"help": "The base: a Hub id or a folder."})
@@ -386,9 +388,21 @@ class MergeArguments:
     dtype: str = field(
         default="float32", metadata={"help": "Of the base.", "choices": ["float32", "bfloat16", "float16"]}
     )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_init_kwargs, str):  # from a command line; a YAML file gives a dict
+            self.model_init_kwargs = json_object("model_init_kwargs", self.model_init_kwargs)
 
 
 def main(arguments: MergeArguments) -> None:
+    model_init_kwargs = arguments.model_init_kwargs or {}
+    assert isinstance(model_init_kwargs, dict)  # strings are parsed
+    problems = model_init_problems(model_init_kwargs)
+    if problems:
+        raise ValueError("\n".join(problems))
     weights = {}
     for task, values in by_task("weights", arguments.weights).items():
         try:
@@ -396,7 +410,7 @@ def main(arguments: MergeArguments) -> None:
         except ValueError as error:
             raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
     report = merge_teachers(
-        load_base(arguments.base, arguments.dtype),
+        load_base(arguments.base, arguments.dtype, model_init_kwargs=model_init_kwargs),
         load_teachers(arguments.teachers, None),
         arguments.output_dir,
         rank=arguments.rank,

@@ -14,6 +14,7 @@
 
 """The pictures of a run: bars of the retention report, images side by side, and curves of training."""
 
+import logging
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,6 +33,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL.Image import Image, Resampling
 
+
+logger = logging.getLogger(__name__)
 
 # The colours of Okabe and Ito, which people with any colour vision can tell apart.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -44,7 +48,14 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    # Prompts and names are shown as they are: what is between two dollar signs is no formula.
+    "text.parse_math": False,
+    "text.usetex": False,
 }
+# matplotlib refuses pictures of 2^16 pixels and more a side. Inches.
+_LARGEST = 400.0
+# A longer prompt is cut: its rows would leave no place for the images. The page of samples has all of it.
+_PROMPT_LINES = 4
 _TASKS_A_BAND, _IMAGES_A_BAND = 3, 15
 MIN_RADAR_AXES = 3
 # Where the worst model lies on each axis: in the middle, all axes would meet in one point.
@@ -79,7 +90,8 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
     students = [name for name in scores if name != "base" and name not in teachers]
     colors = _model_colors(report)
     with rc_context(_STYLE):
-        figure = Figure(figsize=(1.6 + max(2.0, 0.5 * len(scores)) * len(tasks), 3.6), layout="constrained")
+        width = min(_LARGEST, 1.6 + max(2.0, 0.5 * len(scores)) * len(tasks))
+        figure = Figure(figsize=(width, 3.6), layout="constrained")
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]
         for axes, (task, entry) in zip(panels, tasks.items(), strict=True):
             reward = entry["reward"]
@@ -112,8 +124,8 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
             axes.set_title(task)
             axes.set_ylabel(reward)
             axes.set_xticks([])
-        handles = [Patch(color=color, label=_label(name)) for name, color in colors.items()]
-        figure.legend(handles=handles, loc="outside right upper")
+        handles = [Patch(color=color) for color in colors.values()]
+        _legend(figure, handles, [_label(name) for name in colors])
         figure.supxlabel(
             f"mean over {report['num_images']} images a task, 95% intervals; the number is the student's retention",
             fontsize=8,
@@ -152,12 +164,13 @@ def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
         axes: Any = figure.add_subplot(projection="polar")
         axes.set_theta_zero_location("N")
         axes.set_theta_direction(-1)
+        handles: list[Artist] = []
         for (name, color), radius in zip(colors.items(), radii, strict=True):
             is_teacher, is_student = name.startswith("teacher/"), name != "base" and not name.startswith("teacher/")
             line = {"linewidth": 2.2 if is_student else 1.5, "linestyle": (0, (4, 1.5)) if is_teacher else "-"}
             closed = np.append(angles, angles[0]), np.append(radius, radius[0])
             # Students on top: they are what one looks for.
-            axes.plot(
+            handles += axes.plot(
                 *closed, color=color, marker="o", markersize=4, label=_label(name), zorder=3 + is_student, **line
             )
             if color == _STUDENT:
@@ -180,7 +193,7 @@ def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
                 va="center" if abs(side) > 0.5 else "bottom" if np.cos(angle) > 0 else "top",
                 fontsize=9,
             )
-        figure.legend(loc="outside right upper")
+        _legend(figure, handles, [_label(name) for name in colors])
         figure.supxlabel("each axis from the worst model (inner ring) to the best", fontsize=8, color="#555555")
         _save(figure, path, bbox_inches="tight")  # the layout does not make room for the labels
 
@@ -214,6 +227,11 @@ def _label(name: str) -> str:
     return f"{name.removeprefix('teacher/')} teacher" if name.startswith("teacher/") else name
 
 
+def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    # matplotlib leaves out labels that begin with "_" where they belong to what is drawn, so they are given apart.
+    figure.legend(handles, labels, loc="outside right upper")
+
+
 def _cycle(count: int, start: int = 0) -> list[str]:
     return [_COLORS[(start + i) % len(_COLORS)] for i in range(count)]
 
@@ -232,13 +250,13 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
     bands = -(-len(by_task) // columns)
     deepest = max(map(len, by_task.values()))
     with rc_context(_STYLE):
-        size = (1.35 * models * columns + 0.3 * columns, bands * (2.0 * deepest + 0.7))
+        size = (1.35 * models * columns + 0.3 * columns, min(_LARGEST, bands * (2.0 * deepest + 0.7)))
         figure = Figure(figsize=size, layout="constrained")
         blocks = figure.subfigures(bands, columns, squeeze=False).ravel()
         for block, (task, of_task) in zip(blocks, by_task.items(), strict=False):
             block.suptitle(task, fontweight="bold")
             for strip, row in zip(np.ravel(block.subfigures(deepest, 1)), of_task, strict=False):
-                strip.suptitle(textwrap.fill(row.prompt, 19 * models), fontsize=8.5, style="italic")
+                strip.suptitle(_caption(row.prompt, 19 * models), fontsize=8.5, style="italic")
                 for axes, (label, image) in zip(np.ravel(strip.subplots(1, models)), row.images.items(), strict=True):
                     axes.imshow(np.asarray(_enlarged(image)), interpolation="none")
                     axes.set_xticks([])
@@ -248,6 +266,10 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
                     caption = textwrap.fill(label, 18)
                     axes.set_xlabel(caption if score is None else f"{caption}\n{_value(score)}", fontsize=8.5)
         _save(figure, path)
+
+
+def _caption(prompt: str, width: int) -> str:
+    return textwrap.fill(prompt, width, max_lines=_PROMPT_LINES, placeholder=" …")
 
 
 def _enlarged(image: Image, size: int = 256) -> Image:
@@ -260,6 +282,8 @@ def _enlarged(image: Image, size: int = 256) -> Image:
 def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """
     Loss, KL of each task, and rewards of each task in training and in evaluation against updates.
+
+    Without any of these, as after fewer updates than `logging_steps`, nothing is written but a line in the log.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
@@ -295,8 +319,10 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
     ]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
-        raise ValueError("The log has neither a loss nor a KL nor a reward: nothing to plot.")
-    with rc_context(_STYLE):
+        logger.warning("No curves are drawn: nothing was logged but the end, as in a run shorter than logging_steps.")
+        return
+    # A logarithmic axis writes its powers of ten as formulas.
+    with rc_context({**_STYLE, "text.parse_math": True}):
         figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.3), layout="constrained")
         for axes, (title, lines, logarithmic) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -312,15 +338,15 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
             axes.set_xlabel("updates")
             axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
             axes.set_axisbelow(True)
-        handles = [Line2D([], [], color=color, linewidth=1.8, label=task) for task, color in colors.items()]
+        entries = {task: Line2D([], [], color=color, linewidth=1.8) for task, color in colors.items()}
         several = any(style != "-" for _, style in rewards.values())
         if several:
-            handles += [
-                Line2D([], [], color=color, linestyle=style, label=key.removeprefix("eval_"))
+            entries |= {
+                key.removeprefix("eval_"): Line2D([], [], color=color, linestyle=style)
                 for key, (color, style) in rewards.items()
-            ]
-        if handles:
-            figure.legend(handles=handles, loc="outside right upper")
+            }
+        if entries:
+            _legend(figure, list(entries.values()), [name.replace("$", r"\$") for name in entries])
         _save(figure, path)
 
 

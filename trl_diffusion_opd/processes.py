@@ -12,12 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a process says when another one of the same training has gone."""
+"""What a process does when another one of the same run has failed or gone."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 
 def communication_failed(error: BaseException) -> bool:
@@ -48,3 +50,27 @@ def lost_process_named(where: Callable[[], str], advice: Callable[[], str]) -> I
             "for example for want of memory, or stopped with an error of its own, which is in its own output. Training "
             f"stops. {advice()}"
         ) from error
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """
+    Within it no process waits for another. What one of them raises there is raised by it, and an error that tells of it by all
+    others, so that all go on, or none: whoever catches it does not wait for processes that are elsewhere.
+
+    Raises:
+        [`RuntimeError`]: if the block of another process has failed.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:  # raised again below
+        failure = error
+    if PartialState().num_processes > 1:
+        told = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
+        failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+        if failed and failure is None:
+            rank, text = failed[0]
+            raise RuntimeError(f"Process {rank} of {len(told)} has failed, so the others stop as well. {text}")
+    if failure is not None:
+        raise failure

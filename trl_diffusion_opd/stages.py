@@ -64,6 +64,7 @@ from trl import TrlParser
 
 from .checkpoint import last_complete, write_json
 from .cli import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
+from .extras import extra
 from .options import unknown_option
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
 from .teacher_files import find_files
@@ -148,7 +149,8 @@ def _run(stage: Stage, folder: Path, student_init: str | None) -> None:
     started = last_complete(folder) is not None
     trainer.train(resume_from_checkpoint=started)
     trainer.save_model(str(folder))
-    trainer.create_model_card()
+    with extra("The model card"):
+        trainer.create_model_card()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
@@ -231,7 +233,7 @@ class StageSpec:
         name (`str`): its folder in the output folder.
         trainer (`str`): `"opd"`, `"grpo"`, `"nft"` or `"sft"`.
         model_name_or_path (`str`): the base, the same for all stages.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file. For
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file. For
             `"sft"` without teachers it has a column of images.
         config (`dict`): fields of the trainer's config.
         eval_prompts, reward_funcs, teachers, teacher_guidance_scales (`list[str]`, *optional*): as for `examples/opd_sd3.py`.
@@ -334,6 +336,7 @@ class StageSpec:
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
+_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales"}
 # Of an example script alone: a stage has no use for them.
 _OF_SCRIPTS = {"output_dir", "test_prompts", "num_test_images"}
 
@@ -366,7 +369,12 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
     stages = []
     for i, given in enumerate(content["stages"]):
         merged = _merge(content.get("shared") or {}, given)
-        found = _spec_problems(merged, from_base=i == 0 or merged.get("from_base", False))
+        try:
+            merged |= {option: _values(option, merged[option]) for option in _OF_TASKS & merged.keys()}
+        except ValueError as error:
+            found = [str(error)]
+        else:
+            found = _spec_problems(merged, from_base=i == 0 or merged.get("from_base", False))
         if not found:
             moved = [_moved(teacher, written, Path(output_dir)) for teacher in merged.get("teachers") or []]
             spec = StageSpec(**{**merged, "teachers": moved or None})
@@ -379,6 +387,13 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
     if problems:
         raise ValueError(f"{path}:\n" + "\n".join(f"- {problem}" for problem in problems))
     return stages, output_dir
+
+
+def _values(option: str, given: Any) -> list[str] | None:
+    """`task=value` strings, also of a mapping from task to values."""
+    if given is None or isinstance(given, list):
+        return given
+    return [f"{task}={value}" for task, values in by_task(option, given).items() for value in values]
 
 
 def _stage_of(teacher: str, output_dir: Path) -> str | None:

@@ -83,6 +83,7 @@ def add_adapter(
     """
     lora_config = copy.deepcopy(lora_config)
     lora_config.inference_mode = not trainable
+    lora_config.base_model_name_or_path = None  # as it is of every base here; PEFT warns of any other name
     if not trainable:
         lora_config.lora_dropout = 0.0
     peft_model: PeftModel

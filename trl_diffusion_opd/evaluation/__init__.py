@@ -17,6 +17,7 @@
 from ..retention import retention_report, retention_table, scores_table
 from .drawing import draw_images
 from .files import REPORT_FILE, SCORES_FILE
+from .rehearsal import rehearse_report, report_problems
 from .run import evaluate_retention
 
 
@@ -25,6 +26,8 @@ __all__ = [
     "SCORES_FILE",
     "draw_images",
     "evaluate_retention",
+    "rehearse_report",
+    "report_problems",
     "retention_report",
     "retention_table",
     "scores_table",

@@ -32,7 +32,6 @@ On one process `python -m` does. All options can stand in a YAML file that `--co
 the output folder is used again, so a run that was interrupted goes on, and a student or a reward can be added.
 """
 
-import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +39,7 @@ from typing import Any
 from accelerate import PartialState
 from trl import TrlParser
 
-from ..cli import load_rewards, load_students, load_tasks, load_teachers
+from ..cli import json_object, load_rewards, load_students, load_tasks, load_teachers
 from ..retention import retention_table, scores_table
 from .run import evaluate_retention
 
@@ -56,10 +55,11 @@ class EvaluationArguments:
         student (`list[str]`): `name=spec` of each student, or the spec of a single one.
         reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`.
         dataset (`list[str]`): `task=source` of the prompts, or one source with a column that names the task. A source is a
-            Hub dataset (`owner/name[:split]`) or a text, jsonl, csv or parquet file.
+            Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
         teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from `guidance_scale`.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as
             `{"remote": {"url": "http://..."}}`.
+        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
         task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
     """
 
@@ -89,6 +89,9 @@ class EvaluationArguments:
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
     )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})
     batch_size: int = field(default=32, metadata={"help": "Images at a time on each process."})
     seed: int = field(default=0, metadata={"help": "Of the noise and the bootstrap."})
@@ -100,20 +103,20 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("reward_kwargs", "generation_kwargs"):  # from a command line; a YAML file gives dicts
+        # From a command line; a YAML file gives dicts.
+        for name in ("reward_kwargs", "generation_kwargs", "model_init_kwargs"):
             given = getattr(self, name)
             if isinstance(given, str):
-                try:
-                    setattr(self, name, json.loads(given))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"--{name}: {given!r} is not valid JSON ({error}).") from error
+                setattr(self, name, json_object(name, given))
 
 
 def main(args: EvaluationArguments) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # what it took
     reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
+    model_init_kwargs = args.model_init_kwargs or {}
     assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed
+    assert isinstance(model_init_kwargs, dict)
     report = evaluate_retention(
         args.base,
         load_teachers(args.teachers, args.teacher_guidance_scales),
@@ -128,6 +131,7 @@ def main(args: EvaluationArguments) -> None:
         max_sequence_length=args.max_sequence_length,
         generation_kwargs=generation_kwargs,
         dtype=args.dtype,
+        model_init_kwargs=model_init_kwargs,
         task_column=args.task_column,
         cross_task_rewards=args.cross_task_rewards,
         batch_size=args.batch_size,

@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment
 
+from ..extras import extra
 from ..retention import retention_table, scores_table
 from .measure import Measured, Task
 from .store import Store, write_file, write_json
@@ -43,6 +44,8 @@ def write_results(
     Writes `retention.json` (the report), `retention.md` (its tables), `retention_scores.json` (the score of every image),
     `timing.json` (what this run took), `retention.png`, `radar.png` where there are three axes or more, and with samples
     `samples.png` and the page `samples.html`.
+
+    A picture or page that cannot be made is left out, with a warning.
     """
     from .. import plots  # every trainer imports this package, and matplotlib is slow to load
 
@@ -55,13 +58,17 @@ def write_results(
     if (folder / "images").is_dir():
         write_json(folder / "images" / "index.json", _folders(store, measured), indent=2)
     write_file(folder / TABLES_FILE, f"# Retention\n\n{retention_table(report)}\n\n{scores_table(report)}\n")
-    plots.plot_retention(report, folder / "retention.png")
-    if len(plots.radar_axes(report)) >= plots.MIN_RADAR_AXES:
-        plots.plot_radar(report, folder / "radar.png")
+    with extra("The picture retention.png"):
+        plots.plot_retention(report, folder / "retention.png")
+    with extra("The picture radar.png"):
+        if len(plots.radar_axes(report)) >= plots.MIN_RADAR_AXES:
+            plots.plot_radar(report, folder / "radar.png")
     num_samples = min(num_samples, report["num_images"])
     if num_samples:
-        plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / "samples.png")
-        write_file(folder / PAGE_FILE, _page(store, report, measured, tasks, num_samples))
+        with extra("The picture samples.png"):
+            plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / "samples.png")
+        with extra(f"The page {PAGE_FILE}"):
+            write_file(folder / PAGE_FILE, _page(store, report, measured, tasks, num_samples))
 
 
 def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:

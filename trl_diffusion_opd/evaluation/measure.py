@@ -28,6 +28,7 @@ from datasets import Dataset
 from PIL.Image import Image
 from torch import Tensor
 
+from ..processes import failing_together
 from ..retention import Scores
 from ..rewards import Reward, RewardFunc, Scorer, reward_name
 from ..teachers import Teacher, TeacherBank
@@ -193,12 +194,13 @@ def measure(
             store.save(batch.key, batch.task, {n: image for n, image in pairs if n < kept})
         return images
 
-    try:
-        seconds = _work(mine, tasks, draw, record, store, reward_timeout)
-    except TimeoutError as error:
-        if store is not None:
-            error.add_note("What has been drawn and scored is kept: the same command goes on from there.")
-        raise
+    with failing_together():
+        try:
+            seconds = _work(mine, tasks, draw, record, store, reward_timeout)
+        except TimeoutError as error:
+            if store is not None:
+                error.add_note("What has been drawn and scored is kept: the same command goes on from there.")
+            raise
     everyone = gather_object([(fresh, seconds, sum(len(batch.numbers) for batch in mine if batch.is_drawn))])
     merge(found.scores, (scores for scores, _, _ in everyone))
     scores: Scores = {

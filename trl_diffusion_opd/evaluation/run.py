@@ -28,7 +28,9 @@ from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 
 from ..base_pipeline import borrowed, load_base
-from ..data import dataset_problems, task_rows
+from ..data import dataset_problems, plain_dataset, task_rows
+from ..options import DTYPES, model_init_problems
+from ..processes import failing_together
 from ..retention import retention_report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import timeout_problems
@@ -42,8 +44,6 @@ from .store import Store
 
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate_retention(
@@ -63,6 +63,7 @@ def evaluate_retention(
     generation_kwargs: dict[str, Any] | None = None,
     dtype: str | None = None,
     quantization_config: Any = None,
+    model_init_kwargs: dict[str, Any] | None = None,
     task_column: str = "task",
     cross_task_rewards: bool = True,
     batch_size: int = 32,
@@ -108,6 +109,9 @@ def evaluate_retention(
             Precision of a base that is given by name: `"float32"` (if not given), `"bfloat16"` or `"float16"`.
         quantization_config (*optional*):
             How a base that is given by name is quantised, as for [`DiffusionOPDTrainer`].
+        model_init_kwargs (`dict`, *optional*):
+            With what else a base that is given by name is loaded, such as `{"revision": ..., "variant": "fp16"}`: what it was
+            trained with.
         task_column (`str`, *optional*, defaults to `"task"`):
             Column that names the task.
         cross_task_rewards (`bool`, *optional*, defaults to `True`):
@@ -139,14 +143,20 @@ def evaluate_retention(
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     if not isinstance(students, Mapping):
         students = {"student": students}
-    problems = dataset_problems(dataset, task_column, "dataset")
+    if isinstance(dataset, Dataset):
+        dataset = plain_dataset(dataset, task_column)
+        problems = dataset_problems(dataset, task_column, "dataset")
+    else:
+        problems = [
+            f"dataset is a {type(dataset).__name__}; it must be a datasets.Dataset, of a DatasetDict one split."
+        ]
     rows = {} if problems else task_rows(dataset, task_column)
     problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
     problems += timeout_problems(reward_timeout)
-    if quantization_config is not None and not isinstance(pipeline, str):
-        problems.append(
-            "quantization_config is for a base that is given by name. This one is loaded: load it with that."
-        )
+    for option, given in (("quantization_config", quantization_config), ("model_init_kwargs", model_init_kwargs)):
+        if given and not isinstance(pipeline, str):
+            problems.append(f"{option} is for a base that is given by name. This one is loaded: load it with that.")
+    problems += model_init_problems(model_init_kwargs or {})
     specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
     functions: dict[str, list[RewardFunc]] = {}
     if rows:
@@ -171,7 +181,9 @@ def evaluate_retention(
 
     base: Any = pipeline
     if isinstance(pipeline, str):
-        base = load_base(pipeline, dtype or "float32", quantization_config).to(state.device)
+        with failing_together():
+            loaded = load_base(pipeline, dtype or "float32", quantization_config, model_init_kwargs)
+            base = loaded.to(state.device)
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     tasks = {
         task: Task(
@@ -183,27 +195,29 @@ def evaluate_retention(
         for index, (task, of_task) in enumerate(rows.items())
     }
     with borrowed(base) as transformer:
-        field = VelocityField(
-            base,
-            num_inference_steps=num_inference_steps,
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-            generation_kwargs=generation_kwargs,
-        )
+        # Only what is kept can be mistaken for another base's.
+        digest = None if output_dir is None else _shared_digest(base)
+        with failing_together():
+            field = VelocityField(
+                base,
+                num_inference_steps=num_inference_steps,
+                height=height,
+                width=width,
+                max_sequence_length=max_sequence_length,
+                generation_kwargs=generation_kwargs,
+            )
+            teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
+            bank = TeacherBank(transformer, base, specs, teacher_scale, student_adapter=None)
+            bank.to(transformer.device)
+            for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
+                field.check_guidance(scale)
         store = None if output_dir is None else Store(Path(output_dir), state.process_index)
         settings = {
-            # Only what is kept can be mistaken for another base's.
-            "base": _shared_digest(base) if store is not None else None,
+            "base": digest,
             "levels": field.levels.tolist(),
             "size": [height, width, max_sequence_length],
             "generation_kwargs": Hasher.hash(generation_kwargs or {}),
         }
-        teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
-        bank = TeacherBank(transformer, base, specs, teacher_scale, student_adapter=None)
-        bank.to(transformer.device)
-        for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
-            field.check_guidance(scale)
         measured = measure(
             field,
             bank,
@@ -228,9 +242,9 @@ def evaluate_retention(
         taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured.seconds["rewards"].items())
         drawing = measured.seconds["generation"]
         logger.info(f"{measured.drawn} images were drawn in {drawing:.1f} s; scoring meanwhile took {taken}.")
-    if store is not None and state.is_main_process:
-        write_results(store, report, measured, tasks, num_samples)
-    state.wait_for_everyone()  # whoever goes on finds the files
+    with failing_together():  # whoever goes on finds the files
+        if store is not None and state.is_main_process:
+            write_results(store, report, measured, tasks, num_samples)
     return report
 
 
@@ -255,8 +269,8 @@ def _option_problems(
     ):
         if value < least:
             problems.append(f"{name}={value}: it must be at least {least}.")
-    if dtype is not None and dtype not in _DTYPES:
-        problems.append(f"dtype={dtype!r}: it must be one of {', '.join(_DTYPES)}.")
+    if dtype is not None and dtype not in DTYPES:
+        problems.append(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}.")
     if dtype is not None and not isinstance(pipeline, str):
         problems.append("dtype is for a base that is given by name. This one is loaded: load it with that dtype.")
     if not students:

@@ -14,6 +14,7 @@
 
 """The images and scores of an evaluation on disk, so that it can be cut off at any time and go on."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,9 @@ from urllib.parse import quote
 
 from PIL import Image
 
+
+# File systems take 255 bytes; a Chinese character is nine of them here.
+_LONGEST_NAME = 200
 
 # Scores by image key, name of the score and digest of the reward, then by number of the image.
 KnownScores = dict[tuple[str, str, str], dict[int, float | None]]
@@ -45,8 +49,7 @@ class Store:
         self._journal = folder / "scores" / f"{process_index}.jsonl"
 
     def path(self, key: str, task: str, number: int) -> Path:
-        # A task may be called "a/b" or "..".
-        return self.folder / "images" / key / quote(task, safe="").replace(".", "%2E") / f"{number:05d}.png"
+        return self.folder / "images" / key / file_name(task) / f"{number:05d}.png"
 
     def numbers(self, key: str, task: str) -> set[int]:
         """Numbers of the images that are there and whole."""
@@ -90,6 +93,14 @@ class Store:
         # One write to the end of the file. It begins a line of its own, whatever a killed process has left there.
         with open(self._journal, "ab", buffering=0) as file:
             file.write(f"\n{json.dumps({**entry, 'values': list(values.values())})}\n".encode())
+
+
+def file_name(task: str) -> str:
+    """A name for a task's files. A task may be called "a/b" or "..", or be longer than file names can be."""
+    name = quote(task, safe="").replace(".", "%2E")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(task.encode()).hexdigest()[:16]}"
 
 
 def write_file(path: Path, content: str) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data import BATCH
-from .base import Reward, RewardFunc, reward_name
+from .base import Reward, RewardFunc, parameters_of, reward_name
 from .names import load_reward
 
 
@@ -60,7 +60,11 @@ def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> d
                     problems.append(f"reward_funcs: task {task!r}: {error}")
                     continue
                 function = loaded[item]
-            if callable(function):
+            if inspect.isclass(function):
+                problems.append(
+                    f"reward_funcs: {function.__name__} of task {task!r} is a class. Give an instance: {function.__name__}(...)."
+                )
+            elif callable(function):
                 functions[task].append(function)
             else:
                 problems.append(f"reward_funcs: {function!r} of task {task!r} is neither a name nor a function.")
@@ -126,21 +130,18 @@ def reward_data_problems(
 
 def _column_problems(function: RewardFunc, dataset: Dataset, source: str) -> list[str]:
     """Whether `dataset` has the columns without which a plain function cannot be called."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # one that is not written in Python
-        return []
-    given = {"prompts", "images", "completions", "trainer_state", *dataset.column_names} - {"prompt"}
+    parameters = parameters_of(function)
+    given = {"prompts", "images", "completions", "trainer_state", "log_metric", "log_extra", *dataset.column_names}
     missing = [
-        parameter.name
-        for parameter in parameters
+        name
+        for name, parameter in (parameters or {}).items()
         if parameter.default is parameter.empty
         and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        and parameter.name not in given
+        and name not in given - {"prompt"}
     ]
     if not missing:
         return []
     return [
         f"{source}: reward {reward_name(function)!r} needs the column(s) {', '.join(map(repr, missing))}; there are "
-        f"{dataset.column_names}."
+        f"{dataset.column_names}. It is called by keyword, with prompts, images and the other columns."
     ]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL.Image import Image
+from torch import nn
 
 
 RewardFunc = Callable[..., Any]
@@ -127,6 +128,16 @@ class Reward:
         from .metric import RewardMetric
 
         return RewardMetric(self, features)
+
+
+def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | None:
+    """What a reward function can be given, by name; `None` of one that is not written in Python."""
+    # Every module takes anything, and hands it to its forward.
+    given: Any = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return inspect.signature(given).parameters
+    except ValueError:
+        return None
 
 
 def reward_name(function: RewardFunc) -> str:

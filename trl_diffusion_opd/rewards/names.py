@@ -17,6 +17,8 @@
 import functools
 import importlib
 import inspect
+import os
+import sys
 from typing import Any
 
 from .base import RewardFunc
@@ -39,12 +41,12 @@ REWARDS = {
 
 def load_reward(spec: str, **options: Any) -> RewardFunc:
     """
-    A reward function by its name, or by its import path `package.module:function`.
+    A reward function by its name, or by its import path `package.module:function`, where a class is made an instance.
 
     Args:
         spec (`str`): a name of this package's, or an import path, or several of them with `+` between, which are added with
             equal weights by [`CombinedReward`].
-        options: arguments of a named reward, such as the `url` of `"remote"`.
+        options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
 
     Raises:
         [`ValueError`]: if there is no such function, its options do not fit, or its weights cannot be loaded.
@@ -58,7 +60,10 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
         reward = reward_class(spec)
         _check_options(spec, reward, options)
         return reward(**options)
-    return _imported(spec, options)
+    found = _imported(spec, options)
+    if inspect.isclass(found):
+        found = found(**options)
+    return found
 
 
 def check_reward(spec: str, **options: Any) -> None:
@@ -79,8 +84,8 @@ def check_reward(spec: str, **options: Any) -> None:
         _imported(spec, options)
 
 
-def _imported(spec: str, options: dict[str, Any]) -> RewardFunc:
-    """The function of an import path."""
+def _imported(spec: str, options: dict[str, Any]) -> Any:
+    """What an import path names: a function, or a class of which a reward is an instance with these options."""
     module, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(
@@ -88,13 +93,29 @@ def _imported(spec: str, options: dict[str, Any]) -> RewardFunc:
             '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), sums of them such as '
             "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function."
         )
-    if options:
-        raise ValueError(f"Reward {spec!r} is a function and takes no options, but {sorted(options)} are given.")
+    if module.endswith(".py") or "/" in module:
+        path = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise ValueError(
+            f"Reward {spec!r} is a path to a file. Name the module as Python imports it, from the working folder: {path}:{name}."
+        )
+    # A script's path has its own folder and not the working one, in which `python -m` finds modules as well.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module)
-        return functools.reduce(getattr, name.split("."), found)
+        found = functools.reduce(getattr, name.split("."), found)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"Reward {spec!r} cannot be imported: {error}") from error
+        raise ValueError(
+            f"Reward {spec!r} cannot be imported: {error}. Modules are looked for in the working folder, {os.getcwd()!r}, and "
+            "where Python has its packages."
+        ) from error
+    if inspect.isclass(found):
+        _check_options(spec, found, options)
+    elif options:
+        raise ValueError(f"Reward {spec!r} is a function and takes no options, but {sorted(options)} are given.")
+    elif not callable(found):
+        raise ValueError(f"Reward {spec!r} is a {type(found).__name__} and no function.")
+    return found
 
 
 def _check_options(spec: str, reward: Any, options: dict[str, Any]) -> None:

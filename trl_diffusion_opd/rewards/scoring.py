@@ -21,9 +21,10 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from typing import Any, Literal
 import torch
 from PIL.Image import Image
 
-from .base import Reward, RewardFunc, reward_name
+from .base import Reward, RewardFunc, parameters_of, reward_name
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,30 @@ OnTimeout = Literal["raise", "none"]
 _MAX_PENDING = 2
 
 Scores = dict[str, list[float | None]]
+
+
+@dataclass
+class RewardLog:
+    """
+    What reward functions log beside their scores, by `log_metric` and `log_extra`, as in TRL's trainers.
+
+    Attributes:
+        metrics (`dict[str, list[float]]`): the values of each metric, one a call.
+        extra (`dict[str, list]`): columns, with a value an image.
+    """
+
+    metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[name].append(float(value))
+
+    def log_extra(self, column: str, values: list[Any]) -> None:
+        self.extra[column].extend(values)
+
+
+# Where the functions that are called in this context log to.
+_LOG: contextvars.ContextVar[RewardLog | None] = contextvars.ContextVar("reward_log", default=None)
 
 
 def score(
@@ -103,6 +128,7 @@ class Scorer:
 
     Attributes:
         seconds (`dict[str, float]`): the time that each function took, by name.
+        log ([`RewardLog`]): what the functions logged beside their scores.
         waited (`float`): the seconds that the caller waited for scores. What is missing of the sum of `seconds` was spent
             while it generated.
 
@@ -125,6 +151,7 @@ class Scorer:
         self.task = task
         self.seconds = dict.fromkeys(self.functions, 0.0)
         self.waited = 0.0
+        self.log = RewardLog()
         self._trainer_state = trainer_state
         self._scores: Scores = {name: [] for function in functions for name in _score_names(function)}
         self._pending: deque[tuple[int, dict[str, Future[Scores]]]] = deque()
@@ -206,6 +233,7 @@ class Scorer:
 
     def _timed(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> Scores:
         start = time.perf_counter()
+        _LOG.set(self.log)  # in a context of this call
         try:
             return call_reward(self.functions[name], rows, images, self._trainer_state)
         finally:
@@ -227,18 +255,39 @@ def call_reward(
     """
     if not images:  # more processes than images
         return {name: [] for name in _score_names(function)}
-    given: Any = function.named_scores if isinstance(function, Reward) else function
-    values = given(
-        prompts=[row["prompt"] for row in rows],
-        images=list(images),
-        completions=list(images),
-        trainer_state=trainer_state,
+    given: dict[str, Any] = {
+        "prompts": [row["prompt"] for row in rows],
+        "images": list(images),
+        "completions": list(images),
+        "trainer_state": trainer_state,
         **{name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
-    )
+    }
+    values: Any
+    if isinstance(function, Reward):
+        values = function.named_scores(**given)
+    else:
+        values = function(**_taken(function, given))
     if inspect.isawaitable(values):
         values = _wait_for(values)
     named = values if isinstance(function, Reward) else {reward_name(function): values}
     return {name: _checked(name, of_name, rows) for name, of_name in named.items()}
+
+
+def _taken(function: RewardFunc, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a function is called with: all that it has a parameter for, and the rest where it takes any columns."""
+    parameters = parameters_of(function)
+    if parameters is None:
+        return dict(given)
+    log = _LOG.get() or RewardLog()
+    # Only where they are asked for by name: what else comes as `**columns` has a value an image.
+    asked = {
+        name: value
+        for name, value in (("log_metric", log.log_metric), ("log_extra", log.log_extra))
+        if name in parameters
+    }
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return {**given, **asked}
+    return {name: value for name, value in given.items() if name in parameters} | asked
 
 
 def timeout_problems(timeout: float | None) -> list[str]:

@@ -12,15 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import json
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from datasets.utils.py_utils import convert_file_size_to_int
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..options import unknown_option
+from ..options import DTYPES, dtype_name, model_init_problems, unknown_option
 from ..rewards.scoring import timeout_problems
 
 
@@ -37,7 +39,8 @@ class DiffusionConfig(_BaseConfig):
         > Parameters that control the model
 
         model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
-            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a string.
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a string, such as
+            `revision` and `variant`. The report loads the base with them too. A `dtype` of theirs is this config's.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype in which the base model is loaded: `"float32"`, `"bfloat16"` or `"float16"`. A LoRA stays float32.
         offload_encoders (`bool`, *optional*, defaults to `False`):
@@ -151,7 +154,7 @@ class DiffusionConfig(_BaseConfig):
         default="float32",
         metadata={
             "help": "Dtype of the frozen base model. A LoRA stays float32.",
-            "choices": ["float32", "bfloat16", "float16"],
+            "choices": list(DTYPES),
         },
     )
 
@@ -242,10 +245,41 @@ class DiffusionConfig(_BaseConfig):
         given: dict[str, Any] = self.__dict__
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
+        # Without an accelerator it does nothing but warn.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        # TRL sets the older name, of which transformers would warn whoever has set neither.
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            if given[f"activation_{name}"] is None:
+                given[f"activation_{name}"] = given[f"gradient_{name}"]
+        self._refuse_broken_json()
         super().__post_init__()
-        problems = self._problems()
+        if self.dtype == "float32":  # as when it is not given
+            self.dtype = min(self._given_dtypes(), default=self.dtype)
+        self._raise(self._problems())
+
+    def _refuse_broken_json(self) -> None:
+        """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
+        problems = []
+        for name in self._VALID_DICT_FIELDS:
+            value = self.__dict__[name]
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    problems.append(
+                        f"{name}={value!r} is not JSON ({error}). Names and texts are in double quotes: '{{\"key\": 1}}'."
+                    )
+        self._raise(problems)
+
+    def _raise(self, problems: list[str]) -> None:
         if problems:
             raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
+
+    def _given_dtypes(self) -> set[str]:
+        """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""
+        options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        given = [options[key] for key in ("dtype", "torch_dtype") if isinstance(options.get(key), str | torch.dtype)]
+        return {name for name in map(dtype_name, given) if name is not None}
 
     def _problems(self) -> list[str]:
         """What is wrong with these settings, a sentence each. Subclasses add to it."""
@@ -254,14 +288,12 @@ class DiffusionConfig(_BaseConfig):
             if isinstance(getattr(self, name), str):
                 problems.append(f"{name}={getattr(self, name)!r} is not a JSON object such as '{{\"key\": 1}}'.")
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
-        for name in ("trust_remote_code", "custom_pipeline"):
-            if options.get(name):
-                problems.append(
-                    f"model_init_kwargs: {name} would run code from the Hub and is refused. If you trust it, load the "
-                    "pipeline yourself and pass it as the model."
-                )
-        if not options.get("use_safetensors", True):
-            problems.append("model_init_kwargs: use_safetensors is always on; pickled weights are not read.")
+        problems += model_init_problems(options)
+        others = self._given_dtypes() - {self.dtype}
+        if others:
+            problems.append(
+                f"dtype={self.dtype!r}, and model_init_kwargs has {' and '.join(sorted(others))}: give it once."
+            )
         problems += self._choice_problems("dtype", "sampler")
         try:
             convert_file_size_to_int(self.prompt_cache_max_size)

@@ -38,7 +38,7 @@ from trl.trainer.utils import identity
 from .. import checkpoint, hub, model_card
 from ..attention import use_attention_backend
 from ..compilation import compile_blocks
-from ..data import TaskSampler, task_of, task_rows
+from ..data import TaskSampler, plain_dataset, task_of, task_rows
 from ..flops import matmul_rate
 from ..lora_config import layer_problems
 from ..offload import Offload, offloaded
@@ -149,6 +149,9 @@ class DiffusionTrainer(EvaluatingTrainer):
             self._undo.callback(restorer(self._components()))
         transformer: Any = self._pipeline.components.get("transformer")
         self.args = args
+        if isinstance(train_dataset, Dataset):
+            train_dataset = plain_dataset(train_dataset, args.task_column)
+        eval_dataset = plain_dataset(eval_dataset, args.task_column)
         problems = training_data_problems(train_dataset, args.task_column)
         self._task_rows = {} if problems else task_rows(train_dataset, args.task_column)
         self.tasks = list(self._task_rows)
@@ -266,6 +269,10 @@ class DiffusionTrainer(EvaluatingTrainer):
         """The guidance scales at which a task's prompts are asked for in training."""
         return {self.args.guidance_scale}
 
+    def _trained_scale(self) -> float:
+        """The guidance scale of the student's forwards that have a backward."""
+        return self.args.guidance_scale
+
     # Before the first step
 
     def _prompt_store(self, args: DiffusionConfig) -> PromptStore | None:
@@ -330,6 +337,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         else:
             config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
             config = copy.deepcopy(config)  # the caller's stays as it is
+            config.base_model_name_or_path = None  # PEFT warns of another base than this one, which has no name to it
             config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
             config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
             config.inference_mode = False  # that of a config which was read from a saved LoRA freezes it

@@ -19,18 +19,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
+from ..base_pipeline import check_base_name, loading_options
 from ..base_state import carries_lora, placement_problems, transformer_problems
 from ..compilation import compilable_blocks
-from ..data import dataset_problems, task_rows
+from ..data import dataset_problems, plain_dataset, task_rows
 from ..hub_errors import explained, retried
 from ..lora_config import config_problems
 from ..quantization import (
@@ -62,9 +62,10 @@ def load_pipeline(
             f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
             "trainer takes the transformer)."
         )
-    options: dict[str, Any] = {"dtype": getattr(torch, args.dtype)}
-    if isinstance(args.model_init_kwargs, dict):
-        options |= args.model_init_kwargs
+    check_base_name(model)
+    given = args.model_init_kwargs
+    assert given is None or isinstance(given, dict)  # the config has parsed or refused strings
+    options = loading_options(args.dtype, given)
     quantised = pipeline_config(quantization_config)
     if quantised is not None:
         options["quantization_config"] = quantised
@@ -73,7 +74,7 @@ def load_pipeline(
             failures_named(model, quantised),
             explained(f"The base model {model!r}", model, options.get("revision")),
         ):
-            pipeline = retried(DiffusionPipeline.from_pretrained, model, **{**options, "use_safetensors": True})
+            pipeline = retried(DiffusionPipeline.from_pretrained, model, **options)
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
@@ -226,6 +227,10 @@ def training_data_problems(dataset: Any, task_column: str) -> list[str]:
     """What keeps `dataset` from being trained on."""
     if not isinstance(dataset, Dataset):
         kind = "None" if dataset is None else f"a {type(dataset).__name__}"
+        if isinstance(dataset, DatasetDict):
+            return [
+                f"train_dataset is a DatasetDict. Choose one of its splits, such as dataset[{next(iter(dataset), 'train')!r}]."
+            ]
         return [
             f"train_dataset is {kind}; it must be a datasets.Dataset, since every update takes prompts of all tasks. For a "
             "streamed one use Dataset.from_list(list(iterable))."
@@ -258,7 +263,8 @@ def scored_data_problems(
     scored = {"train_dataset": train_dataset} if eval_dataset is None else {"eval_dataset": eval_dataset}
     scored = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else scored
     problems = []
-    for name, dataset in scored.items():
+    for name, given in scored.items():
+        dataset = plain_dataset(given, task_column)
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name):
             problems += reward_data_problems(functions, dataset, task_rows(dataset, task_column), name)
     return problems

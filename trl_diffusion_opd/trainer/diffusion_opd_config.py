@@ -106,6 +106,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             "max_sequence_length": self.max_sequence_length,
             "generation_kwargs": self.generation_kwargs,
             "dtype": self.dtype,
+            "model_init_kwargs": self.model_init_kwargs,
             "task_column": self.task_column,
             "batch_size": self.per_device_eval_batch_size,
             "seed": self.seed,

@@ -270,6 +270,9 @@ class DiffusionSFTTrainer(TaughtTrainer):
     def _guidance_scales(self, task: str) -> set[float]:
         return {1.0}
 
+    def _trained_scale(self) -> float:
+        return 1.0
+
     def _flow_loss(self, model: nn.Module, x0: Tensor, eps: Tensor, q: Tensor, prompts: list[str]) -> Tensor:
         """Loss of each image, at the level of the quantile `q` of the timesteps' density."""
         args = self.args
@@ -277,7 +280,9 @@ class DiffusionSFTTrainer(TaughtTrainer):
         t = shifted(u, self._fine_field.levels)
         x = noised_images(x0, eps, t)
         # Without guidance: it is the conditional velocity that is trained.
-        v = self._student_velocity(model, x, t.tolist(), prompts, guidance_scale=1.0, field=self._fine_field)
+        v = self._student_velocity(
+            model, x, t.tolist(), prompts, guidance_scale=self._trained_scale(), field=self._fine_field
+        )
         return flow_matching_loss(v, x0, eps)
 
     def _record(self, task: str, loss: Tensor) -> Tensor:

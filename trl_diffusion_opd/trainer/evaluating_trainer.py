@@ -30,7 +30,7 @@ from transformers.trainer_utils import speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
 from ..completions import Completion, log_completions
-from ..data import task_rows
+from ..data import plain_dataset, task_rows
 from ..evaluation import draw_images
 from ..offload import Offload
 from ..rewards import Scorer, reward_name
@@ -86,14 +86,16 @@ class EvaluatingTrainer(_BaseTrainer):
             return metrics
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
+        dataset = plain_dataset(dataset, self.args.task_column)
         start = time.time()
         metrics, num_images = {}, 0
         seconds: dict[str, float] = defaultdict(float)
         with self.student.ema_weights():
             task_means = []
+            logged: dict[str, list[float]] = defaultdict(list)
             for task, rows in task_rows(dataset, self.args.task_column).items():
                 count = self.args.num_eval_images or len(rows)
-                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), seconds)
+                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), seconds, logged)
                 means = {name: applicable_mean(values) for name, values in scores.items()}
                 metrics |= {f"{metric_key_prefix}_{task}/{name}": value for name, value in means.items()}
                 task_means.append(
@@ -103,6 +105,7 @@ class EvaluatingTrainer(_BaseTrainer):
             metrics |= self._evaluate_method(dataset, metric_key_prefix)
         if any(self.reward_funcs.values()):
             metrics[f"{metric_key_prefix}_reward"] = applicable_mean(task_means)
+        metrics |= {f"{metric_key_prefix}_{name}": applicable_mean(values) for name, values in logged.items()}
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in seconds.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=num_images)
         self.log(metrics)
@@ -140,9 +143,17 @@ class EvaluatingTrainer(_BaseTrainer):
         return Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, on_timeout="none", task=task)
 
     def _score_task(
-        self, dataset: Dataset, task: str, rows: list[int], seconds: dict[str, float]
+        self,
+        dataset: Dataset,
+        task: str,
+        rows: list[int],
+        seconds: dict[str, float],
+        logged: dict[str, list[float]],
     ) -> dict[str, list[float | None]]:
-        """Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored."""
+        """
+        Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored. Adds what it took to
+        `seconds`, and to `logged` what the rewards logged.
+        """
         with self._monitor(task) as scorer:
 
             def submit(positions: list[int], images: list[Any]) -> None:
@@ -154,6 +165,8 @@ class EvaluatingTrainer(_BaseTrainer):
             scores = scorer.results()
         for name, taken in scorer.seconds.items():
             seconds[f"reward_time/{name}"] += taken
+        for name, values in gathered(scorer.log.metrics).items():
+            logged[name] += values
         return {name: gather_object(values) for name, values in scores.items()}
 
     def _log_completions(self) -> None:
@@ -175,7 +188,10 @@ class EvaluatingTrainer(_BaseTrainer):
                     scores = scorer.results()
                 for n, (i, image) in enumerate(mine):
                     rewards = {name: values[n] for name, values in scores.items()}
-                    shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards)))
+                    columns = {
+                        name: values[n] for name, values in scorer.log.extra.items() if len(values) == len(mine)
+                    }
+                    shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         shown = sorted(gather_object(shown), key=lambda item: item[:2])
         if self.accelerator.is_main_process:
             log_completions(self, [completion for _, _, completion in shown])
@@ -196,6 +212,14 @@ class EvaluatingTrainer(_BaseTrainer):
             output = self._pipeline(*args, **kwargs)
         self._offload.rest()
         return output
+
+
+def gathered(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The values that the rewards of all processes have logged, by the name of the metric."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in gather_object([(name, value) for name, of_name in metrics.items() for value in of_name]):
+        values[name].append(value)
+    return values
 
 
 def applicable_mean(values: list[float | None] | list[float]) -> float:

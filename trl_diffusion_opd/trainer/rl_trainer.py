@@ -41,6 +41,7 @@ from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank
 from .base_trainer import DiffusionTrainer
 from .checks import collect, scored_data_problems
+from .evaluating_trainer import gathered
 from .failed_start import gives_back
 from .rl_config import DiffusionRLConfig
 
@@ -297,6 +298,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
                     scores = scorer.results()
             for name, taken in scorer.seconds.items():
                 seconds[f"reward_time/{name}"] += taken
+            for name, values in gathered(scorer.log.metrics).items():
+                self._metrics["train"][name] += values
             self._set_advantages(task, [rollouts[i] for i in numbers], scores)
         for name, value in seconds.items():
             self._metrics["train"][name].append(value)

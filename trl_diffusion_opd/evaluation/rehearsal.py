@@ -1,0 +1,101 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a retention report after training would meet, met before it."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from ..data import dataset_problems, task_rows
+from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
+from .drawing import draw_images
+
+
+if TYPE_CHECKING:
+    from ..trainer.base_trainer import DiffusionTrainer
+
+
+def report_problems(
+    teachers: Mapping[str, Any],
+    reward_funcs: Mapping[str, Sequence[RewardFunc]],
+    dataset: Dataset,
+    task_column: str,
+    name: str,
+) -> list[str]:
+    """
+    What keeps held-out prompts from being reported on, a sentence each.
+
+    Args:
+        teachers (`dict`), reward_funcs (`dict`): teachers and reward functions by task. Those of other tasks don't matter.
+        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the prompts, and what they are called.
+    """
+    problems = dataset_problems(dataset, task_column, name)
+    if problems:
+        return problems
+    rows = task_rows(dataset, task_column)
+    untaught = [task for task in rows if task not in teachers]
+    unscored = [task for task in rows if not reward_funcs.get(task)]
+    if untaught:
+        problems.append(
+            f"{name}: tasks {untaught} have no teacher to compare with. Name one, or leave out their prompts."
+        )
+    if unscored:
+        problems.append(f"{name}: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
+    return problems + reward_data_problems(reward_funcs, dataset, rows, name)
+
+
+def rehearse_report(
+    trainer: "DiffusionTrainer", reward_funcs: Mapping[str, Sequence[RewardFunc]], dataset: Dataset
+) -> None:
+    """
+    Draws an image for the first prompt of each task with the student as it is, and has every reward score it, as the report
+    will: its own, and for what a teacher lost elsewhere those of other tasks. Each process does all of it.
+
+    Args:
+        trainer ([`DiffusionTrainer`]): one that has not trained yet.
+        reward_funcs (`dict`): reward functions by task.
+        dataset ([`~datasets.Dataset`]): the report's prompts.
+
+    Raises:
+        [`ValueError`]: if a reward can't score one of them, with its error as the cause.
+    """
+    args = trainer.args
+    scale = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
+    for index, (task, rows) in enumerate(task_rows(dataset, args.task_column).items()):
+        row = dataset[int(rows[0])]
+        with trainer.student.ema_weights():
+            ((_, image),) = draw_images(
+                trainer.eval_field,
+                student,
+                [row["prompt"]],
+                entropy=[args.seed, index],
+                guidance_scale=scale,
+                batch_size=1,
+            )
+        for name, function in every.items():
+            try:
+                with Scorer([function], None, args.reward_timeout, task=task) as scorer:
+                    scorer.submit([row], [image])
+                    scorer.results()
+            except Exception as error:
+                raise ValueError(
+                    f"The report at the end would fail: reward {name!r} can't score an image of task {task!r}, for the prompt "
+                    f"{row['prompt']!r}: {type(error).__name__}: {error}. In a report every reward scores the images of all "
+                    "tasks, and returns None for rows that it does not apply to."
+                ) from error
+    trainer._offload.rest()
