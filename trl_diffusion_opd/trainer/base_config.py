@@ -246,7 +246,7 @@ class DiffusionConfig(_BaseConfig):
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
         # Without an accelerator it does nothing but warn.
-        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.accelerator.is_available()
+        given["dataloader_pin_memory"] = given["dataloader_pin_memory"] and torch.accelerator.is_available()
         # TRL sets the older name, of which transformers would warn whoever has set neither.
         for name in ("checkpointing", "checkpointing_kwargs"):
             if given[f"activation_{name}"] is None:
