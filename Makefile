@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # One thread a core: with more, PyTorch's threads wait for each other.
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: install test test-lowest test-newest wheel-check lint format demo clean
+.PHONY: install test test-gpu test-lowest test-newest wheel-check lint format demo clean
 
 install: $(STAMP)
 
@@ -20,6 +20,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+
+# Also where `make test` finds a GPU. In a process of their own, since it is hidden from all other tests.
+test: test-gpu
+
+test-gpu: install
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python -m pytest -m gpu; \
+	fi
 
 # The suite with the lowest versions that pyproject.toml names, of its direct dependencies, or with the newest that there are.
 # TESTS: files and options for pytest instead of the whole suite.

@@ -28,6 +28,7 @@ import argparse
 import json
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,11 @@ def share_of_gap(trainer: MeasuredTrainer, gap: float) -> float:
     return share
 
 
-def measure(float32: MeasuredTrainer, bfloat16: MeasuredTrainer, gap: float) -> dict[str, Any]:
+def measure(
+    float32: MeasuredTrainer, bfloat16: MeasuredTrainer, gap: float, forms: Sequence[str] = FORMS
+) -> dict[str, Any]:
     """
-    An update on a bfloat16 base against one in float32.
+    An update on a bfloat16 base against one in float32, in some of the forms, of which the first is `"velocities"`.
 
     Returns:
         `dict`: `"velocity_gap"` and `"kl"` in float32; `"kl_bfloat16"` and `"noise_floor"` as the bfloat16 run logs them; and by
@@ -185,7 +188,7 @@ def measure(float32: MeasuredTrainer, bfloat16: MeasuredTrainer, gap: float) -> 
     """
     share = share_of_gap(float32, gap) if gap else 0.0
     reference = update(float32, share)
-    runs = {form: update(bfloat16, share, form) for form in FORMS}
+    runs = {form: update(bfloat16, share, form) for form in forms}
     return {
         "velocity_gap": reference["velocity_gap"],
         "kl": reference["kl"],

@@ -12,8 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A Hub on 127.0.0.1 for all tests of a process. It is here, and above every other import, because libraries read
-HF_ENDPOINT and HF_HOME when they are imported.
+A Hub on 127.0.0.1 for all tests of a process, and the device that they run on. The Hub is here, and above every other
+import, because libraries read HF_ENDPOINT and HF_HOME when they are imported.
+
+Tests take the CPU, so that they say the same on every machine. Those marked `gpu` are run by `pytest -m gpu`, in a process of
+their own: a GPU is either there or hidden for the whole of a process and those that it starts.
 """
 
 import atexit
@@ -33,6 +36,20 @@ _HUB.__enter__()
 os.environ |= {**_HUB.environment(), "HF_HOME": str(_HOME)}
 
 import pytest  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test file is imported, and so before anything counts the GPUs; in the workers of xdist as well."""
+    if not config.option.markexpr.startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and `pytest -m gpu`")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import importlib.util
+import os
 import re
 import sys
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -97,6 +99,11 @@ def test_defaults():
     assert {name: getattr(args, name) for name in expected} == expected
     assert args.lr_scheduler_type == "constant"
     assert isinstance(args, TrainingArguments)
+
+
+def test_tests_take_the_cpu():
+    """And so do the processes that they start; tests marked `gpu` have a process of their own."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 def test_it_works_on_a_machine_without_a_gpu():

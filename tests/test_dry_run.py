@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import test_example_script
 import torch
-from accelerate.utils import is_cuda_available
 from opd_fixtures import (
     Recorder,
     first_pixel,
@@ -177,7 +176,7 @@ def test_teachers_that_are_the_base(tmp_path, teachers, caplog):
     assert 1e-8 < rounding < 1e-5 and report["tasks"]["d"]["noise_floor"] < 1e-8 * kl
 
 
-@pytest.mark.skipif(not is_cuda_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_memory_on_a_gpu(tmp_path, teachers):
     small, large = (
         make_trainer(tmp_path, teachers, use_cpu=False, per_device_train_batch_size=n).dry_run()["memory"]
