@@ -34,6 +34,6 @@ for name in names:
 """
 
 
-def test_any_module_is_imported_first():
+def test_any_module_is_imported_first(processes):
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -178,7 +178,7 @@ def test_options(reward):
     assert reward.fingerprint.startswith("ocr size=256 rapidocr=3")
 
 
-def test_missing_package_names_the_extra():
+def test_missing_package_names_the_extra(processes):
     code = """
 import sys
 from trl_diffusion_opd.rewards import load_reward

@@ -29,6 +29,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from processes import Forks
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 from trl_diffusion_opd.tiny import make, make_data, make_training, measure, modules
@@ -166,7 +167,7 @@ class TestPrompts:
                 )
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(processes: Forks) -> None:
     code = "import sys; from trl_diffusion_opd import tiny; print('torch' in sys.modules or 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -19,7 +19,6 @@ Run as a script, it is one of the two processes of such a run.
 
 import io
 import json
-import os
 import socket
 import sqlite3
 import struct
@@ -37,15 +36,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from opd_fixtures import make_dataset, make_teachers, make_trainer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_distributed import free_port
 from tiny_sd3 import make_pipeline
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
+from processes import Forks, free_port, surroundings
 from trl_diffusion_opd import trackers
 from trl_diffusion_opd.completions import Completion, log_completions
 
 
-TESTS = Path(__file__).parent
 UPDATES, EVERY = 4, 2
 LOGGED = [0, 2, 4]  # the images: at the start and at evaluations
 ROWS = [("count0", "count"), ("count1", "count"), ("count2", "count"), ("draw0", "draw")]
@@ -108,15 +106,13 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def run(tmp_path_factory: pytest.TempPathFactory, processes: Forks) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("run")
     make_teachers(folder / "planted-folder")
     make_pipeline().save_pretrained(folder / "planted-folder" / "base")
     (folder / "wandb").mkdir()
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
+        **surroundings(),
         "USER": "planted-user",
         "LOGNAME": "planted-user",
         "HF_HOME": str(folder / "hf"),
@@ -128,7 +124,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "WANDB_CONFIG_DIR": str(folder / "wandb-config"),
     }
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
+    started = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -138,8 +134,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         )
         for rank in (0, 1)
     ]
-    outputs = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(error[-3000:] for _, error in outputs)
+    outputs = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0, 0], "".join(error[-3000:] for _, error in outputs)
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     out = folder / "planted-folder" / "out"
     return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[output for output, _ in outputs])
