@@ -31,7 +31,7 @@ from loopback_hub import LoopbackHub
 
 
 if TYPE_CHECKING:
-    from processes import Forks
+    from launching import Forks
 
 
 _HUB = LoopbackHub()
@@ -95,7 +95,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if any("processes" in item.fixturenames for item in session.items):
-        from processes import Forks
+        from launching import Forks
 
         session.config.stash[_FORKS] = Forks()
 

@@ -17,6 +17,7 @@ import json
 
 import pytest
 import torch
+from launching import launch
 from opd_fixtures import (
     first_pixel,
     make_dataset,
@@ -28,8 +29,6 @@ from opd_fixtures import (
 )
 from safetensors.torch import load_file
 from sft_fixtures import sft_trainer
-
-from processes import launch
 
 
 UPDATES = 3

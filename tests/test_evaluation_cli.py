@@ -26,9 +26,9 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from launching import launcher, surroundings
 from tiny_sd3 import make_lora, make_pipeline
 
-from processes import launcher, surroundings
 from trl_diffusion_opd import TeacherConfig, plots
 from trl_diffusion_opd.evaluation import evaluate_retention, measure
 

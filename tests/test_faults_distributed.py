@@ -18,11 +18,10 @@ import signal
 import time
 
 import pytest
+from launching import TESTS, as_script, launched
 from opd_fixtures import make_teachers, make_trainer, relative_difference, snapshot, train_losses
 from safetensors.torch import load_file
 from test_distributed import losses
-
-from processes import TESTS, as_script, launched
 
 
 OPTIONS = dict(

@@ -19,10 +19,9 @@ from typing import Any
 
 import pytest
 from grpo_fixtures import logged, make_trainer
+from launching import Forks
 from opd_fixtures import first_pixel, relative_difference, snapshot
 from safetensors.torch import load_file
-
-from processes import Forks
 
 
 # A group of 4 lies on both processes.

@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import surroundings
 from PIL import Image
 from stub_server import Answer, StubServer
 
-from processes import surroundings
 from trl_diffusion_opd.rewards import RemoteReward, RemoteRewardError, load_reward, reward_data_problems, score
 from trl_diffusion_opd.rewards import remote as remote_module
 

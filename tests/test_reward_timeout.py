@@ -20,11 +20,11 @@ import sys
 import threading
 
 import pytest
+from launching import surroundings
 from opd_fixtures import make_config, make_dataset, make_teachers, make_trainer
 from PIL import Image
 from stub_server import Answer, StubServer
 
-from processes import surroundings
 from trl_diffusion_opd.rewards import RemoteReward, Scorer
 
 

@@ -25,11 +25,11 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from launching import Forks
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from processes import Forks
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.student import ATTENTION_TARGETS
 from trl_diffusion_opd.tiny import make, make_data, make_training, measure, modules

@@ -12,18 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run shows in TensorBoard, Weights & Biases, Trackio, the console and its folder: the real trackers, offline.
-
-Run as a script, it is one of the two processes of such a run.
-"""
+"""What a run shows in TensorBoard, Weights & Biases, Trackio, the console and its folder: the real trackers, offline."""
 
 import io
 import json
 import socket
 import sqlite3
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,13 +28,13 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from huggingface_hub.errors import HfHubHTTPError
+from launching import Forks
 from opd_fixtures import make_dataset, make_teachers, make_trainer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_sd3 import make_pipeline
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from processes import Forks, free_port, surroundings
 from trl_diffusion_opd import trackers
 from trl_diffusion_opd.completions import Completion, log_completions
 
@@ -112,10 +107,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, processes: Forks) -> SimpleNam
     make_pipeline().save_pretrained(folder / "planted-folder" / "base")
     (folder / "wandb").mkdir()
     environment = {
-        **surroundings(),
         "USER": "planted-user",
         "LOGNAME": "planted-user",
-        "HF_HOME": str(folder / "hf"),
         "TRACKIO_DIR": str(folder / "trackio"),
         "WANDB_MODE": "offline",
         "WANDB_DIR": str(folder / "wandb"),
@@ -123,22 +116,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, processes: Forks) -> SimpleNam
         "WANDB_CACHE_DIR": str(folder / "wandb-cache"),
         "WANDB_CONFIG_DIR": str(folder / "wandb-config"),
     }
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0, 0], "".join(error[-3000:] for _, error in outputs)
+    ended = processes.run(main, folder, environment=environment)
+    assert [one.code for one in ended] == [0, 0], "".join(one.error[-3000:] for one in ended)
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     out = folder / "planted-folder" / "out"
-    return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[output for output, _ in outputs])
+    return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[one.output for one in ended])
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +406,3 @@ def test_a_space_that_cannot_be_reached_does_not_stop_a_push(monkeypatch, caplog
     finally:
         callback._trackio.context_vars.current_project.reset(token)
     assert "500: down" in caplog.text
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -25,8 +25,8 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from launching import as_script
 
-from processes import as_script
 from trl_diffusion_opd import DiffusionGRPOTrainer, DiffusionOPDTrainer, tiny
 from trl_diffusion_opd.evaluation.store import Store
 from trl_diffusion_opd.stages import StageSpec

@@ -141,7 +141,7 @@ class Forks:
         """Whether all that were started have ended."""
         return self._connection.poll()
 
-    def wait(self, timeout: float = 300) -> list[int]:
+    def wait(self, timeout: float = 600) -> list[int]:
         """The exit statuses of all that were started, which have so many seconds to end by themselves."""
         if not self._connection.poll(timeout):
             for process in self._started:
