@@ -4,8 +4,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One thread a core: with more, PyTorch's threads wait for each other.
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# In the order of tests/conftest.py, which puts what takes long first.
+SPREAD = -n $(THREADS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: install test test-gpu test-lowest test-newest wheel-check lint format demo clean
+.PHONY: install test test-fast test-gpu test-lowest test-newest wheel-check lint format demo clean
 
 install: $(STAMP)
 
@@ -19,7 +22,11 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+	$(PYTEST)
+
+# Between two edits: what starts no process and takes no seconds.
+test-fast: install
+	$(PYTEST) -m "not slow"
 
 # Also where `make test` finds a GPU. In a process of their own, since it is hidden from all other tests.
 test: test-gpu
@@ -32,7 +39,7 @@ test-gpu: install
 # The suite with the lowest versions that pyproject.toml names, of its direct dependencies, or with the newest that there are.
 # TESTS: files and options for pytest instead of the whole suite.
 test-lowest: .venv-lowest/.installed
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(THREADS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest $(SPREAD) $(TESTS)
 
 .venv-lowest/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-lowest
@@ -46,7 +53,7 @@ test-newest:
 	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n $(THREADS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(SPREAD) $(TESTS)
 
 # The wheel: what is in it, and the README's first lines run with it and nothing else, outside of the checkout.
 wheel-check:

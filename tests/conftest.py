@@ -17,16 +17,24 @@ import, because libraries read HF_ENDPOINT and HF_HOME when they are imported.
 
 Tests take the CPU, so that they say the same on every machine. Those marked `gpu` are run by `pytest -m gpu`, in a process of
 their own: a GPU is either there or hidden for the whole of a process and those that it starts.
+
+And the processes that tests start: the fixture `processes`, without which no test can start one.
 """
 
 import atexit
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from loopback_hub import LoopbackHub
+
+
+if TYPE_CHECKING:
+    from launching import Forks
 
 
 _HUB = LoopbackHub()
@@ -60,3 +68,53 @@ def hub() -> Iterator[LoopbackHub]:
         shutil.rmtree(_HOME / name, ignore_errors=True)
     yield _HUB
     _HUB.reset()
+
+
+# Processes
+
+_STARTS = frozenset(("os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "subprocess.Popen"))
+_FORKS = pytest.StashKey["Forks"]()
+_running: list[pytest.Item] = []
+
+
+@pytest.fixture(scope="session")
+def processes(request: pytest.FixtureRequest) -> "Forks":
+    """What forks processes. Whoever starts one, this way or another, asks for it, and is thereby marked `slow`."""
+    return request.config.stash[_FORKS]
+
+
+def _refuse_to_start(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in _STARTS and _running and "processes" not in _running[0].fixturenames:
+        pytest.fail(f"This test starts a process ({event}: {arguments[1:2]}): ask for the fixture `processes`.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    _running[:] = [item]
+    try:
+        return (yield)
+    finally:
+        _running.clear()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests, and puts files with slow ones first and small files last, so that no core waits for another at the end."""
+    slow: dict[Path, int] = {}
+    tests: dict[Path, int] = {}
+    for item in items:
+        if "processes" in item.fixturenames:
+            item.add_marker("slow")
+        tests[item.path] = tests.get(item.path, 0) + 1
+        slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: (slow[item.path] == 0, -tests[item.path], item.path))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if any("processes" in item.fixturenames for item in session.items):
+        from launching import Forks
+
+        session.config.stash[_FORKS] = Forks()
+
+
+sys.addaudithook(_refuse_to_start)

@@ -14,14 +14,10 @@
 """Two processes compute what one does, reduce every gradient once an update, and stop together."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launching import launch
 from opd_fixtures import (
     first_pixel,
     make_dataset,
@@ -35,17 +31,7 @@ from safetensors.torch import load_file
 from sft_fixtures import sft_trainer
 
 
-TESTS = Path(__file__).parent
 UPDATES = 3
-# Without use_cpu, two processes that accelerate starts on a machine without GPUs train alone, each for itself.
-LAUNCH = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-use_cpu: true
-"""
 OPTIONS = dict(
     max_steps=UPDATES,
     gradient_accumulation_steps=4,
@@ -59,31 +45,6 @@ OPTIONS = dict(
 TUNING = dict(max_steps=2, gradient_accumulation_steps=4, learning_rate=1e-2, num_images_per_prompt=2)
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def launched(script: str, folder: Path, *arguments: str, environment: dict[str, str] | None = None):
-    """Runs a script of `distributed/` on two processes, with a folder that it reads and writes, and returns how it ended."""
-    (folder / "launch.yaml").write_text(LAUNCH)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    # Where one process fails, the launcher ends the others when it looks next: not before they have said why they stop.
-    command += ["--monitor_interval", "5"]
-    command += ["--main_process_port", str(free_port()), str(TESTS / "distributed" / script), str(folder)]
-    command += arguments
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **(environment or {})}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def launch(script: str, folder: Path, environment: dict[str, str] | None = None) -> None:
-    """The same, to its end."""
-    result = launched(script, folder, environment=environment)
-    assert result.returncode == 0, result.stderr[-20000:]
-
-
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
@@ -91,7 +52,7 @@ def teachers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, teachers):
+def two(tmp_path_factory, teachers, processes):
     """Reports and tensors of both ranks, with two prompts each at a time and a task's teachers in one forward."""
     folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}

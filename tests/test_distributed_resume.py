@@ -18,7 +18,7 @@ import json
 import pytest
 from opd_fixtures import StopAt, make_teachers, make_trainer, relative_difference, snapshot, train_losses
 from safetensors.torch import load_file
-from test_distributed import launch, losses
+from test_distributed import losses
 
 
 # Epochs of two updates, and a stop in the middle of the second: an order that has to be found again.
@@ -49,13 +49,13 @@ def through(tmp_path_factory, teachers):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, teachers):
+def two(tmp_path_factory, teachers, processes):
     """A folder with what two processes made of a checkpoint of one, and a checkpoint of two."""
     folder = tmp_path_factory.mktemp("two")
     make_trainer(folder / "of_one", teachers, callbacks=[StopAt(STOP)], **ONE).train()
     scenario = {"teachers": teachers, "options": TWO, "stop": STOP}
     (folder / "scenario.json").write_text(json.dumps(scenario))
-    launch("train_resume.py", folder)
+    processes.run_script("train_resume.py", folder)
     return folder
 
 

@@ -15,10 +15,8 @@
 """`python -m trl_diffusion_opd.evaluation`, run as a user runs it, on random models of a few thousand weights."""
 
 import json
-import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +26,7 @@ import datasets
 import numpy as np
 import pytest
 import yaml
+from launching import launcher, surroundings
 from tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd import TeacherConfig, plots
@@ -107,6 +106,7 @@ def test_on_the_command_line(monkeypatch, capsys, models):
     run(monkeypatch, settings, "--teacher_guidance_scales", "lines=1.0")
     shown = capsys.readouterr().out
     assert "| text     | brightness |" in shown and "## lines" in shown and "teacher/text" in shown
+    assert shown.count("## text") == 1 and len(list(Path("out", "scores").iterdir())) == 1
     names = {path.name for path in Path("out").iterdir()}
     assert names >= {"retention.json", "retention.md", "retention.png", "radar.png", "samples.png", "samples.html"}
     report = json.loads(Path("out", "retention.json").read_text())
@@ -284,27 +284,10 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("launched", [False, True], ids=["python -m", "accelerate launch"])
-def test_in_processes_of_its_own(models, launched):
-    Path("launch.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\n"
-        "num_machines: 1\nnum_processes: 2\nuse_cpu: true\n"
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["accelerate.commands.launch", "--config_file", "launch.yaml", "--main_process_port", str(port), "-m"]
-    command = [sys.executable, "-m", *(launcher if launched else []), MODULE]
-    root = Path(__file__).parent
-    paths = os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")])
+def test_on_two_processes(models, processes):
     settings = settings_of(models, num_images=4, batch_size=2, guidance_scale=1.0)
-    result = subprocess.run(
-        [*command, *arguments_of(settings)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [*launcher(Path.cwd()), "-m", MODULE, *arguments_of(settings)]
+    result = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("## text") == 1  # one process prints
-    assert len(list(Path("out", "scores").iterdir())) == 1 + launched
+    assert len(list(Path("out", "scores").iterdir())) == 2  # both score

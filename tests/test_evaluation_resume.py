@@ -16,10 +16,8 @@
 
 import json
 import linecache
-import multiprocessing
 import os
 import signal
-import socket
 import threading
 from pathlib import Path
 
@@ -79,11 +77,16 @@ def loras(tmp_path_factory):
     return {path.name: str(path) for path in root.iterdir()}
 
 
+def without_pictures(setattr):
+    """They take most of the time, and are not drawn."""
+    for name in ("plot_retention", "plot_samples", "plot_radar"):
+        setattr(plots, name, lambda *arguments: None)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """The same rounding in this process and in those that it forks. Pictures, which take most of the time, are not drawn."""
-    for name in ("plot_retention", "plot_samples", "plot_radar"):
-        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    """The same rounding in this process and in those that are forked."""
+    without_pictures(monkeypatch.setattr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     CALLS.clear()
@@ -225,28 +228,6 @@ class TestAgain:
         assert report_of(tmp_path) == report_of(whole)
 
 
-def in_processes(target, *arguments, world=1):
-    """Runs `target(rank, …)` in forked processes (importing everything again takes half a minute); their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run(rank):
-        if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-            PartialState._reset_state()
-        target(rank, *arguments)
-        assert PartialState().num_processes == world
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    return [process.exitcode for process in processes]
-
-
 def kill_at(owner, name, count, before=lambda *arguments: None):
     """Kills this process at a call of `owner.name`, as nothing else does: no cleanup, no buffers."""
     function, calls = getattr(owner, name), []
@@ -273,7 +254,22 @@ KILLED = {
     "in the middle of a batch": lambda: kill_at(store.os, "replace", 10),
     "with half a score": lambda: kill_at(Store, "record", 7, half_a_line),
     "before the report": lambda: kill_at(measure, "gather_object", 1),
+    "each of two": lambda: kill_at(measure, "draw_batch", 4 + int(os.environ["RANK"])),
 }
+
+
+def evaluate_in_process(loras, folder, world, where=None):
+    """What one of so many processes does, which is killed at a place of `KILLED`, if it is."""
+    without_pictures(setattr)
+    if where:
+        KILLED[where]()
+    evaluate(loras, folder)
+    assert PartialState().num_processes == world
+
+
+def codes(processes, loras, folder, world=1, where=None):
+    """The exit statuses of so many processes that evaluate together."""
+    return [one.code for one in processes.run(evaluate_in_process, loras, folder, world, where, world=world)]
 
 
 def missing_batches(folder):
@@ -284,13 +280,9 @@ def missing_batches(folder):
 
 
 class TestKilled:
-    @pytest.mark.parametrize("where", KILLED)
-    def test_goes_on_where_it_stopped(self, loras, whole, tmp_path, where):
-        def run(rank):
-            KILLED[where]()
-            evaluate(loras, tmp_path)
-
-        assert in_processes(run) == [-signal.SIGKILL]
+    @pytest.mark.parametrize("where", [where for where in KILLED if where != "each of two"])
+    def test_goes_on_where_it_stopped(self, loras, whole, tmp_path, processes, where):
+        assert codes(processes, loras, tmp_path, where=where) == [-signal.SIGKILL]
         assert not (tmp_path / REPORT_FILE).exists()
         missing = missing_batches(tmp_path)
         assert missing == {"first": 24, "before the report": 0}.get(where, missing)
@@ -302,26 +294,19 @@ class TestKilled:
         CALLS.clear()
         assert evaluate(loras, tmp_path) == 0 and CALLS == []  # all scores were kept, half a line or not
 
-    def test_two_processes_and_then_one(self, loras, whole, tmp_path):
-        def run(rank, folder, killed):
-            if killed:
-                kill_at(measure, "draw_batch", 4 + rank)
-            evaluate(loras, folder)
-
-        assert in_processes(run, tmp_path / "whole", False, world=2) == [0, 0]
+    def test_two_processes_and_then_one(self, loras, whole, tmp_path, processes):
+        assert codes(processes, loras, tmp_path / "whole", world=2) == [0, 0]
         assert report_of(tmp_path / "whole") == report_of(whole)
         assert len(list((tmp_path / "whole" / "scores").iterdir())) == 2  # both worked
 
-        assert in_processes(run, tmp_path / "cut", True, world=2) == [-signal.SIGKILL] * 2
+        assert codes(processes, loras, tmp_path / "cut", world=2, where="each of two") == [-signal.SIGKILL] * 2
         missing = missing_batches(tmp_path / "cut")
         assert missing == 24 - 3 - 4
         assert evaluate(loras, tmp_path / "cut") == missing * STEPS
         assert report_of(tmp_path / "cut") == report_of(whole)
         # And the other way round.
-        assert in_processes(lambda rank: (kill_at(measure, "draw_batch", 8), evaluate(loras, tmp_path / "one"))) == [
-            -signal.SIGKILL
-        ]
-        assert in_processes(run, tmp_path / "one", False, world=2) == [0, 0]
+        assert codes(processes, loras, tmp_path / "one", where="while drawing") == [-signal.SIGKILL]
+        assert codes(processes, loras, tmp_path / "one", world=2) == [0, 0]
         assert report_of(tmp_path / "one") == report_of(whole)
 
 

@@ -14,16 +14,14 @@
 """One of two processes is killed, raises or cannot write: the other stops too, says so, and the run can go on."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from launching import TESTS, as_script, launched
 from opd_fixtures import make_teachers, make_trainer, relative_difference, snapshot, train_losses
 from safetensors.torch import load_file
-from test_distributed import TESTS, free_port, launched, losses
+from test_distributed import losses
 
 
 OPTIONS = dict(
@@ -53,34 +51,21 @@ def folder(tmp_path, teachers):
     return tmp_path
 
 
-def start_alone(folder, fault):
-    """Both processes without a launcher that ends the one when the other has gone, as several machines are started."""
-    port, paths = str(free_port()), os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(TESTS / "distributed" / "train_faults.py"), str(folder), fault]
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True
-        )
-        for r in ("0", "1")
-    ]
-    try:
-        return [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+@pytest.fixture
+def alone(processes, folder):
+    """Runs both processes without a launcher that ends the one when the other has gone, as several machines are started."""
+    script = TESTS / "distributed" / "train_faults.py"
+    return lambda fault: processes.run(as_script, script, str(folder), fault)
 
 
-def test_killed_in_an_update_and_gone_on_with(folder, teachers):
+def test_killed_in_an_update_and_gone_on_with(folder, teachers, processes):
     result = launched("train_faults.py", folder, "killed")
     assert time.time() - float((folder / "killed_at").read_text()) < 60
     assert result.returncode != 0
     assert LOST + "3" in result.stderr and GO_ON in result.stderr
     assert f"exitcode  : -{signal.SIGKILL:d}" in result.stderr  # the launcher says which process it was
 
-    again = launched("train_faults.py", folder, "none")
-    assert again.returncode == 0, again.stderr[-20000:]
+    processes.run_script("train_faults.py", folder, "none")
     through = make_trainer(folder / "through", teachers, **OPTIONS, per_device_train_batch_size=4)
     through.train()
     for rank in (0, 1):
@@ -89,22 +74,22 @@ def test_killed_in_an_update_and_gone_on_with(folder, teachers):
     assert len(ours) == 4 and ours == pytest.approx(train_losses(through), rel=1e-5)
 
 
-def test_killed_without_a_launcher(folder):
-    (survivor, code), (_, killed) = start_alone(folder, "killed")
+def test_killed_without_a_launcher(folder, alone):
+    (code, _, survivor), (killed, *_) = alone("killed")
     assert time.time() - float((folder / "killed_at").read_text()) < 60
     assert (code, killed) == (1, -signal.SIGKILL)
     assert LOST + "3" in survivor and GO_ON in survivor
 
 
-def test_one_cannot_read_its_data(folder):
-    (other, code), (failed, its_code) = start_alone(folder, "raises")
+def test_one_cannot_read_its_data(alone):
+    (code, _, other), (its_code, _, failed) = alone("raises")
     assert (code, its_code) == (1, 1)
     assert "ValueError: a row that cannot be read" in failed
     assert LOST in other
 
 
-def test_one_cannot_write_a_checkpoint(folder):
-    (failed, its_code), (other, code) = start_alone(folder, "disk")
+def test_one_cannot_write_a_checkpoint(folder, alone):
+    (its_code, _, failed), (code, _, other) = alone("disk")
     assert (its_code, code) == (1, 1)
     assert f"OSError: checkpoint-3 could not be saved in {folder / 'run'} (" in failed and GO_ON in failed
     assert "Process 1 of 2 lost another process in update 4" in other and GO_ON in other

@@ -31,7 +31,7 @@ from opd_fixtures import (
 )
 from safetensors.torch import load_file
 from split_runs import TARGETS
-from test_distributed import OPTIONS, UPDATES, launch
+from test_distributed import OPTIONS, UPDATES
 from tiny_sd3 import make_pipeline
 
 
@@ -52,12 +52,12 @@ def teachers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, teachers):
+def two(tmp_path_factory, teachers, processes):
     """Reports and weights of both ranks, with two prompts each at a time and a task's teachers in one forward."""
     folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "targets": TARGETS}))
-    launch("train_fsdp.py", folder, environment=fsdp_environment())
+    processes.run_script("train_fsdp.py", folder, environment=fsdp_environment())
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     weights = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
     return reports, weights, folder

@@ -21,7 +21,6 @@ from diffusers import SD3Transformer2DModel
 from opd_fixtures import StopAt, make_teachers, make_trainer, relative_difference, train_losses
 from safetensors.torch import load_file
 from split_runs import MAKE, RESUMED, STOP, UPDATES, state_of
-from test_distributed import launch
 from test_fsdp import fsdp_environment
 
 from trl_diffusion_opd.checkpoint import optimizer_problems
@@ -38,13 +37,13 @@ def teachers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, teachers):
+def folder(tmp_path_factory, teachers, processes):
     """What two processes wrote, and what one process left for them to resume."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "scenario.json").write_text(json.dumps(teachers))
     for name in RESUMED:
         MAKE[name](folder / "of_one" / name, teachers, per_device_train_batch_size=4, callbacks=[StopAt(STOP)]).train()
-    launch("train_fsdp_runs.py", folder, environment=fsdp_environment())
+    processes.run_script("train_fsdp_runs.py", folder, environment=fsdp_environment())
     return folder
 
 

@@ -54,7 +54,7 @@ def test_errors_have_no_folders_of_the_machine():
     assert text == "no …/a.py, …/b, …/torch/c.py"
 
 
-def test_a_part_that_is_cut_off_says_so(tmp_path, capsys):
+def test_a_part_that_is_cut_off_says_so(processes, tmp_path, capsys):
     assert not gpu.launch("smoke", "cpu", tmp_path, limit=0.5)
     report = json.loads((tmp_path / "smoke.json").read_text())
     assert report["ended"] == "cut off after 0.5 s" and report["checks"] == {}

@@ -14,46 +14,40 @@
 """Two processes that share groups of completions give what one process gives."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from grpo_fixtures import logged, make_trainer
+from launching import Forks
 from opd_fixtures import first_pixel, relative_difference, snapshot
 from safetensors.torch import load_file
-from test_distributed import LAUNCH, TESTS, free_port
 
 
 # A group of 4 lies on both processes.
 OPTIONS = dict(max_steps=4, num_iterations=2, gradient_accumulation_steps=4, learning_rate=1e-3, beta=0.1)
 
 
-def on_two_processes(tmp_path: Path, fixtures: str, options: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+def on_two_processes(
+    processes: Forks, tmp_path: Path, fixtures: str, options: dict[str, Any]
+) -> tuple[list[Any], list[Any]]:
     """
     Logs and weights of both ranks of the trainer that `fixtures` makes.
 
     Both have reduced their gradients once an update, or it fails.
     """
-    (tmp_path / "launch.yaml").write_text(LAUNCH)
     (tmp_path / "options.json").write_text(json.dumps(options))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml")]
-    command += ["--main_process_port", str(free_port())]
-    command += [str(TESTS / "distributed" / "train_rl.py"), str(tmp_path), fixtures]
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-5000:]
+    processes.run_script("train_rl.py", tmp_path, fixtures)
     reports = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     for report in reports:
         assert report["reduced_bytes"] == [4 * report["trained_parameters"]] * options["max_steps"] + [0]
     return [report["log"] for report in reports], [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in (0, 1)]
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
-    logs, weights = on_two_processes(tmp_path, "grpo_fixtures", {**OPTIONS, "per_device_train_batch_size": 2})
+def test_two_processes_give_what_one_gives(processes, tmp_path):
+    logs, weights = on_two_processes(
+        processes, tmp_path, "grpo_fixtures", {**OPTIONS, "per_device_train_batch_size": 2}
+    )
     alone = make_trainer(tmp_path / "alone", first_pixel, per_device_train_batch_size=4, **OPTIONS)
     alone.train()
     for name in ("reward", "rewards/first_pixel/std", "frac_reward_zero_std", "kl"):

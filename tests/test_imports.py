@@ -17,6 +17,8 @@ dependency, and what is not needed yet is not imported yet.
 """
 
 import ast
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -24,27 +26,26 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-
-SCRIPT = """
-import importlib, pkgutil, sys
 import trl_diffusion_opd
-names = [one.name for one in pkgutil.walk_packages(trl_diffusion_opd.__path__, "trl_diffusion_opd.")]
-assert len(names) > 50, names
-for name in names:
-    if name.endswith("__main__"):
-        continue
-    for known in [one for one in sys.modules if one.split(".")[0] == "trl_diffusion_opd"]:
-        del sys.modules[known]
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        sys.exit(f"{name}: {error}")
-"""
 
 
-def test_any_module_is_imported_first():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def import_each():
+    names = [one.name for one in pkgutil.walk_packages(trl_diffusion_opd.__path__, "trl_diffusion_opd.")]
+    assert len(names) > 50, names
+    for name in names:
+        if name.endswith("__main__"):
+            continue
+        for known in [one for one in sys.modules if one.split(".")[0] == "trl_diffusion_opd"]:
+            del sys.modules[known]
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            sys.exit(f"{name}: {error}")
+
+
+def test_any_module_is_imported_first(processes):
+    (done,) = processes.run(import_each, world=1)
+    assert done.code == 0, done.error[-2000:]
 
 
 def test_what_is_imported_is_named_in_pyproject():
@@ -108,7 +109,7 @@ for module in (trl_diffusion_opd, trl_diffusion_opd.trainer):
 """
 
 
-def test_what_is_not_needed_is_not_imported():
+def test_what_is_not_needed_is_not_imported(processes):
     examples = Path(__file__).parents[1] / "examples"
     scripts = ["opd_sd3", "teacher_grpo_sd3", "teacher_nft_sd3"]
     done = subprocess.run([sys.executable, "-c", LAZY, *scripts], capture_output=True, text=True, cwd=examples)

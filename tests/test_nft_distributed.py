@@ -32,8 +32,10 @@ OPTIONS = dict(
 )
 
 
-def test_two_processes_give_what_one_gives(tmp_path):
-    logs, weights = on_two_processes(tmp_path, "nft_fixtures", {**OPTIONS, "per_device_train_batch_size": 2})
+def test_two_processes_give_what_one_gives(processes, tmp_path):
+    logs, weights = on_two_processes(
+        processes, tmp_path, "nft_fixtures", {**OPTIONS, "per_device_train_batch_size": 2}
+    )
     alone = make_trainer(tmp_path / "alone", reward_funcs=first_pixel, per_device_train_batch_size=4, **OPTIONS)
     alone.train()
     for name in ("loss", "reward", "signal", "clip_ratio", "grad_norm"):

@@ -14,7 +14,6 @@
 
 import importlib.util
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -178,21 +177,21 @@ def test_options(reward):
     assert reward.fingerprint.startswith("ocr size=256 rapidocr=3")
 
 
-def test_missing_package_names_the_extra():
-    code = """
-import sys
-from trl_diffusion_opd.rewards import load_reward
-for package in ("rapidocr", "onnxruntime", "Levenshtein"):
-    sys.modules[package] = None
-    try:
-        load_reward("ocr")
-    except ImportError as error:
-        print(error)
-    del sys.modules[package]
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def load_without(*packages):
+    for package in packages:
+        sys.modules[package] = None
+        sys.modules.pop("trl_diffusion_opd.rewards.ocr", None)
+        try:
+            load_reward("ocr")
+        except ImportError as error:
+            sys.stdout.write(f"{error}\n")
+        del sys.modules[package]
+
+
+def test_missing_package_names_the_extra(processes):
+    packages = ("rapidocr", "onnxruntime", "Levenshtein")
+    (done,) = processes.run(load_without, *packages, world=1)
     install = 'Install it with `pip install "trl-diffusion-opd[ocr]"`.'
-    assert done.stdout.splitlines() == [
-        f'Reward "ocr" needs the package {package!r}. {install}'
-        for package in ("rapidocr", "onnxruntime", "Levenshtein")
+    assert done.code == 0 and done.output.splitlines() == [
+        f'Reward "ocr" needs the package {package!r}. {install}' for package in packages
     ]

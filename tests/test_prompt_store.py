@@ -14,8 +14,7 @@
 
 """Embeddings on disk: exact, of the right encoders, bounded, shared by processes, and never wrong where a file is."""
 
-import subprocess
-import sys
+import os
 from functools import wraps
 
 import datasets
@@ -410,22 +409,16 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch, kind):
 # Several processes
 
 
-WRITER = """
-import sys, torch
-from trl_diffusion_opd.prompt_store import PromptStore
-store = PromptStore(sys.argv[1], "f", 2**30)
-for i in range(int(sys.argv[2]), int(sys.argv[3])):
-    if store.read((("prompt", str(i)),)) is None:
-        store.write((("prompt", str(i)),), torch.full((100,), float(i)))
-"""
+def write_half(folder):
+    """300 of 450 prompts; two processes have 150 in common."""
+    store, first = PromptStore(str(folder), "f", 2**30), 150 * int(os.environ["RANK"])
+    for i in range(first, first + 300):
+        if store.read((("prompt", str(i)),)) is None:
+            store.write((("prompt", str(i)),), torch.full((100,), float(i)))
 
 
-def test_two_processes_write_at_the_same_time(tmp_path, caplog):
-    ranges = [(0, 300), (150, 450)]
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(first), str(end)]) for first, end in ranges
-    ]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+def test_two_processes_write_at_the_same_time(tmp_path, caplog, processes):
+    assert [writer.code for writer in processes.run(write_half, tmp_path)] == [0, 0]
     store = make_store(tmp_path)
     assert len(arrow_files(tmp_path)) == 2 and len(store) == 450 and not caplog.records
     for i in range(450):

@@ -18,7 +18,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import socket
 import subprocess
 import sys
@@ -27,6 +26,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import surroundings
 from PIL import Image
 from stub_server import Answer, StubServer
 
@@ -321,12 +321,9 @@ def test_the_examples_server_refuses(example, body, message):
         example.read_request(body)
 
 
-def test_the_examples_server_from_the_command_line():
+def test_the_examples_server_from_the_command_line(processes):
     command = [sys.executable, str(EXAMPLE), "--reward", "stub_reward:width", "--port", "0"]
-    folder = str(Path(__file__).parent)
-    with subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": folder}, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         assert line.startswith("width on port ")
         reward = RemoteReward(f"http://127.0.0.1:{line.split()[-1]}", name="width")

@@ -17,8 +17,6 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +25,7 @@ from opd_fixtures import StopAt, make_teachers, make_trainer, snapshot, student_
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_opd import checkpoint
+from trl_diffusion_opd.student import Student
 
 
 @pytest.fixture(scope="module")
@@ -105,30 +104,22 @@ def test_a_run_resumed_at_its_end_has_ended(tmp_path, teachers, uninterrupted):
     assert all(torch.equal(p, snapshot(through)[name]) for name, p in snapshot(trainer).items())
 
 
-CHILD = """
-import os, signal, sys
-from opd_fixtures import make_trainer
-from trl_diffusion_opd.student import Student
+def killed_in_its_second_save(folder, teachers):
+    save_state, saves = Student.save_state, []
 
-save_state, saves = Student.save_state, []
+    def killed(self, folder, *rest):
+        saves.append(folder)
+        if len(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_state(self, folder, *rest)
 
-def killed(self, folder, *rest):
-    saves.append(folder)
-    if len(saves) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save_state(self, folder, *rest)
-
-Student.save_state = killed
-teachers = {"count": sys.argv[2], "draw": sys.argv[3]}
-make_trainer(sys.argv[1], teachers, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
-"""
+    Student.save_state = killed
+    make_trainer(folder, teachers, max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
 
 
-def test_killed_during_a_save(tmp_path, teachers, caplog):
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    command = [sys.executable, "-c", CHILD, str(tmp_path), teachers["count"], teachers["draw"]]
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+def test_killed_during_a_save(tmp_path, teachers, caplog, processes):
+    (ended,) = processes.run(killed_in_its_second_save, tmp_path, teachers, world=1)
+    assert ended.code == -signal.SIGKILL, ended.error
     # The half-written one has what Trainer writes, and the older one was not rotated away for it.
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
     assert not (tmp_path / "checkpoint-2" / "complete").exists()

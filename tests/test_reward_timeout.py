@@ -15,13 +15,12 @@
 
 import asyncio
 import math
-import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from launching import surroundings
 from opd_fixtures import make_config, make_dataset, make_teachers, make_trainer
 from PIL import Image
 from stub_server import Answer, StubServer
@@ -108,10 +107,9 @@ with Scorer([never], timeout=0.2, on_timeout="none") as scorer:
 """
 
 
-def test_the_program_exits():
-    tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    result = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, timeout=60)
+def test_the_program_exits(processes):
+    command = [sys.executable, "-c", CHILD]
+    result = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "{'never': [None, None]}" in result.stdout
 
 

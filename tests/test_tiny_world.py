@@ -25,6 +25,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from launching import Forks
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -166,7 +167,7 @@ class TestPrompts:
                 )
 
 
-def test_import_is_light() -> None:
+def test_import_is_light(processes: Forks) -> None:
     code = "import sys; from trl_diffusion_opd import tiny; print('torch' in sys.modules or 'datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

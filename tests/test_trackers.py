@@ -12,19 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run shows in TensorBoard, Weights & Biases, Trackio, the console and its folder: the real trackers, offline.
-
-Run as a script, it is one of the two processes of such a run.
-"""
+"""What a run shows in TensorBoard, Weights & Biases, Trackio, the console and its folder: the real trackers, offline."""
 
 import io
 import json
-import os
 import socket
 import sqlite3
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,10 +28,10 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from huggingface_hub.errors import HfHubHTTPError
+from launching import Forks
 from opd_fixtures import make_dataset, make_teachers, make_trainer
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_distributed import free_port
 from tiny_sd3 import make_pipeline
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -45,7 +39,6 @@ from trl_diffusion_opd import trackers
 from trl_diffusion_opd.completions import Completion, log_completions
 
 
-TESTS = Path(__file__).parent
 UPDATES, EVERY = 4, 2
 LOGGED = [0, 2, 4]  # the images: at the start and at evaluations
 ROWS = [("count0", "count"), ("count1", "count"), ("count2", "count"), ("draw0", "draw")]
@@ -108,18 +101,14 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def run(tmp_path_factory: pytest.TempPathFactory, processes: Forks) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("run")
     make_teachers(folder / "planted-folder")
     make_pipeline().save_pretrained(folder / "planted-folder" / "base")
     (folder / "wandb").mkdir()
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
         "USER": "planted-user",
         "LOGNAME": "planted-user",
-        "HF_HOME": str(folder / "hf"),
         "TRACKIO_DIR": str(folder / "trackio"),
         "WANDB_MODE": "offline",
         "WANDB_DIR": str(folder / "wandb"),
@@ -127,22 +116,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "WANDB_CACHE_DIR": str(folder / "wandb-cache"),
         "WANDB_CONFIG_DIR": str(folder / "wandb-config"),
     }
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=600) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(error[-3000:] for _, error in outputs)
+    ended = processes.run(main, folder, environment=environment)
+    assert [one.code for one in ended] == [0, 0], "".join(one.error[-3000:] for one in ended)
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     out = folder / "planted-folder" / "out"
-    return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[output for output, _ in outputs])
+    return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[one.output for one in ended])
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +406,3 @@ def test_a_space_that_cannot_be_reached_does_not_stop_a_push(monkeypatch, caplog
     finally:
         callback._trackio.context_vars.current_project.reset(token)
     assert "500: down" in caplog.text
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -17,16 +17,15 @@
 import json
 import os
 import runpy
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
 import datasets
-import psutil
 import pytest
 import yaml
-from test_distributed import LAUNCH, free_port
+from launching import as_script
 
 from trl_diffusion_opd import DiffusionGRPOTrainer, DiffusionOPDTrainer, tiny
 from trl_diffusion_opd.evaluation.store import Store
@@ -148,37 +147,25 @@ def test_killed_anywhere_gives_the_same(whole, tmp_path):
     assert results(tmp_path / "out") == results(whole)
 
 
-def launch(folder: Path) -> subprocess.Popen:
-    """The script on two processes."""
-    (folder / "launch.yaml").write_text(LAUNCH)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    command += ["--main_process_port", str(free_port()), str(SCRIPT), "--stages", str(shortened(folder))]
-    command += ["--output_dir", str(folder / "out"), "--num_test_images", "3"]
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    with open(folder / "log.txt", "ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+def test_two_processes_go_on_after_a_kill(whole, tmp_path, processes):
+    out = tmp_path / "out"
+    given = ["--stages", str(shortened(tmp_path)), "--output_dir", str(out), "--num_test_images", "3"]
 
+    def log() -> str:
+        return "".join(path.read_text()[-5000:] for path in tmp_path.glob("error_*.txt"))
 
-def kill(launcher: subprocess.Popen) -> None:
-    """Kills a launcher and its processes, each of which leads a session of its own and would go on alone."""
-    everyone = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-    for process in everyone:
-        process.kill()
-    launcher.wait()
-    psutil.wait_procs(everyone)
-
-
-def test_two_processes_go_on_after_a_kill(whole, tmp_path):
-    started, out = launch(tmp_path), tmp_path / "out"
+    started = processes.start(as_script, SCRIPT, *given, folder=tmp_path)
     deadline = time.monotonic() + 300
     while not list(out.glob("teacher-letters/checkpoint-*/complete")):
-        assert started.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()[-5000:]
+        assert not processes.ended() and time.monotonic() < deadline, log()
         time.sleep(0.05)
-    kill(started)
+    for process in started:
+        os.kill(process, signal.SIGKILL)
+    assert processes.wait() == [-signal.SIGKILL] * 2
     finished = out / "teacher-compose" / "adapter_model.safetensors"
     before = (finished.read_bytes(), finished.stat().st_mtime_ns)
-    assert launch(tmp_path).wait(300) == 0, (tmp_path / "log.txt").read_text()[-5000:]
+    processes.start(as_script, SCRIPT, *given, folder=tmp_path)
+    assert processes.wait() == [0, 0], log()
     assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
     report, alone = (json.loads((folder / "retention.json").read_text()) for folder in (out, whole))
     assert report["tasks"].keys() == alone["tasks"].keys() and report["num_images"] == alone["num_images"]
