@@ -22,7 +22,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from diffusers import BitsAndBytesConfig, TorchAoConfig
 from trl import TrlParser
 
 from .data import plain_dataset
