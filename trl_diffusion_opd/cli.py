@@ -68,6 +68,8 @@ class QuantizationArguments:
     def quantization_config(self, dtype: str) -> Any:
         """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
 
+        from diffusers import BitsAndBytesConfig, TorchAoConfig
+
         if self.load_in_4bit:
             return BitsAndBytesConfig(
                 load_in_4bit=True,
