@@ -251,7 +251,7 @@ def measure(size: str, dtype: str, checkpointing: bool) -> dict[str, Any]:
 
 def micro_batches(size: int) -> list[list[dict[str, Any]]]:
     """The micro-batches of an update, one a task."""
-    return [[{"prompt": "two red circles", "task": "a"}] * size] * len(TASKS)
+    return [[{"prompt": "two red circles", "task": task}] * size for task in TASKS]
 
 
 def timed(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]], repeats: int) -> dict[str, Any]:

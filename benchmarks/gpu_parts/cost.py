@@ -50,16 +50,21 @@ def set_checkpointing(trainer: DiffusionOPDTrainer, on: bool) -> None:
         transformer.disable_gradient_checkpointing()
 
 
+def set_batch_size(trainer: DiffusionOPDTrainer, size: int) -> None:
+    """Of updates that a benchmark makes itself: a trainer in training has one."""
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = size
+
+
 def flops_of_a_sample(trainer: DiffusionOPDTrainer) -> float:
     """
     Floating-point operations of a sample's share of an update, in one pass without checkpointing: what the method itself
     computes. They do not depend on the batch.
     """
-    row = {"prompt": "two red circles", "task": "a"}
+    set_batch_size(trainer, 1)
+    batches = step_cost.micro_batches(1)
     with FlopCounterMode(display=False) as counter:
-        trainer.training_step(trainer.model_wrapped, [row])
-    trainer.model_wrapped.zero_grad()
-    return counter.get_total_flops()
+        step_cost.one_pass(trainer, batches)
+    return counter.get_total_flops() / len(batches)
 
 
 def peak_gib(trainer: DiffusionOPDTrainer, form: str, batches: Any) -> float:
@@ -74,6 +79,7 @@ def kernels(trainer: DiffusionOPDTrainer, batch: int, device: str) -> dict[str, 
     The ten kernels (on a CPU: operations) that an update spends most time in, with their shares, and the seconds of all of them
     beside those of the update: where these are more, the device waits for the processor that launches them.
     """
+    set_batch_size(trainer, batch)
     batches = step_cost.micro_batches(batch)
     step_cost.one_pass(trainer, batches)
     whole = step_cost.seconds_of(trainer, lambda: step_cost.one_pass(trainer, batches))
@@ -96,6 +102,7 @@ def kernels(trainer: DiffusionOPDTrainer, batch: int, device: str) -> dict[str, 
 def seconds(trainer: DiffusionOPDTrainer, batch: int, checkpointing: bool, rate: float) -> dict[str, Any]:
     """One pass against three, and the share of the arithmetic that one pass uses, of a device that does `rate` FLOP/s."""
     set_checkpointing(trainer, checkpointing)
+    set_batch_size(trainer, batch)
     batches = step_cost.micro_batches(batch)
     found = step_cost.timed(trainer, batches, REPEATS[batch] if rate else 1)
     if not rate:  # a CPU in small: its ratios say nothing
@@ -113,7 +120,7 @@ def seconds(trainer: DiffusionOPDTrainer, batch: int, checkpointing: bool, rate:
 def memory(trainer: DiffusionOPDTrainer, batch: int, checkpointing: bool, device: str) -> dict[str, Any]:
     """The peak of both forms of an update against `estimate_memory`."""
     set_checkpointing(trainer, checkpointing)
-    trainer.args.per_device_train_batch_size = batch
+    set_batch_size(trainer, batch)
     found: dict[str, Any] = {"estimate_gib": estimate_memory(trainer)["peak"]["bytes"] / 2**30}
     if device == "cpu":
         return found
