@@ -446,7 +446,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             [`FloatingPointError`]: on all processes, if a figure of one is not finite.
         """
         # One collective and one wait for the device a micro-batch, and all processes decide alike.
-        everyone = self.accelerator.gather(values[None]).double().cpu()
+        everyone = self.accelerator.gather(values[None]).cpu().double()  # not every device knows float64
         bad = [i for i in range(everyone.shape[2]) if not everyone[:, :, i].isfinite().all()]
         if bad:
             where = "in"
