@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # One thread a core: with more, PyTorch's threads wait for each other.
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: install test lint format demo clean
+.PHONY: install test test-deepspeed lint format demo clean
 
 install: $(STAMP)
 
@@ -20,6 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+
+# Not a part of `test`: on a CPU DeepSpeed compiles what its processes share, for which a machine needs a C++ compiler.
+test-deepspeed: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed.py
 
 lint: install
 	$(BIN)/ruff check .

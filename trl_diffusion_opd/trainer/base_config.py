@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets.utils.py_utils import convert_file_size_to_int
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
@@ -243,6 +244,9 @@ class DiffusionConfig(_BaseConfig):
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
         super().__post_init__()
+        # Under ZeRO-3 transformers would split every model that is loaded from now on, such as the base's text encoders and
+        # rewards, which no engine puts together again.
+        unset_hf_deepspeed_config()
         problems = self._problems()
         if problems:
             raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
