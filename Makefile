@@ -8,7 +8,7 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 SPREAD = -n $(THREADS) --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: install test test-fast test-gpu test-lowest test-newest wheel-check lint format demo clean
+.PHONY: install test test-fast test-gpu test-lowest test-newest test-deepspeed wheel-check lint format demo clean
 
 install: $(STAMP)
 
@@ -65,6 +65,11 @@ wheel-check:
 	.venv-wheel/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt .venv-wheel/dist/*.whl
 	OMP_NUM_THREADS=1 .venv-wheel/bin/python tests/check_wheel.py readme
+
+# Not a part of `test`: on a CPU DeepSpeed compiles what its processes share, for which a machine needs a C++ compiler.
+test-deepspeed: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -101,8 +101,9 @@ RESUMED = ("opd", "full", "nft")
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
     """All that training goes on from: weights, their average and an old policy. All processes must call it."""
-    state = dict(trainer.student.named_parameters())
-    state |= {f"average {i}": p for i, p in enumerate(trainer.student.ema.shadow_params)}
+    state = whole(trainer.student.named_parameters())
+    with trainer.student.ema_weights():
+        state |= whole({f"average {name}": p for name, p in trainer.student.named_parameters().items()})
     if isinstance(trainer, nft_fixtures.DiffusionNFTTrainer):
-        state |= {f"old {name}": p for name, p in trainer.old_policy.named_parameters().items()}
-    return whole(state)
+        state |= whole({f"old {name}": p for name, p in trainer.old_policy.named_parameters().items()})
+    return state

@@ -15,6 +15,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from opd_fixtures import make_config, make_teachers, make_trainer
 from tiny_sd3 import make_transformer
 
 from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd.checkpoint import deepspeed_problems
 from trl_diffusion_opd.trainer.checks import launch_problems
 
 
@@ -81,7 +83,6 @@ def test_fsdp2_settings(monkeypatch):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_settings(stage, monkeypatch):
-    # DeepSpeed's engine needs an accelerator: its settings are checked as far as accelerate's plugin makes them.
     arguments = launch_arguments(f"deepspeed_zero{stage}")
     arguments.deepspeed_fields_from_accelerate_config = ""  # which of them conflict with a file of DeepSpeed's own
     _, environment = prepare_deepspeed_cmd_env(arguments)
@@ -92,7 +93,6 @@ def test_deepspeed_settings(stage, monkeypatch):
     zero = plugin.deepspeed_config["zero_optimization"]
     assert zero["stage"] == plugin.zero_stage == stage
     assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "none"
-    assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
     # "auto" there would be read from a language model's hidden_size.
     assert "reduce_bucket_size" not in zero and "stage3_prefetch_bucket_size" not in zero
 
@@ -149,9 +149,37 @@ def test_torch_compile_is_refused_with_deepspeed(tmp_path):
     args = make_config(tmp_path, torch_compile=True)
     assert launch_problems(make_transformer(), args) == []
     # What the arguments make under its launcher. Made here, it would be transformers' for all tests to come.
-    args.deepspeed_plugin = object()
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"fp16": {"enabled": False}})
     (problem,) = launch_problems(make_transformer(), args)
     assert problem == "torch_compile=True is not supported where DeepSpeed wraps the model: leave it out."
+
+
+def test_fp16_is_refused_with_deepspeed(tmp_path):
+    args = make_config(tmp_path)
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}})
+    (problem,) = launch_problems(make_transformer(), args)
+    assert problem.startswith("fp16 is not supported under DeepSpeed")
+    args.deepspeed_plugin.deepspeed_config = {}
+    assert launch_problems(make_transformer(), args) == []
+
+
+def test_deepspeed_resumes_its_own_checkpoints_on_as_many_processes(tmp_path):
+    (problem,) = deepspeed_problems(tmp_path, 2, stage=2)
+    assert problem.startswith("it has no optimizer of DeepSpeed's")
+    (tmp_path / "global_step2").mkdir()
+    for rank in (0, 1):
+        (tmp_path / "global_step2" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    assert deepspeed_problems(tmp_path, 2, stage=2) == []
+    (problem,) = deepspeed_problems(tmp_path, 4, stage=2)
+    assert problem == (
+        "it was saved by 2 processes under DeepSpeed, and this run has 4. DeepSpeed's checkpoints are resumed on as many."
+    )
+    (problem,) = deepspeed_problems(tmp_path, 2, stage=3)
+    assert problem.startswith("it was not saved under ZeRO-3, which this run has")
+    (tmp_path / "global_step2" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
+    assert deepspeed_problems(tmp_path, 2, stage=3) == []
+    (problem,) = deepspeed_problems(tmp_path, 2, stage=1)
+    assert problem.startswith("it was saved under ZeRO-3, which this run does not have")
 
 
 class Engine:

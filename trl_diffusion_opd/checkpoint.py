@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 COMPLETE_FILE = "complete"
 GRID_FILE = "noise_grid.json"
+DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
+ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
 
 
 def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> None:
@@ -146,9 +148,9 @@ def resume_advice(output_dir: str | Path | None) -> str:
     return f"{last.name} is complete: start again with resume_from_checkpoint=True to go on from there."
 
 
-def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+def check(trainer: "DiffusionTrainer", folder: str | Path) -> None:
     """
-    Restores the student and its average.
+    Refuses a checkpoint that a run can't go on from.
 
     Raises:
         [`ValueError`]: if the checkpoint is not complete, or was made with another noise grid, other teachers or another
@@ -158,11 +160,19 @@ def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
     if not (folder / COMPLETE_FILE).exists():
         raise ValueError(f"{folder.name} was not saved to its end. Resume from an older checkpoint.")
     problems = trainer._check_resume(folder)
-    if not trainer.is_deepspeed_enabled:  # it looks for its own
+    if trainer.is_deepspeed_enabled:
+        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+        problems += deepspeed_problems(folder, trainer.accelerator.num_processes, stage)
+    else:
         problems += optimizer_problems(folder)
     if problems:
         raise ValueError(f"Can't resume from {folder.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
-    trainer._load_state(folder)
+
+
+def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+    """Restores the student and its average. Raises what [`check`] does."""
+    check(trainer, folder)
+    trainer._load_state(Path(folder))
 
 
 def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
@@ -208,6 +218,30 @@ def optimizer_problems(folder: Path) -> list[str]:
         f"it has no optimizer ({OPTIMIZER_NAME}): it was saved with save_only_model=True, or under DeepSpeed, whose "
         "checkpoints are resumed under DeepSpeed alone. Name a saved LoRA as student_init to begin anew with its weights."
     ]
+
+
+def deepspeed_problems(folder: Path, num_processes: int, stage: int) -> list[str]:
+    """Whether the checkpoint has an optimizer that DeepSpeed can load: its own, of as many processes and split alike."""
+    saved = len(list(folder.glob(DEEPSPEED_FILES)))
+    if saved == 0:
+        return [
+            "it has no optimizer of DeepSpeed's: it was not saved under DeepSpeed, or with save_only_model=True. Resume "
+            "it without DeepSpeed, or name a saved LoRA as student_init to begin anew with its weights."
+        ]
+    problems = []
+    if saved != num_processes:
+        problems.append(
+            f"it was saved by {saved} processes under DeepSpeed, and this run has {num_processes}. DeepSpeed's checkpoints "
+            "are resumed on as many."
+        )
+    was_zero3 = any(folder.glob(ZERO3_FILES))
+    if was_zero3 != (stage == 3):
+        problems.append(
+            "it was saved under ZeRO-3, which this run does not have. Set zero_stage: 3 in DeepSpeed's settings."
+            if was_zero3
+            else "it was not saved under ZeRO-3, which this run has. Set zero_stage to what it was in DeepSpeed's settings."
+        )
+    return problems
 
 
 def save_optimizer(trainer: "DiffusionTrainer", folder: str | Path) -> None:

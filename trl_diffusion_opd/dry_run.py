@@ -148,7 +148,7 @@ def _walk(
     x = field.initial_latents(prompts, generators)
     walk(velocity, x, trainer.table.head(steps), lambda j: gaussian(generators, x))
     local = torch.stack([torch.stack(row) for row in squares])
-    sums = trainer.accelerator.gather(local[None]).double().mean(0).cpu()
+    sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
     kl_weights = trainer.kl_weights[:steps]
     gap, norm = sums[:, 0], sums[:, 1]

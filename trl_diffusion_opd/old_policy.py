@@ -23,10 +23,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .adapters import AdapterSwitch
-from .sharding import forget_gathered, gathered, split_like, whole
+from .sharding import forget_gathered, gathered, is_part, own_part, split_like, whole
 from .student import STUDENT_ADAPTER, frozen_copy
 from .teachers import add_adapter
 
@@ -81,9 +80,9 @@ class OldPolicy:
     def follow(self, student: Mapping[str, nn.Parameter], decay: float) -> None:
         """`old = decay old + (1 - decay) student` (arXiv 2509.16117, Algorithm 1); at 0 it is the student, to the bit."""
         for name, parameter in self.named_parameters().items():
-            weight = student[name].detach()
-            # Under FSDP2 the copy of a fully trained student is not split.
-            parameter.lerp_(weight if isinstance(parameter, DTensor) else gathered(weight), 1 - decay)
+            # The copy of a fully trained student is not split.
+            weight = own_part(student[name]) if is_part(parameter) else gathered(student[name])
+            own_part(parameter).lerp_(weight, 1 - decay)
 
     def save(self, folder: str | Path, write: bool = True) -> None:
         """Writes it into a checkpoint, of which it is a part as [`Student.save_state`]'s weights; of a saved student not."""
@@ -96,4 +95,4 @@ class OldPolicy:
         """Restores what [`save`] wrote for the same student."""
         parameters = self.named_parameters()
         for name, weight in load_file(os.path.join(folder, OLD_POLICY_FILE)).items():
-            parameters[name].copy_(split_like(weight, parameters[name]))
+            own_part(parameters[name]).copy_(split_like(weight, parameters[name]))

@@ -12,26 +12,60 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Weights that FSDP2 has split over the processes. Whatever is not split passes through."""
+"""Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over the processes. Whatever is not split passes through."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import Tensor, nn
+import torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
+from torch import Size, Tensor, autocast, bfloat16, device, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import pad
 from torch.optim import Optimizer
 
 
+def in_zero3(tensor: Tensor) -> bool:
+    """Whether it is a weight that ZeRO-3 has split. It is asked where DeepSpeed need not be installed."""
+    return "ds_tensor" in tensor.__dict__
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether it is a weight of which each process has a part."""
+    return isinstance(tensor, DTensor) or in_zero3(tensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """
+    What this process has of a weight, to be read or changed in place. Call [`forget_gathered`] before it is changed.
+
+    ZeRO-3's is flat, with zeros behind it where the processes don't divide it.
+    """
+    zero3: Any = tensor
+    return zero3.ds_tensor.data if in_zero3(tensor) else tensor.detach()
+
+
+def whole_shape(tensor: Tensor) -> Size:
+    """The shape of the full tensor."""
+    zero3: Any = tensor
+    return zero3.ds_shape if in_zero3(tensor) else tensor.shape
+
+
 def gathered(tensor: Tensor) -> Tensor:
-    """The full tensor, where it is. All processes must call it."""
+    """The full tensor, detached, where it is. All processes must call it."""
+    if in_zero3(tensor):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """
-    The full tensors, on the CPU, ready for a file. All processes must call it.
+    Copies of the full tensors, on the CPU, ready for a file. All processes must call it.
 
     Args:
         tensors (`Mapping[str, Tensor]`)
@@ -39,14 +73,20 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
     """
     kept = {}
     for name, tensor in tensors.items():  # one by one: a device never holds more than one of them whole
-        full = gathered(tensor.detach())
+        full = gathered(tensor)
         if keep:
-            kept[name] = full.to("cpu").contiguous()
+            # Under ZeRO-2 they are views into one long tensor, which a file refuses.
+            kept[name] = full.to("cpu", copy=True).contiguous()
     return kept
 
 
 def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """This process's part of `tensor`, which all processes have as a whole, split as `reference` is."""
+    """This process's part of `tensor`, which all processes have as a whole, split as the weight `reference` is."""
+    zero3: Any = reference
+    if in_zero3(reference) and tensor.shape == zero3.ds_shape:
+        size, rank = zero3.ds_tensor.numel(), dist.get_rank(zero3.ds_process_group)
+        own = tensor.detach().to(zero3.ds_tensor.device).flatten()[rank * size :][:size]
+        return pad(own, (0, size - own.numel()))
     if isinstance(reference, DTensor) and not isinstance(tensor, DTensor):
         tensor = tensor.to(reference.device)
         return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
@@ -89,8 +129,8 @@ def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> N
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether FSDP2 has split the model."""
-    return isinstance(model, FSDPModule)
+    """Whether FSDP2 or ZeRO-3 has split the model."""
+    return isinstance(model, FSDPModule) or any(in_zero3(parameter) for parameter in model.parameters())
 
 
 def leave_precision_alone(plugin: FullyShardedDataParallelPlugin) -> None:
@@ -103,13 +143,35 @@ def leave_precision_alone(plugin: FullyShardedDataParallelPlugin) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
+def leave_precision_to_the_model(config: dict[str, Any], model: nn.Module, device: device) -> None:
+    """
+    The same of DeepSpeed. Call it before its engine is made.
+
+    Under mixed precision it would round all weights to half precision, those of a LoRA as well, and sum gradients in it. Here
+    the forward is as accelerate has it on one process.
+
+    Args:
+        config (`dict`): DeepSpeed's settings, which are changed.
+        model (`nn.Module`): the student, whose forward is changed.
+        device (`torch.device`): where it is trained.
+    """
+    if config.get("bf16", {}).get("enabled"):
+        config["bf16"]["enabled"] = False
+        forward: Any = autocast(device.type, bfloat16)(model.forward)
+        model.forward = convert_outputs_to_fp32(forward)
+
+
 def forget_gathered(model: nn.Module) -> None:
     """
     Call it before weights are read or changed other than by the optimizer, and not between a forward and its backward.
 
     After a forward without gradients FSDP2 leaves the root's weights gathered: they are whole tensors then, and a change of
-    them is lost, while one of the parts behind them is not seen by the next forward.
+    them is lost, while one of the parts behind them is not seen by the next forward. ZeRO-3 does so with small weights.
     """
+    for parameter in model.parameters():
+        if in_zero3(parameter):
+            zero3: Any = parameter
+            zero3.partition()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -31,7 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .sharding import forget_gathered, split_like, whole
+from .sharding import forget_gathered, own_part, split_like, whole, whole_shape
 
 
 STUDENT_ADAPTER = "default"
@@ -107,16 +107,25 @@ class Student:
     def parameters(self) -> list[nn.Parameter]:
         return list(self.named_parameters().values())
 
+    def _parts(self) -> list[Tensor]:
+        # What is averaged: elementwise, so that no process needs more than it has.
+        return [own_part(parameter) for parameter in self.parameters()]
+
+    @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Takes the average's step after update number `step` (counted from 1), if it is due."""
         if self.ema is None or step % self.ema_update_interval:
             return
         # The warm-up min(decay, (1 + n) / (10 + n)) counts optimizer steps, not steps of the average, of which there are
         # fewer: it would last `ema_update_interval` times as long.
-        self.ema.optimization_step = step - 1
+        self.ema.optimization_step = step
+        decay = self.ema.get_decay(step)
         self._split_average()
-        self.ema.to(self.parameters()[0].device)
-        self.ema.step(self.parameters())
+        parts = self._parts()
+        self.ema.to(parts[0].device)
+        # Not EMAModel.step: it copies what requires no gradient, which a part does not, and has ZeRO-3 gather whole weights.
+        for average, part in zip(self.ema.shadow_params, parts, strict=True):
+            average.sub_((1 - decay) * (average - part))
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -125,26 +134,26 @@ class Student:
             yield
             return
         self._split_average()
-        self.ema.store(self.parameters())
-        self.ema.copy_to(self.parameters())
+        self.ema.store(self._parts())
+        self.ema.copy_to(self._parts())
         try:
             yield
         finally:
-            self.ema.restore(self.parameters())  # also forgets what was stored
+            self.ema.restore(self._parts())  # also forgets what was stored
 
     def _split_average(self) -> None:
-        # The average is made before training starts, which is when FSDP2 splits the weights.
+        # The average is made before training starts, which is when the weights are split.
         if self.ema is not None:
             pairs = zip(self.ema.shadow_params, self.parameters(), strict=True)
             self.ema.shadow_params = [split_like(average, p) for average, p in pairs]
 
     def whole_weights(self, keep: bool = True) -> dict[str, Tensor]:
         """
-        What [`save`] needs of a model that FSDP2 splits: the LoRA, or all weights and buffers. All processes must call it;
+        What [`save`] needs of a model that training splits: the LoRA, or all weights and buffers. All processes must call it;
         those without `keep` get nothing.
         """
         trained = self.named_parameters()
-        return whole(trained if self.is_lora else self.model.state_dict(), keep)
+        return whole(trained if self.is_lora else self.model.state_dict(keep_vars=True), keep)
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """
@@ -205,18 +214,19 @@ class Student:
         Raises:
             [`ValueError`]: if the checkpoint holds other parameters than the model trains.
         """
-        self._copy(load_file(os.path.join(folder, RAW_FILE)), self.named_parameters(), folder)
+        self._take(load_file(os.path.join(folder, RAW_FILE)), self._parts(), folder)
         if self.ema is not None:
-            shadow = dict(zip(self.named_parameters(), self.ema.shadow_params, strict=True))
-            self._copy(self._read_saved(folder), shadow, folder)
+            self._split_average()
+            self._take(self._read_saved(folder), self.ema.shadow_params, folder)
 
     @torch.no_grad()
     def load_saved(self, folder: str | Path) -> None:
         """Takes what [`save`] wrote as weights and as average."""
         saved = self._read_saved(folder)
-        self._copy(saved, self.named_parameters(), folder)
+        self._take(saved, self._parts(), folder)
         if self.ema is not None:
-            self._copy(saved, dict(zip(self.named_parameters(), self.ema.shadow_params, strict=True)), folder)
+            self._split_average()
+            self._take(saved, self.ema.shadow_params, folder)
 
     def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
         if not self.is_lora:
@@ -228,16 +238,17 @@ class Student:
         suffix = f".{STUDENT_ADAPTER}.weight"
         return {name.removesuffix(".weight") + suffix: w for name, w in saved.items()}
 
-    @staticmethod
-    def _copy(source: dict[str, Tensor], target: dict[str, Any], folder: str | Path) -> None:
-        if source.keys() != target.keys() or any(source[name].shape != target[name].shape for name in source):
-            differing = sorted(source.keys() ^ target.keys())[:3]
+    def _take(self, source: dict[str, Tensor], targets: list[Tensor], folder: str | Path) -> None:
+        """Copies whole tensors by name into the parts of the weights or of their average."""
+        own = self.named_parameters()
+        if source.keys() != own.keys() or any(w.shape != whole_shape(own[name]) for name, w in source.items()):
+            differing = sorted(source.keys() ^ own.keys())[:3]
             raise ValueError(
                 f"{Path(folder).name} holds other weights than this student trains (differing: {differing or 'shapes'}). "
                 "Resume with the peft_config that the run was started with."
             )
-        for name, parameter in target.items():
-            parameter.data.copy_(split_like(source[name], parameter))
+        for (name, parameter), target in zip(own.items(), targets, strict=True):
+            target.copy_(split_like(source[name], parameter))
 
 
 def public_name(name_or_path: str | None) -> str | None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .adapters import AdapterSwitch, remove_adapters
 from .compilation import compile_blocks
 from .pipeline_view import base_weight
-from .sharding import forget_gathered
+from .sharding import forget_gathered, own_part
 from .teacher_files import PEFT_PREFIX, find_files, read_lora, read_lora_files, read_transformer
 from .teacher_specs import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
 from .velocity import VelocityField
@@ -162,8 +162,8 @@ def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
     """
     forget_gathered(model)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
-    factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer in layers]
-    saved = [(a.detach().clone(), b.detach().clone()) for a, b in factors]
+    factors = [(own_part(layer.lora_A[name].weight), own_part(layer.lora_B[name].weight)) for layer in layers]
+    saved = [(a.clone(), b.clone()) for a, b in factors]
     for a, b in factors:
         a.data.mul_(1.1)
         b.data.div_(1.1)

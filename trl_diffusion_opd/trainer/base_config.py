@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets.utils.py_utils import convert_file_size_to_int
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
@@ -253,6 +254,9 @@ class DiffusionConfig(_BaseConfig):
                 given[f"activation_{name}"] = given[f"gradient_{name}"]
         self._refuse_broken_json()
         super().__post_init__()
+        # Under ZeRO-3 transformers would split every model that is loaded from now on, such as the base's text encoders and
+        # rewards, which no engine puts together again.
+        unset_hf_deepspeed_config()
         if self.dtype == "float32":  # as when it is not given
             self.dtype = min(self._given_dtypes(), default=self.dtype)
         self._raise(self._problems())

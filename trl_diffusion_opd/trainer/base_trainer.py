@@ -32,6 +32,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import identity
 
@@ -47,7 +48,7 @@ from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
 from ..quantization import exempt_from_broadcast
 from ..rewards import RewardFuncs, rewards_by_task
-from ..sharding import leave_precision_alone
+from ..sharding import leave_precision_alone, leave_precision_to_the_model
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import add_adapter, parse_teacher, read_lora
 from ..timing import UpdateCost
@@ -234,6 +235,12 @@ class DiffusionTrainer(EvaluatingTrainer):
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
+        self._mixed_precision = self.accelerator.mixed_precision
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            leave_precision_to_the_model(config, student_model, self.accelerator.device)
+            # Trainer has set it again: see the arguments.
+            unset_hf_deepspeed_config()
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
@@ -391,7 +398,7 @@ class DiffusionTrainer(EvaluatingTrainer):
     @property
     def mixed_dtype(self) -> torch.dtype | None:
         """What mixed precision computes in, if it is on."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
@@ -503,7 +510,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             [`FloatingPointError`]: on all processes, if a figure of one is not finite.
         """
         # One collective and one wait for the device a micro-batch, and all processes decide alike.
-        everyone = self.accelerator.gather(values[None]).double().cpu()
+        everyone = self.accelerator.gather(values[None]).cpu().double()  # not every device knows float64
         bad = [i for i in range(everyone.shape[2]) if not everyone[:, :, i].isfinite().all()]
         if bad:
             where = "in"
@@ -586,8 +593,8 @@ class DiffusionTrainer(EvaluatingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the student's averaged weights: see [`Student.save`]."""
         with self.student.ema_weights():
-            if self.is_fsdp_enabled:
-                # Trainer's would gather the base and the teachers too, and save nothing under SHARDED_STATE_DICT.
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                # Trainer's would gather the base and the teachers too, and save nothing under FSDP's SHARDED_STATE_DICT.
                 self._save(output_dir, self.student.whole_weights(keep=self.args.should_save))
                 if self.args.push_to_hub and not _internal_call:
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -618,6 +625,18 @@ class DiffusionTrainer(EvaluatingTrainer):
             super(DiffusionTrainer, self)._save_checkpoint(model, trial)
 
         checkpoint.save(self, save)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # Under DeepSpeed Trainer has its engine load its own files, and leaves it at that.
+        resumed = resume_from_checkpoint if self.is_deepspeed_enabled else None
+        if resumed is not None:
+            checkpoint.check(self, resumed)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resumed is not None:
+            self._load_state(Path(resumed))
+        return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load(self, resume_from_checkpoint)

@@ -172,6 +172,11 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
             "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds it."
         )
+    if is_deepspeed and (args.fp16 or args.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True):
+        problems.append(
+            "fp16 is not supported under DeepSpeed, which would round the trained weights to it. Set bf16, or train in "
+            "float32, in the launcher's settings (mixed_precision) and in the arguments."
+        )
     if is_fsdp:
         version = os.environ.get("FSDP_VERSION", "1") if plugin is None else plugin["fsdp_version"]
         if int(version) != 2:

@@ -349,7 +349,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
 
         x = self.velocity_field.initial_latents(prompts, generators)
         walk(velocity, x, self.table.head(n), lambda j: gaussian(generators, x))
-        gap = self.accelerator.gather(torch.stack(gaps)[None]).double().mean(0).cpu()
+        gap = self.accelerator.gather(torch.stack(gaps)[None]).cpu().double().mean(0)
         return float((self.weights[:n] * gap).mean()), float((self.kl_weights[:n] * gap).mean())
 
     def _card_fields(self) -> dict[str, Any]:

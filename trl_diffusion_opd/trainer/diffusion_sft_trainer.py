@@ -315,7 +315,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
                 q = torch.full((len(rows),), (k + 0.5) / _EVAL_LEVELS, dtype=torch.float64)
                 eps = gaussian(generators, x0)
                 parts.append(self._flow_loss(model, x0, eps, q, [row["prompt"] for row in rows]).mean())
-            gathered = self.accelerator.gather(torch.stack(parts)[None]).double()
+            gathered = self.accelerator.gather(torch.stack(parts)[None]).cpu().double()
             losses[f"{metric_key_prefix}_loss/{task}"] = float(gathered.mean())
         return {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **losses}
 

@@ -201,11 +201,11 @@ class EvaluatingTrainer(_BaseTrainer):
         The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
 
         Raises:
-            [`RuntimeError`]: once FSDP has split the model.
+            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
         """
         if is_split(self.model):
             raise RuntimeError(
-                "trainer.pipeline(...) has no whole model to draw with: FSDP has split it over the processes. Call "
+                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
                 "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
             )
         with self.student.ema_weights(), torch.no_grad():
