@@ -100,8 +100,8 @@ class Forks:
     """
     A process that has imported what the tests import and has computed nothing, and forks others when it is asked to.
 
-    The tests' own process would not do: where there is a GPU, PyTorch computes gradients in threads of their own from
-    the first on, and cannot do so in what is forked afterwards.
+    What it forks is as a new process is: it knows nothing of the tests before. The tests' own process would not do, also
+    because PyTorch, where it sees a GPU, cannot compute gradients in what is forked after it has computed any.
     """
 
     def __init__(self) -> None:

@@ -75,6 +75,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_that_honour_it_and_those_that_would_not(name: str) -> None:
     pipeline, field = make_field(name)
@@ -236,6 +237,7 @@ def save_other_base(name: str, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_weights", [False, True])
 def test_training_is_the_same_and_every_network_has_it(tmp_path: Path, calls: list[str], full_weights: bool) -> None:
     teachers = [save_other_base("flux", tmp_path / "full"), "base"]

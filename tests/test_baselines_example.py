@@ -46,8 +46,9 @@ def shortened(folder):
     for option, name in (("stages", "tiny_baselines"), ("cascade", "tiny_cascade")):
         content = yaml.safe_load((ROOT / "examples" / "stages" / f"{name}.yaml").read_text())
         for stage in content["stages"]:
-            images = 12 if stage.get("trainer", content["shared"].get("trainer")) == "grpo" else 1
-            short = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": images, "use_cpu": True}
+            short = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 1, "use_cpu": True}
+            if stage.get("trainer", content["shared"].get("trainer")) == "grpo":
+                short |= {"per_device_train_batch_size": 12, "num_inference_steps": 4, "sde_window_range": [0, 2]}
             stage["config"] = {**stage.get("config", {}), **short}
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -78,6 +79,7 @@ def through(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_one_report_of_all_methods(through):
     report = json.loads((through / "retention.json").read_text())
     assert set(report["students"]) == TRAINED | {"cascade", "merge"}
@@ -90,6 +92,7 @@ def test_one_report_of_all_methods(through):
     assert min(style["merge"], style["merge-opd"]) > 0.5 > style["opd"]
 
 
+@pytest.mark.slow
 def test_each_method_is_what_its_arguments_make_it(through):
     trained = {name: weights(through / name) for name in sorted(TRAINED)}
     names = list(trained)
@@ -106,6 +109,7 @@ class Killed(BaseException):
     """Not an error: nothing handles it."""
 
 
+@pytest.mark.slow
 def test_after_a_kill_it_goes_on_to_the_same(through, tmp_path, monkeypatch, capsys):
     from trl_diffusion_opd import DiffusionGRPOTrainer
 

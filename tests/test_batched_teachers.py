@@ -84,6 +84,7 @@ def family_bank(name: str, folder: Path) -> tuple[TeacherBank, VelocityField, Fa
     return bank, field, family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
 def test_one_forward_gives_what_separate_ones_give(name: str, tmp_path: Path, rows: list[int]) -> None:

@@ -157,6 +157,7 @@ class TestDrawImages:
 
 
 class TestEvaluateRetention:
+    @pytest.mark.slow
     def test_scores_are_those_of_the_pipeline_with_each_lora(self, pipeline, folders, dataset):
         """Base, teachers and students against diffusers' own loop on a pipeline that has loaded the LoRA."""
         report = evaluate_retention(
@@ -277,6 +278,7 @@ class TestEvaluateRetention:
         images = own_images(pipeline, PROMPTS[:3], 0, 1.0)
         assert report["tasks"]["cold"]["base"] == pytest.approx(np.mean(red([], [images[0], images[2]])), abs=2e-4)
 
+    @pytest.mark.slow
     def test_files(self, pipeline, folders, dataset, tmp_path):
         report = evaluate_retention(
             pipeline,
@@ -319,6 +321,7 @@ class TestEvaluateRetention:
             with Image.open(tmp_path / "out" / name) as image:
                 assert min(image.size) > 200
 
+    @pytest.mark.slow
     def test_every_reward_scores_every_task(self, pipeline, folders, dataset, tmp_path):
         """A reward of the package says None where it does not apply; the sum's parts are reported with it."""
 

@@ -101,6 +101,7 @@ def run(monkeypatch, settings, *arguments):
     runpy.run_module(MODULE, run_name="__main__")
 
 
+@pytest.mark.slow
 def test_on_the_command_line(monkeypatch, capsys, models):
     settings = settings_of(models, student=[f"a={models}/student", f"b={models}/one"], dtype="bfloat16")
     run(monkeypatch, settings, "--teacher_guidance_scales", "lines=1.0")
@@ -241,6 +242,7 @@ def test_mistakes_are_named(monkeypatch, models, label):
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_models_of_the_hub(monkeypatch, models, hub, capsys):
     """The base, a teacher and the student from the Hub, and what it may refuse."""
     for name in ("plot_retention", "plot_samples"):

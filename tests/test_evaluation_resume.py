@@ -135,6 +135,7 @@ def report_of(folder):
     return (Path(folder) / REPORT_FILE).read_bytes()
 
 
+@pytest.mark.slow
 class TestAgain:
     def test_nothing_is_done_twice(self, loras, whole):
         before = {path: path.read_bytes() for path in whole.rglob("*.json*") if path.is_file()}

@@ -93,6 +93,7 @@ def run(monkeypatch, base, *arguments, **options):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_whole_story(monkeypatch, capsys, base):
     run(
         monkeypatch,
@@ -146,6 +147,7 @@ def test_the_whole_story(monkeypatch, capsys, base):
     assert not torch.equal(forward(pipeline.transformer), before)
 
 
+@pytest.mark.slow
 def test_full_finetuning(monkeypatch, base):
     run(
         monkeypatch,

@@ -547,6 +547,7 @@ class TestReward:
             GenEval(**{**options, "model": str(tmp_path)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", [1, 20_000])
 def test_the_official_file_is_prompts(reward, tmp_path, monkeypatch, repeats):
     """Also a long one, whose first ten megabytes have no position and no colour."""

@@ -107,6 +107,7 @@ def expected_gradients(trainer, rounds, window, loss_type, beta, task_weights):
     return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "loss_type", "beta", "weights"),
     [
@@ -147,6 +148,7 @@ def test_gradients_of_an_update(window, loss_type, beta, weights, tmp_path):
 # Groups and rounds
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_group(tmp_path):
     """6 and 4 prompts; 3 prompts of each task a round of 12 completions, in micro-batches that cut groups."""
     trainer = make_trainer(
@@ -170,6 +172,7 @@ def test_every_prompt_has_its_group(tmp_path):
     assert len({tuple(row.tolist()) for row in latents}) == len(latents)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_another_size_give_the_same(tmp_path):
     trainers = []
     for size, accumulation in ((4, 4), (2, 8)):
@@ -182,6 +185,7 @@ def test_micro_batches_of_another_size_give_the_same(tmp_path):
     assert relative_difference(snapshot(trainers[0]), snapshot(trainers[1])) < 1e-3
 
 
+@pytest.mark.slow
 def test_several_updates_on_a_round(tmp_path):
     """The ratio is 1 at the first update and not after it, and the completions are drawn once."""
     calls = []
@@ -202,12 +206,14 @@ def test_several_updates_on_a_round(tmp_path):
     assert rounds[0][0].prompts != rounds[1][0].prompts
 
 
+@pytest.mark.slow
 def test_ratio_is_one_with_checkpointing_and_guidance(tmp_path):
     trainer = make_trainer(tmp_path, guidance_scale=3.0, gradient_checkpointing=True, learning_rate=1e-3, max_steps=2)
     trainer.train()
     assert max(logged(trainer, "ratio/max_deviation")) <= 1e-6
 
 
+@pytest.mark.slow
 def test_window_is_drawn_for_every_round(tmp_path):
     trainer = make_trainer(
         tmp_path, max_steps=12, num_iterations=2, num_inference_steps=6, sde_window_size=2, sde_window_range=[1, 5]
@@ -236,6 +242,7 @@ def darkness(images, **columns):
     return [255 - value for value in brightness(images)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reward", "loss_type"), [(brightness, "flow_grpo"), (darkness, "grpo_guard")])
 def test_a_toy_reward_rises(reward, loss_type, tmp_path):
     """All weights are trained: a LoRA on the attention of this tiny model hardly reaches the brightness."""
@@ -284,6 +291,7 @@ def test_rewards_that_do_not_apply_are_left_out(tmp_path):
     assert entry["reward/draw"] == pytest.approx(2 * entry["rewards/brightness/mean"])
 
 
+@pytest.mark.slow
 def test_several_rewards_are_weighted_or_normalised_first(tmp_path):
     def scaled_darkness(images, **columns):
         return [1000 * value for value in darkness(images)]
@@ -306,6 +314,7 @@ def test_several_rewards_are_weighted_or_normalised_first(tmp_path):
     assert seen["normalize_then_sum"] > 0.99  # twice the weight
 
 
+@pytest.mark.slow
 def test_a_constant_reward_is_named_once(tmp_path, caplog):
     def always_one(images, **columns):
         return [1.0] * len(images)
@@ -332,6 +341,7 @@ def test_columns_and_evaluation(tmp_path):
 # The base
 
 
+@pytest.mark.slow
 def test_kl_to_the_base(tmp_path):
     options = dict(max_steps=3, learning_rate=1e-2, beta=0.1)
     trainer = make_trainer(tmp_path, peft_config=student_lora(init_lora_weights="gaussian"), **options)
@@ -353,6 +363,7 @@ def test_full_fine_tuning_with_a_frozen_base(tmp_path):
 # Resume and files
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_uninterrupted_run(tmp_path):
     options = dict(
         max_steps=6, num_iterations=2, learning_rate=1e-3, sde_window_size=2, ema_decay=0.9, lr_scheduler_type="cosine"
@@ -368,6 +379,7 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path):
     assert logged(resumed, "reward") == logged(through, "reward")
 
 
+@pytest.mark.slow
 def test_the_middle_of_a_round_is_not_resumed_from(tmp_path):
     options = dict(max_steps=6, num_iterations=2)
     make_trainer(tmp_path, callbacks=[StopAt(3)], **options).train()

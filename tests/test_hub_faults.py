@@ -299,6 +299,7 @@ class TestPushing:
         titles = [commit.title for commit in hub.repositories["tester/student"].commits.values()]
         assert titles == ["initial commit", "Training in progress, step 1"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("status", "reason", "strategy"),
         [

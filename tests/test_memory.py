@@ -94,6 +94,7 @@ def in_dtype(dtype):
     return pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("batch", "scale"), [(1, 1.0), (4, 1.0), (4, 4.5)])
@@ -113,6 +114,7 @@ def test_activations_are_those_of_a_real_pass(batch, scale, checkpointing, dtype
     assert estimate == pytest.approx(measured(trainer, ["count0"] * batch), rel=0.05)
 
 
+@pytest.mark.slow
 def test_more_of_everything_takes_more(tmp_path, teachers):
     def activations(**options):
         return activation_bytes(make_trainer(tmp_path, teachers, **options))
@@ -144,6 +146,7 @@ def on_meta(dtype):
     return model, base, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_network_without_weights_in_memory(dtype):
     model, base, inputs = on_meta(dtype)

@@ -118,6 +118,7 @@ def test_tasks_and_teachers_are_weighted(teachers, tmp_path):
     assert [entry["kind"] for entry in report["teachers"]["count"]] == ["lora", "base"]
 
 
+@pytest.mark.slow
 def test_the_mean_of_the_factors_is_not_the_mean_of_the_updates(tmp_path):
     folders = {}
     for seed, task in enumerate(("count", "draw")):
@@ -265,6 +266,7 @@ def test_full_weights_cannot_start_from_a_merge(teachers, tmp_path):
         make_trainer(tmp_path, pair(teachers), student_init="merge", peft_config=None)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_a_merged_student(teachers, tmp_path):
     from opd_fixtures import StopAt, relative_difference, snapshot
 

@@ -47,6 +47,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_papers(case, tmp_path):
     recorder, judge = Recorder(), Judge()
@@ -60,6 +61,7 @@ def test_gradients_are_the_papers(case, tmp_path):
     assert relative_difference(gradients, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_with_checkpointing_the_backward_is_the_students(tmp_path):
     """Its second forward runs when the old policy has been active in between."""
     gradients = []
@@ -73,6 +75,7 @@ def test_with_checkpointing_the_backward_is_the_students(tmp_path):
     assert relative_difference(gradients[1], gradients[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_micro_batches_of_another_size_give_the_same(tmp_path):
     runs = []
     for size, accumulation in ((4, 4), (2, 8)):
@@ -93,6 +96,7 @@ def test_micro_batches_of_another_size_give_the_same(tmp_path):
     assert relative_difference(snapshot(runs[1]), snapshot(runs[0])) < 1e-5
 
 
+@pytest.mark.slow
 def test_forwards_of_an_update(tmp_path):
     trainer = make_trainer(tmp_path, num_trained_timesteps=3, beta=0.1, num_iterations=2, max_steps=2)
     layer = next(module for module in trainer.model.modules() if isinstance(module, LoraLayer))
@@ -130,6 +134,7 @@ def state_of(trainer):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft_config", ["lora", None])
 def test_old_policy_follows_by_the_schedule(tmp_path, peft_config):
     recorder = Recorder()
@@ -157,6 +162,7 @@ def test_old_policy_follows_by_the_schedule(tmp_path, peft_config):
     assert logged == pytest.approx([0.0, 0.4, 0.5])
 
 
+@pytest.mark.slow
 def test_old_policy_is_frozen_and_of_the_students_precision(tmp_path):
     trainer = make_trainer(tmp_path, pipeline=make_pipeline().to(torch.bfloat16), beta=0.1)
     old = list(trainer.old_policy.named_parameters().values())

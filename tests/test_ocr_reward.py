@@ -118,6 +118,7 @@ def test_rendered_words(reward, benchmark):
     assert len(wrong) <= 1, wrong
 
 
+@pytest.mark.slow
 def test_agrees_with_the_tiny_worlds_verifier(reward, benchmark):
     cases = list(itertools.islice(benchmark.letters(), 0, 216, 3))
     rows, images = [row for row, _ in cases], [image for _, image in cases]
@@ -144,6 +145,7 @@ def test_shapes_and_modes(reward, benchmark):
     assert reward([sign("Hello")], [Image.new("RGB", (1, 400))]) == [0.0]
 
 
+@pytest.mark.slow
 def test_batches_and_calls_do_not_matter(reward, benchmark):
     drawn = list(benchmark.words(sizes=(64,)))[5:11]
     prompts, images = [sign("HALLO OPEN") for _ in drawn], [image for *_, image in drawn]

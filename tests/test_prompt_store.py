@@ -187,6 +187,7 @@ def test_the_same_velocity_from_disk_without_encoders(tmp_path, monkeypatch):
 WITH_AN_IMAGE = ("flux_kontext", "qwen_image_edit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_from_disk_and_ahead(tmp_path, name, monkeypatch):
     family = FAMILIES[name]
@@ -345,6 +346,7 @@ def test_the_whole_rows_of_a_file_that_was_cut_off_are_used(tmp_path, caplog, mi
     assert torch.equal(make_store(tmp_path).read(key("2")), torch.full((1000,), 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("live", [False, True])
 def test_no_flipped_byte_gives_another_embedding(tmp_path, live, caplog):
     """Every byte of the file once: each prompt is exact or encoded anew, and the file is set aside where it was noticed."""

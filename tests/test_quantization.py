@@ -51,6 +51,9 @@ from trl_diffusion_opd.quantization import plain_tensors, quantised_layers, scal
 from trl_diffusion_opd.trainer.checks import launch_problems
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     without_gpu(monkeypatch)

@@ -56,6 +56,7 @@ def uninterrupted(tmp_path_factory, teachers):
     return trainer, seen
 
 
+@pytest.mark.slow
 def test_every_epoch_has_its_own_order(uninterrupted):
     _, seen = uninterrupted
     of_count = [sum(seen[first : first + 8 : 2], []) for first in (0, 8)]  # two updates of 4 micro-batches
@@ -72,6 +73,7 @@ def state_of(trainer):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3])
 def test_resumed_run_is_the_uninterrupted_run(stop, tmp_path, teachers, uninterrupted):
     first = make_trainer(tmp_path, teachers, callbacks=[StopAt(stop)], **OPTIONS)
@@ -95,6 +97,7 @@ def test_resumed_run_is_the_uninterrupted_run(stop, tmp_path, teachers, uninterr
     assert any(not torch.equal(p, average[name.replace(".default", "")]) for name, p in raw.items())
 
 
+@pytest.mark.slow
 def test_a_run_resumed_at_its_end_has_ended(tmp_path, teachers, uninterrupted):
     make_trainer(tmp_path, teachers, save_strategy="steps", save_steps=UPDATES, **OPTIONS).train()
     trainer = make_trainer(tmp_path, teachers, **OPTIONS)
@@ -229,6 +232,7 @@ def test_incomplete_checkpoint_is_refused(stopped, teachers):
         (stopped / "complete").rename(stopped / "checkpoint-1" / "complete")
 
 
+@pytest.mark.slow
 def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, teachers, monkeypatch):
     seen, rotate = [], checkpoint.rotate_checkpoints
 

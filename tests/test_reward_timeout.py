@@ -113,6 +113,7 @@ def test_the_program_exits(processes):
     assert result.returncode == 0 and "{'never': [None, None]}" in result.stdout
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_a_monitored_reward(tmp_path, caplog):
     release = threading.Event()
 
@@ -138,6 +139,7 @@ def test_training_goes_on_without_a_monitored_reward(tmp_path, caplog):
     assert "Reward 'stuck' has given no scores for 2 images of task 'count' in 0.2 seconds" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_on_without_a_monitored_reward(tmp_path, caplog):
     release = threading.Event()
 

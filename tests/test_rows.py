@@ -45,6 +45,7 @@ def count_rows(network: nn.Module, name: Any) -> Counter:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_guidance_the_empty_prompt_is_not_computed(name: str) -> None:
     family = FAMILIES[name]
@@ -82,6 +83,7 @@ def rows_of_an_update(name: str, folder: Path, teacher_scale: float | None, **op
     return rows["default trained"] / samples, rows["teacher_0"] / samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_each_forward_of_an_update_has_the_rows_of_its_own_scale(name: str, tmp_path: Path) -> None:
     scale = FAMILIES[name].guidance_scale

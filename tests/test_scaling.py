@@ -51,6 +51,7 @@ RELEASED = {"SD3.5-M": 2.243, "FLUX.1-dev": 11.901, "Qwen-Image": 20.430}
 # The counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shapes.MODELS)
 def test_networks_are_the_released_ones(name):
     released = shapes.MODELS[name]
@@ -177,6 +178,7 @@ def trained_step(model, inputs, calls=1):
         sum(model(**inputs)[0].float().sum() for _ in range(calls)).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("shape", [(8,), (2, 4)])

@@ -123,6 +123,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", CASES)
 def test_loss_and_gradient_on_images(label, tmp_path):
     ours, theirs = CASES[label]
@@ -159,6 +160,7 @@ def teacher_latents(folder, scale):
     return draw
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_on_images_of_teachers(tmp_path, teachers):
     specs = {"count": teachers["count"], "draw": TeacherConfig(teachers["draw"], guidance_scale=3.0)}
     trainer, gradient, batches = one_update(tmp_path, specs)
@@ -246,6 +248,7 @@ def count_draws(trainer):
     return draws
 
 
+@pytest.mark.slow
 def test_cache_is_made_once_and_completed(tmp_path, teachers, monkeypatch):
     monkeypatch.setattr("trl_diffusion_opd.latent_cache._SHARD_SIZE", 6)
     first = cached(tmp_path, teachers, max_steps=2, learning_rate=1e-2)
@@ -274,6 +277,7 @@ def test_cache_is_made_once_and_completed(tmp_path, teachers, monkeypatch):
     assert draws == []
 
 
+@pytest.mark.slow
 def test_cached_images_are_the_teachers(tmp_path, teachers):
     trainer = cached(tmp_path, teachers)
     trainer.train()
@@ -285,6 +289,7 @@ def test_cached_images_are_the_teachers(tmp_path, teachers):
     assert not torch.allclose(trainer.cache.read("draw", "draw3", 0).double(), expected, atol=1e-1)
 
 
+@pytest.mark.slow
 def test_cache_of_other_settings_is_refused(tmp_path, teachers):
     cached(tmp_path, teachers).train()
     with pytest.raises(ValueError) as error:
@@ -300,6 +305,7 @@ def test_cache_of_other_settings_is_refused(tmp_path, teachers):
         cached(tmp_path, teachers)
 
 
+@pytest.mark.slow
 def test_images_of_an_update_are_drawn_from_all_of_a_prompt(tmp_path, teachers):
     trainer = cached(tmp_path, teachers, max_steps=6)
     read, seen = trainer.cache.read, []
@@ -311,6 +317,7 @@ def test_images_of_an_update_are_drawn_from_all_of_a_prompt(tmp_path, teachers):
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["images", "teachers", "cache"])
 def test_resumed_run_is_the_uninterrupted_run(source, tmp_path, teachers):
     options = dict(max_steps=4, learning_rate=1e-2, ema_decay=0.9, ema_update_interval=1, lr_scheduler_type="cosine")
@@ -326,6 +333,7 @@ def test_resumed_run_is_the_uninterrupted_run(source, tmp_path, teachers):
     assert torch.equal(resumed.student.ema.shadow_params[0], through.student.ema.shadow_params[0])
 
 
+@pytest.mark.slow
 def test_it_learns_its_images(tmp_path):
     trainer = sft_trainer(
         tmp_path,

@@ -501,6 +501,7 @@ class FakeHub:
         return str(snapshot)
 
 
+@pytest.mark.slow
 def test_hub_teachers_are_fetched_alone_and_pinned_on_resume(tmp_path, monkeypatch):
     old, new = "1" * 40, "2" * 40
     pipeline = make_pipeline()

@@ -225,6 +225,7 @@ class TestWeights:
 NUM_IMAGES = 64
 
 
+@pytest.mark.slow
 class TestTeachersPullApart:
     @pytest.fixture(scope="class")
     def matrix(self, pipeline: StableDiffusion3Pipeline) -> dict[str, dict[str, float]]:
@@ -283,6 +284,7 @@ class TestMaking:
         make_training.train_base(pipeline, pictures.prompts, latents, steps=2, batch_size=8)
         assert not torch.equal(before, pipeline.text_encoder_3.shared.weight)
 
+    @pytest.mark.slow
     def test_check_measures_the_teachers_that_are_there_and_says_how_the_others_are_made(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -33,6 +33,7 @@ from trl_diffusion_opd.stages import StageSpec
 from trl_diffusion_opd.trainer.base_trainer import DiffusionTrainer
 
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "two_stage_tiny.py"
 STAGES = ROOT / "examples" / "stages" / "tiny_two_stage.yaml"
