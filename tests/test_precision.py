@@ -38,6 +38,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import precision  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
+
 SIZE = {name: TINY_SETTINGS[name] for name in ("height", "width", "max_sequence_length")}
 
 

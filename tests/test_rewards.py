@@ -150,16 +150,18 @@ def test_classes():
 
 
 def test_modules_of_the_working_folder(tmp_path, monkeypatch):
-    (tmp_path / "rewards_of_mine.py").write_text("def score(images, **columns):\n    return [1.0] * len(images)\n")
+    (tmp_path / "rewards_of_the_folder.py").write_text(
+        "def score(images, **columns):\n    return [1.0] * len(images)\n"
+    )
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # a script's, which has its own folder
     with pytest.raises(
-        ValueError, match="cannot be imported: No module named 'rewards_of_mine'. Modules are looked for in the"
+        ValueError, match="cannot be imported: No module named 'rewards_of_the_folder'. Modules are looked for in the"
     ):
-        load_reward("rewards_of_mine:score")
+        load_reward("rewards_of_the_folder:score")
     monkeypatch.chdir(tmp_path)
-    assert load_reward("rewards_of_mine:score")(IMAGES) == [1.0, 1.0]
-    for spec in ("./rewards_of_mine.py:score", "rewards_of_mine.py:score"):
-        with pytest.raises(ValueError, match="is a path to a file. Name the module .*: rewards_of_mine:score."):
+    assert load_reward("rewards_of_the_folder:score")(IMAGES) == [1.0, 1.0]
+    for spec in ("./rewards_of_the_folder.py:score", "rewards_of_the_folder.py:score"):
+        with pytest.raises(ValueError, match="is a path to a file. Name the module .*: rewards_of_the_folder:score."):
             load_reward(spec)
 
 

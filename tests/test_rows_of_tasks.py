@@ -29,6 +29,9 @@ from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.trainer.checks import loader_problems
 
 
+pytestmark = pytest.mark.slow
+
+
 BASES = {"count": "base", "draw": "base"}
 MAKE: dict[str, Callable[..., Any]] = {
     "opd": lambda folder, **options: make_trainer(folder, BASES, **options),
