@@ -43,6 +43,12 @@ import scaling_shapes as shapes  # noqa: E402
 
 
 RESULT = json.loads((ROOT / "docs" / "source" / "results" / "scaling.json").read_text())
+# What FSDP2 calls, by names of PyTorch 2.13 or of versions before it.
+GATHER, SCATTER = (
+    ("all_gather_single", "reduce_scatter_single")
+    if "all_gather_single" in dir(torch.distributed)
+    else ("all_gather_into_tensor", "reduce_scatter_tensor")
+)
 PAGE = (ROOT / "docs" / "source" / "scaling.md").read_text()
 # Parameters of the released transformers, in billions.
 RELEASED = {"SD3.5-M": 2.243, "FLUX.1-dev": 11.901, "Qwen-Image": 20.430}
@@ -186,7 +192,7 @@ def test_bytes_that_fsdp_gathers(shape, reshard, checkpointing, eight, monkeypat
     model, base, counted, inputs = tiny(checkpointing)
     split(model, base, shape, reshard)
     moved = Moved()
-    moved.watch(monkeypatch, "all_gather_single", 0)
+    moved.watch(monkeypatch, GATHER, 0)
     model.set_requires_gradient_sync(False)
     for _ in range(2):
         moved.clear()
@@ -194,7 +200,7 @@ def test_bytes_that_fsdp_gathers(shape, reshard, checkpointing, eight, monkeypat
         root = paper.BF16 * (counted["parameters"]["base"] - counted["parameters"]["blocks"])  # once a step
         # Where 8 processes don't divide a first dimension, it is padded.
         exact = paper.gathers({**counted, "calls": 1}, reshard) * paper.gathered_bytes(counted) + root
-        assert exact <= moved["all_gather_single"] < 1.01 * exact
+        assert exact <= moved[GATHER] < 1.01 * exact
 
 
 @pytest.mark.parametrize("reshard", [True, False])
@@ -203,13 +209,13 @@ def test_bytes_that_fsdp_gathers_where_guidance_takes_two_calls(reshard, eight, 
     shared = sum(p.nbytes for p in base.transformer_blocks[0].parameters())
     split(model, base, (8,), reshard)
     moved = Moved()
-    moved.watch(monkeypatch, "all_gather_single", 0)
+    moved.watch(monkeypatch, GATHER, 0)
     trained_step(model, inputs, calls=2)
     # The two calls' backwards meet at the first block, which is gathered once less.
     root = paper.BF16 * (counted["parameters"]["base"] - counted["parameters"]["blocks"])
     times = 6 if reshard else 2
     exact = times * paper.gathered_bytes(counted) - shared + root
-    assert exact <= moved["all_gather_single"] < 1.01 * exact
+    assert exact <= moved[GATHER] < 1.01 * exact
     guided = sum(paper.GUIDED) / paper.TASKS
     expected = guided * times + (1 - guided) * (5 if reshard else 2)
     assert paper.gathers({**counted, "calls": 2}, reshard) == pytest.approx(expected)
@@ -219,8 +225,8 @@ def test_fsdp_reduces_once_and_keeps_whole_gradients_until_then(eight, monkeypat
     model, base, counted, inputs = tiny()
     split(model, base, (2, 4))
     moved = Moved()
-    for name in ("reduce_scatter_single", "all_reduce"):
-        moved.watch(monkeypatch, name, 1 if name == "reduce_scatter_single" else 0)
+    for name in (SCATTER, "all_reduce"):
+        moved.watch(monkeypatch, name, 1 if name == SCATTER else 0)
     model.set_requires_gradient_sync(False)
     trained_step(model, inputs)
     assert not moved
@@ -232,7 +238,7 @@ def test_fsdp_reduces_once_and_keeps_whole_gradients_until_then(eight, monkeypat
     assert sum(g.nbytes for g in kept) == lora
     model.set_requires_gradient_sync(True)
     trained_step(model, inputs)
-    assert moved["reduce_scatter_single"] == lora
+    assert moved[SCATTER] == lora
     assert moved["all_reduce"] == lora // 4  # the replicas add their quarters
 
 
