@@ -139,6 +139,8 @@ def trained_elsewhere(trainer: Any, patch: Callable[..., None]) -> Accelerator:
         patch (`Callable`): pytest's `monkeypatch.setattr`.
     """
     field = trainer.velocity_field
+    trainer._get_train_sampler()
+    field.encode_together(trainer._companies())  # as an update does, which keeps them by their company
     for task in trainer.tasks:
         prompts = [trainer.train_dataset[row]["prompt"] for row in trainer._task_rows[task]]
         for prompt in prompts:

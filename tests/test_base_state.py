@@ -35,6 +35,9 @@ from trl_diffusion_opd import evaluate_retention, merge_teachers
 from trl_diffusion_opd.base_state import placement_problems, transformer_problems
 
 
+pytestmark = pytest.mark.slow
+
+
 FLOAT8 = dict(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
 ON_CPU = dict(onload_device=torch.device("cpu"), offload_type="leaf_level")
 

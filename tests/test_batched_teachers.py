@@ -43,6 +43,9 @@ from trl_diffusion_opd.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.velocity import VelocityField
 
 
+pytestmark = pytest.mark.slow
+
+
 # What differs in how these families encode prompts, lay out rows and combine guidance: doubled rows; packed latents and
 # shared ids; two calls and batches padded to the longest prompt; lists; two calls, one norm; left padding to sixteens.
 LAYOUTS = ["sd3", "flux", "flux2_klein", "qwen_image", "z_image", "lumina2", "hidream", "wan", "cogview4"]

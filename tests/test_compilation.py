@@ -27,6 +27,9 @@ from trl_diffusion_opd.adapters import AdapterSwitch
 from trl_diffusion_opd.compilation import compile_blocks
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()

@@ -40,6 +40,9 @@ from trl_diffusion_opd.evaluation.drawing import DRAWING
 from trl_diffusion_opd.rollout import sample_generators
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     return make_teachers(tmp_path_factory.mktemp("teachers"))

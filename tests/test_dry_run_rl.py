@@ -32,6 +32,9 @@ from tiny_sd3 import make_pipeline, make_transformer
 from trl_diffusion_opd.dry_run_shared import counted
 
 
+pytestmark = pytest.mark.slow
+
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 REWARDS = {"count": [brightness, first_pixel], "draw": [brightness]}
 COMMON = dict(reward_funcs=REWARDS, num_generations=4, per_device_train_batch_size=4, learning_rate=1e-3)

@@ -34,6 +34,9 @@ from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.velocity import VelocityField
 
 
+pytestmark = pytest.mark.slow
+
+
 # HiDream's experts are chosen by values, which there are none of.
 VELOCITIES = sorted(FAMILIES.keys() - {*TRAINED, "hidream"})
 COUNT = make_dataset(count=4)

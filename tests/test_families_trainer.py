@@ -32,6 +32,9 @@ from trl_diffusion_opd.rollout import sample_generators
 from trl_diffusion_opd.velocity import VelocityField
 
 
+pytestmark = pytest.mark.slow
+
+
 SEED = 5
 TASKS = dict(zip(("animals", "places"), PROMPTS, strict=True))
 # Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all others.

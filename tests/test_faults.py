@@ -25,6 +25,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 
+pytestmark = pytest.mark.slow
+
+
 OPTIONS = dict(
     max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1, ema_decay=0.9, ema_update_interval=1
 )

@@ -32,6 +32,9 @@ from trl_diffusion_opd.hub_errors import download, explained, retried
 from trl_diffusion_opd.teachers import TeacherError, parse_teacher, read_lora
 
 
+pytestmark = pytest.mark.slow
+
+
 CHECKPOINT = {"optimizer.pt", "student_raw.safetensors", "adapter_model.safetensors", "trainer_state.json", "complete"}
 
 

@@ -28,6 +28,9 @@ from trl_diffusion_opd.memory import activation_bytes, optimizer_bytes, step_byt
 from trl_diffusion_opd.student import default_lora_config
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     return make_teachers(tmp_path_factory.mktemp("teachers"))

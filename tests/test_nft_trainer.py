@@ -33,6 +33,9 @@ from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, Diffusion
 from trl_diffusion_opd.old_policy import OLD_POLICY_FILE
 
 
+pytestmark = pytest.mark.slow
+
+
 # An update
 
 

@@ -28,6 +28,9 @@ from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.offload import Offload, offloaded
 
 
+pytestmark = pytest.mark.slow
+
+
 SETTINGS = {"max_steps": 3, "guidance_scale": 3.0, "teacher_guidance_scale": 2.0}
 
 

@@ -31,6 +31,9 @@ from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
 from trl_diffusion_opd.velocity import VelocityField
 
 
+pytestmark = pytest.mark.slow
+
+
 STEPS = 3  # of which the last is not trained
 
 

@@ -32,6 +32,9 @@ from trl_diffusion_opd.student import Student
 from trl_diffusion_opd.trainer.base_trainer import DiffusionTrainer
 
 
+pytestmark = pytest.mark.slow
+
+
 OPTIONS = dict(
     max_steps=3,
     learning_rate=1e-2,

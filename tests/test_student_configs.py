@@ -28,6 +28,9 @@ from torch import nn
 from trl_diffusion_opd.lora_config import config_problems, layer_problems
 
 
+pytestmark = pytest.mark.slow
+
+
 BLOCK = "transformer_blocks.1.attn.to_q"
 
 SURVIVING: dict[str, dict[str, Any]] = {

@@ -27,6 +27,9 @@ from trl_diffusion_opd import timing
 from trl_diffusion_opd.timing import UpdateClock
 
 
+pytestmark = pytest.mark.slow
+
+
 CPU = torch.device("cpu")
 
 

@@ -289,8 +289,8 @@ def test_wandb(run, expected, tmp_path):
     logged = {key: value for key, value in expected.items() if key[0].removeprefix("train/") not in once}
     assert {key for key in seen if key[0] != "train/global_step"} == logged.keys()
     assert [seen[key] for key in logged] == pytest.approx(list(logged.values()))
-    (axis,) = {record.metric.name for record in records if record.WhichOneof("record_type") == "metric"} - {""}
-    assert axis == "train/global_step"
+    metrics = [record.metric for record in records if record.WhichOneof("record_type") == "metric"]
+    assert [metric.step_metric for metric in metrics if metric.glob_name == "*"] == ["train/global_step"]
 
     assert list(tables) == LOGGED
     for step in LOGGED:
