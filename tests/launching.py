@@ -79,12 +79,6 @@ def launched(
     return subprocess.run(command, env=surroundings(environment), capture_output=True, text=True, timeout=600)
 
 
-def launch(script: str, folder: Path, environment: dict[str, str] | None = None) -> None:
-    """The same, to its end."""
-    result = launched(script, folder, environment=environment)
-    assert result.returncode == 0, result.stderr[-20000:]
-
-
 # Forked
 
 

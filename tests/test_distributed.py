@@ -17,7 +17,6 @@ import json
 
 import pytest
 import torch
-from launching import launch
 from opd_fixtures import (
     first_pixel,
     make_dataset,
@@ -57,7 +56,7 @@ def two(tmp_path_factory, teachers, processes):
     folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
-    launch("train.py", folder)
+    processes.run_script("train.py", folder)
     reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
     tensors = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
     return reports, tensors, folder
