@@ -173,7 +173,7 @@ def test_no_network(monkeypatch):
     metric.compute(prompts=PROMPTS, images=IMAGES, level=[{"n": 1}] * 3)
 
 
-def test_combine_and_save(processes, tmp_path):  # `evaluate` asks git for the commit
+def test_combine_and_save(tmp_path):
     features = Features({"level": {"n": Value("int64")}})
     metric = evaluate.combine([Mean().as_metric(), Spec().as_metric(), as_metric(level, features)])
     columns = {"target": ["x", "y", "zz"], "level": [{"n": 1}, None, {"n": 3}]}
