@@ -152,7 +152,9 @@ class TestRefusals:
             pytest.param(
                 "flex",
                 "'flex' does not work for FluxTransformer2DModel on cpu in float32: .*not support backward on CPU",
-                marks=pytest.mark.skipif(torch.__version__ < "2.11", reason="PyTorch 2.10's has a gradient on the CPU"),
+                marks=pytest.mark.skipif(
+                    torch.__version__ < "2.11", reason="PyTorch 2.10's has a gradient on the CPU"
+                ),
             ),
             ("flash", "attention_backend='flash': .*install `flash-attn"),
             (
