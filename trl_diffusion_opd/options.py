@@ -21,6 +21,7 @@ from typing import Any
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+FOLLOWING = "auto"  # `ema_decay` of an average whose reach follows the length of the run
 
 # What took the place of options that people still write: transformers' before its version 5, and those of diffusers' and
 # TRL's scripts.
