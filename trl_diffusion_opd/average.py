@@ -34,8 +34,8 @@ def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None
     """
     The average that `ema_decay` asks for, which starts as a copy of `parameters`.
 
-    With `"auto"` the decay of step n is `n / (n + γ)`, which is diffusers' warm-up with power 1 and no end. Weights of update i
-    then count in proportion to `i^(γ - 1)`, so the average reaches as far back in a long run as in a short one, measured in
+    With `"auto"` the decay of step n is `n / (n + γ)`, which is diffusers' warm-up with power 1 and no end. Weights of a late
+    update i then count about as `i^(γ - 1)`: the average reaches as far back in a long run as in a short one, measured in
     lengths of the run (Karras et al. 2024, arXiv 2312.02696, Eq. 7).
     """
     if not decay:

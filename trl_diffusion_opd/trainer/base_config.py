@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..options import DTYPES, FOLLOWING, dtype_name, model_init_problems, unknown_option
+from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
 from ..rewards.scoring import timeout_problems
 
 
@@ -307,6 +307,7 @@ class DiffusionConfig(_BaseConfig):
                 f"dtype={self.dtype!r}, and model_init_kwargs has {' and '.join(sorted(others))}: give it once."
             )
         problems += self._choice_problems("dtype", "sampler")
+        problems += idle_options(self)
         try:
             convert_file_size_to_int(self.prompt_cache_max_size)
         except ValueError:

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -342,6 +342,14 @@ class DiffusionTrainer(EvaluatingTrainer):
             model = transformer.requires_grad_(True)
         elif args.student_init not in (None, MERGE):  # a merge needs the teachers, which are loaded later
             config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
+            if isinstance(peft_config, LoraConfig) and (peft_config.r, peft_config.lora_alpha) != (
+                config.r,
+                config.lora_alpha,
+            ):
+                logger.warning(
+                    f"The student goes on from {args.student_init}, a LoRA of rank {config.r} and alpha {config.lora_alpha}. The "
+                    f"peft_config of rank {peft_config.r} and alpha {peft_config.lora_alpha} has no effect."
+                )
             model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
         else:
             config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
