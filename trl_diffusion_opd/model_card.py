@@ -114,6 +114,7 @@ def write_model_card(
         kind=_kind(trainer),
         transformer_class=type(trainer._pipeline.transformer).__name__,
         settings=_settings(trainer),
+        changes=trainer.changes,
         report=report,
         pictures={picture: text for picture, text in _PICTURES.items() if (folder / picture).exists()},
         datasets=datasets,

@@ -28,6 +28,7 @@ from .rewards import reward_name
 
 if TYPE_CHECKING:
     from .completions import Completion
+    from .resume import Change
     from .samplers import SamplerTable
     from .trainer.base_trainer import DiffusionTrainer
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
@@ -65,6 +66,19 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
 
 def print_line(text: str) -> None:
     _console().print(text)
+
+
+def print_resume(checkpoint: str, update: int, changes: Sequence["Change"]) -> None:
+    """Shows where a run goes on, and what has changed since."""
+    console = _console()
+    console.print(f"Goes on after update {update} of {checkpoint}.")
+    if changes:
+        table = Table(title=f"Changed since update {update}, with effect from update {update + 1} on")
+        for column in ("setting", "then", "now"):
+            table.add_column(column, overflow="fold")
+        for change in changes:
+            table.add_row(*change.row())
+        console.print(table)
 
 
 def print_rewards(trainer: "DiffusionRLTrainer") -> None:
