@@ -87,15 +87,17 @@ class Pair:
     def warning(self) -> str:
         """What will come of a conflict, and what to do."""
         one, other = (repr(task) for task in self.tasks)
-        found = [f"{self.identical} prompts are in both ({self.identical_share:.1%} of their rows)"]
+        found = []
         if self.accuracy is not None:
-            found.insert(0, f"by their embeddings {self.accuracy:.0%} are told right, where 50% is chance")
+            found.append(f"by their embeddings {self.accuracy:.0%} are told right, where 50% is chance")
+        if self.identical:
+            found.append(f"{self.identical} of them are in both tasks, {self.identical_share:.1%} of the rows")
         return (
-            f"The prompts of tasks {one} and {other} can't be told apart: {', and '.join(found)}. Their teachers disagree: on the "
-            f"same states their velocities are {self.disagreement:.2f} of what they teach apart, where 0.00 is the same and 1.41 "
-            "has nothing in common. A student sees the prompt and not the task, so it will learn the mean of the two teachers "
-            "and keep a part of each alone. Make the prompts say which task they are of, such as by a word in front of every prompt "
-            "of a task that no other task has, in training, in evaluations and wherever the student is used."
+            f"The prompts of tasks {one} and {other} can't be told apart: {'; '.join(found)}. And their teachers disagree: on the "
+            f"same states their velocities are {self.disagreement:.2f} apart in units of what they teach, where 0 is the same and "
+            "1.41 has nothing in common. A student sees the prompt and not the task: it will learn the mean of the two, which "
+            "keeps a part of each. Make the prompts say which task they are of, such as by a word in front that is in all "
+            "prompts of the task and in no other, in training, in evaluations and wherever the student is used."
         )
 
 
