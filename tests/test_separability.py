@@ -36,6 +36,7 @@ from trl_diffusion_opd.conflicts import find_pairs
 from trl_diffusion_opd.data import TaskSampler
 from trl_diffusion_opd.separability import (
     Pair,
+    conflict_warning,
     disagreement,
     identical_prompts,
     prompt_counts,
@@ -122,7 +123,14 @@ def test_disagreement():
     ],
 )
 def test_what_is_a_conflict(identical, accuracy, apart, warned):
-    assert Pair(("a", "b"), 3, identical, accuracy, apart).in_conflict == warned
+    pair = Pair(("a", "b"), 3, identical, accuracy, apart)
+    assert pair.in_conflict == warned == (conflict_warning([pair]) is not None)
+
+
+def test_many_conflicts_are_one_warning():
+    pairs = [Pair(("a", str(i)), 0, 0.0, 0.5, 1.0 if i else 0.0) for i in range(14)]
+    lines = conflict_warning(pairs).splitlines()
+    assert len(lines) == 1 + 10 + 1 + 1 and lines[11] == "- and 3 more pairs" and "'0'" not in lines[1]
 
 
 def test_prompts_that_come_first_and_in_the_company_of_training():
@@ -215,7 +223,13 @@ def test_a_conflict_is_named_before_the_first_step(tmp_path, teachers, caplog, c
     assert begun[0] == warning
     (pair,) = pairs_of(trainer)
     assert pair.tasks == ("count", "draw") and pair.identical == 0 and pair.accuracy < 0.75 and pair.disagreement > 0.5
-    for part in ("tasks 'count' and 'draw'", f"{pair.accuracy:.0%}", "the mean of the two", "a word in front"):
+    for part in (
+        "- 'count' and 'draw': by",
+        f"{pair.accuracy:.0%}",
+        f"{pair.disagreement:.2f} apart",
+        "the mean",
+        "a word in front",
+    ):
         assert part in warning
     assert f"{pair.disagreement:.2f}" in capsys.readouterr().out
 
@@ -244,7 +258,7 @@ def test_many_identical_prompts(tmp_path, teachers, caplog):
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, two(teachers), train_dataset=data(10, same=5)).train()
     (warning,) = warnings(caplog)
-    assert "5 of them are in both tasks, 50.0% of the rows" in warning and "embeddings" not in warning
+    assert "5 prompts are in both, 50.0% of the rows" in warning and "embeddings" not in warning
 
 
 @pytest.mark.slow
@@ -386,7 +400,7 @@ def test_dry_run(tmp_path, teachers, capsys):
         assert entry["disagreement"] > 0.5 and (entry["accuracy"] < 0.75) == (tasks == ("count", "draw"))
         assert entry["identical_prompts"] == 0
     (warning,) = report["warnings"]
-    assert "tasks 'count' and 'draw' can't be told apart" in warning and " in both" not in warning
+    assert "- 'count' and 'draw': by" in warning and " in both" not in warning and "'more'" not in warning
     json.dumps(report["separability"])
     shown = capsys.readouterr().out
     assert "Tasks by their prompts" in shown and "count, more" in shown

@@ -42,6 +42,7 @@ from .dry_run_shared import (
 )
 from .objectives import inclusion_probabilities, systematic_sample, velocity_gap_sq
 from .rollout import gaussian, sample_generators, walk
+from .separability import conflict_warning
 from .teachers import Teacher, rescaled_factors
 
 
@@ -94,7 +95,7 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,
-        "warnings": _warnings(tasks) + [pair.warning() for pair in pairs if pair.in_conflict],
+        "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
     images = _draw(trainer)
     if trainer.accelerator.is_main_process:

@@ -20,7 +20,7 @@ least loss is at the mean of the two, and the student keeps of each what the mea
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ _IDENTICAL = 0.1
 _SAME = 1e-3
 # At .5 a student of the mean loses a sixteenth of what the two teach: see `disagreement`.
 _APART = 0.5
+# Twenty tasks make 190 pairs.
+_SHOWN = 10
 _FOLDS = 5
 _SHRINKAGE = 0.1  # of the mean variance in the directions in which prompts vary
 _SEED = 0
@@ -84,21 +86,35 @@ class Pair:
             "disagreement": self.disagreement,
         }
 
-    def warning(self) -> str:
-        """What will come of a conflict, and what to do."""
-        one, other = (repr(task) for task in self.tasks)
+    def findings(self) -> str:
+        """A conflict in words."""
         found = []
         if self.accuracy is not None:
             found.append(f"by their embeddings {self.accuracy:.0%} are told right, where 50% is chance")
         if self.identical:
-            found.append(f"{self.identical} of them are in both tasks, {self.identical_share:.1%} of the rows")
-        return (
-            f"The prompts of tasks {one} and {other} can't be told apart: {'; '.join(found)}. And their teachers disagree: on the "
-            f"same states their velocities are {self.disagreement:.2f} apart in units of what they teach, where 0 is the same and "
-            "1.41 has nothing in common. A student sees the prompt and not the task: it will learn the mean of the two, which "
-            "keeps a part of each. Make the prompts say which task they are of, such as by a word in front that is in all "
-            "prompts of the task and in no other, in training, in evaluations and wherever the student is used."
-        )
+            found.append(f"{self.identical} prompts are in both, {self.identical_share:.1%} of the rows")
+        one, other = (repr(task) for task in self.tasks)
+        return f"{one} and {other}: {'; '.join(found)}; the teachers are {self.disagreement:.2f} apart"
+
+
+def conflict_warning(pairs: Sequence[Pair]) -> str | None:
+    """What will come of the conflicts among pairs of tasks, and what to do; `None` if there are none."""
+    conflicts = [pair for pair in pairs if pair.in_conflict]
+    if not conflicts:
+        return None
+    shown = [f"- {pair.findings()}" for pair in conflicts[:_SHOWN]]
+    if len(conflicts) > _SHOWN:
+        shown.append(f"- and {len(conflicts) - _SHOWN} more pairs")
+    return "\n".join(
+        [
+            "The prompts of these tasks can't be told apart, and their teachers disagree on the same states:",
+            *shown,
+            "How far teachers are apart is in units of what they teach: 0 is the same, 1.41 has nothing in common. A student sees "
+            "the prompt and not the task, so it will learn the mean of such teachers and keep a part of each. Make the prompts say "
+            "which task they are of, such as by a word in front that is in all prompts of the task and in no other's, in training, "
+            "in evaluations and wherever the student is used.",
+        ]
+    )
 
 
 # Prompts

@@ -28,6 +28,7 @@ from ..checkpoint import last_complete, write_json
 from ..conflicts import find_pairs
 from ..data import SINGLE_TASK
 from ..merge import MergeReport, merge_adapters, merge_weights
+from ..separability import conflict_warning
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank, normalize_teachers
 from .base_config import MERGE, DiffusionConfig
@@ -106,9 +107,8 @@ class TaughtTrainer(DiffusionTrainer):
         pairs = find_pairs(self, self._make_sampler(), self.accelerator.unwrap_model(self.model))
         if self.is_world_process_zero():
             tables.print_pairs(pairs)
-            for pair in pairs:
-                if pair.in_conflict:
-                    logger.warning(pair.warning())
+            if (warning := conflict_warning(pairs)) is not None:
+                logger.warning(warning)
 
     @staticmethod
     def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
