@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES
-from launching import Forks
+from launching import TESTS, Forks
 from opd_fixtures import make_trainer, snapshot, train_losses
 from sft_fixtures import sft_trainer
+from test_fsdp import fsdp_environment
 from tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd import TeacherConfig, tiny
@@ -43,6 +45,7 @@ from trl_diffusion_opd.separability import (
     prompt_features,
     told_apart,
 )
+from trl_diffusion_opd.trainer import taught_trainer
 from trl_diffusion_opd.trainer.taught_trainer import TaughtTrainer
 from trl_diffusion_opd.velocity import VelocityField
 
@@ -419,20 +422,45 @@ def test_the_tiny_world_is_told_apart(tmp_path):
 # Several processes
 
 
-def compare(folder: str, teachers: dict[str, str]) -> None:
-    trainer = make_trainer(Path(folder), teachers, train_dataset=data(), per_device_train_batch_size=1)
-    forwards = []
+def compare(folder: str, teachers: dict[str, str], split: bool) -> None:
+    """Trains for an update, and writes what was found before it, how many forwards that took, and the loss."""
+    if split:
+        sys.path.insert(0, str(TESTS / "distributed"))
+        from fsdp_on_cpu import allow_fsdp_on_cpu
+
+        allow_fsdp_on_cpu()
+    trainer = make_trainer(folder, teachers, train_dataset=data(), per_device_train_batch_size=1)
+    forwards: list[int] = []
     trainer.bank.backbone.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
-    reports = [pair.report() for pair in pairs_of(trainer)]
-    Path(folder, f"{trainer.accelerator.process_index}.json").write_text(json.dumps([reports, len(forwards)]))
+    found: list[object] = []
+    find = taught_trainer.find_pairs
+    taught_trainer.find_pairs = lambda *inputs: found.append(find(*inputs)) or found[-1]
+    begin = trainer._begin_costs
+    trainer._begin_costs = lambda: found.append(len(forwards)) or begin()
+    trainer.train()
+    pairs, count = found
+    report = [
+        [pair.report() for pair in pairs],
+        count,
+        train_losses(trainer)[0],
+        str(trainer.accelerator.distributed_type),
+    ]
+    Path(folder, f"{trainer.accelerator.process_index}.json").write_text(json.dumps(report))
 
 
-def test_two_processes_find_the_same(tmp_path, teachers, processes: Forks):
-    ended = processes.run(compare, str(tmp_path), two(teachers))
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split by FSDP2"])
+def test_two_processes_find_the_same(tmp_path, teachers, processes: Forks, split):
+    environment = fsdp_environment() if split else None
+    ended = processes.run(compare, str(tmp_path), two(teachers), split, environment=environment)
     assert [one.code for one in ended] == [0, 0], ended
-    (first, forwards), (second, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second and forwards == others == 2 * 3 * 4
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    (report,), forwards, loss, kind = first
+    assert forwards == 2 * 3 * 4 and ("FSDP" in kind) == split
     # And what one process finds, with as many prompts at a time.
-    (pair,) = pairs_of(make_trainer(tmp_path, two(teachers), train_dataset=data(), per_device_train_batch_size=2))
-    assert first[0]["accuracy"] == pair.accuracy
-    assert first[0]["disagreement"] == pytest.approx(pair.disagreement, rel=1e-5)
+    trainer = make_trainer(tmp_path, two(teachers), train_dataset=data(), per_device_train_batch_size=2)
+    (pair,) = pairs_of(trainer)
+    assert report["accuracy"] == pair.accuracy
+    assert report["disagreement"] == pytest.approx(pair.disagreement, rel=1e-5)
+    trainer.train()
+    assert loss == pytest.approx(train_losses(trainer)[0], rel=1e-5)
