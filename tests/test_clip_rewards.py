@@ -92,7 +92,8 @@ def expected(reward_class, folders) -> list[float]:
         if reward_class is HPSv2:
             image, text = open_clip_embeddings(folders.open_clip, letterboxed_pixels(picture), prompt)
         else:
-            image, text = transformers_embeddings(folders.weights, cropped_pixels(picture), prompt)
+            rule = "torchvision" if reward_class is Aesthetic else "transformers"
+            image, text = transformers_embeddings(folders.weights, cropped_pixels(picture, rule=rule), prompt)
         if reward_class is PickScore:
             scores.append((folders.weights["logit_scale"].double().exp() * image @ text).item())
         elif reward_class is Aesthetic:
