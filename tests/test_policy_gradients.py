@@ -17,6 +17,7 @@ import math
 
 import pytest
 import torch
+from noise_grids import sd3_levels
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -206,6 +207,29 @@ def test_normalised_ratios_have_mean_zero_and_one_spread():
         assert normalised.mean().abs() < 0.01 * shift.sqrt()
         assert normalised.std().item() == pytest.approx(math.sqrt(shift / 16), rel=0.02)
         assert torch.allclose(normalised, s * (raw + shift / (2 * s**2)))
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(10, 4.388), (20, 8.597), (28, 11.904), (40, 16.810)])
+def test_a_published_beta_is_weaker_by_the_lengths_of_the_steps(steps, factor):
+    """
+    Flow-GRPO's code divides the squared distance of its means by `2 std_dev_t ** 2`, in which the length of the step is not.
+    The figures are those of the trainer's page, with velocities that differ equally at every trained step.
+    """
+    levels = sd3_levels(steps)
+    table = sampler_table("flow_sde", levels, 0.7)
+    x, v, v_base = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs = [], []
+    for j in range(steps - 1):
+        sigma, dt = levels[j], levels[j + 1] - levels[j]
+        std_dev_t = math.sqrt(sigma / (1 - (levels[1] if sigma == 1 else sigma))) * 0.7
+        mean, mean_base = (
+            x * (1 + std_dev_t**2 / (2 * sigma) * dt) + u * (1 + std_dev_t**2 * (1 - sigma) / (2 * sigma)) * dt
+            for u in (v, v_base)
+        )
+        theirs.append(((mean - mean_base) ** 2).mean() / (2 * std_dev_t**2))
+        ours.append(transition_kl(v, v_base, float(table.c[j]), float(table.s[j])).mean())
+        assert ours[j] / theirs[j] == pytest.approx(-1 / dt, rel=1e-6)
+    assert sum(ours) / sum(theirs) == pytest.approx(factor, abs=1e-3)
 
 
 def test_clipped_surrogate():
