@@ -38,6 +38,7 @@ from peft.utils import CONFIG_NAME
 from transformers.utils.hub import hf_api
 
 from . import __version__
+from .average import average_in_words
 from .hub import CARD_FILE, REPORT_FILE, known_tokens
 from .public import last_part, public_value
 from .quantization import described
@@ -397,7 +398,7 @@ def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "optimizer": f"{plain['optim']}, betas ({args.adam_beta1}, {args.adam_beta2}), weight decay {args.weight_decay}",
         "learning rate": f"{args.learning_rate}, {plain['lr_scheduler_type']}",
         "gradient clipping": args.max_grad_norm,
-        "moving average": f"{args.ema_decay} every {args.ema_update_interval} updates" if args.ema_decay else "none",
+        "moving average": average_in_words(args.ema_decay, args.ema_update_interval),
         "precision": f"base {args.dtype}"
         + (f", its weights quantised ({quantised})" if quantised else "")
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.training_utils import EMAModel
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .average import moving_average, step_number
 from .sharding import forget_gathered, own_part, split_like, whole, whole_shape
 
 
@@ -79,8 +79,8 @@ class Student:
             A PeftModel whose adapter `default` is trained, or a transformer trained in full.
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline the model belongs to: it writes the LoRA file that it can load again.
-        ema_decay (`float`, *optional*):
-            Decay of the average; `None` or 0 for none.
+        ema_decay (`float` or `str`, *optional*):
+            Decay of the average, `"auto"` for one that follows the run; `None` or 0 for none.
         ema_update_interval (`int`, *optional*, defaults to `1`):
             Updates between two steps of the average.
     """
@@ -89,15 +89,16 @@ class Student:
         self,
         model: nn.Module,
         pipeline: DiffusionPipeline,
-        ema_decay: float | None = None,
+        ema_decay: float | str | None = None,
         ema_update_interval: int = 1,
     ):
         self.model = model
         self.pipeline = pipeline
         self.is_lora = isinstance(model, PeftModel)
         self._class_name = type(model).__name__  # FSDP2 gives the model a class of its own
+        self.ema_decay = ema_decay
         self.ema_update_interval = ema_update_interval
-        self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
+        self.ema = moving_average(self.parameters(), ema_decay)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the model's order. Not to be called between a forward and its backward."""
@@ -116,10 +117,8 @@ class Student:
         """Takes the average's step after update number `step` (counted from 1), if it is due."""
         if self.ema is None or step % self.ema_update_interval:
             return
-        # The warm-up min(decay, (1 + n) / (10 + n)) counts optimizer steps, not steps of the average, of which there are
-        # fewer: it would last `ema_update_interval` times as long.
-        self.ema.optimization_step = step
-        decay = self.ema.get_decay(step)
+        self.ema.optimization_step = step_number(self.ema_decay, step, self.ema_update_interval)
+        decay = self.ema.get_decay(self.ema.optimization_step)
         self._split_average()
         parts = self._parts()
         self.ema.to(parts[0].device)

@@ -63,6 +63,10 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
     console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
 
 
+def print_line(text: str) -> None:
+    _console().print(text)
+
+
 def print_rewards(trainer: "DiffusionRLTrainer") -> None:
     """Shows tasks and rewards, how many completions a round has, and how many parameters are trained."""
     console, args = _console(), trainer.args

@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -36,8 +36,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import identity
 
-from .. import checkpoint, hub, model_card
+from .. import checkpoint, hub, model_card, tables
 from ..attention import use_attention_backend
+from ..average import average_line, lag_problem
 from ..compilation import compile_blocks
 from ..data import TaskSampler, plain_dataset, task_of, task_rows
 from ..flops import matmul_rate
@@ -85,6 +86,7 @@ class _StudentCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         checkpoint.restore_best(args.output_dir, state)
+        self.trainer._say_average(state.max_steps)
         self.trainer._log_completions()
         self.trainer._begin_costs()
 
@@ -340,6 +342,14 @@ class DiffusionTrainer(EvaluatingTrainer):
             model = transformer.requires_grad_(True)
         elif args.student_init not in (None, MERGE):  # a merge needs the teachers, which are loaded later
             config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
+            if isinstance(peft_config, LoraConfig) and (peft_config.r, peft_config.lora_alpha) != (
+                config.r,
+                config.lora_alpha,
+            ):
+                logger.warning(
+                    f"The student goes on from {args.student_init}, a LoRA of rank {config.r} and alpha {config.lora_alpha}. The "
+                    f"peft_config of rank {peft_config.r} and alpha {peft_config.lora_alpha} has no effect."
+                )
             model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
         else:
             config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
@@ -388,6 +398,15 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._sampler.set_epoch(epoch)
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def _say_average(self, updates: int) -> None:
+        """How old the weights are that are evaluated and saved, and a warning where that is too old for this run."""
+        if not self.is_world_process_zero():
+            return
+        average = self.args.ema_decay, updates, self.args.ema_update_interval
+        tables.print_line(average_line(*average))
+        if (problem := lag_problem(*average)) is not None:
+            logger.warning(problem)
 
     def _begin_costs(self) -> None:
         rate, device = 0.0, self.accelerator.device
