@@ -232,6 +232,27 @@ def test_a_published_beta_is_weaker_by_the_lengths_of_the_steps(steps, factor):
     assert sum(ours) / sum(theirs) == pytest.approx(factor, abs=1e-3)
 
 
+def test_published_log_ratios_of_cps_lack_the_variance():
+    """`log_prob = -((prev_sample - prev_sample_mean) ** 2)` there, so a clip there is another here, step by step."""
+    levels = sd3_levels()
+    table = sampler_table("cps", levels, 0.8)
+    x, v, v_old, z = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = []
+    for j in range(8):
+        sigma, sigma_prev = levels[j], levels[j + 1]
+        std_dev_t = sigma_prev * math.sin(0.8 * math.pi / 2)
+        mean, mean_old = (
+            (x - sigma * u) * (1 - sigma_prev) + (x + u * (1 - sigma)) * math.sqrt(sigma_prev**2 - std_dev_t**2)
+            for u in (v, v_old)
+        )
+        sample = mean_old + std_dev_t * z
+        theirs = (-((sample - mean) ** 2)).mean() + ((sample - mean_old) ** 2).mean()
+        factors.append(float(theirs / log_ratio(v, v_old, z, float(table.c[j]), float(table.s[j]))))
+        assert factors[j] == pytest.approx(2 * std_dev_t**2, rel=1e-6)
+    # As the trainer's page says.
+    assert [round(factors[j], 2) for j in (0, 5, 7)] == [1.67, 0.66, 0.14]
+
+
 def test_clipped_surrogate():
     ratio = torch.tensor([0.5, 0.5, 1.0, 1.5, 1.5], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 2.0, 1.0, -1.0])
