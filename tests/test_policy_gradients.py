@@ -70,8 +70,8 @@ def papers_step(sampler, v, x, j):
     if sampler == "cps":
         mean = (1 - t_next) * x0 + t_next * math.cos(ETA * math.pi / 2) * x1
         return mean, t_next * math.sin(ETA * math.pi / 2)
-    if sampler == "flow_sde":  # sigma_t = a sqrt(t / (1 - t)), bounded on the first step
-        sigma = ETA * math.sqrt(t / (1 - min(t, LEVELS[1])))
+    if sampler == "flow_sde":  # sigma_t = a sqrt(t / (1 - t)), which this grid is far enough from 1 for
+        sigma = ETA * math.sqrt(t / (1 - t))
     else:
         sigma = ETA
     return x + (v + sigma**2 / (2 * t) * x1) * dt, sigma * math.sqrt(-dt)
