@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
-import jinja2
 import torch
 from datasets import Dataset
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -210,20 +209,11 @@ def write_teacher_card(
 
 
 def _render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
-    """What `ModelCard.from_template` does, which compiles the template each time."""
-    fields = {**data.to_dict(), "versions": _versions(), **fields}
-    return ModelCard(_template(template).render(card_data=data.to_yaml(), **fields))
+    path = str(files(__package__) / "templates" / template)
+    return ModelCard.from_template(data, template_path=path, versions=_versions(), **fields)
 
 
-# Once a process: each takes some 50 ms, and a card is written with every checkpoint.
-
-
-@cache
-def _template(name: str) -> jinja2.Template:
-    return jinja2.Template((files(__package__) / "templates" / name).read_text(encoding="utf-8"))
-
-
-@cache
+@cache  # it takes some 50 ms, and a card is written with every checkpoint
 def _versions() -> dict[str, str]:
     # Ours is not asked for: a checkout that is on the path, and not installed, has no metadata.
     return {"trl-diffusion-opd": __version__, **{name: version(name) for name in _SHOWN_PACKAGES}}
