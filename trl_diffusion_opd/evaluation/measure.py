@@ -31,6 +31,7 @@ from torch import Tensor
 from ..processes import failing_together
 from ..retention import Scores
 from ..rewards import Reward, RewardFunc, Scorer, reward_name
+from ..rewards.scoring import call_reward
 from ..teachers import Teacher, TeacherBank
 from ..velocity import VelocityField
 from .drawing import Velocity, draw_batch
@@ -317,13 +318,16 @@ def _recorded(
         prompts: list[str], images: list[Image], completions: Any, trainer_state: Any, **columns: list[Any]
     ) -> list[float | None]:
         batch = batches.popleft()  # a scorer calls a function in the order of its batches
-        part = tasks[batch.task]
-        with _Hint(name, batch.task, is_own=function in part.functions):
-            from ..rewards.metric import as_metric  # evaluate is slow to load
-
-            found = as_metric(function, part.prompts.features).compute(prompts=prompts, images=images, **columns)
-        record(batch, function, {score: found[f"{score}_scores"] for score in score_names(function)})
-        return found[f"{name}_scores"]
+        rows = [
+            {"prompt": prompt, **{column: values[i] for column, values in columns.items()}}
+            for i, prompt in enumerate(prompts)
+        ]
+        # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
+        own = [image.copy() for image in images]
+        with _Hint(name, batch.task, is_own=function in tasks[batch.task].functions):
+            found = call_reward(function, rows, own)
+        record(batch, function, found)
+        return found[name]
 
     recorded.__name__ = name
     return recorded

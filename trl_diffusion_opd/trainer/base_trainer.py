@@ -96,6 +96,8 @@ class _StudentCallback(TrainerCallback):
             )
         self.trainer._say_average(state.max_steps)
         self.trainer._log_completions()
+        if state.global_step == 0:
+            self.trainer._compare_tasks()
         self.trainer._begin_costs()
 
     def on_pre_optimizer_step(
@@ -279,6 +281,9 @@ class DiffusionTrainer(EvaluatingTrainer):
     def _setup(self, model: nn.Module, problems: list[str]) -> None:
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
 
+    def _compare_tasks(self) -> None:
+        """Says before the first step what the tasks have to do with each other. All processes call it."""
+
     def _card_fields(self) -> dict[str, Any]:
         """
         What the model card says of the method: `method`, `teachers`, `settings`, and `no_walk` where training has no
@@ -394,9 +399,13 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._signature_columns = self.train_dataset.column_names
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskSampler:
+        self._sampler = self._make_sampler()
+        return self._sampler
+
+    def _make_sampler(self) -> TaskSampler:
         # The order depends on the data seed alone, so every process has the same.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = TaskSampler(
+        return TaskSampler(
             [self._task_rows[task] for task in self.tasks],
             batch_size=self._train_batch_size * self.accelerator.num_processes,
             micro_batches=self._micro_batches,
@@ -404,7 +413,6 @@ class DiffusionTrainer(EvaluatingTrainer):
             repeats=self._repeats,
             passes=self._passes,
         )
-        return self._sampler
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
