@@ -90,7 +90,7 @@ def test_stops_after_the_update_and_goes_on_bit_for_bit(tmp_path, teachers, numb
 def test_a_better_checkpoint_does_not_take_its_place(tmp_path, teachers):
     # Trainer's own end would delete all but the best one.
     options = dict(eval_strategy="steps", eval_steps=1, num_eval_images=1, save_steps=1, save_total_limit=1)
-    options |= dict(load_best_model_at_end=True, metric_for_best_model="kl", save_strategy="steps")
+    options |= dict(load_best_model_at_end=True, metric_for_best_model="loss", save_strategy="steps")
     options |= dict(eval_dataset=make_dataset(count=1, draw=1), greater_is_better=False)
     trainer = make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGTERM)], **{**OPTIONS, **options})
     with pytest.raises(SystemExit):
