@@ -98,12 +98,16 @@ def test_a_better_checkpoint_does_not_take_its_place(tmp_path, teachers):
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
+def handler():
+    return signal.getsignal(signal.SIGINT)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path, teachers):
-    trainer = make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGINT, times=2)], **OPTIONS)
+    trainer, before = make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGINT, times=2)], **OPTIONS), handler()
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert last_complete(tmp_path) is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert handler() is before
 
 
 def test_a_launchers_sigterm_after_ctrl_c_is_no_second_one(tmp_path, teachers):
