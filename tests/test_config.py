@@ -82,8 +82,8 @@ def test_defaults():
         "gradient_accumulation_steps": None,
         # the student
         "student_init": None,
-        "ema_decay": 0.9,
-        "ema_update_interval": 8,
+        "ema_decay": "auto",
+        "ema_update_interval": 1,
         # evaluation and logging
         "eval_num_inference_steps": 40,
         "eval_guidance_scale": None,
@@ -275,7 +275,19 @@ REFUSED = {
     "steps": ({"num_inference_steps": 0}, "num_inference_steps=0: it must be at least 1."),
     "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: it must be at least 1."),
     "eval images": ({"num_eval_images": 0}, "num_eval_images=0: it must be at least 1."),
+    "batch size that is looked for": (
+        {"auto_find_batch_size": True},
+        "auto_find_batch_size=True has no effect here. Rounds of tasks are made for one size of batch.",
+    ),
+    "order of prompts": (
+        {"train_sampling_strategy": "sequential"},
+        "train_sampling_strategy='sequential' has no effect here. Prompts come in rounds of tasks",
+    ),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect here."),
+    "lomo": ({"optim": "lomo"}, "optim='lomo' is not supported: it steps inside of a backward of its own."),
     "ema": ({"ema_decay": 1.0}, "ema_decay=1.0: it must be in [0, 1)."),
+    "ema as text": ({"ema_decay": "always"}, "ema_decay='always': it is a number in [0, 1), or 'auto'."),
+    "ema as a text that is no share": ({"ema_decay": "nan"}, "ema_decay=nan: it must be a finite number."),
     "ema interval": ({"ema_update_interval": 0}, "ema_update_interval=0: it must be at least 1."),
     "beta": ({"beta": -1.0}, "beta=-1.0 is negative."),
     "skip": ({"skip_last_steps": 10}, "skip_last_steps=10: it must leave at least one of the 10 steps."),

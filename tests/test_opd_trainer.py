@@ -256,6 +256,25 @@ def test_student_starts_from_a_lora(tmp_path, teachers):
     assert 0 < relative_difference(snapshot(trainer), start) < 0.1
 
 
+def test_a_config_beside_a_lora_to_start_from_is_said_to_have_no_effect(tmp_path, teachers, caplog):
+    make_lora(make_pipeline(), tmp_path / "init", seed=8, rank=3)
+    options = dict(student_init=str(tmp_path / "init"), max_steps=1)
+    make_trainer(tmp_path / "out", teachers, peft_config=LoraConfig(r=3, lora_alpha=6), **options)
+    assert "has no effect" not in caplog.text
+    trainer = make_trainer(tmp_path / "out", teachers, peft_config=LoraConfig(r=5, lora_alpha=6), **options)
+    assert "a LoRA of rank 3 and alpha 6. The peft_config of rank 5 and alpha 6 has no effect" in caplog.text
+    assert trainer.model.peft_config["default"].r == 3
+
+
+def test_the_start_says_how_old_the_saved_weights_are(tmp_path, teachers, capsys, caplog):
+    make_trainer(tmp_path / "follows", teachers, ema_decay="auto", max_steps=2).train()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a moving average of the weights, 0.0 updates old in the mean at the end of these 2 updates" in said
+    assert "lags behind" not in caplog.text
+    make_trainer(tmp_path / "lags", teachers, ema_decay=0.9, ema_update_interval=2, max_steps=3).train()
+    assert "ema_decay=0.9 every 2 updates gives an average that is 1 updates old after 3" in caplog.text
+
+
 def test_own_lora_config(tmp_path, teachers):
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["ff.net.2", "attn.to_q"], lora_dropout=0.5)
     trainer = make_trainer(tmp_path, teachers, peft_config=config)

@@ -18,7 +18,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx2
-import jinja2
 import torch
 from datasets import Dataset
 from diffusers.loaders.lora_base import LoraBaseMixin
@@ -38,6 +37,7 @@ from peft.utils import CONFIG_NAME
 from transformers.utils.hub import hf_api
 
 from . import __version__
+from .average import average_in_words
 from .hub import CARD_FILE, REPORT_FILE, known_tokens
 from .public import last_part, public_value
 from .quantization import described
@@ -65,6 +65,7 @@ def write_model_card(
     model_name: str | None = None,
     dataset_name: str | list[str] | None = None,
     tags: str | list[str] | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """
     Writes the model card `README.md` into the output folder.
@@ -78,6 +79,7 @@ def write_model_card(
         model_name (`str`, *optional*): the title, by default the name of the repository or the output folder.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
         tags (`str` or `list[str]`, *optional*): tags besides the method's own.
+        changes (`list[dict]`, *optional*): what resumes have changed, as `DiffusionTrainer.changes` has it.
     """
     args = trainer.args
     folder = Path(args.output_dir or ".")
@@ -114,6 +116,7 @@ def write_model_card(
         kind=_kind(trainer),
         transformer_class=type(trainer._pipeline.transformer).__name__,
         settings=_settings(trainer),
+        changes=changes,
         report=report,
         pictures={picture: text for picture, text in _PICTURES.items() if (folder / picture).exists()},
         datasets=datasets,
@@ -209,20 +212,11 @@ def write_teacher_card(
 
 
 def _render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
-    """What `ModelCard.from_template` does, which compiles the template each time."""
-    fields = {**data.to_dict(), "versions": _versions(), **fields}
-    return ModelCard(_template(template).render(card_data=data.to_yaml(), **fields))
+    path = str(files(__package__) / "templates" / template)
+    return ModelCard.from_template(data, template_path=path, versions=_versions(), **fields)
 
 
-# Once a process: each takes some 50 ms, and a card is written with every checkpoint.
-
-
-@cache
-def _template(name: str) -> jinja2.Template:
-    return jinja2.Template((files(__package__) / "templates" / name).read_text(encoding="utf-8"))
-
-
-@cache
+@cache  # it takes some 50 ms, and a card is written with every checkpoint
 def _versions() -> dict[str, str]:
     # Ours is not asked for: a checkout that is on the path, and not installed, has no metadata.
     return {"trl-diffusion-opd": __version__, **{name: version(name) for name in _SHOWN_PACKAGES}}
@@ -397,7 +391,7 @@ def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "optimizer": f"{plain['optim']}, betas ({args.adam_beta1}, {args.adam_beta2}), weight decay {args.weight_decay}",
         "learning rate": f"{args.learning_rate}, {plain['lr_scheduler_type']}",
         "gradient clipping": args.max_grad_norm,
-        "moving average": f"{args.ema_decay} every {args.ema_update_interval} updates" if args.ema_decay else "none",
+        "moving average": average_in_words(args.ema_decay, args.ema_update_interval),
         "precision": f"base {args.dtype}"
         + (f", its weights quantised ({quantised})" if quantised else "")
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),

@@ -19,8 +19,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
 
 DTYPES = ("float32", "bfloat16", "float16")
+FOLLOWING = "auto"  # `ema_decay` of an average whose reach follows the length of the run
 
 # What took the place of options that people still write: transformers' before its version 5, and those of diffusers' and
 # TRL's scripts.
@@ -63,6 +67,21 @@ _REPLACED = {
     "pretrained_model_name_or_path": "Use model_name_or_path.",
 }
 
+# Options of Trainer that its own loop reads and the trainers here do not.
+_WITHOUT_EFFECT = {
+    "auto_find_batch_size": "Rounds of tasks are made for one size of batch. The dry run and estimate_memory() say what fits.",
+    "train_sampling_strategy": "Prompts come in rounds of tasks, in random order.",
+    "length_column_name": "Prompts come in rounds of tasks, in random order.",
+    "label_smoothing_factor": "Nothing here has classes as labels.",
+    "neftune_noise_alpha": "It is noise for the embeddings of a language model.",
+    "use_liger_kernel": "Its kernels are for language models.",
+    "torch_empty_cache_steps": "Against fragmented memory set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.",
+    "bf16_full_eval": "Evaluations are in the precision of training: see dtype and bf16.",
+    "fp16_full_eval": "Evaluations are in the precision of training: see dtype and fp16.",
+}
+# They step inside of Trainer's own backward.
+_OPTIMIZERS_WITHOUT_STEP = ("lomo", "adalomo")
+
 
 def unknown_option(config_class: type, name: str, others: type | None = None) -> str:
     """
@@ -87,6 +106,17 @@ def unknown_option(config_class: type, name: str, others: type | None = None) ->
     else:
         has = "No config of this package has it." + (f" Is {alike[0]!r} meant?" if alike else "")
     return f"{config_class.__name__} has no {name!r}. {has}"
+
+
+def idle_options(args: TrainingArguments) -> list[str]:
+    """What is refused of Trainer's own options, since it would do nothing."""
+    defaults = {known.name: known.default for known in fields(args)}
+    idle = {name: value for name, value in vars(args).items() if name in _WITHOUT_EFFECT and value != defaults[name]}
+    problems = [f"{name}={value!r} has no effect here. {_WITHOUT_EFFECT[name]}" for name, value in idle.items()]
+    optimizer = OptimizerNames(args.optim).value
+    if optimizer in _OPTIMIZERS_WITHOUT_STEP:
+        problems.append(f"optim={optimizer!r} is not supported: it steps inside of a backward of its own.")
+    return problems
 
 
 def dtype_name(value: Any) -> str | None:

@@ -277,7 +277,7 @@ class StageSpec:
         if args.ema_decay and 0 < args.max_steps < args.ema_update_interval:
             problems.append(
                 f"config: max_steps={args.max_steps} is less than ema_update_interval={args.ema_update_interval}, and the "
-                "average, which is what is saved, would be the LoRA of before. Set ema_update_interval: 1 or ema_decay: 0."
+                "average, which is what is saved, would be the LoRA of before. Leave out ema_update_interval."
             )
         return problems
 

@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.training_utils import EMAModel
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .average import moving_average, step_number
 from .sharding import forget_gathered, own_part, split_like, whole, whole_shape
 
 
@@ -79,8 +79,8 @@ class Student:
             A PeftModel whose adapter `default` is trained, or a transformer trained in full.
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline the model belongs to: it writes the LoRA file that it can load again.
-        ema_decay (`float`, *optional*):
-            Decay of the average; `None` or 0 for none.
+        ema_decay (`float` or `str`, *optional*):
+            Decay of the average, `"auto"` for one that follows the run; `None` or 0 for none.
         ema_update_interval (`int`, *optional*, defaults to `1`):
             Updates between two steps of the average.
     """
@@ -89,15 +89,16 @@ class Student:
         self,
         model: nn.Module,
         pipeline: DiffusionPipeline,
-        ema_decay: float | None = None,
+        ema_decay: float | str | None = None,
         ema_update_interval: int = 1,
     ):
         self.model = model
         self.pipeline = pipeline
         self.is_lora = isinstance(model, PeftModel)
         self._class_name = type(model).__name__  # FSDP2 gives the model a class of its own
+        self.ema_decay = ema_decay
         self.ema_update_interval = ema_update_interval
-        self.ema = EMAModel(self.parameters(), decay=ema_decay) if ema_decay else None
+        self.ema = moving_average(self.parameters(), ema_decay)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the model's order. Not to be called between a forward and its backward."""
@@ -111,15 +112,20 @@ class Student:
         # What is averaged: elementwise, so that no process needs more than it has.
         return [own_part(parameter) for parameter in self.parameters()]
 
+    def named_states(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process has of the weights and of their average."""
+        for i, (name, parameter) in enumerate(self.named_parameters().items()):
+            yield name, own_part(parameter).detach()
+            if self.ema is not None:
+                yield f"{name} (average)", self.ema.shadow_params[i]
+
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Takes the average's step after update number `step` (counted from 1), if it is due."""
         if self.ema is None or step % self.ema_update_interval:
             return
-        # The warm-up min(decay, (1 + n) / (10 + n)) counts optimizer steps, not steps of the average, of which there are
-        # fewer: it would last `ema_update_interval` times as long.
-        self.ema.optimization_step = step
-        decay = self.ema.get_decay(step)
+        self.ema.optimization_step = step_number(self.ema_decay, step, self.ema_update_interval)
+        decay = self.ema.get_decay(self.ema.optimization_step)
         self._split_average()
         parts = self._parts()
         self.ema.to(parts[0].device)
@@ -196,6 +202,7 @@ class Student:
                 transformer_lora_layers={name.removeprefix("base_model.model."): w for name, w in weights.items()},
                 transformer_lora_adapter_metadata=_portable_metadata(config),
             )
+            _sort_metadata(Path(folder) / LORA_WEIGHT_NAME_SAFE)
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """
@@ -256,6 +263,21 @@ def public_name(name_or_path: str | None) -> str | None:
     if name_or_path is None or not os.path.isdir(name_or_path):
         return name_or_path
     return Path(name_or_path).resolve().name
+
+
+def _sort_metadata(path: Path) -> None:
+    """
+    Puts the two entries of a file's metadata in order. safetensors writes them in the order of a hash map, so that the file of
+    equal weights had two hashes, by chance: a push saw a change, and a run another teacher.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "safetensors writes the same text, padded"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _portable_metadata(config: LoraConfig) -> dict[str, Any]:

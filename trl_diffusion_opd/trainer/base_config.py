@@ -14,6 +14,7 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..options import DTYPES, dtype_name, model_init_problems, unknown_option
+from ..finite import option_problems
+from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
 from ..rewards.scoring import timeout_problems
 
 
@@ -90,10 +92,11 @@ class DiffusionConfig(_BaseConfig):
         student_init (`str`, *optional*):
             A LoRA to start from: a folder, or `owner/repo[/sub/folder][@revision]`. `"merge"` starts from the mean of the
             teachers' LoRAs, truncated to the rank of `peft_config`.
-        ema_decay (`float`, *optional*, defaults to `0.9`):
-            Decay of the exponential moving average of the weights, which evaluation and saving use; `None` or 0 for
-            none.
-        ema_update_interval (`int`, *optional*, defaults to `8`):
+        ema_decay (`float` or `str`, *optional*, defaults to `"auto"`):
+            Decay of the exponential moving average of the weights, which evaluation and saving use. `"auto"` follows the
+            run: the averaged weights are 2% of the updates made so far old, in the mean. A number is a fixed decay; the
+            paper's is 0.9 every 8 updates. `None` or 0 for no average.
+        ema_update_interval (`int`, *optional*, defaults to `1`):
             Updates between two steps of the average.
 
         > Parameters that control the evaluation
@@ -208,10 +211,13 @@ class DiffusionConfig(_BaseConfig):
     student_init: str | None = field(
         default=None, metadata={"help": "A LoRA to start from: a folder, a Hub id, or 'merge'."}
     )
-    ema_decay: float | None = field(
-        default=0.9, metadata={"help": "Decay of the moving average that is evaluated and saved. 0 for none."}
+    ema_decay: float | str | None = field(
+        default=FOLLOWING,
+        metadata={
+            "help": "Decay of the moving average that is evaluated and saved. 'auto' follows the run, 0 is none."
+        },
     )
-    ema_update_interval: int = field(default=8, metadata={"help": "Updates between two steps of the average."})
+    ema_update_interval: int = field(default=1, metadata={"help": "Updates between two steps of the average."})
 
     # Parameters that control the evaluation
     eval_num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps of an evaluation."})
@@ -252,6 +258,9 @@ class DiffusionConfig(_BaseConfig):
         for name in ("checkpointing", "checkpointing_kwargs"):
             if given[f"activation_{name}"] is None:
                 given[f"activation_{name}"] = given[f"gradient_{name}"]
+        if isinstance(given["ema_decay"], str):  # from a command line
+            with suppress(ValueError):
+                given["ema_decay"] = float(given["ema_decay"])
         self._refuse_broken_json()
         super().__post_init__()
         # Under ZeRO-3 transformers would split every model that is loaded from now on, such as the base's text encoders and
@@ -259,7 +268,8 @@ class DiffusionConfig(_BaseConfig):
         unset_hf_deepspeed_config()
         if self.dtype == "float32":  # as when it is not given
             self.dtype = min(self._given_dtypes(), default=self.dtype)
-        self._raise(self._problems())
+        # All other checks compare, and nothing is less or more than NaN.
+        self._raise(option_problems(self) or self._problems())
 
     def _refuse_broken_json(self) -> None:
         """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
@@ -299,6 +309,7 @@ class DiffusionConfig(_BaseConfig):
                 f"dtype={self.dtype!r}, and model_init_kwargs has {' and '.join(sorted(others))}: give it once."
             )
         problems += self._choice_problems("dtype", "sampler")
+        problems += idle_options(self)
         try:
             convert_file_size_to_int(self.prompt_cache_max_size)
         except ValueError:
@@ -338,15 +349,26 @@ class DiffusionConfig(_BaseConfig):
                 f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
                 "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
             )
-        if not 0 <= self.learning_rate < math.inf:
-            problems.append(f"learning_rate={self.learning_rate}: it must be a finite number, not negative.")
-        if self.noise_level is not None and not math.isfinite(self.noise_level):
-            problems.append(f"noise_level={self.noise_level}: it must be a finite number.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "num_train_epochs",
+            "adam_epsilon",
+        ):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)}: it must be a finite number, not negative.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: it must be in [0, 1).")
+        if isinstance(self.ema_decay, str) and self.ema_decay != FOLLOWING:
+            problems.append(f"ema_decay={self.ema_decay!r}: it is a number in [0, 1), or {FOLLOWING!r}.")
+        elif isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}: it must be in [0, 1).")
         if isinstance(self.task_weights, dict):
             for task, weight in self.task_weights.items():
-                if not isinstance(weight, (int, float)) or weight <= 0:
+                if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
                     problems.append(f"task_weights: {task}={weight!r} is not a positive number.")
         return problems
 
