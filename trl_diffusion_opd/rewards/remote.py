@@ -45,7 +45,7 @@ _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 # Seconds between two tries, also if the server asks for more in Retry-After.
 _LONGEST_PAUSE = 30.0
 # Base64 of images in a call, if they are more than one: a server holds a whole call in its memory.
-_CALL_BYTES = 16 * 2**20
+_CALL_BYTES = 12 * 2**20
 # An answer may say more than its scores. A score takes 25 characters at most, and some space.
 _ANSWER_BYTES = 2**20
 _SCORE_BYTES = 64
@@ -59,7 +59,7 @@ class RemoteReward(Reward):
     """
     Scores that another process computes: a heavy reward on another device or machine, or one in another environment.
 
-    Images are sent in batches by `POST`, as JSON, `batch_size` at a time and 16 MiB of PNGs in base64; `examples/reward_server.py` is a server that speaks this format:
+    Images are sent in batches by `POST`, as JSON, `batch_size` at a time and 12 MiB of PNGs in base64; `examples/reward_server.py` is a server that speaks this format:
 
     ```
     {"prompts": ["a cat", ...], "images": ["<PNG, base64>", ...], "columns": {"metadata": [...]}}
@@ -194,11 +194,7 @@ class RemoteReward(Reward):
 def _read_scores(failed: str, response: httpx2.Response, count: int) -> list[float | None]:
     """The scores of an answer, or why it has none. What else it raises is for the caller to catch."""
     if response.status_code != 200:
-        where = f" to {shown(response.headers['Location'])}" if response.has_redirect_location else ""
-        raise RemoteRewardError(
-            f"{failed}answered {response.status_code} {shown(response.reason_phrase, 50)}{where}: "
-            f"'{shown(response.content)}'"
-        )
+        raise RemoteRewardError(f"{failed}{status_shown(response)}")
     try:
         answer = json.loads(response.content)
     except json.JSONDecodeError as error:
@@ -216,6 +212,12 @@ def _read_scores(failed: str, response: httpx2.Response, count: int) -> list[flo
                 f"{failed}answered {shown(repr(value))} as a score; it must be a finite number or null."
             )
     return [None if value is None else float(value) for value in scores]
+
+
+def status_shown(response: httpx2.Response) -> str:
+    """What a server answered instead of what it was asked for."""
+    where = f" to {shown(response.headers['Location'])}" if response.has_redirect_location else ""
+    return f"answered {response.status_code} {shown(response.reason_phrase, 50)}{where}: '{shown(response.content)}'"
 
 
 def _pause(again: int, response: httpx2.Response | None) -> float:

@@ -27,13 +27,14 @@ from PIL.Image import Image
 
 from ..public import shown
 from .base import Reward
-from .bounded_client import BoundedClient
+from .bounded_client import BoundedClient, RefusedAnswerError
 from .remote import (
     OnError,
     RemoteRewardError,
     address_hash,
     call_problems,
     png_base64,
+    status_shown,
     token_problems,
     url_problems,
 )
@@ -201,12 +202,12 @@ class UnifiedReward(Reward):
             score = None if is_cut else parse_score(text)
         except self._openai.APIStatusError as error:
             # Without its cause, which repeats the server's page as it is.
-            raise RemoteRewardError(
-                f"{failed}cannot be asked: it answered {error.status_code}: '{shown(error.response.content)}'"
-            ) from None
+            raise RemoteRewardError(f"{failed}cannot be asked: it {status_shown(error.response)}") from None
         except self._openai.OpenAIError as error:
             reason = "" if error.__cause__ is None else f" ({shown(error.__cause__)})"
             raise RemoteRewardError(f"{failed}cannot be asked: {error}{reason}") from error
+        except RefusedAnswerError as error:
+            raise RemoteRewardError(f"{failed}gave {error}.") from error
         except Exception as error:  # whatever it is that a stranger's answer brings about
             raise RemoteRewardError(
                 f"{failed}gave no completion for the prompt '{shown(prompt)}' ({type(error).__name__}: {shown(error)}): "
