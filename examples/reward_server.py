@@ -130,6 +130,7 @@ def read_request(body: bytes, capacity: int = 1) -> tuple[list[dict[str, Any]], 
 
 
 def taken_out(body: mmap.mmap, length: int) -> bytes:
+    """The first bytes of a body, which is closed."""
     with body:
         return body[:length]
 
@@ -248,10 +249,20 @@ class RewardServer(ThreadingHTTPServer):
         super().server_close()
         self.worker.shutdown(wait=False, cancel_futures=True)
 
-    def scores(self, body: mmap.mmap, length: int) -> list[float | None]:
-        """Of a request. Its body is closed when it has been read."""
-        rows, images = read_request(taken_out(body, length), self.capacity)
-        return score([self.reward], rows, images)[reward_name(self.reward)]
+    def answer_to(self, body: mmap.mmap, length: int) -> tuple[int, dict[str, Any]]:
+        """
+        Status and content for a request, whatever it brings about.
+
+        An error ends here, in the worker: handed on, it would keep the images of its frames until the next collection.
+        """
+        try:
+            rows, images = read_request(taken_out(body, length), self.capacity)
+        except RequestError as error:
+            return 400, {"error": str(error)}
+        try:
+            return 200, {"scores": score([self.reward], rows, images)[reward_name(self.reward)]}
+        except BaseException as error:  # anything, SystemExit too: a caller waits for an answer
+            return 500, {"error": f"{type(error).__name__}: {shown(error)}"}
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A connection that a caller broke is not worth a traceback."""
@@ -302,7 +313,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         whole: Any = self.rfile
-        self.rfile = BoundedHeaders(whole)  # type: ignore[assignment]
+        self.rfile = BoundedHeaders(whole)
         try:
             return super().parse_request()
         finally:
@@ -329,11 +340,11 @@ class Handler(BaseHTTPRequestHandler):
             )
         else:
             try:
-                self.answer_to(int(length))
+                self.read_and_answer(int(length))
             except BusyError:
                 self.refuse(503, "too many requests are waiting")
 
-    def answer_to(self, length: int) -> None:
+    def read_and_answer(self, length: int) -> None:
         self.server.must_be_done(self.connection, math.inf)
         # Not of this thread's memory, see the worker's.
         with self.server.room.taken(length), mmap.mmap(-1, max(length, 1)) as body:
@@ -342,27 +353,20 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 self.wfile.flush()
             with memoryview(body) as view:
-                came = self.rfile.readinto(view[:length])  # type: ignore[attr-defined]
+                came = self.rfile.readinto(view[:length])
             self.server.must_be_done(self.connection, math.inf)
             if came < length:
                 self.answer(408, {"error": f"{came:,} of {length:,} bytes came in {TRANSFER_SECONDS:g} seconds"})
                 return
-            scores = self.server.worker.submit(self.server.scores, body, length)
+            answer = self.server.worker.submit(self.server.answer_to, body, length)
             try:
-                values = scores.result(QUEUE_SECONDS)
-            except RequestError as error:
-                self.answer(400, {"error": str(error)})
-            except (
-                BaseException
-            ) as error:  # a reward may raise anything, SystemExit too, and its caller waits for an answer
-                if not scores.done():
-                    scores.cancel()
-                    raise BusyError from error
-                message = f"{type(error).__name__}: {shown(error)}"
-                self.log_error("%s", message)
-                self.answer(500, {"error": message})
-            else:
-                self.answer(200, {"scores": values})
+                status, content = answer.result(QUEUE_SECONDS)
+            except TimeoutError as error:
+                answer.cancel()
+                raise BusyError from error
+        if status == 500:
+            self.log_error("%s", content["error"])
+        self.answer(status, content)
 
     def refuse(self, status: int, message: str) -> None:
         """An answer before the body was read. The caller gets it sooner than the end of the connection, if it reads."""

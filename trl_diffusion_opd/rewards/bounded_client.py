@@ -82,12 +82,14 @@ class BoundedClient(httpx2.Client):
             ) from None
         finally:
             connections.end()
+            del answer  # which holds its error, which holds this frame, which would keep what was read
 
     def _work(self, request: httpx2.Request, answer: "Future[httpx2.Response]") -> None:
         try:
             answer.set_result(self._received(request))
         except BaseException as error:  # whatever it is, the caller raises it
             answer.set_exception(error)
+            del answer
 
     def _received(self, request: httpx2.Request) -> httpx2.Response:
         try:
