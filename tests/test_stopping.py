@@ -103,7 +103,10 @@ def handler():
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, teachers):
-    trainer, before = make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGINT, times=2)], **OPTIONS), handler()
+    trainer, before = (
+        make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGINT, times=2)], **OPTIONS),
+        handler(),
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert last_complete(tmp_path) is None
@@ -123,6 +126,24 @@ def test_in_another_thread_training_goes_without_signals(tmp_path, teachers):
     thread.start()
     thread.join()
     assert trainer.state.global_step == 4
+
+
+def train_with_workers(folder, teachers):
+    def worker_gets_it(rows):
+        # As a terminal sends a Ctrl-C: to all processes of the group.
+        os.kill(os.getpid(), signal.SIGINT)
+        return rows
+
+    options = dict(dataloader_num_workers=1, callbacks=[Signal(signal.SIGINT)], **OPTIONS)
+    trainer = make_trainer(folder, teachers, **options)
+    trainer.data_collator = worker_gets_it
+    trainer.train()
+
+
+def test_workers_of_the_data_loader_go_on_until_the_update_is_finished(tmp_path, teachers, processes):
+    (ended,) = processes.run(train_with_workers, tmp_path, teachers, world=1)
+    assert ended.code == 130, ended.error[-2000:]
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def train_until_asked(folder, teachers):
