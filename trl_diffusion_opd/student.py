@@ -112,6 +112,13 @@ class Student:
         # What is averaged: elementwise, so that no process needs more than it has.
         return [own_part(parameter) for parameter in self.parameters()]
 
+    def named_states(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process has of the weights and of their average."""
+        for i, (name, parameter) in enumerate(self.named_parameters().items()):
+            yield name, own_part(parameter).detach()
+            if self.ema is not None:
+                yield f"{name} (average)", self.ema.shadow_params[i]
+
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Takes the average's step after update number `step` (counted from 1), if it is due."""

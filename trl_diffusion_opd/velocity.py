@@ -35,6 +35,7 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor, nn
 
+from .finite import finite_images
 from .latent_map import LatentMap
 from .pipeline_view import (
     DecoderStandIn,
@@ -302,9 +303,17 @@ class VelocityField:
             x (`torch.Tensor` of shape `(B, ...)`): latents at level 0.
             prompts (`list[str]` of length `B`)
             output_type (`str`): as in the pipeline: `"pil"`, `"np"` in [0, 1], or `"pt"`.
+
+        Raises:
+            [`FloatingPointError`]: if latents or pictures are not finite.
         """
+        if bad := len(x) - int(x.isfinite().flatten(1).all(1).sum()):
+            raise FloatingPointError(
+                f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
+            )
         self._probe.level = None
-        images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
+        with finite_images():
+            images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
         one_frame = isinstance(images[0], list) and len(images[0]) == 1  # a pipeline for videos, asked for an image
         return [video[0] for video in images] if one_frame else images
 

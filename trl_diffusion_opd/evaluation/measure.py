@@ -189,7 +189,10 @@ def measure(
     def draw(batch: _Batch) -> list[Image]:
         prompts = tasks[batch.task].rows(batch.numbers)["prompt"]
         entropy = [seed, tasks[batch.task].index]
-        images = draw_batch(field, _velocity(field, bank, batch.model), prompts, entropy, batch.numbers)
+        try:
+            images = draw_batch(field, _velocity(field, bank, batch.model), prompts, entropy, batch.numbers)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error
         if store is not None:
             pairs = zip(batch.numbers, images, strict=True)
             store.save(batch.key, batch.task, {n: image for n, image in pairs if n < kept})

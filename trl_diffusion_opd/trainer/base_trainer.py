@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
@@ -41,6 +41,7 @@ from ..attention import use_attention_backend
 from ..average import average_line, lag_problem
 from ..compilation import compile_blocks
 from ..data import TaskSampler, plain_dataset, task_of, task_rows
+from ..finite import not_finite
 from ..flops import matmul_rate
 from ..lora_config import layer_problems
 from ..offload import Offload, offloaded
@@ -643,7 +644,13 @@ class DiffusionTrainer(EvaluatingTrainer):
     # Files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the student's averaged weights: see [`Student.save`]."""
+        """
+        Saves the student's averaged weights: see [`Student.save`].
+
+        Raises:
+            [`FloatingPointError`]: on all processes, if they are not finite.
+        """
+        self._refuse_what_is_not_finite()
         with self.student.ema_weights():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 # Trainer's would gather the base and the teachers too, and save nothing under FSDP's SHARDED_STATE_DICT.
@@ -652,6 +659,22 @@ class DiffusionTrainer(EvaluatingTrainer):
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
                 super().save_model(output_dir, _internal_call)
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """An optimizer's step that overflows shows in no loss of this update. All processes decide alike."""
+        bad = not_finite(self.student.named_states())
+        if self.optimizer is not None and not self.is_deepspeed_enabled:
+            states = enumerate(self.optimizer.state.values())
+            moments = (
+                (f"optimizer {i} {k}", v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)
+            )
+            bad += not_finite(moments)
+        bad = gather_object(bad) if self.accelerator.num_processes > 1 else bad
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} trained tensors are not finite after update {self.state.global_step}, such as {bad[0]}. Nothing of "
+                f"them is saved. Try a smaller learning_rate, or dtype float32. {checkpoint.resume_advice(self.args.output_dir)}"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -672,6 +695,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.student.load_state(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_what_is_not_finite()
+
         def save() -> None:
             self.create_model_card()
             super(DiffusionTrainer, self)._save_checkpoint(model, trial)

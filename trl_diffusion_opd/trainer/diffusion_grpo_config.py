@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import math
 from dataclasses import dataclass, field
 
 from ..objectives import default_skip_last_steps
@@ -111,8 +110,6 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             problems.append(f"epsilon={self.epsilon}: it must be between 0 and 1.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
-        elif not math.isfinite(self.beta):
-            problems.append(f"beta={self.beta}: it must be a finite number.")
         return problems
 
     def _window_problems(self) -> list[str]:

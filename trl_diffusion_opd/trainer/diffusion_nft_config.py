@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import math
 from dataclasses import dataclass, field
 
 from .rl_config import DiffusionRLConfig
@@ -124,8 +123,6 @@ class DiffusionNFTConfig(DiffusionRLConfig):
             )
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
-        elif not math.isfinite(self.beta):
-            problems.append(f"beta={self.beta}: it must be a finite number.")
         if not self.old_policy_decay_rate >= 0:
             problems.append(f"old_policy_decay_rate={self.old_policy_decay_rate} is negative.")
         if not 0 <= self.old_policy_decay_max < 1:
