@@ -15,7 +15,6 @@
 """What may be shown to others: values without secrets, and without what a path says of a machine and its user."""
 
 import os
-import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .average import moving_average, step_number
+from .public import shown
 from .sharding import forget_gathered, own_part, split_like, whole, whole_shape
 
 
@@ -251,7 +252,7 @@ class Student:
         if source.keys() != own.keys() or any(w.shape != whole_shape(own[name]) for name, w in source.items()):
             differing = sorted(source.keys() ^ own.keys())[:3]
             raise ValueError(
-                f"{Path(folder).name} holds other weights than this student trains (differing: {differing or 'shapes'}). "
+                f"{Path(folder).name} holds other weights than this student trains (differing: {shown(differing or 'shapes')}). "
                 "Resume with the peft_config that the run was started with."
             )
         for (name, parameter), target in zip(own.items(), targets, strict=True):

@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from PIL.Image import Image
 
+from ..public import shown
 from .base import Reward, RewardFunc, parameters_of, reward_name
 
 
@@ -333,8 +334,8 @@ def _number(name: str, value: Any, prompt: str) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"Reward function {name!r} returned {value!r:.100} for the prompt {prompt!r}. It must return a finite number, "
-            "or None where it does not apply."
+            f"Reward function {name!r} returned {value!r:.100} for the prompt '{shown(prompt)}'. It must return a finite "
+            "number, or None where it does not apply."
         )
     return number
 

@@ -26,6 +26,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..finite import option_problems
 from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
+from ..public import listed
 from ..rewards.scoring import timeout_problems
 
 
@@ -287,7 +288,7 @@ class DiffusionConfig(_BaseConfig):
 
     def _raise(self, problems: list[str]) -> None:
         if problems:
-            raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
+            raise ValueError(f"{type(self).__name__}:\n" + listed(problems))
 
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""

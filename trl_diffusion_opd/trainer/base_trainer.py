@@ -48,6 +48,7 @@ from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
+from ..public import shown
 from ..quantization import exempt_from_broadcast
 from ..resume import KeptSettings, prompts_of
 from ..rewards import RewardFuncs, rewards_by_task
@@ -625,7 +626,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         idle = [name for name, parameter in trained.items() if parameter.grad is None]
         if idle:
             logger.warning(
-                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {idle[0]}, "
+                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {shown(idle[0])}, "
                 "and stay as they are. Either the transformer does not use these layers, and target_modules of peft_config need "
                 "not name them, or something in its forward passes no gradient, such as an attention backend."
             )
