@@ -103,7 +103,7 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
             row, task = long[0]
             problems.append(
                 f"{name} has {len(long)} row(s) whose task's name has more than {LONGEST_TASK} characters, the first in row {row}: "
-                f"{shown(task, 80)!r}. It stands in logs, files and cards: give the task a shorter one."
+                f"'{shown(task, 80)}'. It stands in logs, files and cards: give the task a shorter one."
             )
         if bad:
             problems.append(

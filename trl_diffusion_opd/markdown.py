@@ -28,16 +28,14 @@ _LONGEST = 1000
 
 # What acts within a line. A lone underscore between letters does nothing, and names have many.
 _ACTIVE = re.compile(r"([\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_]))")
-# What acts at a line's beginning: quotes, lists, rules and underlines of headings.
-_LEADING = re.compile(r"^(?:[-+=>:]|\d{1,9}(?=[.)]))")
-# Browsers of Markdown make links and formulas of these without any brackets, and a backslash does not keep all of them from it.
+# Renderers make links and formulas of these without any brackets, and a backslash does not keep all of them from it.
 _SELF_ACTING = re.compile(r"://|www\.|@|\$|mailto:|xmpp:", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 def inline(text: object, in_table: bool = False) -> str:
     """
-    A text as one line of Markdown that shows it.
+    A text as Markdown within a line, not at its beginning, that shows it.
 
     Args:
         text: a string, or anything else by its `str`. Line breaks become spaces, and of a very long text the middle is cut.
@@ -47,13 +45,7 @@ def inline(text: object, in_table: bool = False) -> str:
     if _SELF_ACTING.search(line):
         return code(line, in_table)
     line = _ENTITY.sub("&amp;", line)
-    leading = _LEADING.match(line)
-    line = _ACTIVE.sub(r"\\\1", line).replace("<", "&lt;")
-    if leading is None:
-        return line
-    # A backslash before a digit is a backslash.
-    place = leading.end() if leading[0][0].isdigit() else 0
-    return f"{line[:place]}\\{line[place:]}"
+    return _ACTIVE.sub(r"\\\1", line).replace("<", "&lt;")
 
 
 def cell(text: object) -> str:

@@ -87,7 +87,7 @@ class TeacherConfig:
             value = getattr(self, option)
             reason = None if value is None else way_out(value.removesuffix("/"))
             if reason is not None:
-                raise ValueError(f"{option} of teacher {name!r} is {shown(value)!r}: {reason}.")
+                raise ValueError(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
 
 
 def local_folder(config: TeacherConfig) -> Path | None:
@@ -124,13 +124,13 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     if os.path.isfile(file):
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
         if given:
-            raise ValueError(f"Teacher {shown(name)!r} is a file and takes no {', '.join(given)}.")
+            raise ValueError(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")
         return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)  # refuses pickles
 
     path, at, revision = name.partition("@")
     parts = path.split("/")
     weight_name = parts.pop() if parts[-1].endswith(".safetensors") else None
-    called = repr(shown(name))
+    called = f"'{shown(name)}'"
     if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
         raise ValueError(
             f"Teacher {called} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"

@@ -34,13 +34,13 @@ from ..processes import failing_together
 from ..public import listed
 from ..retention import retention_report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
-from ..rewards.scoring import timeout_problems
+from ..rewards.scoring import score_names, timeout_problems
 from ..teacher_specs import TeacherSpec
 from ..teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..velocity import VelocityField
 from .files import write_results
 from .identity import base_digest
-from .measure import Task, measure, score_names
+from .measure import Task, measure
 from .store import Store
 
 

@@ -61,6 +61,7 @@ from ..timing import UpdateCost
 from ..trackers import use_public_trackers
 from ..velocity import VelocityField
 from .base_config import MERGE, DiffusionConfig
+from .best_metric import metric_problems
 from .checks import (
     collect,
     evaluation_data_problems,
@@ -175,9 +176,10 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.tasks = list(self._task_rows)
         self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
         if self.tasks:
-            problems += evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
-            with collect(problems):
+            unscored = evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
+            with collect(unscored):
                 self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
+            problems += unscored or metric_problems(args, eval_dataset, self.reward_funcs, self._method_metrics)
             problems += scored_data_problems(self.reward_funcs, train_dataset, eval_dataset, args.task_column)
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)

@@ -336,6 +336,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
             kls[f"{metric_key_prefix}_kl/{task}"] = kl
         return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
 
+    def _method_metrics(self, dataset: Dataset) -> list[str]:
+        return ["loss", *(f"kl/{task}" for task in task_rows(dataset, self.args.task_column))]
+
     def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
         generators = sample_generators([self.args.seed, _STEP_DRAW, self.tasks.index(task)], indices)
         model = self.accelerator.unwrap_model(self.model)
