@@ -213,7 +213,7 @@ def write_teacher_card(
 def _render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
     path = str(files(__package__) / "templates" / template)
     # Names of tasks, rewards, layers and teachers are strangers', and the card is for all to see.
-    shows = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
+    shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
     return ModelCard.from_template(data, template_path=path, versions=_versions(), **shows, **fields)
 
 

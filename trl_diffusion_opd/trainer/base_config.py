@@ -253,6 +253,8 @@ class DiffusionConfig(_BaseConfig):
         given: dict[str, Any] = self.__dict__
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
+        if given["hub_token"] is not None:  # read from a file: as a header, a line break is an error that names it
+            given["hub_token"] = given["hub_token"].strip()
         # Without an accelerator it does nothing but warn.
         given["dataloader_pin_memory"] = given["dataloader_pin_memory"] and torch.accelerator.is_available()
         # TRL sets the older name, of which transformers would warn whoever has set neither.
