@@ -117,7 +117,6 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
         push_in_progress=None,
         train_dataset=Dataset.from_dict(ROWS),
         eval_dataset=None,
-        changes=[],
         eval_field=VelocityField(pipeline, num_inference_steps=4, height=16, width=16),
     )
 

@@ -252,3 +252,9 @@ def test_weights_of_another_run_with_the_same_names(copied, teachers):
     trainer = make_trainer(copied, teachers, **{**OPTIONS, "max_steps": 2})
     trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(p, 2 * weights[name]) for name, p in snapshot(trainer).items())
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers, **OPTIONS)
+    with pytest.raises(ValueError, match="Can't resume from checkpoint-9:\n- there is no folder '.*checkpoint-9'."):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))

@@ -98,12 +98,19 @@ def test_a_better_checkpoint_does_not_take_its_place(tmp_path, teachers):
     assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
+def handler():
+    return signal.getsignal(signal.SIGINT)
+
+
 def test_a_second_ctrl_c_ends_at_once(tmp_path, teachers):
-    trainer = make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGINT, times=2)], **OPTIONS)
+    trainer, before = (
+        make_trainer(tmp_path, teachers, callbacks=[Signal(signal.SIGINT, times=2)], **OPTIONS),
+        handler(),
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert last_complete(tmp_path) is None
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert handler() is before
 
 
 def test_a_launchers_sigterm_after_ctrl_c_is_no_second_one(tmp_path, teachers):
@@ -119,6 +126,24 @@ def test_in_another_thread_training_goes_without_signals(tmp_path, teachers):
     thread.start()
     thread.join()
     assert trainer.state.global_step == 4
+
+
+def train_with_workers(folder, teachers):
+    def worker_gets_it(rows):
+        # As a terminal sends a Ctrl-C: to all processes of the group.
+        os.kill(os.getpid(), signal.SIGINT)
+        return rows
+
+    options = dict(dataloader_num_workers=1, callbacks=[Signal(signal.SIGINT)], **OPTIONS)
+    trainer = make_trainer(folder, teachers, **options)
+    trainer.data_collator = worker_gets_it
+    trainer.train()
+
+
+def test_workers_of_the_data_loader_go_on_until_the_update_is_finished(tmp_path, teachers, processes):
+    (ended,) = processes.run(train_with_workers, tmp_path, teachers, world=1)
+    assert ended.code == 130, ended.error[-2000:]
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def train_until_asked(folder, teachers):

@@ -174,7 +174,7 @@ class TestCards:
             }
             trainer.tasks = [named(f"task{i}") for i in range(len(ODD))]
             trainer.student.model.peft_config["default"].target_modules = {named(f"layer{i}") for i in range(3)}
-            trainer.changes = [{"after": 3, "name": f"prompts of {named('t')}", "then": named("u"), "now": None}]
+            changes = [{"after": 3, "name": f"prompts of {named('t')}", "then": named("u"), "now": None}]
             trainer.train_dataset = Dataset.from_dict({"prompt": [named("prompt")]})
             tasks = {
                 named(f"task{i}"): {**row, "reward": named("reward")}
@@ -182,7 +182,7 @@ class TestCards:
                 for row in [REPORT["tasks"]["ocr"]]
             }
             (folder / "out" / "retention.json").write_text(json.dumps(REPORT | {"tasks": tasks}))
-            write_model_card(trainer, model_name=named("model"), tags=[named("tag")])
+            write_model_card(trainer, named("model"), tags=[named("tag")], changes=changes)
             return read_card(trainer)
 
         odd, tame = card(odd_names(), tmp_path / "odd"), card(lambda name: name, tmp_path / "tame")
@@ -297,6 +297,7 @@ class TestTheMessage:
         )
         assert r" is no key\u2028- forged\x1b[2J" in text and "…" in text and len(text) < 2200
         assert listed(["a\n  - b", "a\n  - b"]) == "- a\n  - b"
+        assert listed(["a\x1b[2J\n\u202eb"]) == "- a\\x1b[2J\n\\u202eb"
 
 
 def test_a_long_name_of_a_task_is_refused():

@@ -182,7 +182,9 @@ def begin(trainer: "DiffusionTrainer", resume_from_checkpoint: str | bool | None
         raise ValueError(f"Can't resume from {resumed.name}:\n" + listed(problems))
     trainer.run = name_of_run(resumed, accelerator)
     update = 0 if resumed is None else update_of(resumed)
-    others = [one for one in checkpoints(output_dir) if run_of(one) != trainer.run or _number(one) > update]
+    others = []
+    if accelerator.is_main_process:  # which moves them
+        others = [one for one in checkpoints(output_dir) if run_of(one) != trainer.run or _number(one) > update]
     aside = set_aside(others, accelerator)
     if aside is not None:
         logger.warning(
@@ -197,6 +199,8 @@ def begin(trainer: "DiffusionTrainer", resume_from_checkpoint: str | bool | None
 
 def _looked_at(trainer: "DiffusionTrainer", folder: Path) -> tuple[list[str], list[Change]]:
     """What keeps a run from going on from a checkpoint, and what has changed since."""
+    if not folder.is_dir():
+        return [f"there is no folder {str(folder)!r}."], []
     if not is_sealed(folder):
         return [f"it was not saved to its end. {_older(folder)}"], []
     if damaged := damage(folder):
@@ -222,8 +226,8 @@ def _number(folder: Path) -> int:
 
 def _older(folder: Path) -> str:
     """Which older checkpoint of the same run can be gone on from."""
-    numbered = [one for one in checkpoints(folder.parent) if is_sealed(one)]
-    older = [one for one in numbered if folder in checkpoints(folder.parent) and _number(one) < _number(folder)]
+    beside = checkpoints(folder.parent)
+    older = [one for one in beside[: beside.index(folder)] if is_sealed(one)] if folder in beside else []
     if not older:
         return "There is no older complete checkpoint."
     return f"{older[-1].name} is the older one to go on from: resume_from_checkpoint={str(older[-1])!r}."

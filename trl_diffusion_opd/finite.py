@@ -23,15 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity."""
+    """Names of the tensors that hold NaN or infinity, in the part that this process has of them."""
     names, finite = [], []
     for name, tensor in tensors:
         if tensor.is_floating_point():
             names.append(name)
-            finite.append(tensor.isfinite().all())
+            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            finite.append(own.isfinite().all())
     if not finite:
         return []
     # One wait for the device, not one a tensor.

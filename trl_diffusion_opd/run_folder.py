@@ -35,10 +35,11 @@ _ASIDE = "earlier-run"
 
 def folder_problems(output_dir: str | None) -> list[str]:
     """Whether files can be written where a run is to save, asked before it has trained anything."""
-    folder = Path(output_dir or ".")
+    folder = Path(output_dir or ".").absolute()
+    # A start that fails for another reason leaves no folder: the one that this one will be made in is asked.
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             return []
     except OSError as error:
         return [f"output_dir={str(output_dir)!r} cannot be written to ({error.strerror}). Choose another folder."]

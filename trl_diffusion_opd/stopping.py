@@ -51,6 +51,7 @@ class StopRequest(TrainerCallback):
         self.accelerator = accelerator
         self.stopped = False
         self._number: int | None = None
+        self._process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -58,7 +59,7 @@ class StopRequest(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._number, self.stopped = None, False
+        self._number, self.stopped, self._process = None, False, os.getpid()
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -67,12 +68,18 @@ class StopRequest(TrainerCallback):
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker of a data loader, which the update still needs, until it is ended
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         # A launcher passes a Ctrl-C on as SIGTERM, which is no second one.
         if number == signal.SIGINT and self._number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._number is None:
             self._number = number
-            os.write(2, _ASKED)  # not print: the signal may have come while something was printed
+            if self.accelerator.is_main_process:
+                os.write(2, _ASKED)  # not print: the signal may have come while something was printed
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

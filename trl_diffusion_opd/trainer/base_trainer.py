@@ -751,7 +751,7 @@ class DiffusionTrainer(EvaluatingTrainer):
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
         if self.is_world_process_zero():
-            model_card.write_model_card(self, model_name, dataset_name, tags)
+            model_card.write_model_card(self, model_name, dataset_name, tags, self.changes)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""
