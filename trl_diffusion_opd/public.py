@@ -129,27 +129,6 @@ def _line(problem: str) -> str:
     return "\n".join(line if len(line) <= _LONGEST_LINE else shown(line, _LONGEST_LINE) for line in lines)
 
 
-def shown(text: object, limit: int = 200) -> str:
-    """
-    What a stranger wrote, as it may stand in a message: on one line, without control characters, and not long.
-
-    A line break, an escape sequence of a terminal or a mark that turns the direction of writing is shown as Python writes
-    it, such as `\\x1b`. Of bytes those that are no UTF-8 are replaced.
-
-    Args:
-        text: a string, bytes, or anything else by its `str`.
-        limit (`int`, *optional*, defaults to `200`): characters at most. What is cut ends in `…`.
-    """
-    # Cut before it is looked through, since a text may have a million characters. One has four bytes at most.
-    if isinstance(text, bytes | bytearray):
-        text = text[: 4 * (limit + 1)].decode("utf-8", "replace")
-    line = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in str(text)[: limit + 1]
-    )
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def last_part(path: str) -> str:
     """The name of a file or folder without where it lies."""
     return Path(path).expanduser().absolute().name
