@@ -55,9 +55,9 @@ def test_the_names_are_those_of_an_evaluation(method, teachers, tmp_path):
         trainer = grpo_trainer(tmp_path, rewards, eval_dataset=dataset)
     else:
         trainer = make_trainer(tmp_path, teachers, reward_funcs=rewards, eval_dataset=dataset)
-    for part, prefix in ((dataset, "eval"), (dataset.select([0]), "eval_part")):
-        found = trainer.evaluate(part if prefix == "eval" else {"part": part})
-        assert {f"{prefix}_{name}" for name in named(trainer, part)} == found.keys() - {"epoch"}
+    prefix, part = ("eval_part", dataset.select([0])) if method == "grpo" else ("eval", dataset)
+    found = trainer.evaluate({"part": part} if method == "grpo" else part)
+    assert {f"{prefix}_{name}" for name in named(trainer, part)} == found.keys() - {"epoch"}
     assert {"count/combined/jpeg_compressibility", "count/red", "reward", "runtime"} <= named(trainer, dataset)
     assert ("loss" in named(trainer, dataset)) == (method != "grpo")
     # Of prompts without images there is no loss.
