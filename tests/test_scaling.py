@@ -227,6 +227,13 @@ def test_bytes_that_fsdp_gathers_where_guidance_takes_two_calls(reshard, eight, 
     assert paper.gathers({**counted, "calls": 2}, reshard) == pytest.approx(expected)
 
 
+def groups_of(state):
+    """PyTorch has had several groups of parameters in a state since 2.11 or later; before it is one, or none."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
 def test_fsdp_reduces_once_and_keeps_whole_gradients_until_then(eight, monkeypatch):
     model, base, counted, inputs = tiny()
     split(model, base, (2, 4))
@@ -237,7 +244,7 @@ def test_fsdp_reduces_once_and_keeps_whole_gradients_until_then(eight, monkeypat
     trained_step(model, inputs)
     assert not moved
     states = [module._get_fsdp_state() for module in model.modules() if hasattr(module, "_get_fsdp_state")]
-    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+    parameters = [p for state in states for group in groups_of(state) for p in group.fsdp_params]
     lora = paper.FP32 * counted["parameters"]["lora"]
     kept = [p.unsharded_accumulated_grad_data if p.unsharded_accumulated_grad is not None else p._unsharded_param.grad
             for p in parameters if p.sharded_param.requires_grad]  # fmt: skip
