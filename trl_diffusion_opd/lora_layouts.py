@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
+from .boundary import strangers_files
 from .teacher_specs import TeacherError
 
 
@@ -103,11 +104,9 @@ def convert(
     used = {key for key in raw if key not in tensors}
     loader: Any = type(pipeline)  # the mixin's type has only a stub of what every family implements
     if issubclass(loader, LoraBaseMixin):
-        try:
+        # Converters fail in any way on what they were not written for.
+        with strangers_files(lambda said: f"{label}: {_describe(raw, pipeline, f' ({said})')}"):
             tensors = loader.lora_state_dict(tensors)
-        except Exception as error:  # converters fail in any way on what they were not written for
-            said = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise TeacherError(f"{label}: {_describe(raw, pipeline, f' ({said})')}") from error
     if any(key.startswith("transformer.") for key in tensors):
         # FLUX.1's converter leaves out the prefix of the layers outside the blocks.
         ours = {name for name, _ in pipeline.components["transformer"].named_modules()}
@@ -205,5 +204,7 @@ def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") 
 
 
 def some(names: list[str]) -> str:
-    """A list of names, of which a long one is cut short."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """A list of names, of which a long one is cut short, and so is each of them."""
+    return ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
