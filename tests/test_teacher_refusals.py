@@ -102,7 +102,7 @@ BROKEN_CONFIGS = {
     "fewer targets": ({"target_modules": ATTENTION[:-1]}, "the file has 2 tensors that its config or the base"),
     "no such targets": (
         {"target_modules": ["query_key_value"]},
-        "the file has 32 tensors that its config or the base does not",
+        "the file has 30 tensors that its config or the base does not",
     ),
     "other rank": ({"r": 8}, "its config gives another rank"),
     "no alpha": ({"lora_alpha": 0}, "has an alpha of 0, which makes the teacher the base"),

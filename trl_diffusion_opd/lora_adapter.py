@@ -28,6 +28,7 @@ from torch import nn
 from .adapters import remove_adapters
 from .boundary import strangers_files
 from .lora_files import PEFT_PREFIX
+from .lora_layouts import some
 from .pipeline_view import base_weight
 from .sharding import forget_gathered, own_part
 from .teacher_specs import TeacherError
@@ -129,7 +130,7 @@ def _discard(model: nn.Module, name: str) -> None:
 
 
 def _short(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX)
+    return some([key.removeprefix(PEFT_PREFIX)])
 
 
 def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:

@@ -150,7 +150,8 @@ def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
     alphas = {}
     for key in [key for key in tensors if key.endswith(".alpha")]:
         value = tensors[key].as_subclass(Tensor)
-        if value.numel() != 1 or not torch.isfinite(value).all() or not value.any():
+        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if not is_number or not torch.isfinite(value).all() or not value.any():
             raise TeacherError(
                 f"{label}: {key} is {value.tolist()}; alpha is one number, finite and not 0, which would make the teacher "
                 "the base."

@@ -16,13 +16,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .boundary import strangers_files
@@ -34,6 +35,8 @@ from .teacher_specs import TeacherError
 
 
 _QUANTIZATION = "quantization_config"
+# Of the weights beside the base's, as of a LoRA's update: see `lora_update.py`.
+_BEYOND = 2.0**24
 
 
 def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
@@ -79,6 +82,13 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     # Buffers too: SD3's table of positions is one, and is in the file.
     if bad := [key for key, value in [*model.named_parameters(), *model.named_buffers()] if not _is_finite(value)]:
         raise TeacherError(f"{label}: holds NaN or infinite values in {some(bad)}")
+    size = _norm(model)
+    if not size:
+        raise TeacherError(f"{label}: all of its weights are zero")
+    if size > _BEYOND and size > _BEYOND * _norm(base):
+        raise TeacherError(
+            f"{label}: its weights are more than 2^24 times those of the base, and what they compute is not finite"
+        )
     return model.to(base.device).requires_grad_(False).eval()
 
 
@@ -98,9 +108,12 @@ def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) ->
     """Each weight in one file, the one that the index says, and floats where the base has floats: loading casts whatever is there."""
     held: dict[str, str] = {}
     for name in files.names[1:]:
-        with safe_open(files.folder / name, "pt") as file:
-            keys = list(file.keys())
-            kinds = {key: file.get_slice(key).get_dtype() for key in keys}
+        try:
+            with safe_open(files.folder / name, "pt") as file:
+                keys = list(file.keys())
+                kinds = {key: file.get_slice(key).get_dtype() for key in keys}
+        except SafetensorError as error:
+            raise TeacherError(f"{files.label}: {name} is not a readable safetensors file ({error})") from error
         if twice := [key for key in keys if key in held]:
             raise TeacherError(
                 f"{files.label}: {some(twice)} is in {held[twice[0]]} and in {name}; which one counts is unclear"
@@ -118,6 +131,12 @@ def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) ->
             raise TeacherError(
                 f"{files.label}: {index.name} is of other files: it does not say where {some(wrong)} is"
             )
+
+
+def _norm(network: nn.Module) -> float:
+    """Norm of a network's own weights, without LoRAs and what is quantised."""
+    weights = [p for name, p in network.named_parameters() if "lora_" not in name and p.is_floating_point()]
+    return math.hypot(*(float(torch.linalg.vector_norm(w.detach(), dtype=torch.float32)) for w in weights))
 
 
 def _is_finite(weight: torch.Tensor) -> bool:
