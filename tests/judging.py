@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+import regex
 import torch
 from mutations import Stranger, mutate, reference, sound_teachers
 from tiny_sd3 import forward, make_pipeline
@@ -84,6 +86,14 @@ class Judge:
             result, is_right = self._judge(self.sound[name], velocity, right, self.velocities[name])
         return Verdict(name, mutation, right, result, is_right, seconds)
 
+    def _reference(self, it: Stranger) -> torch.Tensor:
+        try:
+            with _deadline(2):
+                return forward(reference(it, self.folder, self.pipeline.transformer))
+        except TimeoutError:  # of a pattern, which another engine may match sooner
+            with _deadline(5), patch("peft.utils.other.re", regex), patch("peft.tuners.tuners_utils.re", regex):
+                return forward(reference(it, self.folder, self.pipeline.transformer))
+
     def _judge(self, it: Stranger, velocity: torch.Tensor, right: str, own: torch.Tensor) -> tuple[str, bool]:
         if right == "refuse":
             return "loaded what is to be refused", False
@@ -93,8 +103,7 @@ class Judge:
             return "loaded to the base", False
         if right == "reference":
             try:
-                with _deadline(3):
-                    own = forward(reference(it, self.folder, self.pipeline.transformer))
+                own = self._reference(it)
             except Exception as error:  # the library can't: then nothing but the sound one's function is right
                 right = f"same ({type(error).__name__} in the library)"
         is_right = _is_close(velocity, own)

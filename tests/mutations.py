@@ -71,8 +71,8 @@ class Stranger:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of a LoRA that has them, or of a transformer."""
-        return next(iter(self.jsons.values()))
+        """The options of a LoRA, or of a transformer; what is changed of a LoRA that has none is lost."""
+        return next(iter(self.jsons.values()), {"none": None})
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -200,7 +200,7 @@ def another_shape(rng: Random, it: Stranger) -> Right:
     old = tensors[key]
     changes = [lambda x: x[:-1], lambda x: x[..., :-1], lambda x: x[None], lambda x: x.flatten()[0], lambda x: x[:0], lambda x: torch.cat([x, x])]  # fmt: skip
     tensors[key] = rng.choice([*changes, lambda x: x.T if x.ndim == 2 else x[None], lambda x: x.flatten()])(old)
-    return "same" if tensors[key].shape == old.shape and torch.equal(tensors[key], old) else "refuse"
+    return "reference" if tensors[key].shape == old.shape else "refuse"
 
 
 def another_size(rng: Random, it: Stranger) -> Right:
@@ -433,7 +433,9 @@ def mutate(seed: int, sound: dict[str, Stranger], folder: Path) -> tuple[str, st
     name = rng.choice(sorted(sound))
     it = copy.deepcopy(sound[name])
     shutil.rmtree(folder, ignore_errors=True)
-    whats: list[Any] = rng.sample(IN_FILES, 2) if rng.random() < 0.15 else [rng.choice(IN_FILES + OF_BYTES)]
+    # Without their prefix PEFT does not read the matrices, and can't tell what else changed.
+    two = [what for what in IN_FILES if what is not without_prefix]
+    whats: list[Any] = rng.sample(two, 2) if rng.random() < 0.15 else [rng.choice(IN_FILES + OF_BYTES)]
     if it.kind == "alphas":
         # It has no options.
         about_options = (odd_option, odd_meaning, plausible_option, lost_option, odd_index)

@@ -31,7 +31,7 @@ from .lora_layouts import DIFFERENCE_KEY, LORA_KEY, LYCORIS_KEY, convert, layout
 from .lora_options import read_options
 from .lora_scales import MATRIX, LoraScales, matrix_shapes, resolve
 from .lora_update import check_update
-from .teacher_files import TeacherFiles, find_files, parse_json, read_json
+from .teacher_files import TeacherFiles, check_keys, find_files, parse_json, read_json
 from .teacher_specs import TeacherConfig, TeacherError
 
 
@@ -78,9 +78,10 @@ def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[L
         try:
             scales = infer_scales(tensors, alphas) if config is None else resolve(config, tensors, network)
             check_update(scales, tensors, network)
+            ours = scales.config(network)
         except TeacherError as error:
             raise TeacherError(f"{files.label}: {error}") from error
-        return scales.config(network), {PEFT_PREFIX + key: value for key, value in tensors.items()}
+        return ours, {PEFT_PREFIX + key: value for key, value in tensors.items()}
 
 
 class _Lora(NamedTuple):
@@ -98,6 +99,7 @@ def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]
     try:
         with safe_open(path, "pt") as file:
             keys, metadata = list(file.keys()), file.metadata() or {}
+            check_keys(keys, f"{label}: {path.name}")
             if not any(LORA_KEY.search(key) or LYCORIS_KEY.search(key) or "lora" in key for key in keys):
                 raise TeacherError(
                     f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are {some(keys)}). A "

@@ -34,6 +34,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .lora_layouts import some
 from .teacher_specs import TeacherError
 
 
@@ -43,6 +44,7 @@ MATRIX = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")
 # For all patterns of a config together, in seconds: those of real files take milliseconds.
 _LONGEST = 1.0
 _LONGEST_PATTERN = 20_000  # characters, of a pattern that is more than names: reading it takes 15 us each
+_MOST_PATTERNS = 10_000
 # Names alone, each whole and with escaped dots, as [`LoraScales.config`] writes them.
 _NAME = r"(?:[\w-]|\\[.-])+"
 _NAMES = re.compile(rf"{_NAME}(\|{_NAME})*")
@@ -70,22 +72,34 @@ class LoraScales:
         return float(self.alphas[layer]) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def config(self, network: nn.Module) -> LoraConfig:
-        """PEFT's config of it, in which every layer is named. `network` is the base."""
-        rank = Counter(self.ranks.values()).most_common(1)[0][0]
-        alpha: Any = Counter(self.alphas.values()).most_common(1)[0][
-            0
-        ]  # an int to PEFT's types, a float to its arithmetic
+        """
+        PEFT's config of it, in which every layer that the base has is named.
+
+        Raises:
+            TeacherError: If the base has none.
+        """
+        names = layer_names(network)
+        ranks = {name: self.ranks[name] for name in names if name in self.ranks}
+        alphas = {name: self.alphas[name] for name in ranks}
+        if not ranks:
+            raise TeacherError(
+                f"made for another base: this one has none of its layers, such as {some([*self.ranks])}"
+            )
+        rank, alpha = _usual(ranks), _usual(alphas)
         # PEFT lets a name also mean everything that ends with it.
-        others = [name for name in layer_names(network) if name not in self.ranks]
-        is_exact = not any(self.ranks.keys() & set(_ends(name)) for name in others)
+        is_exact = not any(name not in ranks and ranks.keys() & {*_ends(name)} for name in names)
         return LoraConfig(
             r=rank,
             lora_alpha=alpha,
             use_rslora=self.use_rslora,
-            target_modules=sorted(self.ranks) if is_exact else "|".join(map(re.escape, sorted(self.ranks))),
-            rank_pattern=_exact(self.ranks, rank),
-            alpha_pattern=_exact(self.alphas, alpha),
+            target_modules=sorted(ranks) if is_exact else "|".join(map(re.escape, sorted(ranks))),
+            rank_pattern=_exact(ranks, rank),
+            alpha_pattern=_exact(alphas, alpha),
         )
+
+
+def _usual(values: Mapping[str, Any]) -> Any:  # an alpha is an int to PEFT's types, and a float to its arithmetic
+    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _exact(values: Mapping[str, float], usual: float) -> dict[str, Any]:
@@ -225,6 +239,8 @@ class _Patterns:
 
     def values(self, patterns: Mapping[str, Any], usual: Any, names: Iterable[str]) -> dict[str, Any]:
         """What a table of patterns says of each name: the value of the first that it ends with, else the usual one."""
+        if len(patterns) > _MOST_PATTERNS:
+            raise TeacherError(f"its config has {len(patterns)} patterns, more than any network has layers")
         values = dict.fromkeys(names, usual)
         rest = {*values}
         for pattern, value in patterns.items():

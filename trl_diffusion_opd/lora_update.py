@@ -53,12 +53,11 @@ def check_update(scales: LoraScales, tensors: Mapping[str, Tensor], network: nn.
     norms: dict[str, float] = {}
     there = {*layer_names(network)}
     for layer, sides in matrix_shapes(tensors).items():
-        matrices = [
-            tensors[key].to(dtype).flatten(1).double() for key, _, _ in sorted(sides, key=lambda side: side[2])
-        ]
-        for (key, _, _), matrix in zip(sorted(sides, key=lambda side: side[2]), matrices, strict=True):
+        keys = [key for key, _, _ in sorted(sides, key=lambda side: side[2])]
+        matrices = [tensors[key].to(dtype).flatten(1).double() for key in keys]
+        for key, matrix in zip(keys, matrices, strict=True):
             if not float(torch.linalg.vector_norm(matrix)) < _LARGEST:
-                raise TeacherError(f"{key} has a norm beyond {_LARGEST:.2g}: what it multiplies is not finite")
+                raise TeacherError(f"{key} has a norm beyond {_LARGEST:.2g}, or is infinite in the base's {dtype}")
         # What is not of two matrices that fit each other, on a layer of the base, is for [`~lora_adapter.add_adapter`] to name.
         if layer in there and len(matrices) == 2 and matrices[0].shape[0] == matrices[1].shape[1]:
             norms[layer] = _product_norm(*matrices)

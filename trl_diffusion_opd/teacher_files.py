@@ -35,6 +35,8 @@ from .teacher_specs import TeacherConfig, TeacherError, local_folder
 
 # Configs of real models have kilobytes, and indices of the largest a few megabytes.
 _LONGEST_JSON = 16 * 2**20
+# Of the tensors of a file: the largest networks have some thousands, with names of up to a hundred characters.
+_MOST_TENSORS, _LONGEST_KEY = 10_000, 500
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,20 @@ def _shown(config: TeacherConfig) -> str:
 
 def _download(config: TeacherConfig, revision: str | None, names: list[str]) -> Path:
     return download(_shown(config), config.model_name_or_path, revision, names, TeacherError)
+
+
+def check_keys(keys: list[str], what: str) -> None:
+    """
+    Refuses what no network has, before anything is done with each of a file's keys.
+
+    Raises:
+        TeacherError: If they are too many or one of them is too long. `what` is how messages call the file.
+    """
+    if len(keys) > _MOST_TENSORS:
+        raise TeacherError(f"{what} has {len(keys)} tensors, more than any network")
+    longest = max(keys, key=len, default="")
+    if len(longest) > _LONGEST_KEY:
+        raise TeacherError(f"{what} has a tensor with a name of {len(longest)} characters: {longest[:80]}…")
 
 
 def read_json(path: Path, label: str) -> dict[str, Any]:

@@ -30,11 +30,12 @@ from .boundary import strangers_files
 from .lora_layouts import some
 from .pipeline_view import base_weight
 from .quantization import plain_tensors
-from .teacher_files import TeacherFiles, read_json
+from .teacher_files import TeacherFiles, check_keys, read_json
 from .teacher_specs import TeacherError
 
 
 _QUANTIZATION = "quantization_config"
+_METHODS = ("bitsandbytes", "torchao")
 # Of the weights beside the base's, as of a LoRA's update: see `lora_update.py`.
 _BEYOND = 2.0**24
 
@@ -67,7 +68,10 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         empty = cls.from_config(dict(stored))
     theirs = json.loads(empty.to_json_string())
     _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
-    if stored.get(_QUANTIZATION) is None:
+    quantised = stored.get(_QUANTIZATION)
+    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") in _METHODS):
+        raise TeacherError(f"{label}: is quantised by {_short(quantised)}; bitsandbytes and torchao are known here")
+    if quantised is None:
         _check_headers(files, empty.state_dict())
     try:
         model, info = cls.from_pretrained(
@@ -111,6 +115,7 @@ def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) ->
         try:
             with safe_open(files.folder / name, "pt") as file:
                 keys = list(file.keys())
+                check_keys(keys, f"{files.label}: {name}")
                 kinds = {key: file.get_slice(key).get_dtype() for key in keys}
         except SafetensorError as error:
             raise TeacherError(f"{files.label}: {name} is not a readable safetensors file ({error})") from error
