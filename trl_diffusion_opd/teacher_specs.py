@@ -83,8 +83,22 @@ class TeacherConfig:
 
 def local_folder(config: TeacherConfig) -> Path | None:
     """The existing local folder that a teacher's name means, or `None` when it is to be looked for on the Hub."""
-    path = Path(config.model_name_or_path).expanduser()
-    return path if path.is_dir() else None
+    path = _path(config.model_name_or_path)
+    return path if path is not None and path.is_dir() else None
+
+
+def _path(name: str) -> Path | None:
+    """What exists here by that name, or `None`."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # what may not be looked at, too long a name, a user whose home is unknown
+        raise TeacherError(
+            f"Teacher {name[:200]!r} cannot be looked for ({type(error).__name__}: {error})"[:500]
+        ) from error
 
 
 def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
@@ -111,8 +125,8 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
         return config
     if local_folder(config) is not None:
         return config
-    file = Path(name).expanduser()
-    if file.is_file():
+    file = _path(name)
+    if file is not None and file.is_file():
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
         if given:
             raise ValueError(f"Teacher {name!r} is a file and takes no {', '.join(given)}.")
