@@ -14,6 +14,7 @@
 
 """CLIP models of a few hundred weights in the formats of the Hub, and what they compute, written out in float64."""
 
+import math
 import string
 from pathlib import Path
 
@@ -62,9 +63,12 @@ def make_processor(folder: Path) -> None:
 
 
 def make_images(count: int = 4) -> list[Image.Image]:
-    """Smooth noise of several sizes and shapes."""
+    """
+    Smooth noise of several sizes and shapes. Scaled to `SIZE`, the first two have a margin of 11 pixels, whose middle begins
+    at the fifth or at the sixth, by the rule.
+    """
     rng = np.random.default_rng(0)
-    sizes = [(40, 24), (24, 40), (30, 30), (16, 16)]
+    sizes = [(41, 24), (24, 41), (30, 30), (16, 16)]
     coarse = [Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)) for _ in range(count)]
     return [image.resize(sizes[i % 4], Image.Resampling.BILINEAR) for i, image in enumerate(coarse)]
 
@@ -76,12 +80,23 @@ def token_ids(prompt: str) -> list[int]:
     return [start, *ids, end] + [end] * (LENGTH - 2 - len(ids))
 
 
-def cropped_pixels(image: Image.Image, size: int = SIZE) -> torch.Tensor:
-    """Shorter side to `size`, bicubic; the middle; normalised. `[3, size, size]`."""
+def cropped(image: Image.Image, size: int = SIZE, rule: str = "torchvision") -> Image.Image:
+    """
+    Shorter side to `size`, bicubic; the middle. As torchvision's `Resize` and `CenterCrop` for PIL images do it, or with the
+    crop of `"transformers"`.
+    """
     width, height = image.size
     new = [int(size * side / min(image.size)) for side in (width, height)]
-    left, top = (new[0] - size) // 2, (new[1] - size) // 2
-    crop = image.resize(tuple(new), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    left, top = (
+        int(round((side - size) / 2.0)) if rule == "torchvision" else math.floor((side - size) / 2) for side in new
+    )
+    resized = image if tuple(new) == image.size else image.resize(tuple(new), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def cropped_pixels(image: Image.Image, size: int = SIZE, rule: str = "torchvision") -> torch.Tensor:
+    """[`cropped`] and normalised. `[3, size, size]`."""
+    crop = cropped(image, size, rule)
     pixels = (np.asarray(crop).astype(np.float64) / 255 - MEAN) / STD
     return torch.from_numpy(pixels.transpose(2, 0, 1))
 

@@ -94,6 +94,31 @@ def test_a_completion_alone_with_a_reward_has_no_advantage():
     assert group_advantages(rewards, torch.ones(1), 3)[3:].tolist() == pytest.approx([-0.70701, 0.70701, 0], abs=1e-4)
 
 
+@pytest.mark.parametrize(("scale", "aggregation"), [("batch", "sum_then_normalize"), ("group", "normalize_then_sum")])
+def test_rare_successes_are_clipped(scale, aggregation):
+    """One image in 1,152 has what is asked for: 48 prompts of 24 images."""
+    rewards = torch.zeros(1152, 1)
+    rewards[30] = 1.0
+    whole = group_advantages(rewards, torch.ones(1), 24, scale, aggregation)
+    clipped = group_advantages(rewards, torch.ones(1), 24, scale, aggregation, clip=5.0)
+    if scale == "batch":
+        assert whole.max() == pytest.approx(23 / 24 / (1152**-0.5 + 1e-4), rel=1e-6) and whole.max() > 32
+    assert whole.max() > 5 and clipped.max() == 5.0
+    others = torch.arange(1152) != 30
+    assert torch.equal(clipped[others], whole[others]) and clipped[others].abs().max() < 5
+    assert torch.equal(group_advantages(-rewards, torch.ones(1), 24, scale, aggregation, clip=5.0), -clipped)
+
+
+def test_groups_of_26_reach_no_clip_of_5():
+    rewards = torch.zeros(27, 1)
+    rewards[0] = 1.0
+    assert (
+        group_advantages(rewards[:26], torch.ones(1), 26).max()
+        < 5
+        < group_advantages(rewards * 1e9, torch.ones(1), 27).max()
+    )
+
+
 def test_weighted_rewards():
     values = weighted_rewards(REWARDS, WEIGHTS).tolist()
     assert values[0] == pytest.approx(2.7) and values[1] == pytest.approx(0.8) and values[7] == pytest.approx(1.0)

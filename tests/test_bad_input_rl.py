@@ -52,6 +52,15 @@ def test_options_of_another_trainer_and_of_none(tmp_path):
         ({"learning_rate": -1.0}, "learning_rate=-1.0: it must be a finite number, not negative."),
         ({"noise_level": math.nan, "sampler": "flow_sde"}, "noise_level=nan: it must be a finite number."),
         ({"reward_weights": [1.0, math.nan]}, "reward_weights: nan is not a finite number."),
+        *(
+            (
+                {"advantage_clip": clip},
+                f"advantage_clip={clip!r}: it must be a positive number, and a large one, such as 1000, leaves all advantages as "
+                "they are.",
+            )
+            for clip in (0.0, -5.0, None, "5")
+        ),
+        ({"advantage_clip": math.inf}, "advantage_clip=inf: it must be a finite number."),
     ],
 )
 def test_numbers_that_are_none(config_class, options, message, tmp_path):

@@ -14,10 +14,12 @@
 
 """The rewards that run a CLIP, loaded by id from a loopback Hub and against their formulas."""
 
+import json
 import math
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +39,8 @@ from clip_models import (
 from huggingface_hub import HfApi
 from loopback_hub import READ_TOKEN, TOKEN
 from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
 
 from trl_diffusion_opd import hub_errors
 from trl_diffusion_opd.rewards import Aesthetic, CLIPScore, HPSv2, PickScore, hub_files, load_reward
@@ -88,7 +92,8 @@ def expected(reward_class, folders) -> list[float]:
         if reward_class is HPSv2:
             image, text = open_clip_embeddings(folders.open_clip, letterboxed_pixels(picture), prompt)
         else:
-            image, text = transformers_embeddings(folders.weights, cropped_pixels(picture), prompt)
+            rule = "torchvision" if reward_class is Aesthetic else "transformers"
+            image, text = transformers_embeddings(folders.weights, cropped_pixels(picture, rule=rule), prompt)
         if reward_class is PickScore:
             scores.append((folders.weights["logit_scale"].double().exp() * image @ text).item())
         elif reward_class is Aesthetic:
@@ -184,6 +189,38 @@ def test_hpsv2_in_other_formats(folders, tmp_path):
         for x, p in zip(IMAGES, PROMPTS, strict=True)
     ]
     assert converted(prompts=PROMPTS, images=IMAGES) == pytest.approx([(i @ t).item() for i, t in images], abs=1e-5)
+
+
+def test_hpsv2_reads_prompts_as_open_clip_does(folders, monkeypatch):
+    """Against what open_clip's own tokenizer made of the same prompts, with a small part of its vocabulary."""
+    recorded = json.loads((Path(__file__).parent / "open_clip_tokens.json").read_text())
+    merges = [tuple(merge.split()) for merge in recorded["merges"]]
+    letters = sorted(ByteLevel.alphabet())
+    words = letters + [f"{letter}</w>" for letter in letters] + ["".join(merge) for merge in merges]
+    vocab = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    prompts = [row["prompt"] for row in recorded["prompts"]]
+
+    def read(reward):
+        monkeypatch.setattr(reward, "tokenizer", CLIPTokenizer(vocab=vocab, merges=merges))
+        monkeypatch.setattr(reward.model.config.text_config, "max_position_embeddings", 77)
+        seen = []
+
+        def features(input_ids, attention_mask):
+            for ids, mask in zip(input_ids, attention_mask, strict=True):
+                tokens = reward.tokenizer.convert_ids_to_tokens(ids[mask.bool()].tolist())
+                assert (tokens[0], tokens[-1]) == ("<|startoftext|>", "<|endoftext|>")
+                seen.append(tokens[1:-1])
+            return SimpleNamespace(pooler_output=torch.ones(len(input_ids), PROJECTION))
+
+        monkeypatch.setattr(reward.model, "get_text_features", features)
+        reward(prompts=prompts, images=IMAGES[:1] * len(prompts))
+        return seen
+
+    assert read(local(HPSv2, folders)) == [row["tokens"] for row in recorded["prompts"]]
+    # PickScore and CLIPScore were trained and published with transformers' tokenizer, which keeps the quotes as they are.
+    for others in (PickScore, CLIPScore):
+        tokens = read(local(others, folders))
+        assert sum(a != row["tokens"] for a, row in zip(tokens, recorded["prompts"], strict=True)) > 15
 
 
 class TestRevisions:

@@ -485,6 +485,10 @@ class TestReward:
             assert reward.colors(image, [whole, whole])[0] == reward.colors(image, [whole])[0]
         assert len(set(picked)) > 1
         assert reward.colors(image, []) == []
+        # A margin of 11, whose middle begins elsewhere in torchvision than in transformers.
+        wide = pictures(1, sizes=((41, 24),))[0]
+        shown = reward._clip_processor([wide], return_tensors="pt").pixel_values[0]
+        assert torch.allclose(shown.double(), cropped_pixels(wide), atol=1e-5)
 
     def test_verdicts_and_partial_scores_of_what_is_found(self, reward, options, monkeypatch):
         graded = GenEval(**options, graded=True)

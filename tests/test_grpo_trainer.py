@@ -264,6 +264,22 @@ def test_a_toy_reward_rises(reward, loss_type, tmp_path):
     assert logged(trainer, "frac_reward_zero_std") == [0] * 10
 
 
+@pytest.mark.parametrize(("clip", "share"), [(5.0, 0.0), (0.5, 0.5), (0.01, 1.0)])
+def test_advantages_are_clipped(clip, share, tmp_path):
+    """Groups of 4 whose rewards are 0, 1, 2 and 3: advantages of about ±1.16 and ±.39."""
+
+    def rank(images, **columns):
+        return list(range(len(images)))
+
+    trainer = make_trainer(tmp_path, rank, advantage_clip=clip)
+    rounds, _ = record_rounds(trainer)
+    trainer.train()
+    advantages = torch.cat([rollout.advantages for rollout in rounds[0]])
+    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5] * 2) / (math.sqrt(5 / 3) + 1e-4)
+    assert torch.allclose(advantages, expected.clamp(-clip, clip), atol=1e-6)
+    assert logged(trainer, "clip_ratio/advantages") == [share]
+
+
 class Half(Reward):
     """Applies to every second completion."""
 

@@ -192,7 +192,7 @@ def test_from_the_hub_as_published(made, scores, hub):
     commits = [
         f"tester/{name}@{hub.repositories[f'tester/{name}'].branches['main']}" for name in ("model", "tokenizer")
     ]
-    assert reward.fingerprint == f"imagereward {commits[0]} {commits[1]} ImageReward.pt float32"
+    assert reward.fingerprint == f"imagereward {commits[0]} {commits[1]} ImageReward.pt torchvision crop float32"
 
 
 def test_the_prompt_and_the_image_both_matter(made):

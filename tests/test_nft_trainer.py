@@ -306,7 +306,7 @@ def test_bad_settings(tmp_path):
         "num_generations=1",
         "nft_beta=0.0: it must be positive",
         "beta=-1.0 is negative",
-        "advantage_clip=0.0: it must be positive",
+        "advantage_clip=0.0: it must be a positive number",
         "old_policy_decay_rate=-0.1 is negative",
         "old_policy_decay_max=1.0: it must be in [0, 1)",
         "old_policy_decay_start=-1 is negative",

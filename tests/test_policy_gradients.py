@@ -17,6 +17,7 @@ import math
 
 import pytest
 import torch
+from noise_grids import sd3_levels
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -69,8 +70,8 @@ def papers_step(sampler, v, x, j):
     if sampler == "cps":
         mean = (1 - t_next) * x0 + t_next * math.cos(ETA * math.pi / 2) * x1
         return mean, t_next * math.sin(ETA * math.pi / 2)
-    if sampler == "flow_sde":  # sigma_t = a sqrt(t / (1 - t)), bounded on the first step
-        sigma = ETA * math.sqrt(t / (1 - min(t, LEVELS[1])))
+    if sampler == "flow_sde":  # sigma_t = a sqrt(t / (1 - t)), which this grid is far enough from 1 for
+        sigma = ETA * math.sqrt(t / (1 - t))
     else:
         sigma = ETA
     return x + (v + sigma**2 / (2 * t) * x1) * dt, sigma * math.sqrt(-dt)
@@ -206,6 +207,50 @@ def test_normalised_ratios_have_mean_zero_and_one_spread():
         assert normalised.mean().abs() < 0.01 * shift.sqrt()
         assert normalised.std().item() == pytest.approx(math.sqrt(shift / 16), rel=0.02)
         assert torch.allclose(normalised, s * (raw + shift / (2 * s**2)))
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(10, 4.388), (20, 8.597), (28, 11.904), (40, 16.810)])
+def test_a_published_beta_is_weaker_by_the_lengths_of_the_steps(steps, factor):
+    """
+    Flow-GRPO's code divides the squared distance of its means by `2 std_dev_t ** 2`, in which the length of the step is not.
+    The figures are those of the trainer's page, with velocities that differ equally at every trained step.
+    """
+    levels = sd3_levels(steps)
+    table = sampler_table("flow_sde", levels, 0.7)
+    x, v, v_base = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs = [], []
+    for j in range(steps - 1):
+        sigma, dt = levels[j], levels[j + 1] - levels[j]
+        std_dev_t = math.sqrt(sigma / (1 - (levels[1] if sigma == 1 else sigma))) * 0.7
+        mean, mean_base = (
+            x * (1 + std_dev_t**2 / (2 * sigma) * dt) + u * (1 + std_dev_t**2 * (1 - sigma) / (2 * sigma)) * dt
+            for u in (v, v_base)
+        )
+        theirs.append(((mean - mean_base) ** 2).mean() / (2 * std_dev_t**2))
+        ours.append(transition_kl(v, v_base, float(table.c[j]), float(table.s[j])).mean())
+        assert ours[j] / theirs[j] == pytest.approx(-1 / dt, rel=1e-6)
+    assert sum(ours) / sum(theirs) == pytest.approx(factor, abs=1e-3)
+
+
+def test_published_log_ratios_of_cps_lack_the_variance():
+    """`log_prob = -((prev_sample - prev_sample_mean) ** 2)` there, so a clip there is another here, step by step."""
+    levels = sd3_levels()
+    table = sampler_table("cps", levels, 0.8)
+    x, v, v_old, z = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = []
+    for j in range(8):
+        sigma, sigma_prev = levels[j], levels[j + 1]
+        std_dev_t = sigma_prev * math.sin(0.8 * math.pi / 2)
+        mean, mean_old = (
+            (x - sigma * u) * (1 - sigma_prev) + (x + u * (1 - sigma)) * math.sqrt(sigma_prev**2 - std_dev_t**2)
+            for u in (v, v_old)
+        )
+        sample = mean_old + std_dev_t * z
+        theirs = (-((sample - mean) ** 2)).mean() + ((sample - mean_old) ** 2).mean()
+        factors.append(float(theirs / log_ratio(v, v_old, z, float(table.c[j]), float(table.s[j]))))
+        assert factors[j] == pytest.approx(2 * std_dev_t**2, rel=1e-6)
+    # As the trainer's page says.
+    assert [round(factors[j], 2) for j in (0, 5, 7)] == [1.67, 0.66, 0.14]
 
 
 def test_clipped_surrogate():

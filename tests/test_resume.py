@@ -148,7 +148,10 @@ def test_killed_twice_at_the_same_update(tmp_path, teachers, caplog):
     for name in ("incomplete-checkpoint-2", "checkpoint-2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.pt").touch()
-    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="No valid checkpoint"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ValueError, match="holds no complete checkpoint. Leave it out to begin a new run."),
+    ):
         trainer.train(resume_from_checkpoint=True)
     assert "set aside as incomplete-checkpoint-2-again" in caplog.text
     assert not (tmp_path / "checkpoint-2").exists()
@@ -209,7 +212,7 @@ def test_other_teachers_are_refused(stopped, teachers):
 
 def test_another_student_is_refused(stopped, teachers):
     message = refused(stopped, teachers, peft_config=student_lora(r=2))
-    assert "checkpoint-1 holds other weights than this student trains" in message
+    assert "peft_config.r was 4 and is 2: the saved matrices would have another effect." in message
     assert "Resume with the peft_config that the run was started with." in message
     message = refused(stopped, teachers, peft_config=student_lora(target_modules=["attn.to_q"]))
     assert "add_k_proj.lora_A.default.weight" in message
@@ -225,7 +228,7 @@ def test_incomplete_checkpoint_is_refused(stopped, teachers):
     trainer = make_trainer(stopped / "elsewhere", teachers, max_steps=2)
     try:
         with pytest.raises(
-            ValueError, match="checkpoint-1 was not saved to its end. Resume from an older checkpoint."
+            ValueError, match="checkpoint-1:\n- it was not saved to its end. There is no older complete checkpoint."
         ):
             trainer.train(resume_from_checkpoint=str(stopped / "checkpoint-1"))
     finally:

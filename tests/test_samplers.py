@@ -23,7 +23,7 @@ from trl_diffusion_opd.rollout import walk
 from trl_diffusion_opd.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, SamplerTable, sampler_table
 
 
-ETAS = {"ode": [None], "dpm2m": [None], "flow_sde": [0.3, 0.7, 1.2], "dance_sde": [0.1, 0.7]}
+ETAS = {"ode": [None], "dpm2m": [None], "flow_sde": [0.3, 0.7, 1.2], "dance_sde": [0.1, 0.7, 1.2]}
 SAMPLER_ETAS = [(name, eta) for name in SAMPLERS for eta in ETAS.get(name, [0.0, 0.7, 1.0])]
 EVERY_SAMPLER = pytest.mark.parametrize(("name", "eta"), SAMPLER_ETAS)
 EVERY_GRID = pytest.mark.parametrize("levels", GRIDS.values(), ids=GRIDS.keys())
@@ -38,10 +38,11 @@ def row(table: SamplerTable, j: int) -> SamplerTable:
 def diffusion_sq(name: str, eta: float, levels: list[float], j: int) -> float:
     """Squared diffusion coefficient of the two SDEs, from their papers."""
     t = levels[j]
+    length = t - levels[j + 1]
     if name == "flow_sde":
-        return eta**2 * t / (1 - min(t, levels[1]))
-    unstable = j == len(levels) - 2 and levels[-1] == 0 and eta**2 > 2 * t
-    return 0.0 if unstable else eta**2
+        capped = j == 0 and eta**2 * length >= 2 * (1 - t)
+        return eta**2 * t / (1 - (levels[1] if capped else t))
+    return 0.0 if eta**2 * length > 2 * t * (t + levels[j + 1]) else eta**2
 
 
 def reference_step(name, eta, levels, j, x, v, previous_x0):
@@ -214,6 +215,32 @@ def test_dpm2m_is_euler_where_second_order_has_nothing_to_go_by():
     assert sampler_table("dpm2m", [1.0, 0.5, 0.0]).b.tolist() == [0, 0]
 
 
+def plain_sde(levels: list[float], g_sq_over_t: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Euler-Maruyama's coefficients `a`, `c` and `s`, bit for bit as they are computed."""
+    t = torch.tensor(levels[:-1], dtype=torch.float64)
+    dt = torch.tensor(levels, dtype=torch.float64).diff()
+    half = g_sq_over_t / 2
+    return 1 + half * dt, dt * (1 + half * (1 - t)), (-dt * t * g_sq_over_t).sqrt()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.2])
+def test_flow_sde_caps_its_first_step_where_that_is_needed(eta):
+    """At t = 1 whatever eta is; on a grid from .9 where `eta² * .2 >= 2 * .1`, which is from 1 on."""
+    for levels, capped in ((sd3_levels(), True), (GRIDS["middle"], eta >= 1)):
+        t = torch.tensor(levels[:-1], dtype=torch.float64)
+        expected = plain_sde(levels, eta**2 / (1 - (t.clamp(max=levels[1]) if capped else t)))
+        table = sampler_table("flow_sde", levels, eta)
+        assert torch.equal(torch.stack([table.a, table.c, table.s]), torch.stack(expected))
+        assert (table.a > 0).all()
+
+
+def test_flow_sde_is_capped_from_the_border_on():
+    """.7² * .06 = .029 is above 2 * .01, and .7² * .04 = .020 below 2 * .03."""
+    for first, level in ((0.99, 0.93), (0.97, 0.97)):
+        a = sampler_table("flow_sde", [first, 0.93, 0.5], 0.7).a[0].item()
+        assert a == pytest.approx(1 - 0.49 * (first - 0.93) / 2 / (1 - level), abs=1e-12)
+
+
 def test_flow_sde_caps_its_diffusion_on_the_first_step_only():
     eta, levels = 0.7, sd3_levels()
     table = sampler_table("flow_sde", levels, eta)
@@ -226,6 +253,40 @@ def test_flow_sde_caps_its_diffusion_on_the_first_step_only():
     near = sampler_table("flow_sde", [0.9997, *levels[1:]], eta)
     for column in ("a", "c", "s"):
         torch.testing.assert_close(getattr(near, column), getattr(table, column), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("levels", "eta", "unstable"),
+    [
+        (sd3_levels(), 0.13, []),
+        (sd3_levels(), 0.7, [9]),
+        (sd3_levels(), 0.76, [9]),
+        (sd3_levels(), 0.78, [8, 9]),
+        (sd3_levels(), 1.2, [8, 9]),
+        (sd3_levels(28), 0.7, [26, 27]),
+        (GRIDS["middle"], 1.2, []),
+        (GRIDS["middle"], 2.1, [3]),
+        (GRIDS["middle"], 2.4, [2, 3]),
+    ],
+)
+def test_dance_sde_takes_every_unstable_step_as_an_ode_step(levels, eta, unstable):
+    table, ode = sampler_table("dance_sde", levels, eta), sampler_table("ode", levels)
+    a, c, s = plain_sde(levels, eta**2 / torch.tensor(levels[:-1], dtype=torch.float64))
+    for j in range(len(table)):
+        others = (ode.a[j], ode.c[j], ode.s[j]) if j in unstable else (a[j], c[j], s[j])
+        assert (table.a[j], table.c[j], table.s[j]) == others, j
+    # Of data without spread, whose velocity is (x - m) / t - m, a step keeps at most the noise that there was.
+    t = table.levels[:-1]
+    assert ((table.a + table.c / t).abs() <= 1).all()
+    assert [j for j in range(len(table)) if abs(a[j] + c[j] / t[j]) > 1] == unstable
+
+
+@pytest.mark.parametrize(("eta", "unstable"), [(1.24, []), (1.25, [8])])
+def test_flow_sde_is_left_as_published_where_it_is_unstable(eta, unstable):
+    table = sampler_table("flow_sde", sd3_levels(), eta)
+    factors = table.a + table.c / table.levels[:-1]
+    assert [j for j in range(10) if abs(factors[j]) > 1] == unstable
+    assert (table.s[:-1] > 0).all()
 
 
 def test_dance_sde_takes_an_unstable_last_step_as_an_ode_step():

@@ -18,6 +18,8 @@ Rewards come as a matrix with a row a completion and a column a reward function,
 another. NaN stands for a reward that does not apply.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,7 @@ def group_advantages(
     num_generations: int,
     scale_rewards: str = "group",
     aggregation: str = "sum_then_normalize",
+    clip: float = math.inf,
 ) -> Tensor:
     """Advantages of completions over the others of their prompt, as TRL's GRPO computes them.
 
@@ -66,6 +69,8 @@ def group_advantages(
             `"sum_then_normalize"`: weighted rewards are added, then normalised. `"normalize_then_sum"`: each reward is
             normalised in its group, then they are weighted and added, and the sum is normalised over the batch
             (arXiv 2601.05242); `scale_rewards` then has no effect.
+        clip (`float`, *optional*):
+            The largest advantage, and with a minus the least. Without it none is clipped.
 
     Returns:
         `Tensor` of shape `(n,)`, float64. 0 for a completion that no reward applies to, and for one that is alone in its
@@ -85,14 +90,14 @@ def group_advantages(
         summed = weighted_rewards(each.flatten(0, 1).nan_to_num(0.0), weights)
         summed = summed.masked_fill(rewards.isnan().all(1), torch.nan)
         advantages = (summed - summed.nanmean()) / (_nanstd(summed, 0) + _EPSILON)
-        return advantages.nan_to_num(0.0)
-    total = _groups(weighted_rewards(rewards, weights), num_generations)
-    advantages = total - total.nanmean(1, keepdim=True)
-    if scale_rewards == "group":
-        advantages = advantages / (_nanstd(total, 1) + _EPSILON)
-    elif scale_rewards == "batch":
-        advantages = advantages / (_nanstd(total.flatten(), 0) + _EPSILON)
-    return advantages.flatten().nan_to_num(0.0)
+    else:
+        total = _groups(weighted_rewards(rewards, weights), num_generations)
+        advantages = total - total.nanmean(1, keepdim=True)
+        if scale_rewards == "group":
+            advantages = advantages / (_nanstd(total, 1) + _EPSILON)
+        elif scale_rewards == "batch":
+            advantages = advantages / (_nanstd(total.flatten(), 0) + _EPSILON)
+    return advantages.flatten().nan_to_num(0.0).clamp(-clip, clip)
 
 
 def constant_groups(rewards: Tensor, num_generations: int) -> Tensor:

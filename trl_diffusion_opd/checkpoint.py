@@ -25,15 +25,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from . import hub
+from . import hub, tables
 from .processes import communication_failed
+from .resume import (
+    CHANGES_FILE,
+    PROMPTS_FILE,
+    Change,
+    argument_changes,
+    lora_changes,
+    prompt_changes,
+    record,
+    recorded,
+)
+from .run_folder import name_of_run, set_aside
+from .seal import SEAL_FILE, damage, is_sealed, run_of, seal, update_of
 from .sharding import load_whole_optimizer_state, whole_optimizer_state
+from .student import STUDENT_ADAPTER
 
 
 if TYPE_CHECKING:
@@ -41,7 +56,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COMPLETE_FILE = "complete"
 GRID_FILE = "noise_grid.json"
 DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
 ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
@@ -67,20 +81,21 @@ def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> No
         trainer._save_state(folder)
         if trainer.args.should_save:
             write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
+            write_json(folder / PROMPTS_FILE, trainer.prompts_digest())
+            if trainer.changes:
+                write_json(folder / CHANGES_FILE, trainer.changes)
             # A path of this machine, which would be pushed. The number of the best update is in the state as well.
             state = json.loads((folder / TRAINER_STATE_NAME).read_text())
             write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None})
             hub.write_arguments(trainer.args, folder)  # once more: the limit was lifted while Trainer saved
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
-            _flush(folder)
-            (folder / COMPLETE_FILE).touch()
+            seal(folder, trainer.run, trainer.state.global_step)
     if trainer.args.should_save:
         rotate_checkpoints(
             output_dir=trainer.args.output_dir,
             save_total_limit=limit,
             best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
         )
     if trainer.args.push_to_hub:
         hub.push_checkpoint(trainer, str(folder))
@@ -114,24 +129,13 @@ def _size(trainer: "DiffusionTrainer") -> int:
     return (3 if trainer.student.is_lora else 2) * weights + moments
 
 
-def _flush(folder: Path) -> None:
-    """Has everything in the folder on the disk before it is called complete: a power cut must not leave empty files."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def last_complete(output_dir: str | Path | None) -> Path | None:
     """The newest checkpoint of a run that was saved to its end."""
-    complete = [folder for folder in _checkpoints(output_dir) if (folder / COMPLETE_FILE).exists()]
+    complete = [folder for folder in checkpoints(output_dir) if is_sealed(folder)]
     return complete[-1] if complete else None
 
 
-def _checkpoints(output_dir: str | Path | None) -> list[Path]:
+def checkpoints(output_dir: str | Path | None) -> list[Path]:
     """The checkpoints of a run, the newest last."""
     numbers = {
         folder: folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -148,31 +152,84 @@ def resume_advice(output_dir: str | Path | None) -> str:
     return f"{last.name} is complete: start again with resume_from_checkpoint=True to go on from there."
 
 
-def check(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+def begin(trainer: "DiffusionTrainer", resume_from_checkpoint: str | bool | None) -> Path | None:
     """
-    Refuses a checkpoint that a run can't go on from.
+    What a training begins from. Checkpoints that it has nothing to do with are set aside: another run's, and those of later
+    updates than the one that it goes on from.
+
+    Returns:
+        `Path`: the checkpoint, `None` for a new run.
 
     Raises:
-        [`ValueError`]: if the checkpoint is not complete, or was made with another noise grid, other teachers or another
-            student. One message lists everything.
+        [`ValueError`]: on all processes, if there is none, or if it can't be gone on from. One message lists everything.
     """
-    folder = Path(folder)
-    if not (folder / COMPLETE_FILE).exists():
-        raise ValueError(f"{folder.name} was not saved to its end. Resume from an older checkpoint.")
+    output_dir, accelerator = trainer.args.output_dir, trainer.accelerator
+    folder = last_complete(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+    if folder is None and resume_from_checkpoint is True:
+        raise ValueError(
+            f"resume_from_checkpoint=True, and {output_dir} holds no complete checkpoint. Leave it out to begin a new run."
+        )
+    resumed = Path(folder) if folder else None
+    found: list[Any] = [([], [])]
+    if resumed is not None and accelerator.is_main_process:
+        found = [_looked_at(trainer, resumed)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    problems, changes = found[0]
+    if problems:
+        assert resumed is not None
+        raise ValueError(f"Can't resume from {resumed.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
+    trainer.run = name_of_run(resumed, accelerator)
+    update = 0 if resumed is None else update_of(resumed)
+    others = []
+    if accelerator.is_main_process:  # which moves them
+        others = [one for one in checkpoints(output_dir) if run_of(one) != trainer.run or _number(one) > update]
+    aside = set_aside(others, accelerator)
+    if aside is not None:
+        logger.warning(
+            f"{output_dir} holds checkpoints that this run does not go on from ({', '.join(one.name for one in others)}). They "
+            f"are set aside in {aside.name}. resume_from_checkpoint goes on from a checkpoint."
+        )
+    trainer.changes = [] if resumed is None else recorded(resumed) + record(changes, update)
+    if resumed is not None and accelerator.is_main_process:
+        tables.print_resume(resumed.name, update, changes)
+    return resumed
+
+
+def _looked_at(trainer: "DiffusionTrainer", folder: Path) -> tuple[list[str], list[Change]]:
+    """What keeps a run from going on from a checkpoint, and what has changed since."""
+    if not folder.is_dir():
+        return [f"there is no folder {str(folder)!r}."], []
+    if not is_sealed(folder):
+        return [f"it was not saved to its end. {_older(folder)}"], []
+    if damaged := damage(folder):
+        return [*damaged, _older(folder)], []
+    changes = argument_changes(folder, trainer.args)
+    model = trainer.student.model
+    if isinstance(model, PeftModel):
+        changes += lora_changes(folder, model.peft_config[STUDENT_ADAPTER])
+    changes += prompt_changes(folder, trainer.prompts_digest())
     problems = trainer._check_resume(folder)
+    problems += [f"{one.name} was {one.then!r} and is {one.now!r}: {one.refusal}" for one in changes if one.refusal]
     if trainer.is_deepspeed_enabled:
         stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
         problems += deepspeed_problems(folder, trainer.accelerator.num_processes, stage)
     else:
         problems += optimizer_problems(folder)
-    if problems:
-        raise ValueError(f"Can't resume from {folder.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
+    return problems, changes
 
 
-def load(trainer: "DiffusionTrainer", folder: str | Path) -> None:
-    """Restores the student and its average. Raises what [`check`] does."""
-    check(trainer, folder)
-    trainer._load_state(Path(folder))
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def _older(folder: Path) -> str:
+    """Which older checkpoint of the same run can be gone on from."""
+    beside = checkpoints(folder.parent)
+    older = [one for one in beside[: beside.index(folder)] if is_sealed(one)] if folder in beside else []
+    if not older:
+        return "There is no older complete checkpoint."
+    return f"{older[-1].name} is the older one to go on from: resume_from_checkpoint={str(older[-1])!r}."
 
 
 def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
@@ -185,13 +242,13 @@ def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
 def set_incomplete_aside(output_dir: str | Path | None, accelerator: Accelerator) -> None:
     """Renames checkpoints that a killed process left half-written, so that none of them is resumed from."""
     if accelerator.is_main_process and output_dir is not None:
-        for folder in _checkpoints(output_dir):
-            if not (folder / COMPLETE_FILE).exists():
+        for folder in checkpoints(output_dir):
+            if not is_sealed(folder):
                 aside = folder.with_name(f"incomplete-{folder.name}")
                 while aside.exists():  # killed at the same update before
                     aside = aside.with_name(f"{aside.name}-again")
                 logger.warning(
-                    f"{folder.name} was not saved to its end (no file '{COMPLETE_FILE}' in it) and is set aside as "
+                    f"{folder.name} was not saved to its end (no file '{SEAL_FILE}' in it) and is set aside as "
                     f"{aside.name}."
                 )
                 folder.rename(aside)

@@ -247,14 +247,28 @@ class TaskSampler(Sampler[int]):
             number (`int`): of the round in its epoch.
         """
         size = self.batch_size * self.micro_batches // self.repeats
-        if self._first_passes is None:
-            firsts = [self._order(task, 0, len(rows)) for task, rows in enumerate(self.rows)]
-            self._first_passes = [(first, np.argsort(first)) for first in firsts]
-        for order, (first, place) in zip(self._orders(), self._first_passes, strict=True):
+        for order, (first, place) in zip(self._orders(), self._placed_firsts(), strict=True):
             of_round = order[number * size : (number + 1) * size]
             groups = place[np.searchsorted(first, of_round, sorter=place)] // COMPANY
             for group in np.unique(groups):
                 yield first[group * COMPANY : (group + 1) * COMPANY]
+
+    def first_companies(self, rows: int) -> list[list[np.ndarray]]:
+        """
+        Of each task, the companies of the rows that come first in its first epoch, a random part of them: at most `rows`, or
+        a company more.
+        """
+        return [
+            [first[start : start + COMPANY] for start in range(0, min(rows, len(first)), COMPANY)]
+            for first, _ in self._placed_firsts()
+        ]
+
+    def _placed_firsts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each task's rows in the order of its first pass, and what sorts them."""
+        if self._first_passes is None:
+            firsts = [self._order(task, 0, len(rows)) for task, rows in enumerate(self.rows)]
+            self._first_passes = [(first, np.argsort(first)) for first in firsts]
+        return self._first_passes
 
     def _rounds(self, order: list[np.ndarray]) -> Iterator[int]:
         for i in range(self.rounds):  # an epoch of a million prompts as one list takes more memory than the prompts

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import tables
+from .conflicts import find_pairs
 from .data import task_rows
 from .dry_run_shared import (
     Clock,
@@ -34,12 +35,14 @@ from .dry_run_shared import (
     evaluation_scale,
     first_update,
     memory,
+    network_rounding,
     number_of_updates,
     score_pictures,
     write_pictures,
 )
 from .objectives import inclusion_probabilities, systematic_sample, velocity_gap_sq
 from .rollout import gaussian, sample_generators, walk
+from .separability import conflict_warning
 from .teachers import Teacher, rescaled_factors
 
 
@@ -64,6 +67,8 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         - `"tasks"`: by task `"kl"`, `"velocity_gap"` and `"noise_floor"` as in the logged metrics, over all trained steps;
           `"teachers"`, a list with each one's `"gap_to_base"` (relative norm of the difference to the base's velocity, at
           the teacher's guidance) and `"rounding"` (the same for two equal networks); and `"rewards"` by model and name.
+        - `"separability"`: for each two tasks with different teachers `"tasks"`, `"identical_prompts"`, `"identical_share"`,
+          `"accuracy"` and `"disagreement"`, as [`separability.Pair`] describes them.
         - `"memory"`: by part, `{"dtype", "bytes", "how"}`, as [`estimate_memory`] says, on one process and without sharding.
         - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
         - `"warnings"`: a sentence each.
@@ -80,15 +85,17 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
             cost["update"], used = _forward_backward(trainer, student, prompts, positions)
             costs.append(cost)
             activations.append(used)
+        pairs = find_pairs(trainer, sampler, student, thorough=True)
     seconds = max(gather_object([_seconds(trainer, costs)]))
     updates = number_of_updates(trainer, sampler)
     report = {
         "tasks": tasks,
+        "separability": [pair.report() for pair in pairs],
         "memory": memory(trainer, {}, max(activations), "a forward and backward"),
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,
-        "warnings": _warnings(tasks),
+        "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
     images = _draw(trainer)
     if trainer.accelerator.is_main_process:
@@ -96,6 +103,7 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         for task, of_task in scored.items():
             tasks[task]["rewards"] = of_task
         write_pictures(trainer, images, scored)
+        tables.print_pairs(pairs)
         tables.print_dry_run(report, trainer.accelerator.device.type)
         for warning in report["warnings"]:
             logger.warning(warning)
@@ -119,7 +127,7 @@ def _walk(
     # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
     # to the base and the squared norm of its velocity.
     squares: list[list[Tensor]] = []
-    rounding = [_rounding(trainer)] * len(roles)
+    rounding = [network_rounding(trainer)] * len(roles)
     shares_forwards = len(bank.forwards(roles)) < len(roles)
 
     def velocity(j: int, x: Tensor) -> Tensor:
@@ -174,13 +182,6 @@ def _walk(
 
 def _name(role: Teacher) -> str:
     return "/".join(filter(None, (role.source, role.config.subfolder)))
-
-
-def _rounding(trainer: "DiffusionOPDTrainer") -> float:
-    """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
-    weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
-    return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 
 
 def _forward_backward(

@@ -40,6 +40,7 @@ from .timing import instant, seconds_between
 
 if TYPE_CHECKING:
     from .trainer.base_trainer import DiffusionTrainer
+    from .trainer.taught_trainer import TaughtTrainer
 
 FOLDER = "dry_run"
 PICTURE = "dry_run.png"
@@ -133,6 +134,13 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def network_rounding(trainer: "TaughtTrainer") -> float:
+    """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
+    frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
+    weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
+    return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 
 
 # Memory

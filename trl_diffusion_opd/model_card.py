@@ -18,7 +18,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -65,6 +65,7 @@ def write_model_card(
     model_name: str | None = None,
     dataset_name: str | list[str] | None = None,
     tags: str | list[str] | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """
     Writes the model card `README.md` into the output folder.
@@ -78,6 +79,7 @@ def write_model_card(
         model_name (`str`, *optional*): the title, by default the name of the repository or the output folder.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
         tags (`str` or `list[str]`, *optional*): tags besides the method's own.
+        changes (`list[dict]`, *optional*): what resumes have changed, as `DiffusionTrainer.changes` has it.
     """
     args = trainer.args
     folder = Path(args.output_dir or ".")
@@ -114,6 +116,7 @@ def write_model_card(
         kind=_kind(trainer),
         transformer_class=type(trainer._pipeline.transformer).__name__,
         settings=_settings(trainer),
+        changes=changes,
         report=report,
         pictures={picture: text for picture, text in _PICTURES.items() if (folder / picture).exists()},
         datasets=datasets,

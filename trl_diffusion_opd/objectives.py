@@ -100,8 +100,9 @@ def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
     if infinite:
         raise ValueError(
             f"Steps {infinite} of {n} (counted from 0) would be trained but add no noise, so the KL divergence of student "
-            "and teacher is infinite there. Raise `skip_last_steps` past them (or `noise_level`, if it is 0), choose the "
-            "`loss_weighting` 'velocity' or 'x0', or the sampler 'ode'."
+            "and teacher is infinite there. Raise `skip_last_steps` past them (or `noise_level`, if it is 0; with "
+            "'dance_sde' lower it, since steps that it would make unstable are ODE steps), choose the `loss_weighting` "
+            "'velocity' or 'x0', or the sampler 'ode'."
         )
     return steps
 

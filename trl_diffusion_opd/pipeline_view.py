@@ -227,6 +227,7 @@ class PipelineView(DiffusionPipeline):
     prepared: Any
     decoding: bool
     images: Any
+    encoded: list[Any]
 
     @property
     def _execution_device(self) -> torch.device:
@@ -235,7 +236,8 @@ class PipelineView(DiffusionPipeline):
 
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         with self.encoding():
-            return self.cache.encode(super().encode_prompt, *args, **kwargs)
+            self.encoded.append(self.cache.encode(super().encode_prompt, *args, **kwargs))
+        return self.encoded[-1]
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
         if self.x is None:

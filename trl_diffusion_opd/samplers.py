@@ -82,10 +82,11 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
     Args:
         name (`str`):
             - `"ode"`: Euler steps of the probability flow (arXiv 2605.15055, Eq. 12, its default).
-            - `"flow_sde"`: Flow-GRPO (arXiv 2505.05470), diffusion `g² = eta² t / (1 - t)`. On a first step above
-              `levels[1]`, where that grows without bound, `g²` takes `levels[1]`.
-            - `"dance_sde"`: DanceGRPO (arXiv 2505.07818), `g = eta`. Where its last step would amplify the noise it
-              should remove (for a grid that ends at 0: `eta² > 2 levels[-2]`), that step is an ODE step.
+            - `"flow_sde"`: Flow-GRPO (arXiv 2505.05470), diffusion `g² = eta² t / (1 - t)`, which grows without bound
+              towards t = 1. On a first step where it would turn the state about (`a <= 0`: `eta² |dt| >= 2 (1 - t)`), `g²`
+              takes `levels[1]`, as on every grid that starts at 1. One that starts at 0.9 seldom needs it.
+            - `"dance_sde"`: DanceGRPO (arXiv 2505.07818), `g = eta`. A step that would amplify the noise it should
+              remove (`eta² |dt| > 2 t (t + t')`, at the end of a grid `eta² > 2 t`) is an ODE step.
             - `"cps"`: coefficients-preserving sampling (arXiv 2509.05952).
             - `"ddim"`: DDIM with its `eta` (arXiv 2010.02502), carried over to flow matching.
             - `"dpm2m"`: DPM-Solver++ 2M (arXiv 2211.01095). First order, which is Euler, on the first step, after a
@@ -109,13 +110,14 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
     if name == "ode":
         a, c, s = torch.ones_like(t), dt, torch.zeros_like(t)
     elif name == "flow_sde":
-        # Only g² is capped, by position on the grid and not by a test for t == 1: grids also start at .9997.
-        a, c, s = _sde_step(t, dt, g_sq_over_t=eta**2 / (1 - t.clamp(max=levels[1].item())))
+        # Only g² is capped, and not by a test for t == 1: grids also start at .9997.
+        needed = eta**2 * -dt[0] >= 2 * (1 - t[0])
+        a, c, s = _sde_step(t, dt, g_sq_over_t=eta**2 / (1 - (t.clamp(max=levels[1].item()) if needed else t)))
     elif name == "dance_sde":
         g_sq_over_t = eta**2 / t
         # On data without spread a step multiplies the noise by t'/t + g² dt / (2 t²): unstable below -1.
-        if t_next[-1] / t[-1] + g_sq_over_t[-1] * dt[-1] / (2 * t[-1]) < -1:
-            g_sq_over_t[-1] = 0.0
+        unstable = t_next / t + g_sq_over_t * dt / (2 * t) < -1
+        g_sq_over_t = torch.where(unstable, 0.0, g_sq_over_t)
         a, c, s = _sde_step(t, dt, g_sq_over_t)
     elif name == "cps":
         angle = torch.tensor(eta * torch.pi / 2, dtype=torch.float64)
@@ -151,7 +153,8 @@ def sde_window(table: SamplerTable, steps: range) -> SamplerTable:
     if silent:
         raise ValueError(
             f"Steps {silent} of the sampler {table.name!r} (counted from 0, of {n}) add no noise, so the window cannot hold "
-            "them. Choose an earlier window, or raise `noise_level` if it is 0."
+            "them. Choose an earlier window, or raise `noise_level` if it is 0. With 'dance_sde' lower it: steps that it "
+            "would make unstable are ODE steps."
         )
     ode = sampler_table("ode", table.levels)
     inside = torch.tensor([j in steps for j in range(n)])

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -112,6 +112,13 @@ class Student:
         # What is averaged: elementwise, so that no process needs more than it has.
         return [own_part(parameter) for parameter in self.parameters()]
 
+    def named_states(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process has of the weights and of their average."""
+        for i, (name, parameter) in enumerate(self.named_parameters().items()):
+            yield name, own_part(parameter).detach()
+            if self.ema is not None:
+                yield f"{name} (average)", self.ema.shadow_params[i]
+
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
         """Takes the average's step after update number `step` (counted from 1), if it is due."""
@@ -195,6 +202,7 @@ class Student:
                 transformer_lora_layers={name.removeprefix("base_model.model."): w for name, w in weights.items()},
                 transformer_lora_adapter_metadata=_portable_metadata(config),
             )
+            _sort_metadata(Path(folder) / LORA_WEIGHT_NAME_SAFE)
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """
@@ -255,6 +263,21 @@ def public_name(name_or_path: str | None) -> str | None:
     if name_or_path is None or not os.path.isdir(name_or_path):
         return name_or_path
     return Path(name_or_path).resolve().name
+
+
+def _sort_metadata(path: Path) -> None:
+    """
+    Puts the two entries of a file's metadata in order. safetensors writes them in the order of a hash map, so that the file of
+    equal weights had two hashes, by chance: a push saw a change, and a run another teacher.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "safetensors writes the same text, padded"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _portable_metadata(config: LoraConfig) -> dict[str, Any]:

@@ -28,7 +28,9 @@ from .rewards import reward_name
 
 if TYPE_CHECKING:
     from .completions import Completion
+    from .resume import Change
     from .samplers import SamplerTable
+    from .separability import Pair
     from .trainer.base_trainer import DiffusionTrainer
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # A weighting that puts more than this on one step trains that step and little else.
 _DOMINANT_SHARE = 0.9
+# Twenty tasks make 190 pairs.
+_SHOWN_PAIRS = 10
 
 
 def print_start(trainer: "DiffusionOPDTrainer") -> None:
@@ -65,6 +69,19 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
 
 def print_line(text: str) -> None:
     _console().print(text)
+
+
+def print_resume(checkpoint: str, update: int, changes: Sequence["Change"]) -> None:
+    """Shows where a run goes on, and what has changed since."""
+    console = _console()
+    console.print(f"Goes on after update {update} of {checkpoint}.")
+    if changes:
+        table = Table(title=f"Changed since update {update}, with effect from update {update + 1} on")
+        for column in ("setting", "then", "now"):
+            table.add_column(column, overflow="fold")
+        for change in changes:
+            table.add_row(*change.row())
+        console.print(table)
 
 
 def print_rewards(trainer: "DiffusionRLTrainer") -> None:
@@ -131,6 +148,26 @@ def _print_teachers(console: Console, trainer: "TaughtTrainer") -> None:
     if trainer.merge_report is not None:
         lost = f"{trainer.merge_report.error:.1%}"
         console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost}.")
+
+
+def print_pairs(pairs: Sequence["Pair"]) -> None:
+    """
+    Shows how well tasks with different teachers can be told apart by their prompts.
+
+    Args:
+        pairs (`list[Pair]`): those that are told apart worst first. Of many, these are shown.
+    """
+    if not pairs:
+        return
+    more = f", the worst {_SHOWN_PAIRS} of {len(pairs)} pairs" if len(pairs) > _SHOWN_PAIRS else ""
+    table = Table(title=f"Tasks by their prompts{more}")
+    for column in ("tasks", "identical prompts", "told apart", "teachers apart"):
+        table.add_column(column, overflow="fold")
+    for pair in pairs[:_SHOWN_PAIRS]:
+        accuracy = "-" if pair.accuracy is None else f"{pair.accuracy:.0%}"
+        apart = "-" if pair.disagreement is None else f"{pair.disagreement:.2f}"
+        table.add_row(", ".join(pair.tasks), f"{pair.identical} ({pair.identical_share:.0%})", accuracy, apart)
+    _console().print(table)
 
 
 def print_completions(

@@ -24,7 +24,7 @@ touch a pipeline's inside.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,6 +35,7 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor, nn
 
+from .finite import finite_images
 from .latent_map import LatentMap
 from .pipeline_view import (
     DecoderStandIn,
@@ -278,6 +279,22 @@ class VelocityField:
             self._run(prompts, scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
 
     @torch.no_grad()
+    def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Any]]:
+        """
+        What the pipeline's `encode_prompt` returns for each prompt as a batch of its own, in every call of it on the way to
+        the transformer. No transformer runs.
+
+        Args:
+            prompts (`Iterable[str]`)
+            guidance_scale (`float`): of the calls in which the embeddings are used.
+        """
+        x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
+        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
+        for prompt in prompts:
+            view = self._run([prompt], guidance_scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
+            yield view.encoded
+
+    @torch.no_grad()
     def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
         """
         Images of final latents, decoded as the pipeline does: its loop is run with no step.
@@ -286,9 +303,17 @@ class VelocityField:
             x (`torch.Tensor` of shape `(B, ...)`): latents at level 0.
             prompts (`list[str]` of length `B`)
             output_type (`str`): as in the pipeline: `"pil"`, `"np"` in [0, 1], or `"pt"`.
+
+        Raises:
+            [`FloatingPointError`]: if latents or pictures are not finite.
         """
+        if bad := len(x) - int(x.isfinite().flatten(1).all(1).sum()):
+            raise FloatingPointError(
+                f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
+            )
         self._probe.level = None
-        images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
+        with finite_images():
+            images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
         one_frame = isinstance(images[0], list) and len(images[0]) == 1  # a pipeline for videos, asked for an image
         return [video[0] for video in images] if one_frame else images
 
@@ -458,6 +483,7 @@ class VelocityField:
             prepared=None if x is None else self._extras(prompts),
             decoding=output_type != "latent" and vae is None,
             images=None,
+            encoded=[],
         )
         if vae is not None:
             view.__dict__["vae"] = vae

@@ -62,7 +62,9 @@ def train(method: str, seed: int, folder: Path) -> dict[str, Any]:
     """Trains what is not trained yet. Returns cost, curves and the LoRA's folder after each stage."""
     contents = METHODS[method](seed)
     for content in contents:
-        content["config"] = {"seed": seed, "use_cpu": True, "save_total_limit": 1, **content["config"]}
+        # The average was this one, by default, when the results on the page were made.
+        fixed = {"seed": seed, "use_cpu": True, "save_total_limit": 1, "ema_decay": 0.9}
+        content["config"] = {**fixed, **content["config"]}
     path = folder / "stages.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({"output_dir": str(folder), "stages": contents}, sort_keys=False))

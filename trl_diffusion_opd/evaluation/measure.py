@@ -31,6 +31,7 @@ from torch import Tensor
 from ..processes import failing_together
 from ..retention import Scores
 from ..rewards import Reward, RewardFunc, Scorer, reward_name
+from ..rewards.scoring import call_reward
 from ..teachers import Teacher, TeacherBank
 from ..velocity import VelocityField
 from .drawing import Velocity, draw_batch
@@ -188,7 +189,10 @@ def measure(
     def draw(batch: _Batch) -> list[Image]:
         prompts = tasks[batch.task].rows(batch.numbers)["prompt"]
         entropy = [seed, tasks[batch.task].index]
-        images = draw_batch(field, _velocity(field, bank, batch.model), prompts, entropy, batch.numbers)
+        try:
+            images = draw_batch(field, _velocity(field, bank, batch.model), prompts, entropy, batch.numbers)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error
         if store is not None:
             pairs = zip(batch.numbers, images, strict=True)
             store.save(batch.key, batch.task, {n: image for n, image in pairs if n < kept})
@@ -317,13 +321,16 @@ def _recorded(
         prompts: list[str], images: list[Image], completions: Any, trainer_state: Any, **columns: list[Any]
     ) -> list[float | None]:
         batch = batches.popleft()  # a scorer calls a function in the order of its batches
-        part = tasks[batch.task]
-        with _Hint(name, batch.task, is_own=function in part.functions):
-            from ..rewards.metric import as_metric  # evaluate is slow to load
-
-            found = as_metric(function, part.prompts.features).compute(prompts=prompts, images=images, **columns)
-        record(batch, function, {score: found[f"{score}_scores"] for score in score_names(function)})
-        return found[f"{name}_scores"]
+        rows = [
+            {"prompt": prompt, **{column: values[i] for column, values in columns.items()}}
+            for i, prompt in enumerate(prompts)
+        ]
+        # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
+        own = [image.copy() for image in images]
+        with _Hint(name, batch.task, is_own=function in tasks[batch.task].functions):
+            found = call_reward(function, rows, own)
+        record(batch, function, found)
+        return found[name]
 
     recorded.__name__ = name
     return recorded

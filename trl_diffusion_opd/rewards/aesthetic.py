@@ -17,8 +17,9 @@
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPModel
 
+from .center_crop import CenterCropProcessor
 from .clip import CLIP_MODEL_FILES, CLIP_OPTIONAL_FILES, CLIP_PROCESSOR_FILES
 from .hub_files import find_files, read_tensors, sha256
 from .mlp_head import load_head
@@ -34,6 +35,8 @@ class Aesthetic(ModelReward):
     """
     LAION's improved aesthetic predictor v2 (`sac+logos+ava1-l14-linearMSE`): five linear layers on the normalised image
     embedding of CLIP ViT-L/14, trained on people's ratings of 1 to 10. It does not look at the prompt.
+
+    Of an image that is not square the middle is taken, as in its code ([`CenterCropProcessor`]).
 
     Mostly 4 to 7; Table 1 of DiffusionOPD has 5.36 for SD3.5-M with guidance. Source:
     https://github.com/christophschuhmann/improved-aesthetic-predictor.
@@ -76,7 +79,7 @@ class Aesthetic(ModelReward):
         )
         head_files = find_files(self.name, head, head_revision, ((head_filename,),))
         super().__init__((files, head_files), device, dtype, batch_size)
-        self.identity += f" {head_filename}"
+        self.identity += f" {head_filename} torchvision crop"
         if (head, head_filename) == _HEAD and (digest := sha256(head_files.folder / head_filename)) != _HEAD_SHA256:
             raise ValueError(
                 f"{head_files.shown}: {head_filename} is not the predictor of LAION any more: its SHA-256 is {digest}, "
@@ -84,7 +87,7 @@ class Aesthetic(ModelReward):
                 "https://github.com/christophschuhmann/improved-aesthetic-predictor, and name its folder as `head` and "
                 "the file as `head_filename`."
             )
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(files.folder)
+        self.image_processor = CenterCropProcessor.from_pretrained(files.folder)
         clip = load_pretrained(CLIPModel, files)
         # Not the text tower, which would lie idle on the device.
         self.vision_model = self._placed(clip.vision_model)

@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPModel,
     CLIPTokenizer,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
 )
 
+from .center_crop import CenterCropProcessor
 from .clip import CLIP_MODEL_FILES, CLIP_OPTIONAL_FILES, CLIP_PROCESSOR_FILES
 from .geneval_rules import (
     COLORS,
@@ -130,12 +130,12 @@ class GenEval(ModelReward):
         self._names = [_GENEVAL_NAMES.get(labels[i], labels[i]) for i in range(len(labels))]
         self._clip = self._placed(load_pretrained(CLIPModel, clip_files))
         self._clip_tokenizer = CLIPTokenizer.from_pretrained(clip_files.folder)
-        self._clip_processor = CLIPImageProcessorPil.from_pretrained(clip_files.folder)
+        self._clip_processor = CenterCropProcessor.from_pretrained(clip_files.folder)
         self._color_weights: dict[str, torch.Tensor] = {}
 
     @property
     def fingerprint(self) -> str:
-        return f"{super().fingerprint} graded={self.graded} detector_size={self.detector_size} {self.thresholds}"
+        return f"{super().fingerprint} torchvision crop graded={self.graded} detector_size={self.detector_size} {self.thresholds}"
 
     def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
         try:

@@ -14,6 +14,9 @@
 
 """HPS v2.1: people's preferences among generated images, from a file in open_clip's layout."""
 
+import html
+
+import ftfy
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ class HPSv2(ClipReward):
 
     About 0.2 to 0.4: the scale of the authors' code and of Table 1 of DiffusionOPD (0.279 for SD3.5-M with guidance).
     Their leaderboard shows it times 100. Images are prepared as in their code: the longer side is scaled to the model's
-    size and the rest is black, so that nothing of a wide or tall image is cut off.
+    size and the rest is black, so that nothing of a wide or tall image is cut off. So are prompts: see [`clean_prompt`].
 
     Args:
         model (`str`, *optional*, defaults to `"xswu/HPSv2"`): where the weights are, a Hub id or a local folder.
@@ -75,6 +78,7 @@ class HPSv2(ClipReward):
             dtype,
             batch_size,
         )
+        self.identity += " open_clip prompts"
 
     def _pixel_values(self, images: list[Image]) -> torch.Tensor:
         size = self.model.config.vision_config.image_size
@@ -84,7 +88,19 @@ class HPSv2(ClipReward):
         return torch.stack([(fit_square(image, size) - mean) / std for image in images])
 
     def _predict(self, prompts: list[str], images: list[Image]) -> torch.Tensor:
-        return self._cosine(prompts, images)
+        return self._cosine([clean_prompt(prompt) for prompt in prompts], images)
+
+
+def clean_prompt(prompt: str) -> str:
+    """
+    A prompt as open_clip's tokenizer reads it, which the authors train and score with (`basic_clean`,
+    `whitespace_clean` and `lower` of its `tokenizer.py`): typographic quotes are straight, wrongly decoded letters are
+    mended, entities of HTML are the letters that they stand for, and every run of white space is one space.
+
+    The tokenizer of transformers does nothing of this but the white space and, letter by letter, the lower case.
+    """
+    unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(unescaped.split()).lower()
 
 
 def fit_square(image: Image, size: int) -> torch.Tensor:

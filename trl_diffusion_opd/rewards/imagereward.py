@@ -28,9 +28,9 @@ from transformers import (
     BlipTextModel,
     BlipVisionConfig,
     BlipVisionModel,
-    CLIPImageProcessorPil,
 )
 
+from .center_crop import CenterCropProcessor
 from .hub_files import ModelFiles, check_loaded, find_files, read_tensors
 from .mlp_head import load_head
 from .model_reward import ModelReward, load_pretrained
@@ -64,7 +64,7 @@ class ImageReward(ModelReward):
 
     About -2 to 2, with mean 0 and deviation 1 over the images it was trained on; Table 1 of DiffusionOPD has 0.85 for
     SD3.5-M with guidance. Prompts are cut to 35 tokens, as in the authors' code. Of an image that is not square the
-    middle is taken.
+    middle is taken, as in their code ([`CenterCropProcessor`]).
 
     Args:
         model (`str`, *optional*, defaults to `"zai-org/ImageReward"`): where the weights and `med_config.json` are, a Hub
@@ -99,12 +99,12 @@ class ImageReward(ModelReward):
             self.name, tokenizer, tokenizer_revision, (("tokenizer.json", "vocab.txt"),), ("*token*.json",)
         )
         super().__init__((files, tokenizer_files), device, dtype, batch_size)
-        self.identity += f" {filename}"
+        self.identity += f" {filename} torchvision crop"
         self.tokenizer = BertTokenizer.from_pretrained(tokenizer_files.folder)
         parts = split_parts(files, read_tensors(files, filename))
         vision_config = _vision_config(files, parts["visual_encoder"])
         text_config = _text_config(files.folder / "med_config.json", vision_config.hidden_size)
-        self.image_processor = CLIPImageProcessorPil(
+        self.image_processor = CenterCropProcessor(
             size={"shortest_edge": vision_config.image_size},
             crop_size={"height": vision_config.image_size, "width": vision_config.image_size},
         )

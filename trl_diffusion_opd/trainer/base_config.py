@@ -24,6 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..finite import option_problems
 from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
 from ..rewards.scoring import timeout_problems
 
@@ -267,7 +268,8 @@ class DiffusionConfig(_BaseConfig):
         unset_hf_deepspeed_config()
         if self.dtype == "float32":  # as when it is not given
             self.dtype = min(self._given_dtypes(), default=self.dtype)
-        self._raise(self._problems())
+        # All other checks compare, and nothing is less or more than NaN.
+        self._raise(option_problems(self) or self._problems())
 
     def _refuse_broken_json(self) -> None:
         """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
@@ -347,17 +349,26 @@ class DiffusionConfig(_BaseConfig):
                 f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
                 "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
             )
-        if not 0 <= self.learning_rate < math.inf:
-            problems.append(f"learning_rate={self.learning_rate}: it must be a finite number, not negative.")
-        if self.noise_level is not None and not math.isfinite(self.noise_level):
-            problems.append(f"noise_level={self.noise_level}: it must be a finite number.")
+        for name in (
+            "learning_rate",
+            "weight_decay",
+            "max_grad_norm",
+            "warmup_steps",
+            "num_train_epochs",
+            "adam_epsilon",
+        ):
+            if getattr(self, name) < 0:
+                problems.append(f"{name}={getattr(self, name)}: it must be a finite number, not negative.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                problems.append(f"{name}={getattr(self, name)}: it must be in [0, 1).")
         if isinstance(self.ema_decay, str) and self.ema_decay != FOLLOWING:
             problems.append(f"ema_decay={self.ema_decay!r}: it is a number in [0, 1), or {FOLLOWING!r}.")
         elif isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}: it must be in [0, 1).")
         if isinstance(self.task_weights, dict):
             for task, weight in self.task_weights.items():
-                if not isinstance(weight, (int, float)) or weight <= 0:
+                if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
                     problems.append(f"task_weights: {task}={weight!r} is not a positive number.")
         return problems
 

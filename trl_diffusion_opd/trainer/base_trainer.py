@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
@@ -41,6 +41,7 @@ from ..attention import use_attention_backend
 from ..average import average_line, lag_problem
 from ..compilation import compile_blocks
 from ..data import TaskSampler, plain_dataset, task_of, task_rows
+from ..finite import not_finite
 from ..flops import matmul_rate
 from ..lora_config import layer_problems
 from ..offload import Offload, offloaded
@@ -48,8 +49,11 @@ from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
 from ..quantization import exempt_from_broadcast
+from ..resume import KeptSettings, prompts_of
 from ..rewards import RewardFuncs, rewards_by_task
+from ..run_folder import folder_problems, one_run_at_a_time
 from ..sharding import leave_precision_alone, leave_precision_to_the_model
+from ..stopping import StopRequest
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
 from ..teachers import TeacherError, add_adapter, parse_teacher, read_lora
 from ..timing import UpdateCost
@@ -86,8 +90,15 @@ class _StudentCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         checkpoint.restore_best(args.output_dir, state)
+        if state.global_step >= state.max_steps:
+            logger.warning(
+                f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
+                "max_steps (or num_train_epochs)."
+            )
         self.trainer._say_average(state.max_steps)
         self.trainer._log_completions()
+        if state.global_step == 0:
+            self.trainer._compare_tasks()
         self.trainer._begin_costs()
 
     def on_pre_optimizer_step(
@@ -119,6 +130,9 @@ class DiffusionTrainer(EvaluatingTrainer):
     _config_class: type[DiffusionConfig]
     # How often a prompt comes in a round, and a round in an epoch.
     _repeats, _passes = 1, 1
+    # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
+    run: str
+    changes: list[dict[str, Any]] = []
     _teacher_specs: Any = None
     # What the seconds of an update are made of.
     _parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
@@ -211,6 +225,8 @@ class DiffusionTrainer(EvaluatingTrainer):
                 unfit += layer_problems(student_model)
         if not unfit:
             self._setup(student_model, problems)
+        if args.should_save:
+            problems += folder_problems(args.output_dir)
         if args.push_to_hub:
             problems += self._push_problems(args, full_weights=peft_config is None)
         problems = unfit + problems
@@ -246,6 +262,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
+        self._stop = StopRequest(self.accelerator)
+        self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
         self._offload.rest()
         self._redirect = _ForwardRedirection()
@@ -253,6 +271,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._micro_step = 0
         assert train_dataset is not None  # it has been checked
         self._prompts = train_dataset.select_columns(["prompt"])
+        self._prompts_digest: dict[str, Any] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self._parts, self.accelerator.device)
         self._part = self._cost.part
@@ -262,6 +281,9 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _setup(self, model: nn.Module, problems: list[str]) -> None:
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
+
+    def _compare_tasks(self) -> None:
+        """Says before the first step what the tasks have to do with each other. All processes call it."""
 
     def _card_fields(self) -> dict[str, Any]:
         """
@@ -381,9 +403,13 @@ class DiffusionTrainer(EvaluatingTrainer):
         self._signature_columns = self.train_dataset.column_names
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> TaskSampler:
+        self._sampler = self._make_sampler()
+        return self._sampler
+
+    def _make_sampler(self) -> TaskSampler:
         # The order depends on the data seed alone, so every process has the same.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = TaskSampler(
+        return TaskSampler(
             [self._task_rows[task] for task in self.tasks],
             batch_size=self._train_batch_size * self.accelerator.num_processes,
             micro_batches=self._micro_batches,
@@ -391,7 +417,6 @@ class DiffusionTrainer(EvaluatingTrainer):
             repeats=self._repeats,
             passes=self._passes,
         )
-        return self._sampler
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
@@ -423,16 +448,25 @@ class DiffusionTrainer(EvaluatingTrainer):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
         with (
+            one_run_at_a_time(self.args.output_dir, self.accelerator),
             lost_process_named(
                 lambda: f"in update {self.state.global_step + 1}",
                 lambda: checkpoint.resume_advice(self.args.output_dir),
             ),
             # PEFT casts what enters a float32 LoRA to float32, and autocast casts it back: whole activations, for nothing.
             disable_input_dtype_casting(self.model),
+            self._stop.listening(),
         ):
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
+            resumed = checkpoint.begin(self, resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=None if resumed is None else str(resumed), **kwargs)
+
+    def prompts_digest(self) -> dict[str, Any]:
+        """By task how many prompts are trained on, and a hash of them."""
+        if self._prompts_digest is None:
+            self._prompts_digest = prompts_of(self._prompts, self._task_rows)
+        return self._prompts_digest
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -613,7 +647,13 @@ class DiffusionTrainer(EvaluatingTrainer):
     # Files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the student's averaged weights: see [`Student.save`]."""
+        """
+        Saves the student's averaged weights: see [`Student.save`].
+
+        Raises:
+            [`FloatingPointError`]: on all processes, if they are not finite.
+        """
+        self._refuse_what_is_not_finite()
         with self.student.ema_weights():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 # Trainer's would gather the base and the teachers too, and save nothing under FSDP's SHARDED_STATE_DICT.
@@ -622,6 +662,22 @@ class DiffusionTrainer(EvaluatingTrainer):
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
                 super().save_model(output_dir, _internal_call)
+
+    def _refuse_what_is_not_finite(self) -> None:
+        """An optimizer's step that overflows shows in no loss of this update. All processes decide alike."""
+        bad = not_finite(self.student.named_states())
+        if self.optimizer is not None and not self.is_deepspeed_enabled:
+            states = enumerate(self.optimizer.state.values())
+            moments = (
+                (f"optimizer {i} {k}", v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)
+            )
+            bad += not_finite(moments)
+        bad = gather_object(bad) if self.accelerator.num_processes > 1 else bad
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} trained tensors are not finite after update {self.state.global_step}, such as {bad[0]}. Nothing of "
+                f"them is saved. Try a smaller learning_rate, or dtype float32. {checkpoint.resume_advice(self.args.output_dir)}"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -642,26 +698,29 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.student.load_state(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_what_is_not_finite()
+
         def save() -> None:
             self.create_model_card()
             super(DiffusionTrainer, self)._save_checkpoint(model, trial)
 
         checkpoint.save(self, save)
+        if self._stop.stopped:
+            # Not the end of Trainer's: it may delete this checkpoint for a better one, and scripts go on to evaluate and push.
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self._stop.leave(self.state.global_step, self.args.output_dir)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, Any]:
         # Under DeepSpeed Trainer has its engine load its own files, and leaves it at that.
-        resumed = resume_from_checkpoint if self.is_deepspeed_enabled else None
-        if resumed is not None:
-            checkpoint.check(self, resumed)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resumed is not None:
-            self._load_state(Path(resumed))
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint))
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.load(self, resume_from_checkpoint)
+        self._load_state(Path(resume_from_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
@@ -670,10 +729,15 @@ class DiffusionTrainer(EvaluatingTrainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint_folder is not None:
+        if checkpoint_folder is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
+            return
+        settings = KeptSettings(self.optimizer, self.lr_scheduler)
+        if self.is_fsdp_enabled:
             checkpoint.load_optimizer(self, checkpoint_folder)
         else:
             super()._load_optimizer_and_scheduler(checkpoint_folder)
+        settings.restore(self.optimizer, self.lr_scheduler)
 
     def _check_resume(self, folder: Path) -> list[str]:
         """What in a checkpoint does not fit this run, a sentence each."""
@@ -687,7 +751,7 @@ class DiffusionTrainer(EvaluatingTrainer):
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
         if self.is_world_process_zero():
-            model_card.write_model_card(self, model_name, dataset_name, tags)
+            model_card.write_model_card(self, model_name, dataset_name, tags, self.changes)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""

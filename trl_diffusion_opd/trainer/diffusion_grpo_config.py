@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import math
 from dataclasses import dataclass, field
 
 from ..objectives import default_skip_last_steps
@@ -52,11 +51,14 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             with gradients balanced over the steps.
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Ratios are clipped to `1 - epsilon` and `1 + epsilon`. Log-probabilities are means over the latent dimensions, so
-            ratios differ little from 1: published settings are 1e-5 to 1e-3, and 2e-6 for `"grpo_guard"`. Without effect
-            while `num_iterations` is 1.
+            ratios differ little from 1: published settings are 1e-5 to 1e-3, and 2e-6 for `"grpo_guard"`. With
+            `sampler="cps"` published settings do not carry over: their code leaves the variance \\( s^2 \\) out of the
+            log-probability, and so clips a log-ratio that is \\( 2 s^2 \\) times the true one, which is used here. Without
+            effect while `num_iterations` is 1.
         beta (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the KL to the base model, a mean over latent dimensions and trained steps. At 0 the base is
-            not evaluated.
+            Coefficient of the KL to the base model, in nats: a mean over latent dimensions and trained steps. At 0 the base
+            is not evaluated. Published code of the Flow-GRPO family leaves the length of the step out of its KL: a
+            `beta` of 0.04 there is about 0.009 here, on 10 steps of Stable Diffusion 3.
 
     > [!NOTE]
     > `sampler` defaults to `"flow_sde"` instead of `"ode"`.
@@ -108,8 +110,6 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             problems.append(f"epsilon={self.epsilon}: it must be between 0 and 1.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
-        elif not math.isfinite(self.beta):
-            problems.append(f"beta={self.beta}: it must be a finite number.")
         return problems
 
     def _window_problems(self) -> list[str]:

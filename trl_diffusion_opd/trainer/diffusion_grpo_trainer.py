@@ -192,6 +192,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         share = self._task_share(rollout.task) / len(transitions)
         last = max(transitions)
         figures = []
+        extreme = (rollout.advantages.abs() >= args.advantage_clip).float().mean()
         for j, transition in transitions.items():
             t, dt = float(self.table.levels[j]), float(self.table.levels[j + 1] - self.table.levels[j])
             c, s = float(self.table.c[j]), float(self.table.s[j])
@@ -217,16 +218,17 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                 self._backward(share * loss.mean())
             clipped = is_clipped(ratio, rollout.advantages, args.epsilon).to(loss.dtype)
             deviation = (ratio - 1).abs().max()
-            figures.append(torch.stack([loss.detach().mean(), kl.detach().mean(), clipped.mean(), deviation]))
+            figures.append(torch.stack([loss.detach().mean(), kl.detach().mean(), clipped.mean(), deviation, extreme]))
         return self._record(rollout.task, list(transitions), torch.stack(figures, dim=1)) * len(transitions) * share
 
     def _record(self, task: str, steps: list[int], figures: Tensor) -> Tensor:
         """Gathers the figures of all processes, refuses what is not finite, keeps the metrics; the mean loss."""
         levels = {j: float(self.table.levels[j]) for j in steps}
         everyone = self._gather_finite(task, levels, figures)
-        loss, kl, clipped, _ = everyone.mean((0, 2)).tolist()
+        loss, kl, clipped, _, extreme = everyone.mean((0, 2)).tolist()
         metrics = self._metrics["train"]
         metrics["clip_ratio/region_mean"].append(clipped)
+        metrics["clip_ratio/advantages"].append(extreme)
         metrics["ratio/max_deviation"].append(float(everyone[:, 3].max()))
         if self.bank is not None:
             metrics["kl"].append(kl)

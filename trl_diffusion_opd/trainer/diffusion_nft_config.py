@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import math
 from dataclasses import dataclass, field
 
 from .rl_config import DiffusionRLConfig
@@ -34,9 +33,6 @@ class DiffusionNFTConfig(DiffusionRLConfig):
         nft_beta (`float`, *optional*, defaults to `1.0`):
             The paper's \\( \beta \\), positive: how far the two implicit policies are from the old one. With a smaller one the
             student goes further from the old policy, faster and less stably; the paper uses 1 and 0.1.
-        advantage_clip (`float`, *optional*, defaults to `5.0`):
-            An image whose advantage is at least this counts as certainly good, and with its negative as certainly bad. With
-            `scale_rewards="batch"` it is the paper's \\( Z_c \\) in standard deviations of the task's rewards.
         loss_weighting (`str`, *optional*, defaults to `"adaptive"`):
             `"adaptive"`: squared errors of predicted images, each divided by its own mean absolute error. `"velocity"`:
             squared errors of velocities as they are.
@@ -65,6 +61,9 @@ class DiffusionNFTConfig(DiffusionRLConfig):
     > - `sampler`: Defaults to `"dpm2m"` instead of `"ode"`. Any sampler will do: only the images are used.
     > - `guidance_scale`: Defaults to `1.0` instead of `4.5`: the student learns to do without guidance.
     > - `scale_rewards`: Defaults to `"batch"` instead of `"group"`.
+    >
+    > An image whose advantage is `advantage_clip` counts as certainly good, and with its negative as certainly bad. With
+    > `scale_rewards="batch"` that is the paper's \\( Z_c \\) in standard deviations of the task's rewards.
     """
 
     # Defaults that differ from DiffusionRLConfig
@@ -87,9 +86,6 @@ class DiffusionNFTConfig(DiffusionRLConfig):
     # Parameters that control the objective
     nft_beta: float = field(
         default=1.0, metadata={"help": "The paper's beta: how far the implicit policies are from the old one."}
-    )
-    advantage_clip: float = field(
-        default=5.0, metadata={"help": "Advantage from which on an image counts as certainly good."}
     )
     loss_weighting: str = field(
         default="adaptive",
@@ -125,12 +121,8 @@ class DiffusionNFTConfig(DiffusionRLConfig):
                 f"nft_beta={self.nft_beta}: it must be positive, or the student has no part in the loss. The paper uses 1 "
                 "and 0.1."
             )
-        if not self.advantage_clip > 0:
-            problems.append(f"advantage_clip={self.advantage_clip}: it must be positive.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
-        elif not math.isfinite(self.beta):
-            problems.append(f"beta={self.beta}: it must be a finite number.")
         if not self.old_policy_decay_rate >= 0:
             problems.append(f"old_policy_decay_rate={self.old_policy_decay_rate} is negative.")
         if not 0 <= self.old_policy_decay_max < 1:

@@ -206,7 +206,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
                 self._backward(share * (loss + args.beta * kl))
             gap, norm = velocity_gap_sq(student.detach(), old).mean(), old.float().square().mean()
             figures.append(torch.stack([loss.detach(), kl.detach(), gap, norm]))
-        return self._record(task, levels, torch.stack(figures, 1), r) * self._task_share(task)
+        return self._record(task, levels, torch.stack(figures, 1), rollout.advantages) * self._task_share(task)
 
     def _drawn_levels(self) -> list[float]:
         """The noise levels of this update: the same for all tasks and on every process."""
@@ -214,9 +214,10 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         k = self.args.num_trained_timesteps or len(self.table)
         return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
 
-    def _record(self, task: str, levels: list[float], figures: Tensor, r: Tensor) -> Tensor:
+    def _record(self, task: str, levels: list[float], figures: Tensor, advantages: Tensor) -> Tensor:
         """Keeps the metrics of a micro-batch, from all processes; its mean loss."""
-        of_images = torch.stack([(2 * r - 1).abs().mean(), ((r == 0) | (r == 1)).float().mean()])
+        sizes, clip = advantages.abs(), self.args.advantage_clip
+        of_images = torch.stack([(sizes / clip).mean(), (sizes >= clip).float().mean()])
         values = torch.cat([figures.float(), of_images[:, None].expand(2, len(levels))])
         loss, kl, gap, norm, signal, clipped = self._gather_finite(task, dict(enumerate(levels)), values).mean(0)
         metrics = self._metrics["train"]
@@ -259,8 +260,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             "matching toward the better ones of each prompt and away from the worse."
         )
         fields["settings"] |= {
-            "loss": f"weighting {args.loss_weighting}, nft_beta {args.nft_beta}, advantages clipped at "
-            f"{args.advantage_clip}, beta {args.beta}",
+            "loss": f"weighting {args.loss_weighting}, nft_beta {args.nft_beta}, beta {args.beta}",
             "trained levels": f"{args.num_trained_timesteps or len(self.table)}, by {args.timestep_sampling}",
             "old policy": f"keeps min({args.old_policy_decay_rate} (i - {args.old_policy_decay_start}), "
             f"{args.old_policy_decay_max}) of itself after update i",

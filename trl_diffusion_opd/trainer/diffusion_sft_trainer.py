@@ -212,6 +212,8 @@ class DiffusionSFTTrainer(TaughtTrainer):
         if self.is_world_process_zero():
             cache.start()
         missing = gather_object([cache.missing()])[0]  # the same for all, whatever has been written meanwhile
+        if missing:
+            self._compare_tasks()  # to draw them takes hours
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         for first in range(0, len(missing), world):
             shard = missing[min(first + rank, len(missing) - 1)]

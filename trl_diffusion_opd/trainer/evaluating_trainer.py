@@ -127,16 +127,20 @@ class EvaluatingTrainer(_BaseTrainer):
     ) -> list[tuple[int, Any]]:
         """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
         scale = self.args.eval_guidance_scale
-        return draw_images(
-            self.eval_field,
-            self.accelerator.unwrap_model(self.model),
-            [dataset[row]["prompt"] for row in rows],
-            entropy=[self.args.seed, self.tasks.index(task)],
-            guidance_scale=self.args.guidance_scale if scale is None else scale,
-            batch_size=self.args.per_device_eval_batch_size,
-            process=(self.accelerator.process_index, self.accelerator.num_processes),
-            on_batch=on_batch,
-        )
+        try:
+            return draw_images(
+                self.eval_field,
+                self.accelerator.unwrap_model(self.model),
+                [dataset[row]["prompt"] for row in rows],
+                entropy=[self.args.seed, self.tasks.index(task)],
+                guidance_scale=self.args.guidance_scale if scale is None else scale,
+                batch_size=self.args.per_device_eval_batch_size,
+                process=(self.accelerator.process_index, self.accelerator.num_processes),
+                on_batch=on_batch,
+            )
+        except FloatingPointError as error:
+            update = self.state.global_step
+            raise FloatingPointError(f"The student after update {update}, task {task!r}: {error}") from error
 
     def _monitor(self, task: str) -> Scorer:
         """A scorer whose scores are looked at and not trained on: without them training goes on."""

@@ -53,6 +53,10 @@ class DiffusionRLConfig(DiffusionConfig):
             `"sum_then_normalize"`: weighted rewards are added, then scaled as `scale_rewards` says.
             `"normalize_then_sum"`: each reward is normalised within its group before they are weighted and added, and
             the sum is normalised over the task's completions of a round, whatever `scale_rewards` says.
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages above it become it, and those below its negative that. It is in their own unit: standard deviations,
+            or with `scale_rewards="none"` that of the rewards. Within a `"group"` of 26 completions or fewer none is above 5;
+            over a large `"batch"` a rare success reaches 30.
     """
 
     # Parameters that control the groups
@@ -77,6 +81,9 @@ class DiffusionRLConfig(DiffusionConfig):
             "choices": ["sum_then_normalize", "normalize_then_sum"],
         },
     )
+    advantage_clip: float = field(
+        default=5.0, metadata={"help": "Largest advantage, and with a minus the least, in standard deviations."}
+    )
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -84,6 +91,12 @@ class DiffusionRLConfig(DiffusionConfig):
         bad = [weight for weight in self.reward_weights or [] if not math.isfinite(weight)]
         if bad:
             problems.append(f"reward_weights: {bad[0]} is not a finite number.")
+        # None is what switches a limit off elsewhere.
+        if not isinstance(self.advantage_clip, int | float) or not 0 < self.advantage_clip < math.inf:
+            problems.append(
+                f"advantage_clip={self.advantage_clip!r}: it must be a positive number, and a large one, such as 1000, leaves all "
+                "advantages as they are."
+            )
         if self.num_generations < 2:
             problems.append(
                 f"num_generations={self.num_generations}: a completion is compared with the others of its prompt, so a "

@@ -343,7 +343,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
             if self.reward_weights[name] != 0:  # else it is only watched
                 self._constant.setdefault(name, []).append(bool(of_reward.all()))
         advantages = group_advantages(
-            rewards, weights, args.num_generations, args.scale_rewards, args.multi_objective_aggregation
+            rewards,
+            weights,
+            args.num_generations,
+            args.scale_rewards,
+            args.multi_objective_aggregation,
+            args.advantage_clip,
         )
         for rollout in rollouts:
             rollout.advantages = advantages[rollout.positions].to(rollout.latents.device, torch.float32)
@@ -404,7 +409,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             "settings": {
                 "rewards": "; ".join(f"{task}: {names}" for task, names in rewards.items()),
                 "groups": f"{args.num_generations} completions a prompt, {args.num_iterations} update(s) on each round, "
-                f"advantages scaled by {args.scale_rewards}",
+                f"advantages scaled by {args.scale_rewards} and clipped at {args.advantage_clip:g}",
             },
         }
 

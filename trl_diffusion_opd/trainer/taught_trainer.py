@@ -15,6 +15,7 @@
 """What the trainers with frozen teachers share: loading them, asking them, and what a checkpoint says of them."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,20 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
+from .. import tables
 from ..checkpoint import last_complete, write_json
+from ..conflicts import find_pairs
 from ..data import SINGLE_TASK
 from ..merge import MergeReport, merge_adapters, merge_weights
+from ..separability import conflict_warning
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank, normalize_teachers
 from .base_config import MERGE, DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .checks import collect
 
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "teacher_manifest.json"
 
@@ -47,6 +53,7 @@ class TaughtTrainer(DiffusionTrainer):
 
     bank: TeacherBank
     merge_report: MergeReport | None = None
+    _has_compared = False
 
     # Before the first step
 
@@ -90,6 +97,18 @@ class TaughtTrainer(DiffusionTrainer):
         # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
         shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
         assert not shared, "a teacher's parameter is trainable"
+
+    def _compare_tasks(self) -> None:
+        """Shows how well the tasks can be told apart, once, and warns of those that can't and whose teachers disagree."""
+        if self._teacher_specs is None or self._has_compared:
+            return
+        self._has_compared = True
+        self._in_eval_mode(self.model)
+        pairs = find_pairs(self, self._make_sampler(), self.accelerator.unwrap_model(self.model))
+        if self.is_world_process_zero():
+            tables.print_pairs(pairs)
+            if (warning := conflict_warning(pairs)) is not None:
+                logger.warning(warning)
 
     @staticmethod
     def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:

@@ -1,0 +1,69 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Nothing that is not finite is saved, pushed or scored."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, in the part that this process has of them."""
+    names, finite = [], []
+    for name, tensor in tensors:
+        if tensor.is_floating_point():
+            names.append(name)
+            own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            finite.append(own.isfinite().all())
+    if not finite:
+        return []
+    # One wait for the device, not one a tensor.
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+    return [name for name, flag in zip(names, flags, strict=True) if not flag]
+
+
+@contextmanager
+def finite_images() -> Iterator[None]:
+    """
+    Within it pictures made of NaN are refused: a pipeline draws them black, and they would be scored.
+
+    Raises:
+        [`FloatingPointError`]: when a pipeline turns a number that is not finite into a pixel.
+    """
+    with np.errstate(invalid="raise"):
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                "The VAE computes numbers that are not finite, which would be black pixels. A VAE often needs more than "
+                "float16: try dtype='bfloat16' or 'float32'."
+            ) from error
+
+
+def option_problems(options: Any) -> list[str]:
+    """The options of a dataclass that are NaN or infinite, a sentence each."""
+    values = {known.name: getattr(options, known.name) for known in fields(options)}
+    return [
+        f"{name}={value}: it must be a finite number."
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
