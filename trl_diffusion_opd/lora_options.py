@@ -109,9 +109,13 @@ def read_options(stored: dict[str, Any], label: str) -> LoraConfig:
             f"{label}: the installed PEFT does not know the LoRA options {some(unknown)}; they are ignored."
         )
     _refuse_what_goes_beyond(stored, known, label)
-    # An empty list, dict or string says the same as None, and None the same as nothing; but no number is missing.
-    is_empty = {key: key not in ("r", "lora_alpha") and stored.get(key) in (None, [], {}, "") for key in _MEANT}
-    given = {key: stored[key] for key in _MEANT if key in stored and not is_empty[key]}
+    # An empty list, dict or string of names says the same as None, and None the same as nothing. But no number is missing, nor a table.
+    can_be_empty = {*_MEANT} - {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    given = {
+        key: stored[key]
+        for key in _MEANT
+        if key in stored and not (key in can_be_empty and stored[key] in (None, [], {}, ""))
+    }
     for key, value in given.items():
         is_right, what = _TYPES[key]
         if not is_right(value):

@@ -29,7 +29,7 @@ from torch import nn
 from .boundary import strangers_files
 from .lora_layouts import some
 from .pipeline_view import base_weight
-from .quantization import plain_tensors
+from .quantization import plain_tensors, weight_kind
 from .teacher_files import TeacherFiles, check_keys, read_json
 from .teacher_specs import TeacherError
 
@@ -140,7 +140,8 @@ def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) ->
 
 def _norm(network: nn.Module) -> float:
     """Norm of a network's own weights, without LoRAs and what is quantised."""
-    weights = [p for name, p in network.named_parameters() if "lora_" not in name and p.is_floating_point()]
+    own = [p for name, p in network.named_parameters() if "lora_" not in name]
+    weights = [weight for weight in own if weight.is_floating_point() and weight_kind(weight) is None]
     return math.hypot(*(float(torch.linalg.vector_norm(w.detach(), dtype=torch.float32)) for w in weights))
 
 
