@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from requests.structures import CaseInsensitiveDict
+from httpx2 import Headers
 
 
 @dataclass
 class Request:
     path: str
-    headers: CaseInsensitiveDict
+    headers: Headers
     body: Any
 
 
@@ -57,7 +57,7 @@ class StubServer:
 
             def do_POST(self) -> None:
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
-                request = Request(self.path, CaseInsensitiveDict(self.headers), json.loads(raw))
+                request = Request(self.path, Headers(dict(self.headers)), json.loads(raw))
                 with lock:
                     number = len(stub.requests)
                     stub.requests.append(request)

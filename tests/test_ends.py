@@ -15,7 +15,10 @@
 """What comes after training: pictures, reports and cards cannot lose what was trained, and are tried before it."""
 
 import logging
+import re
+import unicodedata
 from types import SimpleNamespace
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -28,7 +31,7 @@ from tiny_sd3 import make_lora, make_pipeline
 from trl_diffusion_opd import plots, processes
 from trl_diffusion_opd.base_pipeline import load_base
 from trl_diffusion_opd.evaluation import evaluate_retention, rehearse_report, report_problems, run
-from trl_diffusion_opd.evaluation.store import Store
+from trl_diffusion_opd.evaluation.store import Store, file_name
 from trl_diffusion_opd.extras import extra
 from trl_diffusion_opd.retention import retention_report
 
@@ -105,12 +108,53 @@ class TestTexts:
 
 def test_file_names_of_tasks(tmp_path):
     store = Store(tmp_path, 0)
-    long = ["字" * 300, "字" * 299 + "母"]
-    paths = [store.path("key", task, 0) for task in (*NAMES, *long)]
-    assert len(set(paths)) == len(paths)
-    for path, task in zip(paths, (*NAMES, *long), strict=True):
+    long = ["字" * 300, "字" * 299 + "母", "字" * 30, "x" * 200, "X" * 200, "👩\u200d🚀" * 40]
+    odd = [
+        "..",
+        ".",
+        "a/b",
+        "a\\b",
+        "-rf",
+        "~",
+        "con",
+        "NUL",
+        "a.",
+        "a ",
+        " a",
+        "a\0b",
+        "a\x1b[31m\n",
+        "\u202ea",
+        "*?:|<>",
+        "%2E",
+    ]
+    twins = [
+        "A",
+        "a",
+        "Ab",
+        "aB",
+        "AB",
+        "ab",
+        "É",
+        "é",
+        "e\u0301",
+        "A+559aead08264d579",
+        "a+559aead08264d579",
+        "\ud800",
+    ]
+    names = [*NAMES, *long, *odd, *twins]
+    paths = [store.path("key", task, 0) for task in names]
+    # Also where "A" and "a" are one file, and where accents are written in another way.
+    assert len({unicodedata.normalize("NFD", str(path)).lower() for path in paths}) == len(names)
+    for path, task in zip(paths, names, strict=True):
+        assert re.fullmatch(r"[A-Za-z0-9_%+][A-Za-z0-9_%+-]{0,199}", path.parent.name)
+        assert path.parent.name.lower() not in ("con", "nul", "aux")
         store.save("key", task, {0: Image.new("RGB", (2, 2))})
+    for path in paths:
         assert path.is_file() and path.parent.parent == tmp_path / "images" / "key"
+
+
+def test_a_plain_name_stays_as_it_is():
+    assert [file_name(task) for task in ("ocr", "draw_2", "a-b", "日本")] == ["ocr", "draw_2", "a-b", quote("日本")]
 
 
 class TestExtras:

@@ -31,6 +31,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDConfig, hub
 from trl_diffusion_opd.old_policy import OLD_POLICY_FILE
+from trl_diffusion_opd.seal import seal
 
 
 pytestmark = pytest.mark.slow
@@ -276,6 +277,7 @@ def test_resumed_run_is_the_uninterrupted_run(stop, tmp_path, uninterrupted):
 def test_a_checkpoint_without_old_policy_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
     (tmp_path / "checkpoint-1" / OLD_POLICY_FILE).unlink()
+    seal(tmp_path / "checkpoint-1", "another trainer's", 1)
     trainer = make_trainer(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match="it has no old policy \\(old_policy.safetensors\\)"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -427,7 +427,12 @@ def test_what_a_later_stage_would_miss_is_told_before_the_first(tmp_path):
             "teachers": [f"a={tmp_path / 'out' / 'one'}", "a=owner/name"],
             "teacher_guidance_scales": ["a=high"],
         },
-        {"name": "six", "trainer": "sft", "prompts": ["a=a.txt"], "config": {"max_steps": 7}},
+        {
+            "name": "six",
+            "trainer": "sft",
+            "prompts": ["a=a.txt"],
+            "config": {"max_steps": 7, "ema_update_interval": 8},
+        },
     ]
     with pytest.raises(ValueError) as error:
         read_stages(write_file(tmp_path / "stages.yaml", stages=stages))

@@ -29,6 +29,7 @@ from torch import nn
 from .base_state import transformer_problems
 from .hub_errors import explained, retried
 from .options import dtype_name
+from .public import listed, shown
 from .quantization import failures_named, pipeline_config, prepare
 
 
@@ -57,7 +58,7 @@ def load_base(
             if not os.path.isdir(name):
                 raise
             raise ValueError(
-                f"The base {name!r} cannot be loaded: it needs a model_index.json and .safetensors weights. ({error})"
+                f"The base {name!r} cannot be loaded: it needs a model_index.json and .safetensors weights. ({shown(error, 500)})"
             ) from error
 
 
@@ -114,7 +115,7 @@ def borrowed(pipeline: Any) -> Iterator[Any]:
     if isinstance(transformer, nn.Module):
         problems = transformer_problems(transformer)
         if problems:
-            raise ValueError("The pipeline cannot be used as a base:\n" + "\n".join(f"- {line}" for line in problems))
+            raise ValueError("The pipeline cannot be used as a base:\n" + listed(problems))
         prepare(transformer)
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for network in networks for module in network.modules()]

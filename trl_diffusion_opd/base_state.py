@@ -36,6 +36,8 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .public import shown
+
 
 logger = logging.getLogger(__name__)
 
@@ -206,4 +208,4 @@ def _processors(modules: dict[str, nn.Module]) -> dict[str, Any]:
 
 
 def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    return shown(names[0]) if len(names) == 1 else f"{shown(names[0])} and {len(names) - 1} more"

@@ -16,6 +16,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .public import shown
 from .teacher_specs import TeacherError
 
 
@@ -40,4 +41,4 @@ def strangers_files(explain: Callable[[str], str]) -> Iterator[None]:
         raise
     except Exception as error:  # no list of what a library raises on what it was not written for is complete
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise TeacherError(explain(said if len(said) <= _LONGEST else f"{said[:_LONGEST]}…")) from error
+        raise TeacherError(explain(shown(said, _LONGEST))) from error

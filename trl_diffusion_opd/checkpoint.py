@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from . import hub, tables
 from .processes import communication_failed
+from .public import listed
 from .resume import (
     CHANGES_FILE,
     PROMPTS_FILE,
@@ -178,7 +179,7 @@ def begin(trainer: "DiffusionTrainer", resume_from_checkpoint: str | bool | None
     problems, changes = found[0]
     if problems:
         assert resumed is not None
-        raise ValueError(f"Can't resume from {resumed.name}:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ValueError(f"Can't resume from {resumed.name}:\n" + listed(problems))
     trainer.run = name_of_run(resumed, accelerator)
     update = 0 if resumed is None else update_of(resumed)
     others = []

@@ -28,6 +28,7 @@ from pyarrow.parquet import write_table
 from transformers.integrations import TensorBoardCallback
 
 from . import tables
+from .markdown import cell
 
 
 if TYPE_CHECKING:
@@ -190,9 +191,7 @@ def _send(
 
 
 def _markdown(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:
-    lines = [["prompt", "task", *rewards], ["---", "---", *("---:" for _ in rewards)]]
+    lines = [["prompt", "task", *map(cell, rewards)], ["---", "---", *("---:" for _ in rewards)]]
     for completion, *values in zip(completions, *rewards.values(), strict=True):
-        lines.append([completion.prompt, completion.task, *map(tables.reward_cell, values)])
-    # One line a row, whatever is in a prompt.
-    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+        lines.append([cell(completion.prompt), cell(completion.task), *map(tables.reward_cell, values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -22,11 +22,15 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 from torch.utils.data import Sampler
 
+from .public import shown
+
 
 # The one task of a dataset without a task column.
 SINGLE_TASK = "default"
 # Prompts that an encoder gets at a time.
 COMPANY = 8
+# Characters of a task's name.
+LONGEST_TASK = 200
 # Rows that are Python objects at a time: whole columns of a million prompts would fill the memory.
 BATCH = 10_000
 
@@ -87,12 +91,20 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
             f"{name} has {len(unfit)} prompt(s) that are no text, the first in row {row}: {_no_text(prompt)}"
         )
     if task_column in columns:
-        bad, others = [], []
+        bad, others, long = [], [], []
         for row, task in enumerate(_values(dataset, task_column)):
             if task is None or task == "":
                 bad.append(row)
             elif not isinstance(task, str):
                 others.append((row, task))
+            elif len(task) > LONGEST_TASK:
+                long.append((row, task))
+        if long:
+            row, task = long[0]
+            problems.append(
+                f"{name} has {len(long)} row(s) whose task's name has more than {LONGEST_TASK} characters, the first in row {row}: "
+                f"'{shown(task, 80)}'. It stands in logs, files and cards: give the task a shorter one."
+            )
         if bad:
             problems.append(
                 f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}."

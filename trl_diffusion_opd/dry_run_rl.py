@@ -42,7 +42,7 @@ from .dry_run_shared import (
     score_pictures,
     write_pictures,
 )
-from .evaluation.measure import score_names
+from .rewards.scoring import score_names
 
 
 if TYPE_CHECKING:

@@ -18,6 +18,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .public import shown
+
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def extra(what: str, advice: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning(
-            f"{what} could not be made, and the run goes on without it: {type(error).__name__}: {error}"
+            f"{what} could not be made, and the run goes on without it: {type(error).__name__}: {shown(error, 500)}"
             + (f"\n{advice}" if advice else ""),
             exc_info=True,
         )

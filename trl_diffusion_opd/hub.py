@@ -37,7 +37,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from .hub_errors import ERRORS, http_reason, retried
-from .public import last_part, public_value
+from .public import last_part, public_value, shown
 from .student import public_name
 
 
@@ -204,16 +204,18 @@ def _foreign_content(
         if recorded is None and "adapter_config.json" in names:
             recorded = _read_json(repo_id, token, "adapter_config.json").get("base_model_name_or_path")
         if isinstance(recorded, str) and base_name is not None and not _same_base(recorded, base_name):
-            return f"a LoRA for another base, {recorded!r} (this run's is {base_name!r})"
+            return f"a LoRA for another base, '{shown(recorded)}' (this run's is {base_name!r})"
         return None
     if "config.json" in names:
         config = _read_json(repo_id, token, "config.json")
         kind = config.get("_class_name") or (config.get("architectures") or [config.get("model_type")])[0]
         return (
-            None if kind is not None and kind == transformer_class else f"another model ({kind or 'of unknown class'})"
+            None
+            if kind is not None and kind == transformer_class
+            else f"another model ({shown(kind or 'of unknown class')})"
         )
     weights = sorted(name for name in names if "/" not in name and name.endswith(_WEIGHTS))
-    return f"other weights ({', '.join(weights[:3])})" if weights else None
+    return f"other weights ({', '.join(map(shown, weights[:3]))})" if weights else None
 
 
 def _read_json(repo_id: str, token: str, name: str) -> dict[str, Any]:

@@ -34,6 +34,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .hub_names import way_out
+from .public import public_text
+from .public import shown as quoted
+
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +104,8 @@ def _asked_wait(error: BaseException, default: float) -> float:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    # A server's own words, and where a token is no fit header, its.
+    return quoted(public_text(lines[0]), 300).rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager
@@ -186,6 +191,9 @@ def download(
     Raises:
         `error_type`: if it cannot be had, with what to do about it.
     """
+    reason = None if revision is None else way_out(revision)
+    if reason is not None:
+        raise error_type(f"{shown}: the revision {revision!r} can't be one: {reason}.")
     with explained(shown, repo_id, revision, error_type):
         return Path(retried(snapshot_download, repo_id, revision=revision, allow_patterns=patterns))
 

@@ -27,6 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .file_modes import give_usual_mode
+
 
 INDEX_FILE = "index.json"
 _SHARD_SIZE = 64
@@ -130,6 +132,7 @@ class LatentCache:
         path = self.folder / shard.file
         unfinished = path.with_suffix(".unfinished")
         save_file({_KEY: latents.detach().to("cpu", torch.float32).contiguous()}, unfinished)
+        give_usual_mode(self.folder, unfinished.name)
         os.replace(unfinished, path)
 
     def read(self, task: str, prompt: str, which: int) -> Tensor:

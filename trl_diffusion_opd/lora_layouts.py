@@ -26,6 +26,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
 from .boundary import strangers_files
+from .public import shown
 from .teacher_specs import TeacherError
 
 
@@ -206,6 +207,4 @@ def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") 
 
 def some(names: list[str]) -> str:
     """A list of names, of which a long one is cut short, and so is each of them."""
-    return ", ".join(name if len(name) <= 200 else f"{name[:200]}…" for name in names[:3]) + (
-        f" and {len(names) - 3} more" if len(names) > 3 else ""
-    )
+    return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

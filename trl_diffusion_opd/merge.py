@@ -44,6 +44,7 @@ from trl import TrlParser
 from .base_pipeline import borrowed, load_base
 from .cli import by_task, json_object, load_teachers
 from .options import model_init_problems
+from .public import listed, shown
 from .student import STUDENT_ADAPTER, Student
 from .teacher_specs import TeacherSpec, normalize_teachers
 from .teachers import TeacherBank
@@ -219,7 +220,7 @@ def merge_teachers(
         elif not (math.isfinite(weight) and weight > 0):
             problems.append(f"weights: {task}={weight} is not a positive number.")
     if problems:
-        raise ValueError("The teachers can't be merged so:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ValueError("The teachers can't be merged so:\n" + listed(problems))
     with borrowed(pipeline) as transformer:
         bank = TeacherBank(transformer, pipeline, normalize_teachers(teachers, tasks), 1.0, student_adapter=None)
         shares = merge_weights(bank, weights)
@@ -356,7 +357,7 @@ def _report(method: str, config: Any, lost: Mapping[str, float], whole: Mapping[
     report = MergeReport(method, config.r, relative(sum(lost.values()), sum(whole.values())), layers)
     worst = max(layers, key=lambda name: layers[name])
     logger.info(
-        f"Merged by {method} to rank {report.rank}: {report.error:.1%} of the mean update is lost, most in {worst} "
+        f"Merged by {method} to rank {report.rank}: {report.error:.1%} of the mean update is lost, most in {shown(worst)} "
         f"({layers[worst]:.1%})."
     )
     return report
@@ -423,7 +424,7 @@ def main(arguments: MergeArguments) -> None:
     worst = max(report.layers, key=lambda name: report.layers[name])
     print(
         f"{arguments.output_dir}: rank {report.rank} by {report.method}, {report.error:.2%} from the mean of the updates, "
-        f"at most {report.layers[worst]:.2%} in {worst}."
+        f"at most {report.layers[worst]:.2%} in {shown(worst)}."
     )
 
 

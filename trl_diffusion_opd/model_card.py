@@ -18,7 +18,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
@@ -39,7 +39,8 @@ from transformers.utils.hub import hf_api
 from . import __version__
 from .average import average_in_words
 from .hub import CARD_FILE, REPORT_FILE, known_tokens
-from .public import last_part, public_value
+from .markdown import cell, code, inline, literal
+from .public import last_part, public_text, public_value, shown
 from .quantization import described
 from .student import STUDENT_ADAPTER, public_name
 from .teacher_files import find_files
@@ -213,7 +214,13 @@ def write_teacher_card(
 
 def _render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
     path = str(files(__package__) / "templates" / template)
-    return ModelCard.from_template(data, template_path=path, versions=_versions(), **fields)
+    # Names of tasks, rewards, layers and teachers are strangers', and the card is for all to see.
+    shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
+    return ModelCard.from_template(data, template_path=path, versions=_versions(), **shows, **fields)
+
+
+def _public(show: Callable[..., str]) -> Callable[..., str]:
+    return lambda value: show(public_text(value) if isinstance(value, str) else value)
 
 
 @cache  # it takes some 50 ms, and a card is written with every checkpoint
@@ -249,8 +256,8 @@ def _card_data(
         datasets=datasets or None,
         library_name="diffusers",
         pipeline_tag=_TASK,
-        tags=list(dict.fromkeys(tags)),
-        model_name=name if results else None,
+        tags=[shown(tag) for tag in dict.fromkeys(tags)],
+        model_name=shown(name) if results else None,
         eval_results=results or None,
     )
 
@@ -296,6 +303,7 @@ def _result(
 ) -> list[EvalResult]:
     if value is None:
         return []
+    task, metric, metric_name = (shown(public_text(text)) for text in (task, metric, metric_name))
     result = EvalResult(
         task_type=_TASK,
         task_name=f"Text to image: {task}",
@@ -372,11 +380,8 @@ def _literals(options: Mapping[str, Any], secrets: list[str]) -> dict[str, str]:
     """Those of `options` that can be written as Python literals, as such."""
     plain = {name: value for name, value in options.items() if isinstance(value, (str, bool, int, float))}
     # A prompt is no path, even if it looks like one.
-    shown = {name: value if name == "prompt" else public_value(value, secrets) for name, value in plain.items()}
-    return {
-        name: json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-        for name, value in shown.items()
-    }
+    public = {name: value if name == "prompt" else public_value(value, secrets) for name, value in plain.items()}
+    return {name: literal(value) for name, value in public.items()}
 
 
 def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
@@ -401,8 +406,8 @@ def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
     if isinstance(model, PeftModel):
         config = model.peft_config[STUDENT_ADAPTER]
         targets = config.target_modules
-        shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        settings["LoRA"] = f"rank {config.r}, alpha {config.lora_alpha}, on {shown}"
+        layers = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        settings["LoRA"] = f"rank {config.r}, alpha {config.lora_alpha}, on {layers}"
     settings["hardware"] = _hardware(args.device, args.world_size)
     seconds = training_seconds(trainer.state.log_history)
     if seconds is not None:

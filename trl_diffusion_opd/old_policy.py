@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapters import AdapterSwitch
+from .file_modes import give_usual_mode
 from .sharding import forget_gathered, gathered, is_part, own_part, split_like, whole
 from .student import STUDENT_ADAPTER, frozen_copy
 from .teachers import add_adapter
@@ -89,6 +90,7 @@ class OldPolicy:
         weights = whole(self.named_parameters(), keep=write)
         if write:
             save_file(weights, os.path.join(folder, OLD_POLICY_FILE), metadata={"format": "pt"})
+            give_usual_mode(folder, OLD_POLICY_FILE)
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:

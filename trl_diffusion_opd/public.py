@@ -15,56 +15,118 @@
 """What may be shown to others: values without secrets, and without what a path says of a machine and its user."""
 
 import os
-import re
-from collections.abc import Collection
+import unicodedata
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .secret_text import SECRET, is_secret_name, without_secrets
 
-_SECRET_NAMES = ("token", "api_key", "password", "secret", "authorization", "cookie", "credentials")
-_SECRET = "<secret>"
-# A token of the Hub, wherever it is written.
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
-_URL_QUERY = re.compile(r"([?&][^=&#\s]*(?:token|key|secret|password|signature)[^=&#\s]*=)[^&#\s]+", re.IGNORECASE)
+
+# Of a problem's line in a message: long enough for whatever a message says by itself.
+_LONGEST_LINE = 2000
+# They make no writing and turn no direction: scripts and emoji need them.
+_JOINERS = "\u200c\u200d"
 
 
 def public_value(value: Any, secrets: Collection[str] = ()) -> Any:
     """
     A JSON value that says the same without secrets and local paths.
 
-    Entries of dicts whose name is that of a secret are left out. In strings, tokens of the Hub, the credentials of URLs and
-    `secrets` are blotted out. A string that is a path becomes its last part. Other objects become the name of their type.
+    Entries of dicts whose name is that of a secret are left out. In strings, what looks like a secret, the credentials of
+    URLs and `secrets` are blotted out. A string that is a path becomes its last part. Other objects become the name of
+    their type.
 
     Args:
         value: what was configured.
         secrets (`Collection[str]`, *optional*): strings that must not be shown.
     """
     if isinstance(value, dict):
-        return {str(key): public_value(entry, secrets) for key, entry in value.items() if not _is_secret(str(key))}
+        return {
+            public_text(str(key), secrets): public_value(entry, secrets)
+            for key, entry in value.items()
+            if not is_secret_name(str(key))
+        }
     if isinstance(value, (list, tuple)):
         return [public_value(entry, secrets) for entry in value]
     if isinstance(value, str):
-        return _public_text(value, secrets)
+        return _without_paths(public_text(value, secrets))
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(value) if isinstance(value, torch.dtype) else type(value).__name__
 
 
-def _public_text(text: str, secrets: Collection[str]) -> str:
+def public_text(text: str, secrets: Collection[str] = ()) -> str:
+    """A text in which `secrets`, and what looks like one, are blotted out."""
     for secret in secrets:
-        text = text.replace(secret, _SECRET)
-    text = _TOKEN.sub(_SECRET, text)
-    if "://" in text and not text.startswith("file://"):
-        return _URL_QUERY.sub(rf"\1{_SECRET}", _URL_USER.sub("", text))
+        text = text.replace(secret, SECRET)
+    return without_secrets(text)
+
+
+def _without_paths(text: str) -> str:
+    is_url = "://" in text and not text.startswith("file://")
     is_path = os.path.isabs(text) or text.startswith(("~", "./", "../", "file://")) or os.path.isdir(text)
-    return last_part(text) if is_path else text.replace(str(Path.home()), "~")
+    return last_part(text) if is_path and not is_url else text.replace(str(Path.home()), "~")
 
 
-def _is_secret(name: str) -> bool:
-    return name.lower().endswith(_SECRET_NAMES)
+def shown(text: object, limit: int = 200) -> str:
+    """
+    What a stranger wrote, as it may stand in a message: on one line, without control characters, and not long.
+
+    A line break, an escape sequence of a terminal or a mark that turns the direction of writing is shown as Python writes
+    it, such as `\\x1b`. Of bytes those that are no UTF-8 are replaced.
+
+    Args:
+        text: a string, bytes, or anything else by its `str`.
+        limit (`int`, *optional*, defaults to `200`): characters at most. Of a longer text the middle is `…`.
+    """
+    # Cut before it is looked through, since a text may have a million characters. One has four bytes at most.
+    if isinstance(text, bytes | bytearray):
+        whole = bytes(text) if len(text) <= 8 * limit else bytes(text[: 4 * limit]) + bytes(text[-4 * limit :])
+        text = whole.decode("utf-8", "replace")
+    line = str(text)
+    if len(line) > 2 * limit:
+        line = line[:limit] + line[-limit:]
+    line = visible(line)
+    if len(line) <= limit:
+        return line
+    end = limit // 3
+    return f"{line[: limit - end - 1]}…{line[len(line) - end :]}"
+
+
+def visible(text: str, keep: str = "") -> str:
+    """
+    A text whose control characters, marks of direction and other characters that only act are shown as Python writes them.
+
+    Args:
+        text (`str`)
+        keep (`str`, *optional*): characters that are left as they are, such as a line break.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if _is_plain(character) or character in keep else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def _is_plain(character: str) -> bool:
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
+
+
+def listed(problems: Iterable[str]) -> str:
+    """
+    The lines of the one message: a bullet a problem, each once. What of a stranger's text is in them acts on no terminal, and
+    none is without end.
+    """
+    return "\n".join(f"- {_line(problem)}" for problem in dict.fromkeys(problems))
+
+
+def _line(problem: str) -> str:
+    lines = (visible(line, keep="\t") for line in problem.split("\n"))
+    return "\n".join(line if len(line) <= _LONGEST_LINE else shown(line, _LONGEST_LINE) for line in lines)
 
 
 def last_part(path: str) -> str:

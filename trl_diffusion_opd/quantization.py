@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .public import shown
+
 
 Kind = Literal["4bit", "8bit", "torchao"]
 
@@ -148,7 +150,7 @@ def failures_named(name: str, config: PipelineQuantizationConfig | None) -> Iter
         if config is None:
             raise
         raise ValueError(
-            f"The base {name!r} cannot be quantised: {error} (By bitsandbytes diffusers quantises on a GPU only; torchao's "
+            f"The base {name!r} cannot be quantised: {shown(error, 500)} (By bitsandbytes diffusers quantises on a GPU only; torchao's "
             "Int8WeightOnlyConfig works on a CPU too.)"
         ) from error
 

@@ -28,6 +28,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR
 
 from .hub import ARGUMENTS_FILE, public_arguments
+from .public import shown
 
 
 CHANGES_FILE = "changes.json"
@@ -186,5 +187,4 @@ class KeptSettings:
 
 
 def _short(value: Any) -> str:
-    text = "–" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
+    return "–" if value is None else shown(value, 40)

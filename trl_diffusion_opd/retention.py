@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from .markdown import cell, inline
+
 
 # A gain smaller than this is not divided by: the quotient would be noise.
 MIN_GAIN = 0.05
@@ -167,12 +169,13 @@ def retention_table(report: Mapping[str, Any]) -> str:
     for name in report["students"] if several else [None]:
         for task, entry in report["tasks"].items():
             mine = entry if name is None else entry["students"][name]
-            cells = [task, entry["reward"], _cell(entry["base"]), _cell(entry["teacher"]), *([name] if name else [])]
+            names = [cell(task), cell(entry["reward"])]
+            cells = [*names, _cell(entry["base"]), _cell(entry["teacher"]), *([cell(name)] if name else [])]
             rows.append([*cells, _cell(mine["student"]), _cell(mine["retention"]), _range(mine["ci95"])])
         overall = report if name is None else report["students"][name]
-        blank = ["**mean**", "", "", "", *([name] if name else []), ""]
+        blank = ["**mean**", "", "", "", *([cell(name)] if name else []), ""]
         rows.append([*blank, f"**{_cell(overall['mean_retention'])}**", _range(overall["mean_ci95"])])
-    return _table(header, rows, text=("task", "reward", "model"))
+    return _table(header, rows, to_the_left=("task", "reward", "model"))
 
 
 def scores_table(report: Mapping[str, Any]) -> str:
@@ -185,35 +188,31 @@ def scores_table(report: Mapping[str, Any]) -> str:
     for task, entry in report["tasks"].items():
         of_models = {model: of_model[task] for model, of_model in report["scores"].items()}
         names = [name for name in of_models["base"] if any(of[name] is not None for of in of_models.values())]
-        header = ["model", *(f"**{name}**" if name in entry["rewards"] else name for name in names)]
+        header = ["model", *(f"**{cell(name)}**" if name in entry["rewards"] else cell(name) for name in names)]
         rows = []
         for model, means in of_models.items():
             bounds = report["scores_ci95"][model][task]
             cells = [_cell(means[name]) + (f" ({_range(bounds[name])})" if bounds[name] else "") for name in names]
-            rows.append([model, *cells])
-        tables.append(f"## {_escaped(task)}\n\n{_table(header, rows, text=('model',))}")
+            rows.append([cell(model), *cells])
+        tables.append(f"## {inline(task)}\n\n{_table(header, rows, to_the_left=('model',))}")
     return "\n\n".join(tables)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[str]) -> str:
-    """A Markdown table whose columns are aligned in plain text too, those named in `text` to the left."""
-    cells = [[_escaped(cell) for cell in row] for row in [header, *rows]]
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_left: Sequence[str]) -> str:
+    """A Markdown table of Markdown cells, whose columns are aligned in plain text too."""
+    cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    left = [name in text for name in header]
+    left = [name in to_the_left for name in header]
     rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
     return "\n".join(
         "| "
         + " | ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(row, widths, left, strict=True)
+            text.ljust(width) if is_left else text.rjust(width)
+            for text, width, is_left in zip(row, widths, left, strict=True)
         )
         + " |"
         for row in [cells[0], rule, *cells[1:]]
     )
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _cell(value: float | None) -> str:

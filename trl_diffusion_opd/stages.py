@@ -66,6 +66,7 @@ from .checkpoint import last_complete, write_json
 from .cli import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
 from .extras import extra
 from .options import unknown_option
+from .public import listed
 from .student import ADAPTER_FILE, ATTENTION_TARGETS
 from .teacher_files import find_files
 from .teacher_specs import local_folder, parse_teacher
@@ -122,7 +123,7 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
     output_dir = Path(output_dir)
     problems = _name_problems(stages) or _folder_problems(stages, output_dir)
     if problems:
-        raise ValueError("The stages can't be run:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ValueError("The stages can't be run:\n" + listed(problems))
     state = PartialState()
     state.wait_for_everyone()  # nobody writes while another checks
     for stage, before in zip(stages, _beginnings(stages), strict=True):
@@ -385,7 +386,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
     if not problems:
         problems = _name_problems(stages)
     if problems:
-        raise ValueError(f"{path}:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ValueError(f"{path}:\n" + listed(problems))
     return stages, output_dir
 
 

@@ -31,6 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .average import moving_average, step_number
+from .file_modes import give_usual_mode
+from .public import shown
 from .sharding import forget_gathered, own_part, split_like, whole, whole_shape
 
 
@@ -177,6 +179,7 @@ class Student:
                 model.register_to_config(_name_or_path=public_name(model.config["_name_or_path"]))
             if state_dict is None:
                 model.save_pretrained(folder)
+                give_usual_mode(folder, FULL_FILES)
                 return
             # diffusers' own takes the weights from the model, which has parts of them.
             model.save_config(folder)
@@ -184,6 +187,7 @@ class Student:
             config = json.loads(config_file.read_text()) | {"_class_name": self._class_name}
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_torch_state_dict(state_dict, folder, filename_pattern=_FULL_PATTERN, max_shard_size="10GB")
+            give_usual_mode(folder, FULL_FILES)
             return
         # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
         weights = get_peft_model_state_dict(
@@ -203,6 +207,7 @@ class Student:
                 transformer_lora_adapter_metadata=_portable_metadata(config),
             )
             _sort_metadata(Path(folder) / LORA_WEIGHT_NAME_SAFE)
+        give_usual_mode(folder, ADAPTER_FILE, LORA_WEIGHT_NAME_SAFE)
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """
@@ -212,6 +217,7 @@ class Student:
         weights = whole(self.named_parameters(), keep=write)
         if write:
             save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
+            give_usual_mode(folder, RAW_FILE)
 
     @torch.no_grad()
     def load_state(self, folder: str | Path) -> None:
@@ -251,7 +257,7 @@ class Student:
         if source.keys() != own.keys() or any(w.shape != whole_shape(own[name]) for name, w in source.items()):
             differing = sorted(source.keys() ^ own.keys())[:3]
             raise ValueError(
-                f"{Path(folder).name} holds other weights than this student trains (differing: {differing or 'shapes'}). "
+                f"{Path(folder).name} holds other weights than this student trains (differing: {shown(differing or 'shapes')}). "
                 "Resume with the peft_config that the run was started with."
             )
         for (name, parameter), target in zip(own.items(), targets, strict=True):

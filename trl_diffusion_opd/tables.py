@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .objectives import dominant_step
+from .public import shown, visible
 from .rewards import reward_name
 
 
@@ -43,6 +45,8 @@ logger = logging.getLogger(__name__)
 _DOMINANT_SHARE = 0.9
 # Twenty tasks make 190 pairs.
 _SHOWN_PAIRS = 10
+# Of a text in the console: more than a prompt that an encoder takes has.
+_LONGEST_TEXT = 4000
 
 
 def print_start(trainer: "DiffusionOPDTrainer") -> None:
@@ -301,6 +305,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 
 
+class _Console(Console):
+    """Rich shows every string by `render_str`. Prompts and names may hold what a terminal would act on."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        text = visible(text, keep="\n\t") if len(text) <= _LONGEST_TEXT else shown(text, _LONGEST_TEXT)
+        return super().render_str(text, **options)
+
+
 def _console() -> Console:
-    # Prompts and names of tasks are the user's: brackets in them are no markup.
-    return Console(markup=False, highlight=False, emoji=False)
+    # Brackets in prompts and names of tasks are no markup.
+    return _Console(markup=False, highlight=False, emoji=False)

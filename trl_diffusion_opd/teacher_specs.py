@@ -20,6 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .hub_names import way_out
+from .public import listed, shown
+
 
 class TeacherError(ValueError):
     """A teacher that cannot be used, with what to do about it."""
@@ -59,8 +62,8 @@ class TeacherConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        name = self.model_name_or_path
-        if not name.strip():
+        name = shown(self.model_name_or_path)
+        if not self.model_name_or_path.strip():
             raise ValueError(
                 'A teacher has an empty name. Give "base", a folder, or owner/repo[/sub/folder][@revision].'
             )
@@ -79,6 +82,11 @@ class TeacherConfig:
                 f"weight_name of teacher {name!r} is {self.weight_name!r}; only .safetensors files are read. "
                 "Convert the file with safetensors.torch.save_file first."
             )
+        for option in ("subfolder", "weight_name", "revision"):
+            value = getattr(self, option)
+            reason = None if value is None else way_out(value.removesuffix("/"))
+            if reason is not None:
+                raise ValueError(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
 
 
 def local_folder(config: TeacherConfig) -> Path | None:
@@ -92,13 +100,12 @@ def _path(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
         return path if path.exists() else None
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # what may not be looked at, too long a name, a user whose home is unknown
+    except (PermissionError, RuntimeError) as error:  # what may not be looked at, or a user whose home is unknown
         raise TeacherError(
-            f"Teacher {name[:200]!r} cannot be looked for ({type(error).__name__}: {error})"[:500]
+            f"Teacher '{shown(name)}' cannot be looked for ({type(error).__name__}: {error})"
         ) from error
+    except OSError:  # a name is too long for a file system
+        return None
 
 
 def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
@@ -129,21 +136,26 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     if file is not None and file.is_file():
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
         if given:
-            raise ValueError(f"Teacher {name!r} is a file and takes no {', '.join(given)}.")
+            raise ValueError(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")
         return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)  # refuses pickles
 
     path, at, revision = name.partition("@")
     parts = path.split("/")
     weight_name = parts.pop() if parts[-1].endswith(".safetensors") else None
+    called = f"'{shown(name)}'"
     if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
         raise ValueError(
-            f"Teacher {name!r} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"
+            f"Teacher {called} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"
             '[@revision], nor a .safetensors file here. Check the path, or say "base" for the base model.'
         )
+    for part in (path, *([revision] if at else [])):
+        reason = way_out(part)
+        if reason is not None:
+            raise ValueError(f"Teacher {called} is no file here, and on the Hub {reason}.")
     if weight_name and config.weight_name not in (None, weight_name):
-        raise ValueError(f"Teacher {name!r} names a file, and its config {config.weight_name!r}: give one.")
+        raise ValueError(f"Teacher {called} names a file, and its config {config.weight_name!r}: give one.")
     if revision and config.revision not in (None, revision):
-        raise ValueError(f"Teacher {name!r} names revision {revision!r} and its config {config.revision!r}: give one.")
+        raise ValueError(f"Teacher {called} names revision {revision!r} and its config {config.revision!r}: give one.")
     subfolder = "/".join([*parts[2:], *([config.subfolder.strip("/")] if config.subfolder else [])])
     return replace(
         config,
@@ -205,7 +217,5 @@ def normalize_teachers(
         total = math.fsum(config.weight for config in configs)
         normalized[task] = [replace(config, weight=config.weight / total) for config in configs]
     if problems:
-        raise ValueError(
-            "The teachers do not fit:\n" + "\n".join(f"- {problem}" for problem in dict.fromkeys(problems))
-        )
+        raise ValueError("The teachers do not fit:\n" + listed(problems))
     return normalized

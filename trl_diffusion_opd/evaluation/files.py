@@ -22,6 +22,7 @@ from urllib.parse import quote
 from jinja2 import Environment
 
 from ..extras import extra
+from ..public import visible
 from ..retention import retention_table, scores_table
 from .measure import Measured, Task
 from .store import Store, write_file, write_json
@@ -98,6 +99,11 @@ def _sample_rows(
     return shown
 
 
+def _visible(value: Any) -> Any:
+    """Marks that turn the direction of writing would turn the page's."""
+    return visible(value, keep="\n\t") if isinstance(value, str) else value
+
+
 def _page(
     store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
 ) -> str:
@@ -126,6 +132,7 @@ def _page(
     }
     template = files("trl_diffusion_opd") / "templates" / PAGE_FILE
     # Prompts and names are whatever a dataset holds.
-    page = Environment(autoescape=True).from_string(template.read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, finalize=_visible)
+    page = environment.from_string(template.read_text(encoding="utf-8"))
     size = store.load(measured.keys["base", next(iter(tasks))], next(iter(tasks)), 0).size
     return page.render(tasks=shown, report=report, pixelated=max(size) < _SMALL) + "\n"

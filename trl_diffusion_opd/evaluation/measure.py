@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ..processes import failing_together
 from ..retention import Scores
-from ..rewards import Reward, RewardFunc, Scorer, reward_name
-from ..rewards.scoring import call_reward
+from ..rewards import RewardFunc, Scorer, reward_name
+from ..rewards.scoring import call_reward, score_names
 from ..teachers import Teacher, TeacherBank
 from ..velocity import VelocityField
 from .drawing import Velocity, draw_batch
@@ -355,11 +355,6 @@ class _Hint:
     ) -> None:
         if error is not None and self._note is not None:
             error.add_note(self._note)
-
-
-def score_names(function: RewardFunc) -> tuple[str, ...]:
-    """Names of a function's scores: its own, and those of its parts."""
-    return function.score_names if isinstance(function, Reward) else (reward_name(function),)
 
 
 def _velocity(field: VelocityField, bank: TeacherBank, model: Model) -> Velocity:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from ..data import dataset_problems, task_rows
+from ..public import shown
 from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
 from .drawing import draw_images
 
@@ -95,7 +96,7 @@ def rehearse_report(
             except Exception as error:
                 raise ValueError(
                     f"The report at the end would fail: reward {name!r} can't score an image of task {task!r}, for the prompt "
-                    f"{row['prompt']!r}: {type(error).__name__}: {error}. In a report every reward scores the images of all "
+                    f"'{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every reward scores the images of all "
                     "tasks, and returns None for rows that it does not apply to."
                 ) from error
     trainer._offload.rest()

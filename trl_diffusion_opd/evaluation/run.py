@@ -31,15 +31,16 @@ from ..base_pipeline import borrowed, load_base
 from ..data import dataset_problems, plain_dataset, task_rows
 from ..options import DTYPES, model_init_problems
 from ..processes import failing_together
+from ..public import listed
 from ..retention import retention_report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
-from ..rewards.scoring import timeout_problems
+from ..rewards.scoring import score_names, timeout_problems
 from ..teacher_specs import TeacherSpec
 from ..teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..velocity import VelocityField
 from .files import write_results
 from .identity import base_digest
-from .measure import Task, measure, score_names
+from .measure import Task, measure
 from .store import Store
 
 
@@ -177,7 +178,7 @@ def evaluate_retention(
     except ValueError as error:
         problems += str(error).splitlines()
     if problems:
-        raise ValueError("The evaluation cannot start:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
+        raise ValueError("The evaluation cannot start:\n" + listed(problems))
 
     base: Any = pipeline
     if isinstance(pipeline, str):

@@ -27,6 +27,8 @@ from PIL import Image
 
 # File systems take 255 bytes; a Chinese character is nine of them here.
 _LONGEST_NAME = 200
+# What Windows takes for devices.
+_DEVICES = ("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10)))
 
 # Scores by image key, name of the score and digest of the reward, then by number of the image.
 KnownScores = dict[tuple[str, str, str], dict[int, float | None]]
@@ -96,11 +98,19 @@ class Store:
 
 
 def file_name(task: str) -> str:
-    """A name for a task's files. A task may be called "a/b" or "..", or be longer than file names can be."""
-    name = quote(task, safe="").replace(".", "%2E")
-    if len(name) <= _LONGEST_NAME:
+    """
+    A name for a task's files, on any file system, and another one for every task.
+
+    A task may be called "a/b", ".." or "-f", or be longer than file names can be. Some file systems take "A" and "a" for one.
+    """
+    content = task.encode("utf-8", "surrogatepass")
+    name = quote(content, safe="").replace(".", "%2E").replace("~", "%7E")
+    if name.startswith("-"):
+        name = f"%2D{name[1:]}"
+    if len(name) <= _LONGEST_NAME and task.lower() == task and task not in _DEVICES:
         return name
-    return f"{name[: _LONGEST_NAME - 17]}-{hashlib.sha256(task.encode()).hexdigest()[:16]}"
+    # A plus sign is in no name without a hash.
+    return f"{name[: _LONGEST_NAME - 17]}+{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def write_file(path: Path, content: str) -> None:

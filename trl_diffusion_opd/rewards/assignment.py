@@ -22,6 +22,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data import BATCH
+from ..public import shown
 from .base import Reward, RewardFunc, parameters_of, reward_name
 from .names import load_reward
 
@@ -123,7 +124,7 @@ def reward_data_problems(
                 prompt, reason = first
                 problems.append(
                     f"{source}: reward {reward.name!r} can't score {count} of the {len(rows[task])} prompts of its "
-                    f"task {task!r}, such as {prompt!r}: {reason}."
+                    f"task {task!r}, such as '{shown(prompt)}': {shown(reason, 500)}."
                 )
     return problems
 

@@ -176,7 +176,7 @@ def _clauses(value: Any, name: str, classes: Collection[str] | None, problems: l
         if not isinstance(class_name, str) or not class_name:
             problems.append(f"{where} has no 'class'")
         elif classes is not None and class_name not in classes:
-            problems.append(f"{where}: the detector knows no class {class_name!r}")
+            problems.append(f"{where}: the detector knows no class {class_name!r:.200}")
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             problems.append(f"{where}: count {count!r} is not a whole number from 1 on")
         if color is not None and color not in COLORS:

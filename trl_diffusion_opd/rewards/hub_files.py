@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..hub_errors import download
+from ..public import shown as quoted
 
 
 # Commits as other public projects pin them too. A repository that is not listed is read at its branch `main`.
@@ -134,7 +135,9 @@ def read_tensors(files: ModelFiles, name: str) -> dict[str, torch.Tensor]:
             "run. Save its tensors in safetensors format, if you trust it."
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{files.shown}: {name} cannot be read, it is damaged or incomplete: {error}") from error
+        raise ValueError(
+            f"{files.shown}: {name} cannot be read, it is damaged or incomplete: {quoted(error)}"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
@@ -153,7 +156,7 @@ def check_loaded(
     """
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     found = [
-        f"{len(names)} tensors are {kind} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} tensors are {kind} ({', '.join(map(quoted, sorted(names)[:3]))}{', …' if len(names) > 3 else ''})"
         for kind, names in kinds.items()
         if names
     ]

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..public import shown
 from .base import Reward
 from .hub_files import ModelFiles, check_loaded
 
@@ -119,7 +120,7 @@ def load_pretrained(
             **options,
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{files.shown}: cannot be loaded: {error}") from error
+        raise ValueError(f"{files.shown}: cannot be loaded: {shown(error, 500)}") from error
     check_loaded(
         files,
         info["missing_keys"],

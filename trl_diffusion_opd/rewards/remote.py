@@ -21,18 +21,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import requests
+import httpx2
 from PIL.Image import Image
-from requests.adapters import HTTPAdapter
-from requests.auth import AuthBase
-from urllib3.exceptions import InvalidHeader, MaxRetryError
-from urllib3.util import Retry
 
+from ..public import shown
 from .base import Reward
+from .bounded_client import BoundedClient, RefusedAnswerError
 
 
 logger = logging.getLogger(__name__)
@@ -40,9 +42,13 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "none"]
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
-_BACKOFF_FACTOR = 0.5
 # Seconds between two tries, also if the server asks for more in Retry-After.
 _LONGEST_PAUSE = 30.0
+# Base64 of images in a call, if they are more than one: a server holds a whole call in its memory.
+_CALL_BYTES = 12 * 2**20
+# An answer may say more than its scores. A score takes 25 characters at most, and some space.
+_ANSWER_BYTES = 2**20
+_SCORE_BYTES = 64
 
 
 class RemoteRewardError(RuntimeError):
@@ -53,7 +59,7 @@ class RemoteReward(Reward):
     """
     Scores that another process computes: a heavy reward on another device or machine, or one in another environment.
 
-    Images are sent in batches by `POST`, as JSON; `examples/reward_server.py` is a server that speaks this format:
+    Images are sent in batches by `POST`, as JSON, `batch_size` at a time and 12 MiB of PNGs in base64; `examples/reward_server.py` is a server that speaks this format:
 
     ```
     {"prompts": ["a cat", ...], "images": ["<PNG, base64>", ...], "columns": {"metadata": [...]}}
@@ -61,15 +67,18 @@ class RemoteReward(Reward):
     ```
 
     Status 200 with a finite number or `null` ("does not apply") an image is an answer, everything else is a failure.
-    Failed connections, timeouts and the statuses 408, 429, 500, 502, 503 and 504 are tried again: at once, then after 1,
-    2, 4, … seconds, or as long as the server's `Retry-After` asks for, up to 30 s. What still fails is an error, or no score for
-    the images of its batch. It is never a score of 0.
+    Connections that fail or are cut, timeouts and the statuses 408, 429, 500, 502, 503 and 504 are tried again: at once,
+    then after 1, 2, 4, … seconds, or as long as the server's `Retry-After` asks for, up to 30 s. What still fails is an
+    error, or no score for the images of its batch. It is never a score of 0.
+
+    An answer is read up to 1 MiB and 64 bytes an image, and not if it is compressed. Redirects are not followed.
 
     Args:
         url (`str`): where to post, `http` or `https`. User, password and query don't belong in it, since it is logged.
         name (`str`, *optional*, defaults to `"remote"`): of the metric. Several remote scorers need different names.
         columns (`Sequence[str]`, *optional*): columns of the dataset to send. Samples without a value there are not scored.
-        timeout (`float`, *optional*, defaults to `60`): seconds to wait for the connection, and for each answer.
+        timeout (`float`, *optional*, defaults to `60`): seconds that a try may take, from the connection to the
+            last byte of the answer.
         max_retries (`int`, *optional*, defaults to `3`): tries after the first one.
         on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error when a call fails, or log a warning and give
             its samples `"none"`.
@@ -99,28 +108,18 @@ class RemoteReward(Reward):
         problems = url_problems("url", url) + call_problems(timeout, max_retries, on_error)
         if isinstance(columns, str):
             problems.append(f"columns={columns!r} is a string; give a list of names.")
-        if token_env is not None and not os.environ.get(token_env):
-            problems.append(f"the environment variable {token_env}, which is to hold the token, is not set.")
+        if token_env is not None:
+            problems += token_problems(token_env)
         if problems:
             raise ValueError("\n".join(f"Reward {name!r}: {problem}" for problem in problems))
         self.name = name
         self.url = url
         self.columns = tuple(columns)
         self.timeout = timeout
+        self.max_retries = max_retries
         self.on_error = on_error
-        self._session = requests.Session()
-        if token_env is not None:
-            self._session.auth = _BearerToken(token_env)
-        retries = _BoundedRetry(
-            total=max_retries,
-            status_forcelist=_RETRIED_STATUSES,
-            allowed_methods=None,  # whatever the method: scoring twice changes nothing
-            backoff_factor=_BACKOFF_FACTOR,
-            backoff_max=_LONGEST_PAUSE,
-            raise_on_status=False,  # the last answer says more than "too many"
-        )
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(max_retries=retries))
+        self.token_env = token_env
+        self._client = BoundedClient(timeout, _ANSWER_BYTES + _SCORE_BYTES * batch_size)
 
     @property
     def fingerprint(self) -> str:
@@ -128,9 +127,16 @@ class RemoteReward(Reward):
         return f"{self.name}:{address_hash(self.url)}:{','.join(self.columns)}"
 
     def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+        encoded = [png_base64(image) for image in images]
+        scores: list[float | None] = []
+        for part in _parts([len(data) for data in encoded]):
+            scores += self._score_part(prompts[part], encoded[part], rows[part])
+        return scores
+
+    def _score_part(self, prompts: list[str], encoded: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
         body = {
             "prompts": prompts,
-            "images": [png_base64(image) for image in images],
+            "images": encoded,
             "columns": {name: [row[name] for row in rows] for name in self.columns},
         }
         try:
@@ -140,70 +146,109 @@ class RemoteReward(Reward):
                 f"Reward {self.name!r}: columns {self.columns} cannot be sent as JSON: {error}"
             ) from error
         try:
-            return self._call(data, len(images))
+            return self._call(data, len(encoded))
         except RemoteRewardError as error:
             if self.on_error == "raise":
                 raise
-            logger.warning("%s These %d images have no score.", error, len(images))
-            return [None] * len(images)
+            logger.warning("%s These %d images have no score.", error, len(encoded))
+            return [None] * len(encoded)
 
     def _call(self, data: str, count: int) -> list[float | None]:
         failed = f"Reward {self.name!r}: {self.url} "
         try:
-            response = self._session.post(
-                self.url,
-                data=data,
-                headers={"Content-Type": "application/json", "Accept": "application/json"},
-                timeout=self.timeout,
-                allow_redirects=False,  # a redirected POST arrives as a GET
-            )
-        except requests.RequestException as error:
-            cause = error.args[0] if error.args else error
+            return _read_scores(failed, self._answer(data), count)
+        except RemoteRewardError:
+            raise
+        except httpx2.TransportError as error:
+            raise RemoteRewardError(f"{failed}cannot be reached: {error}.") from error
+        except RefusedAnswerError as error:
+            raise RemoteRewardError(f"{failed}gave {error}.") from error
+        except Exception as error:  # whatever it is that a stranger's answer brings about
             raise RemoteRewardError(
-                f"{failed}cannot be reached: {cause.reason if isinstance(cause, MaxRetryError) else cause}"
+                f"{failed}gave an answer that cannot be read ({type(error).__name__}: {shown(error)})."
             ) from error
-        if response.status_code != 200:
-            where = f" to {response.headers['Location']}" if response.is_redirect else ""
+
+    def _answer(self, data: str) -> httpx2.Response:
+        """The last answer, if it took more than one try."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.token_env is not None:
+            # Read when it is sent, so that no object holds it, and looked at again: an error of a header shows the header.
+            if problems := token_problems(self.token_env):
+                raise RemoteRewardError(f"Reward {self.name!r}: {problems[0]}")
+            headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
+        tries = 0
+        while True:
+            response = None
+            try:
+                response = self._client.post(self.url, content=data, headers=headers)
+            except httpx2.TransportError:
+                if tries == self.max_retries:
+                    raise
+            if response is not None and (response.status_code not in _RETRIED_STATUSES or tries == self.max_retries):
+                return response
+            if pause := _pause(tries, response):
+                time.sleep(pause)
+            tries += 1
+
+
+def _read_scores(failed: str, response: httpx2.Response, count: int) -> list[float | None]:
+    """The scores of an answer, or why it has none. What else it raises is for the caller to catch."""
+    if response.status_code != 200:
+        raise RemoteRewardError(f"{failed}{status_shown(response)}")
+    try:
+        answer = json.loads(response.content)
+    except json.JSONDecodeError as error:
+        raise RemoteRewardError(f"{failed}answered no JSON: '{shown(response.content)}'") from error
+    scores = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(scores, list):
+        raise RemoteRewardError(
+            f'{failed}answered {shown(repr(answer))}, which is not of the form {{"scores": [...]}}.'
+        )
+    if len(scores) != count:
+        raise RemoteRewardError(f"{failed}answered {len(scores)} scores for {count} images.")
+    for value in scores:
+        if value is not None and not _is_finite(value):
             raise RemoteRewardError(
-                f"{failed}answered {response.status_code} {response.reason}{where}: {response.text!r:.200}"
+                f"{failed}answered {shown(repr(value))} as a score; it must be a finite number or null."
             )
-        try:
-            answer = response.json()
-        except requests.JSONDecodeError as error:
-            raise RemoteRewardError(f"{failed}answered no JSON: {response.text!r:.200}") from error
-        scores = answer.get("scores") if isinstance(answer, dict) else None
-        if not isinstance(scores, list):
-            raise RemoteRewardError(f'{failed}answered {answer!r:.200}, which is not of the form {{"scores": [...]}}.')
-        if len(scores) != count:
-            raise RemoteRewardError(f"{failed}answered {len(scores)} scores for {count} images.")
-        for value in scores:
-            if value is not None and not _is_finite(value):
-                raise RemoteRewardError(
-                    f"{failed}answered {value!r:.200} as a score; it must be a finite number or null."
-                )
-        return [None if value is None else float(value) for value in scores]
+    return [None if value is None else float(value) for value in scores]
 
 
-class _BearerToken(AuthBase):
-    """Reads the token when it is sent, so that no object holds it. As `auth` it also wins over a .netrc."""
-
-    def __init__(self, variable: str):
-        self.variable = variable
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = f"Bearer {os.environ[self.variable]}"
-        return request
+def status_shown(response: httpx2.Response) -> str:
+    """What a server answered instead of what it was asked for."""
+    where = f" to {shown(response.headers['Location'])}" if response.has_redirect_location else ""
+    return f"answered {response.status_code} {shown(response.reason_phrase, 50)}{where}: '{shown(response.content)}'"
 
 
-class _BoundedRetry(Retry):
-    """Waits no longer than so, whatever the server asks for."""
+def _pause(again: int, response: httpx2.Response | None) -> float:
+    """Seconds before the try number `again + 2`: none before the second, unless the server asks for some."""
+    asked = None if response is None else _asked_pause(response.headers.get("Retry-After", "").strip())
+    if asked is None:
+        asked = 0.0 if again == 0 else 2.0 ** min(again - 1, 10)
+    return min(asked, _LONGEST_PAUSE)
 
-    def get_retry_after(self, response: Any) -> float | None:
-        try:
-            seconds = super().get_retry_after(response)
-        except InvalidHeader:  # neither seconds nor a date: as if it weren't there
-            return None
-        return None if seconds is None else min(seconds, _LONGEST_PAUSE)
+
+def _asked_pause(header: str) -> float | None:
+    """Seconds that a `Retry-After` asks for, as a number or until a date. What is neither is as if it weren't there."""
+    if header.isascii() and header.isdecimal():
+        return float(header)
+    try:
+        date = parsedate_to_datetime(header)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    # A date without its zone is in UTC, as the standard has it.
+    return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
+
+
+def _parts(sizes: Sequence[int]) -> Iterator[slice]:
+    """Slices in order, each of one entry or of no more than a call's bytes."""
+    start = total = 0
+    for i, size in enumerate(sizes):
+        if i > start and total + size > _CALL_BYTES:
+            yield slice(start, i)
+            start, total = i, 0
+        total += size
+    yield slice(start, len(sizes))
 
 
 def _is_finite(value: Any) -> bool:
@@ -223,7 +268,11 @@ def address_hash(url: str) -> str:
 
 def url_problems(option: str, url: str) -> list[str]:
     """Why an address cannot be used. What may be secret in it is not repeated."""
-    parts = urlsplit(url)
+    try:
+        httpx2.URL(url)
+        parts = urlsplit(url)
+    except (ValueError, httpx2.InvalidURL):
+        return [f"{option} is no address that can be read. Give one of the form http://host:port/path."]
     if "@" in parts.netloc or parts.query or parts.fragment:
         return [
             f"{option} has a user, a password, a query or a fragment, and it is logged. Give scheme, host and path alone; a "
@@ -234,11 +283,24 @@ def url_problems(option: str, url: str) -> list[str]:
     return []
 
 
+def token_problems(variable: str) -> list[str]:
+    """Why the token in an environment variable cannot be sent. It is not repeated."""
+    token = os.environ.get(variable)
+    if not token:
+        return [f"the environment variable {variable}, which is to hold the token, is not set."]
+    if not all("!" <= character <= "~" for character in token):
+        return [
+            f"the token in the environment variable {variable} has a space, a line break or another character that no token "
+            "can have, often at its end. Set it again without."
+        ]
+    return []
+
+
 def call_problems(timeout: float, max_retries: int, on_error: str) -> list[str]:
     """What is wrong with the options that calls of a server have in common."""
     problems = []
-    if not timeout > 0:
-        problems.append(f"timeout={timeout}: it must be a positive number of seconds.")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        problems.append(f"timeout={timeout}: it must be a positive number of seconds, and not infinite.")
     if max_retries < 0:
         problems.append(f"max_retries={max_retries}: it must not be negative.")
     if on_error not in ("raise", "none"):

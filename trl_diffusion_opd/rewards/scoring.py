@@ -32,6 +32,7 @@ from typing import Any, Literal
 import torch
 from PIL.Image import Image
 
+from ..public import shown
 from .base import Reward, RewardFunc, parameters_of, reward_name
 
 
@@ -153,7 +154,7 @@ class Scorer:
         self.waited = 0.0
         self.log = RewardLog()
         self._trainer_state = trainer_state
-        self._scores: Scores = {name: [] for function in functions for name in _score_names(function)}
+        self._scores: Scores = {name: [] for function in functions for name in score_names(function)}
         self._pending: deque[tuple[int, dict[str, Future[Scores]]]] = deque()
         self._threads = {name: _Thread(f"reward-{name}") for name in self.functions}
         self._hung: set[str] = set()
@@ -225,7 +226,7 @@ class Scorer:
                 )
         elif self.on_timeout == "raise":
             raise self._too_long(f"Reward {name!r} hangs.")
-        return {of_part: [None] * size for of_part in _score_names(function)}
+        return {of_part: [None] * size for of_part in score_names(function)}
 
     @staticmethod
     def _too_long(message: str) -> TimeoutError:
@@ -254,7 +255,7 @@ def call_reward(
         `dict[str, list[float | None]]`: its values by its name, and those of its parts.
     """
     if not images:  # more processes than images
-        return {name: [] for name in _score_names(function)}
+        return {name: [] for name in score_names(function)}
     given: dict[str, Any] = {
         "prompts": [row["prompt"] for row in rows],
         "images": list(images),
@@ -305,7 +306,8 @@ def _by_name(functions: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
     return named
 
 
-def _score_names(function: RewardFunc) -> tuple[str, ...]:
+def score_names(function: RewardFunc) -> tuple[str, ...]:
+    """Names of a function's scores: its own, and those of its parts."""
     return function.score_names if isinstance(function, Reward) else (reward_name(function),)
 
 
@@ -333,8 +335,8 @@ def _number(name: str, value: Any, prompt: str) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"Reward function {name!r} returned {value!r:.100} for the prompt {prompt!r}. It must return a finite number, "
-            "or None where it does not apply."
+            f"Reward function {name!r} returned {value!r:.100} for the prompt '{shown(prompt)}'. It must return a finite "
+            "number, or None where it does not apply."
         )
     return number
 

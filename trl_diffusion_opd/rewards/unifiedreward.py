@@ -15,6 +15,7 @@
 """UnifiedReward: a vision language model that is asked for a score."""
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -24,8 +25,19 @@ from typing import Any
 
 from PIL.Image import Image
 
+from ..public import shown
 from .base import Reward
-from .remote import OnError, RemoteRewardError, address_hash, call_problems, png_base64, url_problems
+from .bounded_client import BoundedClient, RefusedAnswerError
+from .remote import (
+    OnError,
+    RemoteRewardError,
+    address_hash,
+    call_problems,
+    png_base64,
+    status_shown,
+    token_problems,
+    url_problems,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -41,14 +53,18 @@ QUESTION = (
 )
 
 # "Final Score: 3.5", also with Markdown around it, "(1-5)" before it or "/5" behind it. A number is taken whole or not at
-# all: of "10", "4,5" or "1-5" no part is the score.
+# all: of "10", "4,5" or "1-5" no part is the score. Nothing is given back once it is taken ("++"), so that a text of a
+# hundred thousand spaces is read once.
 _FINAL_SCORE = re.compile(
-    r"""final\s+score \s* (?:\([^)\n]*\))? (?:\s+is\b)? [\s:=*_`\[]*
-        (?<![\w.]) (\d++(?:\.\d++)?+) (?![ ]*[,.–-]?[ ]*\d)
-        (?:[\s*_`\]]* (?:/|out\s+of) \s* (\d++))?""",
+    r"""final\s++score (?:\s*+\([^)\n]{0,100}+\))?+ (?:\s++is\b)?+ [\s:=*_`\[]*+
+        (?<![\w.]) (\d++(?:\.\d++)?+) (?![ ]*+[,.–-]?+[ ]*+\d)
+        (?:[\s*_`\]]*+ (?:/|out\s++of) \s*+ (\d++))?+""",
     re.IGNORECASE | re.VERBOSE,
 )
 _LOWEST, _HIGHEST = 1.0, 5.0
+# An answer is its tokens and what the server says of them. A token has some bytes, in JSON up to six for one of them.
+_ANSWER_BYTES = 2**16
+_TOKEN_BYTES = 64
 
 
 class UnifiedReward(Reward):
@@ -67,6 +83,8 @@ class UnifiedReward(Reward):
     that it gets into no argument; a server that checks none takes any value. Answers without a score from 1 to 5, and
     those that were cut off at `max_tokens`, are failures: an error or no score, and never a score of 0.
 
+    An answer is read up to 64 KiB and 64 bytes a token, and not if it is compressed. Redirects are not followed.
+
     Args:
         base_url (`str`, *optional*): of the endpoint, with its `/v1`. The environment variable `OPENAI_BASE_URL` if not
             given.
@@ -76,7 +94,8 @@ class UnifiedReward(Reward):
             the model.
         max_tokens (`int`, *optional*, defaults to `1024`): of an answer.
         max_concurrency (`int`, *optional*, defaults to `16`): requests at a time.
-        timeout (`float`, *optional*, defaults to `120`): seconds to wait for an answer.
+        timeout (`float`, *optional*, defaults to `120`): seconds that a try may take, from the connection to the
+            last byte of the answer.
         max_retries (`int`, *optional*, defaults to `3`): tries after the first one; the client decides what is tried again.
         on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error, or log a warning and give a sample `"none"`.
 
@@ -121,6 +140,8 @@ class UnifiedReward(Reward):
             problems.append(
                 "the environment variable OPENAI_API_KEY is not set. A server that checks no key takes any value."
             )
+        else:
+            problems += token_problems("OPENAI_API_KEY")
         if "{prompt}" not in question:
             problems.append(f"question={question!r} has no {{prompt}}, where the caption belongs.")
         for option, value in (("max_tokens", max_tokens), ("max_concurrency", max_concurrency)):
@@ -135,7 +156,12 @@ class UnifiedReward(Reward):
         self.max_concurrency = max_concurrency
         self.on_error = on_error
         self._openai = openai
-        self._client = openai.OpenAI(base_url=self.base_url, timeout=timeout, max_retries=max_retries)
+        self._client = openai.OpenAI(
+            base_url=self.base_url,
+            timeout=timeout,
+            max_retries=max_retries,
+            http_client=BoundedClient(timeout, _ANSWER_BYTES + _TOKEN_BYTES * max_tokens),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -163,28 +189,46 @@ class UnifiedReward(Reward):
             # Not format(): a caption may have braces.
             {"type": "text", "text": self.question.replace("{prompt}", prompt)},
         ]
+        answer = b""
         try:
-            completion = self._client.chat.completions.create(
+            # Raw: the client would make an object of every entry of whatever comes, and takes what is none as it is.
+            answer = self._client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=[{"role": "user", "content": content}],  # type: ignore[misc,list-item]
                 max_tokens=self.max_tokens,
                 temperature=0,
-            )
+            ).content
+            text, is_cut = _first_choice(answer)
+            score = None if is_cut else parse_score(text)
+        except self._openai.APIStatusError as error:
+            # Without its cause, which repeats the server's page as it is.
+            raise RemoteRewardError(f"{failed}cannot be asked: it {status_shown(error.response)}") from None
         except self._openai.OpenAIError as error:
-            raise RemoteRewardError(f"{failed}cannot be asked: {error}") from error
-        if not isinstance(completion, self._openai.types.chat.ChatCompletion) or not completion.choices:
-            # The client hands on a page that is no JSON, such as that of a base_url without its /v1, as a string.
-            raise RemoteRewardError(f"{failed}gave no completion for the prompt {prompt!r}: {completion!r:.200}")
-        choice = completion.choices[0]
-        text = choice.message.content or ""
-        score = None if choice.finish_reason == "length" else parse_score(text)
-        if score is None:
-            cut = f", cut off at max_tokens={self.max_tokens}," if choice.finish_reason == "length" else ""
+            reason = "" if error.__cause__ is None else f" ({shown(error.__cause__)})"
+            raise RemoteRewardError(f"{failed}cannot be asked: {error}{reason}") from error
+        except RefusedAnswerError as error:
+            raise RemoteRewardError(f"{failed}gave {error}.") from error
+        except Exception as error:  # whatever it is that a stranger's answer brings about
             raise RemoteRewardError(
-                f"{failed}answered{cut} without a score from 1 to 5 behind 'Final Score:' for the prompt {prompt!r}: "
-                f"{text[-200:]!r}"
+                f"{failed}gave no completion for the prompt '{shown(prompt)}' ({type(error).__name__}: {shown(error)}): "
+                f"'{shown(answer)}'"
+            ) from error
+        if score is None:
+            cut = f", cut off at max_tokens={self.max_tokens}," if is_cut else ""
+            raise RemoteRewardError(
+                f"{failed}answered{cut} without a score from 1 to 5 behind 'Final Score:' for the prompt "
+                f"'{shown(prompt)}': '{shown(text[-200:])}'"
             )
         return score
+
+
+def _first_choice(answer: bytes) -> tuple[str, bool]:
+    """The text of a completion, and whether it was cut off."""
+    choice = json.loads(answer)["choices"][0]
+    text = choice["message"]["content"] or ""
+    if not isinstance(text, str):
+        raise TypeError(f"the content is a {type(text).__name__}")
+    return text, choice.get("finish_reason") == "length"
 
 
 def parse_score(answer: str) -> float | None:

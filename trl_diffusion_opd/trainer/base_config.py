@@ -26,6 +26,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..finite import option_problems
 from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
+from ..public import listed
 from ..rewards.scoring import timeout_problems
 
 
@@ -252,6 +253,8 @@ class DiffusionConfig(_BaseConfig):
         given: dict[str, Any] = self.__dict__
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
+        if given["hub_token"] is not None:  # read from a file: as a header, a line break is an error that names it
+            given["hub_token"] = given["hub_token"].strip()
         # Without an accelerator it does nothing but warn.
         given["dataloader_pin_memory"] = given["dataloader_pin_memory"] and torch.accelerator.is_available()
         # TRL sets the older name, of which transformers would warn whoever has set neither.
@@ -287,7 +290,7 @@ class DiffusionConfig(_BaseConfig):
 
     def _raise(self, problems: list[str]) -> None:
         if problems:
-            raise ValueError(f"{type(self).__name__}:\n" + "\n".join(f"- {problem}" for problem in problems))
+            raise ValueError(f"{type(self).__name__}:\n" + listed(problems))
 
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""

@@ -48,6 +48,7 @@ from ..offload import Offload, offloaded
 from ..pipeline_view import base_weight
 from ..processes import lost_process_named
 from ..prompt_store import PromptStore, encoder_fingerprint
+from ..public import shown
 from ..quantization import exempt_from_broadcast
 from ..resume import KeptSettings, prompts_of
 from ..rewards import RewardFuncs, rewards_by_task
@@ -60,6 +61,7 @@ from ..timing import UpdateCost
 from ..trackers import use_public_trackers
 from ..velocity import VelocityField
 from .base_config import MERGE, DiffusionConfig
+from .best_metric import metric_problems
 from .checks import (
     collect,
     evaluation_data_problems,
@@ -174,9 +176,10 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.tasks = list(self._task_rows)
         self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
         if self.tasks:
-            problems += evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
-            with collect(problems):
+            unscored = evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
+            with collect(unscored):
                 self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
+            problems += unscored or metric_problems(args, eval_dataset, self.reward_funcs, self._method_metrics)
             problems += scored_data_problems(self.reward_funcs, train_dataset, eval_dataset, args.task_column)
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)
@@ -628,7 +631,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         idle = [name for name, parameter in trained.items() if parameter.grad is None]
         if idle:
             logger.warning(
-                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {idle[0]}, "
+                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {shown(idle[0])}, "
                 "and stay as they are. Either the transformer does not use these layers, and target_modules of peft_config need "
                 "not name them, or something in its forward passes no gradient, such as an attention backend."
             )

@@ -33,6 +33,7 @@ from ..compilation import compilable_blocks
 from ..data import dataset_problems, plain_dataset, task_rows
 from ..hub_errors import explained, retried
 from ..lora_config import config_problems
+from ..public import listed, shown
 from ..quantization import (
     failures_named,
     is_quantised,
@@ -79,7 +80,7 @@ def load_pipeline(
         raise ValueError(
             f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
             "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
-            f"({error})"
+            f"({shown(error, 500)})"
         ) from error
     _prepare(pipeline)
     return pipeline
@@ -281,9 +282,10 @@ def collect(problems: list[str]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        problems += str(error).splitlines()
+        problems += str(error).split("\n")
 
 
 def list_of(problems: list[str]) -> str:
     """One bullet a problem, those that are bullets already below the line that heads them."""
-    return "\n".join(f"  {line}" if line.startswith("- ") else f"- {line}" for line in dict.fromkeys(problems))
+    lines = listed(problems).splitlines()
+    return "\n".join(line.replace("- ", "  ", 1) if line.startswith("- - ") else line for line in lines)

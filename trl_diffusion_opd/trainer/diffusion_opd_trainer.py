@@ -37,6 +37,7 @@ from ..objectives import (
     trained_steps,
     velocity_gap_sq,
 )
+from ..public import shown
 from ..rewards import RewardFuncs
 from ..rollout import gaussian, sample_generators, walk
 from ..samplers import sampler_table
@@ -313,7 +314,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
             if kl < 2 * floor and task not in self._lost_in_rounding:
                 self._lost_in_rounding.add(task)
                 logger.warning(
-                    f"kl/{task} is {kl:.2g} at update {self.state.global_step}, with a noise_floor of {floor:.2g}: what is "
+                    f"kl/{shown(task)} is {kl:.2g} at update {self.state.global_step}, with a noise_floor of {floor:.2g}: what is "
                     f"left of the gap between the student and the teacher of task {task!r} is below the rounding of this "
                     "precision, and to go on follows rounding. Stop here, or, where the base is in half precision, go on "
                     "with dtype='float32' and bf16=False."
@@ -334,6 +335,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
             losses.append(loss)
             kls[f"{metric_key_prefix}_kl/{task}"] = kl
         return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
+
+    def _method_metrics(self, dataset: Dataset) -> list[str]:
+        return ["loss", *(f"kl/{task}" for task in task_rows(dataset, self.args.task_column))]
 
     def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
         generators = sample_generators([self.args.seed, _STEP_DRAW, self.tasks.index(task)], indices)

@@ -298,7 +298,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         """The loss on the first rows of the evaluation, one micro-batch a task, at fixed noise and levels."""
-        if self._teacher_specs is None and not isinstance(dataset.features.get(self.args.image_column), Image):
+        if not self._has_images(dataset):
             return {}
         model = self.accelerator.unwrap_model(self.model)
         size = self.args.per_device_eval_batch_size
@@ -320,6 +320,14 @@ class DiffusionSFTTrainer(TaughtTrainer):
             gathered = self.accelerator.gather(torch.stack(parts)[None]).cpu().double()
             losses[f"{metric_key_prefix}_loss/{task}"] = float(gathered.mean())
         return {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **losses}
+
+    def _method_metrics(self, dataset: Dataset) -> list[str]:
+        tasks = task_rows(dataset, self.args.task_column) if self._has_images(dataset) else {}
+        return ["loss", *(f"loss/{task}" for task in tasks)] if tasks else []
+
+    def _has_images(self, dataset: Dataset) -> bool:
+        """Whether an evaluation has images to take the loss of: a teacher's, or its own."""
+        return self._teacher_specs is not None or isinstance(dataset.features.get(self.args.image_column), Image)
 
     def _card_fields(self) -> dict[str, Any]:
         args = self.args

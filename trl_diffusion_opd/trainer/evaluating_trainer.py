@@ -118,6 +118,10 @@ class EvaluatingTrainer(_BaseTrainer):
         """Metrics of the method itself, such as its loss on the evaluation's prompts."""
         return {}
 
+    def _method_metrics(self, dataset: Dataset) -> list[str]:
+        """Names of what [`_evaluate_method`] returns, without prefix."""
+        return []
+
     def _draw(
         self,
         dataset: Dataset,

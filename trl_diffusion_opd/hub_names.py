@@ -1,0 +1,34 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Names within a repository: folders, files and revisions that lead out of it are refused."""
+
+
+def way_out(path: str) -> str | None:
+    """
+    What in a path within a repository, or in a revision, could lead out of it, for a message; `None` where nothing does.
+
+    `a/../../b` of a snapshot would be a file of this machine, under the commit of somebody's repository.
+
+    Args:
+        path (`str`): parts with `/` between.
+    """
+    for part in path.split("/"):
+        if part in ("", ".", ".."):
+            return f"{part!r} is no part of a path in a repository" if part else "it has an empty part"
+        if "\\" in part:
+            return "it has a backslash; parts have '/' between"
+        if not part.isprintable():
+            return "it has a control character"
+    return None
