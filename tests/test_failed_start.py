@@ -17,8 +17,8 @@ import pytest
 import torch
 from opd_fixtures import make_config, make_dataset
 from peft import LoraConfig
-from teachers_helpers import edit_json
-from tiny_sd3 import forward, make_lora, make_pipeline
+from teachers_helpers import PEFT_FILE, edit_json, rewrite
+from tiny_sd3 import ATTENTION, forward, make_lora, make_pipeline
 from torch import nn
 from transformers import Trainer
 
@@ -126,12 +126,21 @@ def test_a_student_that_fails_halfway_leaves_no_layers(tmp_path):
 def test_a_teachers_config_that_fails_halfway_is_a_teachers_error(teachers, tmp_path):
     """As a teacher, and as what the student starts from."""
     make_lora(make_pipeline(), tmp_path / "odd", seed=1)
-    edit_json(tmp_path / "odd" / "adapter_config.json", rank_pattern={"transformer_blocks.1.attn.to_q": "8"})
+    # PEFT has changed the layers before it when it comes to one that it can't adapt.
+    layer = "transformer_blocks.1.norm1"
+    pair = {
+        f"base_model.model.{layer}.lora_{side}.weight": torch.ones(shape)
+        for side, shape in (("A", (4, 16)), ("B", (16, 4)))
+    }
+    edit_json(tmp_path / "odd" / "adapter_config.json", target_modules=[*ATTENTION, layer])
+    rewrite(tmp_path / "odd" / PEFT_FILE, lambda tensors: tensors | pair)
     pipeline = used_pipeline()
     before = state_of(pipeline)
     folder = str(tmp_path / "odd")
     args = make_config(tmp_path / "out", student_init=None if teachers else folder)
-    with pytest.raises(ValueError, match=r"cannot start:\n(.*\n)*.*PEFT cannot use its LoRA config \(TypeError"):
+    with pytest.raises(
+        ValueError, match=r"cannot start:\n(.*\n)*.*odd: made for another base: Target module AdaLayerNormZero"
+    ):
         DiffusionOPDTrainer(
             model=pipeline, teachers=folder if teachers else "base", args=args, train_dataset=make_dataset(red=2)
         )

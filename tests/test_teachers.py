@@ -41,7 +41,8 @@ from teachers_helpers import (
 from tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
 from torch import nn
 
-from trl_diffusion_opd import hub_errors, teacher_files
+from trl_diffusion_opd import hub_errors
+from trl_diffusion_opd.lora_files import infer_scales
 from trl_diffusion_opd.lora_layouts import convert
 from trl_diffusion_opd.teachers import (
     TeacherConfig,
@@ -177,9 +178,10 @@ def test_a_name_that_ends_other_names_means_its_module_alone():
         return nn.ModuleDict({"out": nn.Linear(4, 4), "block": nn.ModuleDict({"out": nn.Linear(4, 4)})})
 
     tensors = {"out.lora_A.weight": torch.ones(2, 4), "out.lora_B.weight": torch.ones(4, 2)}
-    config = teacher_files._infer_config(tensors, {}, "file")
+    network = make()
+    config = infer_scales(tensors, {}).config(network)
     model = add_adapter(
-        make(), "teacher", config, {f"base_model.model.{key}": value for key, value in tensors.items()}
+        network, "teacher", config, {f"base_model.model.{key}": value for key, value in tensors.items()}
     )
     weight = model.get_submodule("base_model.model.out.lora_A.teacher").weight
     assert torch.equal(weight, tensors["out.lora_A.weight"])

@@ -25,6 +25,8 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
+from .boundary import strangers_files
+from .public import shown
 from .teacher_specs import TeacherError
 
 
@@ -103,11 +105,9 @@ def convert(
     used = {key for key in raw if key not in tensors}
     loader: Any = type(pipeline)  # the mixin's type has only a stub of what every family implements
     if issubclass(loader, LoraBaseMixin):
-        try:
+        # Converters fail in any way on what they were not written for.
+        with strangers_files(lambda said: f"{label}: {_describe(raw, pipeline, f' ({said})')}"):
             tensors = loader.lora_state_dict(tensors)
-        except Exception as error:  # converters fail in any way on what they were not written for
-            said = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise TeacherError(f"{label}: {_describe(raw, pipeline, f' ({said})')}") from error
     if any(key.startswith("transformer.") for key in tensors):
         # FLUX.1's converter leaves out the prefix of the layers outside the blocks.
         ours = {name for name, _ in pipeline.components["transformer"].named_modules()}
@@ -151,7 +151,8 @@ def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
     alphas = {}
     for key in [key for key in tensors if key.endswith(".alpha")]:
         value = tensors[key].as_subclass(Tensor)
-        if value.numel() != 1 or not torch.isfinite(value).all() or not value.any():
+        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if not is_number or not torch.isfinite(value).all() or not value.any():
             raise TeacherError(
                 f"{label}: {key} is {value.tolist()}; alpha is one number, finite and not 0, which would make the teacher "
                 "the base."
@@ -205,5 +206,5 @@ def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") 
 
 
 def some(names: list[str]) -> str:
-    """A list of names, of which a long one is cut short."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """A list of names, of which a long one is cut short, and so is each of them."""
+    return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

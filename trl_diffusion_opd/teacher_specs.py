@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,8 +91,21 @@ class TeacherConfig:
 
 def local_folder(config: TeacherConfig) -> Path | None:
     """The existing local folder that a teacher's name means, or `None` when it is to be looked for on the Hub."""
-    path = Path(config.model_name_or_path).expanduser()
-    return path if os.path.isdir(path) else None  # Path.is_dir raises where a name is too long for a file system
+    path = _path(config.model_name_or_path)
+    return path if path is not None and path.is_dir() else None
+
+
+def _path(name: str) -> Path | None:
+    """What exists here by that name, or `None`."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (PermissionError, RuntimeError) as error:  # what may not be looked at, or a user whose home is unknown
+        raise TeacherError(
+            f"Teacher '{shown(name)}' cannot be looked for ({type(error).__name__}: {error})"
+        ) from error
+    except OSError:  # a name is too long for a file system
+        return None
 
 
 def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
@@ -120,8 +132,8 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
         return config
     if local_folder(config) is not None:
         return config
-    file = Path(name).expanduser()
-    if os.path.isfile(file):
+    file = _path(name)
+    if file is not None and file.is_file():
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
         if given:
             raise ValueError(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")

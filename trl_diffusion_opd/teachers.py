@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,18 +23,18 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel
 from torch import Tensor, nn
 
-from .adapters import AdapterSwitch, remove_adapters
+from .adapters import AdapterSwitch
+from .boundary import strangers_files
 from .compilation import compile_blocks
-from .pipeline_view import base_weight
-from .sharding import forget_gathered, own_part
-from .teacher_files import PEFT_PREFIX, find_files, read_lora, read_lora_files, read_transformer
+from .lora_adapter import adapter_parameters, add_adapter, rescaled_factors
+from .lora_files import read_lora, read_lora_files
+from .teacher_files import find_files
 from .teacher_specs import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
 from .velocity import VelocityField
+from .whole_transformer import read_transformer
 
 
 # PEFT's name for a row without an adapter.
@@ -52,128 +51,6 @@ __all__ = [
     "read_lora",
     "rescaled_factors",
 ]
-
-
-def add_adapter(
-    model: nn.Module,
-    name: str,
-    lora_config: LoraConfig,
-    state_dict: Mapping[str, torch.Tensor],
-    trainable: bool = False,
-) -> PeftModel:
-    """
-    Adds a LoRA with its weights to a model, strictly.
-
-    Args:
-        model (`PeftModel` or a bare transformer, which is then wrapped in place):
-            The base. The global random state is left as it was.
-        name (`str`):
-            Name of the new adapter.
-        lora_config (`LoraConfig`), state_dict (`dict[str, torch.Tensor]`):
-            As [`read_lora`] returns them.
-        trainable (`bool`, *optional*, defaults to `False`):
-            `False` keeps the adapter frozen in the dtype of the base, without dropout. `True` makes it trainable, in
-            float32 where the base is in half precision.
-
-    Returns:
-        The `PeftModel`. Which adapter is active afterwards is PEFT's choice; [`TeacherBank`] sets it right.
-
-    Raises:
-        TeacherError: If the config's targets and the tensors are not the same set, or shapes do not fit the base.
-    """
-    lora_config = copy.deepcopy(lora_config)
-    lora_config.inference_mode = not trainable
-    lora_config.base_model_name_or_path = None  # as it is of every base here; PEFT warns of any other name
-    if not trainable:
-        lora_config.lora_dropout = 0.0
-    peft_model: PeftModel
-    # PEFT initialises the new matrices before they are overwritten; that must not shift anyone's random numbers.
-    with torch.random.fork_rng(devices=[]):
-        try:
-            if isinstance(model, PeftModel):
-                peft_model = model
-                peft_model.add_adapter(name, lora_config, autocast_adapter_dtype=trainable)
-            else:
-                peft_model = get_peft_model(model, lora_config, adapter_name=name, autocast_adapter_dtype=trainable)
-        except Exception as error:  # the config is a stranger's
-            _discard(model, name)
-            if isinstance(error, ValueError):
-                raise TeacherError(f"made for another base: {error}") from error
-            raise TeacherError(f"PEFT cannot use its LoRA config ({type(error).__name__}: {error})") from error
-
-    # save_embedding_layers would look the base up on the Hub.
-    expected = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
-    problems = []
-    if missing := sorted(set(expected) - set(state_dict)):
-        problems.append(
-            f"its config asks for {len(missing)} tensors that the file lacks, such as {_short(missing[0])}"
-        )
-    if unexpected := sorted(set(state_dict) - set(expected)):
-        problems.append(
-            f"the file has {len(unexpected)} tensors that its config or the base does not, such as {_short(unexpected[0])}"
-        )
-    for key in sorted(set(expected) & set(state_dict)):
-        theirs, ours = tuple(state_dict[key].shape), tuple(expected[key].shape)
-        if theirs != ours:
-            # The rank is axis 0 of lora_A and axis 1 of lora_B; all other axes are the base's.
-            axis = 0 if ".lora_A" in key else 1
-            same_base = theirs[:axis] + theirs[axis + 1 :] == ours[:axis] + ours[axis + 1 :]
-            reason = "its config gives another rank" if same_base else "made for another base"
-            problems.append(f"{reason}: {_short(key)} is {theirs} in the file and {ours} here")
-            break
-    if problems:
-        _discard(model, name)
-        raise TeacherError("; ".join(problems))
-    set_peft_model_state_dict(peft_model, dict(state_dict), adapter_name=name)
-    dtype = base_weight(peft_model).dtype
-    for parameter in _adapter_parameters(peft_model, name):
-        parameter.requires_grad_(trainable)
-        if not trainable:
-            parameter.data = parameter.data.to(dtype)  # PEFT takes float32 where the base is in integers
-    return peft_model
-
-
-def _discard(model: nn.Module, name: str) -> None:
-    """Undoes what there is of an adapter that cannot be used."""
-    if not isinstance(model, PeftModel):
-        remove_adapters(model)
-        return
-    if name in model.peft_config:
-        model.delete_adapter(name)
-    for layer in model.modules():  # of an adapter that PEFT has forgotten after it failed
-        if isinstance(layer, BaseTunerLayer):
-            layer.delete_adapter(name)
-
-
-def _short(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX)
-
-
-def _adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    return (parameter for key, parameter in model.named_parameters() if f".{name}." in key)
-
-
-@contextmanager
-def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
-    """
-    Within it the adapter's factors are scaled against each other, which changes nothing but how the result is rounded.
-
-    Afterwards the weights are what they were, to the bit.
-    """
-    forget_gathered(model)
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
-    factors = [(own_part(layer.lora_A[name].weight), own_part(layer.lora_B[name].weight)) for layer in layers]
-    saved = [(a.clone(), b.clone()) for a, b in factors]
-    for a, b in factors:
-        a.data.mul_(1.1)
-        b.data.div_(1.1)
-    try:
-        yield
-    finally:
-        for (a, b), (old_a, old_b) in zip(factors, saved, strict=True):
-            a.data.copy_(old_a)
-            b.data.copy_(old_b)
-        forget_gathered(model)
 
 
 @dataclass(frozen=True)
@@ -305,6 +182,8 @@ class TeacherBank:
                 self.backbone = add_adapter(self.backbone, name, lora_config, state_dict)
             except TeacherError as error:
                 raise TeacherError(f"{files.label}: {error}") from error
+        with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
+            sha256 = files.sha256()
         loaded[key] = Teacher(
             name=name,
             config=config,
@@ -313,7 +192,7 @@ class TeacherBank:
             kind="lora" if module is None else "full",
             source=files.source,
             revision=files.revision,
-            sha256=files.sha256(),
+            sha256=sha256,
             rank=rank,
             module=module,
         )
@@ -404,7 +283,7 @@ class TeacherBank:
             if teacher.module is not None:
                 yield from teacher.module.parameters()
             elif teacher.kind == "lora" and self._has_student:
-                yield from _adapter_parameters(self.backbone, teacher.name)
+                yield from adapter_parameters(self.backbone, teacher.name)
 
     def networks(self) -> Iterator[ModelMixin]:
         """The transformers that are not the student's: full teachers, and without a student's adapter the base."""

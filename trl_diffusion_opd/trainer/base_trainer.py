@@ -56,7 +56,7 @@ from ..run_folder import folder_problems, one_run_at_a_time
 from ..sharding import leave_precision_alone, leave_precision_to_the_model
 from ..stopping import StopRequest
 from ..student import STUDENT_ADAPTER, Student, default_lora_config
-from ..teachers import add_adapter, parse_teacher, read_lora
+from ..teachers import TeacherError, add_adapter, parse_teacher, read_lora
 from ..timing import UpdateCost
 from ..trackers import use_public_trackers
 from ..velocity import VelocityField
@@ -366,7 +366,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         if peft_config is None:
             model = transformer.requires_grad_(True)
         elif args.student_init not in (None, MERGE):  # a merge needs the teachers, which are loaded later
-            config, weights, _ = read_lora(self._pipeline, parse_teacher(args.student_init))
+            config, weights, files = read_lora(self._pipeline, parse_teacher(args.student_init))
             if isinstance(peft_config, LoraConfig) and (peft_config.r, peft_config.lora_alpha) != (
                 config.r,
                 config.lora_alpha,
@@ -375,7 +375,10 @@ class DiffusionTrainer(EvaluatingTrainer):
                     f"The student goes on from {args.student_init}, a LoRA of rank {config.r} and alpha {config.lora_alpha}. The "
                     f"peft_config of rank {peft_config.r} and alpha {peft_config.lora_alpha} has no effect."
                 )
-            model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
+            try:
+                model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
+            except TeacherError as error:
+                raise TeacherError(f"{files.label}: {error}") from error
         else:
             config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
             config = copy.deepcopy(config)  # the caller's stays as it is
