@@ -14,6 +14,8 @@
 
 """Compiled blocks: the same training, and no compilation once every kind of forward has been seen."""
 
+import threading
+
 import pytest
 import torch
 from opd_fixtures import make_teachers, make_trainer, snapshot, train_losses
@@ -158,3 +160,40 @@ class TestSharedName:
             with shared.use(name):
                 assert torch.equal(model(x), expected)
         assert shared.active == "default"
+
+
+class Named(nn.Module):
+    """A block of which every name needs a graph of its own."""
+
+    name = ""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if self.name == "one" else x + len(self.name)
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_blocks_have_our_limit_of_graphs_with_any_torch(in_a_thread):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    network = nn.Module()
+    network.blocks = nn.ModuleList([Named(), Named()])
+    compile_blocks(network, backend=backend)
+    x, kinds = torch.zeros(2), 2 * torch._dynamo.config.recompile_limit
+    assert kinds < compilation.RECOMPILE_LIMIT
+
+    def call():
+        for i in range(kinds):
+            network.blocks[0].name = "n" * (i + 5)
+            assert network.blocks[0](x).tolist() == [i + 5] * 2
+
+    if in_a_thread:  # where autograd's backward runs the forward again
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    else:
+        call()
+    assert len(seen) == kinds
