@@ -78,7 +78,7 @@ def trainer_of(method: str, updates: int, folder: str) -> Any:
         args = DiffusionSFTConfig(**options, num_inference_steps=10, learning_rate=1e-3, per_device_train_batch_size=4)
         return DiffusionSFTTrainer(tiny.BASE, teachers=tiny.TEACHERS, args=args, train_dataset=prompts)
     letters = prompts.filter(lambda row: row["task"] == "letters")
-    options |= {"num_inference_steps": 6, "num_generations": 8, "per_device_train_batch_size": 16}
+    options |= {"num_inference_steps": 6, "num_generations": 8, "per_device_train_batch_size": 8}
     if method == "grpo":
         options |= {"learning_rate": 3e-4, "beta": 0.01, "sde_window_range": [0, 3]}
         args, kind = DiffusionGRPOConfig(**options), DiffusionGRPOTrainer
@@ -125,13 +125,14 @@ class Averages(TrainerCallback):
         return scores
 
     def score(self) -> float:
-        """Mean over tasks of the tiny world's verdicts on validation prompts."""
+        """Mean over tasks of the scores on validation prompts: what RL is trained on, else the tiny world's verdicts."""
         prompts, means = tiny.dataset("validation"), []
         for task in self.tasks:
             rows = prompts.filter(lambda row, task=task: row["task"] == task)
             rows = rows.select([i % len(rows) for i in range(self.num_images)])
             images = generate(self.pipeline, rows["prompt"], seed=1)
-            verdicts = tiny.rewards[task](images=images, spec=list(rows["spec"]))
+            reward = self.trainer.reward_funcs[task][0] if self.trainer.reward_funcs[task] else tiny.rewards[task]
+            verdicts = reward(images=images, spec=list(rows["spec"]))
             means.append(sum(map(float, verdicts)) / len(verdicts))
         return sum(means) / len(means)
 
