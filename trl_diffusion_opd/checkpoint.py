@@ -142,7 +142,7 @@ def checkpoints(output_dir: str | Path | None) -> list[Path]:
         folder: folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     }
-    return sorted((f for f in numbers if f.is_dir() and numbers[f].isdigit()), key=lambda f: int(numbers[f]))
+    return sorted((f for f in numbers if f.is_dir() and numbers[f].isdecimal()), key=lambda f: int(numbers[f]))
 
 
 def resume_advice(output_dir: str | Path | None) -> str:

@@ -99,7 +99,7 @@ def _passes(error: BaseException) -> bool:
 
 def _asked_wait(error: BaseException, default: float) -> float:
     asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
-    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else default
+    return min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else default
 
 
 def _first_line(error: BaseException) -> str:

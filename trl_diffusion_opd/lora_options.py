@@ -25,6 +25,7 @@ from peft import LoraConfig
 from transformers.utils import logging
 
 from .lora_layouts import some
+from .public import shown
 from .teacher_specs import TeacherError
 
 
@@ -97,7 +98,7 @@ def read_options(stored: dict[str, Any], label: str) -> LoraConfig:
     """
     peft_type = stored.get("peft_type", "LORA")
     if peft_type != "LORA":
-        raise TeacherError(f"{label}: is a PEFT adapter of type {str(peft_type)[:40]}; only LORA is supported")
+        raise TeacherError(f"{label}: is a PEFT adapter of type {shown(peft_type, 40)}; only LORA is supported")
     if stored.get("use_dora"):
         raise TeacherError(
             f"{label}: is a DoRA (use_dora=True), which is not supported. Merge it into a full transformer."

@@ -30,6 +30,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from .boundary import strangers_files
 from .hub_errors import download, listing
 from .lora_layouts import some
+from .public import shown
 from .teacher_specs import TeacherConfig, TeacherError, local_folder
 
 
@@ -208,7 +209,7 @@ def check_keys(keys: list[str], what: str) -> None:
         raise TeacherError(f"{what} has {len(keys)} tensors, more than any network")
     longest = max(keys, key=len, default="")
     if len(longest) > _LONGEST_KEY:
-        raise TeacherError(f"{what} has a tensor with a name of {len(longest)} characters: {longest[:80]}…")
+        raise TeacherError(f"{what} has a tensor with a name of {len(longest)} characters: {shown(longest, 80)}")
 
 
 def read_json(path: Path, label: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from .boundary import strangers_files
 from .compilation import compile_blocks
 from .lora_adapter import adapter_parameters, add_adapter, rescaled_factors
 from .lora_files import read_lora, read_lora_files
+from .public import listed
 from .teacher_files import find_files
 from .teacher_specs import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
 from .velocity import VelocityField
@@ -156,7 +157,7 @@ class TeacherBank:
         if student_adapter is None:
             self.backbone.requires_grad_(False).eval()  # PEFT's wrapper came in training mode
         if problems:
-            raise ValueError("The teachers cannot be used:\n" + "\n".join(f"- {p}" for p in dict.fromkeys(problems)))
+            raise ValueError(f"The teachers cannot be used:\n{listed(problems)}")
 
     def _load(
         self, config: TeacherConfig, pipeline: DiffusionPipeline, loaded: dict[tuple[str, ...], Teacher]
