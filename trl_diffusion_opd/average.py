@@ -24,7 +24,7 @@ from .options import FOLLOWING
 
 # Mean age of the weights in an average that follows the run, as a share of the updates made so far. A longer one is smoother
 # and lags more: docs/source/average.md has what each costs.
-MEAN_AGE = 0.02
+MEAN_AGE = 0.01
 
 # An average that is older than this share of the run is still on its way when the run ends.
 LAGGING_SHARE = 0.1
