@@ -154,7 +154,7 @@ def test_teachers_that_are_the_base(tmp_path, teachers, caplog):
     make_lora(make_pipeline(), hardly, seed=1)
     weights = load_file(hardly / "adapter_model.safetensors")
     save_file(
-        {k: w * (1e-9 if "lora_B" in k else 1) for k, w in weights.items()}, hardly / "adapter_model.safetensors"
+        {k: w * (1e-7 if "lora_B" in k else 1) for k, w in weights.items()}, hardly / "adapter_model.safetensors"
     )
     make_transformer(0).save_pretrained(tmp_path / "copy")
     make_transformer(1).save_pretrained(tmp_path / "other")
@@ -173,7 +173,7 @@ def test_teachers_that_are_the_base(tmp_path, teachers, caplog):
         assert f"The teacher {name} of task '{task}' does not differ from the base" in warning
         assert warning in caplog.text and str(tmp_path) not in warning
     gaps = {task: figures["teachers"][0]["gap_to_base"] for task, figures in report["tasks"].items()}
-    assert gaps["a"] < 1e-7 and gaps["b"] < 4e-7 and gaps["c"] > 0.1 and gaps["d"] > 0.1 and gaps["e"] == 0
+    assert gaps["a"] < 4e-7 and gaps["b"] < 4e-7 and gaps["c"] > 0.1 and gaps["d"] > 0.1 and gaps["e"] == 0
     # The same for the same network at another precision: the noise floor is that of half precision.
     kl, rounding = report["tasks"]["d"]["kl"], report["tasks"]["d"]["teachers"][0]["rounding"]
     assert 1e-8 < rounding < 1e-5 and report["tasks"]["d"]["noise_floor"] < 1e-8 * kl

@@ -367,7 +367,7 @@ def test_prompts_and_rewards_of_any_name(trainer, tmp_path, capsys):
     assert table["reward_image"] == [1.0, None] and table["x"] == [None, None]
     assert table["prompt"] == [row.prompt for row in rows]
     assert "[red]b[/red]" in capsys.readouterr().out
-    assert written[0].splitlines()[2:] == ["| a [red]b[/red] \\| c d | t | 1.000 | - |", "| e | u | - | - |"]
+    assert written[0].splitlines()[2:] == ["| a \\[red\\]b\\[/red\\] \\| c d | t | 1.000 | - |", "| e | u | - | - |"]
 
 
 def test_nothing_to_show(trainer, tmp_path):

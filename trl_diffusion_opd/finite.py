@@ -59,11 +59,7 @@ def finite_images() -> Iterator[None]:
             ) from error
 
 
-def option_problems(options: Any) -> list[str]:
-    """The options of a dataclass that are NaN or infinite, a sentence each."""
+def infinite_options(options: Any) -> list[tuple[str, float]]:
+    """The options of a dataclass that are NaN or infinite, by their names."""
     values = {known.name: getattr(options, known.name) for known in fields(options)}
-    return [
-        f"{name}={value}: it must be a finite number."
-        for name, value in values.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
+    return [(name, value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]

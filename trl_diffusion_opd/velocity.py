@@ -307,7 +307,7 @@ class VelocityField:
         Raises:
             [`FloatingPointError`]: if latents or pictures are not finite.
         """
-        if bad := len(x) - int(x.isfinite().flatten(1).all(1).sum()):
+        if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
             raise FloatingPointError(
                 f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
             )

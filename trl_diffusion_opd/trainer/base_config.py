@@ -24,7 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..finite import option_problems
+from ..finite import infinite_options
 from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
 from ..public import listed
 from ..rewards.scoring import timeout_problems
@@ -271,8 +271,14 @@ class DiffusionConfig(_BaseConfig):
         unset_hf_deepspeed_config()
         if self.dtype == "float32":  # as when it is not given
             self.dtype = min(self._given_dtypes(), default=self.dtype)
-        # All other checks compare, and nothing is less or more than NaN.
-        self._raise(option_problems(self) or self._problems())
+        problems = self._problems()
+        # Most checks compare, and nothing is less or more than NaN.
+        problems += [
+            f"{name}={value}: it must be a finite number."
+            for name, value in infinite_options(self)
+            if not any(problem.startswith(f"{name}=") for problem in problems)
+        ]
+        self._raise(problems)
 
     def _refuse_broken_json(self) -> None:
         """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
