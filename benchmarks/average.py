@@ -51,7 +51,7 @@ from trl_diffusion_opd.tiny.verifiers import letters_graded
 
 LENGTHS = (10, 30, 60, 300, 3000)
 # Name: mean age as a share of the run, or decay and interval.
-AVERAGES: dict[str, float | tuple[float, int]] = {"1%": 0.01, "2%": 0.02, "4%": 0.04, "0.9 / 8": (0.9, 8)}
+AVERAGES: dict[str, float | tuple[float, int]] = {"0.5%": 0.005, "1%": 0.01, "2%": 0.02, "0.9 / 8": (0.9, 8)}
 SHARED = dict(
     height=32,
     width=32,

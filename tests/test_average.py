@@ -83,12 +83,12 @@ def test_what_lags_is_said():
     assert lag_problem(None, 60, 8) is None
     said = lag_problem(0.9, 60, 8)
     assert said is not None and "ema_decay=0.9 every 8 updates" in said and "30 updates old after 60" in said
-    assert "0.6 updates old in the mean at the end of these 60 updates (1.0% of the run)" in average_line(
+    assert "0.3 updates old in the mean at the end of these 60 updates (0.5% of the run)" in average_line(
         "auto", 60, 1
     )
     assert average_line(0, 60, 1) == "Evaluated and saved: the weights as they are (no moving average)."
     assert average_in_words(0.9, 8) == "0.9 every 8 updates"
-    assert average_in_words("auto", 1) == "follows the run (mean age 1% of the updates), every update"
+    assert average_in_words("auto", 1) == "follows the run (mean age 0.5% of the updates), every update"
     assert average_in_words(0, 1) == "none"
 
 

@@ -24,7 +24,7 @@ from .options import FOLLOWING
 
 # Mean age of the weights in an average that follows the run, as a share of the updates made so far. A longer one is smoother
 # and lags more: docs/source/average.md has what each costs.
-MEAN_AGE = 0.01
+MEAN_AGE = 0.005
 
 # An average that is older than this share of the run is still on its way when the run ends.
 LAGGING_SHARE = 0.1
@@ -95,7 +95,7 @@ def average_in_words(decay: float | str | None, interval: int) -> str:
         return "none"
     every = "every update" if interval == 1 else f"every {interval} updates"
     return (
-        f"follows the run (mean age {MEAN_AGE:.0%} of the updates), {every}"
+        f"follows the run (mean age {MEAN_AGE:.1%} of the updates), {every}"
         if decay == FOLLOWING
         else f"{decay} {every}"
     )

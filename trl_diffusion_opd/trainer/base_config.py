@@ -95,7 +95,7 @@ class DiffusionConfig(_BaseConfig):
             teachers' LoRAs, truncated to the rank of `peft_config`.
         ema_decay (`float` or `str`, *optional*, defaults to `"auto"`):
             Decay of the exponential moving average of the weights, which evaluation and saving use. `"auto"` follows the
-            run: the averaged weights are 1% of the updates made so far old, in the mean. A number is a fixed decay; the
+            run: the averaged weights are 0.5% of the updates made so far old, in the mean. A number is a fixed decay; the
             paper's is 0.9 every 8 updates. `None` or 0 for no average.
         ema_update_interval (`int`, *optional*, defaults to `1`):
             Updates between two steps of the average.
