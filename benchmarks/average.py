@@ -15,7 +15,7 @@
 """
 What the moving average costs or gains: validation scores of the weights, of the average that follows the run, and of others.
 
-    python benchmarks/average.py --methods opd grpo nft sft --output docs/source/results/average
+    python benchmarks/average.py --lengths 10 30 60 300 --output docs/source/results/average
 
 One run a method, at a constant rate, measured on its way: an average that follows the run does not depend on where the run
 ends. All averages are taken of the same weights, and all images have the same noise.
