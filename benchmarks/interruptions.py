@@ -62,7 +62,7 @@ OPTIONS = dict(
 def train(folder: str, teachers: dict[str, str], world: int, resume: bool) -> None:
     """Trains, and writes the weights at its end."""
     trainer = make_trainer(folder, teachers, ema_decay="auto", per_device_train_batch_size=2 // world, **OPTIONS)
-    Path(folder, f"started_{trainer.accelerator.process_index}").touch()
+    Path(f"{folder}_started_{trainer.accelerator.process_index}").touch()
     trainer.train(resume_from_checkpoint=resume)
     if trainer.accelerator.is_main_process:
         save_file(snapshot(trainer), Path(folder, "end.safetensors"))
@@ -74,7 +74,9 @@ def interrupted(forks: Forks, folder: Path, teachers: dict[str, str], world: int
     log = folder / "log"
     log.mkdir(parents=True)
     processes = forks.start(train, str(run), teachers, world, False, folder=log, world=world)
-    while not all((run / f"started_{rank}").exists() for rank in range(world)):
+    while not all((folder / f"run_started_{rank}").exists() for rank in range(world)):
+        if forks.ended():
+            raise RuntimeError((log / "error_0.txt").read_text())
         time.sleep(0.005)
     time.sleep(after)
     last = last_complete(run)
@@ -104,13 +106,14 @@ def interrupted(forks: Forks, folder: Path, teachers: dict[str, str], world: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=40, help="for each number of processes")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/interruptions.json"))
     arguments = parser.parse_args()
     forks, moments, results = Forks(), random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as name:
         teachers = make_teachers(Path(name, "teachers"))
-        for world in (1, 2):
+        for world in arguments.processes:
             through = Path(name, f"through_{world}")
             start = time.perf_counter()
             assert {one.code for one in forks.run(train, str(through), teachers, world, False, world=world)} == {0}
