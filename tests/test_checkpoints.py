@@ -93,6 +93,15 @@ def test_a_flipped_bit_in_any_file_is_named(copied, teachers):
     assert all(torch.equal(p, before[name]) for name, p in snapshot(trainer).items())
 
 
+def test_a_damaged_manifest_is_named_before_the_teachers_are_loaded(copied, teachers):
+    path = copied / "checkpoint-2" / "teacher_manifest.json"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError) as error:
+        make_trainer(copied, teachers, resume_from_checkpoint=True, **OPTIONS)
+    assert "- checkpoint-2: teacher_manifest.json is damaged: it is not what was saved." in str(error.value)
+    assert "checkpoint-1 is the older one to go on from" in str(error.value)
+
+
 # Whose folder it is
 
 

@@ -15,6 +15,7 @@
 """The moving average of the trained weights: how far back it reaches."""
 
 from collections.abc import Iterable
+from functools import cache
 
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -55,6 +56,7 @@ def step_number(decay: float | str | None, update: int, interval: int) -> int:
     return update // interval if decay == FOLLOWING else update
 
 
+@cache  # it goes through all updates, and a start asks twice
 def mean_age(decay: float | str | None, updates: int, interval: int) -> float:
     """How many updates ago the averaged weights were made, on average, at the end of a run; 0 without an average."""
     average = moving_average([], decay)

@@ -203,8 +203,8 @@ def _looked_at(trainer: "DiffusionTrainer", folder: Path) -> tuple[list[str], li
         return [f"there is no folder {str(folder)!r}."], []
     if not is_sealed(folder):
         return [f"it was not saved to its end. {_older(folder)}"], []
-    if damaged := damage(folder):
-        return [*damaged, _older(folder)], []
+    if damaged := damage_problems(folder):
+        return damaged, []
     changes = argument_changes(folder, trainer.args)
     model = trainer.student.model
     if isinstance(model, PeftModel):
@@ -218,6 +218,12 @@ def _looked_at(trainer: "DiffusionTrainer", folder: Path) -> tuple[list[str], li
     else:
         problems += optimizer_problems(folder)
     return problems, changes
+
+
+def damage_problems(folder: Path, names: list[str] | None = None) -> list[str]:
+    """Which files of a sealed checkpoint, or of those named, are damaged, and which older one can be gone on from."""
+    damaged = damage(folder, names)
+    return [*damaged, _older(folder)] if damaged else []
 
 
 def _number(folder: Path) -> int:

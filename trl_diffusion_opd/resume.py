@@ -168,14 +168,14 @@ class KeptSettings:
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any):
         # Not all that is in a group: some optimizers keep their state there.
         self.groups = [{k: group[k] for k in _OF_A_GROUP if k in group} for group in optimizer.param_groups]
-        own = schedule.scheduler if isinstance(schedule, AcceleratedScheduler) else schedule
+        own = _unwrapped(schedule)
         self.base_rates = list(own.base_lrs) if isinstance(own, LambdaLR) else None
 
     def restore(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
         """Puts back what differs. Where the rate does, it is what the schedule makes of the new one."""
         for group, kept in zip(optimizer.param_groups, self.groups, strict=True):
             group |= kept
-        own = schedule.scheduler if isinstance(schedule, AcceleratedScheduler) else schedule
+        own = _unwrapped(schedule)
         if self.base_rates is not None and own.base_lrs != self.base_rates:
             own.base_lrs = list(self.base_rates)
             rates = [
@@ -188,3 +188,7 @@ class KeptSettings:
 
 def _short(value: Any) -> str:
     return "–" if value is None else shown(value, 40)
+
+
+def _unwrapped(schedule: Any) -> Any:
+    return schedule.scheduler if isinstance(schedule, AcceleratedScheduler) else schedule

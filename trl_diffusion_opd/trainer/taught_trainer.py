@@ -24,10 +24,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from .. import tables
-from ..checkpoint import last_complete, write_json
+from ..checkpoint import damage_problems, last_complete, write_json
 from ..conflicts import find_pairs
 from ..data import SINGLE_TASK
 from ..merge import MergeReport, merge_adapters, merge_weights
+from ..seal import is_sealed
 from ..separability import conflict_warning
 from ..student import STUDENT_ADAPTER, frozen_copy
 from ..teachers import TeacherBank, normalize_teachers
@@ -113,9 +114,14 @@ class TaughtTrainer(DiffusionTrainer):
     @staticmethod
     def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
         named: str | bool | None = args.resume_from_checkpoint
-        folder = last_complete(args.output_dir) if named is True else named
-        path = Path(folder) / MANIFEST_FILE if folder else None
-        return json.loads(path.read_text()) if path is not None and path.exists() else None
+        found = last_complete(args.output_dir) if named is True else named
+        folder = Path(found) if found else None
+        if folder is None or not (folder / MANIFEST_FILE).exists():
+            return None
+        # The rest of the checkpoint is looked at when training begins.
+        if is_sealed(folder) and (problems := damage_problems(folder, [MANIFEST_FILE])):
+            raise ValueError("\n".join(f"{folder.name}: {problem}" for problem in problems))
+        return json.loads((folder / MANIFEST_FILE).read_text())
 
     # Training
 
