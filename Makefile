@@ -69,7 +69,7 @@ wheel-check:
 # Not a part of `test`: on a CPU DeepSpeed compiles what its processes share, for which a machine needs a C++ compiler.
 test-deepspeed: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[deepspeed]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_deepspeed.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed/test_deepspeed.py
 
 lint: install
 	$(BIN)/ruff check .

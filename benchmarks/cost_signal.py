@@ -35,9 +35,9 @@ import yaml
 from peft import LoraConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
-from trl_diffusion_opd.dry_run_shared import counted
 from trl_diffusion_opd.evaluation import SCORES_FILE, evaluate_retention
-from trl_diffusion_opd.student import ATTENTION_TARGETS
+from trl_diffusion_opd.models.student import ATTENTION_TARGETS
+from trl_diffusion_opd.trainer.dry_run_shared import counted
 
 
 ROOT = Path(__file__).resolve().parents[1]

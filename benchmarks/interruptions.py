@@ -39,11 +39,11 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from launching import Forks  # noqa: E402
-from opd_fixtures import make_teachers, make_trainer, snapshot  # noqa: E402
+from helpers.launching import Forks  # noqa: E402
+from helpers.opd_fixtures import make_teachers, make_trainer, snapshot  # noqa: E402
 
-from trl_diffusion_opd.checkpoint import last_complete  # noqa: E402
-from trl_diffusion_opd.seal import damage, update_of  # noqa: E402
+from trl_diffusion_opd.checkpointing.checkpoint import last_complete  # noqa: E402
+from trl_diffusion_opd.checkpointing.seal import damage, update_of  # noqa: E402
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)

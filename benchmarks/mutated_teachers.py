@@ -40,7 +40,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from judging import Judge, Verdict  # noqa: E402
+from helpers.judging import Judge, Verdict  # noqa: E402
 
 
 SECONDS, BYTES = 2.0, 2**30

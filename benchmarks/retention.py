@@ -37,7 +37,7 @@ import yaml
 
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.evaluation import SCORES_FILE, evaluate_retention
-from trl_diffusion_opd.retention import (
+from trl_diffusion_opd.evaluation.retention import (
     NUM_RESAMPLES,
     Scores,
     interval,

@@ -40,9 +40,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from trl_diffusion_opd.compilation import repeated_blocks
-from trl_diffusion_opd.memory import step_bytes
-from trl_diffusion_opd.student import default_lora_config
+from trl_diffusion_opd.acceleration.compilation import repeated_blocks
+from trl_diffusion_opd.models.student import default_lora_config
+from trl_diffusion_opd.profiling.memory import step_bytes
 
 
 BATCHES = (1, 4, 8)

@@ -39,10 +39,10 @@ from peft import LoraConfig, get_peft_model
 from step_cost import SIZES
 
 from trl_diffusion_opd import tiny
-from trl_diffusion_opd.student import ATTENTION_TARGETS
-from trl_diffusion_opd.teachers import TeacherBank, normalize_teachers
-from trl_diffusion_opd.timing import instant, seconds_between
-from trl_diffusion_opd.velocity import VelocityField
+from trl_diffusion_opd.models.student import ATTENTION_TARGETS
+from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
+from trl_diffusion_opd.pipelines.velocity import VelocityField
+from trl_diffusion_opd.profiling.timing import instant, seconds_between
 
 
 def make_bank(

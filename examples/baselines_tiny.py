@@ -51,9 +51,9 @@ from accelerate import PartialState
 from trl import TrlParser
 
 from trl_diffusion_opd import evaluate_retention, merge_teachers, tiny
-from trl_diffusion_opd.base_pipeline import load_base
-from trl_diffusion_opd.retention import retention_table, scores_table
-from trl_diffusion_opd.stages import Stage, read_stages, run_stages
+from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
+from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.scripts.stages import Stage, read_stages, run_stages
 
 
 # Of the trained ones in the stage files too.

@@ -51,10 +51,17 @@ from pathlib import Path
 from typing import Any
 
 from trl_diffusion_opd import DiffusionOPDConfig
-from trl_diffusion_opd.cli import QuantizationArguments, json_object, load_prompts, load_rewards, load_teachers, parse
-from trl_diffusion_opd.data import task_rows
-from trl_diffusion_opd.extras import extra
-from trl_diffusion_opd.retention import retention_table
+from trl_diffusion_opd.data.tasks import task_rows
+from trl_diffusion_opd.evaluation.retention import retention_table
+from trl_diffusion_opd.guards.extras import extra
+from trl_diffusion_opd.scripts.arguments import (
+    QuantizationArguments,
+    json_object,
+    load_prompts,
+    load_rewards,
+    load_teachers,
+    parse,
+)
 
 
 @dataclass
@@ -130,8 +137,8 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
 
     from trl_diffusion_opd import DiffusionOPDTrainer, evaluate_retention
     from trl_diffusion_opd.evaluation import rehearse_report
-    from trl_diffusion_opd.plots import plot_curves
-    from trl_diffusion_opd.student import ATTENTION_TARGETS
+    from trl_diffusion_opd.models.student import ATTENTION_TARGETS
+    from trl_diffusion_opd.reporting.plots import plot_curves
 
     peft_config = LoraConfig(
         r=script_args.lora_r,
@@ -166,7 +173,9 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
             plot_curves(trainer.state.log_history, Path(training_args.output_dir) / "curves.png")
     report = None
     if test_dataset is not None:
-        with extra("The retention report", "python -m trl_diffusion_opd.evaluation makes it of the saved student."):
+        with extra(
+            "The retention report", "python -m trl_diffusion_opd.scripts.evaluate makes it of the saved student."
+        ):
             report = evaluate_retention(
                 script_args.model_name_or_path,
                 {task: teachers[task] for task in tested},

@@ -61,7 +61,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image, PngImagePlugin
 
-from trl_diffusion_opd.public import shown
+from trl_diffusion_opd.guards.redaction import shown
 from trl_diffusion_opd.rewards import RewardFunc, load_reward, reward_name, score
 from trl_diffusion_opd.rewards.remote import token_problems
 

@@ -52,9 +52,9 @@ import logging
 from pathlib import Path
 
 from trl_diffusion_opd import DiffusionGRPOConfig
-from trl_diffusion_opd.cli import TeacherScriptArguments as ScriptArguments
-from trl_diffusion_opd.cli import load_prompts, load_rewards, parse
-from trl_diffusion_opd.extras import extra
+from trl_diffusion_opd.guards.extras import extra
+from trl_diffusion_opd.scripts.arguments import TeacherScriptArguments as ScriptArguments
+from trl_diffusion_opd.scripts.arguments import load_prompts, load_rewards, parse
 
 
 def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> None:
@@ -63,8 +63,8 @@ def main(script_args: ScriptArguments, training_args: DiffusionGRPOConfig) -> No
     from peft import LoraConfig
 
     from trl_diffusion_opd import DiffusionGRPOTrainer
-    from trl_diffusion_opd.plots import plot_curves
-    from trl_diffusion_opd.student import ATTENTION_TARGETS
+    from trl_diffusion_opd.models.student import ATTENTION_TARGETS
+    from trl_diffusion_opd.reporting.plots import plot_curves
 
     peft_config = LoraConfig(
         r=script_args.lora_r,

@@ -35,9 +35,9 @@ from accelerate import PartialState
 from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionOPDConfig, evaluate_retention, tiny
-from trl_diffusion_opd.cli import load_teachers
-from trl_diffusion_opd.retention import retention_table, scores_table
-from trl_diffusion_opd.stages import StageSpec, read_stages, run_stages
+from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
+from trl_diffusion_opd.scripts.arguments import load_teachers
+from trl_diffusion_opd.scripts.stages import StageSpec, read_stages, run_stages
 
 
 @dataclass

@@ -35,7 +35,12 @@ from zipfile import ZipFile
 ROOT = Path(__file__).parents[1]
 PACKAGE = "trl_diffusion_opd"
 # Without these the package would import but not work.
-DATA = ("py.typed", "templates/model_card.md", "tiny/weights/base/model_index.json", "tiny/weights/teachers/style")
+DATA = (
+    "py.typed",
+    "reporting/templates/model_card.md",
+    "tiny/weights/base/model_index.json",
+    "tiny/weights/teachers/style",
+)
 # Each of the README's snippets under "Ten lines", then what must be true after it.
 AFTER = (
     """

@@ -32,11 +32,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopback_hub import LoopbackHub
+from helpers.loopback_hub import LoopbackHub
 
 
 if TYPE_CHECKING:
-    from launching import Forks
+    from helpers.launching import Forks
 
 
 _HUB = LoopbackHub()
@@ -49,7 +49,7 @@ import pytest  # noqa: E402
 
 
 # `make test-deepspeed` installs what its tests need, beside a C++ compiler: they are no part of the suite.
-collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]
+collect_ignore = [] if find_spec("deepspeed") else ["distributed/test_deepspeed.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -124,7 +124,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.collect()
     gc.freeze()
     if any("processes" in item.fixturenames for item in session.items):
-        from launching import Forks
+        from helpers.launching import Forks
 
         session.config.stash[_FORKS] = Forks()
 

@@ -31,17 +31,17 @@ _MODULES = {
     "DiffusionOPDTrainer": "trainer.diffusion_opd_trainer",
     "DiffusionSFTConfig": "trainer.diffusion_sft_config",
     "DiffusionSFTTrainer": "trainer.diffusion_sft_trainer",
-    "TeacherConfig": "teacher_specs",
-    "VelocityField": "velocity",
-    "estimate_memory": "memory",
+    "TeacherConfig": "models.teacher_config",
+    "VelocityField": "pipelines.velocity",
+    "estimate_memory": "profiling.memory",
     "evaluate_retention": "evaluation",
-    "MergeReport": "merge",
-    "merge_teachers": "merge",
-    "SamplerTable": "samplers",
-    "sampler_table": "samplers",
-    "step_weights": "objectives",
-    "walk": "rollout",
-    "write_teacher_card": "model_card",
+    "MergeReport": "models.merge",
+    "merge_teachers": "models.merge",
+    "SamplerTable": "algorithms.samplers",
+    "sampler_table": "algorithms.samplers",
+    "step_weights": "algorithms.opd",
+    "walk": "algorithms.rollout",
+    "write_teacher_card": "reporting.model_card",
     "tiny": "tiny",
 }
 
@@ -71,14 +71,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import tiny
+    from .algorithms.opd import step_weights
+    from .algorithms.rollout import walk
+    from .algorithms.samplers import SamplerTable, sampler_table
     from .evaluation import evaluate_retention
-    from .memory import estimate_memory
-    from .merge import MergeReport, merge_teachers
-    from .model_card import write_teacher_card
-    from .objectives import step_weights
-    from .rollout import walk
-    from .samplers import SamplerTable, sampler_table
-    from .teacher_specs import TeacherConfig
+    from .models.merge import MergeReport, merge_teachers
+    from .models.teacher_config import TeacherConfig
+    from .pipelines.velocity import VelocityField
+    from .profiling.memory import estimate_memory
+    from .reporting.model_card import write_teacher_card
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .trainer.diffusion_nft_config import DiffusionNFTConfig
@@ -87,7 +88,6 @@ if TYPE_CHECKING:
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .trainer.diffusion_sft_config import DiffusionSFTConfig
     from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
-    from .velocity import VelocityField
 
 
 def __getattr__(name: str) -> Any:

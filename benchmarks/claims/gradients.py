@@ -74,10 +74,10 @@ from trl_diffusion_opd import (
     merge_teachers,
     tiny,
 )
-from trl_diffusion_opd.objectives import policy_gradient_loss, velocity_gap_sq
-from trl_diffusion_opd.policy_gradients import log_ratio, transition_kl
-from trl_diffusion_opd.rollout import gaussian, sample_generators, walk
-from trl_diffusion_opd.student import ATTENTION_TARGETS
+from trl_diffusion_opd.algorithms.grpo import log_ratio, transition_kl
+from trl_diffusion_opd.algorithms.opd import policy_gradient_loss, velocity_gap_sq
+from trl_diffusion_opd.algorithms.rollout import gaussian, sample_generators, walk
+from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 
 
 OUTPUT = ROOT / "docs" / "source" / "results" / "claims_gradients.json"

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What each method of the comparison trains: stages for `trl_diffusion_opd.stages`, made from the examples' own settings."""
+"""What each method of the comparison trains: stages for `trl_diffusion_opd.scripts.stages`, made from the examples' own settings."""
 
 import dataclasses
 import json

@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from summary import Estimate
 
-from trl_diffusion_opd.plots import _COLORS, _STYLE
+from trl_diffusion_opd.reporting.plots import _COLORS, _STYLE
 
 
 # Label, x and y: points of one seed.

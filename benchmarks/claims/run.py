@@ -40,7 +40,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from trl_diffusion_opd import merge_teachers, tiny
-from trl_diffusion_opd.stages import read_stages, run_stages
+from trl_diffusion_opd.scripts.stages import read_stages, run_stages
 from trl_diffusion_opd.tiny.measure import generate
 
 

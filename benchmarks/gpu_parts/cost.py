@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_diffusion_opd import DiffusionOPDTrainer, estimate_memory
-from trl_diffusion_opd.flops import matmul_rate
+from trl_diffusion_opd.profiling.flops import matmul_rate
 
 from .report import ROOT, Report
 

@@ -29,8 +29,8 @@ from .report import ROOT, Report
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import FAMILIES, Family  # noqa: E402
-from pipeline_recorder import STEPS, recorder  # noqa: E402
+from helpers.families import FAMILIES, Family  # noqa: E402
+from helpers.pipeline_recorder import STEPS, recorder  # noqa: E402
 
 
 # A batch-doubled and a packed family.

@@ -27,7 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
-from trl_diffusion_opd.memory import optimizer_bytes
+from trl_diffusion_opd.profiling.memory import optimizer_bytes
 
 from .report import ROOT, Report
 
@@ -36,7 +36,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import step_cost  # noqa: E402
 import teachers_in_one_forward  # noqa: E402
-from families import FAMILIES  # noqa: E402
+from helpers.families import FAMILIES  # noqa: E402
 
 
 # Fields of the config that an update reads when it runs, so that one trainer does for all of them. Two of the five trained

@@ -32,7 +32,7 @@ from diffusers import (
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
-from trl_diffusion_opd.quantization import dequantised, quantised_layers
+from trl_diffusion_opd.acceleration.quantization import dequantised, quantised_layers
 
 from .report import ROOT, Report
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, snapshot
+from helpers.opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, snapshot
+from helpers.sft_fixtures import sft_trainer
 from reduced import CountReducedBytes
 from safetensors.torch import save_file
-from sft_fixtures import sft_trainer
 
 
 def main(folder: Path) -> None:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from opd_fixtures import StopAt
+from helpers.opd_fixtures import StopAt
+from helpers.split_runs import MAKE, RESUMED, STOP, state_of
 from safetensors.torch import save_file
-from split_runs import MAKE, RESUMED, STOP, state_of
 from transformers import TrainingArguments
 
-from trl_diffusion_opd.sharding import in_zero3
+from trl_diffusion_opd.acceleration.sharding import in_zero3
 
 
 # Not `use_cpu`, with which accelerate leaves DeepSpeed out.

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from opd_fixtures import make_trainer, snapshot
+from helpers.opd_fixtures import make_trainer, snapshot
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
-from opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, student_lora
+from helpers.opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, student_lora
 from reduced import CountScatteredBytes
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from trl_diffusion_opd.sharding import whole
+from trl_diffusion_opd.acceleration.sharding import whole
 
 
 def main(folder: Path) -> None:

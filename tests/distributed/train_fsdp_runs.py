@@ -23,10 +23,10 @@ from typing import Any
 
 import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
-from opd_fixtures import StopAt
+from helpers.opd_fixtures import StopAt
+from helpers.split_runs import MAKE, RESUMED, STOP, state_of
 from reduced import CountScatteredBytes
 from safetensors.torch import save_file
-from split_runs import MAKE, RESUMED, STOP, state_of
 from torch.distributed.tensor import DTensor
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
-from opd_fixtures import StopAt, make_trainer
+from helpers.opd_fixtures import StopAt, make_trainer
 from safetensors.torch import save_file
 
-from trl_diffusion_opd.sharding import whole
+from trl_diffusion_opd.acceleration.sharding import whole
 
 
 def main(folder: Path) -> None:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from opd_fixtures import first_pixel, snapshot
+from helpers.opd_fixtures import first_pixel, snapshot
 from reduced import CountReducedBytes
 from safetensors.torch import save_file
 

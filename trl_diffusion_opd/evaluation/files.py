@@ -21,10 +21,10 @@ from urllib.parse import quote
 
 from jinja2 import Environment
 
-from ..extras import extra
-from ..public import visible
-from ..retention import retention_table, scores_table
+from ..guards.extras import extra
+from ..guards.redaction import visible
 from .measure import Measured, Task
+from .retention import retention_table, scores_table
 from .store import Store, write_file, write_json
 
 
@@ -48,7 +48,7 @@ def write_results(
 
     A picture or page that cannot be made is left out, with a warning.
     """
-    from .. import plots  # every trainer imports this package, and matplotlib is slow to load
+    from ..reporting import plots
 
     folder = store.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _sample_rows(
     store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
 ) -> list[Any]:
     """Each shown prompt with the images of the base, of its task's teacher and of the students."""
-    from ..plots import SampleRow
+    from ..reporting.plots import SampleRow
 
     students = [name for name in measured.scores if name != "base" and not name.startswith("teacher/")]
     shown = []
@@ -130,7 +130,7 @@ def _page(
         ]
         for task, part in tasks.items()
     }
-    template = files("trl_diffusion_opd") / "templates" / PAGE_FILE
+    template = files("trl_diffusion_opd.reporting") / "templates" / PAGE_FILE
     # Prompts and names are whatever a dataset holds.
     environment = Environment(autoescape=True, finalize=_visible)
     page = environment.from_string(template.read_text(encoding="utf-8"))

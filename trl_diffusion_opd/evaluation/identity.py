@@ -28,9 +28,9 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..quantization import plain_tensors
+from ..acceleration.quantization import plain_tensors
+from ..models.teachers import Teacher
 from ..rewards import Reward, RewardFunc
-from ..teachers import Teacher
 
 
 # Of a component's config: who wrote it, and in what precision, which the weights tell.

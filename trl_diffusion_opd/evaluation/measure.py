@@ -28,14 +28,14 @@ from datasets import Dataset
 from PIL.Image import Image
 from torch import Tensor
 
-from ..processes import failing_together
-from ..retention import Scores
+from ..acceleration.processes import failing_together
+from ..models.teachers import Teacher, TeacherBank
+from ..pipelines.drawing import Velocity, draw_batch
+from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.scoring import call_reward, score_names
-from ..teachers import Teacher, TeacherBank
-from ..velocity import VelocityField
-from .drawing import Velocity, draw_batch
 from .identity import digest, model_identity, reward_digest, rows_digest
+from .retention import Scores
 from .store import KnownScores, Store, merge
 
 

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
-from ..data import dataset_problems, task_rows
-from ..public import shown
+from ..data.tasks import dataset_problems, task_rows
+from ..guards.redaction import shown
+from ..pipelines.drawing import draw_images
 from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
-from .drawing import draw_images
 
 
 if TYPE_CHECKING:

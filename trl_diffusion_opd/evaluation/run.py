@@ -27,20 +27,20 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 
-from ..base_pipeline import borrowed, load_base
-from ..data import dataset_problems, plain_dataset, task_rows
-from ..options import DTYPES, model_init_problems
-from ..processes import failing_together
-from ..public import listed
-from ..retention import retention_report
+from ..acceleration.processes import failing_together
+from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..guards.redaction import listed
+from ..models.teacher_config import TeacherSpec
+from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
+from ..pipelines.loading import borrowed, load_base
+from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from ..teacher_specs import TeacherSpec
-from ..teachers import TeacherBank, TeacherConfig, normalize_teachers
-from ..velocity import VelocityField
+from ..trainer.options import DTYPES, model_init_problems
 from .files import write_results
 from .identity import base_digest
 from .measure import Task, measure
+from .retention import retention_report
 from .store import Store
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from .assignment import RewardFuncs, reward_data_problems, rewards_by_task
 from .base import Reward, RewardFunc, reward_fingerprint, reward_name
-from .names import REWARDS, load_reward, reward_class
+from .loading import REWARDS, load_reward, reward_class
 from .scoring import Scorer, score
 
 

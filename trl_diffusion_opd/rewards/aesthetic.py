@@ -21,8 +21,8 @@ from transformers import CLIPModel
 
 from .center_crop import CenterCropProcessor
 from .clip import CLIP_MODEL_FILES, CLIP_OPTIONAL_FILES, CLIP_PROCESSOR_FILES
-from .hub_files import find_files, read_tensors, sha256
 from .mlp_head import load_head
+from .model_files import find_files, read_tensors, sha256
 from .model_reward import ModelReward, load_pretrained
 
 

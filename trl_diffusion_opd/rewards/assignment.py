@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..data import BATCH
-from ..public import shown
+from ..data.tasks import BATCH
+from ..guards.redaction import shown
 from .base import Reward, RewardFunc, parameters_of, reward_name
-from .names import load_reward
+from .loading import load_reward
 
 
 RewardFuncs = (

@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx2
 
-from ..public import shown
+from ..guards.redaction import shown
 
 
 # Of an answer, besides what it says: these would have its bytes read in another way than they came.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from .hub_files import ModelFiles, read_tensors
+from .model_files import ModelFiles, read_tensors
 from .model_reward import ModelReward, load_pretrained
 from .open_clip_layout import from_open_clip
 

@@ -22,7 +22,7 @@ from typing import Any
 from PIL.Image import Image
 
 from .base import Reward, RewardFunc, reward_fingerprint, reward_name
-from .names import load_reward
+from .loading import load_reward
 from .scoring import Scores, call_reward
 
 

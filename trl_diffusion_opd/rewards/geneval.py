@@ -42,7 +42,7 @@ from .geneval_rules import (
     parse_metadata,
     partial_score,
 )
-from .hub_files import find_files
+from .model_files import find_files
 from .model_reward import ModelReward, load_pretrained
 
 

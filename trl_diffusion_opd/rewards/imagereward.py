@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from .center_crop import CenterCropProcessor
-from .hub_files import ModelFiles, check_loaded, find_files, read_tensors
 from .mlp_head import load_head
+from .model_files import ModelFiles, check_loaded, find_files, read_tensors
 from .model_reward import ModelReward, load_pretrained
 
 

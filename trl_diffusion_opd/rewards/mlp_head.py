@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .hub_files import ModelFiles, check_loaded
+from .model_files import ModelFiles, check_loaded
 
 
 _WIDTHS = (1024, 128, 64, 16, 1)

@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..public import shown
+from ..guards.redaction import shown
 from .base import Reward
-from .hub_files import ModelFiles, check_loaded
+from .model_files import ModelFiles, check_loaded
 
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -18,7 +18,7 @@ import torch
 from PIL.Image import Image
 
 from .clip import CLIP_MODEL_FILES, CLIP_OPTIONAL_FILES, CLIP_PROCESSOR_FILES, ClipReward
-from .hub_files import find_files
+from .model_files import find_files
 
 
 class PickScore(ClipReward):

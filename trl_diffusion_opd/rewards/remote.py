@@ -32,7 +32,7 @@ from urllib.parse import urlsplit
 import httpx2
 from PIL.Image import Image
 
-from ..public import shown
+from ..guards.redaction import shown
 from .base import Reward
 from .bounded_client import BoundedClient, RefusedAnswerError
 

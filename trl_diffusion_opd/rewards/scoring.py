@@ -32,7 +32,7 @@ from typing import Any, Literal
 import torch
 from PIL.Image import Image
 
-from ..public import shown
+from ..guards.redaction import shown
 from .base import Reward, RewardFunc, parameters_of, reward_name
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..public import shown
+from ..guards.redaction import shown
 from .base import Reward
 from .bounded_client import BoundedClient, RefusedAnswerError
 from .remote import (

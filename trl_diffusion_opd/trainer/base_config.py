@@ -24,10 +24,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
-from ..finite import infinite_options
-from ..options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
-from ..public import listed
+from ..guards.finite import infinite_options
+from ..guards.redaction import listed
 from ..rewards.scoring import timeout_problems
+from .options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
 
 
 # Value of `student_init`: the mean of the teachers' LoRAs.

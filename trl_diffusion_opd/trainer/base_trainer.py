@@ -36,30 +36,33 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import identity
 
-from .. import checkpoint, hub, model_card, tables
-from ..attention import use_attention_backend
-from ..average import average_line, lag_problem
-from ..compilation import compile_blocks
-from ..data import TaskSampler, plain_dataset, task_of, task_rows
-from ..finite import not_finite
-from ..flops import matmul_rate
-from ..lora_config import layer_problems
-from ..offload import Offload, offloaded
-from ..pipeline_view import base_weight
-from ..processes import lost_process_named
-from ..prompt_store import PromptStore, encoder_fingerprint
-from ..public import shown
-from ..quantization import exempt_from_broadcast
-from ..resume import KeptSettings, prompts_of
+from ..acceleration.attention import use_attention_backend
+from ..acceleration.compilation import compile_blocks
+from ..acceleration.offload import Offload, offloaded
+from ..acceleration.processes import lost_process_named
+from ..acceleration.quantization import exempt_from_broadcast
+from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
+from ..checkpointing import checkpoint
+from ..checkpointing.resume import KeptSettings, prompts_of
+from ..checkpointing.run_folder import folder_problems, one_run_at_a_time
+from ..checkpointing.stopping import StopRequest
+from ..data.tasks import TaskSampler, plain_dataset, task_of, task_rows
+from ..guards.finite import not_finite
+from ..guards.redaction import shown
+from ..hub import push as hub
+from ..models.average import average_line, lag_problem
+from ..models.lora_config import layer_problems
+from ..models.student import STUDENT_ADAPTER, Student, default_lora_config
+from ..models.teachers import TeacherError, add_adapter, parse_teacher, read_lora
+from ..pipelines.prompt_store import PromptStore, encoder_fingerprint
+from ..pipelines.velocity import VelocityField
+from ..pipelines.view import base_weight
+from ..profiling.flops import matmul_rate
+from ..profiling.timing import UpdateCost
+from ..reporting import console as tables
+from ..reporting import model_card
+from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, rewards_by_task
-from ..run_folder import folder_problems, one_run_at_a_time
-from ..sharding import leave_precision_alone, leave_precision_to_the_model
-from ..stopping import StopRequest
-from ..student import STUDENT_ADAPTER, Student, default_lora_config
-from ..teachers import TeacherError, add_adapter, parse_teacher, read_lora
-from ..timing import UpdateCost
-from ..trackers import use_public_trackers
-from ..velocity import VelocityField
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from datasets import Dataset
 
-from ..data import task_rows
-from ..public import shown
+from ..data.tasks import task_rows
+from ..guards.redaction import shown
 from ..rewards import RewardFunc, reward_name
 from ..rewards.base import parameters_of
 from ..rewards.scoring import score_names

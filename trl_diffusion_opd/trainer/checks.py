@@ -27,14 +27,8 @@ from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
-from ..base_pipeline import check_base_name, loading_options
-from ..base_state import carries_lora, placement_problems, transformer_problems
-from ..compilation import compilable_blocks
-from ..data import dataset_problems, plain_dataset, task_rows
-from ..hub_errors import explained, retried
-from ..lora_config import config_problems
-from ..public import listed, shown
-from ..quantization import (
+from ..acceleration.compilation import compilable_blocks
+from ..acceleration.quantization import (
     failures_named,
     is_quantised,
     named_components,
@@ -42,6 +36,12 @@ from ..quantization import (
     prepare,
     quantisation_problems,
 )
+from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..guards.redaction import listed, shown
+from ..hub.errors import explained, retried
+from ..models.lora_config import config_problems
+from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
+from ..pipelines.loading import check_base_name, loading_options
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 

@@ -14,8 +14,8 @@
 
 from dataclasses import dataclass, field
 
-from ..objectives import default_skip_last_steps
-from ..policy_gradients import SDE_SAMPLERS
+from ..algorithms.grpo import SDE_SAMPLERS
+from ..algorithms.opd import default_skip_last_steps
 from .rl_config import DiffusionRLConfig
 
 

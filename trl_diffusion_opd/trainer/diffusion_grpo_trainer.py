@@ -25,11 +25,11 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .. import tables
-from ..policy_gradients import grpo_loss, is_clipped, transition_kl
+from ..algorithms.grpo import grpo_loss, is_clipped, transition_kl
+from ..algorithms.rollout import gaussian, walk
+from ..algorithms.samplers import sampler_table, sde_window
+from ..reporting import console as tables
 from ..rewards import RewardFuncs
-from ..rollout import gaussian, walk
-from ..samplers import sampler_table, sde_window
 from .checks import collect
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .failed_start import gives_back

@@ -25,12 +25,12 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..forward_process import draw_levels, nft_loss, noised, old_policy_decay, optimality
-from ..objectives import velocity_gap_sq
-from ..old_policy import OLD_POLICY_FILE, OldPolicy
+from ..algorithms.nft import draw_levels, nft_loss, noised, old_policy_decay, optimality
+from ..algorithms.opd import velocity_gap_sq
+from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.samplers import sampler_table
+from ..models.old_policy import OLD_POLICY_FILE, OldPolicy
 from ..rewards import RewardFuncs
-from ..rollout import gaussian, sample_generators, walk
-from ..samplers import sampler_table
 from .checks import collect
 from .diffusion_nft_config import DiffusionNFTConfig
 from .failed_start import gives_back

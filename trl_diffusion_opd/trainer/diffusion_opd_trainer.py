@@ -26,9 +26,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .. import dry_run, tables
-from ..data import task_rows
-from ..objectives import (
+from ..algorithms.opd import (
     default_skip_last_steps,
     inclusion_probabilities,
     policy_gradient_loss,
@@ -37,13 +35,16 @@ from ..objectives import (
     trained_steps,
     velocity_gap_sq,
 )
-from ..public import shown
+from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.samplers import sampler_table
+from ..data.tasks import task_rows
+from ..guards.redaction import shown
+from ..models.student import STUDENT_ADAPTER
+from ..models.teacher_config import TeacherSpec
+from ..models.teachers import rescaled_factors
+from ..reporting import console as tables
 from ..rewards import RewardFuncs
-from ..rollout import gaussian, sample_generators, walk
-from ..samplers import sampler_table
-from ..student import STUDENT_ADAPTER
-from ..teacher_specs import TeacherSpec
-from ..teachers import rescaled_factors
+from . import dry_run
 from .checks import collect
 from .diffusion_opd_config import DiffusionOPDConfig
 from .failed_start import gives_back

@@ -26,15 +26,15 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .. import tables
-from ..data import task_rows
+from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.samplers import sampler_table
+from ..algorithms.sft import density_quantile, flow_matching_loss, noised_images, shifted
+from ..data.latent_cache import LatentCache, Shard
+from ..data.tasks import task_rows
 from ..evaluation.identity import base_digest, model_identity
-from ..flow_matching import density_quantile, flow_matching_loss, noised_images, shifted
-from ..latent_cache import LatentCache, Shard
+from ..models.teacher_config import TeacherSpec
+from ..reporting import console as tables
 from ..rewards import RewardFuncs
-from ..rollout import gaussian, sample_generators, walk
-from ..samplers import sampler_table
-from ..teacher_specs import TeacherSpec
 from .checks import collect
 from .diffusion_sft_config import DiffusionSFTConfig
 from .failed_start import gives_back

@@ -29,14 +29,14 @@ from transformers import TrainerControl
 from transformers.trainer_utils import speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ..completions import Completion, log_completions
-from ..data import plain_dataset, task_rows
+from ..acceleration.offload import Offload
+from ..acceleration.sharding import is_split
+from ..data.tasks import plain_dataset, task_rows
 from ..evaluation import draw_images
-from ..offload import Offload
+from ..models.student import Student
+from ..pipelines.velocity import VelocityField
+from ..reporting.completions import Completion, log_completions
 from ..rewards import Scorer, reward_name
-from ..sharding import is_split
-from ..student import Student
-from ..velocity import VelocityField
 from .base_config import DiffusionConfig
 
 

@@ -21,8 +21,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from torch import nn
 
-from ..adapters import remove_adapters
-from ..compilation import repeated_blocks
+from ..acceleration.compilation import repeated_blocks
+from ..models.adapter_switch import remove_adapters
 
 
 class _Undoable(Protocol):

@@ -33,12 +33,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import dry_run_rl, tables
-from ..advantages import constant_groups, group_advantages, weighted_rewards
+from ..algorithms.advantages import constant_groups, group_advantages, weighted_rewards
+from ..algorithms.rollout import sample_generators
+from ..models.student import STUDENT_ADAPTER, frozen_copy
+from ..models.teachers import TeacherBank
+from ..reporting import console as tables
 from ..rewards import RewardFuncs, Scorer, reward_name
-from ..rollout import sample_generators
-from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import TeacherBank
+from . import dry_run_rl
 from .base_trainer import DiffusionTrainer
 from .checks import collect, scored_data_problems
 from .evaluating_trainer import gathered

@@ -23,18 +23,18 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from .. import tables
-from ..checkpoint import damage_problems, last_complete, write_json
-from ..conflicts import find_pairs
-from ..data import SINGLE_TASK
-from ..merge import MergeReport, merge_adapters, merge_weights
-from ..seal import is_sealed
-from ..separability import conflict_warning
-from ..student import STUDENT_ADAPTER, frozen_copy
-from ..teachers import TeacherBank, normalize_teachers
+from ..algorithms.separability import conflict_warning
+from ..checkpointing.checkpoint import damage_problems, last_complete, write_json
+from ..checkpointing.seal import is_sealed
+from ..data.tasks import SINGLE_TASK
+from ..models.merge import MergeReport, merge_adapters, merge_weights
+from ..models.student import STUDENT_ADAPTER, frozen_copy
+from ..models.teachers import TeacherBank, normalize_teachers
+from ..reporting import console as tables
 from .base_config import MERGE, DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .checks import collect
+from .conflicts import find_pairs
 
 
 logger = logging.getLogger(__name__)

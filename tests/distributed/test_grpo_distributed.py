@@ -1,0 +1,57 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Two processes that share groups of completions give what one process gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.grpo_fixtures import logged, make_trainer
+from helpers.launching import Forks
+from helpers.opd_fixtures import first_pixel, relative_difference, snapshot
+from safetensors.torch import load_file
+
+
+# A group of 4 lies on both processes.
+OPTIONS = dict(max_steps=4, num_iterations=2, gradient_accumulation_steps=4, learning_rate=1e-3, beta=0.1)
+
+
+def on_two_processes(
+    processes: Forks, tmp_path: Path, fixtures: str, options: dict[str, Any]
+) -> tuple[list[Any], list[Any]]:
+    """
+    Logs and weights of both ranks of the trainer that `fixtures` makes.
+
+    Both have reduced their gradients once an update, or it fails.
+    """
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    processes.run_script("train_rl.py", tmp_path, fixtures)
+    reports = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    for report in reports:
+        assert report["reduced_bytes"] == [4 * report["trained_parameters"]] * options["max_steps"] + [0]
+    return [report["log"] for report in reports], [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in (0, 1)]
+
+
+def test_two_processes_give_what_one_gives(processes, tmp_path):
+    logs, weights = on_two_processes(
+        processes, tmp_path, "helpers.grpo_fixtures", {**OPTIONS, "per_device_train_batch_size": 2}
+    )
+    alone = make_trainer(tmp_path / "alone", first_pixel, per_device_train_batch_size=4, **OPTIONS)
+    alone.train()
+    for name in ("reward", "rewards/first_pixel/std", "frac_reward_zero_std", "kl"):
+        ours = [entry[name] for entry in logs[0] if "loss" in entry and name in entry]
+        assert ours == pytest.approx(logged(alone, name), rel=1e-3, abs=1e-8), name
+    assert relative_difference(weights[0], snapshot(alone)) < 1e-4
+    assert relative_difference(weights[1], weights[0]) == 0

@@ -1,0 +1,217 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Thirteen families through the one `VelocityField`, held against what each pipeline does by itself."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers.families import FAMILIES, Family, flux2_klein, flux2_without_encoder
+from helpers.pipeline_recorder import STEPS, Recorder, recorder
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from trl_diffusion_opd.algorithms.rollout import walk
+from trl_diffusion_opd.algorithms.samplers import sampler_table
+from trl_diffusion_opd.pipelines.velocity import VelocityField
+
+
+EPSILON = 1e-2  # of a central difference: outputs are float32
+
+
+def generators(n: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + i) for i in range(n)]
+
+
+def state_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Everything that a call of the pipeline may leave behind in it, or in its scheduler."""
+    scheduler = {f"scheduler.{name}": value for name, value in pipeline.scheduler.__dict__.items()}
+    return {
+        **pipeline.__dict__,
+        **scheduler,
+        "training": pipeline.transformer.training,
+        "config": dict(pipeline.config),
+    }
+
+
+@dataclass
+class Case:
+    """A family's pipeline, its field, and what the pipeline did by itself, computed once a module."""
+
+    family: Family
+    pipeline: DiffusionPipeline
+    field: VelocityField
+    before: dict[str, Any]
+    latents: Tensor | None = None
+    runs: dict[Any, tuple[Recorder, np.ndarray]] = field(default_factory=dict)
+
+    def noise(self) -> Tensor:
+        """What the pipeline starts from, a row a prompt."""
+        if self.latents is None:
+            prompts = list(self.family.prompts)
+            self.latents = self.field.initial_latents(prompts, generators(len(prompts)))
+        return self.latents
+
+    def own_run(self, scale: float, prompts: tuple[str, ...]) -> tuple[Recorder, np.ndarray]:
+        """Trace and images, with values in [0, 1], of the public `__call__` of a pipeline with the same weights."""
+        if (scale, prompts) not in self.runs:
+            pipeline = self.family.build()
+            pipeline.scheduler = recorder(pipeline.scheduler)
+            images = pipeline(
+                **self.family.call_kwargs(scale, prompts),
+                num_inference_steps=STEPS,
+                generator=generators(len(prompts)),
+                output_type="np",
+                return_dict=False,
+            )[0]
+            self.runs[scale, prompts] = (pipeline.scheduler, images)
+        return self.runs[scale, prompts]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest) -> Case:
+    family = FAMILIES[request.param]
+    pipeline = family.build()
+    before = state_of(pipeline)
+    return Case(family, pipeline, VelocityField(pipeline, num_inference_steps=STEPS, **family.kwargs), before)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_velocity_is_the_pipelines_own(case: Case, guided: bool) -> None:
+    scale, prompts = case.family.guidance_scale if guided else 1.0, case.family.prompts[-1:]
+    own, _ = case.own_run(scale, prompts)
+    assert torch.equal(case.field.levels, own.sigmas.double())
+    assert len(own.trace) == STEPS
+    for level, x, v in own.trace:
+        assert torch.equal(case.field(x, level, list(prompts), scale), v)
+
+
+def test_velocity_of_a_batch(case: Case) -> None:
+    scale, prompts = case.family.guidance_scale, list(case.family.prompts)
+    own, _ = case.own_run(scale, case.family.prompts)
+    for level, x, v in own.trace:
+        # Some encoders round differently when the field gives them one prompt at a time.
+        torch.testing.assert_close(
+            case.field(x, level, prompts, scale), v, rtol=1e-5, atol=1e-5 * v.abs().max().item()
+        )
+    assert prompts == list(case.family.prompts), "the caller's list of prompts was written to"
+
+
+def test_ode_walk_ends_in_the_pipelines_image(case: Case) -> None:
+    scale, prompts = case.family.guidance_scale, list(case.family.prompts)
+    own, images = case.own_run(scale, case.family.prompts)
+    x = case.noise()
+    assert torch.equal(x, own.trace[0][1].float())
+    with torch.no_grad():
+        table = sampler_table("ode", case.field.levels)
+        x = walk(lambda j, x: case.field(x, case.field.levels[j].item(), prompts, scale), x, table)
+    np.testing.assert_allclose(case.field.decode(x, prompts, output_type="np"), images, atol=1e-4)
+    decoded = np.stack([np.asarray(image) for image in case.field.decode(x, prompts)])
+    np.testing.assert_allclose(decoded, images.reshape(decoded.shape) * 255, atol=1.0)
+    assert images.std() > 0.02, "a flat image would prove nothing"
+
+
+def rows_of_transformer(case: Case, scale: float) -> int:
+    rows = 0
+
+    def transformer(**inputs: Any) -> Any:
+        nonlocal rows
+        rows += len(inputs["x"] if "x" in inputs else inputs["hidden_states"])
+        return case.pipeline.transformer(**inputs)
+
+    prompts = list(case.family.prompts)
+    x = case.noise()
+    with torch.no_grad():
+        case.field(x, case.field.levels[0].item(), prompts, scale, transformer)
+    return rows
+
+
+def test_guidance_doubles_the_rows(case: Case) -> None:
+    batch = len(case.family.prompts)
+    assert rows_of_transformer(case, 1.0) == batch
+    assert rows_of_transformer(case, case.family.guidance_scale) == 2 * batch
+    case.field.check_guidance(1.0)
+    case.field.check_guidance(case.family.guidance_scale)
+    with pytest.raises(ValueError, match="guidance_scale=0.5 does nothing"):
+        case.field.check_guidance(0.5)
+
+
+@pytest.mark.parametrize("build", [lambda: flux2_klein(is_distilled=True), flux2_without_encoder])
+def test_guidance_that_a_pipeline_ignores_is_refused(build: Callable[[], DiffusionPipeline]) -> None:
+    # A distilled Klein drops the scale, FLUX.2 feeds it to its transformer as an embedding.
+    pipeline = build()
+    options = {"text_encoder_out_layers": (1, 2, 3)} if pipeline.components["text_encoder"] is not None else {}
+    velocity = VelocityField(
+        pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16, generation_kwargs=options
+    )
+    velocity.check_guidance(1.0)
+    with pytest.raises(ValueError, match="guidance_scale=4.0 does nothing"):
+        velocity.check_guidance(4.0)
+
+
+def test_gradient_against_finite_differences(case: Case) -> None:
+    if case.family.trainable:
+        assert derivative_error(case, list(case.family.lora_targets)) < 1e-2
+    else:
+        # Its experts cut gradients in eval mode. The day this fails, the family can be trained.
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            derivative_error(case, r".*\.experts\.\d+\.w1")
+
+
+def derivative_error(case: Case, targets: list[str] | str) -> float:
+    """Relative error of the directional derivative of a loss in the LoRA's weights, in a random direction."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(case.pipeline.transformer), config).eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p *= 0.3 if "lora_B" in name else 1.0
+    prompts = list(case.family.prompts)
+    x = case.noise()
+    level, probe = case.field.levels[1].item(), torch.randn(x.shape, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return (case.field(x, level, prompts, case.family.guidance_scale, model).double() * probe).sum()
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    directions = [[torch.randn_like(p) * p.std() for p in parameters] for _ in range(4)]
+    slopes = [sum((g * d).sum().item() for g, d in zip(gradients, ds, strict=True)) for ds in directions]
+    # The steepest of a few: a direction that happens to be level has no relative error.
+    slope, direction = max(zip(slopes, directions, strict=True), key=lambda pair: abs(pair[0]))
+    values = []
+    with torch.no_grad():
+        for step in (EPSILON, -2 * EPSILON):
+            for p, d in zip(parameters, direction, strict=True):
+                p += step * d
+            values.append(loss().item())
+    return abs((values[0] - values[1]) / (2 * EPSILON) - slope) / abs(slope)
+
+
+def test_pipeline_is_left_as_it_was(case: Case) -> None:
+    prompts = list(case.family.prompts)
+    x = case.noise()
+    case.field(x, case.field.levels[0].item(), prompts, case.family.guidance_scale)
+    case.field.decode(x, prompts)
+    after = state_of(case.pipeline)
+    assert after.keys() == case.before.keys()
+    changed = [name for name, value in after.items() if value is not case.before[name] and name != "config"]
+    assert not changed
+    assert after["config"] == case.before["config"]

@@ -1,0 +1,296 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""`python -m trl_diffusion_opd.scripts.evaluate`, run as a user runs it, on random models of a few thousand weights."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from helpers.launching import launcher, surroundings
+from helpers.tiny_sd3 import make_lora, make_pipeline
+
+from trl_diffusion_opd import TeacherConfig
+from trl_diffusion_opd.evaluation import evaluate_retention, measure
+from trl_diffusion_opd.evaluation import run as evaluation_run
+from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.reporting import plots
+
+
+MODULE = "trl_diffusion_opd.scripts.evaluate"
+TASKS = ("text", "lines")
+
+
+def brightness(images, **kwargs):
+    return [float(np.asarray(image).mean() / 255) for image in images]
+
+
+def redness(images, **kwargs):
+    return [float(np.asarray(image)[..., 0].mean() / 255) for image in images]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    make_pipeline().save_pretrained(root / "base")
+    for seed, name in enumerate(("one", "two", "student")):
+        make_lora(make_pipeline(), root / name, seed=seed)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def work_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("text.txt").write_text("one cat\ntwo dogs\n")
+    Path("lines.jsonl").write_text(json.dumps({"prompt": "a sign", "answer": 1}) + "\n")
+    rows = [{"prompt": "one cat", "skill": "text"}, {"prompt": "a sign", "skill": "lines"}]
+    Path("both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def settings_of(models, **options):
+    return {
+        "base": str(models / "base"),
+        "teachers": [f"text={models}/one", f"lines={models}/two"],
+        "student": str(models / "student"),
+        "reward_funcs": [
+            "text=test_evaluation_cli:brightness",
+            "text=test_evaluation_cli:redness",
+            "lines=test_evaluation_cli:redness",
+        ],
+        "dataset": ["text=text.txt", "lines=lines.jsonl"],
+        "num_images": 2,
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": 16,
+        "output_dir": "out",
+        "num_samples": 1,
+        **options,
+    }
+
+
+def arguments_of(settings):
+    given = []
+    for name, value in settings.items():
+        given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return given
+
+
+def run(monkeypatch, settings, *arguments):
+    monkeypatch.setattr(sys, "argv", [MODULE, *arguments_of(settings), *arguments])
+    runpy.run_module(MODULE, run_name="__main__")
+
+
+@pytest.mark.slow
+def test_on_the_command_line(monkeypatch, capsys, models):
+    settings = settings_of(models, student=[f"a={models}/student", f"b={models}/one"], dtype="bfloat16")
+    run(monkeypatch, settings, "--teacher_guidance_scales", "lines=1.0")
+    shown = capsys.readouterr().out
+    assert "| text     | brightness |" in shown and "## lines" in shown and "teacher/text" in shown
+    assert shown.count("## text") == 1 and len(list(Path("out", "scores").iterdir())) == 1
+    names = {path.name for path in Path("out").iterdir()}
+    assert names >= {"retention.json", "retention.md", "retention.png", "radar.png", "samples.png", "samples.html"}
+    report = json.loads(Path("out", "retention.json").read_text())
+    assert list(report["students"]) == ["a", "b"] and list(report["scores"]["base"]["text"]) == [
+        "brightness",
+        "redness",
+    ]
+    # Two tasks of two and one rewards, and the same numbers as in Python.
+    again = evaluate_retention(
+        str(models / "base"),
+        {"text": str(models / "one"), "lines": TeacherConfig(str(models / "two"), guidance_scale=1.0)},
+        {"a": str(models / "student"), "b": str(models / "one")},
+        {"text": [brightness, redness], "lines": redness},
+        datasets.Dataset.from_list(
+            [{"prompt": p, "task": "text"} for p in ("one cat", "two dogs")] + [{"prompt": "a sign", "task": "lines"}]
+        ),
+        **{
+            name: settings[name] for name in ("num_images", "num_inference_steps", "guidance_scale", "height", "width")
+        },
+        max_sequence_length=16,
+        dtype="bfloat16",
+    )
+    assert again["scores"] == report["scores"]
+
+
+def stuck(prompts, **kwargs):
+    """Hangs until a file says that it may answer."""
+    deadline = time.monotonic() + 60
+    while not Path("answer").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [0.5] * len(prompts)
+
+
+def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models):
+    for name in ("plot_retention", "plot_samples"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    settings = settings_of(models, reward_funcs=[f"{task}=test_evaluation_cli:stuck" for task in TASKS])
+    message = (
+        r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Look at what it waits"
+    )
+    with pytest.raises(TimeoutError, match=message) as error:
+        run(monkeypatch, settings, "--reward_timeout", "0.3")
+    assert error.value.__notes__ == ["What has been drawn and scored is kept: the same command goes on from there."]
+    drawn = len(list(Path("out").rglob("*.png")))
+    Path("answer").touch()
+    monkeypatch.setattr(measure, "draw_batch", counted := Counted(measure.draw_batch))
+    run(monkeypatch, settings, "--reward_timeout", "30")
+    # Two images of four models for two tasks, and none of them twice.
+    assert drawn >= 2 and drawn + counted.images == 2 * 4 * 2
+    assert json.loads(Path("out", "retention.json").read_text())["scores"]["base"]["text"]["stuck"] == 0.5
+
+
+class Counted:
+    """`draw_batch`, with the number of images that it has drawn."""
+
+    def __init__(self, function):
+        self.function, self.images = function, 0
+
+    def __call__(self, *arguments):
+        images = self.function(*arguments)
+        self.images += len(images)
+        return images
+
+
+def test_bad_seconds(monkeypatch, models):
+    with pytest.raises(ValueError, match="reward_timeout=-1.0: it must be a positive number of seconds, or unset"):
+        run(monkeypatch, settings_of(models), "--reward_timeout", "-1")
+
+
+def test_with_a_config_file(monkeypatch, capsys, models):
+    for name in ("plot_retention", "plot_samples"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    settings = settings_of(
+        models,
+        dataset=["both.jsonl"],
+        task_column="skill",
+        reward_funcs={"text": "remote", "lines": ["test_evaluation_cli:redness"]},
+        reward_kwargs={"remote": {"url": "http://127.0.0.1:9/none", "max_retries": 0, "on_error": "none"}},
+        generation_kwargs={"negative_prompt": "grey"},
+        student=[str(models / "student")],
+    )
+    Path("evaluation.yaml").write_text(yaml.safe_dump(settings))
+    loaded = []
+    monkeypatch.setattr(evaluation_run, "load_base", lambda *args: loaded.append(args[3]) or load_base(*args))
+    run(
+        monkeypatch,
+        {"num_images": 1, "model_init_kwargs": '{"low_cpu_mem_usage": true}'},
+        "--config",
+        "evaluation.yaml",
+    )
+    assert loaded == [{"low_cpu_mem_usage": True}]
+    report = json.loads(Path("out", "retention.json").read_text())
+    assert report["num_images"] == 1 and list(report["tasks"]) == ["lines", "text"]
+    assert report["tasks"]["text"]["base"] is None  # nobody answered, which is no 0
+    assert "student" in report["scores"]
+
+
+REFUSED = {
+    "a source without tasks": (
+        {"dataset": "lines.jsonl"},
+        "--dataset: 'lines.jsonl' has no column 'task' that names the tasks; it has ['prompt', 'answer'].",
+    ),
+    "no file": ({"dataset": ["text=missing.txt", "lines=lines.jsonl"]}, "--dataset: there is no file 'missing.txt'."),
+    "two students without a name": ({"student": ["x/y", "x/z"]}, "--student: 'x/y' is not of the form name=spec."),
+    "two students of one name": (
+        {"student": ["a=x/y", "a=x/z"]},
+        "--student: 'a' names 2 students. Give each its own name.",
+    ),
+    "a student named base": ({"student": ["base=x/y"]}, "A student is named 'base'"),
+    "an unknown reward": ({"reward_funcs": "text=clip"}, "There is no reward 'clip'. There are aesthetic,"),
+    "a task without a reward": (
+        {"reward_funcs": "text=test_evaluation_cli:redness"},
+        "reward_funcs has no reward for task 'lines'.",
+    ),
+    "a task without a teacher": ({"teachers": "text=base"}, "no teacher for task 'lines'"),
+    "options of no reward": (
+        {"reward_kwargs": '{"ocr": {}}'},
+        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+    ),
+    "no JSON": ({"generation_kwargs": "{x}"}, "--generation_kwargs: '{x}' is not a JSON object such as"),
+    "precision": ({"dtype": "half"}, "dtype='half': it must be one of float32, bfloat16, float16."),
+    "no student there": ({"student": "nobody"}, "'nobody' is neither an existing folder nor of the form"),
+}
+
+
+@pytest.mark.parametrize("label", REFUSED)
+def test_mistakes_are_named(monkeypatch, models, label):
+    changed, message = REFUSED[label]
+    with pytest.raises(ValueError) as error:
+        run(monkeypatch, settings_of(models, **changed))
+    assert message in str(error.value)
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_models_of_the_hub(monkeypatch, models, hub, capsys):
+    """The base, a teacher and the student from the Hub, and what it may refuse."""
+    for name in ("plot_retention", "plot_samples"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    hub.add_folder("team/base", models / "base")
+    hub.add_folder("team/teachers", models / "one", "one/lora")
+    hub.add_folder("team/student", models / "student")
+    hub.create("team/gated", gated=True)
+    hub.create("team/private", private=True)
+    for repository in ("team/gated", "team/private"):
+        hub.add_folder(repository, models / "base")
+        hub.add_folder(repository, models / "student")
+    settings = settings_of(
+        models,
+        base="team/base",
+        teachers=["text=team/teachers/one/lora", "lines=base"],
+        student="team/student",
+        reward_funcs=[f"{task}=test_evaluation_cli:redness" for task in TASKS],
+    )
+    run(monkeypatch, settings)
+    here = settings_of(models, teachers=[f"text={models}/one", "lines=base"], output_dir="here")
+    run(monkeypatch, {**here, "reward_funcs": settings["reward_funcs"]})
+    assert Path("out", "retention.json").read_bytes() == Path("here", "retention.json").read_bytes()
+
+    shutil.rmtree("out")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    refused = {
+        "team/nothing": "no such folder here and no such repository on the Hub",
+        "team/private": "for a private repository log in with `hf auth login`",
+        "team/gated": "the repository is gated. Accept its terms on",
+    }
+    for repository, message in refused.items():
+        for where in (
+            {"base": repository},
+            {"student": repository},
+            {"teachers": [f"{t}={repository}" for t in TASKS]},
+        ):
+            with pytest.raises(ValueError) as error:
+                run(monkeypatch, {**settings, **where})
+            assert repository in str(error.value) and message in str(error.value), where
+    assert not Path("out").exists()
+
+
+def test_on_two_processes(models, processes):
+    settings = settings_of(models, num_images=4, batch_size=2, guidance_scale=1.0)
+    command = [*launcher(Path.cwd()), "-m", MODULE, *arguments_of(settings)]
+    result = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("## text") == 1  # one process prints
+    assert len(list(Path("out", "scores").iterdir())) == 2  # both score

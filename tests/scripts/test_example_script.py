@@ -1,0 +1,363 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The example script, run as a user runs it, on a random pipeline of a few thousand weights."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pandas as pd
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusion3Pipeline
+from helpers.tiny_sd3 import forward, make_lora, make_pipeline
+from PIL import Image
+
+from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd.data import prompt_files
+from trl_diffusion_opd.scripts import arguments as cli
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "opd_sd3.py"
+PROMPTS = ["one cat", "two dogs", "a sign"]
+
+
+def brightness(images, **kwargs):
+    return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
+
+
+def fails(images, **kwargs):
+    raise KeyError("label")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    make_pipeline().save_pretrained(folder)
+    for seed, name in enumerate(("peft", "diffusers")):
+        make_lora(make_pipeline(), folder.parent / name, seed=seed, format=name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def work_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Path("text.txt").write_text("\n".join(PROMPTS) + "\n")
+    Path("lines.jsonl").write_text("".join(json.dumps({"prompt": p, "answer": 1}) + "\n" for p in PROMPTS))
+    frame = pd.DataFrame({"prompt": PROMPTS, "task": ["another"] * 3})
+    frame.to_csv("table.csv", index=False)
+    frame.to_parquet("table.parquet")
+
+
+def run(monkeypatch, base, *arguments, **options):
+    """Runs the script as `python examples/opd_sd3.py …` does."""
+    settings = {
+        "output_dir": "out",
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": 16,
+        "num_inference_steps": 2,
+        "eval_num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "lora_r": 2,
+        "gradient_checkpointing": "false",
+        "ema_update_interval": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": "true",
+        "dataloader_pin_memory": "false",
+        **options,
+    }
+    given = []
+    for name, value in settings.items():
+        given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--model_name_or_path", str(base), *given, *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_the_whole_story(monkeypatch, capsys, base):
+    run(
+        monkeypatch,
+        base,
+        *("--teachers", f"text={base.parent}/peft", f"lines={base.parent}/diffusers", "table=base"),
+        *("--prompts", "text=text.txt", "lines=lines.jsonl", "table=table.csv", "table=table.parquet"),
+        *("--eval_prompts", "text=text.txt", "table=table.parquet"),
+        *("--test_prompts", "text=text.txt", "lines=lines.jsonl", "table=table.csv"),
+        *("--reward_funcs", *(f"{task}=test_example_script:brightness" for task in ("text", "lines", "table"))),
+        *("--teacher_guidance_scales", "text=4.5", "--num_test_images", 2),
+        eval_strategy="steps",
+        eval_steps=2,
+        log_completions="true",
+    )
+    out = Path("out")
+    names = {path.name for path in out.iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "training_args.json",
+        "teacher_manifest.json",
+        "retention.json",
+        "retention_scores.json",
+        "retention.png",
+        "samples.png",
+        "curves.png",
+        "README.md",
+    }
+    assert "training_args.bin" not in names
+    report = json.loads((out / "retention.json").read_text())
+    assert set(report["tasks"]) == {"text", "lines", "table"} and report["num_images"] == 2
+    assert {entry["reward"] for entry in report["tasks"].values()} == {"brightness"}
+    manifest = json.loads((out / "teacher_manifest.json").read_text())
+    assert {task: (entry["kind"], entry["guidance_scale"]) for task, (entry,) in manifest.items()} == {
+        "text": ("lora", 4.5),
+        "lines": ("lora", 1.0),
+        "table": ("base", 1.0),
+    }
+    for name in ("retention.png", "samples.png", "curves.png"):
+        Image.open(out / name).verify()
+    assert len(list((out / "completions").glob("step_*.png"))) >= 1
+    shown = capsys.readouterr().out
+    assert "eval_text/brightness" in shown
+    table = shown.rstrip().splitlines()[-8:]  # the console ends with the report
+    assert all(any(task in line for line in table) for task in report["tasks"])
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(base)
+    before = forward(pipeline.transformer)
+    pipeline.load_lora_weights("out")
+    assert not torch.equal(forward(pipeline.transformer), before)
+
+
+@pytest.mark.slow
+def test_full_finetuning(monkeypatch, base):
+    run(
+        monkeypatch,
+        base,
+        *("--teachers", f"text={base.parent}/peft", "--prompts", "text=text.txt", "--full_finetuning", "true"),
+        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:brightness"),
+        *("--num_test_images", 1),
+    )
+    assert Path("out", "config.json").exists() and Path("out", "retention.json").exists()
+    assert not Path("out", "adapter_config.json").exists()
+
+
+def test_fewer_updates_than_are_logged_and_a_report_that_fails(monkeypatch, caplog, base):
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("trl_diffusion_opd.evaluate_retention", fail)
+    run(
+        monkeypatch,
+        base,
+        # A report need not have every task.
+        *("--teachers", f"text={base.parent}/peft", "table=base", "--prompts", "text=text.txt", "table=table.csv"),
+        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:brightness"),
+        logging_steps=10,
+    )
+    names = {path.name for path in Path("out").iterdir()}
+    assert {"README.md", "adapter_model.safetensors"} <= names and "curves.png" not in names
+    messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any(message.startswith("No curves are drawn") for message in messages)
+    (failed,) = [message for message in messages if message.startswith("The retention report could not be made")]
+    assert "RuntimeError: out of memory" in failed and "python -m trl_diffusion_opd.scripts.evaluate" in failed
+
+
+REFUSED = {
+    "no equals sign": (
+        {"teachers": "base"},
+        "--teachers: 'base' is not of the form task=value.",
+    ),
+    "no task": ({"prompts": "=text.txt"}, "--prompts: '=text.txt' is not of the form task=value."),
+    "no value": ({"reward_funcs": "text="}, "--reward_funcs: 'text=' is not of the form task=value."),
+    "file type": (
+        {"prompts": "text=prompts.xlsx"},
+        "--prompts: 'prompts.xlsx' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet.",
+    ),
+    "other types": (
+        {"prompts": ["text=lines.jsonl", "text=words.jsonl"]},
+        "--prompts: a column has different types in different sources. The features can't be aligned because the key answer",
+    ),
+    "no file": ({"prompts": "text=missing.txt"}, "--prompts: there is no file 'missing.txt'."),
+    "not a number": (
+        {"teacher_guidance_scales": "text=high"},
+        "--teacher_guidance_scales: 'high' for task 'text' is not a number.",
+    ),
+    "scale of an unknown task": (
+        {"teacher_guidance_scales": "txet=1.0"},
+        "--teacher_guidance_scales: no teacher for task 'txet'; teachers are given for ['text'].",
+    ),
+    "reward": (
+        {"reward_funcs": "text=clip"},
+        "There is no reward 'clip'. There are aesthetic, clipscore, geneval, hpsv2,",
+    ),
+    "options of no reward": (
+        {"reward_kwargs": '{"ocr": {"batch_size": 2}}'},
+        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+    ),
+    "nothing to report": (
+        {"test_prompts": "text=text.txt"},
+        "--test_prompts: tasks ['text'] have no reward to report. Name one in --reward_funcs.",
+    ),
+    "not JSON": ({"reward_kwargs": "{ocr: 1}"}, "--reward_kwargs: '{ocr: 1}' is not a JSON object such as"),
+    "an empty prompt to report": (
+        {"test_prompts": "text=gap.txt", "reward_funcs": "text=test_example_script:brightness"},
+        "--test_prompts has 1 empty prompt(s), the first in row 1. Remove them.",
+    ),
+    "unknown task": (
+        {"prompts": "ocr=text.txt"},
+        "no teacher for task 'ocr'; teachers are given for ['text']",
+    ),
+}
+
+
+def test_a_reward_that_the_report_would_fail_at(monkeypatch, base):
+    given = ("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:fails")
+    with pytest.raises(
+        ValueError, match="reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyErr"
+    ):
+        run(monkeypatch, base, *given, teachers="text=base", prompts="text=text.txt")
+    assert not any(Path("out").iterdir())  # before training
+
+
+@pytest.mark.parametrize("label", REFUSED)
+def test_mistakes_are_named(monkeypatch, base, label):
+    options, message = REFUSED[label]
+    Path("prompts.xlsx").touch()
+    Path("gap.txt").write_text("a\n\nb\n")
+    Path("words.jsonl").write_text('{"prompt": "a", "answer": "one"}\n')
+    with pytest.raises(ValueError) as error:
+        run(monkeypatch, base, **{"teachers": "text=base", "prompts": "text=text.txt", **options})
+    assert message in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_prompts_of_all_sources():
+    sources = ["b=lines.jsonl", "a=text.txt", "a=table.csv", "c=table.parquet"]
+    dataset = cli.load_prompts("prompts", sources, "skill")
+    assert dataset["prompt"][:] == PROMPTS * 4
+    # A column of that name in a file means nothing: the command line says which task it is.
+    assert dataset["skill"][:] == ["b"] * 3 + ["a"] * 6 + ["c"] * 3
+    assert dataset["answer"][:] == [1] * 3 + [None] * 9
+    assert cli.load_prompts("prompts", None, "skill") is None
+
+
+def test_prompts_from_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"text": ["a hub"], "task": ["x"]})
+
+    monkeypatch.setattr(prompt_files, "load_dataset", load_dataset)
+    dataset = cli.load_prompts("prompts", ["a=owner/name", "b=owner/name:test[:10]"], "task")
+    assert asked == [("owner/name", "train"), ("owner/name", "test[:10]")]
+    assert dataset.to_dict() == {"prompt": ["a hub"] * 2, "task": ["a", "b"]}
+
+
+def test_tasks_as_a_mapping():
+    """What a YAML file may have in place of `task=value`."""
+    mapping = {"a": ["x", "z"], "b": 1.5}
+    assert cli.by_task("teachers", mapping) == {"a": ["x", "z"], "b": ["1.5"]}
+    assert cli.by_task("teachers", [{"a": "x"}, "b=y", {"a": "z"}]) == {"a": ["x", "z"], "b": ["y"]}
+    assert cli.by_task("teachers", "a=x") == {"a": ["x"]}  # without a list
+    with pytest.raises(ValueError, match="--teachers: task 'a' has no value."):
+        cli.by_task("teachers", {"a": None})
+    teachers = cli.load_teachers({"a": "x", "b": ["y", "z"]}, {"b": 1})
+    assert {
+        task: [(t.model_name_or_path, t.guidance_scale) for t in of_task] for task, of_task in teachers.items()
+    } == {
+        "a": [("x", None)],
+        "b": [("y", 1.0), ("z", 1.0)],
+    }
+    assert (
+        cli.load_prompts("prompts", {"a": "text.txt", "b": ["lines.jsonl"]}, "task")["task"][:]
+        == ["a"] * 3 + ["b"] * 3
+    )
+    assert cli.load_students("student", {"one": "x"}) == {"one": "x"}
+    assert cli.load_students("student", "x") == {"student": "x"}
+    assert cli.load_tasks("dataset", "table.csv", "task")["task"][:] == ["another"] * 3
+
+
+def test_a_mapping_in_a_config_file(monkeypatch, base):
+    settings = {"teachers": {"text": "base"}, "prompts": {"text": "text.txt"}, "output_dir": "out", "max_steps": 1}
+    Path("run.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(base), **settings}))
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(sys.modules, script["ScriptArguments"].__module__, SimpleNamespace(**script))
+    arguments, _ = cli.parse(script["ScriptArguments"], DiffusionOPDConfig, ["--config", "run.yaml"])
+    assert cli.by_task("teachers", arguments.teachers) == {"text": ["base"]}
+    assert cli.by_task("prompts", arguments.prompts) == {"text": ["text.txt"]}
+
+
+FILES = {
+    "mark.txt": ("\ufeffa cat\nü\n".encode(), ["a cat", "ü"]),
+    "mark.jsonl": ('\ufeff{"prompt": "a cat"}\n'.encode(), ["a cat"]),
+    "mark.csv": ("\ufeffprompt,x\na cat,1\n".encode(), ["a cat"]),
+    "tabs.tsv": (b'prompt\tx\n"a, b"\t1\nc\t2\n', ["a, b", "c"]),
+    "CAPITALS.TXT": (b"a cat\n", ["a cat"]),
+    "talk.jsonl": (b'{"prompt": [{"role": "user", "content": "a cat"}]}\n', ["a cat"]),
+    "latin.txt": (
+        "a\nü\n".encode("latin-1"),
+        "'latin.txt' is not in UTF-8: byte 2, in line 2, is 0xfc. Save it as UTF-8; if it",
+    ),
+    "latin.csv": ("prompt\nü\n".encode("latin-1"), "'latin.csv' is not in UTF-8: byte 7, in line 2, is 0xfc."),
+    "latin.jsonl": (
+        '{"prompt": "ü"}\n'.encode("latin-1"),
+        "'latin.jsonl' is not in UTF-8: byte 12, in line 1, is 0xfc.",
+    ),
+    "wide.txt": (
+        "a\n".encode("utf-16"),
+        "'wide.txt' is not in UTF-8: byte 0, in line 1, is 0xff. Save it as UTF-8; if it is in UTF-16",
+    ),
+    "cut.txt": ("ü".encode()[:1], "'cut.txt' is not in UTF-8: byte 0, in line 1, is 0xc3."),
+    "none.txt": (b"", "the file 'none.txt' is empty."),
+    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "the file 'broken.jsonl' cannot be read as json: "),
+    "broken.csv": (b"prompt\na\nb,c,d\n", "the file 'broken.csv' cannot be read as csv: Error tokenizing data."),
+    "broken.parquet": (b"nothing", "the file 'broken.parquet' cannot be read as parquet: Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_prompts(name):
+    content, expected = FILES[name]
+    Path(name).write_bytes(content)
+    if isinstance(expected, list):
+        assert cli.load_prompts("prompts", [f"a={name}"], "task")["prompt"][:] == expected
+    else:
+        with pytest.raises(ValueError) as error:
+            cli.load_prompts("prompts", [f"a={name}"], "task")
+        assert str(error.value).startswith("--prompts: ") and expected in str(error.value)
+
+
+@pytest.mark.parametrize("at", [1, 7])
+def test_a_letter_between_two_blocks(monkeypatch, at):
+    monkeypatch.setattr(prompt_files, "_BLOCK", at)
+    Path("a.txt").write_bytes("ü\nüü\n".encode())
+    assert cli.load_prompts("prompts", ["a=a.txt"], "task")["prompt"][:] == ["ü", "üü"]
+    Path("a.txt").write_bytes("ü\nüü\nä".encode() + b"\xfc")
+    with pytest.raises(ValueError, match="byte 10, in line 3, is 0xfc"):
+        cli.load_prompts("prompts", ["a=a.txt"], "task")
+
+
+def test_a_task_named_twice_has_two_teachers():
+    assert cli.by_task("teachers", ["a=x", "b=y=1", "a=z"]) == {"a": ["x", "z"], "b": ["y=1"]}

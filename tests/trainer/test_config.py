@@ -1,0 +1,359 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import importlib.util
+import os
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import TrainingArguments
+from trl import TrlParser
+
+from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig
+from trl_diffusion_opd.scripts import arguments as cli
+from trl_diffusion_opd.trainer import options
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def loaded(script, name):
+    """An example script as the module `name`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # the parser resolves a dataclass's annotations through its module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def script():
+    with loaded("opd_sd3", "opd_sd3") as module:
+        yield module
+
+
+def parse(script, *arguments):
+    return TrlParser((script.ScriptArguments, DiffusionOPDConfig)).parse_args_and_config(list(map(str, arguments)))
+
+
+def test_defaults():
+    args = DiffusionOPDConfig("out")
+    expected = {
+        # the model
+        "model_init_kwargs": None,
+        "dtype": "float32",
+        # the rollout
+        "num_inference_steps": 10,
+        "sampler": "ode",
+        "noise_level": None,
+        "guidance_scale": 4.5,
+        "height": 512,
+        "width": 512,
+        "max_sequence_length": None,
+        "generation_kwargs": None,
+        # teachers and objective
+        "teacher_guidance_scale": None,
+        "loss_type": "kl",
+        "loss_weighting": "kl",
+        "skip_last_steps": None,
+        "num_trained_timesteps": None,
+        "beta": 0.0,
+        "on_policy": True,
+        # tasks
+        "task_column": "task",
+        "task_weights": None,
+        "gradient_accumulation_steps": None,
+        # the student
+        "student_init": None,
+        "ema_decay": "auto",
+        "ema_update_interval": 1,
+        # evaluation and logging
+        "eval_num_inference_steps": 40,
+        "eval_guidance_scale": None,
+        "num_eval_images": None,
+        "log_completions": False,
+        # what Trainer knows with other defaults
+        "learning_rate": 3e-4,
+        "weight_decay": 1e-4,
+        "logging_steps": 10,
+        "gradient_checkpointing": True,
+        "remove_unused_columns": False,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.lr_scheduler_type == "constant"
+    assert isinstance(args, TrainingArguments)
+
+
+def test_tests_take_the_cpu():
+    """And so do the processes that they start; tests marked `gpu` have a process of their own."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+def test_it_works_on_a_machine_without_a_gpu():
+    # TRL's default of bf16=True is refused there by TrainingArguments unless one says use_cpu.
+    args = DiffusionOPDConfig("out")
+    assert args.bf16 is False and args.use_cpu is False
+
+
+@pytest.mark.parametrize(
+    ("supported", "options", "bf16"),
+    [
+        (True, {}, True),
+        (True, {"fp16": True}, False),
+        (True, {"use_cpu": True}, False),
+        (True, {"bf16": False}, False),
+    ],
+)
+def test_bf16_is_on_where_it_can_be(monkeypatch, supported, options, bf16):
+    from trl_diffusion_opd.trainer import base_config
+
+    monkeypatch.setattr(base_config, "is_torch_bf16_gpu_available", lambda: supported)
+    # What TrainingArguments then says of this machine is not what is asked here.
+    monkeypatch.setattr(base_config._BaseConfig, "__post_init__", lambda self: None)
+    assert DiffusionOPDConfig("out", **options).bf16 is bf16
+
+
+def test_yaml(script, tmp_path):
+    settings = {
+        "model_name_or_path": "owner/repo",
+        "teachers": ["ocr=owner/teacher", "ocr=base"],
+        "prompts": ["ocr=ocr.txt"],
+        "output_dir": str(tmp_path / "out"),
+        "learning_rate": 1.0e-3,
+        "sampler": "cps",
+        "noise_level": 0.5,
+        "task_weights": {"ocr": 2.0},
+        "generation_kwargs": {"clip_skip": 1},
+        "model_init_kwargs": {"variant": "fp16"},
+        "lora_target_modules": ["to_q", "to_v"],
+        "report_to": "none",
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    script_args, args = parse(script, "--config", path, "--noise_level", 0.25)
+    assert args.noise_level == 0.25  # the command line wins
+    for name in ("learning_rate", "sampler", "task_weights", "generation_kwargs", "model_init_kwargs"):
+        assert getattr(args, name) == settings[name]
+    for name in ("model_name_or_path", "teachers", "prompts", "lora_target_modules"):
+        assert getattr(script_args, name) == settings[name]
+
+
+def test_command_line(script):
+    script_args, args = parse(
+        script,
+        *("--model_name_or_path", "owner/repo", "--teachers", "ocr=owner/teacher", "style=base"),
+        *("--prompts", "ocr=ocr.txt", "style=style.jsonl", "--output_dir", "out"),
+        *("--task_weights", '{"ocr": 2.0}', "--generation_kwargs", '{"clip_skip": 1}'),
+        *("--model_init_kwargs", '{"variant": "fp16"}', "--gradient_accumulation_steps", 4),
+        *("--ema_decay", 0, "--on_policy", "false", "--loss_type", "kl", "--dtype", "bfloat16"),
+    )
+    assert script_args.teachers == ["ocr=owner/teacher", "style=base"]
+    assert script_args.prompts == ["ocr=ocr.txt", "style=style.jsonl"]
+    assert (args.task_weights, args.generation_kwargs) == ({"ocr": 2.0}, {"clip_skip": 1})
+    assert (args.model_init_kwargs, args.gradient_accumulation_steps) == ({"variant": "fp16"}, 4)
+    assert (args.ema_decay, args.on_policy, args.dtype) == (0.0, False, "bfloat16")
+    assert args.bf16 is False
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml")))
+def test_the_examples_configs_are_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, config_class = {
+        "tiny_grpo": ("teacher_grpo_sd3", DiffusionGRPOConfig),
+        "tiny_nft": ("teacher_nft_sd3", DiffusionNFTConfig),
+    }.get(name, ("opd_sd3", DiffusionOPDConfig))
+    with loaded(script, f"read_{script}") as module:
+        parser = TrlParser((module.ScriptArguments, config_class))
+        script_args, args = parser.parse_args_and_config(
+            ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml")]
+        )
+    assert script_args.prompts and args.output_dir
+    assert script_args.reward_funcs or not name.startswith("tiny")  # those of the tiny world come with the package
+
+
+def test_help_explains_every_option(script, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(script, "--help")
+    assert done.value.code == 0
+    shown = capsys.readouterr().out
+    for option in (
+        "--teachers",
+        "--prompts",
+        "--teacher_guidance_scale",
+        "--sampler {ode,flow_sde,",
+        "--num_eval_images",
+    ):
+        assert option in shown
+    assert "Stochasticity (eta) of the sampler" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("arguments", [("--sampler", "euler"), ("--loss_weighting", "snr"), ("--dtype", "int8")])
+def test_unknown_choices_are_refused_with_the_known_ones(script, capsys, arguments):
+    needed = ("--model_name_or_path", "a/b", "--teachers", "a=base", "--prompts", "a=b.txt")
+    with pytest.raises(SystemExit):
+        parse(script, *needed, *arguments)
+    assert f"invalid choice: '{arguments[1]}' (choose from" in capsys.readouterr().err
+
+
+REFUSED = {
+    "noise with ode": (
+        {"noise_level": 0.7},
+        "noise_level=0.7 with sampler='ode', which has no noise: leave it unset or choose flow_sde, dance_sde, cps or ddim.",
+    ),
+    "noise with dpm2m": ({"noise_level": 0.0, "sampler": "dpm2m"}, "noise_level=0.0 with sampler='dpm2m'"),
+    "eta of cps": ({"noise_level": 1.1, "sampler": "cps"}, "noise_level=1.1: cps takes 0 to 1."),
+    "eta of ddim": ({"noise_level": 1.5, "sampler": "ddim"}, "noise_level=1.5: ddim takes 0 to 1."),
+    "negative eta": ({"noise_level": -0.1, "sampler": "flow_sde"}, "noise_level=-0.1 is negative."),
+    "policy gradient with ode": (
+        {"loss_type": "policy_gradient"},
+        "loss_type='policy_gradient' needs a walk with noise, and sampler='ode' with noise_level=None has none: choose",
+    ),
+    "policy gradient with eta 0": (
+        {"loss_type": "policy_gradient", "sampler": "flow_sde", "noise_level": 0.0},
+        "sampler='flow_sde' with noise_level=0.0 has none",
+    ),
+    "policy gradient off policy": (
+        {"loss_type": "policy_gradient", "sampler": "flow_sde", "on_policy": False},
+        "is an estimate on the student's own walk: set on_policy=True.",
+    ),
+    "sampler": ({"sampler": "euler"}, "sampler='euler': it is one of ode, flow_sde, dance_sde, cps, ddim, dpm2m."),
+    "loss type": ({"loss_type": "mse"}, "loss_type='mse': it is one of kl, policy_gradient."),
+    "weighting": ({"loss_weighting": "snr"}, "loss_weighting='snr': it is one of kl, released, velocity, x0."),
+    "dtype": ({"dtype": "int8"}, "dtype='int8': it is one of float32, bfloat16, float16."),
+    "trust": (
+        {"model_init_kwargs": {"trust_remote_code": True}},
+        "model_init_kwargs: trust_remote_code would run code from the Hub and is refused.",
+    ),
+    "custom pipeline": (
+        {"model_init_kwargs": {"custom_pipeline": "owner/repo"}},
+        "model_init_kwargs: custom_pipeline would run code from the Hub and is refused.",
+    ),
+    "pickles": (
+        {"model_init_kwargs": {"use_safetensors": False}},
+        "model_init_kwargs: use_safetensors is always on; pickled weights are not read.",
+    ),
+    "not JSON": ({"generation_kwargs": "clip_skip=1"}, "generation_kwargs='clip_skip=1' is not a JSON object such as"),
+    "not quoted": (
+        {"generation_kwargs": "{clip_skip: 1}"},
+        "generation_kwargs='{clip_skip: 1}' is not JSON (Expecting property name enclosed in double quotes",
+    ),
+    "transformers' own": ({"lr_scheduler_kwargs": "{'a': 1}"}, "lr_scheduler_kwargs=\"{'a': 1}\" is not JSON ("),
+    "dtype of the base": (
+        {"model_init_kwargs": {"dtype": "bf16"}},
+        "model_init_kwargs: dtype='bf16' is none of float32, bfloat16, float16.",
+    ),
+    "dtype of a part": (
+        {"model_init_kwargs": {"torch_dtype": {"vae": "half"}}},
+        "model_init_kwargs: torch_dtype='half' is none of float32, bfloat16, float16.",
+    ),
+    "two dtypes": (
+        {"dtype": "float16", "model_init_kwargs": {"dtype": "bfloat16"}},
+        "dtype='float16', and model_init_kwargs has bfloat16: give it once.",
+    ),
+    "not an object": ({"task_weights": "[1, 2]"}, "task_weights='[1, 2]' is not a JSON object"),
+    "weight": ({"task_weights": {"ocr": 0}}, "task_weights: ocr=0 is not a positive number."),
+    "guidance": ({"guidance_scale": 0.0}, "guidance_scale=0.0: it must be at least 1.0, which is no guidance."),
+    "eval guidance": ({"eval_guidance_scale": 0.5}, "eval_guidance_scale=0.5: it must be at least 1.0"),
+    "teacher guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
+    "steps": ({"num_inference_steps": 0}, "num_inference_steps=0: it must be at least 1."),
+    "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: it must be at least 1."),
+    "eval images": ({"num_eval_images": 0}, "num_eval_images=0: it must be at least 1."),
+    "batch size that is looked for": (
+        {"auto_find_batch_size": True},
+        "auto_find_batch_size=True has no effect here. Rounds of tasks are made for one size of batch.",
+    ),
+    "order of prompts": (
+        {"train_sampling_strategy": "sequential"},
+        "train_sampling_strategy='sequential' has no effect here. Prompts come in rounds of tasks",
+    ),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect here."),
+    "lomo": ({"optim": "lomo"}, "optim='lomo' is not supported: it steps inside of a backward of its own."),
+    "ema": ({"ema_decay": 1.0}, "ema_decay=1.0: it must be in [0, 1)."),
+    "ema as text": ({"ema_decay": "always"}, "ema_decay='always': it is a number in [0, 1), or 'auto'."),
+    "ema as a text that is no share": ({"ema_decay": "nan"}, "ema_decay=nan: it must be in [0, 1)."),
+    "ema interval": ({"ema_update_interval": 0}, "ema_update_interval=0: it must be at least 1."),
+    "beta": ({"beta": -1.0}, "beta=-1.0 is negative."),
+    "skip": ({"skip_last_steps": 10}, "skip_last_steps=10: it must leave at least one of the 10 steps."),
+    "trained steps": ({"num_trained_timesteps": 0}, "num_trained_timesteps=0: it must be at least 1."),
+}
+
+
+@pytest.mark.parametrize("label", REFUSED)
+def test_refuses(label):
+    given, message = REFUSED[label]
+    with pytest.raises(ValueError) as error:
+        DiffusionOPDConfig("out", **given)
+    head, *problems = str(error.value).splitlines()
+    assert head == "DiffusionOPDConfig:"
+    assert len(problems) == 1 and problems[0].startswith("- ") and message in problems[0]
+
+
+def test_one_message_lists_everything():
+    with pytest.raises(ValueError) as error:
+        DiffusionOPDConfig("out", noise_level=0.7, loss_type="policy_gradient", beta=-1, task_weights={"a": "x"})
+    starts = ("- noise_level=0.7", "- task_weights: a='x'", "- loss_type='policy_gradient'", "- beta=-1")
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 4 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+@pytest.mark.parametrize("sampler", ["cps", "ddim"])
+def test_eta_of_one_is_fine(sampler):
+    assert DiffusionOPDConfig("out", sampler=sampler, noise_level=1.0).noise_level == 1.0
+
+
+def test_eta_above_one_is_fine_for_the_sdes():
+    assert DiffusionOPDConfig("out", sampler="flow_sde", noise_level=1.2).noise_level == 1.2
+
+
+REPLACED = {
+    "evaluation_strategy": "Use eval_strategy.",
+    "overwrite_output_dir": "A run writes into the folder that is there;",
+    "no_cuda": "Use use_cpu.",
+    "learning_rte": "No config of this package has it. Is 'learning_rate' meant?",
+    "zzz": "No config of this package has it.",
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_options_of_old(name):
+    message = f"DiffusionOPDConfig has no '{name}'. {REPLACED[name]}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        DiffusionOPDConfig("out", **{name: 1})
+    with loaded("opd_sd3", "old_options") as script, pytest.raises(ValueError, match=re.escape(message)):
+        required = ("--model_name_or_path", "x", "--teachers", "a=base", "--prompts", "a=a.txt", "--output_dir", "out")
+        cli.parse(script.ScriptArguments, DiffusionOPDConfig, [*required, f"--{name}", "1"])
+
+
+def test_what_took_a_place_is_there():
+    known = {one.name for one in fields(DiffusionOPDConfig)} | {one.name for one in fields(cli.TeacherScriptArguments)}
+    for name, advice in options._REPLACED.items():
+        assert name not in {one.name for one in fields(DiffusionOPDConfig)}, name
+        for new in re.findall(r"(?:^Use |and |or )(\w+)(?=[ .,=;]|$)", advice):
+            assert new in known, (name, new)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize(("given", "is_on"), [({}, True), ({"gradient_checkpointing": False}, False)])
+def test_either_name_of_checkpointing_without_a_warning(given, is_on):
+    args = DiffusionOPDConfig("out", **given)
+    assert args.activation_checkpointing is args.gradient_checkpointing is is_on
+    assert DiffusionOPDConfig("out", activation_checkpointing=False).gradient_checkpointing is False

@@ -1,0 +1,194 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What has changed between a checkpoint and the run that goes on from it, and what becomes of each change."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from accelerate.scheduler import AcceleratedScheduler
+from datasets import Dataset
+from peft import LoraConfig
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..guards.redaction import shown
+from ..hub.push import ARGUMENTS_FILE, public_arguments
+
+
+CHANGES_FILE = "changes.json"
+PROMPTS_FILE = "prompts.json"
+
+# What of a LoRA's config its saved matrices mean nothing without.
+_OF_THE_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+# What of an optimizer's group arguments set, besides the rate.
+_OF_A_GROUP = ("weight_decay", "betas", "eps")
+_OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+
+# Arguments that say where a run writes, what it shows and on which machine, and not what it learns.
+_WITHOUT_MEANING = (
+    ("output_dir", "run_name", "project", "resume_from_checkpoint", "local_rank", "disable_tqdm", "debug")
+    + (
+        "report_to",
+        "prediction_loss_only",
+        "do_train",
+        "do_eval",
+        "do_predict",
+        "prompt_cache_dir",
+        "prompt_cache_max_size",
+    )
+    + ("log_completions", "num_completions_to_print", "num_eval_images", "metric_for_best_model", "greater_is_better")
+    + ("reward_timeout", "skip_memory_metrics", "restore_callback_states_from_checkpoint", "load_best_model_at_end")
+)
+_FAMILIES_WITHOUT_MEANING = (
+    "logging_",
+    "log_",
+    "save_",
+    "eval_",
+    "hub_",
+    "push_to_hub",
+    "dataloader_",
+    "ddp_",
+    "trackio_",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    A setting that a run has otherwise than the checkpoint that it goes on from.
+
+    Attributes:
+        name (`str`), then (`Any`), now (`Any`)
+        refusal (`str`, *optional*): why the run can't go on with it.
+    """
+
+    name: str
+    then: Any
+    now: Any
+    refusal: str | None = None
+
+    def row(self) -> tuple[str, str, str]:
+        return self.name, _short(self.then), _short(self.now)
+
+
+def argument_changes(folder: Path, args: Any) -> list[Change]:
+    """The arguments that were others when the checkpoint was saved."""
+    then: dict[str, Any] = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    now: dict[str, Any] = json.loads(json.dumps(public_arguments(args)))
+    changes = []
+    for name in sorted(then.keys() & now.keys()):
+        if then[name] == now[name] or name in _WITHOUT_MEANING or name.startswith(_FAMILIES_WITHOUT_MEANING):
+            continue
+        refusal = None
+        if name == "optim":
+            refusal = "the saved state is of no use to another optimizer. Name a saved LoRA as student_init to begin anew with its weights."
+        elif name in _OF_THE_OPTIMIZER and args.deepspeed is not None:
+            refusal = "DeepSpeed goes on with the optimizer that it has saved."
+        elif name == "learning_rate" and now["lr_scheduler_type"] == "reduce_lr_on_plateau":
+            refusal = "lr_scheduler_type='reduce_lr_on_plateau' goes on with the rate that it has found."
+        changes.append(Change(name, then[name], now[name], refusal))
+    return changes
+
+
+def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
+    """What of the student's LoRA was otherwise when the checkpoint was saved."""
+    then = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps({name: getattr(config, name) for name in _OF_THE_LORA}))
+    refusal = (
+        "the saved matrices would have another effect. Resume with the peft_config that the run was started with."
+    )
+    return [
+        Change(f"peft_config.{name}", then[name], now[name], refusal)
+        for name in _OF_THE_LORA
+        if then.get(name) != now[name]
+    ]
+
+
+def prompts_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    By task how many prompts there are and a hash of them, in their order.
+
+    Args:
+        dataset ([`~datasets.Dataset`])
+        rows (`dict[str, Sequence[int]]`): the rows of each task.
+    """
+    found = {}
+    for task, numbers in rows.items():
+        digest = xxhash.xxh3_64()
+        for batch in dataset.select(numbers).select_columns(["prompt"]).iter(10_000):
+            digest.update("\0".join(batch["prompt"]).encode())
+        found[task] = {"prompts": len(numbers), "hash": digest.hexdigest()}
+    return found
+
+
+def prompt_changes(folder: Path, now: Mapping[str, Any]) -> list[Change]:
+    """Whose tasks' prompts are others than when the checkpoint was saved."""
+    then = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
+    return [
+        Change(f"prompts of {task}", then.get(task, {}).get("prompts"), now.get(task, {}).get("prompts"))
+        for task in sorted(then.keys() | now.keys())
+        if then.get(task) != now.get(task)
+    ]
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The changes that resumes before the checkpoint have made."""
+    path = folder / CHANGES_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def record(changes: Sequence[Change], update: int) -> list[dict[str, Any]]:
+    """The changes of a resume after `update`, as they are kept."""
+    return [{"after": update, **{k: v for k, v in asdict(one).items() if k != "refusal"}} for one in changes]
+
+
+class KeptSettings:
+    """
+    The settings of an optimizer and its schedule, which loading their saved state replaces by those of then: a new learning
+    rate or weight decay would have no effect, while the arguments claim it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any):
+        # Not all that is in a group: some optimizers keep their state there.
+        self.groups = [{k: group[k] for k in _OF_A_GROUP if k in group} for group in optimizer.param_groups]
+        own = _unwrapped(schedule)
+        self.base_rates = list(own.base_lrs) if isinstance(own, LambdaLR) else None
+
+    def restore(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+        """Puts back what differs. Where the rate does, it is what the schedule makes of the new one."""
+        for group, kept in zip(optimizer.param_groups, self.groups, strict=True):
+            group |= kept
+        own = _unwrapped(schedule)
+        if self.base_rates is not None and own.base_lrs != self.base_rates:
+            own.base_lrs = list(self.base_rates)
+            rates = [
+                base * factor(own.last_epoch) for base, factor in zip(self.base_rates, own.lr_lambdas, strict=True)
+            ]
+            for group, base, rate in zip(optimizer.param_groups, self.base_rates, rates, strict=True):
+                group["initial_lr"], group["lr"] = base, rate
+            own._last_lr = rates
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None else shown(value, 40)
+
+
+def _unwrapped(schedule: Any) -> Any:
+    return schedule.scheduler if isinstance(schedule, AcceleratedScheduler) else schedule

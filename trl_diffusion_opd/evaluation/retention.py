@@ -1,0 +1,223 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The arithmetic of the retention report: means, paired bootstrap intervals, the table. It knows nothing of models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..guards.markdown import cell, inline
+
+
+# A gain smaller than this is not divided by: the quotient would be noise.
+MIN_GAIN = 0.05
+NUM_RESAMPLES = 2000
+
+# scores[model][task][reward]: a value an image, None where the reward does not apply.
+Scores = dict[str, dict[str, dict[str, list[float | None]]]]
+
+
+def resample_counts(num_images: int, entropy: Sequence[int], num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
+    """How often each image is in each bootstrap resample: `(num_resamples, num_images)`, rows sum to `num_images`."""
+    generator = np.random.default_rng(np.random.SeedSequence(list(entropy)))
+    return generator.multinomial(num_images, np.full(num_images, 1 / num_images), size=num_resamples).astype(float)
+
+
+def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """
+    Means of the resamples, missing values left out.
+
+    Args:
+        values (`np.ndarray` of shape `(..., num_images)`): scores, NaN where there is none. The same resample of images
+            goes to every row, so differences between rows are paired.
+        counts (`np.ndarray` of shape `(num_resamples, num_images)`): as [`resample_counts`] makes it.
+
+    Returns:
+        `np.ndarray` of shape `(num_resamples, ...)`, NaN where a resample has no value.
+    """
+    present = ~np.isnan(values)
+    total = np.tensordot(counts, np.where(present, values, 0.0), axes=(1, -1))
+    size = np.tensordot(counts, present.astype(float), axes=(1, -1))
+    return np.divide(total, size, out=np.full_like(total, np.nan), where=size > 0)
+
+
+def interval(values: np.ndarray) -> list[float] | None:
+    """The 95% percentile interval; `None` if more than 2.5% of the values are undefined, for then it has no end."""
+    undefined = np.isnan(values)
+    if undefined.mean() > 0.025:
+        return None
+    return np.quantile(values[~undefined], [0.025, 0.975]).tolist()
+
+
+def retention_of(base: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
+    """
+    `(student - base) / (teacher - base)`, of means or of arrays of resampled means; NaN where the teacher has no gain.
+    """
+    gain, kept = np.asarray(teacher - base, dtype=float), np.asarray(student - base, dtype=float)
+    return np.divide(kept, gain, out=np.full(np.broadcast_shapes(kept.shape, gain.shape), np.nan), where=gain > 0)
+
+
+def retention_report(
+    scores: Scores,
+    teachers: Mapping[str, str],
+    students: Sequence[str],
+    seed: int = 0,
+    own: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """
+    Makes the report of scores.
+
+    The first reward of a task is its score. Intervals are percentiles of a bootstrap that resamples the images of a task
+    jointly for base, teacher and student.
+
+    Args:
+        scores (`dict`): `scores[model][task][reward]`, a value an image, `None` where the reward does not apply. It has a
+            model `"base"`.
+        teachers (`dict[str, str]`): the model that is the teacher of each task.
+        students (`Sequence[str]`): the models that are students. The first one is the report's.
+        seed (`int`, *optional*, defaults to 0): of the bootstrap.
+        own (`dict[str, Sequence[str]]`, *optional*): the rewards that are meant for each task, its score first; by default
+            the first of `scores`. The others show what a model does to images that they are not meant for.
+
+    Returns:
+        `dict`, ready for JSON:
+        - `tasks`: for each task `reward` (its score) and `rewards` (its own), the means `base`, `teacher` and `student`, `retention` = (student - base) /
+          (teacher - base), and its interval `ci95`. Retention is not clipped. It and its interval are `None` where the
+          teacher's gain is less than 0.05, and the interval also where the bootstrap can't tell the gain from none.
+          With several students `students` has `student`, `retention` and `ci95` of each.
+        - `mean_retention`, `mean_ci95`: mean over the tasks that have a retention, and its interval.
+        - `num_images`: images a task; `seed`.
+        - `scores`, `scores_ci95`: mean and interval of every reward for every model on every task.
+    """
+    report: dict[str, Any] = {"tasks": {}}
+    means: dict[str, Any] = {model: {} for model in scores}
+    intervals: dict[str, Any] = {model: {} for model in scores}
+    kept: dict[str, list[tuple[float, np.ndarray]]] = {student: [] for student in students}
+    num_images = 0
+    for index, (task, teacher) in enumerate(teachers.items()):
+        resampled: dict[str, dict[str, np.ndarray]] = {}
+        for model, of_model in scores.items():
+            values = np.array(list(of_model[task].values()), dtype=float)  # [reward, image]; None becomes NaN
+            num_images = values.shape[1]
+            if not resampled:
+                counts = resample_counts(num_images, [seed, index])
+            mean = resampled_means(values, np.ones((1, num_images)))[0]
+            resampled[model] = dict(zip(of_model[task], resampled_means(values, counts).T, strict=True))
+            means[model][task] = {name: _number(m) for name, m in zip(of_model[task], mean, strict=True)}
+            intervals[model][task] = {name: interval(m) for name, m in resampled[model].items()}
+        reward = next(iter(scores["base"][task]))
+        base, goal = means["base"][task][reward], means[teacher][task][reward]
+        entries: dict[str, Any] = {}
+        for student in students:
+            mine = means[student][task][reward]
+            entries[student] = {"student": mine, "retention": None, "ci95": None}
+            if None not in (base, goal, mine) and goal - base >= MIN_GAIN:
+                sampled = retention_of(*(resampled[model][reward] for model in ("base", teacher, student)))
+                retention = (mine - base) / (goal - base)
+                entries[student] |= {"retention": retention, "ci95": interval(sampled)}
+                kept[student].append((retention, sampled))
+        rewards = list(own[task]) if own is not None else [reward]
+        report["tasks"][task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal}
+        report["tasks"][task] |= entries[students[0]]
+        if len(students) > 1:
+            report["tasks"][task]["students"] = entries
+    overall = {student: _overall(kept[student]) for student in students}
+    report |= overall[students[0]]
+    if len(students) > 1:
+        report["students"] = overall
+    return report | {"num_images": num_images, "seed": seed, "scores": means, "scores_ci95": intervals}
+
+
+def _overall(kept: list[tuple[float, np.ndarray]]) -> dict[str, Any]:
+    if not kept:
+        return {"mean_retention": None, "mean_ci95": None}
+    points, sampled = zip(*kept, strict=True)
+    return {"mean_retention": sum(points) / len(points), "mean_ci95": interval(np.mean(sampled, axis=0))}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def retention_table(report: Mapping[str, Any]) -> str:
+    """The report as a Markdown table: a row for each task and student, and the mean over tasks."""
+    several = "students" in report
+    header = [
+        "task",
+        "reward",
+        "base",
+        "teacher",
+        *(["model"] if several else []),
+        "student",
+        "retention",
+        "95% interval",
+    ]
+    rows = []
+    for name in report["students"] if several else [None]:
+        for task, entry in report["tasks"].items():
+            mine = entry if name is None else entry["students"][name]
+            names = [cell(task), cell(entry["reward"])]
+            cells = [*names, _cell(entry["base"]), _cell(entry["teacher"]), *([cell(name)] if name else [])]
+            rows.append([*cells, _cell(mine["student"]), _cell(mine["retention"]), _range(mine["ci95"])])
+        overall = report if name is None else report["students"][name]
+        blank = ["**mean**", "", "", "", *([cell(name)] if name else []), ""]
+        rows.append([*blank, f"**{_cell(overall['mean_retention'])}**", _range(overall["mean_ci95"])])
+    return _table(header, rows, to_the_left=("task", "reward", "model"))
+
+
+def scores_table(report: Mapping[str, Any]) -> str:
+    """
+    Every reward on every task for every model, as Markdown: a table a task, with 95% intervals.
+
+    A task's own rewards are in bold. Rewards that apply to none of its images are left out.
+    """
+    tables = []
+    for task, entry in report["tasks"].items():
+        of_models = {model: of_model[task] for model, of_model in report["scores"].items()}
+        names = [name for name in of_models["base"] if any(of[name] is not None for of in of_models.values())]
+        header = ["model", *(f"**{cell(name)}**" if name in entry["rewards"] else cell(name) for name in names)]
+        rows = []
+        for model, means in of_models.items():
+            bounds = report["scores_ci95"][model][task]
+            cells = [_cell(means[name]) + (f" ({_range(bounds[name])})" if bounds[name] else "") for name in names]
+            rows.append([cell(model), *cells])
+        tables.append(f"## {inline(task)}\n\n{_table(header, rows, to_the_left=('model',))}")
+    return "\n\n".join(tables)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_left: Sequence[str]) -> str:
+    """A Markdown table of Markdown cells, whose columns are aligned in plain text too."""
+    cells = [header, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    left = [name in to_the_left for name in header]
+    rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
+    return "\n".join(
+        "| "
+        + " | ".join(
+            text.ljust(width) if is_left else text.rjust(width)
+            for text, width, is_left in zip(row, widths, left, strict=True)
+        )
+        + " |"
+        for row in [cells[0], rule, *cells[1:]]
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _range(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"

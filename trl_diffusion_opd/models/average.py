@@ -1,0 +1,103 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The moving average of the trained weights: how far back it reaches."""
+
+from collections.abc import Iterable
+from functools import cache
+
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from ..trainer.options import FOLLOWING
+
+
+# Mean age of the weights in an average that follows the run, as a share of the updates made so far. A longer one is smoother
+# and lags more: docs/source/average.md has what each costs.
+MEAN_AGE = 0.005
+
+# An average that is older than this share of the run is still on its way when the run ends.
+LAGGING_SHARE = 0.1
+
+
+def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None) -> EMAModel | None:
+    """
+    The average that `ema_decay` asks for, which starts as a copy of `parameters`.
+
+    With `"auto"` the decay of step n is `n / (n + γ)`, which is diffusers' warm-up with power 1 and no end. Weights of a late
+    update i then count about as `i^(γ - 1)`: the average reaches as far back in a long run as in a short one, measured in
+    lengths of the run (Karras et al. 2024, arXiv 2312.02696, Eq. 7).
+    """
+    if not decay:
+        return None
+    if decay == FOLLOWING:
+        return EMAModel(parameters, decay=1.0, use_ema_warmup=True, inv_gamma=1 / MEAN_AGE, power=1.0)
+    return EMAModel(parameters, decay=float(decay))
+
+
+def step_number(decay: float | str | None, update: int, interval: int) -> int:
+    """
+    The n that the decay of the average's step after update number `update` follows from.
+
+    Steps of the average are counted where it follows the run: it then reaches equally far back whatever the interval. With a
+    fixed decay updates are, or diffusers' warm-up `(1 + n) / (10 + n)` would last `interval` times as long.
+    """
+    return update // interval if decay == FOLLOWING else update
+
+
+@cache  # it goes through all updates, and a start asks twice
+def mean_age(decay: float | str | None, updates: int, interval: int) -> float:
+    """How many updates ago the averaged weights were made, on average, at the end of a run; 0 without an average."""
+    average = moving_average([], decay)
+    if average is None:
+        return 0.0
+    age = 0.0  # of the average after its last step, at that step; it begins with the weights of update 0
+    for update in range(interval, updates + 1, interval):
+        age = average.get_decay(step_number(decay, update, interval)) * (age + interval)
+    return age + updates % interval
+
+
+def average_line(decay: float | str | None, updates: int, interval: int) -> str:
+    """What is evaluated and saved, in a sentence for the start of a run."""
+    if not decay:
+        return "Evaluated and saved: the weights as they are (no moving average)."
+    age = mean_age(decay, updates, interval)
+    return (
+        f"Evaluated and saved: a moving average of the weights, {age:.1f} updates old in the mean at the end of these "
+        f"{updates} updates ({age / updates:.1%} of the run)."
+    )
+
+
+def lag_problem(decay: float | str | None, updates: int, interval: int) -> str | None:
+    """A warning where the average is still near the weights of the start when the run ends."""
+    age = mean_age(decay, updates, interval)
+    if age <= LAGGING_SHARE * updates:
+        return None
+    return (
+        f"ema_decay={decay} every {interval} updates gives an average that is {age:.0f} updates old after {updates}: what is "
+        f"evaluated and saved lags behind what was trained. ema_decay='{FOLLOWING}' follows the run, 0 saves the weights as "
+        "they are."
+    )
+
+
+def average_in_words(decay: float | str | None, interval: int) -> str:
+    """The average as a setting, for a model card."""
+    if not decay:
+        return "none"
+    every = "every update" if interval == 1 else f"every {interval} updates"
+    return (
+        f"follows the run (mean age {MEAN_AGE:.1%} of the updates), {every}"
+        if decay == FOLLOWING
+        else f"{decay} {every}"
+    )

@@ -1,0 +1,210 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading the files of a LoRA strictly: its matrices, and at which rank and scale they lie on which layers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from .boundary import strangers_files
+from .lora_layouts import DIFFERENCE_KEY, LORA_KEY, LYCORIS_KEY, convert, layout_of, some
+from .lora_options import read_options
+from .lora_scales import MATRIX, LoraScales, matrix_shapes, resolve
+from .lora_update import check_update
+from .teacher_config import TeacherConfig, TeacherError
+from .teacher_files import TeacherFiles, check_keys, find_files, parse_json, read_json
+
+
+# The keys of a PeftModel, which this package uses throughout; files may have them or not.
+PEFT_PREFIX = "base_model.model."
+
+
+def read_lora(
+    pipeline: DiffusionPipeline, config: TeacherConfig
+) -> tuple[LoraConfig, dict[str, torch.Tensor], TeacherFiles]:
+    """
+    Reads a LoRA in PEFT's or diffusers' format.
+
+    Args:
+        pipeline (`DiffusionPipeline`):
+            The base. Its class knows how to convert the key layouts of other trainers.
+        config ([`TeacherConfig`]):
+            As `parse_teacher` returns it.
+
+    Returns:
+        The `LoraConfig`, the tensors on the CPU in the file's own dtype under PEFT's keys
+        (`base_model.model.<module>.lora_A.weight`), and where they came from.
+
+    Raises:
+        TeacherError: If it is not a LoRA, is damaged, or holds what would be dropped (text encoders,
+            `modules_to_save`, DoRA, biases).
+    """
+    if config.model_name_or_path == "base":
+        raise TeacherError('"base" is the base model, not a LoRA')
+    files = find_files(config)
+    if files.kind == "full":
+        raise TeacherError(f"{files.label}: a LoRA is needed here, and this is a whole transformer")
+    return *read_lora_files(files, pipeline), files
+
+
+def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """The part of [`read_lora`] after the files are found. Same results and errors."""
+    network: nn.Module = pipeline.components["transformer"]
+    with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
+        raw, metadata = _load(files)
+        read = _read_peft if files.kind == "peft" else _read_diffusers
+        config, tensors, alphas = read(files, raw, metadata, pipeline)
+        _check_tensors(files, tensors)
+        try:
+            scales = infer_scales(tensors, alphas) if config is None else resolve(config, tensors, network)
+            check_update(scales, tensors, network)
+            ours = scales.config(network)
+        except TeacherError as error:
+            raise TeacherError(f"{files.label}: {error}") from error
+        return ours, {PEFT_PREFIX + key: value for key, value in tensors.items()}
+
+
+class _Lora(NamedTuple):
+    """What a LoRA's files say: its matrices, and its options or, without any, the alphas that lie among the matrices."""
+
+    config: LoraConfig | None
+    tensors: dict[str, torch.Tensor]
+    alphas: dict[str, float]
+
+
+def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a LoRA's file, in a dtype that can be computed in, and its metadata."""
+    label = files.label
+    path = files.folder / files.names[-1]
+    try:
+        with safe_open(path, "pt") as file:
+            keys, metadata = list(file.keys()), file.metadata() or {}
+            check_keys(keys, f"{label}: {path.name}")
+            if not any(LORA_KEY.search(key) or LYCORIS_KEY.search(key) or "lora" in key for key in keys):
+                raise TeacherError(
+                    f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are {some(keys)}). A "
+                    "whole transformer is given as the folder that save_pretrained() makes; one in a single file is loaded "
+                    "with from_single_file() first."
+                )
+        raw = load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise TeacherError(f"{label}: {path.name} is not a readable safetensors file ({error})") from error
+    if encoders := [key for key in raw if key.startswith(("text_encoder", "lora_te"))]:
+        raise TeacherError(
+            f"{label}: {path.name} also adapts text encoders ({some(encoders)}), which would be dropped: only the "
+            "transformer is distilled. Use a teacher that was trained with frozen text encoders."
+        )
+    # diffusers filters these keys out of a file with a warning; without them it is another adapter.
+    if dora := [key for key in raw if "dora_scale" in key or "lora_magnitude_vector" in key]:
+        raise TeacherError(
+            f"{label}: is a DoRA ({some(dora)}), which is not supported. Merge it into a full transformer."
+        )
+    # Nothing computes in 8 bits; bfloat16 holds all of their values.
+    raw = {k: v.bfloat16() if v.is_floating_point() and v.itemsize == 1 else v for k, v in raw.items()}
+    # Differences of zeros, as ComfyUI's extraction writes them for norms, change nothing.
+    raw = {key: value for key, value in raw.items() if not DIFFERENCE_KEY.search(key) or value.any()}
+    if other := [key for key in raw if not LORA_KEY.search(key)]:
+        what = "LyCORIS's (LoKr, LoHa or OFT)" if any(LYCORIS_KEY.search(key) for key in other) else "no LoRA matrices"
+        raise TeacherError(
+            f"{label}: {path.name} holds tensors that are {what} and would be dropped: {some(other)}. Merge the whole file into "
+            "its base with a program that knows it, and use the full transformer as the teacher."
+        )
+    whole = [key for key, value in raw.items() if not (value.is_floating_point() or key.endswith(".alpha"))]
+    if whole:
+        raise TeacherError(
+            f"{label}: {path.name} holds {raw[whole[0]].dtype} in {some(whole)}. Save it in a floating-point dtype."
+        )
+    return raw, metadata
+
+
+def _read_peft(
+    files: TeacherFiles, raw: dict[str, torch.Tensor], metadata: dict[str, str], pipeline: DiffusionPipeline
+) -> _Lora:
+    label = files.label
+    config = read_options(read_json(files.folder / CONFIG_NAME, label), label)
+    tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in raw.items()}
+    if len(tensors) < len(raw):
+        twice = [key for key in raw if PEFT_PREFIX + key in raw]
+        raise TeacherError(f"{label}: {some(twice)} is in it twice, with and without {PEFT_PREFIX!r} before it.")
+    if layout_of(tensors) is None:
+        return _Lora(config, tensors, {})
+    # Some trainers (diffusion-pipe) save PEFT's config beside ComfyUI's keys. Whoever reads such a file goes by its keys alone.
+    converted, alphas = convert(tensors, pipeline, label)
+    if alphas or config.use_rslora or config.alpha_pattern or config.rank_pattern or config.lora_alpha != config.r:
+        raise TeacherError(
+            f"{label}: its {CONFIG_NAME} is PEFT's, with lora_alpha={config.lora_alpha} and r={config.r}, and its keys are not: "
+            f"whether they were meant to be scaled is unclear. Save it with PEFT or diffusers."
+        )
+    return _Lora(None, converted, {})
+
+
+def _read_diffusers(
+    files: TeacherFiles, raw: dict[str, torch.Tensor], metadata: dict[str, str], pipeline: DiffusionPipeline
+) -> _Lora:
+    label, name = files.label, files.names[-1]
+    tensors, alphas = convert(raw, pipeline, label)
+    stored = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}", f"{label}: the metadata of {name}")
+    if any(key.startswith("transformer.") for key in stored):
+        # The options of text encoders lie beside them.
+        stored = {k.removeprefix("transformer."): v for k, v in stored.items() if k.startswith("transformer.")}
+    if not stored:
+        return _Lora(None, tensors, alphas)
+    if any(key.endswith(".alpha") for key in raw):
+        raise TeacherError(f"{label}: has alpha both in its metadata and as tensors; which one counts is unclear")
+    if "r" not in stored:
+        raise TeacherError(f"{label}: the metadata of {name} is not of a LoRA: it has {some([*stored])}, but no r.")
+    return _Lora(read_options(stored, label), tensors, {})
+
+
+def _check_tensors(files: TeacherFiles, tensors: dict[str, torch.Tensor]) -> None:
+    label, name = files.label, files.names[-1]
+    if other := [key for key in tensors if not MATRIX.search(key)]:
+        raise TeacherError(
+            f"{label}: {name} holds tensors that are no LoRA matrices ({some(other)}) and would be dropped. Load "
+            "it with the library it was made with and save it with PEFT or diffusers."
+        )
+    if bad := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
+        raise TeacherError(f"{label}: {name} holds NaN or infinite values in {some(bad)}")
+    for side in "AB":
+        matrices = [
+            value for key, value in tensors.items() if f".lora_{side}" in key or f".lora_embedding_{side}" in key
+        ]
+        if not matrices:
+            raise TeacherError(f"{label}: holds no lora_{side} (its keys are like {some(list(tensors))})")
+        # Either side zero makes every product zero, and the teacher silently equal to the base.
+        if not any(value.any() for value in matrices):
+            raise TeacherError(
+                f"{label}: every lora_{side} of {name} is zero, so this teacher is the base model. Was it saved before "
+                'training? If the base is meant, say "base".'
+            )
+
+
+def infer_scales(tensors: dict[str, torch.Tensor], alphas: dict[str, float]) -> LoraScales:
+    """Rank from the shapes; alpha from its tensors, else the rank (scale 1), which is how diffusers reads such files."""
+    shapes = matrix_shapes(tensors)
+    ranks = {layer: shape[axis] for layer, sides in shapes.items() for _, shape, axis in sides if axis == 1}
+    for layer, sides in shapes.items():
+        for key, shape, axis in sides:
+            if layer not in ranks or shape[axis] != ranks[layer]:
+                raise TeacherError(f"{key}, of shape {shape}, has no lora_B of its rank")
+    return LoraScales(ranks, {layer: alphas.get(layer, float(rank)) for layer, rank in ranks.items()})

@@ -1,0 +1,432 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Merges the teachers' LoRAs into one, without training: the baseline that asks whether a student needs to be trained at all.
+
+```bash
+python -m trl_diffusion_opd.models.merge \
+    --base stabilityai/stable-diffusion-3.5-medium \
+    --teachers aesthetic=quanhaol/DiffusionOPD/AesTeacher/lora ocr=quanhaol/DiffusionOPD/OCRTeacher/lora \
+    --rank 32 --method svd --output_dir outputs/merge
+```
+
+What is averaged are the updates `dW = scaling B A` of the weights. The mean of several products `B A` is not the product of
+the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` takes the best approximation of the student's rank.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from trl import TrlParser
+
+from ..guards.redaction import listed, shown
+from ..pipelines.loading import borrowed, load_base
+from ..scripts.arguments import by_task, json_object, load_teachers
+from ..trainer.options import model_init_problems
+from .student import STUDENT_ADAPTER, Student
+from .teacher_config import TeacherSpec, normalize_teachers
+from .teachers import TeacherBank
+
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "merge_report.json"
+# PEFT's. Those without "_svd" combine the factors A and B by themselves, which is cheap and not a mean of updates.
+_PEFT_METHODS = (
+    "cat",
+    "linear",
+    *(name + end for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune") for end in ("", "_svd")),
+)
+METHODS = ("svd", *_PEFT_METHODS)
+_SINGULAR_VALUES_BELOW = 1e-12  # of the largest: rounding of float64, no direction
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """
+    What a merge lost.
+
+    Attributes:
+        method (`str`): one of `METHODS`.
+        rank (`int`): of the merged LoRA.
+        error (`float`): norm of what separates the merged update from the weighted mean of the teachers' updates, over the
+            norm of that mean, over all layers. For `"svd"` it is the truncation error, the least that the rank allows.
+        layers (`dict[str, float]`): the same of each layer.
+    """
+
+    method: str
+    rank: int
+    error: float
+    layers: dict[str, float]
+
+
+def truncated_svd(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """
+    The best approximation of `b @ a` of a rank, without forming the product.
+
+    Args:
+        b (`Tensor` of shape `(m, k)`), a (`Tensor` of shape `(k, n)`): float64.
+        rank (`int`)
+
+    Returns:
+        Its factors, of shapes `(m, r)` and `(r, n)`, where `r <= rank` is smaller if the product's rank is, equal in norm; and
+        the squared norms of what is left out and of the whole product.
+    """
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+    kept = min(rank, int((s > _SINGULAR_VALUES_BELOW * s[0]).sum()))
+    root = s[:kept].sqrt()
+    squares = s.square()
+    return (
+        q_b @ u[:, :kept] * root,
+        (root[:, None] * vh[:kept]) @ q_a.T,
+        float(squares[kept:].sum()),
+        float(squares.sum()),
+    )
+
+
+def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = None) -> dict[str, float]:
+    """
+    The share of each teacher's adapter in the mean: tasks count alike, or by `task_weights`; the base is an update of 0.
+
+    Returns:
+        `dict[str, float]`: by the adapter's name. Their sum is 1, or less where the base is a teacher.
+
+    Raises:
+        [`ValueError`]: if a teacher is a whole transformer, or no teacher is a LoRA.
+    """
+    given = task_weights or {}
+    task_share = {task: float(given.get(task, 1.0)) for task in bank.teachers}
+    weights: dict[str, float] = {}
+    for task, roles in bank.teachers.items():
+        for teacher in roles:
+            if teacher.kind == "full":
+                raise ValueError(
+                    f"The teacher of task {task!r}, {teacher.source}, is a whole transformer, and only LoRAs can be merged."
+                )
+            if teacher.kind == "lora":
+                share = task_share[task] / sum(task_share.values()) * teacher.weight
+                weights[teacher.name] = weights.get(teacher.name, 0.0) + share
+    if not weights:
+        raise ValueError("There is nothing to merge: no teacher is a LoRA.")
+    return weights
+
+
+@torch.no_grad()
+def merge_adapters(model: PeftModel, weights: Mapping[str, float], target: str) -> MergeReport:
+    """
+    Sets an adapter to the weighted sum of others' updates, truncated to its rank, by singular values.
+
+    Where the sum's rank is smaller, the directions that are left keep `A` as it is and have `B` zero, so that they can be
+    trained.
+
+    Args:
+        model (`PeftModel`): has all of these adapters.
+        weights (`dict[str, float]`): by the adapter's name.
+        target (`str`): the adapter that is set.
+
+    Raises:
+        [`ValueError`]: if the target lacks a layer that another adapter has, or a layer is not linear.
+    """
+    layers = _layers(model, [*weights, target])
+    lacking = [name for name, layer in layers.items() if target not in layer.lora_A]
+    if lacking:
+        raise ValueError(
+            f"The student's LoRA has no place for {len(lacking)} of the layers that the teachers adapt, such as {lacking[0]}. "
+            "Name them in the target_modules of peft_config."
+        )
+    lost, whole = {}, {}
+    for name, layer in layers.items():
+        a, b = layer.lora_A[target].weight, layer.lora_B[target].weight
+        factors = _stacked(layer, weights)
+        b.zero_()
+        if factors is None:
+            continue
+        new_b, new_a, lost[name], whole[name] = truncated_svd(*factors, layer.r[target])
+        root = math.sqrt(layer.scaling[target])
+        b[:, : new_b.shape[1]] = (new_b / root).to(b)
+        a[: new_a.shape[0]] = (new_a / root).to(a)
+    return _report("svd", model.peft_config[target], lost, whole)
+
+
+def merge_teachers(
+    pipeline: DiffusionPipeline,
+    teachers: TeacherSpec | Mapping[str, TeacherSpec],
+    output_dir: str | Path,
+    *,
+    rank: int = 32,
+    lora_alpha: int | None = None,
+    method: str = "svd",
+    weights: Mapping[str, float] | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> MergeReport:
+    """
+    Merges teachers into one LoRA, and writes it as a trained student is written: for PEFT and for
+    `pipe.load_lora_weights(output_dir)`. `merge_report.json` beside it says how much was lost, layer by layer.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The base. It is given back as it was.
+        teachers (`str`, [`TeacherConfig`], a list of these, or a `dict` from task to any of them):
+            As for [`DiffusionOPDTrainer`], LoRAs or `"base"`.
+        output_dir (`str` or `Path`): made if it does not exist.
+        rank (`int`, *optional*, defaults to 32):
+            Of the merged LoRA, for `"svd"` and the methods that end with it. `"cat"` has the sum of the teachers' ranks,
+            the others their common rank.
+        lora_alpha (`int`, *optional*): for `"svd"`, twice the rank if not given. It does not change what is merged.
+        method (`str`, *optional*, defaults to `"svd"`):
+            `"svd"`: the mean of the updates, as close as the rank allows. `"cat"`: the mean itself, of a larger rank. PEFT's
+            `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` and `"magnitude_prune"` combine the factors A and B each by
+            itself; with `"_svd"` they combine the updates.
+        weights (`dict[str, float]`, *optional*): of the tasks, 1 for those not named. Only their ratios count.
+        density (`float`, *optional*): part of the numbers that is kept, in (0, 1], for the methods that prune.
+        seed (`int`, *optional*, defaults to 0): of what `"dare_…"` drops.
+
+    Returns:
+        [`MergeReport`]
+
+    Raises:
+        [`ValueError`]: if the options don't fit each other or the teachers. One message lists everything.
+    """
+    problems = _option_problems(rank, lora_alpha, method, density)
+    tasks = list(teachers) if isinstance(teachers, Mapping) else ["default"]
+    for task, weight in (weights or {}).items():
+        if task not in tasks:
+            problems.append(f"weights names the task {task!r}, which has no teacher; teachers are given for {tasks}.")
+        elif not (math.isfinite(weight) and weight > 0):
+            problems.append(f"weights: {task}={weight} is not a positive number.")
+    if problems:
+        raise ValueError("The teachers can't be merged so:\n" + listed(problems))
+    with borrowed(pipeline) as transformer:
+        bank = TeacherBank(transformer, pipeline, normalize_teachers(teachers, tasks), 1.0, student_adapter=None)
+        shares = merge_weights(bank, weights)
+        model = bank.backbone
+        assert isinstance(model, PeftModel)
+        adapted = _layers(model, shares)
+        if method == "svd":
+            # A list of whole names: PEFT shortens a long one to the shortest that means the same layers.
+            config = LoraConfig(r=rank, lora_alpha=lora_alpha or 2 * rank, target_modules=list(adapted))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model.add_adapter(STUDENT_ADAPTER, config)
+            report = merge_adapters(model, shares, STUDENT_ADAPTER)
+        else:
+            report = _merge_by_peft(model, shares, adapted, method, rank, density, seed)
+        Student(model, pipeline).save(output_dir)
+        content = asdict(report) | {"density": density, "weights": shares_by_task(bank, weights)}
+        content["teachers"] = bank.manifest()
+    (Path(output_dir) / REPORT_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return report
+
+
+def shares_by_task(bank: TeacherBank, task_weights: Mapping[str, float] | None) -> dict[str, float]:
+    """The part of each task in the mean."""
+    given = task_weights or {}
+    weights = {task: float(given.get(task, 1.0)) for task in bank.teachers}
+    return {task: weight / sum(weights.values()) for task, weight in weights.items()}
+
+
+def _option_problems(rank: int, lora_alpha: int | None, method: str, density: float | None) -> list[str]:
+    problems = []
+    if rank < 1:
+        problems.append(f"rank={rank}: it must be at least 1.")
+    if lora_alpha is not None and lora_alpha < 1:
+        problems.append(f"lora_alpha={lora_alpha}: it must be at least 1.")
+    if method not in METHODS:
+        problems.append(f"method={method!r}: it is one of {', '.join(METHODS)}.")
+        return problems
+    if lora_alpha is not None and method != "svd":
+        problems.append(f"lora_alpha={lora_alpha} with method={method!r}: PEFT sets it to the rank. Leave it unset.")
+    prunes = method not in ("svd", "cat", "linear")
+    if prunes and (density is None or not 0 < density <= 1):
+        problems.append(
+            f"density={density}: method={method!r} needs the part of the numbers that it keeps, in (0, 1]."
+        )
+    if not prunes and density is not None:
+        problems.append(f"density={density}: method={method!r} prunes nothing. Leave it unset.")
+    return problems
+
+
+def _merge_by_peft(
+    model: PeftModel,
+    weights: Mapping[str, float],
+    adapted: Mapping[str, LoraLayer],
+    method: str,
+    rank: int,
+    density: float | None,
+    seed: int,
+) -> MergeReport:
+    if len(weights) < 2:
+        raise ValueError(f"method={method!r} merges two LoRAs or more, and there is one. Use method='svd'.")
+    ranks = {name: sorted({layer.r[name] for layer in adapted.values() if name in layer.r}) for name in weights}
+    if not (method == "cat" or method.endswith("_svd")) and len({r for values in ranks.values() for r in values}) > 1:
+        raise ValueError(
+            f"method={method!r} needs teachers of one rank, and theirs are {[*ranks.values()]}. Use 'svd'"
+            + (f" or '{method}_svd'." if method != "linear" else ".")
+        )
+    for name in weights:
+        config: Any = model.peft_config[name]
+        # Of one kind, which PEFT needs, and without what it would copy from the first to a merge that has no use for it.
+        config.target_modules = {layer for layer, module in adapted.items() if name in module.lora_A}
+        config.use_rslora = False
+    # PEFT's disjoint mean divides by the number of teachers that agree, so weights of mean 1 make it one.
+    factor = len(weights) if "ties" in method else 1
+    tuner: Any = model.base_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuner.add_weighted_adapter(
+            list(weights),
+            [weight * factor for weight in weights.values()],
+            STUDENT_ADAPTER,
+            combination_type=method,
+            svd_rank=rank,
+            svd_full_matrices=False,
+            density=density,
+        )
+    lost, whole = {}, {}
+    for name, layer in adapted.items():
+        mean, merged = _stacked(layer, weights), _stacked(layer, {STUDENT_ADAPTER: 1.0})
+        assert mean is not None and merged is not None
+        whole[name] = _norm_sq(*mean)
+        lost[name] = _norm_sq(torch.cat([mean[0], -merged[0]], 1), torch.cat([mean[1], merged[1]]))
+    return _report(method, model.peft_config[STUDENT_ADAPTER], lost, whole)
+
+
+def _layers(model: PeftModel, adapters: Any) -> dict[str, LoraLayer]:
+    """The layers that have one of the adapters, by their name in the base."""
+    found = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and any(adapter in module.lora_A or adapter in module.lora_embedding_A for adapter in adapters)
+    }
+    other = [
+        name
+        for name, layer in found.items()
+        if layer.lora_embedding_A or any(part.weight.ndim != 2 for part in layer.lora_A.values())
+    ]
+    if other:
+        raise ValueError(f"Only LoRAs of linear layers can be merged, and {other[0]} is another layer.")
+    return found
+
+
+def _stacked(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
+    """`B` and `A` with `B @ A` the weighted sum of the adapters' updates, float64; `None` if the layer has none of them."""
+    present = [name for name in weights if name in layer.lora_A]
+    if not present:
+        return None
+    b = [weights[name] * layer.scaling[name] * layer.lora_B[name].weight.cpu().double() for name in present]
+    a = [layer.lora_A[name].weight.cpu().double() for name in present]
+    return torch.cat(b, 1), torch.cat(a)
+
+
+def _norm_sq(b: Tensor, a: Tensor) -> float:
+    # Through QR: the trace of the factors' Gram matrices would cancel where the product is small.
+    return float((torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T).square().sum())
+
+
+def _report(method: str, config: Any, lost: Mapping[str, float], whole: Mapping[str, float]) -> MergeReport:
+    def relative(part: float, total: float) -> float:
+        return math.sqrt(part / total) if total else 0.0
+
+    layers = {name: relative(lost[name], whole[name]) for name in lost}
+    report = MergeReport(method, config.r, relative(sum(lost.values()), sum(whole.values())), layers)
+    worst = max(layers, key=lambda name: layers[name])
+    logger.info(
+        f"Merged by {method} to rank {report.rank}: {report.error:.1%} of the mean update is lost, most in {shown(worst)} "
+        f"({layers[worst]:.1%})."
+    )
+    return report
+
+
+@dataclass
+class MergeArguments:
+    """
+    Arguments of the command; see [`merge_teachers`].
+
+    Args:
+        base (`str`): the base, a Hub id or a folder.
+        teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
+        output_dir (`str`): where the merged LoRA is written.
+        weights (`list[str]`, *optional*): `task=weight`, 1 for tasks that are not named.
+        dtype (`str`, *optional*, defaults to `"float32"`): precision in which base and teachers are loaded.
+        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
+    """
+
+    base: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
+    output_dir: str = field(metadata={"help": "Where the merged LoRA is written."})
+    rank: int = field(default=32, metadata={"help": "Rank of the merged LoRA."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Its alpha for svd, twice the rank if not set."})
+    method: str = field(default="svd", metadata={"help": "How the updates are combined.", "choices": list(METHODS)})
+    weights: list[str] | None = field(default=None, metadata={"help": "task=weight …, 1 for tasks not named."})
+    density: float | None = field(default=None, metadata={"help": "Part of the numbers that pruning methods keep."})
+    seed: int = field(default=0, metadata={"help": "Of what dare drops."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the base.", "choices": ["float32", "bfloat16", "float16"]}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_init_kwargs, str):  # from a command line; a YAML file gives a dict
+            self.model_init_kwargs = json_object("model_init_kwargs", self.model_init_kwargs)
+
+
+def main(arguments: MergeArguments) -> None:
+    model_init_kwargs = arguments.model_init_kwargs or {}
+    assert isinstance(model_init_kwargs, dict)  # strings are parsed
+    problems = model_init_problems(model_init_kwargs)
+    if problems:
+        raise ValueError("\n".join(problems))
+    weights = {}
+    for task, values in by_task("weights", arguments.weights).items():
+        try:
+            weights[task] = float(values[-1])
+        except ValueError as error:
+            raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
+    report = merge_teachers(
+        load_base(arguments.base, arguments.dtype, model_init_kwargs=model_init_kwargs),
+        load_teachers(arguments.teachers, None),
+        arguments.output_dir,
+        rank=arguments.rank,
+        lora_alpha=arguments.lora_alpha,
+        method=arguments.method,
+        weights=weights,
+        density=arguments.density,
+        seed=arguments.seed,
+    )
+    worst = max(report.layers, key=lambda name: report.layers[name])
+    print(
+        f"{arguments.output_dir}: rank {report.rank} by {report.method}, {report.error:.2%} from the mean of the updates, "
+        f"at most {report.layers[worst]:.2%} in {shown(worst)}."
+    )
+
+
+if __name__ == "__main__":
+    main(*TrlParser((MergeArguments,)).parse_args_and_config())

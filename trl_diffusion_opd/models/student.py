@@ -1,0 +1,306 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trained part: which weights it is, their moving average, and the files in which it is saved."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..acceleration.sharding import forget_gathered, own_part, split_like, whole, whole_shape
+from ..guards.file_modes import give_usual_mode
+from ..guards.redaction import shown
+from .average import moving_average, step_number
+
+
+STUDENT_ADAPTER = "default"
+RAW_FILE = "student_raw.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+FULL_FILES = "diffusion_pytorch_model*.safetensors"
+_FULL_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"  # as diffusers names them
+
+# The attention projections of the paper's released settings, by the names that diffusers gives them.
+ATTENTION_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+)
+
+
+def default_lora_config(transformer: nn.Module) -> LoraConfig:
+    """
+    The paper's LoRA (rank 32, alpha 64, gaussian, on the attention projections), where `transformer` has them.
+
+    Raises:
+        [`ValueError`]: if `transformer` has no layer of these names.
+    """
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    targets = [target for target in ATTENTION_TARGETS if any(name.endswith("." + target) for name in names)]
+    if not targets:
+        raise ValueError(
+            f"{type(transformer).__name__} has no attention projection by a name that diffusers uses "
+            f"({', '.join(ATTENTION_TARGETS)}). Name the layers in peft_config=LoraConfig(target_modules=[...])."
+        )
+    return LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets)
+
+
+class Student:
+    """
+    The trained weights of `model` and their exponential moving average.
+
+    Args:
+        model ([`~peft.PeftModel`] or `nn.Module`):
+            A PeftModel whose adapter `default` is trained, or a transformer trained in full.
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            The pipeline the model belongs to: it writes the LoRA file that it can load again.
+        ema_decay (`float` or `str`, *optional*):
+            Decay of the average, `"auto"` for one that follows the run; `None` or 0 for none.
+        ema_update_interval (`int`, *optional*, defaults to `1`):
+            Updates between two steps of the average.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pipeline: DiffusionPipeline,
+        ema_decay: float | str | None = None,
+        ema_update_interval: int = 1,
+    ):
+        self.model = model
+        self.pipeline = pipeline
+        self.is_lora = isinstance(model, PeftModel)
+        self._class_name = type(model).__name__  # FSDP2 gives the model a class of its own
+        self.ema_decay = ema_decay
+        self.ema_update_interval = ema_update_interval
+        self.ema = moving_average(self.parameters(), ema_decay)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, in the model's order. Not to be called between a forward and its backward."""
+        forget_gathered(self.model)
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.named_parameters().values())
+
+    def _parts(self) -> list[Tensor]:
+        # What is averaged: elementwise, so that no process needs more than it has.
+        return [own_part(parameter) for parameter in self.parameters()]
+
+    def named_states(self) -> Iterator[tuple[str, Tensor]]:
+        """What this process has of the weights and of their average."""
+        for i, (name, parameter) in enumerate(self.named_parameters().items()):
+            yield name, own_part(parameter).detach()
+            if self.ema is not None:
+                yield f"{name} (average)", self.ema.shadow_params[i]
+
+    @torch.no_grad()
+    def update_ema(self, step: int) -> None:
+        """Takes the average's step after update number `step` (counted from 1), if it is due."""
+        if self.ema is None or step % self.ema_update_interval:
+            return
+        self.ema.optimization_step = step_number(self.ema_decay, step, self.ema_update_interval)
+        decay = self.ema.get_decay(self.ema.optimization_step)
+        self._split_average()
+        parts = self._parts()
+        self.ema.to(parts[0].device)
+        # Not EMAModel.step: it copies what requires no gradient, which a part does not, and has ZeRO-3 gather whole weights.
+        for average, part in zip(self.ema.shadow_params, parts, strict=True):
+            average.sub_((1 - decay) * (average - part))
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights. It can be nested."""
+        if self.ema is None or self.ema.temp_stored_params is not None:
+            yield
+            return
+        self._split_average()
+        self.ema.store(self._parts())
+        self.ema.copy_to(self._parts())
+        try:
+            yield
+        finally:
+            self.ema.restore(self._parts())  # also forgets what was stored
+
+    def _split_average(self) -> None:
+        # The average is made before training starts, which is when the weights are split.
+        if self.ema is not None:
+            pairs = zip(self.ema.shadow_params, self.parameters(), strict=True)
+            self.ema.shadow_params = [split_like(average, p) for average, p in pairs]
+
+    def whole_weights(self, keep: bool = True) -> dict[str, Tensor]:
+        """
+        What [`save`] needs of a model that training splits: the LoRA, or all weights and buffers. All processes must call it;
+        those without `keep` get nothing.
+        """
+        trained = self.named_parameters()
+        return whole(trained if self.is_lora else self.model.state_dict(keep_vars=True), keep)
+
+    def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """
+        Writes the weights that the model has now: for a LoRA in PEFT's and in diffusers' format, each with alpha; for a
+        full student as a diffusers model.
+
+        Args:
+            folder (`str` or `Path`): made if it does not exist.
+            state_dict (`dict`, *optional*): what [`whole_weights`] returned, where training splits the model.
+        """
+        os.makedirs(folder, exist_ok=True)
+        model: Any = self.model
+        if not self.is_lora:
+            if "_name_or_path" in model.config:
+                model.register_to_config(_name_or_path=public_name(model.config["_name_or_path"]))
+            if state_dict is None:
+                model.save_pretrained(folder)
+                give_usual_mode(folder, FULL_FILES)
+                return
+            # diffusers' own takes the weights from the model, which has parts of them.
+            model.save_config(folder)
+            config_file = Path(folder) / model.config_name
+            config = json.loads(config_file.read_text()) | {"_class_name": self._class_name}
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_torch_state_dict(state_dict, folder, filename_pattern=_FULL_PATTERN, max_shard_size="10GB")
+            give_usual_mode(folder, FULL_FILES)
+            return
+        # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
+        weights = get_peft_model_state_dict(
+            model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False
+        )
+        weights = {name: w.detach().to("cpu").contiguous() for name, w in weights.items()}
+        config = model.peft_config[STUDENT_ADAPTER]
+        inference_mode, config.inference_mode = config.inference_mode, True
+        config.base_model_name_or_path = public_name(self.pipeline.config.get("_name_or_path"))
+        config.save_pretrained(folder)
+        config.inference_mode = inference_mode
+        save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
+        if isinstance(self.pipeline, LoraBaseMixin):
+            type(self.pipeline).save_lora_weights(
+                folder,
+                transformer_lora_layers={name.removeprefix("base_model.model."): w for name, w in weights.items()},
+                transformer_lora_adapter_metadata=_portable_metadata(config),
+            )
+            _sort_metadata(Path(folder) / LORA_WEIGHT_NAME_SAFE)
+        give_usual_mode(folder, ADAPTER_FILE, LORA_WEIGHT_NAME_SAFE)
+
+    def save_state(self, folder: str | Path, write: bool = True) -> None:
+        """
+        Writes the weights that training goes on from; the average is what [`save`] writes. All processes call it, and those
+        with `write` write.
+        """
+        weights = whole(self.named_parameters(), keep=write)
+        if write:
+            save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
+            give_usual_mode(folder, RAW_FILE)
+
+    @torch.no_grad()
+    def load_state(self, folder: str | Path) -> None:
+        """
+        Restores weights and average from a checkpoint.
+
+        Raises:
+            [`ValueError`]: if the checkpoint holds other parameters than the model trains.
+        """
+        self._take(load_file(os.path.join(folder, RAW_FILE)), self._parts(), folder)
+        if self.ema is not None:
+            self._split_average()
+            self._take(self._read_saved(folder), self.ema.shadow_params, folder)
+
+    @torch.no_grad()
+    def load_saved(self, folder: str | Path) -> None:
+        """Takes what [`save`] wrote as weights and as average."""
+        saved = self._read_saved(folder)
+        self._take(saved, self._parts(), folder)
+        if self.ema is not None:
+            self._split_average()
+            self._take(saved, self.ema.shadow_params, folder)
+
+    def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
+        if not self.is_lora:
+            # A large model is saved in several files, and with its buffers, which are not trained.
+            files = sorted(Path(folder).glob(FULL_FILES))
+            buffers = dict(self.model.named_buffers())
+            return {name: w for file in files for name, w in load_file(file).items() if name not in buffers}
+        saved = load_file(os.path.join(folder, ADAPTER_FILE))
+        suffix = f".{STUDENT_ADAPTER}.weight"
+        return {name.removesuffix(".weight") + suffix: w for name, w in saved.items()}
+
+    def _take(self, source: dict[str, Tensor], targets: list[Tensor], folder: str | Path) -> None:
+        """Copies whole tensors by name into the parts of the weights or of their average."""
+        own = self.named_parameters()
+        if source.keys() != own.keys() or any(w.shape != whole_shape(own[name]) for name, w in source.items()):
+            differing = sorted(source.keys() ^ own.keys())[:3]
+            raise ValueError(
+                f"{Path(folder).name} holds other weights than this student trains (differing: {shown(differing or 'shapes')}). "
+                "Resume with the peft_config that the run was started with."
+            )
+        for (name, parameter), target in zip(own.items(), targets, strict=True):
+            target.copy_(split_like(source[name], parameter))
+
+
+def public_name(name_or_path: str | None) -> str | None:
+    """A model's Hub id as it is, a local folder as its name alone: paths of a machine don't belong into files."""
+    if name_or_path is None or not os.path.isdir(name_or_path):
+        return name_or_path
+    return Path(name_or_path).resolve().name
+
+
+def _sort_metadata(path: Path) -> None:
+    """
+    Puts the two entries of a file's metadata in order. safetensors writes them in the order of a hash map, so that the file of
+    equal weights had two hashes, by chance: a push saw a change, and a run another teacher.
+    """
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "safetensors writes the same text, padded"
+        file.seek(8)
+        file.write(text.ljust(size))
+
+
+def _portable_metadata(config: LoraConfig) -> dict[str, Any]:
+    # Only what is set: the newest fields make an older PEFT, which reads this back, raise a TypeError.
+    fresh = LoraConfig().to_dict()
+    targets = config.target_modules
+    metadata = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets or ()),
+    }
+    for name in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if config.to_dict()[name] != fresh[name]:
+            metadata[name] = config.to_dict()[name]
+    return json.loads(json.dumps(metadata))
+
+
+def frozen_copy(transformer: nn.Module) -> nn.Module:
+    """A frozen copy of the base for a fully trained student, on which LoRA teachers and the base itself are evaluated."""
+    return copy.deepcopy(transformer).requires_grad_(False).eval()

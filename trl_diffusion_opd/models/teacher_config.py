@@ -1,0 +1,221 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a user writes to name a teacher, and how it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..guards.redaction import listed, shown
+from ..hub.names import way_out
+
+
+class TeacherError(ValueError):
+    """A teacher that cannot be used, with what to do about it."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """
+    One frozen teacher of a task.
+
+    Args:
+        model_name_or_path (`str`):
+            `"base"` (the base model itself), a local folder or `.safetensors` file, or a Hub id in the form
+            `owner/repo[/sub/folder][/file.safetensors][@revision]`. What exists here wins over a Hub id of the same spelling.
+        subfolder (`str`, *optional*):
+            Folder inside the repository or local folder that holds the teacher.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        weight_name (`str`, *optional*):
+            Name of a LoRA's file (`.safetensors`), where its folder has several.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance scale, 0 or larger, at which this teacher is evaluated. `None` is the trainer's
+            `teacher_guidance_scale`.
+        weight (`float`, *optional*, defaults to `1.0`):
+            Share of this teacher in the target of a task that has several: the target is the weighted mean of their
+            velocities. The weights of a task are normalised to sum 1.
+
+    Raises:
+        ValueError: If a number is out of range, or the name is empty, or the revision or file name makes no sense.
+    """
+
+    model_name_or_path: str
+    subfolder: str | None = None
+    revision: str | None = None
+    weight_name: str | None = None
+    guidance_scale: float | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        name = shown(self.model_name_or_path)
+        if not self.model_name_or_path.strip():
+            raise ValueError(
+                'A teacher has an empty name. Give "base", a folder, or owner/repo[/sub/folder][@revision].'
+            )
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(
+                f"The weight of teacher {name!r} is {self.weight}; it must be positive. Leave the teacher out instead "
+                "of giving it no weight."
+            )
+        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(
+                f"guidance_scale of teacher {name!r} is {self.guidance_scale}; it must be a number of at least 0 "
+                "(1 is no guidance), or None for the trainer's own."
+            )
+        if self.weight_name is not None and not self.weight_name.endswith(".safetensors"):
+            raise ValueError(
+                f"weight_name of teacher {name!r} is {self.weight_name!r}; only .safetensors files are read. "
+                "Convert the file with safetensors.torch.save_file first."
+            )
+        for option in ("subfolder", "weight_name", "revision"):
+            value = getattr(self, option)
+            reason = None if value is None else way_out(value.removesuffix("/"))
+            if reason is not None:
+                raise ValueError(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
+
+
+def local_folder(config: TeacherConfig) -> Path | None:
+    """The existing local folder that a teacher's name means, or `None` when it is to be looked for on the Hub."""
+    path = _path(config.model_name_or_path)
+    return path if path is not None and path.is_dir() else None
+
+
+def _path(name: str) -> Path | None:
+    """What exists here by that name, or `None`."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (PermissionError, RuntimeError) as error:  # what may not be looked at, or a user whose home is unknown
+        raise TeacherError(
+            f"Teacher '{shown(name)}' cannot be looked for ({type(error).__name__}: {error})"
+        ) from error
+    except OSError:  # a name is too long for a file system
+        return None
+
+
+def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
+    """
+    Reads a teacher's short form: `"base"`, an existing folder or `.safetensors` file, or
+    `owner/repo[/sub/folder][/file.safetensors][@revision]`.
+
+    Args:
+        spec (`str` or [`TeacherConfig`]):
+            A string, or a config whose `model_name_or_path` may itself be such a string.
+
+    Returns:
+        [`TeacherConfig`] whose `model_name_or_path` is `"base"`, an existing folder or `owner/repo`.
+
+    Raises:
+        ValueError: If the string is none of these, or names a subfolder, file or revision that the config contradicts.
+    """
+    config = TeacherConfig(spec) if isinstance(spec, str) else spec
+    name = config.model_name_or_path
+    if name == "base":
+        given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
+        if given:
+            raise ValueError(f'Teacher "base" is the base model itself and takes no {", ".join(given)}.')
+        return config
+    if local_folder(config) is not None:
+        return config
+    file = _path(name)
+    if file is not None and file.is_file():
+        given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
+        if given:
+            raise ValueError(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")
+        return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)  # refuses pickles
+
+    path, at, revision = name.partition("@")
+    parts = path.split("/")
+    weight_name = parts.pop() if parts[-1].endswith(".safetensors") else None
+    called = f"'{shown(name)}'"
+    if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
+        raise ValueError(
+            f"Teacher {called} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"
+            '[@revision], nor a .safetensors file here. Check the path, or say "base" for the base model.'
+        )
+    for part in (path, *([revision] if at else [])):
+        reason = way_out(part)
+        if reason is not None:
+            raise ValueError(f"Teacher {called} is no file here, and on the Hub {reason}.")
+    if weight_name and config.weight_name not in (None, weight_name):
+        raise ValueError(f"Teacher {called} names a file, and its config {config.weight_name!r}: give one.")
+    if revision and config.revision not in (None, revision):
+        raise ValueError(f"Teacher {called} names revision {revision!r} and its config {config.revision!r}: give one.")
+    subfolder = "/".join([*parts[2:], *([config.subfolder.strip("/")] if config.subfolder else [])])
+    return replace(
+        config,
+        model_name_or_path="/".join(parts[:2]),
+        subfolder=subfolder or None,
+        revision=revision or config.revision,
+        weight_name=weight_name or config.weight_name,
+    )
+
+
+TeacherSpec = str | TeacherConfig | Sequence[str | TeacherConfig]
+
+
+def normalize_teachers(
+    teachers: TeacherSpec | Mapping[str, TeacherSpec], tasks: Sequence[str]
+) -> dict[str, list[TeacherConfig]]:
+    """
+    Gives every task its teachers, with weights that sum to 1.
+
+    Args:
+        teachers (`str`, [`TeacherConfig`], a list of them, or a `dict` from task to any of these):
+            Without a dict the same teachers serve every task.
+        tasks (`Sequence[str]`):
+            The tasks that occur in the data.
+
+    Returns:
+        `dict[str, list[TeacherConfig]]` in the order of `tasks`.
+
+    Raises:
+        ValueError: If a task has no teacher, a teacher's task has no prompts, a list is empty, or a teacher cannot be
+            read. One message names all of it.
+    """
+    problems: list[str] = []
+    if isinstance(teachers, Mapping):
+        by_task = dict(teachers)
+        if missing := [task for task in tasks if task not in by_task]:
+            problems.append(
+                f"no teacher for task {', '.join(map(repr, missing))}; teachers are given for {[*by_task]}"
+            )
+        if idle := [task for task in by_task if task not in tasks]:
+            problems.append(f"no prompts for task {', '.join(map(repr, idle))}; the data has {[*tasks]}")
+    else:
+        by_task = dict.fromkeys(tasks, teachers)
+
+    normalized: dict[str, list[TeacherConfig]] = {}
+    for task in tasks:
+        if task not in by_task:
+            continue
+        given = by_task[task]
+        entries = [given] if isinstance(given, str | TeacherConfig) else [*given]
+        configs = []
+        for entry in entries:
+            try:
+                configs.append(parse_teacher(entry))
+            except ValueError as error:
+                problems.append(f"task {task!r}: {error}")
+        if not entries:
+            problems.append(f"the list of teachers of task {task!r} is empty")
+        total = math.fsum(config.weight for config in configs)
+        normalized[task] = [replace(config, weight=config.weight / total) for config in configs]
+    if problems:
+        raise ValueError("The teachers do not fit:\n" + listed(problems))
+    return normalized

@@ -1,0 +1,237 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Finding the files of a teacher, locally or on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+
+from ..guards.redaction import shown
+from ..hub.errors import download, listing
+from .boundary import strangers_files
+from .lora_layouts import some
+from .teacher_config import TeacherConfig, TeacherError, local_folder
+
+
+# Configs of real models have kilobytes, and indices of the largest a few megabytes.
+_LONGEST_JSON = 16 * 2**20
+# Of the tensors of a file: the largest networks have some thousands, with names of up to a hundred characters.
+_MOST_TENSORS, _LONGEST_KEY = 10_000, 500
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """
+    Where a teacher lies and where it came from.
+
+    Attributes:
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole transformer.
+        folder: Local folder that holds the files.
+        names: The files that define the teacher, relative to `folder`.
+        source: Hub id or the name of the local folder; never a path.
+        subfolder: As given by the user.
+        revision: Commit on the Hub; `None` for a local folder.
+    """
+
+    kind: Literal["peft", "diffusers", "full"]
+    folder: Path
+    names: tuple[str, ...]
+    source: str
+    subfolder: str | None
+    revision: str | None
+
+    @property
+    def label(self) -> str:
+        """How messages call this teacher."""
+        # A file that is not named as its kind's always are.
+        name = self.names[0] if self.kind == "diffusers" and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
+        return "/".join(filter(None, (self.source, self.subfolder, name)))
+
+    @property
+    def shown(self) -> str:
+        """How messages call its files."""
+        return " and ".join(self.names) if len(self.names) < 3 else "its files"
+
+    def sha256(self) -> str:
+        """
+        SHA-256 over the teacher's files: of a single file its own hash (the one the Hub shows), of several that of the
+        listing `sha256sum` would print, because a LoRA's alpha lies in its config and belongs to the teacher.
+        """
+        digests = []
+        for name in self.names:
+            with open(self.folder / name, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        if len(digests) == 1:
+            return digests[0]
+        listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, self.names, strict=True))
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def find_files(config: TeacherConfig) -> TeacherFiles:
+    """
+    Resolves a parsed teacher (not `"base"`) to local files, downloading what is needed and no more.
+
+    Raises:
+        TeacherError: If the folder, repository, revision or files do not exist, cannot be reached or read, or are pickles.
+    """
+    local = local_folder(config)
+    shown = _shown(config) if local is None else local.resolve().name
+    with strangers_files(lambda said: f"{shown}: its files cannot be read ({said})"):
+        files = _find(config)
+        for name in files.names:  # safetensors calls a file that may not be read one that does not exist
+            with open(files.folder / name, "rb"):
+                pass
+        return files
+
+
+def _find(config: TeacherConfig) -> TeacherFiles:
+    prefix = f"{config.subfolder.strip('/')}/" if config.subfolder else ""
+    local = local_folder(config)
+    if local is not None:
+        source, revision, folder = local.resolve().name, None, local / prefix
+        if config.revision is not None:
+            raise TeacherError(f"{source}: a local folder has no revision ({config.revision!r} was asked for)")
+        if not folder.is_dir():
+            raise TeacherError(f"{source}: there is no folder {config.subfolder!r} in it")
+    else:
+        source = config.model_name_or_path
+        # Configs first: they decide which of a repository's often very large weights are this teacher's.
+        indices = [CONFIG_NAME, "model_index.json", "config.json", SAFE_WEIGHTS_INDEX_NAME]
+        configs = indices + [f"transformer/{name}" for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
+        snapshot = _download(config, config.revision, [prefix + name for name in configs])
+        revision, folder = snapshot.name, snapshot / prefix
+    label = f"{source}/{config.subfolder}" if config.subfolder else source
+
+    kind: Literal["peft", "diffusers", "full"] = "diffusers"
+    names: tuple[str, ...]
+    # The weights of a PEFT folder or a transformer are these with the config beside them, also where they are named.
+    if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
+        kind, names = "peft", (CONFIG_NAME, PEFT_WEIGHTS_NAME)
+    elif any((folder / name).is_file() for name in ("model_index.json", "config.json")) and config.weight_name in (
+        None,
+        SAFETENSORS_WEIGHTS_NAME,
+    ):
+        if (folder / "model_index.json").is_file():
+            prefix, folder = f"{prefix}transformer/", folder / "transformer"
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
+        weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
+        kind, names = "full", ("config.json", *weights)
+    elif config.weight_name is not None:
+        names = (config.weight_name,)
+    else:
+        names = (_lora_file(config, revision, folder, prefix, label),)
+
+    if local is None and not all((folder / name).is_file() for name in names):
+        _download(config, revision, [prefix + name for name in names])
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise TeacherError(
+                f"{label}: holds {', '.join(pickles)} but no {', '.join(missing)}. Pickled weights are not read; convert "
+                'them where you trust them: safetensors.torch.save_file(torch.load("'
+                f'{pickles[0]}", weights_only=True), "{missing[0]}")'
+            )
+        raise TeacherError(
+            f"{label}: has no {', '.join(missing)}. A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), a "
+            f"LoRA's file ({LORA_WEIGHT_NAME_SAFE}, a folder's only other one, or weight_name=), a transformer (config.json) or "
+            "a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and the revision."
+        )
+    return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
+
+
+def _shards(index: Path, label: str) -> list[str]:
+    shards = read_json(index, label).get("weight_map")
+    if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
+        raise TeacherError(f"{label}: {index.name} has no weight_map, which says in which file each weight is")
+    names = sorted(set(shards.values()))
+    # Beside the index, and no pattern, which would fetch other files too.
+    if foreign := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
+        raise TeacherError(f"{label}: {index.name} names {some(foreign)}; a .safetensors file beside it is needed")
+    return names
+
+
+def _lora_file(config: TeacherConfig, revision: str | None, folder: Path, prefix: str, label: str) -> str:
+    """The name of the LoRA's file in a folder: diffusers' own, else that of the only `.safetensors` file there."""
+    is_local = local_folder(config) is not None
+    if not is_local:
+        _download(config, revision, [prefix + LORA_WEIGHT_NAME_SAFE])
+    if (folder / LORA_WEIGHT_NAME_SAFE).is_file():
+        return LORA_WEIGHT_NAME_SAFE
+    if is_local:
+        there = [path.name for path in folder.glob("*.safetensors")]
+    else:
+        there = listing(_shown(config), config.model_name_or_path, revision, folder, prefix, TeacherError)
+    names = sorted(name for name in there if name.endswith(".safetensors") and "/" not in name)
+    if len(names) > 1:
+        raise TeacherError(
+            f"{label}: has several files ({some(names)}). Say which one: name it at the end of the path, or with weight_name=."
+        )
+    return names[0] if names else LORA_WEIGHT_NAME_SAFE
+
+
+def _shown(config: TeacherConfig) -> str:
+    return f"{config.model_name_or_path}@{config.revision}" if config.revision else config.model_name_or_path
+
+
+def _download(config: TeacherConfig, revision: str | None, names: list[str]) -> Path:
+    return download(_shown(config), config.model_name_or_path, revision, names, TeacherError)
+
+
+def check_keys(keys: list[str], what: str) -> None:
+    """
+    Refuses what no network has, before anything is done with each of a file's keys.
+
+    Raises:
+        TeacherError: If they are too many or one of them is too long. `what` is how messages call the file.
+    """
+    if len(keys) > _MOST_TENSORS:
+        raise TeacherError(f"{what} has {len(keys)} tensors, more than any network")
+    longest = max(keys, key=len, default="")
+    if len(longest) > _LONGEST_KEY:
+        raise TeacherError(f"{what} has a tensor with a name of {len(longest)} characters: {shown(longest, 80)}")
+
+
+def read_json(path: Path, label: str) -> dict[str, Any]:
+    """
+    The JSON object in a file.
+
+    Raises:
+        TeacherError: If it is something else, or longer than any config.
+    """
+    with open(path, "rb") as file:
+        text = file.read(_LONGEST_JSON + 1)
+    return parse_json(text, f"{label}: {path.name}")
+
+
+def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+    """The JSON object in a text, which messages call `what`. Raises as [`read_json`]."""
+    if len(text) > _LONGEST_JSON:
+        raise TeacherError(f"{what} has more than {_LONGEST_JSON // 2**20} MB, which no config has")
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise TeacherError(f"{what} is not valid JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise TeacherError(f"{what} is a JSON {type(parsed).__name__}; an object is needed")
+    return parsed

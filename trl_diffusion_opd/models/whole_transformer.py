@@ -1,0 +1,149 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reading a whole transformer as a teacher, strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..acceleration.quantization import plain_tensors, weight_kind
+from ..pipelines.view import base_weight
+from .boundary import strangers_files
+from .lora_layouts import some
+from .teacher_config import TeacherError
+from .teacher_files import TeacherFiles, check_keys, read_json
+
+
+_QUANTIZATION = "quantization_config"
+_METHODS = ("bitsandbytes", "torchao")
+# Of the weights beside the base's, as of a LoRA's update: see `lora_update.py`.
+_BEYOND = 2.0**24
+
+
+def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
+    """
+    Loads a whole transformer, frozen, in the dtype of the base and on its device.
+
+    Raises:
+        TeacherError: If its class or config differs from the base's, or a weight is missing, left over, of another
+            shape or type, or not finite.
+    """
+    with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
+        return _load_transformer(files, base)
+
+
+def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
+    label = files.label
+    cls: Any = type(base)  # the config half of a diffusers model is not in ModelMixin's type
+    stored = read_json(files.folder / "config.json", label)
+    if stored.get("_class_name") != cls.__name__:
+        raise TeacherError(
+            f"{label}: its config.json is of class {str(stored.get('_class_name'))[:80]!r} and the base's transformer is a "
+            f"{cls.__name__!r}. A full teacher needs the class of the base."
+        )
+    ours = json.loads(base.to_json_string())
+    # Before anything of its sizes is built. What it leaves open the class fills in, as for an older config.json.
+    _compare({key: value for key, value in stored.items() if value is not None and key in ours}, ours, label)
+    with torch.device("meta"):
+        empty = cls.from_config(dict(stored))
+    theirs = json.loads(empty.to_json_string())
+    _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
+    quantised = stored.get(_QUANTIZATION)
+    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") in _METHODS):
+        raise TeacherError(f"{label}: is quantised by {_short(quantised)}; bitsandbytes and torchao are known here")
+    if quantised is None:
+        _check_headers(files, empty.state_dict())
+    try:
+        model, info = cls.from_pretrained(
+            files.folder, dtype=base_weight(base).dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TeacherError(f"{label}: its weights do not load ({error})") from error
+    if wrong := {key: sorted(map(str, value)) for key, value in info.items() if value}:
+        raise TeacherError(
+            f"{label}: its weights do not fit its config: { {key: value[:3] for key, value in wrong.items()} }"
+        )
+    # Buffers too: SD3's table of positions is one, and is in the file.
+    if bad := [key for key, value in [*model.named_parameters(), *model.named_buffers()] if not _is_finite(value)]:
+        raise TeacherError(f"{label}: holds NaN or infinite values in {some(bad)}")
+    size = _norm(model)
+    if not size:
+        raise TeacherError(f"{label}: all of its weights are zero")
+    if size > _BEYOND and size > _BEYOND * _norm(base):
+        raise TeacherError(
+            f"{label}: its weights are more than 2^24 times those of the base, and what they compute is not finite"
+        )
+    return model.to(base.device).requires_grad_(False).eval()
+
+
+def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> None:
+    # The base may be quantized where the teacher is not; what it computes is the same.
+    names = sorted(key for key in theirs if not key.startswith("_") and key != _QUANTIZATION)
+    if differing := [key for key in names if ours.get(key) != theirs[key]]:
+        shown = ", ".join(f"{key} {_short(theirs[key])} (base {_short(ours.get(key))})" for key in differing[:8])
+        raise TeacherError(f"{label}: made for another base: {shown}")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) -> None:
+    """Each weight in one file, the one that the index says, and floats where the base has floats: loading casts whatever is there."""
+    held: dict[str, str] = {}
+    for name in files.names[1:]:
+        try:
+            with safe_open(files.folder / name, "pt") as file:
+                keys = list(file.keys())
+                check_keys(keys, f"{files.label}: {name}")
+                kinds = {key: file.get_slice(key).get_dtype() for key in keys}
+        except SafetensorError as error:
+            raise TeacherError(f"{files.label}: {name} is not a readable safetensors file ({error})") from error
+        if twice := [key for key in keys if key in held]:
+            raise TeacherError(
+                f"{files.label}: {some(twice)} is in {held[twice[0]]} and in {name}; which one counts is unclear"
+            )
+        held |= dict.fromkeys(keys, name)
+        floats = [key for key in keys if key in expected and expected[key].is_floating_point()]
+        if other := [key for key in floats if not kinds[key].startswith(("F", "BF"))]:
+            raise TeacherError(
+                f"{files.label}: {name} holds {kinds[other[0]]} in {some(other)}. Save it in a floating-point dtype."
+            )
+    index = files.folder / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        said = read_json(index, files.label)["weight_map"]
+        if wrong := sorted(key for key in {*said, *held} if said.get(key) != held.get(key)):
+            raise TeacherError(
+                f"{files.label}: {index.name} is of other files: it does not say where {some(wrong)} is"
+            )
+
+
+def _norm(network: nn.Module) -> float:
+    """Norm of a network's own weights, without LoRAs and what is quantised."""
+    own = [p for name, p in network.named_parameters() if "lora_" not in name]
+    weights = [weight for weight in own if weight.is_floating_point() and weight_kind(weight) is None]
+    return math.hypot(*(float(torch.linalg.vector_norm(w.detach(), dtype=torch.float32)) for w in weights))
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(part.float()).all()) for part in plain_tensors(weight))

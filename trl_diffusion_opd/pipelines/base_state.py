@@ -1,0 +1,211 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a pipeline carries beside its weights. A base is plain: what its classes and configs say, and nothing around it.
+
+LoRAs, fused projections, caches and other hooks of diffusers change what the transformer computes or which of its layers take part, and none of it
+is saved with a student. Here they are found, named, and it is said what undoes them. What changes neither is let through:
+gradient checkpointing, forward chunking, compiling in place, train mode, frozen weights, and on the VAE slicing,
+tiling, fused projections and layerwise casting.
+"""
+
+import logging
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any
+
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from diffusers.hooks import HookRegistry
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.modeling_utils import ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..guards.redaction import shown
+
+
+logger = logging.getLogger(__name__)
+
+_LOAD_AGAIN = "Load the pipeline again without it."
+# Names of diffusers' hooks, by how they begin.
+_OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
+_CASTING = ("layerwise_casting", "peft_autocast_disable")
+_SPLITTING = ("cp_input", "cp_output")
+
+
+def carries_lora(pipeline: DiffusionPipeline) -> bool:
+    """Whether a component has adapter layers, active or not."""
+    return any(isinstance(m, BaseTunerLayer) for network in _networks(pipeline) for m in network.modules())
+
+
+def transformer_problems(transformer: nn.Module) -> list[str]:
+    """
+    What keeps LoRAs on a transformer from doing what they say, a sentence each. It has none yet; nothing is changed.
+
+    Args:
+        transformer (`nn.Module`): of a pipeline. One that is not of diffusers' kind is not compared with its config.
+    """
+    if isinstance(transformer, OptimizedModule):
+        return [
+            "The transformer is wrapped by torch.compile, which hides the names of its weights and inputs. Unwrap it: "
+            "pipe.transformer = pipe.transformer._orig_mod. torch_compile=True compiles the student and all teachers."
+        ]
+    if isinstance(transformer, (DataParallel, DistributedDataParallel)):
+        return [
+            f"The transformer is wrapped by {type(transformer).__name__}, which the trainer does itself. Unwrap it: "
+            "pipe.transformer = pipe.transformer.module."
+        ]
+    problems = _hook_problems(transformer)
+    fused = [m for m in transformer.modules() if vars(m).get("fused_projections")]
+    if fused:
+        undo = "Undo it with pipe.transformer.unfuse_qkv_projections()."
+        if not all(isinstance(module, AttentionModuleMixin) for module in fused):
+            undo = f"{_LOAD_AGAIN} (Unfusing leaves the fused layers in a {type(transformer).__name__}.)"
+        problems.append(
+            "The transformer's projections are fused (fuse_qkv_projections), so that its attention would pass by the LoRAs on "
+            f"to_q, to_k and to_v. {undo}"
+        )
+    elif isinstance(transformer, ModelMixin):
+        problems += _foreign_parts(transformer)
+    return problems
+
+
+def placement_problems(pipeline: DiffusionPipeline) -> list[str]:
+    """What keeps the components of a pipeline from being moved to a device and staying there, a sentence each."""
+    networks = list(_networks(pipeline))
+    problems = []
+    if any("_hf_hook" in vars(module) for network in networks for module in network.modules()):
+        problems.append(
+            "The pipeline is offloaded to the CPU; its hooks would move the model while it trains. Load it without "
+            "enable_model_cpu_offload(), enable_sequential_cpu_offload() and a device_map of several devices; "
+            "offload_encoders=True keeps its text encoders and VAE in host memory."
+        )
+    elif any(parameter.is_meta for network in networks for parameter in network.parameters()):
+        problems.append(
+            "The pipeline has weights that are not loaded (on the device 'meta'). Load all of them, without a device_map that "
+            "leaves some on the disk."
+        )
+    if any(name.startswith(_OFFLOADING) for network in networks for name in _diffusers_hooks(network)):
+        problems.append(
+            "The pipeline is offloaded in groups (enable_group_offload); its hooks would move the model while it trains. "
+            f"{_LOAD_AGAIN} offload_encoders=True keeps its text encoders and VAE in host memory."
+        )
+    return problems
+
+
+def _networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:
+    return (component for component in pipeline.components.values() if isinstance(component, nn.Module))
+
+
+def _diffusers_hooks(network: nn.Module) -> list[str]:
+    """Names of the hooks that diffusers has put around a network's modules. A registry may be there without any."""
+    registries = (vars(module).get("_diffusers_hook") for module in network.modules())
+    return sorted({name for registry in registries if isinstance(registry, HookRegistry) for name in registry.hooks})
+
+
+def _hook_problems(transformer: nn.Module) -> list[str]:
+    problems = []
+    names = [name for name in _diffusers_hooks(transformer) if not name.startswith(_OFFLOADING)]
+    casting, splitting = ([n for n in names if n.startswith(kind)] for kind in (_CASTING, _SPLITTING))
+    others = [name for name in names if name not in (*casting, *splitting)]
+    if casting:
+        problems.append(
+            "The transformer's weights are cast layer by layer (enable_layerwise_casting), which rounds LoRAs too and gives other "
+            f"gradients. {_LOAD_AGAIN} A quantization_config saves as much memory."
+        )
+    if splitting:
+        problems.append(
+            f"The transformer is split over processes (enable_parallelism: {', '.join(splitting)}). {_LOAD_AGAIN}"
+        )
+    if others:
+        problems.append(
+            f"The transformer has a cache or another hook of diffusers ({', '.join(others)}), which skips or changes layers while it "
+            f"trains. What enable_cache(...) set, pipe.transformer.disable_cache() undoes; else: {_LOAD_AGAIN[0].lower()}"
+            f"{_LOAD_AGAIN[1:]}"
+        )
+    hooked = [name or "itself" for name, module in transformer.named_modules() if _has_hooks(module)]
+    if hooked:  # those that only watch, as wandb.watch(...) puts them on, do no harm
+        logger.warning(
+            f"The transformer has forward or backward hooks (on {_some(hooked)}). They run for student and teachers alike, and are no "
+            "part of what is saved: one that changes what it sees is missing there. Its handle's .remove() takes it away."
+        )
+    replaced = [name or "itself" for name, module in transformer.named_modules() if _has_other_forward(module)]
+    if replaced:
+        problems.append(
+            f"The transformer's forward was replaced (of {_some(replaced)}), and what is saved would run with the class's own. "
+            f"{_LOAD_AGAIN}"
+        )
+    return problems
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    """Whether it has a forward that is not its class's, beside those of accelerate's and diffusers' hooks, which are told by name."""
+    own = vars(module)
+    if "forward" not in own or "_hf_hook" in own or _diffusers_hooks(module):
+        return False
+    # Hooks that are taken away again leave the class's own behind, as an attribute of the module.
+    return not (isinstance(own["forward"], MethodType) and own["forward"].__func__ is type(module).forward)
+
+
+def _foreign_parts(transformer: Any) -> list[str]:
+    """What of a transformer is not what its config makes."""
+    with init_empty_weights():
+        plain = type(transformer).from_config(transformer.config)
+    expected = dict(plain.named_modules())
+    found = dict(transformer.named_modules())
+    # A quantised layer is of a class derived from the plain one's.
+    foreign = [name for name, m in found.items() if name not in expected or not isinstance(m, type(expected[name]))]
+    # A part that is optional is not a module where it is None.
+    missing = [name for name in expected if name not in found]
+    problems = []
+    if any(name.endswith(".processor") for name in foreign):
+        problems.append(
+            f"The transformer carries an IP-adapter or other weights in its attention processors ({_some(foreign)}), which would "
+            "become part of the base. Remove them with pipe.unload_ip_adapter()."
+        )
+    elif foreign or missing:
+        named = f"has {_some(foreign)}" if foreign else f"lacks {_some(missing)}"
+        problems.append(
+            f"The transformer is not what its config says: it {named}. What is saved could not be loaded on the base that others "
+            "have. Load the pipeline again, or save it with a config that fits."
+        )
+    else:
+        ours, theirs = _processors(found), _processors(expected)
+        other = [name for name in ours if type(ours[name]) is not type(theirs[name])]
+        if other:
+            first = other[0]
+            problems.append(
+                f"The transformer's attention processors were replaced ({_some(other)}: {type(ours[first]).__name__} in place of "
+                f"{type(theirs[first]).__name__}), which is no part of what is saved. Undo it with "
+                f"pipe.transformer.set_attn_processor({type(theirs[first]).__name__}()), or load the pipeline again."
+            )
+    return problems
+
+
+def _processors(modules: dict[str, nn.Module]) -> dict[str, Any]:
+    """What computes the attention of each module that leaves it to another object."""
+    return {name: vars(module)["processor"] for name, module in modules.items() if "processor" in vars(module)}
+
+
+def _some(names: list[str]) -> str:
+    return shown(names[0]) if len(names) == 1 else f"{shown(names[0])} and {len(names) - 1} more"

@@ -1,0 +1,104 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Draws images with the deterministic sampler: the same image whatever process draws it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from ..algorithms.rollout import sample_generators, walk
+from ..algorithms.samplers import sampler_table
+from .velocity import VelocityField
+
+
+# Two words of a seed, before the caller's: training seeds with [seed, step, task, sample], and no run has a seed and a
+# step like these.
+DRAWING = 0xD1FF05ED_E7A15EED
+
+# velocity(x, level, prompts)
+Velocity = Callable[[Tensor, float, list[str]], Tensor]
+
+
+def draw_images(
+    field: VelocityField,
+    transformer: Callable[..., Any],
+    prompts: list[str],
+    *,
+    entropy: Sequence[int],
+    guidance_scale: float,
+    batch_size: int,
+    process: tuple[int, int] = (0, 1),
+    on_batch: Callable[[list[int], list[Image]], None] | None = None,
+) -> list[tuple[int, Image]]:
+    """
+    Draws an image a prompt with the deterministic sampler.
+
+    An image depends on `entropy` and on its number, and not on the batch or the process that it is drawn in, but for
+    rounding. Every process calls the transformer equally often; what that draws twice is dropped.
+
+    Args:
+        field ([`VelocityField`]): the pipeline, with the noise grid to walk.
+        transformer (`Callable`): what is called in place of the pipeline's transformer.
+        prompts (`list[str]`): prompts of all processes.
+        entropy (`Sequence[int]`): what the images have in common, not negative: seed and task. Training's noise is
+            another one, whatever it is.
+        guidance_scale (`float`): scale of classifier-free guidance, 1 for none.
+        batch_size (`int`): images at a time on one process.
+        process (`tuple[int, int]`, *optional*): index of this process and number of processes.
+        on_batch (`Callable`, *optional*): called as `on_batch(positions, images)` when a batch is drawn, so that it can be
+            scored while the next one is.
+
+    Returns:
+        `list[tuple[int, PIL.Image.Image]]`: position in `prompts` and image, of this process's share.
+    """
+
+    def velocity(x: Tensor, t: float, batch: list[str]) -> Tensor:
+        return field(x, t, batch, guidance_scale, transformer)
+
+    rank, world = process
+    share = range(rank, -(-len(prompts) // world) * world, world)
+    drawn: list[tuple[int, Image]] = []
+    for start in range(0, len(share), batch_size):
+        positions = list(share[start : start + batch_size])
+        images = draw_batch(field, velocity, [prompts[i % len(prompts)] for i in positions], entropy, positions)
+        mine = [(i, image) for i, image in zip(positions, images, strict=True) if i < len(prompts)]
+        if on_batch is not None and mine:
+            on_batch([i for i, _ in mine], [image for _, image in mine])
+        drawn += mine
+    return drawn
+
+
+@torch.no_grad()
+def draw_batch(
+    field: VelocityField, velocity: Velocity, prompts: list[str], entropy: Sequence[int], numbers: Sequence[int]
+) -> list[Image]:
+    """
+    Draws a batch of images.
+
+    Args:
+        field ([`VelocityField`]): the pipeline, with the noise grid to walk.
+        velocity (`Callable`): `velocity(x, level, prompts)`.
+        prompts (`list[str]`): one an image.
+        entropy (`Sequence[int]`): as in [`draw_images`].
+        numbers (`Sequence[int]`): the number of each image among those of the same entropy.
+    """
+    table = sampler_table("ode", field.levels)
+    levels = table.levels.tolist()
+    x = field.initial_latents(prompts, sample_generators([DRAWING, *entropy], numbers))
+    x = walk(lambda j, x: velocity(x, levels[j], prompts), x, table)
+    return field.decode(x, prompts)

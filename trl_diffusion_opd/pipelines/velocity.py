@@ -1,0 +1,559 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The velocity of any flow-matching pipeline of diffusers, by asking the pipeline itself.
+
+Every family encodes prompts, scales timesteps, lays out guidance and signs its output in a way of its own, and its
+pipeline's `__call__` knows all of it. So one step of that `__call__` is run on a shallow view of the pipeline, in which
+`prepare_latents` hands out our `x`, the transformer is one that we name, and the scheduler takes what arrives at `step`
+(the velocity after guidance, slicing and sign) and stops there. This file and `pipeline_view.py` are the only ones that
+touch a pipeline's inside.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL.Image import Image
+from PIL.Image import new as new_image
+from torch import Tensor, nn
+
+from ..guards.finite import finite_images
+from .latent_map import LatentMap
+from .prompt_cache import PromptCache
+from .prompt_store import PromptStore
+from .view import (
+    DecoderStandIn,
+    PipelineView,
+    Probe,
+    StandIn,
+    Stop,
+    at_least_float32,
+    stop,
+    timestep_name,
+)
+
+
+# Their effect depends on the index within the loop, and here every step is the only one of its loop.
+LOOP_INDEX_OPTIONS = (
+    "skip_guidance_layers",
+    "skip_layer_guidance_scale",
+    "skip_layer_guidance_start",
+    "skip_layer_guidance_stop",
+    "cfg_trunc_ratio",
+    "cfg_truncation",
+    "cfg_normalization_start",
+    "guidance_interval",
+    "guidance_start",
+    "guidance_stop",
+)
+# What the walk decides.
+MANAGED_OPTIONS = (
+    "prompt",
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "latents",
+    "generator",
+    "num_images_per_prompt",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "height",
+    "width",
+    "max_sequence_length",
+)
+
+
+class VelocityField:
+    """
+    `v(x, t | prompts, guidance)` of a flow-matching pipeline, bit for bit what its own loop computes.
+
+    Noise levels run from `t = 1` (noise) to `t = 0` (image), and `v` points from the image to the noise: `x0 = x - t v`.
+    The pipeline is never changed.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            A pipeline with `transformer`, `encode_prompt`, `prepare_latents` and a flow-matching scheduler.
+        num_inference_steps (`int`):
+            Steps of the noise grid, which the pipeline's own scheduler sets.
+        height (`int`, *optional*), width (`int`, *optional*):
+            Size of the images in pixels, the pipeline's default if not given.
+        max_sequence_length (`int`, *optional*):
+            Length of the text in tokens, the pipeline's default if not given.
+        generation_kwargs (`dict`, *optional*):
+            Further arguments of the pipeline's `__call__`. Those that depend on the index within the loop are refused.
+        prompt_store ([`PromptStore`], *optional*):
+            Where embeddings of prompts are kept across runs; they are kept in memory if not given.
+
+    Attributes:
+        levels (`torch.Tensor` of shape `(num_inference_steps + 1,)`, float64):
+            The noise grid, decreasing, with a final 0.
+        encoding (`Callable`):
+            Makes a context in which prompts and images are encoded, such as one that times it.
+
+    Raises:
+        [`ValueError`]: if the pipeline is not a flow-matching one, lacks a part that is needed, or the size or an
+            option does not fit it. One message lists everything that is wrong.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        num_inference_steps: int,
+        height: int | None = None,
+        width: int | None = None,
+        max_sequence_length: int | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        prompt_store: PromptStore | None = None,
+    ):
+        self.pipeline = pipeline
+        self._base = pipeline.components.get("transformer")
+        self.height, self.width = height, width
+        self._parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+        options = dict(generation_kwargs or {})
+        problems = _pipeline_problems(pipeline) or self._option_problems(options, max_sequence_length)
+        if problems:
+            raise ValueError("\n".join(problems))
+        if max_sequence_length is not None:
+            options["max_sequence_length"] = max_sequence_length
+        options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
+        self._options = options
+        self._cache = PromptCache(store=prompt_store)
+        self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._working_scales = {1.0}
+        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
+        self._view_class = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
+        self._guidance_offset = 0.0
+        self._latent_map: LatentMap | None = None
+        self.set_grid(num_inference_steps)
+
+    def set_grid(self, num_inference_steps: int) -> None:
+        """Reads the noise grid of that many steps from the pipeline's scheduler, as its `__call__` sets it."""
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        view = self._run([""], 1.0, scheduler, num_inference_steps)
+        # Flow-prediction solvers (Sana's) keep integer timesteps: only their levels are taken.
+        self.levels = scheduler.sigmas.to("cpu", torch.float64)
+        if len(self.levels) != num_inference_steps + 1:
+            raise ValueError(
+                f"{type(scheduler).__name__} makes {len(self.levels) - 1} levels of {num_inference_steps} steps. Use a "
+                "FlowMatchEulerDiscreteScheduler, which makes one a step."
+            )
+        timesteps = self.levels[:-1] * scheduler.config.num_train_timesteps
+        own = scheduler.timesteps.to("cpu", torch.float64)
+        # CogView4 shifts the levels and shows its transformer the timesteps from before the shift.
+        self._shifted_apart = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not torch.allclose(
+            own, timesteps
+        )
+        self._timesteps = torch.cat([own, own.new_zeros(1)])
+        # Z-Image and Krea 2 write guidance as v + s (v - v_empty): s is one less than everybody else's scale. Once this
+        # is known, a scale of 1 is no guidance there either, and stays known.
+        named = self._guidance_name == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
+        self._guidance_offset += float(named and view.do_classifier_free_guidance)
+
+    def with_steps(self, num_inference_steps: int) -> "VelocityField":
+        """The same field on a grid of another number of steps; embeddings are shared."""
+        other = copy.copy(self)
+        other.set_grid(num_inference_steps)
+        return other
+
+    @property
+    def num_inference_steps(self) -> int:
+        return len(self.levels) - 1
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        guidance_scale: float,
+        transformer: Callable[..., Any] | None = None,
+        adapters: list[str] | None = None,
+    ) -> Tensor:
+        """
+        Velocity at `x`, after guidance.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, ...)`, float32): latents as the pipeline's loop has them (packed for some).
+            t (`float` or `Sequence[float]` of length `B`): noise level, in (0, 1], of all samples or of each.
+            prompts (`list[str]` of length `B`)
+            guidance_scale (`float`):
+                Scale of classifier-free guidance; 1 is none, also where the pipeline itself counts from 0.
+            transformer (`Callable`, *optional*): what is called in place of the pipeline's transformer.
+            adapters (`list[str]` of length `B`, *optional*):
+                Which LoRA of a `PeftModel` each sample is for, `"__base__"` for none, in place of the active one for all.
+
+        Returns:
+            `torch.Tensor` of `x`'s shape, float32 (float64 where the model is).
+        """
+        stand_in = StandIn(transformer or self._base, self._base)
+        if isinstance(t, Sequence):
+            # A pipeline's loop has one level. What it shows the transformer at each of them is asked beforehand.
+            shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
+            stand_in.__dict__["timesteps"] = [shown[level] for level in t]
+            t = t[0]
+        stand_in.__dict__["adapters"] = adapters
+        return self._velocity(x, t, prompts, guidance_scale, stand_in)
+
+    def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
+        """The timesteps that the pipeline gives its transformer for a batch at level `t`."""
+        inputs = self._first_inputs(x, t, prompts, guidance_scale)
+        return inputs[timestep_name(inputs)]
+
+    def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """What the pipeline gives its transformer in the first call at level `t`, by name."""
+        seen: list[dict[str, Any]] = []
+
+        def note(**inputs: Any) -> None:
+            seen.append(inputs)
+            raise Stop
+
+        self._probe.level, self._probe.own_timestep = float(t), self._timestep(float(t))
+        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=StandIn(note, self._base))
+        return seen[0]
+
+    def _velocity(
+        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: "StandIn"
+    ) -> Tensor:
+        self._probe.level, self._probe.velocity = float(t), None
+        self._probe.own_timestep = self._timestep(float(t))
+        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=transformer)
+        velocity, self._probe.velocity = self._probe.velocity, None  # it holds a graph
+        assert velocity is not None, "the pipeline's loop ended without a call of scheduler.step"
+        return at_least_float32(velocity)
+
+    def _timestep(self, t: float) -> float:
+        """What the pipeline's loop calls the level `t`."""
+        if self._shifted_apart:
+            return float(np.interp(t, self.levels.flip(0).numpy(), self._timesteps.flip(0).numpy()))
+        return t * self._probe.config.num_train_timesteps
+
+    def initial_latents(self, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        """
+        The noise that the pipeline itself would start from, given `generator=generators`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, ...)`, float32.
+        """
+        view = self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
+        return at_least_float32(view.prepared[0])
+
+    def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
+        """
+        Says which prompts are encoded together from now on, in calls of this field and of those of its `with_steps`; all
+        others are encoded alone. See [`PromptCache.set_companies`].
+        """
+        self._cache.set_companies(companies)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str], guidance_scales: Iterable[float]) -> None:
+        """
+        Encodes the prompts of a batch ahead of its calls, so that these find them encoded.
+
+        Args:
+            prompts (`list[str]`): of one batch: some pipelines' embeddings depend on the whole of it.
+            guidance_scales (`Iterable[float]`): of the calls to come.
+        """
+        x = self.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
+        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
+        for scale in guidance_scales:
+            self._run(prompts, scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
+
+    @torch.no_grad()
+    def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Any]]:
+        """
+        What the pipeline's `encode_prompt` returns for each prompt as a batch of its own, in every call of it on the way to
+        the transformer. No transformer runs.
+
+        Args:
+            prompts (`Iterable[str]`)
+            guidance_scale (`float`): of the calls in which the embeddings are used.
+        """
+        x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
+        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
+        for prompt in prompts:
+            view = self._run([prompt], guidance_scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
+            yield view.encoded
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
+        """
+        Images of final latents, decoded as the pipeline does: its loop is run with no step.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, ...)`): latents at level 0.
+            prompts (`list[str]` of length `B`)
+            output_type (`str`): as in the pipeline: `"pil"`, `"np"` in [0, 1], or `"pt"`.
+
+        Raises:
+            [`FloatingPointError`]: if latents or pictures are not finite.
+        """
+        if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+            raise FloatingPointError(
+                f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
+            )
+        self._probe.level = None
+        with finite_images():
+            images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
+        one_frame = isinstance(images[0], list) and len(images[0]) == 1  # a pipeline for videos, asked for an image
+        return [video[0] for video in images] if one_frame else images
+
+    @torch.no_grad()
+    def encode(self, images: Sequence[Image]) -> Tensor:
+        """
+        Latents of images as the pipeline's loop has them at level 0: the inverse of [`decode`].
+
+        An image is cut to the aspect ratio of `height` and `width` around its centre, resized, and encoded by the
+        pipeline's own VAE, without the noise of a variational one.
+
+        Args:
+            images (`list[PIL.Image.Image]` of length `B`): of any size and mode.
+
+        Returns:
+            `torch.Tensor` of shape `(B, ...)`, float32, on the transformer's device.
+
+        Raises:
+            [`ValueError`]: if images of this pipeline can't be encoded.
+        """
+        if self._latent_map is None:
+            self._latent_map = self._find_latent_map()
+        processor = _image_processor(self.pipeline)
+        vae: Any = self.pipeline.components["vae"]
+        pixels = processor.preprocess(
+            [image.convert("RGB") for image in images], self.height, self.width, resize_mode="crop"
+        ).to(next(self._base.parameters()).device, next(vae.parameters()).dtype)  # the VAE may be offloaded
+        if self._latent_map.of_video:
+            pixels = pixels.unsqueeze(2)
+        with self.encoding():
+            encoded = vae.encode(pixels, return_dict=False)[0]
+            return self._latent_map.from_vae(encoded if isinstance(encoded, Tensor) else encoded.mode())
+
+    def check_encode(self) -> None:
+        """
+        Encodes a grey image.
+
+        Raises:
+            [`ValueError`]: if images of this pipeline can't be encoded, with the reason.
+        """
+        if not isinstance(self.pipeline.components.get("vae"), nn.Module) or _image_processor(self.pipeline) is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} has no VAE with an image processor to encode images with."
+            )
+        self.encode([new_image("RGB", (self.width or 64, self.height or 64), "grey")])
+
+    def _find_latent_map(self) -> LatentMap:
+        """How the VAE's latents lie and are scaled in the loop's: whatever the pipeline does to them before decoding."""
+        vae: Any = self.pipeline.components["vae"]
+        generators = [torch.Generator().manual_seed(0)]
+
+        def to_vae(x: Tensor) -> Tensor:
+            stand_in = DecoderStandIn(vae)
+            self._probe.level = None
+            self._run([""], 1.0, self._probe, 1, x=x, output_type="pt", vae=stand_in)
+            return stand_in.latents
+
+        return LatentMap.find(to_vae, self.initial_latents([""], generators), type(self.pipeline).__name__)
+
+    def check_guidance(self, guidance_scale: float) -> None:
+        """
+        Refuses a scale that the pipeline would take in silence and ignore, by counting the transformer's rows.
+
+        Raises:
+            [`ValueError`]: if the transformer sees as many rows as at scale 1.
+        """
+        if guidance_scale in self._working_scales:
+            return
+        x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
+        rows = []
+        for scale in (1.0, guidance_scale):
+            stand_in = StandIn(self._base, self._base)
+            with torch.no_grad():
+                self._velocity(x, float(self.levels[0]), [""], scale, stand_in)
+            rows.append(stand_in.rows)
+        if rows[0] == rows[1]:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} does nothing: {type(self.pipeline).__name__} gives its transformer "
+                f"{rows[1]} row(s) a prompt, as at 1.0. Set guidance_scale=1.0 (a guidance embedding, as Flux has one, "
+                "is set through generation_kwargs)."
+            )
+        self._working_scales.add(guidance_scale)
+
+    @torch.no_grad()
+    def check_rows(self, guidance_scale: float) -> None:
+        """
+        Refuses a pipeline of which it cannot be told which sample a row of the transformer belongs to.
+
+        Raises:
+            [`ValueError`]: if the rows are not sample after sample, once or, with guidance, several times over.
+        """
+        prompts = ["", ""]
+        x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
+        rows = next(iter(self._first_inputs(x, 1.0, prompts, guidance_scale).values()))
+        in_order = len(rows) % 2 == 0 and all(torch.equal(row, rows[i % 2]) for i, row in enumerate(rows))
+        if not in_order or torch.equal(rows[0], rows[1]):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
+            )
+
+    def _option_problems(self, options: dict[str, Any], max_sequence_length: int | None) -> list[str]:
+        name = type(self.pipeline).__name__
+        problems = []
+        for option in options:
+            if option in LOOP_INDEX_OPTIONS:
+                problems.append(
+                    f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, and "
+                    "training asks for one step at a time. Remove it."
+                )
+            elif option in MANAGED_OPTIONS or option == self._guidance_name:
+                problems.append(f"generation_kwargs: {option!r} is set by the trainer's own arguments. Remove it.")
+            elif option not in self._parameters:
+                problems.append(f"generation_kwargs: {name} takes no {option!r}.")
+        if max_sequence_length is not None and "max_sequence_length" not in self._parameters:
+            problems.append(f"max_sequence_length={max_sequence_length}: {name} takes none. Leave it unset.")
+        factor = _pixels_a_latent(self.pipeline)
+        for side, size in (("height", self.height), ("width", self.width)):
+            if size is not None and (size <= 0 or size % factor):
+                problems.append(
+                    f"{side}={size} is not a multiple of {factor}, the pixels that a latent of {name} stands for. "
+                    f"Use {max(factor, round(size / factor) * factor)}."
+                )
+        return problems
+
+    @property
+    def _guidance_name(self) -> str:
+        # In Flux and Qwen-Image `guidance_scale` is an embedding and `true_cfg_scale` is classifier-free guidance.
+        return "true_cfg_scale" if "true_cfg_scale" in self._parameters else "guidance_scale"
+
+    def _call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        options = {"prompt": prompts, **self._options}
+        if self._guidance_name in self._parameters:
+            options[self._guidance_name] = guidance_scale - self._guidance_offset
+        if "negative_prompt" in self._parameters:
+            negative = options.get("negative_prompt")
+            if self._guidance_name == "true_cfg_scale" and negative is None and guidance_scale != 1.0:
+                negative = ""  # without one, true_cfg_scale is off
+            if isinstance(negative, str):
+                options["negative_prompt"] = [negative] * len(prompts)
+        return options
+
+    def _run(
+        self,
+        prompts: list[str],
+        guidance_scale: float,
+        scheduler: Any,
+        num_inference_steps: int,
+        generators: list[torch.Generator] | None = None,
+        x: Tensor | None = None,
+        transformer: "StandIn | None" = None,
+        output_type: str = "latent",
+        vae: DecoderStandIn | None = None,
+    ) -> "PipelineView":
+        """
+        Runs the pipeline's `__call__`: to its transformer (no `x`), one step at `x`, or to the end from `x`.
+        """
+        if x is not None and len(x) != len(prompts):
+            raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
+        view: Any = object.__new__(self._view_class)
+        view.__dict__.update(self.pipeline.__dict__)
+        view.__dict__.update(
+            transformer=transformer or StandIn(stop, self._base),
+            scheduler=scheduler,
+            cache=self._cache,
+            encoding=self.encoding,
+            x=x,
+            prepared=None if x is None else self._extras(prompts),
+            decoding=output_type != "latent" and vae is None,
+            images=None,
+            encoded=[],
+        )
+        if vae is not None:
+            view.__dict__["vae"] = vae
+        try:
+            view.images = inspect.unwrap(type(self.pipeline).__call__)(
+                view,
+                num_inference_steps=num_inference_steps,
+                generator=generators,
+                output_type=output_type,
+                return_dict=False,
+                **self._call_options(prompts, guidance_scale),
+            )[0]
+        except Stop:
+            pass
+        if x is None:
+            view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
+            device = view.transformer.device
+            self._prepared[len(prompts), device] = (view.prepared[0].dtype, view.prepared[1:])
+        return view
+
+    def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
+        """What `prepare_latents` returns besides latents (ids, latents of an image to edit): one batch size, once."""
+        key = (len(prompts), next(self._base.parameters()).device)
+        if key not in self._prepared:
+            generators = [torch.Generator().manual_seed(0) for _ in prompts]
+            self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
+        return self._prepared[key]
+
+
+def _euler_config(scheduler: Any) -> dict[str, Any]:
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return scheduler.config
+    return {"num_train_timesteps": scheduler.config.num_train_timesteps}
+
+
+def _is_flow_matching(scheduler: Any) -> bool:
+    config = scheduler.config
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
+        config.get("prediction_type") == "flow_prediction" and bool(config.get("use_flow_sigmas"))
+    )
+
+
+def _pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
+    name = type(pipeline).__name__
+    scheduler = pipeline.components.get("scheduler")
+    missing = [] if isinstance(pipeline.components.get("transformer"), nn.Module) else ["transformer"]
+    missing += [method for method in ("encode_prompt", "prepare_latents") if method not in dir(type(pipeline))]
+    problems = []
+    if missing:
+        problems.append(
+            f"{name} has no {', '.join(missing)}: only pipelines with a denoising transformer are supported."
+        )
+    if scheduler is None or not _is_flow_matching(scheduler):
+        prediction = None if scheduler is None else scheduler.config.get("prediction_type")
+        problems.append(
+            f"{name} is not a flow-matching pipeline: its scheduler is {type(scheduler).__name__} with "
+            f"prediction_type={prediction!r}. Use a model with a FlowMatchEulerDiscreteScheduler or a flow-prediction "
+            "solver."
+        )
+    return problems
+
+
+def _pixels_a_latent(pipeline: DiffusionPipeline) -> int:
+    # Packed families count two latents a side here, as they must.
+    processor = _image_processor(pipeline)
+    return 1 if processor is None else processor.config.vae_scale_factor
+
+
+def _image_processor(pipeline: DiffusionPipeline) -> Any:
+    for name in ("image_processor", "video_processor"):
+        if name in pipeline.__dict__:
+            return pipeline.__dict__[name]
+    return None

@@ -1,0 +1,197 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The student's images for fixed prompts, once an evaluation: in files, in the console and in the trackers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+from diffusers.utils import make_image_grid
+from PIL import Image
+from pyarrow.parquet import write_table
+from transformers.integrations import TensorBoardCallback
+
+from ..guards.markdown import cell
+from . import console as tables
+
+
+if TYPE_CHECKING:
+    from ..trainer.base_trainer import DiffusionTrainer
+
+FOLDER = "completions"
+TABLE_NAME = "completions"
+GRID_NAME = "completions_grid"
+# Smaller images are enlarged by a whole factor until they have this many pixels on the shorter side.
+_VISIBLE_SIZE = 128
+_FEATURES = {
+    "step": datasets.Value("int64"),
+    "prompt": datasets.Value("string"),
+    "task": datasets.Value("string"),
+    "image": datasets.Image(),
+}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """
+    One image of the student.
+
+    Attributes:
+        prompt (`str`), task (`str`)
+        image (`PIL.Image.Image`)
+        rewards (`dict[str, float | None]`): the image's own scores, by the name of the reward.
+        columns (`dict`): what the rewards logged of it by `log_extra`.
+    """
+
+    prompt: str
+    task: str
+    image: Image.Image
+    rewards: dict[str, float | None]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completion]) -> None:
+    """
+    Shows images of the student: a table with a row an image, and a picture with a row a task.
+
+    Both are saved in `completions/` in the output folder, the table as `completions_{global_step}.parquet` with the columns
+    `step`, `prompt`, `task`, `image`, one a reward and those that rewards logged by `log_extra`, the picture as `step_{global_step}.png`. The trackers in `report_to`
+    that show pictures (tensorboard, wandb, trackio) get them at the current update, as `completions` and
+    `completions_grid`. The rewards are also printed. Call it on the main process.
+
+    Args:
+        trainer ([`DiffusionTrainer`])
+        completions (`list[Completion]`): images of one size, in the order in which they are shown.
+    """
+    if not completions:
+        return
+    step = trainer.state.global_step
+    picture = _picture(completions)
+    folder = Path(trainer.args.output_dir or ".") / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"step_{step:06d}.png")
+    rewards, extra = _reward_columns(completions), _extra_columns(completions)
+    # Not to_parquet, which shows a progress bar for its one batch.
+    write_table(_dataset(completions, rewards, extra, step).data.table, folder / f"completions_{step:05d}.parquet")
+    if rewards:
+        tables.print_completions(completions, rewards, step)
+    _send(trainer, completions, rewards, extra, picture, step)
+
+
+def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
+    """A value an image by the name of the reward, `None` where the task has no such reward."""
+    names = dict.fromkeys(name for completion in completions for name in completion.rewards)
+    # A reward may have the name of one of our columns.
+    return {
+        f"reward_{name}" if name in _FEATURES else name: [completion.rewards.get(name) for completion in completions]
+        for name in names
+    }
+
+
+def _extra_columns(completions: Sequence[Completion]) -> dict[str, list[str | None]]:
+    """What the rewards logged, as text: `None` where an image has none of it."""
+    names = dict.fromkeys(name for completion in completions for name in completion.columns)
+    return {
+        f"extra_{name}"
+        if name in _FEATURES or any(name in completion.rewards for completion in completions)
+        else name: [
+            str(completion.columns[name]) if name in completion.columns else None for completion in completions
+        ]
+        for name in names
+    }
+
+
+def _dataset(
+    completions: Sequence[Completion],
+    rewards: dict[str, list[float | None]],
+    extra: dict[str, list[str | None]],
+    step: int,
+) -> datasets.Dataset:
+    columns = {
+        "step": [step] * len(completions),
+        "prompt": [completion.prompt for completion in completions],
+        "task": [completion.task for completion in completions],
+        "image": [completion.image for completion in completions],
+        **rewards,
+        **extra,
+    }
+    kinds = dict.fromkeys(rewards, datasets.Value("float64")) | dict.fromkeys(extra, datasets.Value("string"))
+    features = datasets.Features({**_FEATURES, **kinds})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _picture(completions: Sequence[Completion]) -> Image.Image:
+    rows: dict[str, list[Image.Image]] = {}
+    for completion in completions:
+        rows.setdefault(completion.task, []).append(completion.image)
+    width, height = completions[0].image.size
+    factor = math.ceil(_VISIBLE_SIZE / min(width, height))
+    columns = max(map(len, rows.values()))
+    blank = Image.new("RGB", (width, height), "white")
+    cells = [image for images in rows.values() for image in images + [blank] * (columns - len(images))]
+    # Nearest: what is seen are the pixels that were generated, not a blur between them.
+    cells = [cell.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST) for cell in cells]
+    return make_image_grid(cells, rows=len(rows), cols=columns)
+
+
+def _send(
+    trainer: "DiffusionTrainer",
+    completions: Sequence[Completion],
+    rewards: dict[str, list[float | None]],
+    extra: dict[str, list[str | None]],
+    picture: Image.Image,
+    step: int,
+) -> None:
+    trackers = trainer.args.report_to or []
+    tasks = dict.fromkeys(completion.task for completion in completions)
+
+    def media(tracker: Any) -> dict[str, Any]:
+        """Table and picture in the classes of wandb or trackio, which have the same names, with the update as x axis."""
+        images = [tracker.Image(completion.image) for completion in completions]
+        rows = [
+            [completion.prompt, completion.task, image, *values]
+            for completion, image, *values in zip(completions, images, *rewards.values(), *extra.values(), strict=True)
+        ]
+        return {
+            TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards, *extra], data=rows),
+            GRID_NAME: tracker.Image(picture, caption=f"rows: {', '.join(tasks)}"),
+            "train/global_step": step,
+        }
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(GRID_NAME, np.asarray(picture), step, dataformats="HWC")
+            callback.tb_writer.add_text(TABLE_NAME, _markdown(completions, rewards), step)
+    if "wandb" in trackers:
+        import wandb
+
+        if wandb.run is not None:
+            wandb.log(media(wandb))
+    if "trackio" in trackers:
+        import trackio
+
+        if trackio.context_vars.current_run.get() is not None:
+            trackio.log(media(trackio), step=step)
+
+
+def _markdown(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:
+    lines = [["prompt", "task", *map(cell, rewards)], ["---", "---", *("---:" for _ in rewards)]]
+    for completion, *values in zip(completions, *rewards.values(), strict=True):
+        lines.append([cell(completion.prompt), cell(completion.task), *map(tables.reward_cell, values)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,318 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The tables that a run shows in the console."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..algorithms.opd import dominant_step
+from ..guards.redaction import shown, visible
+from ..rewards import reward_name
+
+
+if TYPE_CHECKING:
+    from ..algorithms.samplers import SamplerTable
+    from ..algorithms.separability import Pair
+    from ..checkpointing.resume import Change
+    from ..trainer.base_trainer import DiffusionTrainer
+    from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+    from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
+    from ..trainer.rl_trainer import DiffusionRLTrainer
+    from ..trainer.taught_trainer import TaughtTrainer
+    from .completions import Completion
+
+logger = logging.getLogger(__name__)
+
+# A weighting that puts more than this on one step trains that step and little else.
+_DOMINANT_SHARE = 0.9
+# Twenty tasks make 190 pairs.
+_SHOWN_PAIRS = 10
+# Of a text in the console: more than a prompt that an encoder takes has.
+_LONGEST_TEXT = 4000
+
+
+def print_start(trainer: "DiffusionOPDTrainer") -> None:
+    """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
+    console = _console()
+    _print_teachers(console, trainer)
+    weights = trainer.weights[: len(trainer.trainable_steps)]
+    steps = Table(title=f"Steps of {trainer.table.name}, weighting {trainer.args.loss_weighting}")
+    for column in ("step", "level", "weight", "share"):
+        steps.add_column(column, justify="right")
+    for j, level in enumerate(trainer.table.levels[:-1].tolist()):
+        trained = j in trainer.trainable_steps
+        shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
+        steps.add_row(str(j), f"{level:.4f}", *shown)
+    console.print(steps)
+    step, share = dominant_step(weights)
+    if share > _DOMINANT_SHARE:
+        logger.warning(
+            f"Step {step} has {share:.1%} of the weight, so the others are hardly trained. Consider "
+            "loss_weighting='velocity', the sampler 'ode', or a larger skip_last_steps."
+        )
+    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def print_line(text: str) -> None:
+    _console().print(text)
+
+
+def print_resume(checkpoint: str, update: int, changes: Sequence["Change"]) -> None:
+    """Shows where a run goes on, and what has changed since."""
+    console = _console()
+    console.print(f"Goes on after update {update} of {checkpoint}.")
+    if changes:
+        table = Table(title=f"Changed since update {update}, with effect from update {update + 1} on")
+        for column in ("setting", "then", "now"):
+            table.add_column(column, overflow="fold")
+        for change in changes:
+            table.add_row(*change.row())
+        console.print(table)
+
+
+def print_rewards(trainer: "DiffusionRLTrainer") -> None:
+    """Shows tasks and rewards, how many completions a round has, and how many parameters are trained."""
+    console, args = _console(), trainer.args
+    completions = args.train_batch_size * args.world_size * trainer._micro_batches
+    table = Table(title=f"Tasks and rewards, {args.num_generations} completions a prompt")
+    for column in ("task", "prompts", "prompts a round", "reward", "weight"):
+        table.add_column(column, overflow="fold")
+    for task, functions in trainer.reward_funcs.items():
+        shown = [task, str(len(trainer._task_rows[task])), str(completions // args.num_generations)]
+        for name in map(reward_name, functions):
+            table.add_row(*shown, name, f"{trainer.reward_weights[name]:g}")
+            shown = [""] * len(shown)
+    console.print(table)
+    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> None:
+    """
+    Shows the steps of a walk that may have noise and be trained.
+
+    Args:
+        table ([`SamplerTable`]): the walk as it were if all steps had noise.
+        steps (`range`), window_size (`int`): where noise may be, and in how many consecutive steps it is.
+    """
+    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
+    for column in ("step", "level", "noise"):
+        shown.add_column(column, justify="right")
+    for j, level in enumerate(table.levels[:-1].tolist()):
+        shown.add_row(str(j), f"{level:.4f}", f"{float(table.s[j]):.3g}" if j in steps else "none, not trained")
+    _console().print(shown)
+
+
+def print_sft_start(trainer: "DiffusionSFTTrainer") -> None:
+    """Shows what images are trained on for which task, and how many parameters are trained."""
+    console = _console()
+    if trainer._teacher_specs is not None:
+        _print_teachers(console, trainer)
+    else:
+        tasks = Table(title="Tasks")
+        for column in ("task", "images"):
+            tasks.add_column(column)
+        for task, rows in trainer._task_rows.items():
+            tasks.add_row(task, str(len(rows)))
+        console.print(tasks)
+    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def _print_teachers(console: Console, trainer: "TaughtTrainer") -> None:
+    teachers = Table(title="Tasks and teachers")
+    for column in ("task", "prompts", "teacher", "kind", "guidance"):
+        teachers.add_column(column, overflow="fold")
+    for column in ("revision", "sha256"):  # cut in the middle they are of no use
+        teachers.add_column(column, no_wrap=True, min_width=8)
+    for row in trainer.bank.summary():
+        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
+        kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
+        cells = [name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
+        prompts = len(trainer._task_rows[row["task"]])
+        teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
+    console.print(teachers)
+
+    if trainer.merge_report is not None:
+        lost = f"{trainer.merge_report.error:.1%}"
+        console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost}.")
+
+
+def print_pairs(pairs: Sequence["Pair"]) -> None:
+    """
+    Shows how well tasks with different teachers can be told apart by their prompts.
+
+    Args:
+        pairs (`list[Pair]`): those that are told apart worst first. Of many, these are shown.
+    """
+    if not pairs:
+        return
+    more = f", the worst {_SHOWN_PAIRS} of {len(pairs)} pairs" if len(pairs) > _SHOWN_PAIRS else ""
+    table = Table(title=f"Tasks by their prompts{more}")
+    for column in ("tasks", "identical prompts", "told apart", "teachers apart"):
+        table.add_column(column, overflow="fold")
+    for pair in pairs[:_SHOWN_PAIRS]:
+        accuracy = "-" if pair.accuracy is None else f"{pair.accuracy:.0%}"
+        apart = "-" if pair.disagreement is None else f"{pair.disagreement:.2f}"
+        table.add_row(", ".join(pair.tasks), f"{pair.identical} ({pair.identical_share:.0%})", accuracy, apart)
+    _console().print(table)
+
+
+def print_completions(
+    completions: Sequence["Completion"], rewards: Mapping[str, Sequence[float | None]], step: int
+) -> None:
+    """
+    Shows prompts and rewards of images of the student.
+
+    Args:
+        completions (`list[Completion]`), step (`int`)
+        rewards (`dict[str, list[float | None]]`): a value an image, by the name of the reward.
+    """
+    table = Table(title=f"Images at update {step}")
+    for column in ("prompt", "task"):
+        table.add_column(column)
+    for name in rewards:
+        table.add_column(name, justify="right")
+    for completion, *values in zip(completions, *rewards.values(), strict=True):
+        table.add_row(completion.prompt, completion.task, *map(reward_cell, values))
+    _console().print(table)
+
+
+def reward_cell(value: float | None) -> str:
+    """A reward as text, `-` where it does not apply."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def print_dry_run(report: Mapping[str, Any], device: str) -> None:
+    """
+    Shows what [`~dry_run.dry_run`] found.
+
+    Args:
+        report (`dict`): as it returns it.
+        device (`str`): kind of the device that it ran on.
+    """
+    console = _console()
+    tasks = Table(title="What the first update sees")
+    for column in ("task", "kl", "noise floor", "velocity gap", "teacher", "gap to base", "rounding"):
+        tasks.add_column(column, overflow="fold")
+    for task, figures in report["tasks"].items():
+        shown = [task, *(f"{figures[name]:.2e}" for name in ("kl", "noise_floor")), f"{figures['velocity_gap']:.1%}"]
+        for teacher in figures["teachers"]:
+            gap, rounding = f"{teacher['gap_to_base']:.1%}", f"{teacher['rounding']:.1e}"
+            tasks.add_row(*shown, teacher["teacher"], gap, rounding)
+            shown = [""] * len(shown)
+    console.print(tasks)
+
+    _print_memory(console, report["memory"], device)
+    scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
+    _print_scores(console, "One image of each model", "model", scored)
+    console.print(
+        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
+        "updates. Estimated from single forwards and one forward with backward on a micro-batch of each task, times the "
+        "steps of an update; without optimizer, encoding of prompts, evaluations and checkpoints."
+    )
+
+
+def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
+    """
+    Shows what [`~dry_run_rl.dry_run`] found.
+
+    Args:
+        report (`dict`): as it returns it.
+        device (`str`): kind of the device that it ran on.
+    """
+    console = _console()
+    tasks = Table(title="What the first round gives")
+    for column in ("task", "prompts", "images", "groups without signal", "reward", "mean", "spread"):
+        tasks.add_column(column, overflow="fold")
+    for task, figures in report["tasks"].items():
+        counts = [str(figures[name]) for name in ("prompts", "completions")]
+        shown = [task, *counts, f"{figures['frac_reward_zero_std']:.0%}"]
+        for name, reward in figures["rewards"].items():
+            cells = ["-" if math.isnan(reward[figure]) else f"{reward[figure]:.3g}" for figure in ("mean", "std")]
+            tasks.add_row(*shown, name, *cells)
+            shown = [""] * len(shown)
+    console.print(tasks)
+
+    seconds = Table(title="Seconds of the round")
+    for column in ("", "seconds"):
+        seconds.add_column(column, justify="right" if column else "left")
+    seconds.add_row("drawing", f"{report['generation_time']:.3g}")
+    for name, taken in report["reward_time"].items():
+        seconds.add_row(f"{name}, meanwhile", f"{taken:.3g}")
+    console.print(seconds)
+
+    _print_memory(console, report["memory"], device)
+    scored = {task: figures["images"] for task, figures in report["tasks"].items()}
+    _print_scores(console, "Images of the first prompts", "image", scored)
+    console.print(
+        f"Network: {report['forwards_per_update']:,.0f} samples forward and {report['backwards_per_update']:,} of them "
+        f"backward an update, {report['forwards']:,} and {report['backwards']:,} in {report['updates']} updates, over all "
+        "processes. Guidance shows each sample twice."
+    )
+    console.print(
+        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
+        "updates. From one round and the loss of a micro-batch of each task; without optimizer, evaluations and checkpoints."
+    )
+
+
+def _print_memory(console: Console, rows: Mapping[str, Mapping[str, Any]], device: str) -> None:
+    memory = Table(title=f"Memory of one process ({device}), estimated, without sharding")
+    for column in ("", "dtype", "GiB", "how"):
+        memory.add_column(column, justify="right" if column == "GiB" else "left")
+    for name, row in rows.items():
+        memory.add_row(name, row["dtype"], f"{row['bytes'] / 2**30:.3f}", row["how"])
+    console.print(memory)
+
+
+def _print_scores(
+    console: Console, title: str, column: str, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+) -> None:
+    """A row an image and reward: by task, by caption and by name of the reward."""
+    images = Table(title=title)
+    for name in ("task", column, "reward", "score"):
+        images.add_column(name, overflow="fold")
+    for task, of_task in scored.items():
+        for caption, scores in of_task.items():
+            for name, value in scores.items():
+                images.add_row(task, caption, name, reward_cell(value))
+    if images.row_count:
+        console.print(images)
+
+
+def _trained_parameters(trainer: "DiffusionTrainer") -> int:
+    return sum(parameter.numel() for parameter in trainer.student.parameters())
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
+
+
+class _Console(Console):
+    """Rich shows every string by `render_str`. Prompts and names may hold what a terminal would act on."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        text = visible(text, keep="\n\t") if len(text) <= _LONGEST_TEXT else shown(text, _LONGEST_TEXT)
+        return super().render_str(text, **options)
+
+
+def _console() -> Console:
+    # Brackets in prompts and names of tasks are no markup.
+    return _Console(markup=False, highlight=False, emoji=False)

@@ -1,0 +1,142 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The callbacks of TensorBoard, Weights & Biases and Trackio, with two changes: everything has the update as its step, and
+nothing names a token, a local path or the machine. What they show besides scalars is in `completions.py`.
+"""
+
+import copy
+import logging
+import os
+from datetime import datetime
+from typing import Any
+from unittest.mock import patch
+
+from huggingface_hub.utils import httpx
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import rewrite_logs
+
+from ..hub.push import public_arguments
+from ..models.student import STUDENT_ADAPTER
+
+
+logger = logging.getLogger(__name__)
+
+
+def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
+    """Puts the callbacks of this file, in their places, for those that Trainer has made of `report_to`."""
+    for i, callback in enumerate(callbacks):
+        # A subclass is the user's own, who knows what it shows.
+        if type(callback) is TensorBoardCallback:
+            callbacks[i] = _TensorBoard(callback.tb_writer)
+        elif type(callback) is WandbCallback:
+            callbacks[i] = _Wandb()
+        elif type(callback) is TrackioCallback:
+            callbacks[i] = _Trackio()
+
+
+class _ShownModel(nn.Module):
+    """A model as trackers see it. Its own config has the folder that it was loaded from."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.config: dict[str, Any] = {}
+        if isinstance(model, PeftModel):
+            lora: Any = model.peft_config[STUDENT_ADAPTER]
+            targets = lora.target_modules
+            shown = targets if isinstance(targets, str) else sorted(targets or ())
+            self.config = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_target_modules": shown}
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def _shown_arguments(args: TrainingArguments) -> Any:
+    shown: Any = copy.copy(args)
+    public = public_arguments(args)
+    shown.to_dict = lambda: public
+    return shown
+
+
+class _TensorBoard(TensorBoardCallback):
+    logging_dir: str | None
+
+    def _init_summary_writer(self, args: TrainingArguments) -> None:
+        if self.logging_dir is None:  # the default has the name of the machine
+            self.logging_dir = os.path.join(args.output_dir or ".", "runs", f"{datetime.now():%b%d_%H-%M-%S}")
+        # So has the name of the file, and no option changes it.
+        with patch("socket.gethostname", return_value="run"):
+            super()._init_summary_writer(args)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.tb_writer is None:
+            self._init_summary_writer(args)
+        # Without the model, whose config is expected to be a language model's.
+        super().on_train_begin(_shown_arguments(args), state, control)
+
+
+class _Wandb(WandbCallback):
+    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: Any) -> None:
+        # It would send host, user, paths and the command line. Who wants that sets these, or starts the run.
+        os.environ.setdefault("WANDB__DISABLE_META", "true")
+        os.environ.setdefault("WANDB_HOST", "trainer")
+        super().setup(_shown_arguments(args), state, _ShownModel(model), **kwargs)
+
+
+class _Trackio(TrackioCallback):
+    def __init__(self) -> None:
+        super().__init__()
+        self._run_name: str | None = None
+
+    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: Any) -> None:
+        shown = _shown_arguments(args)
+        # The run ends with training: an evaluation after it goes on with the same one.
+        shown.run_name = self._run_name or args.run_name
+        super().setup(shown, state, _ShownModel(model), **kwargs)
+        run = self._trackio.context_vars.current_run.get()
+        self._run_name = run and run.name  # none on other processes
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self._initialized:
+            self.setup(args, state, model)
+        if state.is_world_process_zero:
+            # Trackio's own counter, which it would take for the step, counts calls.
+            step = state.global_step
+            self._trackio.log({**rewrite_logs(logs), "train/global_step": step}, step=step)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # It syncs the project to a Space of its own, on every push of a checkpoint.
+        try:
+            super().on_push_begin(args, state, control, model, **kwargs)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            logger.warning(f"Trackio's Space could not be updated; training goes on, and its logs are here: {error}")

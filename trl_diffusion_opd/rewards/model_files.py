@@ -1,0 +1,164 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Files of reward models: found locally or on the Hub at a pinned commit, and read without running code from them."""
+
+import fnmatch
+import hashlib
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..guards.redaction import shown as quoted
+from ..hub.errors import download
+
+
+# Commits as other public projects pin them too. A repository that is not listed is read at its branch `main`.
+PINNED_REVISIONS = {
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+    "zai-org/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """
+    Where the files of a model lie and which they are.
+
+    Attributes:
+        folder (`Path`): local folder that holds them.
+        shown (`str`): how messages call the model, with the reward's name; never a path.
+        identity (`str`): repository and commit, or the hash of the files of a local folder.
+    """
+
+    folder: Path
+    shown: str
+    identity: str
+
+
+def find_files(
+    reward: str,
+    model: str,
+    revision: str | None,
+    required: Sequence[tuple[str, ...]],
+    optional: Sequence[str] = (),
+) -> ModelFiles:
+    """
+    The files of a model, downloaded if they have to be, and no others of its repository.
+
+    Args:
+        reward (`str`): name of the reward, for messages.
+        model (`str`): id on the Hub, or a local folder, which wins.
+        revision (`str`, *optional*): branch, tag or commit; by default the pinned commit of [`PINNED_REVISIONS`], else
+            `main`.
+        required (`list[tuple[str, ...]]`): patterns of file names. Of each tuple at least one must be there.
+        optional (`list[str]`, *optional*): patterns of files that are taken where they are.
+
+    Raises:
+        [`ValueError`]: if the repository, the revision or a file does not exist, or cannot be reached.
+    """
+    folder = Path(model)
+    patterns = [*(name for names in required for name in names), *optional]
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"Reward {reward!r}: a local folder has no revision ({revision!r} was asked for).")
+        shown, where = f"Reward {reward!r}: {folder.resolve().name}", ""
+    else:
+        revision = revision or PINNED_REVISIONS.get(model)
+        shown, where = f"Reward {reward!r}: {model}", f" at revision {revision or 'main'}"
+        folder = download(shown, model, revision, patterns)
+    missing = [" or ".join(names) for names in required if not _matching(folder, names)]
+    if missing:
+        pickles = " Pickled weights are not read." if any("safetensors" in names for names in missing) else ""
+        raise ValueError(f"{shown}: there is no {', no '.join(missing)}{where}.{pickles}")
+    if where:  # a snapshot is named by its commit
+        return ModelFiles(folder, shown, f"{model}@{folder.name}")
+    digest = hashlib.sha256()
+    for path in _matching(folder, patterns):
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return ModelFiles(folder, shown, f"sha256:{digest.hexdigest()}")
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    # A snapshot of no files is not made at all.
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return [path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)]
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, the one that the Hub shows for large files."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(files: ModelFiles, name: str) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a `.safetensors` file, or of a file that `torch.save` wrote.
+
+    The latter is a pickle. It is read with `weights_only=True`, which refuses whatever is not a tensor or a plain
+    container. An outer `{"state_dict": ...}` is taken off.
+
+    Raises:
+        [`ValueError`]: if the file is damaged, or holds anything else than tensors by name.
+    """
+    path = files.folder / name
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{files.shown}: {name} is a pickle that holds more than tensors, or none at all. Code from a file is not "
+            "run. Save its tensors in safetensors format, if you trust it."
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{files.shown}: {name} cannot be read, it is damaged or incomplete: {quoted(error)}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{files.shown}: {name} must hold tensors by name, but it holds something else.")
+    return content
+
+
+def check_loaded(
+    files: ModelFiles, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
+) -> None:
+    """
+    Refuses weights that are not those of the model: scores of a model that is random in part look like scores.
+
+    Raises:
+        [`ValueError`]: if one of the lists of names is not empty.
+    """
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    found = [
+        f"{len(names)} tensors are {kind} ({', '.join(map(quoted, sorted(names)[:3]))}{', …' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if found:
+        raise ValueError(f"{files.shown}: these are not the weights of this model: {'; '.join(found)}.")

@@ -1,0 +1,307 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How command lines name things of several tasks: `--option task=value task=value …`."""
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from trl import TrlParser
+
+from ..data.prompt_files import load_source, source_problem
+from ..data.tasks import plain_dataset
+from ..models.teacher_config import TeacherConfig
+from ..rewards import RewardFunc, load_reward
+from ..rewards.loading import check_reward
+from ..trainer.options import unknown_option
+
+
+@dataclass(kw_only=True)
+class QuantizationArguments:
+    """
+    How the base's transformer is quantised, by the names of TRL's `ModelConfig` for bitsandbytes. Its compute dtype is `--dtype`.
+
+    Args:
+        load_in_4bit (`bool`, *optional*, defaults to `False`), load_in_8bit (`bool`, *optional*, defaults to `False`):
+            by bitsandbytes.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): quantise the scales of 4 bits too.
+        torchao_quant_type (`str`, *optional*): by torchao: `"int8_weight_only"` or `"float8_weight_only"`.
+    """
+
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bits by bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bits by bitsandbytes."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Numbers of the 4 bits.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
+    torchao_quant_type: str | None = field(
+        default=None,
+        metadata={"help": "Quantise the base by torchao.", "choices": ["int8_weight_only", "float8_weight_only"]},
+    )
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("load_in_4bit", "load_in_8bit", "torchao_quant_type") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join('--' + name for name in given)} exclude each other. Give one of them.")
+        for name in given:
+            library = "torchao" if name == "torchao_quant_type" else "bitsandbytes"
+            if find_spec(library) is None:
+                raise ValueError(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
+
+    def quantization_config(self, dtype: str) -> Any:
+        """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
+
+        from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+        if self.load_in_4bit:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            )
+        if self.load_in_8bit:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        if self.torchao_quant_type is None:
+            return None
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        quant_type: Any = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
+        return TorchAoConfig(quant_type[self.torchao_quant_type]())
+
+
+@dataclass
+class TeacherScriptArguments(QuantizationArguments):
+    """
+    What the scripts that train a teacher by reward take beyond a trainer's configuration. Lists are given as
+    `task=value task=value …`.
+
+    Args:
+        model_name_or_path (`str`): the base, a Hub id or a folder.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
+        reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`. A task that is
+            named several times has several rewards, whose weights are `--reward_weights`.
+        eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
+        full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
+        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
+        lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and stop.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    prompts: list[str] = field(
+        metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
+    )
+    reward_funcs: list[str] = field(
+        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
+    eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
+    full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
+    lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
+    lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Draw and score a round, show what the run would do, and stop."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
+            self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
+
+
+def parse(script_class: type, config_class: type, arguments: list[str] | None = None) -> tuple[Any, Any]:
+    """
+    The arguments of a script and of its trainer, from the command line and from `--config`.
+
+    Raises:
+        [`ValueError`]: for an option that neither has, with the trainer's config that does.
+    """
+    parser = TrlParser((script_class, config_class))
+    script_args, config, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--"))
+    if rest:
+        problems = [unknown_option(config_class, name) for name in unknown] or [f"{rest} belong to no option."]
+        raise ValueError("\n".join(problems))
+    return script_args, config
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """An option that is given as JSON."""
+    reason = ""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        value, reason = None, f" ({error})"
+    if not isinstance(value, dict):
+        raise ValueError(
+            f'--{option}: {text!r} is not a JSON object such as \'{{"key": {{"name": 1}}}}\', with names and texts in double '
+            f"quotes.{reason}"
+        )
+    return value
+
+
+# `task=value` strings. A YAML file may have a mapping in their place, from task to a value or a list of them.
+OfTasks = list[str] | Mapping[str, Any]
+
+
+def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> dict[str, list[str]]:
+    """Values by task. `what` is how messages call the form of one string."""
+    if isinstance(values, Mapping):
+        given = {str(task): value if isinstance(value, list) else [value] for task, value in values.items()}
+        unset = [task for task, of_task in given.items() if not of_task or None in of_task]
+        if unset:
+            raise ValueError(f"--{option}: task {unset[0]!r} has no value.")
+        return {task: [str(value) for value in of_task] for task, of_task in given.items()}
+    result: dict[str, list[str]] = {}
+    for value in [values] if isinstance(values, str) else values or []:  # a YAML file may have one without a list
+        if isinstance(value, Mapping):  # "- task: value"
+            for task, of_task in by_task(option, value).items():
+                result.setdefault(task, []).extend(of_task)
+            continue
+        task, equals, content = value.partition("=")
+        if not (task and equals and content):
+            raise ValueError(f"--{option}: {value!r} is not of the form {what}.")
+        result.setdefault(task, []).append(content)
+    return result
+
+
+def source_problems(option: str, values: OfTasks | None) -> list[str]:
+    """What can be said against sources of prompts without reading them."""
+    try:
+        sources = by_task(option, values)
+    except ValueError as error:
+        return [str(error)]
+    found = (source_problem(option, source) for of_task in sources.values() for source in of_task)
+    return [problem for problem in found if problem is not None]
+
+
+def load_prompts(option: str, values: OfTasks | None, task_column: str) -> Dataset | None:
+    """One dataset of all tasks' sources, with the column `prompt` and the task's name in `task_column`."""
+    parts = []
+    for task, sources in by_task(option, values).items():
+        for source in sources:
+            part = plain_dataset(load_source(option, source), task_column)
+            if task_column in part.column_names:
+                part = part.remove_columns(task_column)
+            parts.append(part.add_column(task_column, [task] * len(part)))
+    try:
+        return concatenate_datasets(parts) if parts else None
+    except ValueError as error:
+        raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
+
+
+def load_tasks(option: str, values: OfTasks, task_column: str) -> Dataset:
+    """As [`load_prompts`], or from one source alone, which then has a column that names the tasks."""
+    single = _single(values)
+    if single is None or "=" in single:
+        dataset = load_prompts(option, values, task_column)
+        assert dataset is not None
+        return dataset
+    dataset = plain_dataset(load_source(option, single), task_column)
+    if task_column not in dataset.column_names:
+        raise ValueError(
+            f"--{option}: {single!r} has no column {task_column!r} that names the tasks; it has "
+            f"{dataset.column_names}. Name the column with --task_column, or give task=source."
+        )
+    return dataset
+
+
+def _single(values: OfTasks) -> str | None:
+    """The one value of a list that has no more, or of a YAML file that has it without a list."""
+    if isinstance(values, str):
+        return values
+    return values[0] if not isinstance(values, Mapping) and len(values) == 1 and isinstance(values[0], str) else None
+
+
+def load_scales(values: OfTasks | None, tasks: Collection[str]) -> dict[str, float]:
+    """Guidance scales by task."""
+    option, scales = "teacher_guidance_scales", {}
+    for task, given in by_task(option, values).items():
+        if task not in tasks:
+            raise ValueError(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
+        try:
+            scales[task] = float(given[-1])
+        except ValueError as error:
+            raise ValueError(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
+    return scales
+
+
+def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[TeacherConfig]]:
+    """Teachers by task, with the guidance scales of `--teacher_guidance_scales`."""
+    specs = by_task("teachers", values)
+    of_task = load_scales(scales, specs)
+    return {task: [TeacherConfig(spec, guidance_scale=of_task.get(task)) for spec in specs[task]] for task in specs}
+
+
+def load_students(option: str, values: OfTasks) -> dict[str, str]:
+    """Students by name: one alone needs none."""
+    single = _single(values)
+    if single is not None and (os.path.exists(single) or "=" not in single):
+        return {"student": single}
+    students = by_task(option, values, what="name=spec")
+    twice = [name for name, specs in students.items() if len(specs) > 1]
+    if twice:
+        raise ValueError(f"--{option}: {twice[0]!r} names {len(students[twice[0]])} students. Give each its own name.")
+    return {name: specs[0] for name, specs in students.items()}
+
+
+def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:
+    """
+    Reward functions by task. A reward that several tasks name is loaded once.
+
+    Args:
+        values (`list[str]`, *optional*): `task=name`.
+        options (`dict`): arguments of named rewards, by name.
+    """
+    specs, names = _reward_names(values, options)
+    loaded = {name: load_reward(name, **options.get(name, {})) for name in names}
+    return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
+
+
+def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What [`load_rewards`] would refuse, without loading weights."""
+    try:
+        _, names = _reward_names(values, options)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for name in names:
+        try:
+            check_reward(name, **options.get(name, {}))
+        except (ImportError, ValueError) as error:
+            problems.append(str(error))
+    return problems
+
+
+def _reward_names(
+    values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of rewards by task, and each of them once."""
+    specs = by_task("reward_funcs", values)
+    names = list(dict.fromkeys(name for of_task in specs.values() for name in of_task))
+    unused = sorted(options.keys() - set(names))
+    if unused:
+        raise ValueError(f"--reward_kwargs has options for {unused}, which no --reward_funcs names; it has {names}.")
+    return specs, names

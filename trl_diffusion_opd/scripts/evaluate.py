@@ -1,0 +1,151 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""
+Measures how much of its teachers' gains a student has, from the command line.
+
+```bash
+accelerate launch -m trl_diffusion_opd.scripts.evaluate \
+    --base stabilityai/stable-diffusion-3.5-medium \
+    --dtype bfloat16 \
+    --teachers aesthetic=quanhaol/DiffusionOPD/AesTeacher/lora ocr=quanhaol/DiffusionOPD/OCRTeacher/lora \
+    --student opd=quanhaol/DiffusionOPD/Student/lora mine=outputs/sd35-opd \
+    --reward_funcs aesthetic=pickscore ocr=ocr \
+    --dataset aesthetic=prompts/aesthetic_test.txt ocr=prompts/ocr_test.txt \
+    --max_sequence_length 128 \
+    --output_dir outputs/evaluation
+```
+
+On one process `python -m` does. All options can stand in a YAML file that `--config` names. What an earlier run has left in
+the output folder is used again, so a run that was interrupted goes on, and a student or a reward can be added.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from accelerate import PartialState
+from trl import TrlParser
+
+from ..evaluation.retention import retention_table, scores_table
+from ..evaluation.run import evaluate_retention
+from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    Arguments of the evaluation. Lists are given as `task=value task=value …`; see [`evaluate_retention`] for the others.
+
+    Args:
+        base (`str`): the base, a Hub id or a folder.
+        teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
+        student (`list[str]`): `name=spec` of each student, or the spec of a single one.
+        reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`.
+        dataset (`list[str]`): `task=source` of the prompts, or one source with a column that names the task. A source is a
+            Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
+        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from `guidance_scale`.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as
+            `{"remote": {"url": "http://..."}}`.
+        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
+        task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
+    """
+
+    base: str = field(metadata={"help": "The base: a Hub id or a folder."})
+    teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
+    student: list[str] = field(metadata={"help": "name=spec …, or the spec of a single one."})
+    reward_funcs: list[str] = field(
+        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
+    dataset: list[str] = field(
+        metadata={"help": "task=source …, or one Hub dataset or file with a column that names the task."}
+    )
+    teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
+    reward_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
+    task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
+    cross_task_rewards: bool = field(
+        default=True, metadata={"help": "Whether every reward scores the images of every task."}
+    )
+    num_images: int = field(default=512, metadata={"help": "Images a task."})
+    num_inference_steps: int = field(default=40, metadata={"help": "Steps of the deterministic sampler."})
+    guidance_scale: float = field(default=4.5, metadata={"help": "Of base and students; 1 is no guidance."})
+    height: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
+    max_sequence_length: int | None = field(default=None, metadata={"help": "Length of the text in tokens."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})
+    batch_size: int = field(default=32, metadata={"help": "Images at a time on each process."})
+    seed: int = field(default=0, metadata={"help": "Of the noise and the bootstrap."})
+    output_dir: str | None = field(default=None, metadata={"help": "Where images, scores and the report are kept."})
+    num_samples: int = field(default=4, metadata={"help": "Prompts a task that are shown with their images."})
+    keep_images: bool = field(default=True, metadata={"help": "Whether to keep the images that are not shown."})
+    reward_timeout: float | None = field(
+        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function. None for ever."}
+    )
+
+    def __post_init__(self) -> None:
+        # From a command line; a YAML file gives dicts.
+        for name in ("reward_kwargs", "generation_kwargs", "model_init_kwargs"):
+            given = getattr(self, name)
+            if isinstance(given, str):
+                setattr(self, name, json_object(name, given))
+
+
+def main(args: EvaluationArguments) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # what it took
+    reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
+    model_init_kwargs = args.model_init_kwargs or {}
+    assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed
+    assert isinstance(model_init_kwargs, dict)
+    report = evaluate_retention(
+        args.base,
+        load_teachers(args.teachers, args.teacher_guidance_scales),
+        load_students("student", args.student),
+        load_rewards(args.reward_funcs, reward_kwargs),
+        load_tasks("dataset", args.dataset, args.task_column),
+        num_images=args.num_images,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        height=args.height,
+        width=args.width,
+        max_sequence_length=args.max_sequence_length,
+        generation_kwargs=generation_kwargs,
+        dtype=args.dtype,
+        model_init_kwargs=model_init_kwargs,
+        task_column=args.task_column,
+        cross_task_rewards=args.cross_task_rewards,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        num_samples=args.num_samples,
+        keep_images=args.keep_images,
+        reward_timeout=args.reward_timeout,
+    )
+    if PartialState().is_main_process:
+        print(f"{retention_table(report)}\n\n{scores_table(report)}")
+
+
+if __name__ == "__main__":
+    main(
+        *TrlParser((EvaluationArguments,), prog="python -m trl_diffusion_opd.scripts.evaluate").parse_args_and_config()
+    )

@@ -1,0 +1,465 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Runs trainers one after another, each from the LoRA of the one before: the cascade that on-policy distillation is compared
+with, one task's training at a time.
+
+```bash
+accelerate launch -m trl_diffusion_opd.scripts.stages --stages cascade.yaml
+```
+
+```yaml
+output_dir: outputs/cascade
+shared:                       # of every stage, which can give its own
+  model_name_or_path: stabilityai/stable-diffusion-3.5-medium
+  config: {dtype: bfloat16, save_strategy: steps, save_steps: 50}
+stages:
+  - name: geneval
+    trainer: nft
+    prompts: [geneval=prompts/geneval.jsonl]
+    reward_funcs: [geneval=geneval]
+    config: {max_steps: 500}
+  - name: ocr
+    trainer: grpo
+    prompts: [ocr=prompts/ocr.txt]
+    reward_funcs: [ocr=ocr]
+    config: {max_steps: 300, sampler: flow_sde}
+```
+
+With `from_base: true` a stage starts from the base instead, so teachers and the student that they teach are one file too: the
+student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`, which follow where `--output_dir` puts the
+run elsewhere. `config_file` takes what a stage does not give
+from the configuration file of an example script.
+
+Run again after an interruption, it goes on: finished stages are skipped, an unfinished one resumes from its last checkpoint,
+and the result is the same.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from accelerate import PartialState
+from accelerate.utils import release_memory
+from peft import LoraConfig
+from trl import TrlParser
+
+from ..checkpointing.checkpoint import last_complete, write_json
+from ..guards.extras import extra
+from ..guards.redaction import listed
+from ..models.student import ADAPTER_FILE, ATTENTION_TARGETS
+from ..models.teacher_config import local_folder, parse_teacher
+from ..models.teacher_files import find_files
+from ..trainer.options import unknown_option
+from .arguments import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
+
+
+if TYPE_CHECKING:
+    from ..trainer.base_config import DiffusionConfig
+    from ..trainer.base_trainer import DiffusionTrainer
+
+STAGE_FILE = "stage.json"
+FINISHED_FILE = "finished"
+_TRAINERS = {"opd": "DiffusionOPD", "grpo": "DiffusionGRPO", "nft": "DiffusionNFT", "sft": "DiffusionSFT"}
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """
+    One stage.
+
+    Args:
+        name (`str`): its folder in the output folder.
+        make_trainer (`Callable`):
+            `make_trainer(output_dir, student_init)` makes the trainer; `student_init` is the folder of the LoRA of the stage
+            before, `None` for the first and where it starts from the base. Its config must write its checkpoints to
+            `output_dir`.
+        settings (`dict`, *optional*): JSON values that say what the stage does. With others a stage is not gone on with.
+        from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
+        teachers (`list[str]`, *optional*): names of earlier stages whose LoRAs it reads.
+    """
+
+    name: str
+    make_trainer: "Callable[[Path, str | None], DiffusionTrainer]"
+    settings: dict[str, Any] = field(default_factory=dict)
+    from_base: bool = False
+    teachers: Sequence[str] = ()
+
+
+def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
+    """
+    Runs the stages that are not finished yet.
+
+    Args:
+        stages (`list[Stage]`): in this order.
+        output_dir (`str` or `Path`): has a folder for each stage, with its checkpoints and its LoRA.
+
+    Returns:
+        `Path`: the folder of the last stage, with the final LoRA.
+
+    Raises:
+        [`ValueError`]: before anything is run, if names are missing, unfit or used twice, or a folder holds a stage of other
+            settings or with another beginning. One message lists everything.
+    """
+    output_dir = Path(output_dir)
+    problems = _name_problems(stages) or _folder_problems(stages, output_dir)
+    if problems:
+        raise ValueError("The stages can't be run:\n" + listed(problems))
+    state = PartialState()
+    state.wait_for_everyone()  # nobody writes while another checks
+    for stage, before in zip(stages, _beginnings(stages), strict=True):
+        folder = output_dir / stage.name
+        if not (folder / FINISHED_FILE).exists():
+            if state.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / STAGE_FILE, _record(stage, before, output_dir))
+            _run(stage, folder, None if before is None else str(output_dir / before))
+            if state.is_main_process:
+                (folder / FINISHED_FILE).touch()
+            state.wait_for_everyone()
+    return output_dir / stages[-1].name
+
+
+def _beginnings(stages: Sequence[Stage]) -> list[str | None]:
+    """For each stage the name of the one whose LoRA it goes on with."""
+    names = [None, *(stage.name for stage in stages)]
+    return [None if stage.from_base else before for stage, before in zip(stages, names, strict=False)]
+
+
+def _run(stage: Stage, folder: Path, student_init: str | None) -> None:
+    trainer = stage.make_trainer(folder, student_init)
+    started = last_complete(folder) is not None
+    trainer.train(resume_from_checkpoint=started)
+    trainer.save_model(str(folder))
+    with extra("The model card"):
+        trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    release_memory(trainer)
+
+
+def _name_problems(stages: Sequence[Stage]) -> list[str]:
+    names = [stage.name for stage in stages]
+    problems = [] if names else ["there are none."]
+    problems += [
+        f"the name {name!r} is not fit for a folder: use letters, digits, '-', '_' and '.'."
+        for name in names
+        if not _NAME.fullmatch(name)
+    ]
+    problems += [
+        f"the name {name!r} is given to {names.count(name)} stages, and each has a folder of its name. Rename all but one."
+        for name in dict.fromkeys(names)
+        if names.count(name) > 1
+    ]
+    problems += [
+        f"stage {stage.name!r} is taught by stage {teacher!r}, which does not come before it."
+        for i, stage in enumerate(stages)
+        for teacher in stage.teachers
+        if teacher not in names[:i]
+    ]
+    return problems
+
+
+def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
+    """What in the output folder does not belong to these stages."""
+    problems: list[str] = []
+    for stage, before in zip(stages, _beginnings(stages), strict=True):
+        folder = output_dir / stage.name
+        recorded = _read(folder / STAGE_FILE)
+        if recorded is None:
+            continue
+        needed = [name for name in (before, *stage.teachers) if name is not None]
+        unfinished = [name for name in needed if not (output_dir / name / FINISHED_FILE).exists()]
+        settings, ours = recorded["settings"], json.loads(json.dumps(stage.settings))
+        differing = sorted(key for key in {*settings, *ours} if settings.get(key) != ours.get(key))
+        remedy = f"Remove the folder {folder.name!r} to run it anew, or choose another output_dir."
+        if differing:
+            problems.append(f"stage {stage.name!r} was begun with other settings ({', '.join(differing)}). {remedy}")
+        elif unfinished or recorded != _record(stage, before, output_dir):
+            problems.append(
+                f"stage {stage.name!r} was begun from another LoRA than {' and '.join(map(repr, needed)) or 'the base'} "
+                f"now has. {remedy}"
+            )
+    return problems
+
+
+def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, Any]:
+    """The settings of a stage, and the hashes of the LoRAs that it reads."""
+    return {
+        "settings": json.loads(json.dumps(stage.settings)),
+        "student_init": None if before is None else _digest(output_dir / before),
+        "teachers": {name: _digest(output_dir / name) for name in stage.teachers},
+    }
+
+
+def _digest(folder: Path) -> str:
+    with open(folder / ADAPTER_FILE, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+# From a file
+
+
+@dataclass
+class StageSpec:
+    """
+    A stage as a file describes it.
+
+    Args:
+        name (`str`): its folder in the output folder.
+        trainer (`str`): `"opd"`, `"grpo"`, `"nft"` or `"sft"`.
+        model_name_or_path (`str`): the base, the same for all stages.
+        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file. For
+            `"sft"` without teachers it has a column of images.
+        config (`dict`): fields of the trainer's config.
+        eval_prompts, reward_funcs, teachers, teacher_guidance_scales (`list[str]`, *optional*): as for `examples/opd_sd3.py`.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards.
+        lora_r, lora_alpha, lora_target_modules (*optional*): the LoRA of a stage from the base; the others go on with it.
+        from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
+    """
+
+    name: str
+    trainer: str
+    model_name_or_path: str
+    prompts: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+    eval_prompts: list[str] | None = None
+    reward_funcs: list[str] | None = None
+    reward_kwargs: dict[str, Any] = field(default_factory=dict)
+    teachers: list[str] | None = None
+    teacher_guidance_scales: list[str] | None = None
+    lora_r: int = 32
+    lora_alpha: int = 64
+    lora_target_modules: list[str] | None = None
+    from_base: bool = False
+
+    def stage(self, output_dir: str) -> Stage:
+        settings = {known.name: self.__dict__[known.name] for known in fields(self)}
+        specs = [spec for of_task in by_task("teachers", self.teachers).values() for spec in of_task]
+        teachers = [stage for spec in specs if (stage := _stage_of(spec, Path(output_dir))) is not None]
+        return Stage(self.name, self.make_trainer, settings, self.from_base, teachers)
+
+    def problems(self, output_dir: str) -> list[str]:
+        """What can be said against it before it is run, without loading weights or asking the Hub."""
+        problems = [
+            f for option in ("prompts", "eval_prompts") for f in source_problems(option, getattr(self, option))
+        ]
+        problems += reward_problems(self.reward_funcs, self.reward_kwargs)
+        problems += self._teacher_problems(Path(output_dir))
+        try:
+            args = self.make_config(Path(output_dir) / self.name, None)
+        except ValueError as error:
+            return [*problems, *str(error).replace("\n- ", " ").splitlines()]
+        if args.ema_decay and 0 < args.max_steps < args.ema_update_interval:
+            problems.append(
+                f"config: max_steps={args.max_steps} is less than ema_update_interval={args.ema_update_interval}, and the "
+                "average, which is what is saved, would be the LoRA of before. Leave out ema_update_interval."
+            )
+        return problems
+
+    def _teacher_problems(self, output_dir: Path) -> list[str]:
+        try:
+            by_name = load_teachers(self.teachers or [], self.teacher_guidance_scales)
+        except ValueError as error:
+            return [str(error)]
+        problems = []
+        for config in (config for of_task in by_name.values() for config in of_task):
+            if _stage_of(config.model_name_or_path, output_dir) is None:  # else an earlier stage makes it
+                try:
+                    parsed = parse_teacher(config)
+                    if parsed.model_name_or_path != "base" and local_folder(parsed) is not None:
+                        find_files(parsed)
+                except ValueError as error:
+                    problems.append(str(error))
+        return problems
+
+    def make_config(self, output_dir: Path, student_init: str | None) -> "DiffusionConfig":
+        """
+        Raises:
+            [`ValueError`]: if the config refuses its values, or has no field of a name.
+        """
+        options = {**self.config, "output_dir": str(output_dir)}
+        if student_init is not None:
+            options["student_init"] = student_init
+        if last_complete(output_dir) is not None:
+            options["resume_from_checkpoint"] = True  # Hub teachers are then loaded at the commits that it recorded
+        config_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Config")
+        unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
+        if unknown:
+            raise ValueError("\n".join(unknown_option(config_class, name) for name in unknown))
+        return config_class(**options)
+
+    def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
+        args = self.make_config(output_dir, student_init)
+        trainer_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Trainer")
+        arguments: dict[str, Any] = {}
+        if self.teachers:
+            arguments["teachers"] = load_teachers(self.teachers, self.teacher_guidance_scales)
+        return trainer_class(
+            model=self.model_name_or_path,
+            reward_funcs=load_rewards(self.reward_funcs, self.reward_kwargs) or None,
+            args=args,
+            train_dataset=load_prompts("prompts", self.prompts, args.task_column),
+            eval_dataset=load_prompts("eval_prompts", self.eval_prompts, args.task_column),
+            peft_config=LoraConfig(
+                r=self.lora_r,
+                lora_alpha=self.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=self.lora_target_modules or list(ATTENTION_TARGETS),
+            ),
+            **arguments,
+        )
+
+
+_KNOWN = {one.name for one in fields(StageSpec)}
+_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales"}
+# Of an example script alone: a stage has no use for them.
+_OF_SCRIPTS = {"output_dir", "test_prompts", "num_test_images"}
+
+
+def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[Stage], str]:
+    """
+    Reads a file of stages.
+
+    Args:
+        path (`str` or `Path`): a YAML file.
+        output_dir (`str`, *optional*): an output folder other than the file's. Teachers that the file has in its own output
+            folder are then in this one.
+
+    Returns:
+        The stages and the output folder.
+
+    Raises:
+        [`ValueError`]: with everything in the file that is wrong, and the prompt files, rewards and local teachers of all
+            stages that cannot be found.
+    """
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or "output_dir" not in content:
+        raise ValueError(f"{path}: it needs an output_dir and a list of stages.")
+    problems = [
+        f"{key!r} is none of output_dir, shared, stages."
+        for key in content.keys() - {"output_dir", "shared", "stages"}
+    ]
+    written = Path(content["output_dir"])
+    output_dir = str(written) if output_dir is None else output_dir
+    stages = []
+    for i, given in enumerate(content["stages"]):
+        merged = _merge(content.get("shared") or {}, given)
+        try:
+            merged |= {option: _values(option, merged[option]) for option in _OF_TASKS & merged.keys()}
+        except ValueError as error:
+            found = [str(error)]
+        else:
+            found = _spec_problems(merged, from_base=i == 0 or merged.get("from_base", False))
+        if not found:
+            moved = [_moved(teacher, written, Path(output_dir)) for teacher in merged.get("teachers") or []]
+            spec = StageSpec(**{**merged, "teachers": moved or None})
+            found = spec.problems(output_dir)  # of all stages before the first is run, not hours later
+            if not found:
+                stages.append(spec.stage(output_dir))
+        problems += [f"stage {merged.get('name', i + 1)!r}: {problem}" for problem in found]
+    if not problems:
+        problems = _name_problems(stages)
+    if problems:
+        raise ValueError(f"{path}:\n" + listed(problems))
+    return stages, output_dir
+
+
+def _values(option: str, given: Any) -> list[str] | None:
+    """`task=value` strings, also of a mapping from task to values."""
+    if given is None or isinstance(given, list):
+        return given
+    return [f"{task}={value}" for task, values in by_task(option, given).items() for value in values]
+
+
+def _stage_of(teacher: str, output_dir: Path) -> str | None:
+    """The name of the stage in whose folder a teacher is."""
+    return Path(teacher).name if Path(teacher).parent == output_dir else None
+
+
+def _moved(teacher: str, written: Path, output_dir: Path) -> str:
+    """`task=spec`, with the folder of a stage where this run has it."""
+    task, equals, spec = teacher.partition("=")
+    stage = _stage_of(spec, written)
+    return teacher if stage is None else f"{task}{equals}{output_dir / stage}"
+
+
+def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What a stage gives, else what is shared, else what is in its `config_file`."""
+    merged = {**shared, **given}
+    config = {**(shared.get("config") or {}), **(given.get("config") or {})}
+    path = merged.pop("config_file", None)
+    if path is not None:
+        in_file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        in_file = {key: value for key, value in in_file.items() if key not in _OF_SCRIPTS}
+        merged = {**{key: value for key, value in in_file.items() if key in _KNOWN}, **merged}
+        config = {**{key: value for key, value in in_file.items() if key not in _KNOWN}, **config}
+    return {**merged, "config": config}
+
+
+def _spec_problems(given: dict[str, Any], from_base: bool) -> list[str]:
+    missing = [name for name in ("name", "trainer", "model_name_or_path", "prompts") if not given.get(name)]
+    problems = [f"{', '.join(missing)} must be given."] if missing else []
+    problems += [f"{name!r} is none of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]
+    trainer, config = given.get("trainer"), given["config"]
+    if trainer is not None and trainer not in _TRAINERS:
+        problems.append(f"trainer={trainer!r}: it is one of {', '.join(_TRAINERS)}.")
+    if trainer == "opd" and not given.get("teachers"):
+        problems.append("trainer='opd' needs teachers.")
+    if trainer in ("grpo", "nft") and given.get("teachers"):
+        problems.append(f"trainer={trainer!r} takes no teachers.")
+    if "output_dir" in config:
+        problems.append("config: output_dir is the stage's own folder. Set the one at the top.")
+    if not from_base and "student_init" in config:
+        problems.append("config: student_init is the LoRA of the stage before. Remove it.")
+    return problems
+
+
+@dataclass
+class StagesArguments:
+    """
+    Arguments of the command.
+
+    Args:
+        stages (`str`): a YAML file.
+        output_dir (`str`, *optional*): an output folder other than the file's.
+    """
+
+    stages: str = field(metadata={"help": "A YAML file with output_dir, shared and stages."})
+    output_dir: str | None = field(default=None, metadata={"help": "An output folder other than the file's."})
+
+
+def main(arguments: StagesArguments) -> None:
+    stages, output_dir = read_stages(arguments.stages, arguments.output_dir)
+    folder = run_stages(stages, output_dir)
+    if PartialState().is_main_process:
+        print(f"The LoRA of all {len(stages)} stages is in {folder}.")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((StagesArguments,)).parse_args_and_config())

@@ -1,0 +1,264 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a run would do, shown before it starts: an update's worth of forwards, memory, time, and a picture of every model."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from ..algorithms.opd import inclusion_probabilities, systematic_sample, velocity_gap_sq
+from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.separability import conflict_warning
+from ..data.tasks import task_rows
+from ..models.teachers import Teacher, rescaled_factors
+from ..reporting import console as tables
+from .conflicts import find_pairs
+from .dry_run_shared import (
+    Clock,
+    Peak,
+    Pictures,
+    as_in_training,
+    draw,
+    evaluation_scale,
+    first_update,
+    memory,
+    network_rounding,
+    number_of_updates,
+    score_pictures,
+    write_pictures,
+)
+
+
+if TYPE_CHECKING:
+    from .diffusion_opd_trainer import DiffusionOPDTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
+    """
+    Shows what `trainer.train()` would do, without training: see [`DiffusionOPDTrainer.dry_run`].
+
+    For each task it walks one micro-batch of the first update along the trained steps, with the velocities of student,
+    teachers and base, and runs one forward and backward. No weight and no random state changes.
+
+    Args:
+        trainer ([`DiffusionOPDTrainer`]): one that has not trained yet. Called on all processes.
+
+    Returns:
+        `dict`:
+        - `"tasks"`: by task `"kl"`, `"velocity_gap"` and `"noise_floor"` as in the logged metrics, over all trained steps;
+          `"teachers"`, a list with each one's `"gap_to_base"` (relative norm of the difference to the base's velocity, at
+          the teacher's guidance) and `"rounding"` (the same for two equal networks); and `"rewards"` by model and name.
+        - `"separability"`: for each two tasks with different teachers `"tasks"`, `"identical_prompts"`, `"identical_share"`,
+          `"accuracy"` and `"disagreement"`, as [`separability.Pair`] describes them.
+        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, as [`estimate_memory`] says, on one process and without sharding.
+        - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
+        - `"warnings"`: a sentence each.
+    """
+    sampler = trainer._get_train_sampler()
+    batches = first_update(trainer, sampler)
+    tasks, costs, activations = {}, [], []
+    with as_in_training(trainer) as student:
+        for i in range(len(trainer.tasks)):  # the first micro-batch of each
+            rows = [trainer.train_dataset[row] for row in batches[i]]
+            task, positions = trainer._micro_batch(i, rows)
+            prompts = [row["prompt"] for row in rows]
+            tasks[task], cost = _walk(trainer, student, task, prompts, positions)
+            cost["update"], used = _forward_backward(trainer, student, prompts, positions)
+            costs.append(cost)
+            activations.append(used)
+        pairs = find_pairs(trainer, sampler, student, thorough=True)
+    seconds = max(gather_object([_seconds(trainer, costs)]))
+    updates = number_of_updates(trainer, sampler)
+    report = {
+        "tasks": tasks,
+        "separability": [pair.report() for pair in pairs],
+        "memory": memory(trainer, {}, max(activations), "a forward and backward"),
+        "seconds_per_update": seconds,
+        "updates": updates,
+        "seconds": seconds * updates,
+        "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
+    }
+    images = _draw(trainer)
+    if trainer.accelerator.is_main_process:
+        scored = score_pictures(trainer, images)
+        for task, of_task in scored.items():
+            tasks[task]["rewards"] = of_task
+        write_pictures(trainer, images, scored)
+        tables.print_pairs(pairs)
+        tables.print_dry_run(report, trainer.accelerator.device.type)
+        for warning in report["warnings"]:
+            logger.warning(warning)
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+# An update's forwards
+
+
+@torch.no_grad()
+def _walk(
+    trainer: "DiffusionOPDTrainer", network: nn.Module, task: str, prompts: list[str], positions: list[int]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What the walk shows of a task, and the seconds of a forward of `"student"`, `"teachers"` and `"base"`."""
+    args, field, bank, roles = trainer.args, trainer.velocity_field, trainer.bank, trainer.bank.teachers[task]
+    steps = len(trainer.trainable_steps)
+    levels = trainer.table.levels.tolist()
+    generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
+    clock = Clock(trainer.accelerator.device)
+    # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
+    # to the base and the squared norm of its velocity.
+    squares: list[list[Tensor]] = []
+    rounding = [network_rounding(trainer)] * len(roles)
+    shares_forwards = len(bank.forwards(roles)) < len(roles)
+
+    def velocity(j: int, x: Tensor) -> Tensor:
+        t = levels[j]
+        with clock("student"):
+            student = field(x, t, prompts, args.guidance_scale, network)
+        target, of_teachers = torch.zeros_like(x), []
+        for i, role in enumerate(roles):
+            scale = role.guidance_scale
+            with bank.use(role) as module, clock(f"teacher {i}"):
+                own = field(x, t, prompts, scale, module)
+            with bank.use(None) as module, clock("base"):
+                base = field(x, t, prompts, scale, module)
+            of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
+            target += role.weight * own
+            if j == steps - 1 and role.kind == "lora":
+                with bank.use(role) as module, rescaled_factors(bank.backbone, role.name):
+                    again = field(x, t, prompts, scale, module)
+                rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
+        if shares_forwards:
+            with clock("teachers"):
+                trainer._target(task, x, t, prompts)
+        squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
+        return student if args.on_policy else target
+
+    x = field.initial_latents(prompts, generators)
+    walk(velocity, x, trainer.table.head(steps), lambda j: gaussian(generators, x))
+    local = torch.stack([torch.stack(row) for row in squares])
+    sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
+    rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
+    kl_weights = trainer.kl_weights[:steps]
+    gap, norm = sums[:, 0], sums[:, 1]
+    figures = {
+        "kl": float((kl_weights * gap).mean()),
+        "velocity_gap": math.sqrt(gap.sum() / norm.sum()),
+        "noise_floor": float((kl_weights * norm).mean()) * max(rounding) ** 2,
+        "teachers": [
+            {
+                "teacher": _name(role),
+                "kind": role.kind,
+                "guidance_scale": role.guidance_scale,
+                "gap_to_base": math.sqrt(sums[:, 2 + 2 * i].sum() / sums[:, 3 + 2 * i].sum()),
+                "rounding": rounding[i],
+            }
+            for i, role in enumerate(roles)
+        ],
+    }
+    alone = [f"teacher {i}" for i in range(len(roles))]
+    teachers = sum(clock.median(name) for name in (["teachers"] if shares_forwards else alone))
+    return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
+
+
+def _name(role: Teacher) -> str:
+    return "/".join(filter(None, (role.source, role.config.subfolder)))
+
+
+def _forward_backward(
+    trainer: "DiffusionOPDTrainer", student: nn.Module, prompts: list[str], positions: list[int]
+) -> tuple[float, int]:
+    """Seconds of the student's forward and backward at one step, and the bytes that they need on the device."""
+    device, field = trainer.accelerator.device, trainer.velocity_field
+    x = field.initial_latents(prompts, sample_generators([trainer.args.seed], positions))
+    parameters = trainer.student.parameters()
+    clock, used = Clock(device), 0
+    for _ in range(3):
+        peak = Peak(device)
+        with clock("update"):
+            velocity = field(x, float(trainer.table.levels[0]), prompts, trainer.args.guidance_scale, student)
+            loss = velocity_gap_sq(velocity, x).mean()
+            peak.look()
+            # Not backward(): the parameters' own gradients stay as they are.
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        used = max(used, peak.without(gradients))
+        del gradients, loss, velocity
+    return clock.median("update"), used
+
+
+# Time
+
+
+def _seconds(trainer: "DiffusionOPDTrainer", costs: list[dict[str, float]]) -> float:
+    """Seconds of an update: what the steps of its walks cost, as measured on one micro-batch of each task."""
+    args, k = trainer.args, trainer.args.num_trained_timesteps
+    walked = trained = float(len(trainer.trainable_steps))
+    if k is not None:
+        pi = inclusion_probabilities(trainer.weights[: len(trainer.trainable_steps)], k)
+        draws = [systematic_sample(pi, (i + 0.5) / 100) for i in range(100)]
+        trained, walked = float(k), sum(max(steps) + 1 for steps in draws) / len(draws)
+    seconds = 0.0
+    for cost in costs:
+        seconds += trained * (cost["teachers"] + cost["update"] + (cost["base"] if args.beta > 0 else 0.0))
+        seconds += (walked - trained) * cost["student" if args.on_policy else "teachers"]
+    return seconds * trainer._micro_batches
+
+
+def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
+    return [
+        f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
+        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right LoRA?"
+        for task, figures in tasks.items()
+        for teacher in figures["teachers"]
+        if teacher["kind"] != "base" and teacher["gap_to_base"] <= teacher["rounding"]
+    ]
+
+
+# Pictures
+
+
+def _draw(trainer: "DiffusionOPDTrainer") -> Pictures:
+    """For each task the first row that is evaluated and, by a caption, the images of the models, all from the same noise."""
+    args, bank = trainer.args, trainer.bank
+    evaluated: Any = trainer.eval_dataset
+    if isinstance(evaluated, Mapping):
+        evaluated = next(iter(evaluated.values()))
+    firsts: dict[str, dict[str, Any]] = {}  # an evaluation need not have every task
+    for dataset in (trainer.train_dataset, evaluated):
+        if dataset is not None:
+            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, args.task_column).items()}
+    scale = evaluation_scale(trainer)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    pictures: Pictures = {}
+    for task, row in firsts.items():
+        of_task = {}
+        with bank.use(None) as module:
+            of_task[f"base, CFG {scale:g}"] = draw(trainer, module, task, row["prompt"], scale)
+        for i, role in enumerate(bank.teachers[task], start=1):
+            name = "teacher" if len(bank.teachers[task]) == 1 else f"teacher {i}"
+            with bank.use(role) as module:
+                image = draw(trainer, module, task, row["prompt"], role.guidance_scale)
+            of_task[f"{name}, CFG {role.guidance_scale:g}"] = image
+        with trainer.student.ema_weights():
+            of_task[f"student, CFG {scale:g}"] = draw(trainer, student, task, row["prompt"], scale)
+        pictures[task] = row, of_task
+    return pictures

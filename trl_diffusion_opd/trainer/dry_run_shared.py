@@ -1,0 +1,256 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the dry runs of all trainers share: clocks, memory, the first update's rows, and the picture."""
+
+import inspect
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from peft import PeftModel
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.tasks import TaskSampler
+from ..evaluation import draw_images
+from ..evaluation.store import file_name
+from ..guards.extras import extra
+from ..profiling.memory import estimate_memory
+from ..profiling.timing import instant, seconds_between
+
+
+if TYPE_CHECKING:
+    from .base_trainer import DiffusionTrainer
+    from .taught_trainer import TaughtTrainer
+
+FOLDER = "dry_run"
+PICTURE = "dry_run.png"
+
+
+# As in training
+
+
+def first_update(trainer: "DiffusionTrainer", sampler: TaskSampler) -> list[list[int]]:
+    """Rows of the training data in each of this process's micro-batches of the first update."""
+    size, accelerator = trainer._train_batch_size, trainer.accelerator
+    length = size * accelerator.num_processes
+    rows = list(islice(sampler, length * trainer._micro_batches * len(trainer.tasks)))
+    mine = accelerator.process_index * size
+    return [rows[first + mine : first + mine + size] for first in range(0, len(rows), length)]
+
+
+def number_of_updates(trainer: "DiffusionTrainer", sampler: TaskSampler) -> int:
+    """Optimizer steps of the whole run."""
+    epochs = trainer.args.num_train_epochs
+    return (
+        trainer.args.max_steps if trainer.args.max_steps > 0 else math.ceil(epochs * sampler.rounds * sampler.passes)
+    )
+
+
+@contextmanager
+def as_in_training(trainer: "DiffusionTrainer") -> Iterator[nn.Module]:
+    """The trained model as it computes once Trainer has prepared it: with checkpointing and in mixed precision."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()  # as Trainer does when training begins
+    forward = model.forward
+
+    def call(*args: Any, **inputs: Any) -> Any:
+        with trainer.accelerator.autocast():
+            return forward(*args, **inputs)
+
+    model.forward = call
+    try:
+        yield model
+    finally:
+        del model.forward  # the class's own is behind it
+
+
+# Time and forwards
+
+
+class Clock:
+    """Seconds of calls, the median of each kind: the first one sets things up, and others may have to wait."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.calls: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = instant(self.device)
+        yield
+        self.calls.setdefault(name, []).append((begin, instant(self.device)))
+
+    def median(self, name: str) -> float:
+        return statistics.median(seconds_between(*call) for call in self.calls[name])
+
+
+@dataclass
+class Forwards:
+    """How many samples networks have seen forward, and with gradients, so backward too. Guidance shows each of them twice."""
+
+    forwards: int = 0
+    backwards: int = 0
+
+
+@contextmanager
+def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
+    """Counts what the networks see meanwhile. LoRAs of one network are that network."""
+    count = Forwards()
+
+    def hook(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        first = list(inspect.signature(type(module).forward).parameters)[1]
+        rows = len(inputs[first])
+        count.forwards += rows
+        count.backwards += rows * torch.is_grad_enabled()
+
+    bases = [network.get_base_model() if isinstance(network, PeftModel) else network for network in networks]
+    # By identity: a student and the base that it is a LoRA of are one network.
+    handles = [
+        base.register_forward_pre_hook(hook, with_kwargs=True) for base in {id(one): one for one in bases}.values()
+    ]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def network_rounding(trainer: "TaughtTrainer") -> float:
+    """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
+    frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
+    weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
+    return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
+
+
+# Memory
+
+
+def in_use(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+class Peak:
+    """Bytes above those in use at its beginning: their peak on CUDA, elsewhere the most that [`look`] has seen."""
+
+    def __init__(self, device: torch.device):
+        self.device, self._before, self._seen = device, in_use(device), 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def look(self) -> None:
+        self._seen = max(self._seen, in_use(self.device) - self._before)
+
+    @property
+    def bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        return self._seen
+
+    def without(self, gradients: Sequence[Tensor | None]) -> int:
+        """Bytes but for gradients, which are held at the end."""
+        if self.device.type != "cuda":  # looked at before there were any
+            return self.bytes
+        return self.bytes - sum(gradient.nbytes for gradient in gradients if gradient is not None)
+
+
+def memory(
+    trainer: "DiffusionTrainer", extra: Mapping[str, int], measured: int, what: str
+) -> dict[str, dict[str, Any]]:
+    """
+    [`estimate_memory`] for the trainer's device, without sharding.
+
+    Args:
+        trainer
+        extra (`dict[str, int]`): bytes that the method keeps besides, by name, counted.
+        measured (`int`): bytes above those in use before, as measured.
+        what (`str`): what they were measured in.
+    """
+    rows = estimate_memory(trainer)
+    peak = rows.pop("peak")
+    for name, size in extra.items():
+        rows[name] = {"dtype": "", "bytes": size, "how": "counted"}
+        peak["bytes"] += size
+    if trainer.accelerator.device.type == "cuda":  # elsewhere a process's memory says little of its tensors'
+        rows["activations, measured"] = {"dtype": "", "bytes": measured, "how": f"peak of {what}, not in the sum"}
+    return {**rows, "peak": peak}
+
+
+# Pictures
+
+# By task: the row of the data, and the images by caption.
+Pictures = dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]
+
+
+def evaluation_scale(trainer: "DiffusionTrainer") -> float:
+    args = trainer.args
+    return args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
+
+
+def draw(trainer: "DiffusionTrainer", module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
+    """The image that an evaluation draws first for a task, if this is its first prompt."""
+    ((_, image),) = draw_images(
+        trainer.eval_field,
+        module,
+        [prompt],
+        entropy=[trainer.args.seed, trainer.tasks.index(task)],
+        guidance_scale=guidance_scale,
+        batch_size=1,
+    )
+    return image
+
+
+def score_pictures(trainer: "DiffusionTrainer", pictures: Pictures) -> dict[str, dict[str, dict[str, float | None]]]:
+    """By task, caption and reward the score of every image; none of a reward that hangs, with a warning."""
+    scored = {}
+    for task, (row, images) in pictures.items():
+        with trainer._monitor(task) as scorer:
+            scorer.submit([row] * len(images), list(images.values()))
+            scores = scorer.results()
+        scored[task] = {
+            caption: {name: values[i] for name, values in scores.items()} for i, caption in enumerate(images)
+        }
+    return scored
+
+
+def write_pictures(
+    trainer: "DiffusionTrainer", pictures: Pictures, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+) -> None:
+    """One file an image, and one with all of them and each one's first reward, in the output folder."""
+    from ..reporting import plots
+
+    folder = Path(trainer.args.output_dir or ".") / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    widest = max(len(of_task) for _, of_task in pictures.values())
+    rows = []
+    for task, (row, of_task) in pictures.items():
+        scores = {caption: next(iter(scored[task][caption].values()), None) for caption in of_task}
+        for caption, image in of_task.items():
+            model = caption.split(",")[0].replace(" ", "_")
+            image.save(folder / f"{file_name(task)}_{model}.png")
+        # All rows of the picture have the same number of models.
+        width, height = next(iter(of_task.values())).size
+        blanks = {" " * n: Image.new("RGB", (width, height), "white") for n in range(1, widest - len(of_task) + 1)}
+        rows.append(plots.SampleRow(task, row["prompt"], {**of_task, **blanks}, {**scores, **dict.fromkeys(blanks)}))
+    with extra(f"The picture {PICTURE}"):
+        plots.plot_samples(rows, folder / PICTURE)
