@@ -187,7 +187,9 @@ def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]
         generators = sample_generators([trainer.args.seed, 0, trainer.tasks.index(task)], range(len(batch)))
         states: list[Tensor] = []
 
-        def velocity(j: int, x: Tensor, prompts: list[str] = prompts, states: list[Tensor] = states) -> Tensor:
+        def velocity(
+            j: int, x: Tensor, z: Tensor | None, prompts: list[str] = prompts, states: list[Tensor] = states
+        ) -> Tensor:
             states.append(x)
             return field(x, float(table.levels[j]), prompts, scale, model)
 

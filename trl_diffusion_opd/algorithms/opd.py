@@ -199,7 +199,9 @@ def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:
     return velocity_difference(v_student, v_teacher).square().flatten(1).mean(1)
 
 
-def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: float, s: float, weight: float) -> Tensor:
+def policy_gradient_loss(
+    v_student: Tensor, v_teacher: Tensor, z: Tensor | None, c: float, s: float, weight: float
+) -> Tensor:
     """REINFORCE on the log-ratio of student and teacher: an estimate of the closed form's gradient, for comparison.
 
     With `x' = mean_S + s z`, the gradient of `KL(S, T)` is the expectation of `(log p_S(x') - log p_T(x')) grad log
@@ -217,7 +219,7 @@ def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: flo
         v_student (`Tensor` of shape `(B, ...)`):
             With gradient.
         v_teacher, z (`Tensor` of the same shape):
-            The teacher's velocity, and the noise with which the student's walk takes this very step.
+            The teacher's velocity, and the noise with which the student's walk takes this very step; `None` without any.
         c, s (`float`):
             The step's row of the sampler table, `c` with its sign.
         weight (`float`):
@@ -229,7 +231,7 @@ def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: flo
     Raises:
         ValueError: if the step adds no noise, or if shapes differ.
     """
-    if s == 0:
+    if z is None or s == 0:
         raise ValueError("A step without noise (s = 0) has no policy gradient. Use `loss_type='kl'` or skip the step.")
     if z.shape != v_student.shape:
         raise ValueError(f"Noise has shape {tuple(z.shape)} and the student's velocity {tuple(v_student.shape)}.")

@@ -35,7 +35,7 @@ from ..algorithms.opd import (
     trained_steps,
     velocity_gap_sq,
 )
-from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
 from ..algorithms.samplers import sampler_table
 from ..data.tasks import task_rows
 from ..guards.redaction import shown
@@ -52,9 +52,6 @@ from .taught_trainer import TaughtTrainer
 
 
 logger = logging.getLogger(__name__)
-
-# Third entry of a seed that is not a task's index: it draws the steps that are trained.
-_STEP_DRAW = 2**32 - 1
 
 
 class DiffusionOPDTrainer(TaughtTrainer):
@@ -201,11 +198,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
         unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
-        drawn: dict[int, Tensor] = {}
 
-        def velocity(j: int, x: Tensor) -> Tensor:
+        def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             t = float(self.table.levels[j])
-            drawn.clear()
             if j not in steps:
                 with torch.no_grad():
                     if not self.args.on_policy:
@@ -218,7 +213,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                     self._measure_noise_floor(x, t, prompts)
             with self._gradient_sync(model, last=j == last):
                 student = self._student_velocity(model, x, t, prompts)
-                loss = self._step_loss(j, student, target, lambda: noise(j))
+                loss = self._step_loss(j, student, target, z)
                 if self.args.beta > 0:
                     loss = loss + self.args.beta * self._base_loss(j, student, x, t, prompts)
                 self._backward(share * steps[j] * loss.mean())
@@ -226,14 +221,8 @@ class DiffusionOPDTrainer(TaughtTrainer):
             gaps[j], norms[j] = velocity_gap_sq(student, target).mean(), target.float().square().mean()
             return student if self.args.on_policy else target
 
-        def noise(j: int) -> Tensor:
-            # A policy gradient uses the noise of the step before the walk does.
-            if j not in drawn:
-                drawn[j] = gaussian(generators, x)
-            return drawn[j]
-
         x = self.velocity_field.initial_latents(prompts, generators)
-        walk(velocity, x, self.table.head(last + 1), noise)
+        walk(velocity, x, self.table.head(last + 1), generators)
         loss = self._record(task, steps, gaps, norms) * self._task_share(task)
         self._end_micro_batch()
         return loss
@@ -243,17 +232,15 @@ class DiffusionOPDTrainer(TaughtTrainer):
         k = self.args.num_trained_timesteps
         if k is None:
             return dict.fromkeys(self.trainable_steps, 1.0)
-        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, _STEP_DRAW])
+        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, STEP_DRAW])
         pi = inclusion_probabilities(self.weights[: len(self.trainable_steps)], k)
         steps = systematic_sample(pi, float(np.random.default_rng(seed).random()))
         return {j: 1.0 / float(pi[j]) for j in steps}
 
-    def _step_loss(self, j: int, student: Tensor, target: Tensor, noise: Any) -> Tensor:
+    def _step_loss(self, j: int, student: Tensor, target: Tensor, z: Tensor | None) -> Tensor:
         weight = float(self.weights[j])
         if self.args.loss_type == "policy_gradient":
-            return policy_gradient_loss(
-                student, target, noise(), float(self.table.c[j]), float(self.table.s[j]), weight
-            )
+            return policy_gradient_loss(student, target, z, float(self.table.c[j]), float(self.table.s[j]), weight)
         return weight * velocity_gap_sq(student, target)
 
     def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, prompts: list[str]) -> Tensor:
@@ -341,19 +328,19 @@ class DiffusionOPDTrainer(TaughtTrainer):
         return ["loss", *(f"kl/{task}" for task in task_rows(dataset, self.args.task_column))]
 
     def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
-        generators = sample_generators([self.args.seed, _STEP_DRAW, self.tasks.index(task)], indices)
+        generators = sample_generators([self.args.seed, STEP_DRAW, self.tasks.index(task)], indices)
         model = self.accelerator.unwrap_model(self.model)
         n = len(self.trainable_steps)
         gaps = []
 
-        def velocity(j: int, x: Tensor) -> Tensor:
+        def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             t = float(self.table.levels[j])
             student = self.velocity_field(x, t, prompts, self.args.guidance_scale, model)
             gaps.append(velocity_gap_sq(student, self._target(task, x, t, prompts)).mean())
             return student
 
         x = self.velocity_field.initial_latents(prompts, generators)
-        walk(velocity, x, self.table.head(n), lambda j: gaussian(generators, x))
+        walk(velocity, x, self.table.head(n), generators)
         gap = self.accelerator.gather(torch.stack(gaps)[None]).cpu().double().mean(0)
         return float((self.weights[:n] * gap).mean()), float((self.kl_weights[:n] * gap).mean())
 

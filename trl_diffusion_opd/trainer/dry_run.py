@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..algorithms.opd import inclusion_probabilities, systematic_sample, velocity_gap_sq
-from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
 from ..models.teachers import Teacher, rescaled_factors
@@ -130,7 +130,7 @@ def _walk(
     rounding = [network_rounding(trainer)] * len(roles)
     shares_forwards = len(bank.forwards(roles)) < len(roles)
 
-    def velocity(j: int, x: Tensor) -> Tensor:
+    def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = levels[j]
         with clock("student"):
             student = field(x, t, prompts, args.guidance_scale, network)
@@ -154,7 +154,7 @@ def _walk(
         return student if args.on_policy else target
 
     x = field.initial_latents(prompts, generators)
-    walk(velocity, x, trainer.table.head(steps), lambda j: gaussian(generators, x))
+    walk(velocity, x, trainer.table.head(steps), generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
