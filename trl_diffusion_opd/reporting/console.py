@@ -53,12 +53,12 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
     """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
     console = _console()
     _print_teachers(console, trainer)
-    weights = trainer.weights[: len(trainer.trainable_steps)]
-    steps = Table(title=f"Steps of {trainer.table.name}, weighting {trainer.args.loss_weighting}")
+    plan, weights = trainer.plan, trainer.plan.weights
+    steps = Table(title=f"Steps of {plan.table.name}, weighting {trainer.args.loss_weighting}")
     for column in ("step", "level", "weight", "share"):
         steps.add_column(column, justify="right")
-    for j, level in enumerate(trainer.table.levels[:-1].tolist()):
-        trained = j in trainer.trainable_steps
+    for j, level in enumerate(plan.table.levels[:-1].tolist()):
+        trained = j in plan.steps
         shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
         steps.add_row(str(j), f"{level:.4f}", *shown)
     console.print(steps)
