@@ -40,10 +40,10 @@ from trl_diffusion_opd.guards.extras import extra
 from trl_diffusion_opd.guards.markdown import cell, code, inline, literal
 from trl_diffusion_opd.guards.redaction import listed, visible
 from trl_diffusion_opd.models.teacher_config import normalize_teachers
+from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.reporting import console as tables
 from trl_diffusion_opd.reporting.completions import Completion, _markdown
 from trl_diffusion_opd.reporting.model_card import write_model_card, write_teacher_card
-from trl_diffusion_opd.trainer.checks import collect, list_of
 
 
 ODD = [
@@ -288,12 +288,17 @@ class TestTheMessage:
         assert len(lines) == 2 + len(ODD) - 1
 
     def test_no_line_is_without_end(self):
-        problems: list[str] = []
-        with collect(problems):
+        problems = Problems()
+        with problems.collect():
             raise ValueError(f"The teachers do not fit:\n- {'k' * 10**5} is no key\u2028- forged\x1b[2J")
-        text = list_of([*problems, "b", "b"])
+        problems += ["b", "b"]
+        with pytest.raises(ValueError, match="Wrong:") as caught:
+            problems.raise_under("Wrong")
+        text = str(caught.value)
         assert (
-            text.startswith("- The teachers do not fit:\n  - kkk") and text.endswith("\n- b") and text.count("\n") == 2
+            text.startswith("Wrong:\n- The teachers do not fit:\n  - kkk")
+            and text.endswith("\n- b")
+            and text.count("\n") == 3
         )
         assert r" is no key\u2028- forged\x1b[2J" in text and "…" in text and len(text) < 2200
         assert listed(["a\n  - b", "a\n  - b"]) == "- a\n  - b"

@@ -25,7 +25,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..guards.finite import infinite_options
-from ..guards.redaction import listed
+from ..problems import Problems
 from ..rewards.scoring import timeout_problems
 from .options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
 
@@ -278,7 +278,7 @@ class DiffusionConfig(_BaseConfig):
             for name, value in infinite_options(self)
             if not any(problem.startswith(f"{name}=") for problem in problems)
         ]
-        self._raise(problems)
+        Problems(problems).raise_under(type(self).__name__)
 
     def _refuse_broken_json(self) -> None:
         """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
@@ -292,11 +292,7 @@ class DiffusionConfig(_BaseConfig):
                     problems.append(
                         f"{name}={value!r} is not JSON ({error}). Names and texts are in double quotes: '{{\"key\": 1}}'."
                     )
-        self._raise(problems)
-
-    def _raise(self, problems: list[str]) -> None:
-        if problems:
-            raise ValueError(f"{type(self).__name__}:\n" + listed(problems))
+        Problems(problems).raise_under(type(self).__name__)
 
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""

@@ -57,6 +57,7 @@ from ..models.teachers import TeacherError, add_adapter, parse_teacher, read_lor
 from ..pipelines.prompt_store import PromptStore, encoder_fingerprint
 from ..pipelines.velocity import VelocityField
 from ..pipelines.view import base_weight
+from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
@@ -66,10 +67,8 @@ from ..rewards import RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (
-    collect,
     evaluation_data_problems,
     launch_problems,
-    list_of,
     load_pipeline,
     loader_problems,
     loading_problems,
@@ -174,20 +173,20 @@ class DiffusionTrainer(EvaluatingTrainer):
         if isinstance(train_dataset, Dataset):
             train_dataset = plain_dataset(train_dataset, args.task_column)
         eval_dataset = plain_dataset(eval_dataset, args.task_column)
-        problems = training_data_problems(train_dataset, args.task_column)
+        problems = Problems(training_data_problems(train_dataset, args.task_column))
         self._task_rows = {} if problems else task_rows(train_dataset, args.task_column)
         self.tasks = list(self._task_rows)
         self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
         if self.tasks:
-            unscored = evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
-            with collect(unscored):
+            unscored = Problems(evaluation_data_problems(eval_dataset, args.task_column, self.tasks))
+            with unscored.collect():
                 self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
             problems += unscored or metric_problems(args, eval_dataset, self.reward_funcs, self._method_metrics)
             problems += scored_data_problems(self.reward_funcs, train_dataset, eval_dataset, args.task_column)
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
-        unfit = loading_problems(model, self._pipeline, args, quantization_config)
+        unfit = Problems(loading_problems(model, self._pipeline, args, quantization_config))
         unfit += model_problems(self._pipeline, args, peft_config)
         problems += launch_problems(transformer, args) + loader_problems(args)
         if args.student_init == MERGE and self._teacher_specs is None:
@@ -197,7 +196,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             )
         student_model: Any = None
         if not unfit:
-            with collect(unfit):
+            with unfit.collect():
                 prompt_store = self._prompt_store(args)
                 if args.offload_encoders:
                     self._offload = Offload(offloaded(self._pipeline), args.device)
@@ -207,7 +206,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
-            with collect(unfit):
+            with unfit.collect():
                 self.velocity_field = VelocityField(
                     self._pipeline,
                     num_inference_steps=args.num_inference_steps,
@@ -219,13 +218,13 @@ class DiffusionTrainer(EvaluatingTrainer):
                 )
         if not unfit:
             for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
-                with collect(problems):
+                with problems.collect():
                     self.velocity_field.check_guidance(scale)
-            with collect(problems):
+            with problems.collect():
                 if (put_back := self._use_attention_backend(transformer, as_student=True)) is not None:
                     self._undo.callback(put_back)
             self._undo.callback(without_student(transformer))
-            with collect(unfit):
+            with unfit.collect():
                 student_model = self._make_student(transformer, args, peft_config)
             if isinstance(student_model, PeftModel):
                 unfit += layer_problems(student_model)
@@ -235,9 +234,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             problems += folder_problems(args.output_dir)
         if args.push_to_hub:
             problems += self._push_problems(args, full_weights=peft_config is None)
-        problems = unfit + problems
-        if problems:
-            raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
+        Problems([*unfit, *problems]).raise_under(f"{type(self).__name__} cannot start")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
         if args.ddp_broadcast_buffers is None:
@@ -285,7 +282,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     # Hooks of the trainers
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
 
     def _compare_tasks(self) -> None:

@@ -28,9 +28,9 @@ from transformers import TrainerCallback
 from ..algorithms.grpo import grpo_loss, is_clipped, transition_kl
 from ..algorithms.rollout import WINDOW_DRAW, walk
 from ..algorithms.samplers import sampler_table, sde_window
+from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
-from .checks import collect
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .failed_start import gives_back
 from .rl_trainer import DiffusionRLTrainer, Rollout
@@ -140,12 +140,12 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         super()._setup(model, problems)
         args = self.args
         self._window_size = args.sde_window_size or len(args.sde_range())
         self.bank = self._base_bank(model, problems) if args.beta > 0 else None
-        with collect(problems):
+        with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             sde_window(self.table, args.sde_range())
 

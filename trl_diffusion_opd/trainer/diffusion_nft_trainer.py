@@ -30,8 +30,8 @@ from ..algorithms.opd import velocity_gap_sq
 from ..algorithms.rollout import FORWARD_NOISE, LEVEL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import sampler_table
 from ..models.old_policy import OLD_POLICY_FILE, OldPolicy
+from ..problems import Problems
 from ..rewards import RewardFuncs
-from .checks import collect
 from .diffusion_nft_config import DiffusionNFTConfig
 from .failed_start import gives_back
 from .rl_trainer import DiffusionRLTrainer, Rollout
@@ -141,14 +141,14 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         super()._setup(model, problems)
         args = self.args
-        with collect(problems):
+        with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
         self.old_policy = OldPolicy(model)
         if not isinstance(model, PeftModel):
-            with collect(problems):
+            with problems.collect():
                 self._use_attention_backend(self.old_policy.model, as_student=False)
         self.bank = self._base_bank(model, problems) if args.beta > 0 else None
 

@@ -39,10 +39,10 @@ from ..guards.redaction import shown
 from ..models.student import STUDENT_ADAPTER
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import rescaled_factors
+from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
 from . import dry_run
-from .checks import collect
 from .diffusion_opd_config import DiffusionOPDConfig
 from .failed_start import gives_back
 from .taught_trainer import TaughtTrainer
@@ -146,9 +146,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         args = self.args
-        with collect(problems):
+        with problems.collect():
             table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
             self.plan = StepPlan.of(table, args.loss_weighting, skip)

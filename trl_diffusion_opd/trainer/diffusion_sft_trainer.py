@@ -33,9 +33,9 @@ from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
 from ..evaluation.identity import base_digest, model_identity
 from ..models.teacher_config import TeacherSpec
+from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
-from .checks import collect
 from .diffusion_sft_config import DiffusionSFTConfig
 from .failed_start import gives_back
 from .taught_trainer import TaughtTrainer
@@ -147,7 +147,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
             self._base_digest = base_digest(self._pipeline)  # while it is the base alone
         return super()._make_student(transformer, args, peft_config)
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         args = self.args
         column, features = args.image_column, self._images_of.features if isinstance(self._images_of, Dataset) else {}
         if self._teacher_specs is None:
@@ -163,7 +163,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
                     f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, and "
                     f"give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of teachers."
                 )
-            with collect(problems):
+            with problems.collect():
                 self.velocity_field.check_encode()
             return
         if column in features:
@@ -171,7 +171,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
                 f"train_dataset has a column {column!r}, and with teachers its images would be ignored. Remove the column, or "
                 "leave out the teachers."
             )
-        with collect(problems):
+        with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
         loaded = len(problems)
         self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
