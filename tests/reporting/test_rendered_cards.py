@@ -31,7 +31,7 @@ from peft import get_peft_model
 from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionOPDConfig, TeacherConfig, tiny
-from trl_diffusion_opd.checkpointing.checkpoint import write_json
+from trl_diffusion_opd.guards.files import write_json
 from trl_diffusion_opd.models.student import Student, default_lora_config
 from trl_diffusion_opd.reporting.model_card import write_model_card
 from trl_diffusion_opd.scripts.arguments import load_teachers

@@ -14,8 +14,8 @@
 
 """How much of its teachers' gains a student has: base, teachers and students on the same prompts with the same noise."""
 
+from ..hub.files import REPORT_FILE, SCORES_FILE
 from ..pipelines.drawing import draw_images
-from .files import REPORT_FILE, SCORES_FILE
 from .rehearsal import rehearse_report, report_problems
 from .retention import retention_report, retention_table, scores_table
 from .run import evaluate_retention

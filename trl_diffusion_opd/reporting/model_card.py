@@ -39,10 +39,17 @@ from transformers.utils.hub import hf_api
 from .. import __version__
 from ..acceleration.quantization import described
 from ..guards.markdown import cell, code, inline, literal
-from ..guards.redaction import last_part, public_text, public_value, shown
-from ..hub.push import CARD_FILE, REPORT_FILE, known_tokens
+from ..guards.redaction import known_tokens, last_part, public_name, public_text, public_value, shown
+from ..hub.files import (
+    CARD_FILE,
+    CURVES_PICTURE,
+    RADAR_PICTURE,
+    REPORT_FILE,
+    RETENTION_PICTURE,
+    SAMPLES_PICTURE,
+)
 from ..models.average import average_in_words
-from ..models.student import STUDENT_ADAPTER, public_name
+from ..models.student import STUDENT_ADAPTER
 from ..models.teacher_config import TeacherConfig
 from ..models.teacher_files import find_files
 
@@ -52,10 +59,10 @@ if TYPE_CHECKING:
 
 # In the order in which a reader meets them.
 _PICTURES = {
-    "samples.png": "The same prompts and noise: base, teacher, student",
-    "retention.png": "Score of the base, the teachers and this student on each task",
-    "radar.png": "All rewards of base, teachers and student",
-    "curves.png": "Training curves",
+    SAMPLES_PICTURE: "The same prompts and noise: base, teacher, student",
+    RETENTION_PICTURE: "Score of the base, the teachers and this student on each task",
+    RADAR_PICTURE: "All rewards of base, teachers and student",
+    CURVES_PICTURE: "Training curves",
 }
 _SHOWN_PACKAGES = ("trl", "diffusers", "peft", "transformers", "torch", "datasets")
 _TASK = "text-to-image"
