@@ -28,7 +28,7 @@ from transformers import TrainerState
 from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.checkpointing import checkpoint
 from trl_diffusion_opd.guards.redaction import public_arguments, public_value
-from trl_diffusion_opd.reporting.model_card import write_teacher_card
+from trl_diffusion_opd.reporting.teacher_card import write_teacher_card
 
 
 SECRET = "s3cr3tvalue"

@@ -65,7 +65,7 @@ from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting import model_card
+from ..reporting.model_card import CardFacts, write_model_card
 from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
@@ -294,8 +294,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _card_fields(self) -> dict[str, Any]:
         """
-        What the model card says of the method: `method`, `teachers`, `settings`, and `no_walk` where training has no
-        sampler; all optional.
+        What the model card says of the method: `method`, `teachers`, `settings` and `no_walk` of [`CardFacts`]; all optional.
         """
         return {}
 
@@ -782,7 +781,31 @@ class DiffusionTrainer(EvaluatingTrainer):
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
         if self.is_world_process_zero():
-            model_card.write_model_card(self, model_name, dataset_name, tags, self.changes)
+            folder = self.args.output_dir or "."
+            write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run. Its method is what the trainer's `_card_fields` says."""
+        args, dataset = self.args, self.eval_dataset
+        first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
+        scale = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
+        # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
+        options = self.eval_field._call_options([first], scale)
+        single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
+        return CardFacts(
+            trainer_name=self._name,
+            paper=self._paper,
+            tags=self._tag_names,
+            args=args,
+            state=self.state,
+            pipeline=self._pipeline,
+            model=self.student.model,
+            tasks=self.tasks,
+            repository=self.hub_model_id or args.hub_model_id,
+            call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
+            changes=self.changes,
+            **self._card_fields(),
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""
