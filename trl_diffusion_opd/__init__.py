@@ -41,7 +41,7 @@ _MODULES = {
     "sampler_table": "algorithms.samplers",
     "step_weights": "algorithms.opd",
     "walk": "algorithms.rollout",
-    "write_teacher_card": "reporting.model_card",
+    "write_teacher_card": "reporting.teacher_card",
     "tiny": "tiny",
 }
 
@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from .models.teacher_config import TeacherConfig
     from .pipelines.velocity import VelocityField
     from .profiling.memory import estimate_memory
-    from .reporting.model_card import write_teacher_card
+    from .reporting.teacher_card import write_teacher_card
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .trainer.diffusion_nft_config import DiffusionNFTConfig

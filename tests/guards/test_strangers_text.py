@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from helpers.card_helpers import FIELDS, REPORT, read_card, shown_lora, stand_in
+from helpers.card_helpers import FIELDS, REPORT, read_card, shown_lora, stand_in, write_card
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -43,7 +43,7 @@ from trl_diffusion_opd.models.teacher_config import normalize_teachers
 from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.reporting import console as tables
 from trl_diffusion_opd.reporting.completions import Completion, _markdown
-from trl_diffusion_opd.reporting.model_card import write_model_card, write_teacher_card
+from trl_diffusion_opd.reporting.teacher_card import write_teacher_card
 
 
 ODD = [
@@ -182,7 +182,8 @@ class TestCards:
                 for row in [REPORT["tasks"]["ocr"]]
             }
             (folder / "out" / "retention.json").write_text(json.dumps(REPORT | {"tasks": tasks}))
-            write_model_card(trainer, named("model"), tags=[named("tag")], changes=changes)
+            trainer.changes = changes
+            write_card(trainer, named("model"), tags=[named("tag")])
             return read_card(trainer)
 
         odd, tame = card(odd_names(), tmp_path / "odd"), card(lambda name: name, tmp_path / "tame")

@@ -62,9 +62,11 @@ from accelerate.utils import release_memory
 from peft import LoraConfig
 from trl import TrlParser
 
-from ..checkpointing.checkpoint import last_complete, write_json
+from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
-from ..models.student import ADAPTER_FILE, ATTENTION_TARGETS
+from ..guards.files import write_json
+from ..hub.files import ADAPTER_FILE
+from ..models.student import ATTENTION_TARGETS
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
 from ..problems import Problems
@@ -129,7 +131,7 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
         if not (folder / FINISHED_FILE).exists():
             if state.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / STAGE_FILE, _record(stage, before, output_dir))
+                write_json(folder / STAGE_FILE, _record(stage, before, output_dir), sort_keys=True)
             _run(stage, folder, None if before is None else str(output_dir / before))
             if state.is_main_process:
                 (folder / FINISHED_FILE).touch()

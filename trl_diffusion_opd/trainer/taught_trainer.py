@@ -24,9 +24,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..algorithms.separability import conflict_warning
-from ..checkpointing.checkpoint import damage_problems, last_complete, write_json
+from ..checkpointing.checkpoint import damage_problems, last_complete
 from ..checkpointing.seal import is_sealed
 from ..data.tasks import SINGLE_TASK
+from ..guards.files import write_json
+from ..hub.files import MANIFEST_FILE
 from ..models.merge import MergeReport, merge_adapters, merge_weights
 from ..models.student import STUDENT_ADAPTER, frozen_copy
 from ..models.teachers import TeacherBank, normalize_teachers
@@ -38,8 +40,6 @@ from .conflicts import find_pairs
 
 
 logger = logging.getLogger(__name__)
-
-MANIFEST_FILE = "teacher_manifest.json"
 
 
 class TaughtTrainer(DiffusionTrainer):
@@ -142,7 +142,7 @@ class TaughtTrainer(DiffusionTrainer):
 
     def _save_method(self, folder: str) -> None:
         if self._teacher_specs is not None:
-            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
+            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
 
     def _check_resume(self, folder: Path) -> list[str]:
         problems = super()._check_resume(folder)
