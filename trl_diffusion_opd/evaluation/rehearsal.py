@@ -99,4 +99,4 @@ def rehearse_report(
                     f"'{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every reward scores the images of all "
                     "tasks, and returns None for rows that it does not apply to."
                 ) from error
-    trainer._offload.rest()
+    trainer.offload.rest()

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
     from ..trainer.rl_trainer import DiffusionRLTrainer
-    from ..trainer.taught_trainer import TaughtTrainer
     from .completions import Completion
 
 logger = logging.getLogger(__name__)
@@ -90,12 +89,12 @@ def print_resume(checkpoint: str, update: int, changes: Sequence[tuple[str, str,
 def print_rewards(trainer: "DiffusionRLTrainer") -> None:
     """Shows tasks and rewards, how many completions a round has, and how many parameters are trained."""
     console, args = _console(), trainer.args
-    completions = args.train_batch_size * args.world_size * trainer._micro_batches
+    completions = args.train_batch_size * args.world_size * trainer.rounds.micro_batches
     table = Table(title=f"Tasks and rewards, {args.num_generations} completions a prompt")
     for column in ("task", "prompts", "prompts a round", "reward", "weight"):
         table.add_column(column, overflow="fold")
     for task, functions in trainer.reward_funcs.items():
-        shown = [task, str(len(trainer._task_rows[task])), str(completions // args.num_generations)]
+        shown = [task, str(len(trainer.rounds.rows[task])), str(completions // args.num_generations)]
         for name in map(reward_name, functions):
             table.add_row(*shown, name, f"{trainer.reward_weights[name]:g}")
             shown = [""] * len(shown)
@@ -122,19 +121,19 @@ def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> No
 def print_sft_start(trainer: "DiffusionSFTTrainer") -> None:
     """Shows what images are trained on for which task, and how many parameters are trained."""
     console = _console()
-    if trainer._teacher_specs is not None:
+    if trainer.bank is not None:
         _print_teachers(console, trainer)
     else:
         tasks = Table(title="Tasks")
         for column in ("task", "images"):
             tasks.add_column(column)
-        for task, rows in trainer._task_rows.items():
+        for task, rows in trainer.rounds.rows.items():
             tasks.add_row(task, str(len(rows)))
         console.print(tasks)
     console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
 
 
-def _print_teachers(console: Console, trainer: "TaughtTrainer") -> None:
+def _print_teachers(console: Console, trainer: "DiffusionTrainer") -> None:
     teachers = Table(title="Tasks and teachers")
     for column in ("task", "prompts", "teacher", "kind", "guidance"):
         teachers.add_column(column, overflow="fold")
@@ -144,7 +143,7 @@ def _print_teachers(console: Console, trainer: "TaughtTrainer") -> None:
         name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
         kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
         cells = [name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
-        prompts = len(trainer._task_rows[row["task"]])
+        prompts = len(trainer.rounds.rows[row["task"]])
         teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
     console.print(teachers)
 
