@@ -27,7 +27,6 @@ import runpy
 import shlex
 import sys
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
