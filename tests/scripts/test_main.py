@@ -28,7 +28,7 @@ from helpers.launching import surroundings
 
 import trl_diffusion_opd
 from trl_diffusion_opd.scripts import env, launching, main, opd
-from trl_diffusion_opd.scripts.arguments import PACKAGE, config_path, packaged
+from trl_diffusion_opd.scripts.arguments import PACKAGE, config_path, load_prompts, packaged
 from trl_diffusion_opd.scripts.launching import split
 from trl_diffusion_opd.scripts.parser import CommandParser, parse
 
@@ -126,7 +126,7 @@ def test_a_config_by_its_name(words):
     script, args = parse(opd.ARGUMENTS, [*words, "--use_cpu", "true"])
     assert args.max_steps == 300 and script.prompts[0] == "compose=trl_diffusion_opd/tiny/data/compose_train.jsonl"
     assert set(script.teachers_by_task()) == {"compose", "letters", "style"}
-    assert len(script.datasets("task")["train_dataset"]) > 700
+    assert len(load_prompts("prompts", script.prompts, "task")) > 700
 
 
 def test_a_file_wins_over_a_config_of_its_name():

@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
@@ -31,9 +31,6 @@ from ..models.teacher_config import TeacherConfig
 from ..rewards import RewardFunc, load_reward
 from ..rewards.loading import check_reward
 
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -181,26 +178,32 @@ class ScriptArguments(QuantizationArguments):
         assert not isinstance(self.reward_kwargs, str)  # strings are parsed
         return self.reward_kwargs or {}
 
-    def peft_config(self) -> "LoraConfig | None":
-        """The LoRA that is trained, `None` for full fine-tuning."""
+    def for_trainer(self, args: Any, reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
+        """
+        The arguments of a trainer, but for its teachers.
+
+        Args:
+            args ([`DiffusionConfig`])
+            reward_funcs (`dict`): those of [`~ScriptArguments.rewards`].
+        """
         from peft import LoraConfig
 
         from ..models.student import ATTENTION_TARGETS
 
-        if self.full_finetuning:
-            return None
-        return LoraConfig(
+        lora = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             init_lora_weights="gaussian",
             target_modules=self.lora_target_modules or list(ATTENTION_TARGETS),
         )
-
-    def datasets(self, task_column: str) -> dict[str, Any]:
-        """The prompts, by the names of a trainer's arguments."""
         return {
-            "train_dataset": load_prompts("prompts", self.prompts, task_column),
-            "eval_dataset": load_prompts("eval_prompts", self.eval_prompts, task_column),
+            "model": packaged(self.model_name_or_path),
+            "reward_funcs": reward_funcs or None,
+            "args": args,
+            "train_dataset": load_prompts("prompts", self.prompts, args.task_column),
+            "eval_dataset": load_prompts("eval_prompts", self.eval_prompts, args.task_column),
+            "quantization_config": self.quantization_config(args.dtype),
+            "peft_config": None if self.full_finetuning else lora,
         }
 
 

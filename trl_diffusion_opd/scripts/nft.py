@@ -15,35 +15,19 @@
 """Trains a teacher by reinforcement learning on the forward process, DiffusionNFT."""
 
 from ..trainer.diffusion_nft_config import DiffusionNFTConfig
-from .arguments import TeacherScriptArguments, packaged
+from .arguments import TeacherScriptArguments
 from .parser import parse
-from .training import publish, show_warnings, train
+from .training import train_by_reward
 
 
 ARGUMENTS = (TeacherScriptArguments, DiffusionNFTConfig)
 
 
 def main(script_args: TeacherScriptArguments, training_args: DiffusionNFTConfig) -> None:
-    show_warnings()
     # Imported here, so that --help and what is wrong with the arguments are there sooner.
     from ..trainer.diffusion_nft_trainer import DiffusionNFTTrainer
 
-    if script_args.dry_run:
-        training_args.push_to_hub = False  # with it the trainer makes the repository
-    trainer = DiffusionNFTTrainer(
-        model=packaged(script_args.model_name_or_path),
-        reward_funcs=script_args.rewards(),
-        args=training_args,
-        **script_args.datasets(training_args.task_column),
-        quantization_config=script_args.quantization_config(training_args.dtype),
-        peft_config=script_args.peft_config(),
-    )
-    if script_args.dry_run:
-        trainer.dry_run()
-        trainer.end()
-        return
-    train(trainer)
-    publish(trainer)
+    train_by_reward(DiffusionNFTTrainer, script_args, training_args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from ..data.tasks import task_rows
 from ..guards.extras import extra
 from ..trainer.diffusion_opd_config import DiffusionOPDConfig
-from .arguments import TaughtArguments, load_prompts, packaged
+from .arguments import TaughtArguments, load_prompts
 from .parser import parse
 from .training import publish, show_warnings, train
 
@@ -68,18 +68,10 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     from ..evaluation import evaluate_retention, rehearse_report, retention_table
     from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
 
-    quantization_config = script_args.quantization_config(training_args.dtype)
     if script_args.dry_run:
         training_args.push_to_hub = False  # with it the trainer makes the repository
-    trainer = DiffusionOPDTrainer(
-        model=packaged(script_args.model_name_or_path),
-        teachers=teachers,
-        reward_funcs=rewards or None,
-        args=training_args,
-        **script_args.datasets(training_args.task_column),
-        quantization_config=quantization_config,
-        peft_config=script_args.peft_config(),
-    )
+    arguments = script_args.for_trainer(training_args, rewards)
+    trainer = DiffusionOPDTrainer(teachers=teachers, **arguments)
     if script_args.dry_run:
         trainer.dry_run()
         trainer.end()
@@ -91,14 +83,14 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     if test_dataset is not None:
         with extra("The retention report", "`trl-diffusion-opd evaluate` makes it of the saved student."):
             report = evaluate_retention(
-                packaged(script_args.model_name_or_path),
+                arguments["model"],
                 {task: teachers[task] for task in tested},
                 training_args.output_dir,
                 {task: rewards[task] for task in tested},
                 test_dataset,
                 num_images=script_args.num_test_images,
                 output_dir=training_args.output_dir,
-                quantization_config=quantization_config,
+                quantization_config=arguments["quantization_config"],
                 **training_args.retention_options(),
             )
     publish(trainer)

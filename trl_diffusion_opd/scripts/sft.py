@@ -19,7 +19,7 @@ Without `--teachers` the sources of `--prompts` have a column of images.
 """
 
 from ..trainer.diffusion_sft_config import DiffusionSFTConfig
-from .arguments import TaughtArguments, packaged
+from .arguments import TaughtArguments
 from .parser import parse
 from .training import publish, show_warnings, train
 
@@ -32,15 +32,8 @@ def main(script_args: TaughtArguments, training_args: DiffusionSFTConfig) -> Non
     # Imported here, so that --help and what is wrong with the arguments are there sooner.
     from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
 
-    trainer = DiffusionSFTTrainer(
-        model=packaged(script_args.model_name_or_path),
-        teachers=script_args.teachers_by_task() or None,
-        reward_funcs=script_args.rewards() or None,
-        args=training_args,
-        **script_args.datasets(training_args.task_column),
-        quantization_config=script_args.quantization_config(training_args.dtype),
-        peft_config=script_args.peft_config(),
-    )
+    teachers = script_args.teachers_by_task() or None
+    trainer = DiffusionSFTTrainer(teachers=teachers, **script_args.for_trainer(training_args, script_args.rewards()))
     train(trainer)
     publish(trainer)
 

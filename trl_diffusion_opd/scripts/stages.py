@@ -71,7 +71,6 @@ from .arguments import (
     by_task,
     config_path,
     configs,
-    packaged,
     reward_problems,
     source_problems,
     unknown_option,
@@ -310,15 +309,7 @@ class StageSpec(TaughtArguments):
         args = self.make_config(output_dir, student_init)
         trainer_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Trainer")
         arguments: dict[str, Any] = {"teachers": self.teachers_by_task()} if self.teachers else {}
-        return trainer_class(
-            model=packaged(self.model_name_or_path),
-            reward_funcs=self.rewards() or None,
-            args=args,
-            **self.datasets(args.task_column),
-            quantization_config=self.quantization_config(args.dtype),
-            peft_config=self.peft_config(),
-            **arguments,
-        )
+        return trainer_class(**self.for_trainer(args, self.rewards()), **arguments)
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}

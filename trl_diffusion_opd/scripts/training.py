@@ -22,7 +22,8 @@ from ..guards.extras import extra
 
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionTrainer
+    from ..trainer import DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
+    from .arguments import TeacherScriptArguments
 
 
 def show_warnings() -> None:
@@ -49,3 +50,21 @@ def publish(trainer: "DiffusionTrainer") -> None:
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
+
+
+def train_by_reward(
+    trainer_class: "type[DiffusionRLTrainer]",
+    script_args: "TeacherScriptArguments",
+    training_args: "DiffusionRLConfig",
+) -> None:
+    """Trains a teacher, from the arguments of its command."""
+    show_warnings()
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # with it the trainer makes the repository
+    trainer = trainer_class(**script_args.for_trainer(training_args, script_args.rewards()))
+    if script_args.dry_run:
+        trainer.dry_run()
+        trainer.end()
+        return
+    train(trainer)
+    publish(trainer)
