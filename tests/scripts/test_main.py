@@ -64,7 +64,7 @@ def refused(capsys, *words):
 # Help
 
 
-def test_help_is_there_at_once():
+def test_help_is_there_at_once(processes):
     code = (
         "import sys; from trl_diffusion_opd.scripts.main import main; main(['--help']); print('torch' in sys.modules)"
     )
@@ -245,7 +245,7 @@ def test_the_status_of_what_was_launched(monkeypatch, status, expected):
 
 
 @pytest.mark.slow
-def test_the_demo_from_an_empty_folder(tmp_path):
+def test_the_demo_from_an_empty_folder(tmp_path, processes):
     """Through the launcher, as after `pip install`."""
     code = "import sys; from trl_diffusion_opd.scripts.main import main; sys.exit(main())"
     words = [
