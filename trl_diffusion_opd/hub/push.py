@@ -12,17 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-What of a run goes to the Hub, and how. Run as a module, it uploads the output folder of a run that has ended:
+"""What of a run goes to the Hub, and how."""
 
-    python -m trl_diffusion_opd.hub.push sd35-opd me/sd35-opd
-"""
-
-import argparse
 import glob
 import json
 import logging
-import os
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -51,10 +45,10 @@ ARGUMENTS_FILE = "training_args.json"
 CARD_FILE = "README.md"
 REPORT_FILE = "retention.json"
 
-_LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
+LORA_FILES = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 # What a saved student consists of, which a checkpoint has as well.
 STUDENT_FILES = (
-    *_LORA_FILES,
+    *LORA_FILES,
     "adapter_model.safetensors",
     "config.json",
     "diffusion_pytorch_model*.safetensors",
@@ -198,7 +192,7 @@ def _foreign_content(
     """What a repository holds that this student would be mixed with, or overwrite."""
     if "model_index.json" in names:
         return "a whole pipeline"
-    if names.intersection(_LORA_FILES):
+    if names.intersection(LORA_FILES):
         if transformer_class is not None:
             return "a LoRA, and this run trains all weights"
         if recorded is None and "adapter_config.json" in names:
@@ -357,8 +351,8 @@ def _failure(trainer: "DiffusionTrainer", error: BaseException) -> str:
     repo_id = trainer.hub_model_id or trainer.args.hub_model_id or last_part(folder)
     return (
         f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost, it is saved in {folder!r} "
-        "with its card. Push it with trainer.push_to_hub(), or later with `python -m trl_diffusion_opd.hub.push "
-        f"{folder} {repo_id}`."
+        "with its card. Push it with trainer.push_to_hub(), or later with "
+        f"`trl-diffusion-opd push {folder} {repo_id}`."
     )
 
 
@@ -420,24 +414,3 @@ def _report_failure(job: "Future[Any]", message: Any) -> None:
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Uploads the student of a run that has ended to the Hub.")
-    parser.add_argument("folder", help="output folder of the run")
-    parser.add_argument("repo_id", help="owner/name, made if it is not there")
-    parser.add_argument("--revision", help="branch to commit to")
-    parser.add_argument("--private", action="store_true", help="if the repository is made, make it private")
-    options = parser.parse_args()
-    if not any(os.path.exists(os.path.join(options.folder, name)) for name in (*_LORA_FILES, "config.json")):
-        parser.error(f"there is no student in {options.folder}")
-    try:
-        url = retried(hf_api().create_repo, options.repo_id, private=options.private or None, exist_ok=True)
-        commit = push_folder(options.folder, url.repo_id, revision=options.revision)
-    except ERRORS as error:
-        parser.exit(1, f"The student could not be pushed to {options.repo_id!r}: {http_reason(error)}.\n")
-    logger.warning(f"Pushed: {commit.commit_url}")
-
-
-if __name__ == "__main__":
-    main()
