@@ -68,10 +68,10 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         empty = cls.from_config(dict(stored))
     theirs = json.loads(empty.to_json_string())
     _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
-    quantised = stored.get(_QUANTIZATION)
-    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") in _METHODS):
-        raise TeacherError(f"{label}: is quantised by {_short(quantised)}; bitsandbytes and torchao are known here")
-    if quantised is None:
+    quantized = stored.get(_QUANTIZATION)
+    if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") in _METHODS):
+        raise TeacherError(f"{label}: is quantised by {_short(quantized)}; bitsandbytes and torchao are known here")
+    if quantized is None:
         _check_headers(files, empty.state_dict())
     try:
         model, info = cls.from_pretrained(

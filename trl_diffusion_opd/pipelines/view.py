@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..acceleration.quantization import dequantised, weight_kind
+from ..acceleration.quantization import dequantized, weight_kind
 from .prompt_cache import PromptCache
 
 
@@ -169,7 +169,7 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
 
     def forward(x: Tensor) -> Tensor:
         # FSDP2 has them whole within a forward alone.
-        weight, bias = dequantised(projection), projection.bias
+        weight, bias = dequantized(projection), projection.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
-from ..acceleration.quantization import plain_tensors, quantised_layers, scales, weight_kind
+from ..acceleration.quantization import plain_tensors, quantized_layers, scales, weight_kind
 from ..pipelines.view import StandIn, base_weight, exchanged_forward
 
 
@@ -246,7 +246,7 @@ def _float32(value: Any) -> Any:
     return value.float() if half else value
 
 
-class _Dequantising(torch.autograd.Function):
+class _Dequantizing(torch.autograd.Function):
     """
     A linear layer on frozen weights that are dequantised as a whole for each product with them. One that `keeps` its inputs does
     so where checkpointing cannot let go of them, as bitsandbytes' 8 bits do.
@@ -273,7 +273,7 @@ def _kernels_in_shapes(layers: Sequence[nn.Linear]) -> Iterator[None]:
 
         def bitsandbytes(x: Tensor) -> Tensor:
             inner = x.to(layer.compute_dtype) if kind == "4bit" and layer.compute_dtype is not None else x
-            return _Dequantising.apply(inner, shape, layer.bias, kind == "8bit").to(x.dtype)
+            return _Dequantizing.apply(inner, shape, layer.bias, kind == "8bit").to(x.dtype)
 
         def torchao(x: Tensor) -> Tensor:
             # Operations of PyTorch, of which the product keeps the dequantised weight for its backward.
@@ -348,8 +348,8 @@ def _in_shapes(
 
     step, live = _Step(model, base), Live()
     state = {name: fake(tensor) for name, tensor in [*step.named_parameters(), *step.named_buffers()]}
-    quantised = list(quantised_layers(step))
-    for name, layer in quantised:
+    quantized = list(quantized_layers(step))
+    for name, layer in quantized:
         with shapes:  # as if they were not, for what looks at a weight
             state[f"{name}.weight"] = torch.empty(layer.out_features, layer.in_features, dtype=base_weight(base).dtype)
     inputs = tree_map(fake, [dict(call) for call in calls])
@@ -362,7 +362,7 @@ def _in_shapes(
     live.ignore(known)
     with ExitStack() as modes:
         modes.enter_context(shapes)
-        modes.enter_context(_kernels_in_shapes([layer for _, layer in quantised]))
+        modes.enter_context(_kernels_in_shapes([layer for _, layer in quantized]))
         if device_type == "cuda":
             modes.enter_context(_as_on_cuda())
         if precision is not None:

@@ -387,7 +387,7 @@ def _literals(options: Mapping[str, Any], secrets: list[str]) -> dict[str, str]:
 def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
     args, plain = trainer.args, trainer.args.to_dict()  # enums as their values
     transformer: Any = trainer._pipeline.components["transformer"]
-    quantised = described(transformer)
+    quantized = described(transformer)
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
     settings = {
         "updates": trainer.state.global_step,
@@ -398,7 +398,7 @@ def _settings(trainer: "DiffusionTrainer") -> dict[str, Any]:
         "gradient clipping": args.max_grad_norm,
         "moving average": average_in_words(args.ema_decay, args.ema_update_interval),
         "precision": f"base {args.dtype}"
-        + (f", its weights quantised ({quantised})" if quantised else "")
+        + (f", its weights quantised ({quantized})" if quantized else "")
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
         "seed": args.seed,
     }

@@ -30,11 +30,11 @@ from torch import nn
 from ..acceleration.compilation import compilable_blocks
 from ..acceleration.quantization import (
     failures_named,
-    is_quantised,
+    is_quantized,
     named_components,
     pipeline_config,
     prepare,
-    quantisation_problems,
+    quantization_problems,
 )
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import listed, shown
@@ -67,12 +67,12 @@ def load_pipeline(
     given = args.model_init_kwargs
     assert given is None or isinstance(given, dict)  # the config has parsed or refused strings
     options = loading_options(args.dtype, given)
-    quantised = pipeline_config(quantization_config)
-    if quantised is not None:
-        options["quantization_config"] = quantised
+    quantized = pipeline_config(quantization_config)
+    if quantized is not None:
+        options["quantization_config"] = quantized
     try:
         with (
-            failures_named(model, quantised),
+            failures_named(model, quantized),
             explained(f"The base model {model!r}", model, options.get("revision")),
         ):
             pipeline = retried(DiffusionPipeline.from_pretrained, model, **options)
@@ -103,8 +103,8 @@ def loading_problems(
                 "loaded already: load it with them, or pass its name."
             ]
         return []
-    quantised = pipeline_config(quantization_config)
-    named = [] if quantised is None else named_components(quantised)
+    quantized = pipeline_config(quantization_config)
+    named = [] if quantized is None else named_components(quantized)
     unknown = [name for name in named if name not in pipeline.components]
     if unknown:
         return [
@@ -150,7 +150,7 @@ def model_problems(
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     elif isinstance(peft_config, LoraConfig):
         problems += config_problems(peft_config)
-    return problems + quantisation_problems(transformer, full_weights=peft_config is None)
+    return problems + quantization_problems(transformer, full_weights=peft_config is None)
 
 
 def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
@@ -168,7 +168,7 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
     elif args.torch_compile and is_module:
         with collect(problems):
             compilable_blocks(transformer)
-    if is_module and is_quantised(transformer) and (is_fsdp or is_deepspeed):
+    if is_module and is_quantized(transformer) and (is_fsdp or is_deepspeed):
         problems.append(
             "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds it."
