@@ -52,7 +52,7 @@ from trl import TrlParser
 
 from trl_diffusion_opd import evaluate_retention, merge_teachers, tiny
 from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.scripts.stages import Stage, read_stages, run_stages
 
 
@@ -116,7 +116,7 @@ def main(args: ScriptArguments) -> None:
 
     state = PartialState()
     if "merge" in methods and state.is_main_process:  # again each time: it takes a second, and is the same
-        merged = merge_teachers(load_base(tiny.BASE, "float32"), tiny.TEACHERS, students["merge"], rank=RANK)
+        merged = merge_teachers(load_pipeline(tiny.BASE, "float32"), tiny.TEACHERS, students["merge"], rank=RANK)
         print(f"The merge lost {merged.error:.1%} of the teachers' mean update.")
     state.wait_for_everyone()
 

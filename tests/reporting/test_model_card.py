@@ -207,7 +207,7 @@ class TestStudent:
         # Qwen-Image and Flux: guidance_scale would be an embedding, and without a negative prompt nothing happens.
         calls = []
         trainer.eval_field = SimpleNamespace(
-            _call_options=lambda prompts, scale: (
+            call_options=lambda prompts, scale: (
                 calls.append((prompts, scale))
                 or {"prompt": prompts, "negative_prompt": [""], "true_cfg_scale": scale, "image": object()}
             )

@@ -70,6 +70,18 @@ def dequantized(layer: nn.Linear) -> Tensor:
     return dequantize_bnb_weight(weight, state=weight.quant_state if kind == "4bit" else layer.state)
 
 
+def base_weight(network: nn.Module) -> nn.Parameter:
+    """A weight of the network itself, of none of its LoRAs and no quantised layer, which says the dtype and the device."""
+    return next(
+        parameter
+        for name, module in network.named_modules()
+        # A quantised layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
+        if "lora_" not in name and not (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    )
+
+
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor, or those that one of torchao's consists of."""
     if not is_traceable_wrapper_subclass(tensor):

@@ -20,8 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..acceleration.quantization import dequantized
-from ..pipelines.view import base_weight
+from ..acceleration.quantization import base_weight, dequantized
 from .lora_layouts import some
 from .lora_scales import LoraScales, layer_names, matrix_shapes
 from .teacher_config import TeacherError

@@ -42,9 +42,9 @@ from torch import Tensor
 from trl import TrlParser
 
 from ..guards.redaction import listed, shown
-from ..pipelines.loading import borrowed, load_base
+from ..pipelines.loading import borrowed, load_pipeline
+from ..pipelines.loading_options import model_init_problems
 from ..scripts.arguments import by_task, json_object, load_teachers
-from ..trainer.options import model_init_problems
 from .student import STUDENT_ADAPTER, Student
 from .teacher_config import TeacherSpec, normalize_teachers
 from .teachers import TeacherBank
@@ -411,7 +411,7 @@ def main(arguments: MergeArguments) -> None:
         except ValueError as error:
             raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
     report = merge_teachers(
-        load_base(arguments.base, arguments.dtype, model_init_kwargs=model_init_kwargs),
+        load_pipeline(arguments.base, arguments.dtype, model_init_kwargs),
         load_teachers(arguments.teachers, None),
         arguments.output_dir,
         rank=arguments.rank,

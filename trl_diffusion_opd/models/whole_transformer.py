@@ -26,8 +26,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..acceleration.quantization import plain_tensors, weight_kind
-from ..pipelines.view import base_weight
+from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
 from .boundary import strangers_files
 from .lora_layouts import some
 from .teacher_config import TeacherError

@@ -32,8 +32,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
-from ..acceleration.quantization import plain_tensors, quantized_layers, scales, weight_kind
-from ..pipelines.view import StandIn, base_weight, exchanged_forward
+from ..acceleration.quantization import base_weight, plain_tensors, quantized_layers, scales, weight_kind
+from ..pipelines.view import StandIn, exchanged_forward
 
 
 if TYPE_CHECKING:

@@ -369,7 +369,7 @@ def _call_options(trainer: "DiffusionTrainer") -> dict[str, Any]:
     dataset = trainer.eval_dataset if isinstance(trainer.eval_dataset, Dataset) else trainer.train_dataset
     scale = trainer.args.eval_guidance_scale
     # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
-    options = trainer.eval_field._call_options(
+    options = trainer.eval_field.call_options(
         [dataset[0]["prompt"]], trainer.args.guidance_scale if scale is None else scale
     )
     single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}

@@ -24,12 +24,13 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from trl import TrlParser
 
+from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
 from ..models.teacher_config import TeacherConfig
 from ..rewards import RewardFunc, load_reward
 from ..rewards.loading import check_reward
-from ..trainer.options import unknown_option
+from ..trainer.option_checks import unknown_option
 
 
 @dataclass(kw_only=True)
@@ -142,9 +143,18 @@ def parse(script_class: type, config_class: type, arguments: list[str] | None = 
     script_args, config, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--"))
     if rest:
-        problems = [unknown_option(config_class, name) for name in unknown] or [f"{rest} belong to no option."]
+        problems = [unknown_option(config_class, name, configs()) for name in unknown] or [
+            f"{rest} belong to no option."
+        ]
         raise ValueError("\n".join(problems))
     return script_args, config
+
+
+def configs() -> list[type]:
+    """The configs of all trainers."""
+    names = [name for name in trainer.__all__ if name.endswith("Config")]
+    found = [getattr(trainer, name) for name in names]
+    return [one for one in found if not one.__subclasses__()]  # what others share is no trainer's
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:

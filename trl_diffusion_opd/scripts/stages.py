@@ -68,8 +68,8 @@ from ..guards.redaction import listed
 from ..models.student import ADAPTER_FILE, ATTENTION_TARGETS
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
-from ..trainer.options import unknown_option
-from .arguments import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
+from ..trainer.option_checks import unknown_option
+from .arguments import by_task, configs, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
 
 
 if TYPE_CHECKING:
@@ -311,7 +311,7 @@ class StageSpec:
         config_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Config")
         unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
         if unknown:
-            raise ValueError("\n".join(unknown_option(config_class, name) for name in unknown))
+            raise ValueError("\n".join(unknown_option(config_class, name, configs()) for name in unknown))
         return config_class(**options)
 
     def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":

@@ -26,8 +26,10 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..guards.finite import infinite_options
 from ..guards.redaction import listed
+from ..models.average import FOLLOWING
+from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
 from ..rewards.scoring import timeout_problems
-from .options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
+from .option_checks import idle_options, unknown_option
 
 
 # Value of `student_init`: the mean of the teachers' LoRAs.

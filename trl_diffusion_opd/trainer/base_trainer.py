@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from ..acceleration.attention import use_attention_backend
 from ..acceleration.compilation import compile_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import exempt_from_broadcast
+from ..acceleration.quantization import base_weight, exempt_from_broadcast
 from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import KeptSettings, prompts_of
@@ -54,9 +55,9 @@ from ..models.average import average_line, lag_problem
 from ..models.lora_config import layer_problems
 from ..models.student import STUDENT_ADAPTER, Student, default_lora_config
 from ..models.teachers import TeacherError, add_adapter, parse_teacher, read_lora
+from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore, encoder_fingerprint
 from ..pipelines.velocity import VelocityField
-from ..pipelines.view import base_weight
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
@@ -70,7 +71,6 @@ from .checks import (
     evaluation_data_problems,
     launch_problems,
     list_of,
-    load_pipeline,
     loader_problems,
     loading_problems,
     model_problems,
@@ -166,7 +166,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             )
         self._offload = Offload([], args.device)
         set_seed(args.seed)  # before the LoRA's random initialisation
-        self._pipeline = load_pipeline(model, args, quantization_config)
+        self._pipeline = load_pipeline(model, args.dtype, _dict(args.model_init_kwargs), quantization_config)
         if isinstance(model, DiffusionPipeline):
             self._undo.callback(restorer(self._components()))
         transformer: Any = self._pipeline.components.get("transformer")
@@ -324,8 +324,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             return None
         mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        inputs = (self.velocity_field, network, self.args.attention_backend, batch_size)
-        return use_attention_backend(*inputs, mixed if as_student else None)
+        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        return use_attention_backend(network, self.args.attention_backend, trial, mixed if as_student else None)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.

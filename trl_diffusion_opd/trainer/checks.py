@@ -23,73 +23,22 @@ from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from ..acceleration.compilation import compilable_blocks
 from ..acceleration.quantization import (
-    failures_named,
     is_quantized,
     named_components,
     pipeline_config,
-    prepare,
     quantization_problems,
 )
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
-from ..guards.redaction import listed, shown
-from ..hub.errors import explained, retried
+from ..guards.redaction import listed
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
-from ..pipelines.loading import check_base_name, loading_options
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
-
-
-def load_pipeline(
-    model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
-) -> DiffusionPipeline:
-    """
-    The base pipeline, loaded if it is given by name, fit to be trained on.
-
-    Raises:
-        [`ValueError`]: if it cannot be loaded, with what to check.
-    """
-    if isinstance(model, DiffusionPipeline):
-        _prepare(model)
-        return model
-    if not isinstance(model, str):
-        raise ValueError(
-            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
-            "trainer takes the transformer)."
-        )
-    check_base_name(model)
-    given = args.model_init_kwargs
-    assert given is None or isinstance(given, dict)  # the config has parsed or refused strings
-    options = loading_options(args.dtype, given)
-    quantized = pipeline_config(quantization_config)
-    if quantized is not None:
-        options["quantization_config"] = quantized
-    try:
-        with (
-            failures_named(model, quantized),
-            explained(f"The base model {model!r}", model, options.get("revision")),
-        ):
-            pipeline = retried(DiffusionPipeline.from_pretrained, model, **options)
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
-            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
-            f"({shown(error, 500)})"
-        ) from error
-    _prepare(pipeline)
-    return pipeline
-
-
-def _prepare(pipeline: DiffusionPipeline) -> None:
-    transformer = pipeline.components.get("transformer")
-    if isinstance(transformer, nn.Module):
-        prepare(transformer)
 
 
 def loading_problems(
