@@ -33,7 +33,7 @@ _MODULES = {
     "DiffusionSFTTrainer": "trainer.diffusion_sft_trainer",
     "TeacherConfig": "models.teacher_config",
     "VelocityField": "pipelines.velocity",
-    "estimate_memory": "profiling.memory",
+    "estimate_memory": "trainer.memory_estimate",
     "evaluate_retention": "evaluation",
     "MergeReport": "models.merge",
     "merge_teachers": "models.merge",
@@ -78,7 +78,6 @@ if TYPE_CHECKING:
     from .models.merge import MergeReport, merge_teachers
     from .models.teacher_config import TeacherConfig
     from .pipelines.velocity import VelocityField
-    from .profiling.memory import estimate_memory
     from .reporting.model_card import write_teacher_card
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
@@ -88,6 +87,7 @@ if TYPE_CHECKING:
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .trainer.diffusion_sft_config import DiffusionSFTConfig
     from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
+    from .trainer.memory_estimate import estimate_memory
 
 
 def __getattr__(name: str) -> Any:

@@ -47,10 +47,10 @@ from trl_diffusion_opd.acceleration import quantization
 from trl_diffusion_opd.acceleration.quantization import base_weight, plain_tensors, quantized_layers, scales
 from trl_diffusion_opd.evaluation.identity import base_digest
 from trl_diffusion_opd.pipelines.view import StandIn
-from trl_diffusion_opd.profiling.memory import activation_bytes
 from trl_diffusion_opd.scripts import arguments as cli
 from trl_diffusion_opd.scripts.arguments import QuantizationArguments
 from trl_diffusion_opd.trainer.checks import launch_problems
+from trl_diffusion_opd.trainer.memory_estimate import activation_bytes
 
 
 pytestmark = pytest.mark.slow

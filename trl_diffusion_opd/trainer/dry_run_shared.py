@@ -34,8 +34,8 @@ from ..data.tasks import TaskSampler
 from ..evaluation import draw_images
 from ..evaluation.store import file_name
 from ..guards.extras import extra
-from ..profiling.memory import estimate_memory
 from ..profiling.timing import instant, seconds_between
+from .memory_estimate import estimate_memory
 
 
 if TYPE_CHECKING:
