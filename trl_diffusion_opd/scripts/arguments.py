@@ -28,8 +28,7 @@ from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
 from ..models.teacher_config import TeacherConfig
-from ..rewards import RewardFunc, load_reward
-from ..rewards.loading import check_reward
+from ..rewards import RewardFunc, check_reward, load_reward
 from ..trainer.option_checks import unknown_option
 
 
