@@ -46,7 +46,9 @@ def load_named(spec: str, **options: Any) -> RewardFunc:
         _check_options(spec, reward, options)
         return reward(**options)
     found = _imported(spec, options)
-    return found(**options) if inspect.isclass(found) else found
+    if inspect.isclass(found):
+        found = found(**options)
+    return found
 
 
 def check_named(spec: str, **options: Any) -> None:
