@@ -268,7 +268,7 @@ def _passes_gradient(layer: nn.Linear) -> bool:
     x = x.to(layer.weight.dtype if layer.weight.is_floating_point() else torch.float32).requires_grad_()
     # bitsandbytes' layers take on the dtype of their first inputs, and cast their bias to it.
     probe = copy.copy(layer)
-    probe.__dict__["_parameters"] = {**layer._parameters, "bias": None}
+    probe.__dict__["_parameters"] = {**dict(layer.named_parameters(recurse=False)), "bias": None}
     output = probe(x)
     if not output.requires_grad:
         return False
