@@ -23,6 +23,7 @@ from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoCon
 from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3
 from diffusers.utils.torch_utils import randn_tensor
 from helpers.grpo_fixtures import make_trainer as grpo_trainer
+from helpers.nft_fixtures import make_trainer as nft_trainer
 from helpers.opd_fixtures import (
     Recorder,
     StopAt,
@@ -38,7 +39,6 @@ from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_lora
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
-from trainer.test_nft_trainer import make_trainer as nft_trainer
 from transformers import BitsAndBytesConfig as TransformersConfig
 from transformers import TorchAoConfig as TransformersTorchAoConfig
 

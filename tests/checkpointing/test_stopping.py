@@ -20,7 +20,7 @@ import threading
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_dataset, make_teachers, make_trainer, snapshot
+from helpers.opd_fixtures import make_dataset, make_trainer, snapshot
 from transformers import TrainerCallback
 
 from trl_diffusion_opd.checkpointing.checkpoint import last_complete
@@ -35,11 +35,6 @@ OPTIONS = dict(
     save_strategy="no",
     gradient_accumulation_steps=4,
 )
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 class Signal(TrainerCallback):

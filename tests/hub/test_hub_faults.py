@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.loopback_hub import READ_TOKEN, LoopbackHub
-from helpers.opd_fixtures import make_teachers, make_trainer
+from helpers.opd_fixtures import make_trainer
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import hf_api
@@ -46,11 +46,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(hub_errors, "time", sleeping)
     monkeypatch.setattr("huggingface_hub.utils._http.time", sleeping)
     return waited
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def _trainer(folder: Path, teachers: dict[str, str], **options):

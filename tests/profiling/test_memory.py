@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_teachers, make_trainer, measured
+from helpers.opd_fixtures import make_trainer, measured
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_pipeline, make_transformer
 from peft import get_peft_model
@@ -30,11 +30,6 @@ from trl_diffusion_opd.trainer.memory_estimate import activation_bytes, optimize
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.mark.parametrize("full", [False, True])

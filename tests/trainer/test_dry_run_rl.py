@@ -23,10 +23,10 @@ import datasets
 import pytest
 import torch
 from helpers import grpo_fixtures, nft_fixtures
+from helpers.dry_runs import files
 from helpers.grpo_fixtures import brightness
 from helpers.opd_fixtures import first_pixel, relative_difference, snapshot
 from helpers.tiny_sd3 import make_pipeline, make_transformer
-from trainer.test_dry_run import files
 
 from trl_diffusion_opd.trainer.dry_run_shared import counted
 
