@@ -41,7 +41,7 @@ _MODULES = {
     "sampler_table": "algorithms.samplers",
     "step_weights": "algorithms.opd",
     "walk": "algorithms.rollout",
-    "write_teacher_card": "reporting.model_card",
+    "write_teacher_card": "reporting.teacher_card",
     "tiny": "tiny",
 }
 
@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     from .models.merge import MergeReport, merge_teachers
     from .models.teacher_config import TeacherConfig
     from .pipelines.velocity import VelocityField
-    from .reporting.model_card import write_teacher_card
+    from .reporting.teacher_card import write_teacher_card
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .trainer.diffusion_nft_config import DiffusionNFTConfig

@@ -19,7 +19,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from helpers.noise_grids import GRIDS, sd3_levels, uniform_levels
 
-from trl_diffusion_opd.algorithms.rollout import walk
+from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.algorithms.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, SamplerTable, sampler_table
 
 
@@ -112,14 +112,21 @@ def test_marginal_after_one_step(name, eta, levels, m, sigma):
         variance = (1 - t) ** 2 * sigma**2 + t**2
         variance_next = (1 - t_next) ** 2 * sigma**2 + t_next**2
 
-        def velocity(_, x, t=t, variance=variance):
+        drawn = []
+
+        def velocity(_, x, z, t=t, variance=variance, drawn=drawn):
+            drawn.append(z)
             # E[eps - x0 | x] for Gaussian data
             return (t - (1 - t) * sigma**2) / variance * (x - (1 - t) * m) - m
 
         start = torch.tensor([(1 - t) * m], dtype=torch.float64)
-        mean = walk(velocity, start, row(table, j), lambda _: torch.zeros(1, dtype=torch.float64))
-        slope = walk(velocity, start + 1, row(table, j), lambda _: torch.zeros(1, dtype=torch.float64)) - mean
-        spread = walk(velocity, start, row(table, j), lambda _: torch.ones(1, dtype=torch.float64)) - mean
+        ends = [
+            walk(velocity, start + offset, row(table, j), sample_generators([seed], [0]))
+            for offset, seed in ((0, 1), (0, 2), (1, 1))
+        ]
+        one, other = (0.0 if z is None else z.double() for z in drawn[:2])
+        spread = (ends[0] - ends[1]) / (one - other) if table.s[j] > 0 else torch.zeros(1)
+        mean, slope = ends[0] - spread * one, ends[2] - ends[0]
 
         if name in ("flow_sde", "dance_sde"):
             g_sq = diffusion_sq(name, eta, levels, j)
@@ -197,9 +204,9 @@ def test_dpm2m_equals_diffusers(levels):
         x = scheduler.step(velocity(scheduler.sigmas[j], x), timestep, x).prev_sample
     table = sampler_table("dpm2m", levels)
     assert (table.b != 0).sum() >= 2
-    walked = walk(lambda j, state: velocity(levels[j], state), start, table)
+    walked = walk(lambda j, state, _: velocity(levels[j], state), start, table)
     torch.testing.assert_close(walked, x, rtol=0, atol=5e-6)
-    euler = walk(lambda j, state: velocity(levels[j], state), start, sampler_table("ode", levels))
+    euler = walk(lambda j, state, _: velocity(levels[j], state), start, sampler_table("ode", levels))
     assert (euler - x).abs().max() > 1e-2  # the comparison can tell the orders apart
 
 

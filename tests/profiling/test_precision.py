@@ -115,7 +115,7 @@ def behind_the_network(trainer, share, form="velocities"):
     """
     projection = trainer.accelerator.unwrap_model(trainer.model).get_base_model().proj_out
     weight, bias = projection.weight.double(), projection.bias.double()
-    guidance, steps = trainer.args.guidance_scale, len(trainer.trainable_steps)
+    guidance, steps = trainer.args.guidance_scale, len(trainer.plan)
     forwards, losses, errors = [], [], []
 
     def velocity(output):
@@ -127,7 +127,7 @@ def behind_the_network(trainer, share, form="velocities"):
         with torch.autocast("cpu", enabled=False), torch.enable_grad():
             ours = nn.functional.linear(hidden.detach().double(), weight, bias).detach().requires_grad_()
             theirs = nn.functional.linear(teachers.double(), weight, bias)
-            loss = trainer.weights[j] / steps * (velocity(ours) - velocity(theirs)).square().mean()
+            loss = trainer.plan.weights[j] / steps * (velocity(ours) - velocity(theirs)).square().mean()
             (expected,) = torch.autograd.grad(loss, ours)
         losses.append(loss.item())
         output.register_hook(lambda g: errors.append(float((g.double() - expected).norm() / expected.norm())))

@@ -31,8 +31,9 @@ from PIL import Image
 from trl_diffusion_opd.acceleration import processes
 from trl_diffusion_opd.evaluation import evaluate_retention, rehearse_report, report_problems, run
 from trl_diffusion_opd.evaluation.retention import retention_report
-from trl_diffusion_opd.evaluation.store import Store, file_name
+from trl_diffusion_opd.evaluation.store import Store
 from trl_diffusion_opd.guards.extras import extra
+from trl_diffusion_opd.guards.files import file_name
 from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
 

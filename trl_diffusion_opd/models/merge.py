@@ -26,7 +26,6 @@ What is averaged are the updates `dW = scaling B A` of the weights. The mean of 
 the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` takes the best approximation of the student's rank.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -41,7 +40,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from trl import TrlParser
 
+from ..guards.files import write_json
 from ..guards.redaction import listed, shown
+from ..hub.files import MERGE_REPORT_FILE
 from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import model_init_problems
 from ..scripts.arguments import by_task, json_object, load_teachers
@@ -52,7 +53,6 @@ from .teachers import TeacherBank
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "merge_report.json"
 # PEFT's. Those without "_svd" combine the factors A and B by themselves, which is cheap and not a mean of updates.
 _PEFT_METHODS = (
     "cat",
@@ -239,7 +239,7 @@ def merge_teachers(
         Student(model, pipeline).save(output_dir)
         content = asdict(report) | {"density": density, "weights": shares_by_task(bank, weights)}
         content["teachers"] = bank.manifest()
-    (Path(output_dir) / REPORT_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_json(Path(output_dir) / MERGE_REPORT_FILE, content, sort_keys=True)
     return report
 
 

@@ -26,9 +26,9 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
 from ..guards.finite import infinite_options
-from ..guards.redaction import listed
 from ..models.average import FOLLOWING
 from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
+from ..problems import Problems
 from ..rewards.scoring import timeout_problems
 from .option_checks import idle_options, unknown_option
 
@@ -281,7 +281,7 @@ class DiffusionConfig(_BaseConfig):
             for name, value in infinite_options(self)
             if not any(problem.startswith(f"{name}=") for problem in problems)
         ]
-        self._raise(problems)
+        Problems(problems).raise_under(type(self).__name__)
 
     def _refuse_broken_json(self) -> None:
         """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
@@ -295,11 +295,7 @@ class DiffusionConfig(_BaseConfig):
                     problems.append(
                         f"{name}={value!r} is not JSON ({error}). Names and texts are in double quotes: '{{\"key\": 1}}'."
                     )
-        self._raise(problems)
-
-    def _raise(self, problems: list[str]) -> None:
-        if problems:
-            raise ValueError(f"{type(self).__name__}:\n" + listed(problems))
+        Problems(problems).raise_under(type(self).__name__)
 
     @property
     def evaluation_guidance(self) -> float:

@@ -15,8 +15,7 @@
 """What is refused before the first step: each function says what is wrong, a sentence each, and changes nothing."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import ParallelismConfig
@@ -34,9 +33,9 @@ from ..acceleration.quantization import (
     quantization_problems,
 )
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
-from ..guards.redaction import listed
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
+from ..problems import Problems
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
@@ -104,7 +103,7 @@ def model_problems(
 
 def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
     """What of `args` and of the launcher's settings, which are in the environment, can't be had together."""
-    problems = []
+    problems = Problems()
     is_module = isinstance(transformer, nn.Module)
     # Of one process nothing is split.
     plugin = args.fsdp_plugin_args
@@ -115,7 +114,7 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
             f"torch_compile=True is not supported where {'FSDP' if is_fsdp else 'DeepSpeed'} wraps the model: leave it out."
         )
     elif args.torch_compile and is_module:
-        with collect(problems):
+        with problems.collect():
             compilable_blocks(transformer)
     if is_module and is_quantized(transformer) and (is_fsdp or is_deepspeed):
         problems.append(
@@ -223,18 +222,3 @@ def scored_data_problems(
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name):
             problems += reward_data_problems(functions, dataset, task_rows(dataset, task_column), name)
     return problems
-
-
-@contextmanager
-def collect(problems: list[str]) -> Iterator[None]:
-    """Puts the lines of a `ValueError` raised within it into `problems`."""
-    try:
-        yield
-    except ValueError as error:
-        problems += str(error).split("\n")
-
-
-def list_of(problems: list[str]) -> str:
-    """One bullet a problem, those that are bullets already below the line that heads them."""
-    lines = listed(problems).splitlines()
-    return "\n".join(line.replace("- ", "  ", 1) if line.startswith("- - ") else line for line in lines)

@@ -32,8 +32,8 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..acceleration.offload import Offload
 from ..acceleration.sharding import is_split
 from ..data.tasks import plain_dataset, task_rows
-from ..evaluation import draw_images
 from ..models.student import Student
+from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion, log_completions
 from ..rewards import Scorer, reward_name
