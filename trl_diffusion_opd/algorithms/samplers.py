@@ -175,6 +175,13 @@ def check_sampler(name: str) -> None:
         raise ValueError(f"Unknown sampler {name!r}. Choose one of {', '.join(SAMPLERS)}.")
 
 
+def default_skip_last_steps(sampler_name: str) -> int:
+    """Steps at the end of the walk that are not trained: 1 as in the paper's code, 2 where the last has no noise and the
+    one before it has almost none (`"cps"`, `"ddim"`). Raises `ValueError` for an unknown sampler."""
+    check_sampler(sampler_name)
+    return 2 if sampler_name in ("cps", "ddim") else 1
+
+
 def _sde_step(t: Tensor, dt: Tensor, g_sq_over_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Euler-Maruyama of `dx = (v + g² eps / (2 t)) dt + g dw`, which keeps the marginals of the flow for any g."""
     half = g_sq_over_t / 2

@@ -15,7 +15,7 @@
 from dataclasses import dataclass, field
 
 from ..algorithms.grpo import LOSS_TYPES, SDE_SAMPLERS
-from ..algorithms.opd import default_skip_last_steps
+from ..algorithms.samplers import default_skip_last_steps
 from .rl_config import DiffusionRLConfig
 
 

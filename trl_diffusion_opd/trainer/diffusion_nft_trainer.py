@@ -25,8 +25,8 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..algorithms.nft import draw_levels, nft_loss, noised, old_policy_decay, optimality
-from ..algorithms.opd import velocity_gap_sq
+from ..algorithms.flow import noised, velocity_gap_sq
+from ..algorithms.nft import draw_levels, nft_loss, old_policy_decay, optimality
 from ..algorithms.rollout import FORWARD_NOISE, LEVEL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import sampler_table
 from ..models.old_policy import OLD_POLICY_FILE, OldPolicy

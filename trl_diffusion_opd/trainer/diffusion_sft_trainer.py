@@ -26,9 +26,10 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..algorithms.flow import noised
 from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import sampler_table
-from ..algorithms.sft import density_quantile, flow_matching_loss, noised_images, shifted
+from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
 from ..evaluation.identity import base_digest, model_identity
@@ -275,7 +276,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         args = self.args
         u = density_quantile(q, args.timestep_density, args.logit_mean, args.logit_std)
         t = shifted(u, self._fine_field.levels)
-        x = noised_images(x0, eps, t)
+        x = noised(x0, eps, t)
         # Without guidance: it is the conditional velocity that is trained.
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self._trained_scale(), field=self._fine_field

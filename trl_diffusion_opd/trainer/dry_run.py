@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..algorithms.opd import velocity_gap_sq
+from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
