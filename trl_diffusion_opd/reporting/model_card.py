@@ -119,7 +119,6 @@ def write_model_card(
         datasets=datasets,
         results=student_results(report, datasets) if report else [],
     )
-    scale = args.eval_guidance_scale
     card = render(
         "model_card.md",
         data,
@@ -130,7 +129,7 @@ def write_model_card(
         folder_name=last_part(str(folder)),
         facts=facts,
         args=args,
-        eval_guidance_scale=args.guidance_scale if scale is None else scale,
+        eval_guidance_scale=args.evaluation_guidance,
         call_options=literals(facts.call_options, known_tokens(args)),
         kind=_kind(facts),
         transformer_class=type(facts.pipeline.components["transformer"]).__name__,

@@ -221,7 +221,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                     prompt_store=prompt_store,
                 )
         if not unfit:
-            for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
+            for scale in {args.guidance_scale, args.evaluation_guidance}:
                 with problems.collect():
                     self.velocity_field.check_guidance(scale)
             with problems.collect():
@@ -788,9 +788,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         """What the model card says of this run. Its method is what the trainer's `_card_fields` says."""
         args, dataset = self.args, self.eval_dataset
         first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
-        scale = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
-        options = self.eval_field.call_options([first], scale)
+        options = self.eval_field.call_options([first], args.evaluation_guidance)
         single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
         return CardFacts(
             trainer_name=self._name,

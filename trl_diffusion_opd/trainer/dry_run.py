@@ -36,7 +36,6 @@ from .dry_run_shared import (
     Pictures,
     as_in_training,
     draw,
-    evaluation_scale,
     first_update,
     memory,
     network_rounding,
@@ -239,7 +238,7 @@ def _draw(trainer: "DiffusionOPDTrainer") -> Pictures:
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, args.task_column).items()}
-    scale = evaluation_scale(trainer)
+    scale = trainer.args.evaluation_guidance
     student = trainer.accelerator.unwrap_model(trainer.model)
     pictures: Pictures = {}
     for task, row in firsts.items():

@@ -200,11 +200,6 @@ def memory(
 Pictures = dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]
 
 
-def evaluation_scale(trainer: "DiffusionTrainer") -> float:
-    args = trainer.args
-    return args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
-
-
 def draw(trainer: "DiffusionTrainer", module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
     """The image that an evaluation draws first for a task, if this is its first prompt."""
     ((_, image),) = draw_images(
