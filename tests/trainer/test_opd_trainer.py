@@ -408,7 +408,7 @@ def test_nan_stops_before_the_optimizer(who, tmp_path, teachers):
     trainer = make_trainer(tmp_path, teachers, callbacks=[recorder], max_steps=3, save_strategy="steps", save_steps=1)
     transformer = trainer.model.base_model.model
     layer = next(module for module in transformer.modules() if isinstance(module, LoraLayer))
-    broken, adapter = float(trainer.table.levels[1]) * 1000, "teacher_1" if who == "teacher" else "default"
+    broken, adapter = float(trainer.plan.table.levels[1]) * 1000, "teacher_1" if who == "teacher" else "default"
 
     def break_output(module, args, inputs, output):
         ours = layer.active_adapters == [adapter] and trainer.state.global_step == 1

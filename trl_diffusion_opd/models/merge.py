@@ -19,7 +19,6 @@ What is averaged are the updates `dW = scaling B A` of the weights. The mean of 
 the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` takes the best approximation of the student's rank.
 """
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -33,7 +32,9 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from ..guards.files import write_json
 from ..guards.redaction import listed, shown
+from ..hub.files import MERGE_REPORT_FILE
 from ..pipelines.loading import borrowed
 from .student import STUDENT_ADAPTER, Student
 from .teacher_config import TeacherSpec, normalize_teachers
@@ -42,7 +43,6 @@ from .teachers import TeacherBank
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "merge_report.json"
 # PEFT's. Those without "_svd" combine the factors A and B by themselves, which is cheap and not a mean of updates.
 _PEFT_METHODS = (
     "cat",
@@ -229,7 +229,7 @@ def merge_teachers(
         Student(model, pipeline).save(output_dir)
         content = asdict(report) | {"density": density, "weights": shares_by_task(bank, weights)}
         content["teachers"] = bank.manifest()
-    (Path(output_dir) / REPORT_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_json(Path(output_dir) / MERGE_REPORT_FILE, content, sort_keys=True)
     return report
 
 

@@ -26,13 +26,13 @@ from torch import nn
 
 from ..acceleration.sharding import forget_gathered, gathered, is_part, own_part, split_like, whole
 from ..guards.file_modes import give_usual_mode
+from ..hub.files import OLD_POLICY_FILE
 from .adapter_switch import AdapterSwitch
 from .student import STUDENT_ADAPTER, frozen_copy
 from .teachers import add_adapter
 
 
 OLD_ADAPTER = "old"
-OLD_POLICY_FILE = "old_policy.safetensors"
 
 
 class OldPolicy:

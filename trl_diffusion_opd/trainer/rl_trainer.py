@@ -37,11 +37,12 @@ from ..algorithms.advantages import constant_groups, group_advantages, weighted_
 from ..algorithms.rollout import sample_generators
 from ..models.student import STUDENT_ADAPTER, frozen_copy
 from ..models.teachers import TeacherBank
+from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs, Scorer, reward_name
 from . import dry_run_rl
 from .base_trainer import DiffusionTrainer
-from .checks import collect, scored_data_problems
+from .checks import scored_data_problems
 from .evaluating_trainer import gathered
 from .failed_start import gives_back
 from .rl_config import DiffusionRLConfig
@@ -152,7 +153,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         super()._setup(model, problems)
         args = self.args
         unrewarded = [task for task, functions in self.reward_funcs.items() if not functions]
@@ -169,14 +170,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self._set_reward_weights(problems)
             self._check_groups(problems)
 
-    def _base_bank(self, model: nn.Module, problems: list[str]) -> TeacherBank:
+    def _base_bank(self, model: nn.Module, problems: Problems) -> TeacherBank:
         """Switches between the student and the base, for a distance from it. It has no teachers."""
         is_lora = isinstance(model, PeftModel)
         adapter = STUDENT_ADAPTER if is_lora else None
         bank = TeacherBank(
             model if is_lora else frozen_copy(model), self._pipeline, {}, self.args.guidance_scale, adapter
         )
-        with collect(problems):
+        with problems.collect():
             for network in bank.networks():
                 self._use_attention_backend(network, as_student=False)
         return bank
@@ -187,7 +188,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         names = [reward_name(function) for task in tasks for function in self.reward_funcs.get(task, [])]
         return list(dict.fromkeys(names))
 
-    def _set_reward_weights(self, problems: list[str]) -> None:
+    def _set_reward_weights(self, problems: Problems) -> None:
         names = self._reward_names()
         weights = [1.0] * len(names) if self.args.reward_weights is None else self.args.reward_weights
         if names and len(weights) != len(names):
@@ -201,7 +202,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             )
         self.reward_weights = dict(zip(names, map(float, weights), strict=False))
 
-    def _check_groups(self, problems: list[str]) -> None:
+    def _check_groups(self, problems: Problems) -> None:
         args, size = self.args, self.args.num_generations
         others = args.world_size * self._micro_batches
         if size < 1 or args.train_batch_size * others % size == 0:

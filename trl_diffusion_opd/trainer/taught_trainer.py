@@ -24,22 +24,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..algorithms.separability import conflict_warning
-from ..checkpointing.checkpoint import damage_problems, last_complete, write_json
+from ..checkpointing.checkpoint import damage_problems, last_complete
 from ..checkpointing.seal import is_sealed
 from ..data.tasks import SINGLE_TASK
+from ..guards.files import write_json
+from ..hub.files import MANIFEST_FILE
 from ..models.merge import MergeReport, merge_adapters, merge_weights
 from ..models.student import STUDENT_ADAPTER, frozen_copy
 from ..models.teachers import TeacherBank, normalize_teachers
+from ..problems import Problems
 from ..reporting import console as tables
 from .base_config import MERGE, DiffusionConfig
 from .base_trainer import DiffusionTrainer
-from .checks import collect
 from .conflicts import find_pairs
 
 
 logger = logging.getLogger(__name__)
-
-MANIFEST_FILE = "teacher_manifest.json"
 
 
 class TaughtTrainer(DiffusionTrainer):
@@ -58,16 +58,14 @@ class TaughtTrainer(DiffusionTrainer):
 
     # Before the first step
 
-    def _load_teachers(
-        self, model: nn.Module, problems: list[str], default_scale: float | None, batched: bool
-    ) -> None:
+    def _load_teachers(self, model: nn.Module, problems: Problems, default_scale: float | None, batched: bool) -> None:
         args = self.args
         if batched and args.torch_compile:
             problems.append(
                 "batch_teachers=True with torch_compile=True: compiled blocks would be compiled again for every number of "
                 "rows of every teacher. Leave out one of the two."
             )
-        with collect(problems):
+        with problems.collect():
             specs = self._teacher_specs
             # Where the data cannot tell the tasks, the teachers are still looked at.
             named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
@@ -144,7 +142,7 @@ class TaughtTrainer(DiffusionTrainer):
 
     def _save_method(self, folder: str) -> None:
         if self._teacher_specs is not None:
-            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
+            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
 
     def _check_resume(self, folder: Path) -> list[str]:
         problems = super()._check_resume(folder)
