@@ -148,7 +148,10 @@ class DiffusionOPDTrainer(TaughtTrainer):
         )
         self._place_teachers()
         if self.is_world_process_zero():
-            tables.print_start(self)
+            self._print_teachers()
+            steps = self.trainable_steps
+            tables.print_steps(self.table, self.args.loss_weighting, self.weights[: len(steps)], steps)
+            tables.print_trained(self.student.parameters())
 
     # Before the first step
 
