@@ -157,8 +157,8 @@ class TestStudent:
         link = f"https://huggingface.co/someone/teachers/tree/{COMMIT}/ocr/lora"
         assert f"| ocr | [someone/teachers/ocr/lora]({link}) | 4.5 | 1 | 16 | commit 0123456789ab |" in text
         assert "| style\\|x | local-teacher | 1.0 | 1 | 4 | sha256 beefbeefbeef |" in text
-        assert "| training (sampler `ode`) | 2.5 | 3 |" in text
-        assert "| evaluation; use these to sample | **2.0** | **4** |" in text
+        assert "| trained with (sampler `ode`) | 2.5 | 3 |" in text
+        assert "| evaluated with; use these to sample | **2.0** | **4** |" in text
         assert FIELDS["method"] in text and "| loss | kl |" in text
         assert "| updates | 12 |" in text and "| LoRA | rank 4, alpha 8, on attn.add_k_proj," in text
         assert "| hardware | CPU |" in text and "training time" not in text
