@@ -8,7 +8,7 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 SPREAD = -n $(THREADS) --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: install test test-fast test-gpu test-lowest test-newest test-deepspeed build wheel-check lint format demo clean
+.PHONY: install test test-fast test-gpu test-lowest test-newest test-deepspeed build wheel-check docs lint format demo clean
 
 install: $(STAMP)
 
@@ -57,7 +57,7 @@ test-newest:
 
 # dist/: the source distribution, and the wheel that is built from it.
 build:
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	test -d .venv-build || $(PYTHON) -m venv .venv-build
 	.venv-build/bin/python -m pip install --quiet --upgrade pip build
 	.venv-build/bin/python -m build --outdir dist .
@@ -73,6 +73,18 @@ wheel-check: build
 	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	OMP_NUM_THREADS=1 .venv-wheel/bin/python tests/check_wheel.py command
 	OMP_NUM_THREADS=1 .venv-wheel/bin/python tests/check_wheel.py readme
+
+# The pages of docs/source in build/docs, as huggingface.co/docs shows them: doc-builder writes the docstrings into them and
+# resolves their links.
+docs: .venv-docs/.installed
+	.venv-docs/bin/doc-builder build trl_diffusion_opd docs/source --build_dir build/docs --version_tag_suffix "" --clean
+
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # Not a part of `test`: on a CPU DeepSpeed compiles what its processes share, for which a machine needs a C++ compiler.
 test-deepspeed: install

@@ -51,7 +51,8 @@ from accelerate import PartialState
 
 from trl_diffusion_opd import evaluate_retention, merge_teachers, tiny
 from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
+from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.scripts.parser import parse
 from trl_diffusion_opd.scripts.stages import Stage, read_stages, run_stages
 
@@ -92,13 +93,14 @@ def load_methods(args: ScriptArguments) -> dict[str, list[Stage]]:
     ]
     known["merge"] = []
     chosen = list(known) if args.methods is None else args.methods
-    problems = [f"there is no method {name!r}; there are {', '.join(known)}." for name in chosen if name not in known]
+    problems = Problems(
+        f"there is no method {name!r}; there are {', '.join(known)}." for name in chosen if name not in known
+    )
     if not chosen:
         problems.append(f"none is named; there are {', '.join(known)}.")
     if args.num_test_images < 1:
         problems.append(f"num_test_images={args.num_test_images}: it must be at least 1.")
-    if problems:
-        raise ValueError("The methods can't be run:\n" + "\n".join(f"- {problem}" for problem in problems))
+    problems.raise_under("The methods can't be run")
     return {name: known[name] for name in chosen}
 
 
@@ -112,7 +114,7 @@ def main(args: ScriptArguments) -> None:
 
     state = PartialState()
     if "merge" in methods and state.is_main_process:  # again each time: it takes a second, and is the same
-        merged = merge_teachers(load_base(tiny.BASE, "float32"), tiny.TEACHERS, students["merge"], rank=RANK)
+        merged = merge_teachers(load_pipeline(tiny.BASE, "float32"), tiny.TEACHERS, students["merge"], rank=RANK)
         print(f"The merge lost {merged.error:.1%} of the teachers' mean update.")
     state.wait_for_everyone()
 

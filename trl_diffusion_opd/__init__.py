@@ -31,7 +31,7 @@ _MODULES = {
     "DiffusionSFTTrainer": "trainer.diffusion_sft_trainer",
     "TeacherConfig": "models.teacher_config",
     "VelocityField": "pipelines.velocity",
-    "estimate_memory": "profiling.memory",
+    "estimate_memory": "trainer.memory_estimate",
     "evaluate_retention": "evaluation",
     "MergeReport": "models.merge",
     "merge_teachers": "models.merge",
@@ -39,7 +39,7 @@ _MODULES = {
     "sampler_table": "algorithms.samplers",
     "step_weights": "algorithms.opd",
     "walk": "algorithms.rollout",
-    "write_teacher_card": "reporting.model_card",
+    "write_teacher_card": "reporting.teacher_card",
     "tiny": "tiny",
 }
 
@@ -77,8 +77,7 @@ if TYPE_CHECKING:
     from .models.merge import MergeReport, merge_teachers
     from .models.teacher_config import TeacherConfig
     from .pipelines.velocity import VelocityField
-    from .profiling.memory import estimate_memory
-    from .reporting.model_card import write_teacher_card
+    from .reporting.teacher_card import write_teacher_card
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .trainer.diffusion_nft_config import DiffusionNFTConfig
@@ -87,6 +86,7 @@ if TYPE_CHECKING:
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .trainer.diffusion_sft_config import DiffusionSFTConfig
     from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
+    from .trainer.memory_estimate import estimate_memory
 
 
 def __getattr__(name: str) -> Any:

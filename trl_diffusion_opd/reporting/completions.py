@@ -28,13 +28,13 @@ from pyarrow.parquet import write_table
 from transformers.integrations import TensorBoardCallback
 
 from ..guards.markdown import cell
+from ..hub.files import COMPLETIONS_FOLDER
 from . import console as tables
 
 
 if TYPE_CHECKING:
     from ..trainer.base_trainer import DiffusionTrainer
 
-FOLDER = "completions"
 TABLE_NAME = "completions"
 GRID_NAME = "completions_grid"
 # Smaller images are enlarged by a whole factor until they have this many pixels on the shorter side.
@@ -83,7 +83,7 @@ def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completio
         return
     step = trainer.state.global_step
     picture = _picture(completions)
-    folder = Path(trainer.args.output_dir or ".") / FOLDER
+    folder = Path(trainer.args.output_dir or ".") / COMPLETIONS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / f"step_{step:06d}.png")
     rewards, extra = _reward_columns(completions), _extra_columns(completions)

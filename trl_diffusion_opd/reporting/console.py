@@ -31,7 +31,6 @@ from ..rewards import reward_name
 if TYPE_CHECKING:
     from ..algorithms.samplers import SamplerTable
     from ..algorithms.separability import Pair
-    from ..checkpointing.resume import Change
     from ..trainer.base_trainer import DiffusionTrainer
     from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
@@ -53,12 +52,12 @@ def print_start(trainer: "DiffusionOPDTrainer") -> None:
     """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
     console = _console()
     _print_teachers(console, trainer)
-    weights = trainer.weights[: len(trainer.trainable_steps)]
-    steps = Table(title=f"Steps of {trainer.table.name}, weighting {trainer.args.loss_weighting}")
+    plan, weights = trainer.plan, trainer.plan.weights
+    steps = Table(title=f"Steps of {plan.table.name}, weighting {trainer.args.loss_weighting}")
     for column in ("step", "level", "weight", "share"):
         steps.add_column(column, justify="right")
-    for j, level in enumerate(trainer.table.levels[:-1].tolist()):
-        trained = j in trainer.trainable_steps
+    for j, level in enumerate(plan.table.levels[:-1].tolist()):
+        trained = j in plan.steps
         shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
         steps.add_row(str(j), f"{level:.4f}", *shown)
     console.print(steps)
@@ -75,8 +74,8 @@ def print_line(text: str) -> None:
     _console().print(text)
 
 
-def print_resume(checkpoint: str, update: int, changes: Sequence["Change"]) -> None:
-    """Shows where a run goes on, and what has changed since."""
+def print_resume(checkpoint: str, update: int, changes: Sequence[tuple[str, str, str]]) -> None:
+    """Shows where a run goes on, and what has changed since: a setting, what it was and what it is."""
     console = _console()
     console.print(f"Goes on after update {update} of {checkpoint}.")
     if changes:
@@ -84,7 +83,7 @@ def print_resume(checkpoint: str, update: int, changes: Sequence["Change"]) -> N
         for column in ("setting", "then", "now"):
             table.add_column(column, overflow="fold")
         for change in changes:
-            table.add_row(*change.row())
+            table.add_row(*change)
         console.print(table)
 
 

@@ -31,7 +31,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
-from ..hub.push import public_arguments
+from ..guards.redaction import public_arguments
 from ..models.student import STUDENT_ADAPTER
 
 

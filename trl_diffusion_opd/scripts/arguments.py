@@ -14,66 +14,24 @@
 
 """What the commands take beyond a trainer's configuration. Lists are given as `--option task=value task=value …`."""
 
-import difflib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
 from ..models.teacher_config import TeacherConfig
-from ..rewards import RewardFunc, load_reward
-from ..rewards.loading import check_reward
+from ..rewards import RewardFunc, check_reward, load_reward
 
 
 PACKAGE = Path(__file__).parents[1]
-
-# What took the place of options that people still write: transformers' before its version 5, and those of diffusers' and
-# TRL's scripts.
-REPLACED = {
-    "evaluation_strategy": "Use eval_strategy.",
-    "overwrite_output_dir": "A run writes into the folder that is there; with resume_from_checkpoint it goes on from a checkpoint.",
-    "no_cuda": "Use use_cpu.",
-    "use_mps_device": "It is found by itself; use_cpu leaves it.",
-    "warmup_ratio": "Use warmup_steps, which takes a part of the updates as well, such as 0.1.",
-    "logging_dir": "Set the environment variable TENSORBOARD_LOGGING_DIR.",
-    "save_safetensors": "It is always so.",
-    "per_gpu_train_batch_size": "Use per_device_train_batch_size.",
-    "per_gpu_eval_batch_size": "Use per_device_eval_batch_size.",
-    "push_to_hub_model_id": "Use hub_model_id.",
-    "push_to_hub_organization": "Use hub_model_id, as owner/name.",
-    "push_to_hub_token": "Use hub_token.",
-    "half_precision_backend": "Use bf16 or fp16.",
-    "fp16_backend": "Use bf16 or fp16.",
-    "fp16_opt_level": "Use bf16 or fp16.",
-    "torchdynamo": "Use torch_compile and torch_compile_backend.",
-    "jit_mode_eval": "Use torch_compile.",
-    "group_by_length": "Prompts have no order by length here.",
-    "adafactor": "Use optim='adafactor'.",
-    "mixed_precision": "Use bf16 or fp16.",
-    "train_batch_size": "Use per_device_train_batch_size.",
-    "resolution": "Use height and width.",
-    "num_train_timesteps": "Use num_inference_steps.",
-    "checkpointing_steps": "Use save_strategy='steps' and save_steps.",
-    "checkpoints_total_limit": "Use save_total_limit.",
-    "max_train_steps": "Use max_steps.",
-    "lr_warmup_steps": "Use warmup_steps.",
-    "lr_scheduler": "Use lr_scheduler_type.",
-    "adam_weight_decay": "Use weight_decay.",
-    "max_prompt_length": "Use max_sequence_length.",
-    "torch_dtype": "Use dtype.",
-    "rank": "Use lora_r.",
-    "use_peft": "A LoRA is the default; full_finetuning is the other.",
-    "reward_model_name_or_path": "Use reward_funcs.",
-    "dataset_name": "Use prompts, as task=owner/name.",
-    "pretrained_model_name_or_path": "Use model_name_or_path.",
-}
 
 
 @dataclass(kw_only=True)
@@ -278,31 +236,9 @@ def config_path(option: str, name: str, folder: str = "configs") -> str:
 
 def configs() -> list[type]:
     """The configs of all trainers."""
-    from .. import trainer
-
-    found = [getattr(trainer, name) for name in trainer.__all__ if name.endswith("Config")]
+    names = [name for name in trainer.__all__ if name.endswith("Config")]
+    found = [getattr(trainer, name) for name in names]
     return [one for one in found if not one.__subclasses__()]  # what others share is no trainer's
-
-
-def unknown_option(config_class: type, name: str, configs: Sequence[type], others: type | None = None) -> str:
-    """
-    What to say of an option that a config does not have: what took its place, which config has it, or what is spelled like it.
-
-    Args:
-        config_class (`type`), name (`str`)
-        configs (`list[type]`): the configs that could have it.
-        others (`type`, *optional*): a dataclass whose options could have been meant as well, such as a script's.
-    """
-    owners = [one.__name__ for one in configs if name in {known.name for known in fields(one)}]
-    known = [one.name for given in (config_class, others) if given is not None for one in fields(given)]
-    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    if owners:
-        has = f"It is an option of {' and '.join(sorted(owners))}."
-    elif name in REPLACED:
-        has = REPLACED[name]
-    else:
-        has = "No config of this package has it." + (f" Is {alike[0]!r} meant?" if alike else "")
-    return f"{config_class.__name__} has no {name!r}. {has}"
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from typing import Any
 
 from ..guards.redaction import shown
 from ..models.merge import METHODS, merge_teachers
-from ..pipelines.loading import load_base
-from ..trainer.options import model_init_problems
+from ..pipelines.loading import load_pipeline
+from ..pipelines.loading_options import model_init_problems
 from .arguments import by_task, json_object, load_teachers, packaged
 from .parser import parse
 
@@ -85,7 +85,7 @@ def main(arguments: MergeArguments) -> None:
         except ValueError as error:
             raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
     report = merge_teachers(
-        load_base(packaged(arguments.base), arguments.dtype, model_init_kwargs=model_init_kwargs),
+        load_pipeline(packaged(arguments.base), arguments.dtype, model_init_kwargs=model_init_kwargs),
         load_teachers(arguments.teachers, None),
         arguments.output_dir,
         rank=arguments.rank,

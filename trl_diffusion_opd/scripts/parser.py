@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-from .arguments import PACKAGE, QuantizationArguments, config_path, configs, unknown_option
+from ..trainer.option_checks import unknown_option
+from .arguments import PACKAGE, QuantizationArguments, config_path, configs
 
 
 # Not options of any class: TRL's parser reads the first before it parses, `launching` takes the others.

@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from transformers.utils.hub import hf_api
 
 from ..hub.errors import ERRORS, http_reason, retried
-from ..hub.push import LORA_FILES, push_folder
+from ..hub.files import LORA_FILES
+from ..hub.push import push_folder
 
 
 def main(arguments: Sequence[str]) -> None:

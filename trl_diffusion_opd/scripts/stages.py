@@ -60,21 +60,15 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import release_memory
 
-from ..checkpointing.checkpoint import last_complete, write_json
+from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
-from ..guards.redaction import listed
-from ..models.student import ADAPTER_FILE
+from ..guards.files import write_json
+from ..hub.files import ADAPTER_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
-from .arguments import (
-    TaughtArguments,
-    by_task,
-    config_path,
-    configs,
-    reward_problems,
-    source_problems,
-    unknown_option,
-)
+from ..problems import Problems
+from ..trainer.option_checks import unknown_option
+from .arguments import TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
 from .parser import parse
 
 
@@ -127,9 +121,7 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
             settings or with another beginning. One message lists everything.
     """
     output_dir = Path(output_dir)
-    problems = _name_problems(stages) or _folder_problems(stages, output_dir)
-    if problems:
-        raise ValueError("The stages can't be run:\n" + listed(problems))
+    Problems(_name_problems(stages) or _folder_problems(stages, output_dir)).raise_under("The stages can't be run")
     state = PartialState()
     state.wait_for_everyone()  # nobody writes while another checks
     for stage, before in zip(stages, _beginnings(stages), strict=True):
@@ -137,7 +129,7 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
         if not (folder / FINISHED_FILE).exists():
             if state.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / STAGE_FILE, _record(stage, before, output_dir))
+                write_json(folder / STAGE_FILE, _record(stage, before, output_dir), sort_keys=True)
             _run(stage, folder, None if before is None else str(output_dir / before))
             if state.is_main_process:
                 (folder / FINISHED_FILE).touch()
@@ -360,10 +352,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
             if not found:
                 stages.append(spec.stage(output_dir))
         problems += [f"stage {merged.get('name', i + 1)!r}: {problem}" for problem in found]
-    if not problems:
-        problems = _name_problems(stages)
-    if problems:
-        raise ValueError(f"{path}:\n" + listed(problems))
+    Problems(problems or _name_problems(stages)).raise_under(str(path))
     return stages, output_dir
 
 
