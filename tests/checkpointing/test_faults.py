@@ -31,22 +31,22 @@ pytestmark = pytest.mark.slow
 OPTIONS = dict(
     max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1, ema_decay=0.9, ema_update_interval=1
 )
-# What stands where a file is to be written. safetensors replaces what it finds unless that is a folder.
+# What stands where a file is to be written. Writers that replace what they find don't replace a folder.
 FULL, FOLDER, NOWHERE = "/dev/full", None, "/nowhere/at/all"
 FILES = {
     "../README.md": FOLDER,
     "adapter_config.json": FULL,
     "adapter_model.safetensors": FOLDER,
     "pytorch_lora_weights.safetensors": FOLDER,
-    "training_args.json": FULL,
-    "teacher_manifest.json": FULL,
+    "training_args.json": FOLDER,
+    "teacher_manifest.json": FOLDER,
     "optimizer.pt": FULL,
     "scheduler.pt": FULL,
     "rng_state.pth": FULL,
     "trainer_state.json": FULL,
     "student_raw.safetensors": FOLDER,
-    "noise_grid.json": FULL,
-    "prompts.json": FULL,
+    "noise_grid.json": FOLDER,
+    "prompts.json": FOLDER,
     "complete.part": FULL,
 }
 

@@ -246,4 +246,4 @@ def test_older_checkpoints_go_when_the_new_one_is_complete(tmp_path, teachers, m
     assert seen == [(names[:1], True), (names[:2], True), (names[:3], True), (names[1:], True)]
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == names[2:]
     arguments = json.loads((tmp_path / "checkpoint-4" / "training_args.json").read_text())
-    assert arguments["save_total_limit"] == 2
+    assert arguments["save_total_limit"] == 2 and list(arguments) == sorted(arguments)

@@ -19,7 +19,7 @@ import time
 
 import pytest
 
-from trl_diffusion_opd.guards.redaction import public_value, shown, visible
+from trl_diffusion_opd.guards.redaction import public_name, public_value, shown, visible
 from trl_diffusion_opd.guards.secret_text import SECRET, is_secret_name, without_secrets
 
 
@@ -180,3 +180,12 @@ class TestShown:
 
     def test_what_is_kept(self):
         assert visible("a\n\x1bb\t", keep="\n\t") == "a\n\\x1bb\t"
+
+
+def test_public_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    assert public_name("owner/repo") == "owner/repo"
+    assert public_name("runs/a") == public_name(str(tmp_path / "runs" / "a" / "")) == "a"
+    assert public_name(".") == tmp_path.name
+    assert public_name(None) is None

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from helpers.card_helpers import FIELDS, REPORT, read_card, shown_lora, stand_in
+from helpers.card_helpers import FIELDS, REPORT, read_card, shown_lora, stand_in, write_card
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -40,10 +40,10 @@ from trl_diffusion_opd.guards.extras import extra
 from trl_diffusion_opd.guards.markdown import cell, code, inline, literal
 from trl_diffusion_opd.guards.redaction import listed, visible
 from trl_diffusion_opd.models.teacher_config import normalize_teachers
+from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.reporting import console as tables
 from trl_diffusion_opd.reporting.completions import Completion, _markdown
-from trl_diffusion_opd.reporting.model_card import write_model_card, write_teacher_card
-from trl_diffusion_opd.trainer.checks import collect, list_of
+from trl_diffusion_opd.reporting.teacher_card import write_teacher_card
 
 
 ODD = [
@@ -182,7 +182,8 @@ class TestCards:
                 for row in [REPORT["tasks"]["ocr"]]
             }
             (folder / "out" / "retention.json").write_text(json.dumps(REPORT | {"tasks": tasks}))
-            write_model_card(trainer, named("model"), tags=[named("tag")], changes=changes)
+            trainer.changes = changes
+            write_card(trainer, named("model"), tags=[named("tag")])
             return read_card(trainer)
 
         odd, tame = card(odd_names(), tmp_path / "odd"), card(lambda name: name, tmp_path / "tame")
@@ -260,11 +261,8 @@ def test_the_page_of_samples(odd, tmp_path):
 
 class TestConsole:
     def test_tables_and_lines(self, capsys):
-        image = Image.new("RGB", (2, 2))
-        completions = [Completion(odd, odd, image, {odd: 1.0}) for odd in ODD]
-        tables.print_completions(
-            completions, {odd: [1.0] * len(ODD) for odd in ODD[:2]} | {"\x1b[31m": [0.0] * len(ODD)}, 3
-        )
+        rewards = {odd: [1.0] * len(ODD) for odd in ODD[:2]} | {"\x1b[31m": [0.0] * len(ODD)}
+        tables.print_completions([(odd, odd) for odd in ODD], rewards, 3)
         for odd in ODD:
             tables.print_line(odd)
         tables.print_line("\x1b" * 10**5)
@@ -288,12 +286,17 @@ class TestTheMessage:
         assert len(lines) == 2 + len(ODD) - 1
 
     def test_no_line_is_without_end(self):
-        problems: list[str] = []
-        with collect(problems):
+        problems = Problems()
+        with problems.collect():
             raise ValueError(f"The teachers do not fit:\n- {'k' * 10**5} is no key\u2028- forged\x1b[2J")
-        text = list_of([*problems, "b", "b"])
+        problems += ["b", "b"]
+        with pytest.raises(ValueError, match="Wrong:") as caught:
+            problems.raise_under("Wrong")
+        text = str(caught.value)
         assert (
-            text.startswith("- The teachers do not fit:\n  - kkk") and text.endswith("\n- b") and text.count("\n") == 2
+            text.startswith("Wrong:\n- The teachers do not fit:\n  - kkk")
+            and text.endswith("\n- b")
+            and text.count("\n") == 3
         )
         assert r" is no key\u2028- forged\x1b[2J" in text and "…" in text and len(text) < 2200
         assert listed(["a\n  - b", "a\n  - b"]) == "- a\n  - b"

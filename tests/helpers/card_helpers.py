@@ -30,6 +30,7 @@ from PIL import Image
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
 from trl_diffusion_opd.models.student import Student
 from trl_diffusion_opd.pipelines.velocity import VelocityField
+from trl_diffusion_opd.reporting.model_card import write_model_card
 
 
 ROWS = {"prompt": ["a cat", "a dog", "two cats", "two dogs"], "task": ["ocr", "style", "ocr", "style"]}
@@ -106,6 +107,7 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
         _name=DiffusionOPDTrainer._name,
         _paper=DiffusionOPDTrainer._paper,
         _card_fields=lambda: FIELDS,
+        changes=[],
         student=student,
         args=args,
         tasks=["ocr", "style"],
@@ -119,6 +121,11 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
         eval_dataset=None,
         eval_field=VelocityField(pipeline, num_inference_steps=4, height=16, width=16),
     )
+
+
+def write_card(trainer: SimpleNamespace, *names: str, **options: object) -> None:
+    """The card of a stand-in, as its trainer writes it."""
+    write_model_card(trainer.args.output_dir, DiffusionOPDTrainer.card_facts(trainer), *names, **options)
 
 
 def read_card(trainer: SimpleNamespace) -> ModelCard:

@@ -28,10 +28,12 @@ from helpers.opd_fixtures import make_config
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import get_peft_model
-from transformers.utils.hub import hf_api
+from transformers.utils.hub import PushInProgress, hf_api
 
 from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.hub import push as pushing
+from trl_diffusion_opd.hub.files import PUSHED_FILES
+from trl_diffusion_opd.hub.repository import PushError, make_repository, repository_problems
 
 
 @pytest.fixture
@@ -54,7 +56,6 @@ class TestCheckpointPush:
 
         api = SimpleNamespace(upload_folder=upload_folder, run_as_future=run_as_future)
         monkeypatch.setattr(pushing, "hf_api", lambda: api)
-        trainer.hub_model_id = "me/student"
         trainer.checkpoint = tmp_path / "out" / "checkpoint-12"
         trainer.checkpoint.mkdir(parents=True)
         for name in ("adapter_model.safetensors", "noise_grid.json", "student_raw.safetensors", "optimizer.pt"):
@@ -63,39 +64,41 @@ class TestCheckpointPush:
 
     @pytest.mark.parametrize(
         ("strategy", "paths"),
-        [("end", []), ("every_save", [None]), ("checkpoint", [None, "last-checkpoint"])]
-        + [("all_checkpoints", [None, "checkpoint-12"])],
+        [
+            ("every_save", [None]),
+            ("checkpoint", [None, "last-checkpoint"]),
+            ("all_checkpoints", [None, "checkpoint-12"]),
+        ],
     )
     def test_strategies(self, strategy, paths, trainer, uploads):
-        trainer.args.set_push_to_hub("me/student", strategy=strategy, token=TOKEN)
-        pushing.push_checkpoint(trainer, trainer.checkpoint)
-        assert [upload.get("path_in_repo") for upload in uploads] == paths
         out = Path(trainer.args.output_dir)
-        if paths:
-            assert (out / "adapter_model.safetensors").read_text() == "adapter_model.safetensors"
-            assert not (out / "student_raw.safetensors").exists() and not (out / "optimizer.pt").exists()
-            assert uploads[0]["commit_message"] == "Training in progress, step 12"
-            names = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
-            assert set(uploads[0]["allow_patterns"]) == names | {"noise_grid.json"}
-            assert len(trainer.push_in_progress.jobs) == len(paths)
+        message = "Training in progress, step 12"
+        pushed = pushing.push_checkpoint(trainer.checkpoint, str(out), "me/student", strategy, message, token=TOKEN)
+        assert [upload.get("path_in_repo") for upload in uploads] == paths
+        assert (out / "adapter_model.safetensors").read_text() == "adapter_model.safetensors"
+        assert not (out / "student_raw.safetensors").exists() and not (out / "optimizer.pt").exists()
+        assert uploads[0]["commit_message"] == message and all(upload["token"] == TOKEN for upload in uploads)
+        names = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+        assert set(uploads[0]["allow_patterns"]) == names | {"noise_grid.json"}
+        assert len(pushed.jobs) == len(paths)
 
-    def test_one_at_a_time_unless_asked(self, trainer, uploads):
-        trainer.args.set_push_to_hub("me/student", strategy="every_save")
-        pushing.push_checkpoint(trainer, trainer.checkpoint)
-        pushing.push_checkpoint(trainer, trainer.checkpoint)
-        assert len(uploads) == 1
+    def test_one_at_a_time_unless_asked(self):
+        first = PushInProgress([Future()])
+        assert pushing.is_due("every_save", None, wait=False) and not pushing.is_due("end", None, wait=True)
+        assert not pushing.is_due("every_save", first, wait=False)
         # Training waits for the one under way, whose files it would overwrite.
-        trainer.args.hub_always_push = True
-        trainer.push_in_progress.wait_until_done = lambda: uploads.append("waited")
-        pushing.push_checkpoint(trainer, trainer.checkpoint)
-        assert uploads[1] == "waited" and len(uploads) == 3
+        waited = []
+        first.wait_until_done = lambda: waited.append(True)
+        assert pushing.is_due("every_save", first, wait=True) and waited == [True]
+        first.jobs[0].set_result(None)
+        assert pushing.is_due("every_save", first, wait=False) and waited == [True]
 
     def test_by_allow_list(self, trainer, tmp_path):
         out = tmp_path / "out"
         for name in ("notes.png", "secrets.json", "runs/retention.png", "completions/step_1.png", "radar.png"):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).touch()
-        pushed = {path.relative_to(out).as_posix() for path in pushing._matching(out, pushing.PUSHED_FILES)}
+        pushed = {path.relative_to(out).as_posix() for path in pushing._matching(out, PUSHED_FILES)}
         student = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
         assert pushed == student | {"completions/step_1.png", "radar.png"}
 
@@ -194,8 +197,7 @@ class TestRoundTrip:
         assert difference(image, own_image(base)) > 10
 
         # A second run may push to the same repository
-        kind = pushing.pushed_kind(trainer._pipeline, is_lora=True)
-        assert pushing.repository_problems(trainer.args, *kind) == []
+        assert repository_problems("tester/student", "tester/base", None) == []
 
     def test_faults_on_the_way_of_real_clients(self, xet_hub, trainer):
         xet_hub.create("tester/student")
@@ -206,12 +208,8 @@ class TestRoundTrip:
         assert all(fault.times == 0 for fault in xet_hub.faults)
         (Path(trainer.args.output_dir) / "curves.png").write_bytes(b"a picture")
         xet_hub.fail("GET .*/xet-write-token", 403, times=100)
-        trainer._finish_current_push = lambda: None
-        trainer.save_model = lambda _internal_call: None
-        trainer.create_model_card = lambda: None
-        trainer.hub_model_id = "tester/student"
-        with pytest.raises(pushing.PushError, match="could not be pushed to 'tester/student': .*Nothing is lost"):
-            pushing.push(trainer)
+        with pytest.raises(PushError, match="could not be pushed to 'tester/student': .*Nothing is lost"):
+            pushing.push(trainer.args.output_dir, "tester/student", None, blocking=True)
 
     def test_a_run_that_has_ended_is_pushed_from_its_folder(self, hub, trainer, monkeypatch):
         monkeypatch.setattr("sys.argv", ["hub", trainer.args.output_dir, "tester/late"])
@@ -222,11 +220,8 @@ class TestRoundTrip:
             pushing.main()
 
     def test_a_branch(self, hub, trainer):
-        trainer._finish_current_push = lambda: None
-        trainer.save_model = lambda _internal_call: None
-        trainer.create_model_card = lambda: None
-        trainer.args.hub_model_id, trainer.args.hub_revision = "tester/student", "trial"
-        pushing.push(trainer)
+        assert make_repository("student", revision="trial") == "tester/student"
+        pushing.push(trainer.args.output_dir, "tester/student", None, blocking=True, revision="trial")
         assert "adapter_config.json" in hub.files("tester/student", "trial")
         assert "adapter_config.json" not in hub.files("tester/student")
 

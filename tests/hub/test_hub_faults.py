@@ -27,8 +27,8 @@ from huggingface_hub import snapshot_download
 from transformers.utils.hub import hf_api
 
 from trl_diffusion_opd.hub import errors as hub_errors
-from trl_diffusion_opd.hub import push as pushing
 from trl_diffusion_opd.hub.errors import download, explained, retried
+from trl_diffusion_opd.hub.repository import PushError
 from trl_diffusion_opd.models.teachers import TeacherError, parse_teacher, read_lora
 
 
@@ -318,13 +318,13 @@ class TestPushing:
         assert f"failed: {reason}" in caplog.text or reason in caplog.text
         assert "Training goes on and its checkpoints are intact; the next push brings everything." in caplog.text
         # The end: what happened, where the student is, and how to push it
-        with pytest.raises(pushing.PushError) as error:
+        with pytest.raises(PushError) as error:
             trainer.push_to_hub()
         message = str(error.value)
         assert "could not be pushed to 'tester/student'" in message and reason in message
         folder = str(tmp_path / "out")
         assert f"saved in {folder!r}" in message
-        assert f"python -m trl_diffusion_opd.hub.push {folder} tester/student" in message
+        assert f"`trl-diffusion-opd push {folder} tester/student`" in message
         assert set(hub.files("tester/student")) == set()
         # And then it works
         hub.faults.clear()
@@ -358,11 +358,11 @@ class TestPushing:
             job = trainer.push_to_hub(blocking=False)
             assert job.exception() is not None
             hf_api().run_as_future(int).result()  # the next job comes after the first one's report
-        assert "python -m trl_diffusion_opd.hub.push" in caplog.text
+        assert "trl-diffusion-opd push" in caplog.text
 
     def test_a_push_that_nobody_announced_is_checked_too(self, hub, tmp_path, teachers):
         hub.create("tester/student", kind="dataset")
         trainer = _trainer(tmp_path, teachers, push_to_hub=False)
-        with pytest.raises(pushing.PushError, match="is a dataset on the Hub, not a model"):
+        with pytest.raises(PushError, match="is a dataset on the Hub, not a model"):
             trainer.push_to_hub()
         assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from trl_diffusion_opd.models.student import Student, default_lora_config, public_name
+from trl_diffusion_opd.models.student import Student, default_lora_config
 from trl_diffusion_opd.models.teachers import add_adapter, parse_teacher, read_lora
 
 
@@ -185,15 +185,6 @@ def test_no_file_names_a_local_path(tmp_path, full):
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     if not full:
         assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "the-base"
-
-
-def test_public_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    assert public_name("owner/repo") == "owner/repo"
-    assert public_name("runs/a") == public_name(str(tmp_path / "runs" / "a" / "")) == "a"
-    assert public_name(".") == tmp_path.name
-    assert public_name(None) is None
 
 
 def test_teachers_are_not_saved_with_the_student(pipeline, tmp_path):

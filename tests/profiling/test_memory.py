@@ -25,7 +25,8 @@ from torch import nn
 
 from trl_diffusion_opd import estimate_memory
 from trl_diffusion_opd.models.student import default_lora_config
-from trl_diffusion_opd.profiling.memory import activation_bytes, optimizer_bytes, step_bytes
+from trl_diffusion_opd.profiling.memory import step_bytes
+from trl_diffusion_opd.trainer.memory_estimate import activation_bytes, optimizer_bytes
 
 
 pytestmark = pytest.mark.slow

@@ -33,6 +33,7 @@ from helpers.card_helpers import (
     run_code,
     shown_lora,
     stand_in,
+    write_card,
 )
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -42,7 +43,8 @@ from peft import get_peft_model
 from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.models.teachers import read_lora
 from trl_diffusion_opd.reporting import model_card
-from trl_diffusion_opd.reporting.model_card import training_seconds, write_model_card, write_teacher_card
+from trl_diffusion_opd.reporting.model_card import training_seconds
+from trl_diffusion_opd.reporting.teacher_card import write_teacher_card
 
 
 SD35_LICENSE = "---\nlicense: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md\n---\n# Base\n"
@@ -75,7 +77,7 @@ class TestStudent:
         hub.create("someone/base", {"README.md": SD35_LICENSE.encode()})
         trainer._pipeline.register_to_config(_name_or_path="someone/base")
         trainer.hub_model_id = "me/student"
-        write_model_card(trainer, dataset_name=["me/prompts", str(tmp_path)], tags="mine")
+        write_card(trainer, dataset_name=["me/prompts", str(tmp_path)], tags="mine")
         data = read_card(trainer).data.to_dict()
         assert data == {
             "base_model": "someone/base",
@@ -98,30 +100,30 @@ class TestStudent:
         if card is not None:
             hub.create("someone/base", {"README.md": card.encode()})
         trainer._pipeline.register_to_config(_name_or_path="someone/base")
-        write_model_card(trainer)
+        write_card(trainer)
         assert not [name for name in read_card(trainer).data.to_dict() if name.startswith("license")]
 
     def test_the_licence_of_a_gated_base(self, trainer, hub, monkeypatch):
         monkeypatch.delenv("HF_TOKEN")
         hub.create("someone/base", {"README.md": SD35_LICENSE.encode()}, gated=True)
         trainer._pipeline.register_to_config(_name_or_path="someone/base")
-        write_model_card(trainer)
+        write_card(trainer)
         assert read_card(trainer).data.license_name == "stabilityai-ai-community"
 
     def test_a_hub_that_is_down_costs_the_licence_only(self, trainer, hub):
         hub.create("someone/base", {"README.md": SD35_LICENSE.encode()})
         hub.fail("GET /api/models/someone/base", 500)
         trainer._pipeline.register_to_config(_name_or_path="someone/base")
-        write_model_card(trainer)
+        write_card(trainer)
         assert read_card(trainer).data.license is None and read_card(trainer).data.base_model == "someone/base"
-        write_model_card(trainer)
+        write_card(trainer)
         assert read_card(trainer).data.license == "other"
 
     def test_valid_for_the_hub(self, trainer, hub):
         """huggingface_hub's own checks: of the metadata by the Hub, and there and back through its types."""
         _write_report(trainer)
         trainer.hub_model_id = "me/student"
-        write_model_card(trainer, dataset_name="me/prompts")
+        write_card(trainer, dataset_name="me/prompts")
         card = read_card(trainer)
         card.validate()
         assert "POST /api/validate-yaml" in hub.requests
@@ -145,20 +147,20 @@ class TestStudent:
             card.validate()
 
     def test_a_local_base_is_a_name(self, trainer, tmp_path):
-        write_model_card(trainer)
+        write_card(trainer)
         data = read_card(trainer).data.to_dict()
         assert not {"base_model", "base_model_relation", "datasets", "license", "model-index"} & set(data)
         assert str(tmp_path) not in read_card(trainer).content
         assert "the local model `base`" in read_card(trainer).text
 
     def test_teachers_and_sampling(self, trainer):
-        write_model_card(trainer)
+        write_card(trainer)
         text = read_card(trainer).text
         link = f"https://huggingface.co/someone/teachers/tree/{COMMIT}/ocr/lora"
         assert f"| ocr | [someone/teachers/ocr/lora]({link}) | 4.5 | 1 | 16 | commit 0123456789ab |" in text
         assert "| style\\|x | local-teacher | 1.0 | 1 | 4 | sha256 beefbeefbeef |" in text
-        assert "| trained with (sampler `ode`) | 2.5 | 3 |" in text
-        assert "| evaluated with, and to be sampled with | **2.0** | **4** |" in text
+        assert "| training (sampler `ode`) | 2.5 | 3 |" in text
+        assert "| evaluation; use these to sample | **2.0** | **4** |" in text
         assert FIELDS["method"] in text and "| loss | kl |" in text
         assert "| updates | 12 |" in text and "| LoRA | rank 4, alpha 8, on attn.add_k_proj," in text
         assert "| hardware | CPU |" in text and "training time" not in text
@@ -169,7 +171,7 @@ class TestStudent:
         _write_report(trainer)
         for picture in ("samples.png", "radar.png"):
             (Path(trainer.args.output_dir) / picture).touch()
-        write_model_card(trainer)
+        write_card(trainer)
         text = read_card(trainer).text
         assert "| ocr | ocr | 0.250 | 0.750 | 0.700 | 0.900 | 0.800 to 1.010 |" in text
         assert "| style | look | 0.500 | 0.520 | 0.500 | – | – |" in text
@@ -181,7 +183,7 @@ class TestStudent:
         logs = [{"step": 10, "step_time": 2.0}, {"step": 10, "eval_loss": 1.0}, {"step": 40, "step_time": 6.0}]
         assert training_seconds(logs) == 200.0 and training_seconds([{"step": 3, "loss": 1.0}]) is None
         trainer.state.log_history = logs
-        write_model_card(trainer)
+        write_card(trainer)
         assert "| training time | 3.3 minutes, without evaluation and saving |" in read_card(trainer).text
 
     @pytest.mark.parametrize("kind", ["lora", "peft", "full"])
@@ -194,7 +196,7 @@ class TestStudent:
             pipeline.transformer = merged
             trainer = stand_in(pipeline, tmp_path / "full", merged)
             (tmp_path / "full" / "base").symlink_to(tmp_path / "base")
-        write_model_card(trainer)
+        write_card(trainer)
         monkeypatch.chdir(Path(trainer.args.output_dir).parent)
         text = read_card(trainer).text
         assert ("load_lora_weights" in text, "PeftModel" in text) == (kind == "lora", kind == "peft")
@@ -207,12 +209,12 @@ class TestStudent:
         # Qwen-Image and Flux: guidance_scale would be an embedding, and without a negative prompt nothing happens.
         calls = []
         trainer.eval_field = SimpleNamespace(
-            _call_options=lambda prompts, scale: (
+            call_options=lambda prompts, scale: (
                 calls.append((prompts, scale))
                 or {"prompt": prompts, "negative_prompt": [""], "true_cfg_scale": scale, "image": object()}
             )
         )
-        write_model_card(trainer)
+        write_card(trainer)
         text = read_card(trainer).text
         assert calls == [(["a cat"], 2.0)]
         assert '    negative_prompt="",\n    true_cfg_scale=2.0,\n    num_inference_steps=4,\n' in text
@@ -262,7 +264,7 @@ class TestTeacher:
         _, (result,) = model_index_to_eval_results(data["model-index"])
         assert (result.metric_type, result.metric_value, result.dataset_type) == ("ocr", 0.75, "me/prompts")
         assert card.text.startswith("\n# teachers-ocr/lora\n") and "Trained with RL." in card.text
-        assert "| guidance scale it is to be asked at | **1.0** (no classifier-free guidance) |" in card.text
+        assert "| guidance scale to use | **1.0** (no classifier-free guidance) |" in card.text
         assert "| LoRA | rank 4, alpha 8 |" in card.text
         _, _, files = read_lora(base, TeacherConfig(str(tmp_path / "ocr-teacher")))
         assert f"| sha256, as in the cards of its students | `{files.sha256()}` |" in card.text

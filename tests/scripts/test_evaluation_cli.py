@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`python -m trl_diffusion_opd.scripts.evaluate`, run as a user runs it, on random models of a few thousand weights."""
+"""`trl-diffusion-opd evaluate`, run as a user runs it, on random models of a few thousand weights."""
 
 import json
 import runpy
@@ -31,7 +31,7 @@ from helpers.tiny_sd3 import make_lora, make_pipeline
 from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.evaluation import evaluate_retention, measure
 from trl_diffusion_opd.evaluation import run as evaluation_run
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
 
 
@@ -175,7 +175,7 @@ def test_with_a_config_file(monkeypatch, capsys, models):
     )
     Path("evaluation.yaml").write_text(yaml.safe_dump(settings))
     loaded = []
-    monkeypatch.setattr(evaluation_run, "load_base", lambda *args: loaded.append(args[3]) or load_base(*args))
+    monkeypatch.setattr(evaluation_run, "load_pipeline", lambda *args: loaded.append(args[2]) or load_pipeline(*args))
     run(
         monkeypatch,
         {"num_images": 1, "model_init_kwargs": '{"low_cpu_mem_usage": true}'},

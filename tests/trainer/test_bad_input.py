@@ -32,7 +32,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig
-from trl_diffusion_opd.trainer.checks import list_of
 
 
 TASKS = ("count", "ocr", "style")
@@ -503,7 +502,3 @@ def test_one_message_lists_everything_and_the_pipeline_is_as_it_was(tmp_path, lo
     assert pipeline.get_list_adapters() == {}
     trainer = make_trainer(tmp_path, model=pipeline, peft_config=None if full else "default")
     assert torch.equal(forward(trainer.model), before)
-
-
-def test_bullets_below_their_head():
-    assert list_of(["one", "The teachers:", "- two", "one"]) == "- one\n- The teachers:\n  - two"

@@ -39,8 +39,7 @@ from transformers import TrainerCallback
 
 from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDConfig
 from trl_diffusion_opd.checkpointing.seal import seal
-from trl_diffusion_opd.hub import push as hub
-from trl_diffusion_opd.models.old_policy import OLD_POLICY_FILE
+from trl_diffusion_opd.hub.files import OLD_POLICY_FILE, PUSHED_FILES
 
 
 pytestmark = pytest.mark.slow
@@ -203,7 +202,7 @@ def test_old_policy_is_in_checkpoints_alone(tmp_path):
     for folder in (tmp_path / "saved", checkpoint):
         saved = load_file(folder / "adapter_model.safetensors")
         assert len(saved) == len(snapshot(trainer)) and not any(".old" in name for name in saved)
-    assert not any(Path(OLD_POLICY_FILE).match(pattern) for pattern in hub.PUSHED_FILES)
+    assert not any(Path(OLD_POLICY_FILE).match(pattern) for pattern in PUSHED_FILES)
     card = (checkpoint.parent / "README.md").read_text()
     assert "DiffusionNFT" in card and "2509.16117" in card
 

@@ -18,117 +18,132 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..acceleration.processes import communication_failed
 from ..acceleration.sharding import load_whole_optimizer_state, whole_optimizer_state
-from ..guards.redaction import listed
-from ..hub import push as hub
-from ..models.student import STUDENT_ADAPTER
-from ..reporting import console as tables
-from .resume import (
+from ..guards.files import write_json
+from ..guards.redaction import public_arguments
+from ..hub.files import (
+    ARGUMENTS_FILE,
     CHANGES_FILE,
+    DEEPSPEED_FILES,
+    GRID_FILE,
     PROMPTS_FILE,
-    Change,
-    argument_changes,
-    lora_changes,
-    prompt_changes,
-    record,
-    recorded,
+    SEAL_FILE,
+    ZERO3_FILES,
 )
+from ..problems import Problems
+from .resume import Change, record, recorded
 from .run_folder import name_of_run, set_aside
-from .seal import SEAL_FILE, damage, is_sealed, run_of, seal, update_of
+from .seal import damage, is_sealed, run_of, seal, update_of
 
-
-if TYPE_CHECKING:
-    from ..trainer.base_trainer import DiffusionTrainer
 
 logger = logging.getLogger(__name__)
 
-GRID_FILE = "noise_grid.json"
-DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
-ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
 
-
-def save(trainer: "DiffusionTrainer", save_checkpoint: Callable[[], None]) -> None:
+@contextmanager
+def written(
+    output_dir: str, update: int, run: str, should_save: bool, accelerator: Accelerator, size: Callable[[], int]
+) -> Iterator[Path]:
     """
-    Saves a checkpoint and marks it as complete when all processes have written their part of it.
+    Within it all processes write a checkpoint, which is marked as complete at its end, when all of them have.
 
-    Older checkpoints are rotated away after that and not before: a process killed in between leaves one more, not none.
+    Args:
+        output_dir (`str`), update (`int`), run (`str`): of which update and run it is.
+        should_save (`bool`): whether this process writes what all of them have.
+        accelerator ([`~accelerate.Accelerator`])
+        size: the bytes of its tensors, asked for when there was no space for them.
 
     Raises:
         [`OSError`]: if it cannot be written, for example on a full disk. Training then stops, and the older checkpoints are
             as they were.
     """
-    folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
-    with _failure_explained(trainer, folder):
-        try:
-            save_checkpoint()
-        finally:
-            trainer.args.save_total_limit = limit
-        trainer._save_state(folder)
-        if trainer.args.should_save:
-            write_json(folder / GRID_FILE, {"levels": trainer.velocity_field.levels.tolist()})
-            write_json(folder / PROMPTS_FILE, trainer.prompts_digest())
-            if trainer.changes:
-                write_json(folder / CHANGES_FILE, trainer.changes)
-            # A path of this machine, which would be pushed. The number of the best update is in the state as well.
-            state = json.loads((folder / TRAINER_STATE_NAME).read_text())
-            write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None})
-            hub.write_arguments(trainer.args, folder)  # once more: the limit was lifted while Trainer saved
-        trainer.accelerator.wait_for_everyone()
-        if trainer.args.should_save:
-            seal(folder, trainer.run, trainer.state.global_step)
-    if trainer.args.should_save:
-        rotate_checkpoints(
-            output_dir=trainer.args.output_dir,
-            save_total_limit=limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-        )
-    if trainer.args.push_to_hub:
-        hub.push_checkpoint(trainer, str(folder))
-
-
-@contextmanager
-def _failure_explained(trainer: "DiffusionTrainer", folder: Path) -> Iterator[None]:
-    """A full disk has many voices: torch.save's is "unexpected pos 64 vs 0"."""
+    folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{update}"
     try:
-        yield
+        yield folder
+        accelerator.wait_for_everyone()
+        if should_save:
+            seal(folder, run, update)
+    # A full disk has many voices: torch.save's is "unexpected pos 64 vs 0".
     except (OSError, SafetensorError, RuntimeError) as error:
         if communication_failed(error):
             raise
-        needed = (_size(trainer), shutil.disk_usage(folder.parent).free)
+        earlier = last_complete(output_dir)
+        files = [] if earlier is None else [path for path in earlier.rglob("*") if path.is_file()]
+        taken = size() if earlier is None else sum(path.stat().st_size for path in files)
+        needed = (taken, shutil.disk_usage(folder.parent).free)
         of, free = (f"{size / 1e9:.3g} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB" for size in needed)
         raise OSError(
-            f"{folder.name} could not be saved in {trainer.args.output_dir} ({error}). A checkpoint of this run takes about "
-            f"{of}; {free} are free there. Training stops. {resume_advice(trainer.args.output_dir)}"
+            f"{folder.name} could not be saved in {output_dir} ({error}). A checkpoint of this run takes about "
+            f"{of}; {free} are free there. Training stops. {resume_advice(output_dir)}"
         ) from error
 
 
-def _size(trainer: "DiffusionTrainer") -> int:
-    """Bytes of a checkpoint: those of an earlier one, else what its tensors take."""
-    earlier = last_complete(trainer.args.output_dir)
-    if earlier is not None:
-        return sum(path.stat().st_size for path in earlier.rglob("*") if path.is_file())
-    weights = sum(p.numel() * p.element_size() for p in trainer.student.parameters())
-    states: list[Any] = [value for state in trainer.optimizer.state.values() for value in state.values()]
+def tensor_bytes(weights: Sequence[Tensor], is_lora: bool, optimizer: torch.optim.Optimizer) -> int:
+    """What the tensors of a checkpoint take."""
+    states: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(t.numel() * t.element_size() for t in states if isinstance(t, Tensor))
     # The average in PEFT's format and in diffusers', or in diffusers' alone, and the weights as they are.
-    return (3 if trainer.student.is_lora else 2) * weights + moments
+    return (3 if is_lora else 2) * sum(w.numel() * w.element_size() for w in weights) + moments
+
+
+@contextmanager
+def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
+    """
+    Within it Trainer deletes no older checkpoint: a process killed before the new one is complete leaves one more, not none.
+    """
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
+
+
+def describe(
+    folder: Path, args: TrainingArguments, levels: Tensor, prompts: Mapping[str, Any], changes: Sequence[Any]
+) -> None:
+    """
+    Writes into a checkpoint what a resume compares.
+
+    Args:
+        folder (`Path`): has Trainer's own files.
+        args ([`~transformers.TrainingArguments`])
+        levels (`Tensor`): the noise grid.
+        prompts (`dict`): as [`~resume.prompts_of`] returns it.
+        changes (`list[dict]`): what resumes have changed.
+    """
+    write_json(folder / GRID_FILE, {"levels": levels.tolist()}, sort_keys=True)
+    write_json(folder / PROMPTS_FILE, prompts, sort_keys=True)
+    if changes:
+        write_json(folder / CHANGES_FILE, changes, sort_keys=True)
+    # A path of this machine, which would be pushed. The number of the best update is in the state as well.
+    state = json.loads((folder / TRAINER_STATE_NAME).read_text())
+    write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None}, sort_keys=True)
+    # Those that the student was saved with had no limit: see [`older_ones_kept`].
+    write_json(folder / ARGUMENTS_FILE, public_arguments(args), sort_keys=True)
+
+
+def delete_older(args: TrainingArguments, state: TrainerState) -> None:
+    """Deletes checkpoints beyond `save_total_limit`."""
+    rotate_checkpoints(
+        output_dir=str(args.output_dir),
+        save_total_limit=args.save_total_limit,
+        best_model_checkpoint=state.best_model_checkpoint,
+    )
 
 
 def last_complete(output_dir: str | Path | None) -> Path | None:
@@ -154,18 +169,45 @@ def resume_advice(output_dir: str | Path | None) -> str:
     return f"{last.name} is complete: start again with resume_from_checkpoint=True to go on from there."
 
 
-def begin(trainer: "DiffusionTrainer", resume_from_checkpoint: str | bool | None) -> Path | None:
+@dataclass(frozen=True)
+class Beginning:
+    """
+    What a training begins from.
+
+    Attributes:
+        folder (`Path`, *optional*): the checkpoint, `None` for a new run.
+        run (`str`): the run that it belongs to.
+        update (`int`): how many updates it has behind it.
+        changes (`list[Change]`): what has changed since.
+        record (`list[dict]`): what this and earlier resumes have changed, as it is kept.
+    """
+
+    folder: Path | None
+    run: str
+    update: int
+    changes: list[Change]
+    record: list[dict[str, Any]]
+
+
+def begin(
+    output_dir: str | None,
+    resume_from_checkpoint: str | bool | None,
+    accelerator: Accelerator,
+    check: Callable[[Path], list[str]],
+    compare: Callable[[Path], list[Change]],
+) -> Beginning:
     """
     What a training begins from. Checkpoints that it has nothing to do with are set aside: another run's, and those of later
     updates than the one that it goes on from.
 
-    Returns:
-        `Path`: the checkpoint, `None` for a new run.
+    Args:
+        output_dir (`str`, *optional*), resume_from_checkpoint (`str` or `bool`, *optional*), accelerator
+        check: what of a whole checkpoint does not fit this run, a sentence each.
+        compare: what has changed since a checkpoint.
 
     Raises:
         [`ValueError`]: on all processes, if there is none, or if it can't be gone on from. One message lists everything.
     """
-    output_dir, accelerator = trainer.args.output_dir, trainer.accelerator
     folder = last_complete(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if folder is None and resume_from_checkpoint is True:
         raise ValueError(
@@ -174,31 +216,33 @@ def begin(trainer: "DiffusionTrainer", resume_from_checkpoint: str | bool | None
     resumed = Path(folder) if folder else None
     found: list[Any] = [([], [])]
     if resumed is not None and accelerator.is_main_process:
-        found = [_looked_at(trainer, resumed)]
+        found = [_looked_at(resumed, accelerator, check, compare)]
     if accelerator.num_processes > 1:
         broadcast_object_list(found)
     problems, changes = found[0]
-    if problems:
-        assert resumed is not None
-        raise ValueError(f"Can't resume from {resumed.name}:\n" + listed(problems))
-    trainer.run = name_of_run(resumed, accelerator)
+    if resumed is not None:
+        Problems(problems).raise_under(f"Can't resume from {resumed.name}")
+    run = name_of_run(resumed, accelerator)
     update = 0 if resumed is None else update_of(resumed)
     others = []
     if accelerator.is_main_process:  # which moves them
-        others = [one for one in checkpoints(output_dir) if run_of(one) != trainer.run or _number(one) > update]
+        others = [one for one in checkpoints(output_dir) if run_of(one) != run or _number(one) > update]
     aside = set_aside(others, accelerator)
     if aside is not None:
         logger.warning(
             f"{output_dir} holds checkpoints that this run does not go on from ({', '.join(one.name for one in others)}). They "
             f"are set aside in {aside.name}. resume_from_checkpoint goes on from a checkpoint."
         )
-    trainer.changes = [] if resumed is None else recorded(resumed) + record(changes, update)
-    if resumed is not None and accelerator.is_main_process:
-        tables.print_resume(resumed.name, update, changes)
-    return resumed
+    kept = [] if resumed is None else recorded(resumed) + record(changes, update)
+    return Beginning(resumed, run, update, changes, kept)
 
 
-def _looked_at(trainer: "DiffusionTrainer", folder: Path) -> tuple[list[str], list[Change]]:
+def _looked_at(
+    folder: Path,
+    accelerator: Accelerator,
+    check: Callable[[Path], list[str]],
+    compare: Callable[[Path], list[Change]],
+) -> tuple[list[str], list[Change]]:
     """What keeps a run from going on from a checkpoint, and what has changed since."""
     if not folder.is_dir():
         return [f"there is no folder {str(folder)!r}."], []
@@ -206,16 +250,12 @@ def _looked_at(trainer: "DiffusionTrainer", folder: Path) -> tuple[list[str], li
         return [f"it was not saved to its end. {_older(folder)}"], []
     if damaged := damage_problems(folder):
         return damaged, []
-    changes = argument_changes(folder, trainer.args)
-    model = trainer.student.model
-    if isinstance(model, PeftModel):
-        changes += lora_changes(folder, model.peft_config[STUDENT_ADAPTER])
-    changes += prompt_changes(folder, trainer.prompts_digest())
-    problems = trainer._check_resume(folder)
+    changes = compare(folder)
+    problems = check(folder)
     problems += [f"{one.name} was {one.then!r} and is {one.now!r}: {one.refusal}" for one in changes if one.refusal]
-    if trainer.is_deepspeed_enabled:
-        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
-        problems += deepspeed_problems(folder, trainer.accelerator.num_processes, stage)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = accelerator.state.deepspeed_plugin.zero_stage
+        problems += deepspeed_problems(folder, accelerator.num_processes, stage)
     else:
         problems += optimizer_problems(folder)
     return problems, changes
@@ -309,25 +349,20 @@ def deepspeed_problems(folder: Path, num_processes: int, stage: int) -> list[str
     return problems
 
 
-def save_optimizer(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str | Path, keep: bool) -> None:
     """
     Writes optimizer and schedule of split weights as Trainer writes them where they are whole, so that any number of
-    processes can go on from them. All processes call it.
+    processes can go on from them. All processes call it, and those with `keep` write.
     """
-    state = whole_optimizer_state(trainer.optimizer, keep=trainer.args.should_save)
-    if trainer.args.should_save:
+    state = whole_optimizer_state(optimizer, keep=keep)
+    if keep:
         torch.save(state, os.path.join(folder, OPTIMIZER_NAME))
-        torch.save(trainer.lr_scheduler.state_dict(), os.path.join(folder, SCHEDULER_NAME))
+        torch.save(schedule.state_dict(), os.path.join(folder, SCHEDULER_NAME))
 
 
-def load_optimizer(trainer: "DiffusionTrainer", folder: str | Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str | Path) -> None:
     """Restores for split weights what [`save_optimizer`] or Trainer wrote."""
     # Mapped, not read: each process takes its part, and those of a machine share the pages.
     state = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
-    load_whole_optimizer_state(trainer.optimizer, state)
-    schedule = torch.load(os.path.join(folder, SCHEDULER_NAME), map_location="cpu", weights_only=True)
-    trainer.lr_scheduler.load_state_dict(schedule)
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    load_whole_optimizer_state(optimizer, state)
+    schedule.load_state_dict(torch.load(os.path.join(folder, SCHEDULER_NAME), map_location="cpu", weights_only=True))

@@ -26,13 +26,11 @@ from accelerate.scheduler import AcceleratedScheduler
 from datasets import Dataset
 from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments
 
-from ..guards.redaction import shown
-from ..hub.push import ARGUMENTS_FILE, public_arguments
+from ..guards.redaction import public_arguments, shown
+from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, PROMPTS_FILE
 
-
-CHANGES_FILE = "changes.json"
-PROMPTS_FILE = "prompts.json"
 
 # What of a LoRA's config its saved matrices mean nothing without.
 _OF_THE_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -88,6 +86,21 @@ class Change:
         return self.name, _short(self.then), _short(self.now)
 
 
+def changes_since(
+    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: Mapping[str, Any]
+) -> list[Change]:
+    """
+    What has changed since a checkpoint was saved: arguments, the student's LoRA and the prompts.
+
+    Args:
+        folder (`Path`), args ([`~transformers.TrainingArguments`])
+        lora ([`~peft.LoraConfig`], *optional*): the student's, if it is one.
+        prompts (`dict`): as [`prompts_of`] returns it.
+    """
+    of_lora = [] if lora is None else lora_changes(folder, lora)
+    return argument_changes(folder, args) + of_lora + prompt_changes(folder, prompts)
+
+
 def argument_changes(folder: Path, args: Any) -> list[Change]:
     """The arguments that were others when the checkpoint was saved."""
     then: dict[str, Any] = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
@@ -109,7 +122,7 @@ def argument_changes(folder: Path, args: Any) -> list[Change]:
 
 def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
     """What of the student's LoRA was otherwise when the checkpoint was saved."""
-    then = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    then = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
     now = json.loads(json.dumps({name: getattr(config, name) for name in _OF_THE_LORA}))
     refusal = (
         "the saved matrices would have another effect. Resume with the peft_config that the run was started with."

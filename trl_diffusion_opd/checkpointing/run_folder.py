@@ -26,10 +26,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from ..hub.files import LOCK_FILE
 from .seal import run_of
 
 
-LOCK_FILE = ".lock"
 _ASIDE = "earlier-run"
 
 

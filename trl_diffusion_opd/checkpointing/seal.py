@@ -21,8 +21,9 @@ from typing import Any
 
 import xxhash
 
+from ..hub.files import SEAL_FILE
 
-SEAL_FILE = "complete"
+
 _CHUNK = 1 << 22
 
 

@@ -19,15 +19,13 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ..reporting.console import print_line
 
 
 _ASKED = (
@@ -42,13 +40,15 @@ class StopRequest(TrainerCallback):
 
     Args:
         accelerator ([`~accelerate.Accelerator`])
+        say: shows a line, at the end.
 
     Attributes:
         stopped (`bool`): whether the checkpoint that is written is the last.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, say: Callable[[str], None]):
         self.accelerator = accelerator
+        self.say = say
         self.stopped = False
         self._number: int | None = None
         self._process = os.getpid()
@@ -111,7 +111,7 @@ class StopRequest(TrainerCallback):
         """
         number = signal.SIGTERM if self._number is None else self._number  # another process was asked
         if self.accelerator.is_main_process:
-            print_line(
+            self.say(
                 f"Stopped after update {update}, as asked ({signal.Signals(number).name}). checkpoint-{update} in {output_dir} is "
                 f"complete. To go on:\n  {command_to_go_on()}\nor trainer.train(resume_from_checkpoint=True)."
             )
@@ -124,4 +124,5 @@ def command_to_go_on() -> str:
     if "--resume_from_checkpoint" in words:
         at = words.index("--resume_from_checkpoint")
         words[at : at + 2] = []
-    return shlex.join(["python", *words, "--resume_from_checkpoint", "True"])
+    python = ["python"] if words[0].endswith(".py") else []  # the console script goes by its name
+    return shlex.join([*python, *words, "--resume_from_checkpoint", "True"])

@@ -14,12 +14,29 @@
 
 """How much of its teachers' gains a student has: base, teachers and students on the same prompts with the same noise."""
 
-from ..pipelines.drawing import draw_images
-from .files import REPORT_FILE, SCORES_FILE
-from .rehearsal import rehearse_report, report_problems
-from .retention import retention_report, retention_table, scores_table
-from .run import evaluate_retention
+import importlib
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from ..hub.files import REPORT_FILE, SCORES_FILE
+    from ..pipelines.drawing import draw_images
+    from .rehearsal import rehearse_report, report_problems
+    from .retention import retention_report, retention_table, scores_table
+    from .run import evaluate_retention
+
+# Imported when first asked for: the tables of a report need no diffusers.
+_MODULES = {
+    "REPORT_FILE": "..hub.files",
+    "SCORES_FILE": "..hub.files",
+    "draw_images": "..pipelines.drawing",
+    "evaluate_retention": ".run",
+    "rehearse_report": ".rehearsal",
+    "report_problems": ".rehearsal",
+    "retention_report": ".retention",
+    "retention_table": ".retention",
+    "scores_table": ".retention",
+}
 
 __all__ = [
     "REPORT_FILE",
@@ -32,3 +49,9 @@ __all__ = [
     "retention_table",
     "scores_table",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name], __name__), name)

@@ -22,17 +22,22 @@ from urllib.parse import quote
 from jinja2 import Environment
 
 from ..guards.extras import extra
+from ..guards.files import write_file, write_json
 from ..guards.redaction import visible
+from ..hub.files import (
+    PAGE_FILE,
+    RADAR_PICTURE,
+    REPORT_FILE,
+    RETENTION_PICTURE,
+    SAMPLES_PICTURE,
+    SCORES_FILE,
+    TABLES_FILE,
+    TIMING_FILE,
+)
 from .measure import Measured, Task
 from .retention import retention_table, scores_table
-from .store import Store, write_file, write_json
+from .store import Store
 
-
-REPORT_FILE = "retention.json"
-SCORES_FILE = "retention_scores.json"
-TABLES_FILE = "retention.md"
-TIMING_FILE = "timing.json"
-PAGE_FILE = "samples.html"
 
 # Images of fewer pixels a side are enlarged on the page.
 _SMALL = 192
@@ -52,22 +57,22 @@ def write_results(
 
     folder = store.folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REPORT_FILE, report, indent=2)
-    write_json(folder / SCORES_FILE, measured.scores)
+    write_json(folder / REPORT_FILE, report, allow_nan=False)
+    write_json(folder / SCORES_FILE, measured.scores, indent=None, allow_nan=False)
     if measured.drawn or any(measured.seconds["rewards"].values()):  # not for a run that found everything done
-        write_json(folder / TIMING_FILE, {"seconds": measured.seconds, "images_drawn": measured.drawn}, indent=2)
+        write_json(folder / TIMING_FILE, {"seconds": measured.seconds, "images_drawn": measured.drawn})
     if (folder / "images").is_dir():
-        write_json(folder / "images" / "index.json", _folders(store, measured), indent=2)
+        write_json(folder / "images" / "index.json", _folders(store, measured))
     write_file(folder / TABLES_FILE, f"# Retention\n\n{retention_table(report)}\n\n{scores_table(report)}\n")
-    with extra("The picture retention.png"):
-        plots.plot_retention(report, folder / "retention.png")
-    with extra("The picture radar.png"):
+    with extra(f"The picture {RETENTION_PICTURE}"):
+        plots.plot_retention(report, folder / RETENTION_PICTURE)
+    with extra(f"The picture {RADAR_PICTURE}"):
         if len(plots.radar_axes(report)) >= plots.MIN_RADAR_AXES:
-            plots.plot_radar(report, folder / "radar.png")
+            plots.plot_radar(report, folder / RADAR_PICTURE)
     num_samples = min(num_samples, report["num_images"])
     if num_samples:
-        with extra("The picture samples.png"):
-            plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / "samples.png")
+        with extra(f"The picture {SAMPLES_PICTURE}"):
+            plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / SAMPLES_PICTURE)
         with extra(f"The page {PAGE_FILE}"):
             write_file(folder / PAGE_FILE, _page(store, report, measured, tasks, num_samples))
 

@@ -74,7 +74,7 @@ def rehearse_report(
         [`ValueError`]: if a reward can't score one of them, with its error as the cause.
     """
     args = trainer.args
-    scale = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
+    scale = args.evaluation_guidance
     student = trainer.accelerator.unwrap_model(trainer.model)
     every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
     for index, (task, rows) in enumerate(task_rows(dataset, args.task_column).items()):

@@ -29,14 +29,15 @@ from diffusers import DiffusionPipeline
 
 from ..acceleration.processes import failing_together
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
-from ..guards.redaction import listed
+from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
-from ..pipelines.loading import borrowed, load_base
+from ..pipelines.loading import borrowed, load_pipeline
+from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
+from ..problems import Problems
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from ..trainer.options import DTYPES, model_init_problems
 from .files import write_results
 from .identity import base_digest
 from .measure import Task, measure
@@ -146,11 +147,10 @@ def evaluate_retention(
         students = {"student": students}
     if isinstance(dataset, Dataset):
         dataset = plain_dataset(dataset, task_column)
-        problems = dataset_problems(dataset, task_column, "dataset")
+        problems = Problems(dataset_problems(dataset, task_column, "dataset"))
     else:
-        problems = [
-            f"dataset is a {type(dataset).__name__}; it must be a datasets.Dataset, of a DatasetDict one split."
-        ]
+        kind = type(dataset).__name__
+        problems = Problems([f"dataset is a {kind}; it must be a datasets.Dataset, of a DatasetDict one split."])
     rows = {} if problems else task_rows(dataset, task_column)
     problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
     problems += timeout_problems(reward_timeout)
@@ -161,29 +161,22 @@ def evaluate_retention(
     specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
     functions: dict[str, list[RewardFunc]] = {}
     if rows:
-        try:
+        with problems.collect():
             of_tasks = normalize_teachers(teachers, list(rows))
             specs |= {f"teacher/{task}": configs for task, configs in of_tasks.items()}
-        except ValueError as error:
-            problems += str(error).splitlines()
-        try:
+        with problems.collect():
             functions = rewards_by_task(reward_funcs, list(rows))
-        except ValueError as error:
-            problems += str(error).splitlines()
         problems += [f"reward_funcs has no reward for task {task!r}." for task in rows if functions.get(task) == []]
         problems += reward_data_problems(functions, dataset, rows, "dataset")
-    try:
+    with problems.collect():
         for name, configs in normalize_teachers(students, list(students)).items():
             specs[name] = [_at(config, guidance_scale) for config in configs]
-    except ValueError as error:
-        problems += str(error).splitlines()
-    if problems:
-        raise ValueError("The evaluation cannot start:\n" + listed(problems))
+    problems.raise_under("The evaluation cannot start")
 
     base: Any = pipeline
     if isinstance(pipeline, str):
         with failing_together():
-            loaded = load_base(pipeline, dtype or "float32", quantization_config, model_init_kwargs)
+            loaded = load_pipeline(pipeline, dtype or "float32", model_init_kwargs, quantization_config)
             base = loaded.to(state.device)
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     tasks = {
@@ -208,8 +201,8 @@ def evaluate_retention(
                 generation_kwargs=generation_kwargs,
             )
             teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
-            bank = TeacherBank(transformer, base, specs, teacher_scale, student_adapter=None)
-            bank.to(transformer.device)
+            bank = TeacherBank(Backbone(transformer), base, specs, teacher_scale)
+            bank.backbone.to(transformer.device)
             for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
                 field.check_guidance(scale)
         store = None if output_dir is None else Store(Path(output_dir), state.process_index)

@@ -14,21 +14,15 @@
 
 """The images and scores of an evaluation on disk, so that it can be cut off at any time and go on."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 from PIL import Image
 
+from ..guards.files import file_name
 
-# File systems take 255 bytes; a Chinese character is nine of them here.
-_LONGEST_NAME = 200
-# What Windows takes for devices.
-_DEVICES = ("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10)))
 
 # Scores by image key, name of the score and digest of the reward, then by number of the image.
 KnownScores = dict[tuple[str, str, str], dict[int, float | None]]
@@ -95,33 +89,6 @@ class Store:
         # One write to the end of the file. It begins a line of its own, whatever a killed process has left there.
         with open(self._journal, "ab", buffering=0) as file:
             file.write(f"\n{json.dumps({**entry, 'values': list(values.values())})}\n".encode())
-
-
-def file_name(task: str) -> str:
-    """
-    A name for a task's files, on any file system, and another one for every task.
-
-    A task may be called "a/b", ".." or "-f", or be longer than file names can be. Some file systems take "A" and "a" for one.
-    """
-    content = task.encode("utf-8", "surrogatepass")
-    name = quote(content, safe="").replace(".", "%2E").replace("~", "%7E")
-    if name.startswith("-"):
-        name = f"%2D{name[1:]}"
-    if len(name) <= _LONGEST_NAME and task.lower() == task and task not in _DEVICES:
-        return name
-    # A plus sign is in no name without a hash.
-    return f"{name[: _LONGEST_NAME - 17]}+{hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def write_file(path: Path, content: str) -> None:
-    """Writes a text file that is never seen in part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any, indent: int | None = None) -> None:
-    write_file(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def _is_whole(path: Path) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_token
 
 from .secret_text import SECRET, is_secret_name, without_secrets
 
@@ -29,6 +30,15 @@ from .secret_text import SECRET, is_secret_name, without_secrets
 _LONGEST_LINE = 2000
 # They make no writing and turn no direction: scripts and emoji need them.
 _JOINERS = "\u200c\u200d"
+# They are paths even where they look like a Hub id: "outputs/demo".
+_PATH_ARGUMENTS = (
+    "output_dir",
+    "logging_dir",
+    "resume_from_checkpoint",
+    "deepspeed",
+    "fsdp_config",
+    "prompt_cache_dir",
+)
 
 
 def public_value(value: Any, secrets: Collection[str] = ()) -> Any:
@@ -132,3 +142,24 @@ def _line(problem: str) -> str:
 def last_part(path: str) -> str:
     """The name of a file or folder without where it lies."""
     return Path(path).expanduser().absolute().name
+
+
+def public_name(name_or_path: str | None) -> str | None:
+    """A model's Hub id as it is, a local folder as its name alone: paths of a machine don't belong into files."""
+    if name_or_path is None or not os.path.isdir(name_or_path):
+        return name_or_path
+    return Path(name_or_path).resolve().name
+
+
+def public_arguments(args: Any) -> dict[str, Any]:
+    """The arguments as JSON values, without tokens, and with local paths reduced to their last part."""
+    arguments = args.to_dict()
+    for name in _PATH_ARGUMENTS:
+        if isinstance(arguments.get(name), str):
+            arguments[name] = last_part(arguments[name])
+    return public_value(arguments, known_tokens(args))
+
+
+def known_tokens(args: Any) -> list[str]:
+    """The tokens that this process uses, which must not be shown wherever they turn up."""
+    return [token for token in (args.hub_token, get_token()) if token]

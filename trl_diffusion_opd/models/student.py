@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -32,14 +32,12 @@ from torch import Tensor, nn
 
 from ..acceleration.sharding import forget_gathered, own_part, split_like, whole, whole_shape
 from ..guards.file_modes import give_usual_mode
-from ..guards.redaction import shown
+from ..guards.redaction import public_name, shown
+from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
 from .average import moving_average, step_number
 
 
 STUDENT_ADAPTER = "default"
-RAW_FILE = "student_raw.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
-FULL_FILES = "diffusion_pytorch_model*.safetensors"
 _FULL_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"  # as diffusers names them
 
 # The attention projections of the paper's released settings, by the names that diffusers gives them.
@@ -206,8 +204,8 @@ class Student:
                 transformer_lora_layers={name.removeprefix("base_model.model."): w for name, w in weights.items()},
                 transformer_lora_adapter_metadata=_portable_metadata(config),
             )
-            _sort_metadata(Path(folder) / LORA_WEIGHT_NAME_SAFE)
-        give_usual_mode(folder, ADAPTER_FILE, LORA_WEIGHT_NAME_SAFE)
+            _sort_metadata(Path(folder) / LORA_FILE)
+        give_usual_mode(folder, ADAPTER_FILE, LORA_FILE)
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """
@@ -262,13 +260,6 @@ class Student:
             )
         for (name, parameter), target in zip(own.items(), targets, strict=True):
             target.copy_(split_like(source[name], parameter))
-
-
-def public_name(name_or_path: str | None) -> str | None:
-    """A model's Hub id as it is, a local folder as its name alone: paths of a machine don't belong into files."""
-    if name_or_path is None or not os.path.isdir(name_or_path):
-        return name_or_path
-    return Path(name_or_path).resolve().name
 
 
 def _sort_metadata(path: Path) -> None:

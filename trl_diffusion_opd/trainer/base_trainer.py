@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import SaveStrategy
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import identity
 
@@ -40,37 +42,38 @@ from ..acceleration.attention import use_attention_backend
 from ..acceleration.compilation import compile_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import exempt_from_broadcast
+from ..acceleration.quantization import base_weight, exempt_from_broadcast
 from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import KeptSettings, prompts_of
+from ..checkpointing.resume import Change, KeptSettings, changes_since, prompts_of
 from ..checkpointing.run_folder import folder_problems, one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset, task_of, task_rows
+from ..guards.files import write_json
 from ..guards.finite import not_finite
-from ..guards.redaction import shown
+from ..guards.redaction import public_arguments, public_name, shown
 from ..hub import push as hub
+from ..hub.files import ARGUMENTS_FILE
+from ..hub.repository import PushError, make_repository, repository_name, repository_problems
 from ..models.average import average_line, lag_problem
 from ..models.lora_config import layer_problems
 from ..models.student import STUDENT_ADAPTER, Student, default_lora_config
 from ..models.teachers import TeacherError, add_adapter, parse_teacher, read_lora
+from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore, encoder_fingerprint
 from ..pipelines.velocity import VelocityField
-from ..pipelines.view import base_weight
+from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting import model_card
+from ..reporting.model_card import CardFacts, write_model_card
 from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (
-    collect,
     evaluation_data_problems,
     launch_problems,
-    list_of,
-    load_pipeline,
     loader_problems,
     loading_problems,
     model_problems,
@@ -166,7 +169,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             )
         self._offload = Offload([], args.device)
         set_seed(args.seed)  # before the LoRA's random initialisation
-        self._pipeline = load_pipeline(model, args, quantization_config)
+        self._pipeline = load_pipeline(model, args.dtype, _dict(args.model_init_kwargs), quantization_config)
         if isinstance(model, DiffusionPipeline):
             self._undo.callback(restorer(self._components()))
         transformer: Any = self._pipeline.components.get("transformer")
@@ -174,20 +177,20 @@ class DiffusionTrainer(EvaluatingTrainer):
         if isinstance(train_dataset, Dataset):
             train_dataset = plain_dataset(train_dataset, args.task_column)
         eval_dataset = plain_dataset(eval_dataset, args.task_column)
-        problems = training_data_problems(train_dataset, args.task_column)
+        problems = Problems(training_data_problems(train_dataset, args.task_column))
         self._task_rows = {} if problems else task_rows(train_dataset, args.task_column)
         self.tasks = list(self._task_rows)
         self.reward_funcs: dict[str, list[Callable[..., Any]]] = {}
         if self.tasks:
-            unscored = evaluation_data_problems(eval_dataset, args.task_column, self.tasks)
-            with collect(unscored):
+            unscored = Problems(evaluation_data_problems(eval_dataset, args.task_column, self.tasks))
+            with unscored.collect():
                 self.reward_funcs = rewards_by_task(reward_funcs, self.tasks)
             problems += unscored or metric_problems(args, eval_dataset, self.reward_funcs, self._method_metrics)
             problems += scored_data_problems(self.reward_funcs, train_dataset, eval_dataset, args.task_column)
             self._set_accumulation(args, problems)
             self._set_task_weights(args, problems)
         # Problems of the data don't keep the model from being checked, so that one message says everything.
-        unfit = loading_problems(model, self._pipeline, args, quantization_config)
+        unfit = Problems(loading_problems(model, self._pipeline, args, quantization_config))
         unfit += model_problems(self._pipeline, args, peft_config)
         problems += launch_problems(transformer, args) + loader_problems(args)
         if args.student_init == MERGE and self._teacher_specs is None:
@@ -197,7 +200,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             )
         student_model: Any = None
         if not unfit:
-            with collect(unfit):
+            with unfit.collect():
                 prompt_store = self._prompt_store(args)
                 if args.offload_encoders:
                     self._offload = Offload(offloaded(self._pipeline), args.device)
@@ -207,7 +210,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                 if all(component is not other for other in self._offload.modules):
                     component.to(args.device)  # the checks below run the pipeline
         if not unfit:
-            with collect(unfit):
+            with unfit.collect():
                 self.velocity_field = VelocityField(
                     self._pipeline,
                     num_inference_steps=args.num_inference_steps,
@@ -218,14 +221,14 @@ class DiffusionTrainer(EvaluatingTrainer):
                     prompt_store=prompt_store,
                 )
         if not unfit:
-            for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
-                with collect(problems):
+            for scale in {args.guidance_scale, args.evaluation_guidance}:
+                with problems.collect():
                     self.velocity_field.check_guidance(scale)
-            with collect(problems):
+            with problems.collect():
                 if (put_back := self._use_attention_backend(transformer, as_student=True)) is not None:
                     self._undo.callback(put_back)
             self._undo.callback(without_student(transformer))
-            with collect(unfit):
+            with unfit.collect():
                 student_model = self._make_student(transformer, args, peft_config)
             if isinstance(student_model, PeftModel):
                 unfit += layer_problems(student_model)
@@ -235,9 +238,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             problems += folder_problems(args.output_dir)
         if args.push_to_hub:
             problems += self._push_problems(args, full_weights=peft_config is None)
-        problems = unfit + problems
-        if problems:
-            raise ValueError(f"{type(self).__name__} cannot start:\n{list_of(problems)}")
+        Problems([*unfit, *problems]).raise_under(f"{type(self).__name__} cannot start")
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
         if args.ddp_broadcast_buffers is None:
@@ -268,7 +269,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         self.student = Student(student_model, self._pipeline, args.ema_decay, args.ema_update_interval)
         self.eval_field = self.velocity_field.with_steps(args.eval_num_inference_steps)
         self.add_callback(_StudentCallback(self))
-        self._stop = StopRequest(self.accelerator)
+        self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
         self._offload.rest()
@@ -285,7 +286,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     # Hooks of the trainers
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         """Loads what the method needs beyond the student. Everything that is wrong goes into `problems`."""
 
     def _compare_tasks(self) -> None:
@@ -293,8 +294,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _card_fields(self) -> dict[str, Any]:
         """
-        What the model card says of the method: `method`, `teachers`, `settings`, and `no_walk` where training has no
-        sampler; all optional.
+        What the model card says of the method: `method`, `teachers`, `settings` and `no_walk` of [`CardFacts`]; all optional.
         """
         return {}
 
@@ -324,18 +324,22 @@ class DiffusionTrainer(EvaluatingTrainer):
             return None
         mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        inputs = (self.velocity_field, network, self.args.attention_backend, batch_size)
-        return use_attention_backend(*inputs, mixed if as_student else None)
+        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        return use_attention_backend(network, self.args.attention_backend, trial, mixed if as_student else None)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.
         found: list[list[str]] = [[]]
         if args.process_index == 0:
-            kind = hub.pushed_kind(self._pipeline, is_lora=not full_weights)
-            found = [hub.repository_problems(args, *kind)]
+            found = [self._repository_problems(args, full_weights, args.hub_token)]
         if args.world_size > 1:
             broadcast_object_list(found)
         return found[0]
+
+    def _repository_problems(self, args: DiffusionConfig, full_weights: bool, token: str | None) -> list[str]:
+        name = repository_name(args.hub_model_id, args.output_dir)
+        kind = type(self._pipeline.components.get("transformer")).__name__ if full_weights else None
+        return repository_problems(name, public_name(self._pipeline.config.get("_name_or_path")), kind, token)
 
     def _components(self) -> Iterator[nn.Module]:
         return (component for component in self._pipeline.components.values() if isinstance(component, nn.Module))
@@ -465,8 +469,13 @@ class DiffusionTrainer(EvaluatingTrainer):
             self._stop.listening(),
         ):
             checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
-            resumed = checkpoint.begin(self, resume_from_checkpoint)
-            return super().train(resume_from_checkpoint=None if resumed is None else str(resumed), **kwargs)
+            begun = checkpoint.begin(
+                self.args.output_dir, resume_from_checkpoint, self.accelerator, self._check_resume, self._changes_since
+            )
+            self.run, self.changes = begun.run, begun.record
+            if begun.folder is not None and self.accelerator.is_main_process:
+                tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
+            return super().train(None if begun.folder is None else str(begun.folder), **kwargs)
 
     def prompts_digest(self) -> dict[str, Any]:
         """By task how many prompts are trained on, and a hash of them."""
@@ -689,7 +698,7 @@ class DiffusionTrainer(EvaluatingTrainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             self.student.save(folder, state_dict)
-            hub.write_arguments(self.args, folder)
+            write_json(Path(folder) / ARGUMENTS_FILE, public_arguments(self.args), sort_keys=True)
             self._save_method(folder)
 
     def _save_method(self, folder: str) -> None:
@@ -705,16 +714,26 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._refuse_what_is_not_finite()
-
-        def save() -> None:
+        args, saves = self.args, self.args.should_save
+        saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
+        with checkpoint.written(*saved) as folder:
             self.create_model_card()
-            super(DiffusionTrainer, self)._save_checkpoint(model, trial)
-
-        checkpoint.save(self, save)
+            with checkpoint.older_ones_kept(args):
+                super()._save_checkpoint(model, trial)
+            self._save_state(folder)
+            if saves:
+                checkpoint.describe(folder, args, self.velocity_field.levels, self.prompts_digest(), self.changes)
+        if saves:
+            checkpoint.delete_older(args, self.state)
+        if args.push_to_hub:
+            self._push_checkpoint(folder)
         if self._stop.stopped:
             # Not the end of Trainer's: it may delete this checkpoint for a better one, and scripts go on to evaluate and push.
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             self._stop.leave(self.state.global_step, self.args.output_dir)
+
+    def _checkpoint_bytes(self) -> int:
+        return checkpoint.tensor_bytes(self.student.parameters(), self.student.is_lora, self.optimizer)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -730,7 +749,7 @@ class DiffusionTrainer(EvaluatingTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
-            checkpoint.save_optimizer(self, output_dir)
+            checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, output_dir, keep=self.args.should_save)
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -740,7 +759,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             return
         settings = KeptSettings(self.optimizer, self.lr_scheduler)
         if self.is_fsdp_enabled:
-            checkpoint.load_optimizer(self, checkpoint_folder)
+            checkpoint.load_optimizer(self.optimizer, self.lr_scheduler, checkpoint_folder)
         else:
             super()._load_optimizer_and_scheduler(checkpoint_folder)
         settings.restore(self.optimizer, self.lr_scheduler)
@@ -748,6 +767,11 @@ class DiffusionTrainer(EvaluatingTrainer):
     def _check_resume(self, folder: Path) -> list[str]:
         """What in a checkpoint does not fit this run, a sentence each."""
         return checkpoint.grid_problems(folder, self.velocity_field.levels)
+
+    def _changes_since(self, folder: Path) -> list[Change]:
+        model = self.student.model
+        lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
+        return changes_since(folder, self.args, lora, self.prompts_digest())
 
     def _load_best_model(self) -> None:
         self.student.load_saved(self.state.best_model_checkpoint)
@@ -757,19 +781,111 @@ class DiffusionTrainer(EvaluatingTrainer):
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
         if self.is_world_process_zero():
-            model_card.write_model_card(self, model_name, dataset_name, tags, self.changes)
+            folder = self.args.output_dir or "."
+            write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run. Its method is what the trainer's `_card_fields` says."""
+        args, dataset = self.args, self.eval_dataset
+        first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
+        # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
+        options = self.eval_field.call_options([first], args.evaluation_guidance)
+        single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
+        return CardFacts(
+            trainer_name=self._name,
+            paper=self._paper,
+            tags=self._tag_names,
+            args=args,
+            state=self.state,
+            pipeline=self._pipeline,
+            model=self.student.model,
+            tasks=self.tasks,
+            repository=self.hub_model_id or args.hub_model_id,
+            call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
+            changes=self.changes,
+            **self._card_fields(),
+        )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""
         if self.is_world_process_zero():
-            hub.make_repository(self, token, private)
+            args = self.args
+            self.hub_model_id = make_repository(
+                repository_name(args.hub_model_id, args.output_dir),
+                args.hub_token if token is None else token,
+                args.hub_private_repo if private is None else private,
+                args.hub_revision,
+            )
+            self.push_in_progress = None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer calls it before the checkpoint is complete: [`checkpoint.save`] pushes when it is."""
+        """Trainer calls it before the checkpoint is complete: [`_save_checkpoint`] pushes when it is."""
 
-    def push_to_hub(self, commit_message: str | None = "End of training", **kwargs: Any) -> Any:
-        """Saves the student and uploads it with its card and reports. Takes what [`~transformers.Trainer`]'s takes."""
-        return hub.push(self, commit_message, **kwargs)
+    def _push_checkpoint(self, folder: Path) -> None:
+        args, state = self.args, self.state
+        if not self.is_world_process_zero() or not hub.is_due(
+            args.hub_strategy, self.push_in_progress, wait=args.hub_always_push
+        ):
+            return
+        self.callback_handler.on_push_begin(args, state, self.control)
+        by_epoch = args.save_strategy == SaveStrategy.EPOCH
+        at = f"epoch {int(state.epoch or 0)}" if by_epoch else f"step {state.global_step}"
+        self.push_in_progress = hub.push_checkpoint(
+            folder,
+            args.output_dir,
+            self.hub_model_id,
+            args.hub_strategy,
+            f"Training in progress, {at}",
+            token=args.hub_token,
+            revision=args.hub_revision,
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves the student with its card and uploads what of the output folder `hub.files.PUSHED_FILES` names. Call it on all
+        processes.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`)
+            blocking (`bool`, *optional*, defaults to `True`): whether to return only when the upload is done.
+            token (`str`, *optional*): with write permission, by default `hub_token` of the arguments.
+            revision (`str`, *optional*): branch to commit to, by default `hub_revision` of the arguments.
+            private (`bool`, *optional*): whether a repository that is made is private, by default `hub_private_repo`.
+            kwargs: passed to [`create_model_card`].
+
+        Returns:
+            The [`~huggingface_hub.CommitInfo`], or with `blocking=False` a future of it; `None` on other processes.
+
+        Raises:
+            [`~hub.repository.PushError`]: if the upload fails; the student is saved by then.
+        """
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.is_world_process_zero():
+            self._finish_current_push()  # it reads the files that are written next
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        folder, token = args.output_dir or ".", args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            with hub.failure_explained(folder, repository_name(args.hub_model_id, folder)):
+                problems = self._repository_problems(args, not self.student.is_lora, token)
+                if problems:
+                    raise PushError(" ".join(problems).rstrip("."))
+                self.init_hf_repo(token, private)
+            self.create_model_card(**kwargs)  # which names the repository
+        return hub.push(
+            folder, self.hub_model_id, commit_message, blocking, token=token, revision=revision or args.hub_revision
+        )
 
 
 def _dict(value: Any) -> dict[str, Any] | None:

@@ -15,81 +15,29 @@
 """What is refused before the first step: each function says what is wrong, a sentence each, and changes nothing."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from ..acceleration.compilation import compilable_blocks
 from ..acceleration.quantization import (
-    failures_named,
-    is_quantised,
+    is_quantized,
     named_components,
     pipeline_config,
-    prepare,
-    quantisation_problems,
+    quantization_problems,
 )
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
-from ..guards.redaction import listed, shown
-from ..hub.errors import explained, retried
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
-from ..pipelines.loading import check_base_name, loading_options
+from ..problems import Problems
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
-
-
-def load_pipeline(
-    model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
-) -> DiffusionPipeline:
-    """
-    The base pipeline, loaded if it is given by name, fit to be trained on.
-
-    Raises:
-        [`ValueError`]: if it cannot be loaded, with what to check.
-    """
-    if isinstance(model, DiffusionPipeline):
-        _prepare(model)
-        return model
-    if not isinstance(model, str):
-        raise ValueError(
-            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
-            "trainer takes the transformer)."
-        )
-    check_base_name(model)
-    given = args.model_init_kwargs
-    assert given is None or isinstance(given, dict)  # the config has parsed or refused strings
-    options = loading_options(args.dtype, given)
-    quantised = pipeline_config(quantization_config)
-    if quantised is not None:
-        options["quantization_config"] = quantised
-    try:
-        with (
-            failures_named(model, quantised),
-            explained(f"The base model {model!r}", model, options.get("revision")),
-        ):
-            pipeline = retried(DiffusionPipeline.from_pretrained, model, **options)
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
-            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
-            f"({shown(error, 500)})"
-        ) from error
-    _prepare(pipeline)
-    return pipeline
-
-
-def _prepare(pipeline: DiffusionPipeline) -> None:
-    transformer = pipeline.components.get("transformer")
-    if isinstance(transformer, nn.Module):
-        prepare(transformer)
 
 
 def loading_problems(
@@ -103,8 +51,8 @@ def loading_problems(
                 "loaded already: load it with them, or pass its name."
             ]
         return []
-    quantised = pipeline_config(quantization_config)
-    named = [] if quantised is None else named_components(quantised)
+    quantized = pipeline_config(quantization_config)
+    named = [] if quantized is None else named_components(quantized)
     unknown = [name for name in named if name not in pipeline.components]
     if unknown:
         return [
@@ -150,12 +98,12 @@ def model_problems(
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     elif isinstance(peft_config, LoraConfig):
         problems += config_problems(peft_config)
-    return problems + quantisation_problems(transformer, full_weights=peft_config is None)
+    return problems + quantization_problems(transformer, full_weights=peft_config is None)
 
 
 def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
     """What of `args` and of the launcher's settings, which are in the environment, can't be had together."""
-    problems = []
+    problems = Problems()
     is_module = isinstance(transformer, nn.Module)
     # Of one process nothing is split.
     plugin = args.fsdp_plugin_args
@@ -166,9 +114,9 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
             f"torch_compile=True is not supported where {'FSDP' if is_fsdp else 'DeepSpeed'} wraps the model: leave it out."
         )
     elif args.torch_compile and is_module:
-        with collect(problems):
+        with problems.collect():
             compilable_blocks(transformer)
-    if is_module and is_quantised(transformer) and (is_fsdp or is_deepspeed):
+    if is_module and is_quantized(transformer) and (is_fsdp or is_deepspeed):
         problems.append(
             "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds it."
@@ -274,18 +222,3 @@ def scored_data_problems(
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name):
             problems += reward_data_problems(functions, dataset, task_rows(dataset, task_column), name)
     return problems
-
-
-@contextmanager
-def collect(problems: list[str]) -> Iterator[None]:
-    """Puts the lines of a `ValueError` raised within it into `problems`."""
-    try:
-        yield
-    except ValueError as error:
-        problems += str(error).split("\n")
-
-
-def list_of(problems: list[str]) -> str:
-    """One bullet a problem, those that are bullets already below the line that heads them."""
-    lines = listed(problems).splitlines()
-    return "\n".join(line.replace("- ", "  ", 1) if line.startswith("- - ") else line for line in lines)

@@ -26,24 +26,22 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.flow import noised
+from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import sampler_table
-from ..algorithms.sft import density_quantile, flow_matching_loss, noised_images, shifted
+from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
 from ..evaluation.identity import base_digest, model_identity
 from ..models.teacher_config import TeacherSpec
+from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
-from .checks import collect
 from .diffusion_sft_config import DiffusionSFTConfig
 from .failed_start import gives_back
 from .taught_trainer import TaughtTrainer
 
 
-# Third entries of seeds that are no update's: of the images of a cache, and of the loss in evaluations.
-_CACHE_DRAW = 2**32 - 2
-_EVAL_DRAW = 2**32 - 3
 _EVAL_LEVELS = 8
 
 
@@ -141,7 +139,11 @@ class DiffusionSFTTrainer(TaughtTrainer):
         # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
         self._fine_field = self.velocity_field.with_steps(self._pipeline.scheduler.config.num_train_timesteps)
         if self.is_world_process_zero():
-            tables.print_sft_start(self)
+            if self._teacher_specs is not None:
+                self._print_teachers()
+            else:
+                tables.print_tasks({task: len(rows) for task, rows in self._task_rows.items()})
+            tables.print_trained(self.student.parameters())
 
     # Before the first step
 
@@ -150,7 +152,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
             self._base_digest = base_digest(self._pipeline)  # while it is the base alone
         return super()._make_student(transformer, args, peft_config)
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         args = self.args
         column, features = args.image_column, self._images_of.features if isinstance(self._images_of, Dataset) else {}
         if self._teacher_specs is None:
@@ -166,7 +168,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
                     f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, and "
                     f"give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of teachers."
                 )
-            with collect(problems):
+            with problems.collect():
                 self.velocity_field.check_encode()
             return
         if column in features:
@@ -174,7 +176,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
                 f"train_dataset has a column {column!r}, and with teachers its images would be ignored. Remove the column, or "
                 "leave out the teachers."
             )
-        with collect(problems):
+        with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
         loaded = len(problems)
         self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
@@ -224,7 +226,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
 
     def _draw_shard(self, shard: Shard, prompts: list[str]) -> Tensor:
         size, parts = self.args.per_device_eval_batch_size, []
-        entropy = [self.args.seed, _CACHE_DRAW, self.tasks.index(shard.task)]
+        entropy = [self.args.seed, CACHE_DRAW, self.tasks.index(shard.task)]
         for first in range(0, len(prompts), size):
             generators = sample_generators(entropy, shard.numbers[first : first + size])
             parts.append(self._teacher_latents(shard.task, prompts[first : first + size], generators).cpu())
@@ -235,9 +237,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         """Latents of images that the task's teachers draw, by the sampler of the arguments."""
         x = self.velocity_field.initial_latents(prompts, generators)
         levels = self.table.levels.tolist()
-        return walk(
-            lambda j, x: self._target(task, x, levels[j], prompts), x, self.table, lambda j: gaussian(generators, x)
-        )
+        return walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
 
     def _latents(self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         prompts = [row["prompt"] for row in rows]
@@ -280,7 +280,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         args = self.args
         u = density_quantile(q, args.timestep_density, args.logit_mean, args.logit_std)
         t = shifted(u, self._fine_field.levels)
-        x = noised_images(x0, eps, t)
+        x = noised(x0, eps, t)
         # Without guidance: it is the conditional velocity that is trained.
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self._trained_scale(), field=self._fine_field
@@ -306,7 +306,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         losses: dict[str, float] = {}
         for task, of_task in task_rows(dataset, self.args.task_column).items():
             rows = [dataset[int(row)] for row in np.resize(of_task, first + size)[first:]]
-            entropy = [self.args.seed, _EVAL_DRAW, self.tasks.index(task)]
+            entropy = [self.args.seed, EVAL_DRAW, self.tasks.index(task)]
             generators = sample_generators(entropy, range(first, first + size))
             if self._teacher_specs is None:
                 x0 = self._latents(task, rows, generators)

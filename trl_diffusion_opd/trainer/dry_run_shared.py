@@ -31,19 +31,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.tasks import TaskSampler
-from ..evaluation import draw_images
-from ..evaluation.store import file_name
 from ..guards.extras import extra
-from ..profiling.memory import estimate_memory
+from ..guards.files import file_name
+from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
+from ..pipelines.drawing import draw_images
 from ..profiling.timing import instant, seconds_between
+from .memory_estimate import estimate_memory
 
 
 if TYPE_CHECKING:
     from .base_trainer import DiffusionTrainer
     from .taught_trainer import TaughtTrainer
-
-FOLDER = "dry_run"
-PICTURE = "dry_run.png"
 
 
 # As in training
@@ -138,7 +136,9 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
 
 def network_rounding(trainer: "TaughtTrainer") -> float:
     """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
+    network = trainer.bank.backbone.network
+    assert network is not None  # where there are teachers
+    frozen = (p.dtype for p in network.parameters() if not p.requires_grad)
     weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
     return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 
@@ -202,11 +202,6 @@ def memory(
 Pictures = dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]
 
 
-def evaluation_scale(trainer: "DiffusionTrainer") -> float:
-    args = trainer.args
-    return args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
-
-
 def draw(trainer: "DiffusionTrainer", module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
     """The image that an evaluation draws first for a task, if this is its first prompt."""
     ((_, image),) = draw_images(
@@ -239,7 +234,7 @@ def write_pictures(
     """One file an image, and one with all of them and each one's first reward, in the output folder."""
     from ..reporting import plots
 
-    folder = Path(trainer.args.output_dir or ".") / FOLDER
+    folder = Path(trainer.args.output_dir or ".") / DRY_RUN_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     widest = max(len(of_task) for _, of_task in pictures.values())
     rows = []
@@ -252,5 +247,5 @@ def write_pictures(
         width, height = next(iter(of_task.values())).size
         blanks = {" " * n: Image.new("RGB", (width, height), "white") for n in range(1, widest - len(of_task) + 1)}
         rows.append(plots.SampleRow(task, row["prompt"], {**of_task, **blanks}, {**scores, **dict.fromkeys(blanks)}))
-    with extra(f"The picture {PICTURE}"):
-        plots.plot_samples(rows, folder / PICTURE)
+    with extra(f"The picture {DRY_RUN_PICTURE}"):
+        plots.plot_samples(rows, folder / DRY_RUN_PICTURE)

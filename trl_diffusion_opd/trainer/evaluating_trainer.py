@@ -32,10 +32,11 @@ from trl.trainer.base_trainer import _BaseTrainer
 from ..acceleration.offload import Offload
 from ..acceleration.sharding import is_split
 from ..data.tasks import plain_dataset, task_rows
-from ..evaluation import draw_images
 from ..models.student import Student
+from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion, log_completions
+from ..reporting.trackers import tensorboard_writers
 from ..rewards import Scorer, reward_name
 from .base_config import DiffusionConfig
 
@@ -130,14 +131,13 @@ class EvaluatingTrainer(_BaseTrainer):
         on_batch: Callable[[list[int], list[Any]], None] | None = None,
     ) -> list[tuple[int, Any]]:
         """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
-        scale = self.args.eval_guidance_scale
         try:
             return draw_images(
                 self.eval_field,
                 self.accelerator.unwrap_model(self.model),
                 [dataset[row]["prompt"] for row in rows],
                 entropy=[self.args.seed, self.tasks.index(task)],
-                guidance_scale=self.args.guidance_scale if scale is None else scale,
+                guidance_scale=self.args.evaluation_guidance,
                 batch_size=self.args.per_device_eval_batch_size,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
                 on_batch=on_batch,
@@ -202,7 +202,13 @@ class EvaluatingTrainer(_BaseTrainer):
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         shown = sorted(gather_object(shown), key=lambda item: item[:2])
         if self.accelerator.is_main_process:
-            log_completions(self, [completion for _, _, completion in shown])
+            log_completions(
+                [completion for _, _, completion in shown],
+                self.args.output_dir or ".",
+                self.state.global_step,
+                self.args.report_to or [],
+                tensorboard_writers(self.callback_handler.callbacks),
+            )
 
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -28,20 +28,21 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..algorithms.advantages import constant_groups, group_advantages, weighted_rewards
 from ..algorithms.rollout import sample_generators
-from ..models.student import STUDENT_ADAPTER, frozen_copy
-from ..models.teachers import TeacherBank
+from ..models.backbone import BASE, Backbone
+from ..models.old_policy import OLD
+from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs, Scorer, reward_name
 from . import dry_run_rl
 from .base_trainer import DiffusionTrainer
-from .checks import collect, scored_data_problems
+from .checks import scored_data_problems
 from .evaluating_trainer import gathered
 from .failed_start import gives_back
 from .rl_config import DiffusionRLConfig
@@ -88,7 +89,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     args: DiffusionRLConfig
     _parts = (*DiffusionTrainer._parts, "rollout", "decoding", "rewards", "reference")
-    bank: TeacherBank | None  # a trainer's `_setup` makes it where its loss has a distance from the base
+    backbone: Backbone | None = None  # a trainer's `_setup` makes it where another role than the student's is played
 
     @gives_back
     def __init__(
@@ -121,10 +122,18 @@ class DiffusionRLTrainer(DiffusionTrainer):
             peft_config=peft_config,
         )
         self._repeats, self._passes = self.args.num_generations, self.args.num_iterations
-        if self.bank is not None:
-            self.bank.to(self.accelerator.device)
+        if self.backbone is not None:
+            self.backbone.to(self.accelerator.device)
         if self.is_world_process_zero():
-            tables.print_rewards(self)
+            rewards = {
+                task: {name: self.reward_weights[name] for name in map(reward_name, functions)}
+                for task, functions in self.reward_funcs.items()
+            }
+            completions = self.args.train_batch_size * self.args.world_size * self._micro_batches
+            of_a_round = completions // self.args.num_generations
+            prompts = {task: len(rows) for task, rows in self._task_rows.items()}
+            tables.print_rewards(prompts, rewards, of_a_round, self.args.num_generations)
+            tables.print_trained(self.student.parameters())
 
     # Hooks of the trainers
 
@@ -152,7 +161,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: list[str]) -> None:
+    def _setup(self, model: nn.Module, problems: Problems) -> None:
         super()._setup(model, problems)
         args = self.args
         unrewarded = [task for task, functions in self.reward_funcs.items() if not functions]
@@ -169,17 +178,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self._set_reward_weights(problems)
             self._check_groups(problems)
 
-    def _base_bank(self, model: nn.Module, problems: list[str]) -> TeacherBank:
-        """Switches between the student and the base, for a distance from it. It has no teachers."""
-        is_lora = isinstance(model, PeftModel)
-        adapter = STUDENT_ADAPTER if is_lora else None
-        bank = TeacherBank(
-            model if is_lora else frozen_copy(model), self._pipeline, {}, self.args.guidance_scale, adapter
-        )
-        with collect(problems):
-            for network in bank.networks():
+    def _equip(self, backbone: Backbone, problems: Problems) -> Backbone:
+        """Has the networks beside the student's compute as the arguments say."""
+        with problems.collect():
+            for network in backbone.networks():
                 self._use_attention_backend(network, as_student=False)
-        return bank
+        return backbone
 
     def _reward_names(self) -> list[str]:
         """Names of the reward functions in the order in which they were given."""
@@ -187,7 +191,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         names = [reward_name(function) for task in tasks for function in self.reward_funcs.get(task, [])]
         return list(dict.fromkeys(names))
 
-    def _set_reward_weights(self, problems: list[str]) -> None:
+    def _set_reward_weights(self, problems: Problems) -> None:
         names = self._reward_names()
         weights = [1.0] * len(names) if self.args.reward_weights is None else self.args.reward_weights
         if names and len(weights) != len(names):
@@ -201,7 +205,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             )
         self.reward_weights = dict(zip(names, map(float, weights), strict=False))
 
-    def _check_groups(self, problems: list[str]) -> None:
+    def _check_groups(self, problems: Problems) -> None:
         args, size = self.args, self.args.num_generations
         others = args.world_size * self._micro_batches
         if size < 1 or args.train_batch_size * others % size == 0:
@@ -231,10 +235,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _frozen_networks(self) -> list[nn.Module]:
         """What else than the student computes velocities here."""
-        return [] if self.bank is None else [self.bank.backbone]
+        return [] if self.backbone is None else self.backbone.networks()
 
     def _frozen_parts(self) -> dict[str, list[Tensor]]:
-        return {} if self.bank is None else {"frozen base": list(self.bank.parameters())}
+        frozen: dict[str, Any] = {} if self.backbone is None else self.backbone.frozen()
+        return {{BASE: "frozen base", OLD: "old policy"}[role]: weights for role, weights in frozen.items()}
 
     # Rounds
 

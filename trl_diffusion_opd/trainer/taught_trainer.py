@@ -24,22 +24,23 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..algorithms.separability import conflict_warning
-from ..checkpointing.checkpoint import damage_problems, last_complete, write_json
+from ..checkpointing.checkpoint import damage_problems, last_complete
 from ..checkpointing.seal import is_sealed
 from ..data.tasks import SINGLE_TASK
+from ..guards.files import write_json
+from ..hub.files import MANIFEST_FILE
+from ..models.backbone import Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
-from ..models.student import STUDENT_ADAPTER, frozen_copy
+from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import TeacherBank, normalize_teachers
+from ..problems import Problems
 from ..reporting import console as tables
 from .base_config import MERGE, DiffusionConfig
 from .base_trainer import DiffusionTrainer
-from .checks import collect
 from .conflicts import find_pairs
 
 
 logger = logging.getLogger(__name__)
-
-MANIFEST_FILE = "teacher_manifest.json"
 
 
 class TaughtTrainer(DiffusionTrainer):
@@ -58,33 +59,29 @@ class TaughtTrainer(DiffusionTrainer):
 
     # Before the first step
 
-    def _load_teachers(
-        self, model: nn.Module, problems: list[str], default_scale: float | None, batched: bool
-    ) -> None:
+    def _load_teachers(self, model: nn.Module, problems: Problems, default_scale: float | None, batched: bool) -> None:
         args = self.args
         if batched and args.torch_compile:
             problems.append(
                 "batch_teachers=True with torch_compile=True: compiled blocks would be compiled again for every number of "
                 "rows of every teacher. Leave out one of the two."
             )
-        with collect(problems):
+        with problems.collect():
             specs = self._teacher_specs
             # Where the data cannot tell the tasks, the teachers are still looked at.
             named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
             teachers = normalize_teachers(specs, self.tasks or named)
-            is_lora = isinstance(model, PeftModel)
             self.bank = TeacherBank(
-                model if is_lora else frozen_copy(model),
+                Backbone.of(model),
                 self._pipeline,
                 teachers,
                 args.guidance_scale if default_scale is None else default_scale,
-                STUDENT_ADAPTER if is_lora else None,
                 self._recorded_manifest(args),
                 batched,
             )
             for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
                 self.velocity_field.check_guidance(scale)
-            for network in self.bank.networks():
+            for network in self.bank.backbone.networks():
                 self._use_attention_backend(network.to(args.device), as_student=False)
             self.bank.check_batched(self.velocity_field)
             if args.student_init == MERGE:
@@ -92,12 +89,16 @@ class TaughtTrainer(DiffusionTrainer):
                 self.merge_report = merge_adapters(model, merge_weights(self.bank), STUDENT_ADAPTER)
 
     def _place_teachers(self) -> None:
-        self.bank.to(self.accelerator.device)
+        self.bank.backbone.to(self.accelerator.device)
         if self.args.torch_compile:
-            self.bank.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
+            self.bank.backbone.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
         # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
-        shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
+        shared = {id(p) for p in self.bank.backbone.parameters()} & {id(p) for p in self.student.parameters()}
         assert not shared, "a teacher's parameter is trainable"
+
+    def _print_teachers(self) -> None:
+        lost = None if self.merge_report is None else self.merge_report.error
+        tables.print_teachers(self.bank.summary(), {t: len(rows) for t, rows in self._task_rows.items()}, lost)
 
     def _compare_tasks(self) -> None:
         """Shows how well the tasks can be told apart, once, and warns of those that can't and whose teachers disagree."""
@@ -138,13 +139,13 @@ class TaughtTrainer(DiffusionTrainer):
         if self._teacher_specs is None:
             return {}
         name = "teachers" if self.student.is_lora else "teachers and frozen base"
-        return {**super()._frozen_parts(), name: list(self.bank.parameters())}
+        return {**super()._frozen_parts(), name: list(self.bank.backbone.parameters())}
 
     # Files
 
     def _save_method(self, folder: str) -> None:
         if self._teacher_specs is not None:
-            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest())
+            write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
 
     def _check_resume(self, folder: Path) -> list[str]:
         problems = super()._check_resume(folder)

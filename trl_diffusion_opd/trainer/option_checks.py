@@ -12,23 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is said of options: of those that a config does not have, and of how a base is loaded."""
+"""What is said of options that a config does not have, and of those that would do nothing."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-FOLLOWING = "auto"  # `ema_decay` of an average whose reach follows the length of the run
-
 # What took the place of options that people still write: transformers' before its version 5, and those of diffusers' and
 # TRL's scripts.
-_REPLACED = {
+REPLACED = {
     "evaluation_strategy": "Use eval_strategy.",
     "overwrite_output_dir": "A run writes into the folder that is there; with resume_from_checkpoint it goes on from a checkpoint.",
     "no_cuda": "Use use_cpu.",
@@ -83,29 +79,27 @@ _WITHOUT_EFFECT = {
 _OPTIMIZERS_WITHOUT_STEP = ("lomo", "adalomo")
 
 
-def unknown_option(config_class: type, name: str, others: type | None = None) -> str:
+def unknown_option(config_class: type, name: str, configs: Sequence[type] = ()) -> str:
     """
-    What to say of an option that a config does not have: what took its place, which configs of this package have it, or what
-    is spelled like it.
+    What to say of an option that a config does not have: which of `configs` have it, what took its place, or what is spelled
+    like it.
 
     Args:
         config_class (`type`), name (`str`)
-        others (`type`, *optional*): a dataclass whose options could have been meant as well, such as a script's.
+        configs (`list[type]`, *optional*): all configs of this package, where the caller knows them.
     """
-    from .. import trainer
-
-    configs = [getattr(trainer, known) for known in trainer.__all__ if known.endswith("Config")]
-    configs = [one for one in configs if not one.__subclasses__()]  # what others share is no trainer's
     owners = [one.__name__ for one in configs if name in {known.name for known in fields(one)}]
-    known = [one.name for given in (config_class, others) if given is not None for one in fields(given)]
-    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    alike = difflib.get_close_matches(name, [one.name for one in fields(config_class)], n=1, cutoff=0.8)
+    said = f"{config_class.__name__} has no {name!r}."
     if owners:
-        has = f"It is an option of {' and '.join(sorted(owners))}."
-    elif name in _REPLACED:
-        has = _REPLACED[name]
-    else:
-        has = "No config of this package has it." + (f" Is {alike[0]!r} meant?" if alike else "")
-    return f"{config_class.__name__} has no {name!r}. {has}"
+        return f"{said} It is an option of {' and '.join(sorted(owners))}."
+    if name in REPLACED:
+        return f"{said} {REPLACED[name]}"
+    return (
+        said
+        + (" No config of this package has it." if configs else "")
+        + (f" Is {alike[0]!r} meant?" if alike else "")
+    )
 
 
 def idle_options(args: TrainingArguments) -> list[str]:
@@ -116,29 +110,4 @@ def idle_options(args: TrainingArguments) -> list[str]:
     optimizer = OptimizerNames(args.optim).value
     if optimizer in _OPTIMIZERS_WITHOUT_STEP:
         problems.append(f"optim={optimizer!r} is not supported: it steps inside of a backward of its own.")
-    return problems
-
-
-def dtype_name(value: Any) -> str | None:
-    """The name of a dtype in which a base can be loaded, from `"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16`."""
-    name = str(value).removeprefix("torch.")
-    return name if name in DTYPES else None
-
-
-def model_init_problems(options: Mapping[str, Any]) -> list[str]:
-    """What is refused of keyword arguments for `DiffusionPipeline.from_pretrained`."""
-    problems = []
-    for name in ("trust_remote_code", "custom_pipeline"):
-        if options.get(name):
-            problems.append(
-                f"model_init_kwargs: {name} would run code from the Hub and is refused. If you trust it, load the "
-                "pipeline yourself and pass it as the model."
-            )
-    if not options.get("use_safetensors", True):
-        problems.append("model_init_kwargs: use_safetensors is always on; pickled weights are not read.")
-    for name in ("dtype", "torch_dtype"):
-        given = options.get(name)
-        for value in given.values() if isinstance(given, Mapping) else [given]:
-            if value is not None and dtype_name(value) is None:
-                problems.append(f"model_init_kwargs: {name}={value!r} is none of {', '.join(DTYPES)}.")
     return problems

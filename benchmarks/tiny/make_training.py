@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from diffusers.models import AutoencoderKL
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
+from modules import MAX_TOKENS
 
-from .modules import MAX_TOKENS
-from .scenes import SIZE
+from trl_diffusion_opd.tiny.scenes import SIZE
 
 
 EMPTY_CAPTIONS = 0.1  # so that classifier-free guidance works

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Rewards by name: those of this package, and functions by their import path."""
+"""Names of rewards: those of this package, and import paths of functions."""
 
 import functools
 import importlib
@@ -39,23 +39,8 @@ REWARDS = {
 }
 
 
-def load_reward(spec: str, **options: Any) -> RewardFunc:
-    """
-    A reward function by its name, or by its import path `package.module:function`, where a class is made an instance.
-
-    Args:
-        spec (`str`): a name of this package's, or an import path, or several of them with `+` between, which are added with
-            equal weights by [`CombinedReward`].
-        options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
-
-    Raises:
-        [`ValueError`]: if there is no such function, its options do not fit, or its weights cannot be loaded.
-        [`ImportError`]: if the reward needs a package that is not installed; the message names the extra.
-    """
-    if "+" in spec:
-        from .combined import CombinedReward
-
-        return CombinedReward(dict.fromkeys(spec.split("+"), 1.0), **options)
+def load_named(spec: str, **options: Any) -> RewardFunc:
+    """A reward function by one name or import path: see [`load_reward`]."""
     if spec in REWARDS:
         reward = reward_class(spec)
         _check_options(spec, reward, options)
@@ -66,19 +51,9 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
     return found
 
 
-def check_reward(spec: str, **options: Any) -> None:
-    """
-    Refuses what [`load_reward`] would refuse, without loading weights.
-
-    Raises:
-        [`ValueError`]: if there is no such function, or its options do not fit.
-        [`ImportError`]: if importing the reward needs a package that is not installed.
-    """
-    if "+" in spec:
-        of_parts = options.get("reward_kwargs", {})
-        for part in spec.split("+"):
-            check_reward(part, **of_parts.get(part, {}))
-    elif spec in REWARDS:
+def check_named(spec: str, **options: Any) -> None:
+    """Refuses what [`load_named`] would refuse, without loading weights."""
+    if spec in REWARDS:
         _check_options(spec, reward_class(spec), options)
     else:
         _imported(spec, options)

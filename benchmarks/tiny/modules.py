@@ -30,8 +30,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from .prompts import COUNTS
-from .scenes import COLORS, SHAPES
+from trl_diffusion_opd.tiny.prompts import COUNTS
+from trl_diffusion_opd.tiny.scenes import COLORS, SHAPES
 
 
 WIDTH = 128

@@ -24,11 +24,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from measure import generate
 from peft import PeftModel
 from PIL import Image
 
-from . import BASE, TASKS, TEACHERS, dataset, render
-from .measure import generate
+from trl_diffusion_opd.tiny import BASE, TASKS, TEACHERS, dataset, render
 
 
 def _prompts(per_task: int) -> list[dict[str, str]]:

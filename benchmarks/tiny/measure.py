@@ -19,11 +19,11 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from modules import MAX_TOKENS
 from PIL import Image
 
-from .modules import MAX_TOKENS
-from .prompts import TASKS, dataset
-from .verifiers import rewards
+from trl_diffusion_opd.tiny.prompts import TASKS, dataset
+from trl_diffusion_opd.tiny.verifiers import rewards
 
 
 def generate(

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .prompts import SPLITS, TASKS, Spec, corrupt, specs, to_prompt, to_scene
-from .scenes import LETTERS, draw
+from trl_diffusion_opd.tiny.prompts import SPLITS, TASKS, Spec, corrupt, specs, to_prompt, to_scene
+from trl_diffusion_opd.tiny.scenes import LETTERS, draw
 
 
 # How often the base is shown a picture that its caption does not describe. This, and not a lack of capacity, is

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Makes the tiny world's base from nothing: `python -m trl_diffusion_opd.tiny.make --output_dir weights`.
+"""Makes the tiny world's base from nothing: `python benchmarks/tiny/make.py --output_dir weights`.
 
 Stages in order (all of them unless `--stages` names some): `vae`, `base`, `check`. Each reads what the ones before it left
 in the output folder.
@@ -30,19 +30,21 @@ import shutil
 import time
 from pathlib import Path
 
+import make_training
+import modules
 import numpy as np
 import torch
 from diffusers.models import AutoencoderKL
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from make_data import base_pictures, styled_pictures
+from measure import task_scores
 from peft import PeftModel
 from PIL import Image
 
-from . import TASKS, make_training, modules
-from .make_data import base_pictures, styled_pictures
-from .measure import task_scores
-from .prompts import specs, to_scene
-from .scenes import draw
-from .verifiers import rewards
+from trl_diffusion_opd.tiny import TASKS
+from trl_diffusion_opd.tiny.prompts import specs, to_scene
+from trl_diffusion_opd.tiny.scenes import draw
+from trl_diffusion_opd.tiny.verifiers import rewards
 
 
 STAGES = ("vae", "base", "check")

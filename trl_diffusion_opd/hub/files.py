@@ -1,0 +1,72 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The names of all files that a run writes into its output folder, and which of them are pushed."""
+
+# The student
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's format
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers'
+CONFIG_FILE = "config.json"
+FULL_FILES = "diffusion_pytorch_model*.safetensors"
+FULL_INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+ARGUMENTS_FILE = "training_args.json"
+MANIFEST_FILE = "teacher_manifest.json"
+CARD_FILE = "README.md"
+MERGE_REPORT_FILE = "merge_report.json"
+
+# What a checkpoint has besides, and Trainer's own files
+RAW_FILE = "student_raw.safetensors"
+OLD_POLICY_FILE = "old_policy.safetensors"
+GRID_FILE = "noise_grid.json"
+PROMPTS_FILE = "prompts.json"
+CHANGES_FILE = "changes.json"
+SEAL_FILE = "complete"
+DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
+ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
+
+# Of the folder itself
+LOCK_FILE = ".lock"
+COMPLETIONS_FOLDER = "completions"
+DRY_RUN_FOLDER = "dry_run"
+DRY_RUN_PICTURE = "dry_run.png"
+
+# An evaluation's
+REPORT_FILE = "retention.json"
+SCORES_FILE = "retention_scores.json"
+TABLES_FILE = "retention.md"
+TIMING_FILE = "timing.json"
+PAGE_FILE = "samples.html"
+RETENTION_PICTURE = "retention.png"
+RADAR_PICTURE = "radar.png"
+SAMPLES_PICTURE = "samples.png"
+CURVES_PICTURE = "curves.png"
+
+# By either of them a LoRA is known.
+LORA_FILES = (ADAPTER_CONFIG_FILE, LORA_FILE)
+# What a saved student consists of, which a checkpoint has as well.
+STUDENT_FILES = (
+    *LORA_FILES,
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    FULL_FILES,
+    FULL_INDEX_FILE,
+    ARGUMENTS_FILE,
+    MANIFEST_FILE,
+    GRID_FILE,
+)
+PICTURES = (RETENTION_PICTURE, RADAR_PICTURE, SAMPLES_PICTURE, CURVES_PICTURE)
+# Everything that is pushed. Not by exclusion: logs, optimizer states and whatever else lies in the folder may hold
+# tokens, paths and the name of the machine.
+PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, *PICTURES, f"{COMPLETIONS_FOLDER}/step_*.png")

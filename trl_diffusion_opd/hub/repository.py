@@ -1,0 +1,179 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The repository that a run pushes to: whether it may, and whether what lies there is its own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import get_token, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils.hub import hf_api
+
+from ..guards.redaction import last_part, public_name, shown
+from .errors import ERRORS, http_reason, retried
+from .files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LORA_FILES
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+class PushError(RuntimeError):
+    """A student that could not be uploaded, with where it lies and how to upload it."""
+
+
+def repository_name(hub_model_id: str | None, output_dir: str | None) -> str:
+    """The repository that a run pushes to: the one that is named, else one with the name of its output folder."""
+    return hub_model_id or last_part(output_dir or ".")
+
+
+def repository_problems(
+    name: str, base_name: str | None, transformer_class: str | None, token: str | None = None
+) -> list[str]:
+    """
+    What keeps a run from pushing, asked of the Hub before anything is trained: the token, the right to write, and what the
+    repository holds. Nothing is made or changed there.
+
+    Args:
+        name (`str`): of the repository, without an owner one of your own.
+        base_name (`str`, *optional*): the base's id or name, if it is known.
+        transformer_class (`str`, *optional*): class of the student if all its weights are trained, `None` for a LoRA.
+        token (`str`, *optional*): by default the one you are logged in with.
+
+    Returns:
+        `list[str]`: a sentence or two each, with what to do.
+    """
+    token = token or get_token()
+    if token is None:
+        return [
+            "push_to_hub=True, and there is no token: log in with `hf auth login`, or set HF_TOKEN or hub_token to one with "
+            "write permission (https://huggingface.co/settings/tokens)."
+        ]
+    try:
+        return _repository_problems(name, token, base_name, transformer_class)
+    except HFValidationError as error:
+        return [f"push_to_hub=True: set hub_model_id to the name of a repository. {error}"]
+    except ERRORS as error:
+        return [f"push_to_hub=True: {http_reason(error)}."]
+
+
+def _repository_problems(name: str, token: str, base_name: str | None, transformer_class: str | None) -> list[str]:
+    api = hf_api()
+    account = retried(api.whoami, token)
+    # A token of another kind (OAuth, fine-grained) has no role: the check below asks for its right to write.
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        return [
+            "push_to_hub=True: your token may only read. Make one with write permission on "
+            "https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or set HF_TOKEN or hub_token."
+        ]
+    repo_id = name if "/" in name else f"{account['name']}/{name}"
+    validate_repo_id(repo_id)
+    owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
+    if repo_id.split("/")[0] not in owners:
+        return [
+            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, and your token to {account['name']!r}, who "
+            f"can push for {', '.join(owners)}. Choose one of them, or log in as its owner."
+        ]
+    try:
+        info = retried(api.model_info, repo_id, token=token)
+    except GatedRepoError:
+        return [f"hub_model_id={repo_id!r}: the repository is gated and your token has no access to it."]
+    except RepositoryNotFoundError:
+        for kind in ("dataset", "space"):
+            if retried(api.repo_exists, repo_id, repo_type=kind, token=token):
+                return [f"hub_model_id={repo_id!r} is a {kind} on the Hub, not a model. Choose another name."]
+        return []
+    try:
+        retried(api.auth_check, repo_id, token=token, write=True)
+    except HfHubHTTPError as error:
+        # A Hub of one's own may be older than this check: it then shows with the first push, which costs no checkpoint.
+        if error.response.status_code in (401, 403):
+            return [
+                f"hub_model_id={repo_id!r}: your token is not allowed to write there "
+                f"({error.response.status_code}). Give it write permission on https://huggingface.co/settings/tokens."
+            ]
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    recorded = info.card_data.get("base_model") if info.card_data else None
+    found = _foreign_content(repo_id, token, names, recorded, base_name, transformer_class)
+    return [f"hub_model_id={repo_id!r} holds {found}. Choose another name, or empty it."] if found else []
+
+
+def _foreign_content(
+    repo_id: str, token: str, names: set[str], recorded: Any, base_name: str | None, transformer_class: str | None
+) -> str | None:
+    """What a repository holds that this student would be mixed with, or overwrite."""
+    if "model_index.json" in names:
+        return "a whole pipeline"
+    if names.intersection(LORA_FILES):
+        if transformer_class is not None:
+            return "a LoRA, and this run trains all weights"
+        if recorded is None and ADAPTER_CONFIG_FILE in names:
+            recorded = _read_json(repo_id, token, ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+        if isinstance(recorded, str) and base_name is not None and not _same_base(recorded, base_name):
+            return f"a LoRA for another base, '{shown(recorded)}' (this run's is {base_name!r})"
+        return None
+    if CONFIG_FILE in names:
+        config = _read_json(repo_id, token, CONFIG_FILE)
+        kind = config.get("_class_name") or (config.get("architectures") or [config.get("model_type")])[0]
+        return (
+            None
+            if kind is not None and kind == transformer_class
+            else f"another model ({shown(kind or 'of unknown class')})"
+        )
+    weights = sorted(name for name in names if "/" not in name and name.endswith(_WEIGHTS))
+    return f"other weights ({', '.join(map(shown, weights[:3]))})" if weights else None
+
+
+def _read_json(repo_id: str, token: str, name: str) -> dict[str, Any]:
+    path = retried(hf_hub_download, repo_id, name, token=token)
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def _same_base(one: str, two: str) -> bool:
+    # A local copy is known by the name of its folder.
+    if "/" in one and "/" in two:
+        return one == two
+    return one.split("/")[-1] == two.split("/")[-1]
+
+
+def pushed_kind(pipeline: DiffusionPipeline, is_lora: bool) -> tuple[str | None, str | None]:
+    """The base's name and the class of fully trained weights, which [`repository_problems`] compares."""
+    kind = None if is_lora else type(pipeline.components.get("transformer")).__name__
+    return public_name(pipeline.config.get("_name_or_path")), kind
+
+
+def make_repository(
+    name: str, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
+    """
+    Makes a repository, and the branch `revision` in it, if they are not there.
+
+    Returns:
+        `str`: its name with its owner's.
+
+    Raises:
+        [`PushError`]: if that is not possible.
+    """
+    api = hf_api()
+    try:
+        repo_id = retried(api.create_repo, name, token=token, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            retried(api.create_branch, repo_id, branch=revision, token=token, exist_ok=True)
+    except ERRORS as error:
+        raise PushError(f"The repository {name!r} cannot be made: {http_reason(error)}.") from error
+    return repo_id

@@ -1,0 +1,160 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""What the cards of students and of teachers share: metadata, licence, results, how they are rendered and saved."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils.hub import hf_api
+
+from ..guards.markdown import cell, code, inline, literal
+from ..guards.redaction import public_text, public_value, shown
+from ..hub.files import CARD_FILE
+
+
+_SHOWN_PACKAGES = ("trl", "diffusers", "peft", "transformers", "torch", "datasets")
+_TASK = "text-to-image"
+
+
+def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
+    path = str(files(__package__) / "templates" / template)
+    # Names of tasks, rewards, layers and teachers are strangers', and the card is for all to see.
+    shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
+    return ModelCard.from_template(data, template_path=path, versions=_versions(), **shows, **fields)
+
+
+def _public(show: Callable[..., str]) -> Callable[..., str]:
+    return lambda value: show(public_text(value) if isinstance(value, str) else value)
+
+
+@cache  # it takes some 50 ms, and a card is written with every checkpoint
+def _versions() -> dict[str, str]:
+    found = {}
+    with suppress(PackageNotFoundError):  # a checkout that is on the path, and not installed
+        found["trl-diffusion-opd"] = version("trl-diffusion-opd")
+    return found | {name: version(name) for name in _SHOWN_PACKAGES}
+
+
+def save(card: ModelCard, folder: Path) -> None:
+    # In one move: an upload in the background may be reading the card.
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{CARD_FILE}"
+    card.save(unfinished)
+    os.replace(unfinished, folder / CARD_FILE)
+
+
+# Metadata
+
+
+def card_data(
+    name: str,
+    base_id: str | None,
+    relation: str,
+    tags: list[str],
+    datasets: list[str],
+    results: list[EvalResult],
+) -> ModelCardData:
+    licence: dict[str, Any] = _base_license(base_id) if base_id else {}
+    return ModelCardData(
+        base_model=base_id,
+        base_model_relation=relation if base_id else None,
+        **licence,
+        datasets=datasets or None,
+        library_name="diffusers",
+        pipeline_tag=_TASK,
+        tags=[shown(tag) for tag in dict.fromkeys(tags)],
+        model_name=shown(name) if results else None,
+        eval_results=results or None,
+    )
+
+
+def _base_license(base_id: str) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` as the base's own card has them."""
+    try:
+        card = hf_api().model_info(base_id, timeout=10).card_data
+    except (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled):
+        return {}
+    found = {name: card.get(name) for name in ("license", "license_name", "license_link")} if card else {}
+    named = {name: value for name, value in found.items() if isinstance(value, str)}
+    if "license_link" in named and "://" not in named["license_link"]:
+        named["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{named['license_link'].lstrip('/')}"
+    return named
+
+
+def results_of(
+    report: Mapping[str, Any],
+    datasets: list[str],
+    task: str,
+    metric: str,
+    metric_name: str,
+    value: float | None,
+    interval: list[float] | None,
+) -> list[EvalResult]:
+    if value is None:
+        return []
+    task, metric, metric_name = (shown(public_text(text)) for text in (task, metric, metric_name))
+    result = EvalResult(
+        task_type=_TASK,
+        task_name=f"Text to image: {task}",
+        # Held-out prompts are usually files; the Hub wants a name all the same.
+        dataset_type=datasets[0] if len(datasets) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "-", task),
+        dataset_name=f"held-out prompts of {task}",
+        dataset_config=task,
+        dataset_args={"num_images": report["num_images"]},
+        metric_type=metric,
+        metric_name=metric_name,
+        metric_value=round(value, 4),
+        metric_args={"ci95": [round(bound, 4) for bound in interval]} if interval else None,
+        verified=False,
+    )
+    return [result]
+
+
+# Parts of the text
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` if it can be a repository on the Hub and is no file or folder here."""
+    if not name or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def literals(options: Mapping[str, Any], secrets: list[str]) -> dict[str, str]:
+    """Those of `options` that can be written as Python literals, as such."""
+    plain = {name: value for name, value in options.items() if isinstance(value, (str, bool, int, float))}
+    # A prompt is no path, even if it looks like one.
+    public = {name: value if name == "prompt" else public_value(value, secrets) for name, value in plain.items()}
+    return {name: literal(value) for name, value in public.items()}

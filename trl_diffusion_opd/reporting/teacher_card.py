@@ -1,0 +1,136 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+"""The model card of a teacher, from its folder."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from ..guards.files import read_json
+from ..guards.redaction import last_part, public_name
+from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
+from ..models.teacher_config import TeacherConfig
+from ..models.teacher_files import find_files
+from .cards import as_list, card_data, hub_id, literals, render, results_of, save
+
+
+def write_teacher_card(
+    folder: str | Path,
+    base: str,
+    task: str,
+    guidance_scale: float,
+    call_options: Mapping[str, Any],
+    *,
+    report: Mapping[str, Any] | str | Path | None = None,
+    repository: str | None = None,
+    subfolder: str | None = None,
+    method: str | None = None,
+    datasets: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """
+    Writes the model card of a teacher, a LoRA in PEFT's or in diffusers' format, as `README.md` into its folder.
+
+    Args:
+        folder (`str` or `Path`): the teacher's folder.
+        base (`str`): the base, a Hub id or a folder, of which only the name is shown.
+        task (`str`): what it teaches.
+        guidance_scale (`float`): scale of classifier-free guidance at which it is to be asked, 1 for none.
+        call_options (`dict[str, Any]`):
+            Arguments of the pipeline for an image as in its evaluation, `prompt` first: steps, resolution, and guidance by
+            the name that the pipeline has for it.
+        report (`dict`, `str` or `Path`, *optional*):
+            A retention report that it was a teacher in, or the file of one. Its scores on all tasks are shown.
+        repository (`str`, *optional*): Hub id where the folder is or will be.
+        subfolder (`str`, *optional*): folder in the repository.
+        method (`str`, *optional*): a sentence on how it was trained.
+        datasets (`str` or `list[str]`, *optional*): Hub ids of its training data.
+        tags (`str` or `list[str]`, *optional*): tags besides `diffusion-opd`, `teacher` and `lora`.
+        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the base in the code of the card.
+
+    Returns:
+        `Path`: the card's file.
+
+    Raises:
+        [`ValueError`]: if the folder holds no LoRA, or the report knows no teacher of the task.
+    """
+    folder = Path(folder)
+    found = find_files(TeacherConfig(str(folder)))
+    if found.kind == "full":
+        raise ValueError(f"{found.label}: a LoRA is needed here, and this is a whole transformer.")
+    content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
+    if content is not None and task not in content["tasks"]:
+        raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
+    base_id = hub_id(base)
+    dataset_ids = [name for name in as_list(datasets) if hub_id(name)]
+    name = "-".join(filter(None, ((repository or last_part(str(folder))).split("/")[-1], subfolder)))
+    data = card_data(
+        name.replace("/", "-"),
+        base_id,
+        relation="adapter",
+        tags=["diffusion-opd", "teacher", "lora", *as_list(tags)],
+        datasets=dataset_ids,
+        results=_teacher_results(content, task, dataset_ids) if content else [],
+    )
+    config = read_json(folder / ADAPTER_CONFIG_FILE) or {}
+    card = render(
+        "teacher_card.md",
+        data,
+        model_name=name,
+        base_id=base_id,
+        base_name=public_name(base) or last_part(base),
+        repository=repository,
+        subfolder=subfolder,
+        folder_name=last_part(str(folder)),
+        task=task,
+        method=method,
+        guidance_scale=guidance_scale,
+        steps=call_options.get("num_inference_steps"),
+        call_options=literals(call_options, []),
+        kind="lora" if found.kind == "diffusers" else "peft",
+        dtype=dtype,
+        rank=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        sha256=found.sha256(),
+        scores=_teacher_scores(content, task) if content else [],
+        report=content,
+        datasets=dataset_ids,
+    )
+    save(card, folder)
+    return folder / CARD_FILE
+
+
+def _teacher_results(report: Mapping[str, Any], task: str, datasets: list[str]) -> list[EvalResult]:
+    row = report["tasks"][task]
+    return results_of(report, datasets, task, row["reward"], row["reward"], row["teacher"], None)
+
+
+def _teacher_scores(report: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    """The teacher beside the base on every task: what it gained, and what it lost elsewhere."""
+    own = report.get("scores", {}).get(f"teacher/{task}", {})
+    intervals = report.get("scores_ci95", {}).get(f"teacher/{task}", {})
+    rows = []
+    for other, row in report["tasks"].items():
+        reward = row["reward"]
+        score = row["teacher"] if other == task else own.get(other, {}).get(reward)
+        if score is not None:
+            ci95 = intervals.get(other, {}).get(reward)
+            rows.append({"task": other, "reward": reward, "base": row["base"], "teacher": score, "ci95": ci95})
+    return rows
