@@ -36,7 +36,7 @@ accelerate launch examples/baselines_tiny.py --methods multi-task cascade merge
 | `policy-gradient` | `loss_type="policy_gradient"`, with a stochastic sampler |
 | `sft` | `DiffusionSFTTrainer(teachers=...)`: flow matching on images that the teachers draw |
 
-The settings are in `tiny_baselines.yaml` and `tiny_cascade.yaml` of `trl_diffusion_opd/configs/stages`. They show how the methods are
+The settings are in `tiny_baselines.yaml` and `tiny_cascade.yaml` of `trl_diffusion_opd/stage_configs`. They show how the methods are
 called, and are no comparison: updates are few, so that everything takes some ten minutes with one thread, and their cost is not the same. The
 comparison at equal cost is `benchmarks/claims`.
 

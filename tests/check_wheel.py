@@ -43,7 +43,7 @@ DATA = (
     "py.typed",
     "accelerate_configs/fsdp2.yaml",
     "configs/tiny.yaml",
-    "configs/stages/tiny_cascade.yaml",
+    "stage_configs/tiny_cascade.yaml",
     "tiny/data/compose_train.jsonl",
     "reporting/templates/model_card.md",
     "tiny/weights/base/model_index.json",

@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import datasets
@@ -149,6 +150,8 @@ def test_unknown_options_are_told_with_whose_they_are(capsys, launches):
     message = refused(capsys, "opd", "--config", "tiny", "--num_iterations", "2", "--num_processes", "2", "--zzz", "1")
     assert "DiffusionOPDConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and" in message
     assert "has no 'zzz'. No config of this package has it." in message and "num_processes" not in message
+    message = refused(capsys, "opd", "--config", "tiny", "--num_test_imags", "2")
+    assert "has no 'num_test_imags'. No config of this package has it. Is 'num_test_images' meant?" in message
     assert "['stray'] belong to no option" in refused(capsys, "opd", "--config", "tiny", "stray")
     assert launches == []
 
@@ -175,7 +178,7 @@ def test_the_examples_have_the_packages_files():
     for folder, inside in {
         "accelerate_configs": "accelerate_configs",
         "configs": "configs",
-        "stages": "configs/stages",
+        "stages": "stage_configs",
         "data/tiny": "tiny/data",
     }.items():
         theirs = {path.name: path.read_bytes() for path in (examples / folder).iterdir() if path.is_file()}
@@ -299,5 +302,11 @@ def test_env_says_what_is_installed_and_not_whose_it_is(capsys, monkeypatch):
     assert "- GPUs: " in shown and "- platform: " in shown and "[ocr]: " in shown and "[dev]" not in shown
     for private in (os.path.expanduser("~"), platform.node(), "hf_secret", str(Path.cwd()), sys.prefix):
         assert private not in shown
-    monkeypatch.setattr(env, "_version", lambda name: "not installed" if name == "onnxruntime" else "1")
-    assert "[ocr]: lacks onnxruntime" in env.report()
+
+    def lacks_one(name):
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(env, "version", lacks_one)
+    assert "[ocr]: lacks onnxruntime" in env.report() and "- torch: 1.0" in env.report()

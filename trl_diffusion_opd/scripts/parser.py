@@ -114,16 +114,14 @@ class CommandParser(TrlParser):
     def _titles(self) -> list[str]:
         """Of all groups, in their order."""
         owners = [owner for given in self.dataclass_types[1:] for owner in given.__mro__ if _is_ours(owner)]
-        return [_COMMAND, *(f"{owner.__name__}" for owner in owners), _QUANTIZATION, _INHERITED]
+        return [_COMMAND, *(owner.__name__ for owner in owners), _QUANTIZATION, _INHERITED]
 
     def _title(self, name: str) -> str:
-        for given in self.dataclass_types:
-            for owner in given.__mro__:
-                if name in inspect.get_annotations(owner) and _is_ours(owner):
-                    if given is not self.dataclass_types[0]:
-                        return owner.__name__
-                    return _QUANTIZATION if owner is QuantizationArguments else _COMMAND
-        return _INHERITED
+        first, *trainers = self.dataclass_types
+        if name in first.__dataclass_fields__:
+            return _QUANTIZATION if name in inspect.get_annotations(QuantizationArguments) else _COMMAND
+        owners = (owner for given in trainers for owner in given.__mro__ if _is_ours(owner))
+        return next((owner.__name__ for owner in owners if name in inspect.get_annotations(owner)), _INHERITED)
 
 
 def _is_ours(owner: type) -> bool:
@@ -166,6 +164,6 @@ def refuse(dataclass_types: Sequence[type], words: Sequence[str]) -> None:
         [`ValueError`]: if there are words, which belong to no option of these dataclasses.
     """
     unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
-    problems = [unknown_option(dataclass_types[-1], name, configs()) for name in unknown]
+    problems = [unknown_option(dataclass_types[-1], name, configs(), dataclass_types[0]) for name in unknown]
     if words:
         raise ValueError("\n".join(problems or [f"{list(words)} belong to no option."]))

@@ -326,7 +326,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
         [`ValueError`]: with everything in the file that is wrong, and the prompt files, rewards and local teachers of all
             stages that cannot be found.
     """
-    path = config_path("stages", str(path), "configs/stages")
+    path = config_path("stages", str(path), "stage_configs")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or "output_dir" not in content:
         raise ValueError(f"{path}: it needs an output_dir and a list of stages.")

@@ -79,7 +79,7 @@ _WITHOUT_EFFECT = {
 _OPTIMIZERS_WITHOUT_STEP = ("lomo", "adalomo")
 
 
-def unknown_option(config_class: type, name: str, configs: Sequence[type] = ()) -> str:
+def unknown_option(config_class: type, name: str, configs: Sequence[type] = (), others: type | None = None) -> str:
     """
     What to say of an option that a config does not have: which of `configs` have it, what took its place, or what is spelled
     like it.
@@ -87,9 +87,11 @@ def unknown_option(config_class: type, name: str, configs: Sequence[type] = ()) 
     Args:
         config_class (`type`), name (`str`)
         configs (`list[type]`, *optional*): all configs of this package, where the caller knows them.
+        others (`type`, *optional*): a dataclass whose options can be meant as well, as a command's own.
     """
     owners = [one.__name__ for one in configs if name in {known.name for known in fields(one)}]
-    alike = difflib.get_close_matches(name, [one.name for one in fields(config_class)], n=1, cutoff=0.8)
+    known = [one.name for given in (config_class, others) if given is not None for one in fields(given)]
+    alike = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     said = f"{config_class.__name__} has no {name!r}."
     if owners:
         return f"{said} It is an option of {' and '.join(sorted(owners))}."
