@@ -164,7 +164,18 @@ def main(script_args: ScriptArguments, training_args: DiffusionOPDConfig) -> Non
         trainer.end()
         return
     if test_dataset is not None:
-        rehearse_report(trainer, {task: reward_funcs[task] for task in tested}, test_dataset)
+        scale = training_args.eval_guidance_scale
+        with trainer.averaged_student() as student:
+            rehearse_report(
+                trainer.eval_field,
+                student,
+                {task: reward_funcs[task] for task in tested},
+                test_dataset,
+                task_column=training_args.task_column,
+                seed=training_args.seed,
+                guidance_scale=training_args.guidance_scale if scale is None else scale,
+                reward_timeout=training_args.reward_timeout,
+            )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model(training_args.output_dir)
 

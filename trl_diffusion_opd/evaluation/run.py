@@ -31,6 +31,7 @@ from ..acceleration.processes import failing_together
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
+from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_base
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
@@ -38,7 +39,6 @@ from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name
 from ..rewards.scoring import score_names, timeout_problems
 from ..trainer.options import DTYPES, model_init_problems
 from .files import write_results
-from .identity import base_digest
 from .measure import Task, measure
 from .retention import retention_report
 from .store import Store
