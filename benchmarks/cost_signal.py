@@ -91,7 +91,7 @@ def train(option: str, seed: int, folder: Path) -> dict[str, Any]:
     with counted([trainer.student.model]) as rows:
         trainer.train()
     trainer.save_model()
-    steps = len(trainer.trainable_steps)
+    steps = len(trainer.plan)
     # The noise floor is measured at some updates; it is a part of the counts, as of the run.
     samples = args.max_steps * args.per_device_train_batch_size * len(trainer.tasks)
     counts = {"forward_rows": rows.forwards / samples, "backward_rows": rows.backwards / samples}

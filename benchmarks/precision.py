@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
-from trl_diffusion_opd.algorithms.opd import velocity_gap_sq
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 
 
 TASK = "letters"
@@ -66,9 +66,9 @@ class MeasuredTrainer(DiffusionOPDTrainer):
     def _step_loss(self, j: int, student: Tensor, target: Tensor, noise: Any) -> Tensor:
         if self.form == "velocities":
             return super()._step_loss(j, student, target, noise)
-        a, c = float(self.table.a[j]), float(self.table.c[j])
+        a, c = float(self.plan.table.a[j]), float(self.plan.table.c[j])
         means = [(a * self._state + c * v).bfloat16() for v in (student, target)]
-        return float(self.weights[j]) / c**2 * velocity_gap_sq(*means)
+        return float(self.plan.weights[j]) / c**2 * velocity_gap_sq(*means)
 
     def _backward(self, loss: Tensor) -> None:
         self.walked_loss += loss.item()
@@ -133,7 +133,7 @@ def make_trainer(
 
 
 def _teacher_parameters(trainer: DiffusionOPDTrainer) -> dict[str, torch.nn.Parameter]:
-    of_teachers = {id(p) for p in trainer.bank.parameters()}
+    of_teachers = {id(p) for p in trainer.bank.backbone.parameters()}
     return {name: p for name, p in trainer.model.named_parameters() if id(p) in of_teachers and "lora_" in name}
 
 

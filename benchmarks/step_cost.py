@@ -48,7 +48,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
-from trl_diffusion_opd.algorithms.opd import velocity_gap_sq
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 from trl_diffusion_opd.profiling.timing import instant, seconds_between
@@ -180,14 +180,15 @@ def one_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]) 
 def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]) -> None:
     """The same update with a stored trajectory and stored teacher velocities."""
     field, model, scale = trainer.velocity_field, trainer.model_wrapped, trainer.args.guidance_scale
-    steps = trainer.trainable_steps
-    table = trainer.table.head(len(steps))
+    steps, table = trainer.plan.steps, trainer.plan.walked
     for task, batch in zip(trainer.tasks, batches, strict=False):
         prompts = [row["prompt"] for row in batch]
         generators = sample_generators([trainer.args.seed, 0, trainer.tasks.index(task)], range(len(batch)))
         states: list[Tensor] = []
 
-        def velocity(j: int, x: Tensor, prompts: list[str] = prompts, states: list[Tensor] = states) -> Tensor:
+        def velocity(
+            j: int, x: Tensor, z: Tensor | None, prompts: list[str] = prompts, states: list[Tensor] = states
+        ) -> Tensor:
             states.append(x)
             return field(x, float(table.levels[j]), prompts, scale, model)
 
@@ -196,7 +197,7 @@ def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]
             targets = [trainer._target(task, x, float(table.levels[j]), prompts) for j, x in enumerate(states)]
         for j in steps:
             student = field(states[j], float(table.levels[j]), prompts, scale, model)
-            loss = float(trainer.weights[j]) * velocity_gap_sq(student, targets[j]).mean()
+            loss = float(trainer.plan.weights[j]) * velocity_gap_sq(student, targets[j]).mean()
             trainer._backward(trainer._task_share(task) / len(steps) * loss)
     finish_update(trainer)
 
@@ -278,7 +279,7 @@ def timed(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]], rep
             "overhead": 1 - inside / total,
         }
         if name == "three_pass":
-            steps = len(trainer.trainable_steps) * len(batches)
+            steps = len(trainer.plan) * len(batches)
             plain = (spent["forward_s"] - spent["grad_forward_s"]) / (spent["forwards"] - steps)
             # A forward that keeps its activations costs what one without does, or a little more, which is b's.
             b = (spent["backward_s"] / steps + spent["grad_forward_s"] / steps - plain) / plain

@@ -74,9 +74,10 @@ from trl_diffusion_opd import (
     merge_teachers,
     tiny,
 )
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.grpo import log_ratio, transition_kl
-from trl_diffusion_opd.algorithms.opd import policy_gradient_loss, velocity_gap_sq
-from trl_diffusion_opd.algorithms.rollout import gaussian, sample_generators, walk
+from trl_diffusion_opd.algorithms.opd import policy_gradient_loss
+from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 
 
@@ -301,13 +302,13 @@ def states(trainer: DiffusionOPDTrainer, task: str, prompt: str, seed: int) -> d
     field, visited = trainer.velocity_field, {}
     generators = sample_generators([seed, TASKS.index(task)], [0])
 
-    def velocity(j: int, x: Tensor) -> Tensor:
+    def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         visited[j] = x
-        return field(x, float(trainer.table.levels[j]), [prompt], trainer.args.guidance_scale, trainer.model)
+        return field(x, float(trainer.plan.table.levels[j]), [prompt], trainer.args.guidance_scale, trainer.model)
 
     x = field.initial_latents([prompt], generators)
     with torch.no_grad():
-        walk(velocity, x, trainer.table.head(len(trainer.trainable_steps)), lambda j: gaussian(generators, x))
+        walk(velocity, x, trainer.plan.walked, generators)
     return visited
 
 
@@ -321,7 +322,8 @@ def variance(task: str, draws: int, lora_draws: int, student_init: str, folder: 
     generator = torch.Generator().manual_seed(TASKS.index(task))
     steps: dict[str, list[dict[str, Any]]] = {"steps": [], "lora_steps": []}
     for j, x in states(trainer, task, prompt, seed=0).items():
-        t, row = float(trainer.table.levels[j]), (float(trainer.table.c[j]), float(trainer.table.s[j]))
+        table = trainer.plan.table
+        t, row = float(table.levels[j]), (float(table.c[j]), float(table.s[j]))
         with torch.no_grad():
             target = trainer._target(task, x, t, [prompt])
         v = trainer._student_velocity(trainer.model, x, t, [prompt])

@@ -34,7 +34,7 @@ def measure(report: Report, folder: Path, layers: tuple[int, int], checkpointing
     times = [step_cost.seconds_of(trainer, lambda: step_cost.one_pass(trainer, batches)) for _ in range(2)]
     found = {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "trained_steps": len(trainer.trainable_steps),
+        "trained_steps": len(trainer.plan),
         "seconds": statistics.median(times),
     }
     peak = torch.cuda.max_memory_allocated() / 2**30 if report.device == "cuda" else None

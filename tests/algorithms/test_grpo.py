@@ -29,7 +29,7 @@ from trl_diffusion_opd.algorithms.grpo import (
     normalized_log_ratio,
     transition_kl,
 )
-from trl_diffusion_opd.algorithms.rollout import walk
+from trl_diffusion_opd.algorithms.rollout import gaussian, sample_generators, walk
 from trl_diffusion_opd.algorithms.samplers import sampler_table, sde_window
 
 
@@ -77,15 +77,15 @@ def papers_step(sampler, v, x, j):
     return x + (v + sigma**2 / (2 * t) * x1) * dt, sigma * math.sqrt(-dt)
 
 
-def papers_loss(loss_type, sampler, window, policy, old, base, start, noises, epsilon):
+def papers_loss(loss_type, sampler, window, policy, old, base, start, epsilon):
     """Rollout, ratios of probabilities, clipping and KL, step by step as in the papers."""
-    x, losses = start, []
+    x, losses, generators = start, [], noise_of_samples()
     for j in range(len(LEVELS) - 1):
         if j not in window:
             x = (x + (LEVELS[j + 1] - LEVELS[j]) * old(x, LEVELS[j])).detach()
             continue
         mean_old, s = papers_step(sampler, old(x, LEVELS[j]).detach(), x, j)
-        x_next = mean_old + s * noises[j]
+        x_next = mean_old + s * gaussian(generators, x)
         mean, _ = papers_step(sampler, policy(x, LEVELS[j]), x, j)
         mean_base, _ = papers_step(sampler, base(x, LEVELS[j]).detach(), x, j)
         log_r = (Normal(mean, s).log_prob(x_next) - Normal(mean_old, s).log_prob(x_next)).mean(1)
@@ -101,26 +101,26 @@ def papers_loss(loss_type, sampler, window, policy, old, base, start, noises, ep
     return sum(losses) / len(losses)
 
 
-def our_loss(loss_type, sampler, window, policy, old, base, start, noises, epsilon):
+def our_loss(loss_type, sampler, window, policy, old, base, start, epsilon):
     table = sde_window(sampler_table(sampler, LEVELS, ETA), window)
     states = {}
 
-    def velocity(j, x):
+    def velocity(j, x, z):
         with torch.no_grad():
-            states[j] = (x, old(x, LEVELS[j]))
+            states[j] = (x, old(x, LEVELS[j]), z)
         return states[j][1]
 
-    walk(velocity, start, table, lambda j: noises[j])
+    walk(velocity, start, table, noise_of_samples())
     losses = []
     for j in window:
-        x, v_old = states[j]
+        x, v_old, z = states[j]
         c, s = float(table.c[j]), float(table.s[j])
         v = policy(x, LEVELS[j])
         loss, _ = grpo_loss(
             loss_type,
             v,
             v_old,
-            noises[j],
+            z,
             ADVANTAGES.to(x.dtype),
             c=c,
             s=s,
@@ -131,10 +131,12 @@ def our_loss(loss_type, sampler, window, policy, old, base, start, noises, epsil
     return sum(losses) / len(losses)
 
 
-def draws():
-    generator = torch.Generator().manual_seed(5)
-    noises = torch.randn(len(LEVELS), SAMPLES, DIMENSIONS, generator=generator, dtype=torch.float64)
-    return noises[-1], noises[:-1]
+def noise_of_samples():
+    return sample_generators([5, 1], range(SAMPLES))
+
+
+def start_of_walk():
+    return torch.randn(SAMPLES, DIMENSIONS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def gradient(loss, flow):
@@ -148,7 +150,7 @@ def test_gradients_are_those_of_the_papers(loss_type, sampler, epsilon):
     old = Flow(1)
     policy, base = nearby(old, 2, 0.05), nearby(old, 3, 0.1)
     for window in (range(4), range(1, 3)):
-        inputs = (loss_type, sampler, window, policy, old, base, *draws(), epsilon)
+        inputs = (loss_type, sampler, window, policy, old, base, start_of_walk(), epsilon)
         theirs, ours = papers_loss(*inputs), our_loss(*inputs)
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-9)
         expected = gradient(theirs, policy)
@@ -161,10 +163,9 @@ def test_gradients_in_float32_are_near_those_of_the_papers():
     policy, base = nearby(old, 2, 0.05), nearby(old, 3, 0.1)
     for loss_type in ("flow_grpo", "grpo_guard"):
         inputs = (loss_type, "flow_sde", range(4))
-        expected = gradient(papers_loss(*inputs, policy, old, base, *draws(), 0.5), policy)
+        expected = gradient(papers_loss(*inputs, policy, old, base, start_of_walk(), 0.5), policy)
         copies = [nearby(flow, 0, 0.0).float() for flow in (policy, old, base)]
-        start, noises = (tensor.float() for tensor in draws())
-        ours = gradient(our_loss(*inputs, *copies, start, noises, 0.5), copies[0]).double()
+        ours = gradient(our_loss(*inputs, *copies, start_of_walk().float(), 0.5), copies[0]).double()
         assert (ours - expected).norm() / expected.norm() < 1e-6
 
 
@@ -172,7 +173,7 @@ def test_clipping_takes_part_in_the_compared_losses():
     old = Flow(1)
     policy = nearby(old, 2, 0.05)
     losses = [
-        our_loss("flow_grpo", "flow_sde", range(4), policy, old, old, *draws(), epsilon).item()
+        our_loss("flow_grpo", "flow_sde", range(4), policy, old, old, start_of_walk(), epsilon).item()
         for epsilon in (0.02, 0.9)
     ]
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)

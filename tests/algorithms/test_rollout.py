@@ -14,11 +14,13 @@
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from helpers.noise_grids import GRIDS, sd3_levels
 
+from trl_diffusion_opd.algorithms import rollout
 from trl_diffusion_opd.algorithms.rollout import gaussian, sample_generators, walk
 from trl_diffusion_opd.algorithms.samplers import SAMPLERS, sampler_table
 
@@ -26,7 +28,7 @@ from trl_diffusion_opd.algorithms.samplers import SAMPLERS, sampler_table
 LEVELS = sd3_levels()
 
 
-def velocity(j, x):
+def velocity(j, x, z=None):
     return torch.tanh(2 * x.roll(1, -1)) - LEVELS[j] * x
 
 
@@ -34,8 +36,14 @@ def start(dtype=torch.float32):
     return torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def noise_of(x):
-    return [torch.randn(x.shape, generator=torch.Generator().manual_seed(j), dtype=x.dtype) for j in range(10)]
+def generators():
+    return sample_generators([5], range(3))
+
+
+def noise_of(table, x):
+    """The noise that a walk with `generators()` adds to `x` at each step."""
+    drawn = generators()
+    return [gaussian(drawn, x) if s > 0 else torch.zeros_like(x) for s in table.s]
 
 
 def test_ode_walk_is_the_euler_scheduler():
@@ -52,8 +60,8 @@ def test_ode_walk_is_the_euler_scheduler():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_walk_applies_the_table(name):
     table, x = sampler_table(name, LEVELS), start(torch.float64)
-    noise = noise_of(x)
-    walked = walk(velocity, x, table, lambda j: noise[j])
+    noise = noise_of(table, x)
+    walked = walk(velocity, x, table, generators())
     previous_x0 = torch.zeros_like(x)
     for j in range(10):
         v = velocity(j, x)
@@ -67,36 +75,35 @@ def test_walk_applies_the_table(name):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_head_stops_where_the_whole_walk_passes(name):
     table, x = sampler_table(name, LEVELS), start()
-    noise, seen = noise_of(x), []
+    seen = []
 
-    def spy(j, state):
+    def spy(j, state, z):
         seen.append(state)
         return velocity(j, state)
 
-    walk(spy, x, table, lambda j: noise[j])
+    walk(spy, x, table, generators())
     whole = list(seen)
     seen.clear()
-    end = walk(spy, x, table.head(6), lambda j: noise[j])
+    end = walk(spy, x, table.head(6), generators())
     assert len(seen) == 6 and torch.equal(end, whole[6])
-    assert walk(spy, x, table.head(0), lambda j: noise[j]) is x
+    assert walk(spy, x, table.head(0), generators()) is x
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_noise_is_asked_for_once_a_noisy_step_after_the_velocity(name):
-    calls = []
+def test_noise_is_drawn_once_a_noisy_step_before_the_velocity(name):
+    table, given, states = sampler_table(name, LEVELS), generators(), []
+    seen = []
 
-    def spy(j, x):
-        calls.append(("velocity", j))
+    def spy(j, x, z):
+        seen.append(z)
+        states.append([generator.get_state() for generator in given])
         return velocity(j, x)
 
-    def noise(j):
-        calls.append(("noise", j))
-        return torch.zeros(3, 4, 2, 2)
-
-    table = sampler_table(name, LEVELS)
-    walk(spy, start(), table, noise)
-    expected = [("velocity", j) if part == 0 else ("noise", j) for j in range(10) for part in range(2)]
-    assert calls == [call for call in expected if call[0] == "velocity" or table.s[call[1]] > 0]
+    walk(spy, start(), table, given)
+    for j, (z, noise) in enumerate(zip(seen, noise_of(table, start()), strict=True)):
+        assert (z is None) == (table.s[j] == 0)
+        assert z is None or torch.equal(z, noise)
+    assert all(map(torch.equal, states[-1], (generator.get_state() for generator in given)))  # nothing after it
 
 
 def test_refuses_to_leave_out_the_noise():
@@ -108,13 +115,13 @@ def test_refuses_to_leave_out_the_noise():
 def test_no_state_outlives_its_step(name):
     alive, x = [], start()
 
-    def spy(j, state):
+    def spy(j, state, z):
         assert sum(ref() is not None for ref in alive) <= 1  # the caller's own start
         if state is not x:
             alive.append(weakref.ref(state))
         return velocity(j, state)
 
-    end = walk(spy, x, sampler_table(name, LEVELS), lambda j: torch.ones_like(x))
+    end = walk(spy, x, sampler_table(name, LEVELS), generators())
     assert len(alive) == 9 and all(ref() is None for ref in alive)
     assert not torch.equal(end, x) and torch.equal(x, start())  # the caller's tensor is not written to
 
@@ -122,7 +129,7 @@ def test_no_state_outlives_its_step(name):
 def test_gradients_exist_inside_a_step_and_nowhere_else():
     scale = torch.tensor(1.0, requires_grad=True)
 
-    def trained(j, x):
+    def trained(j, x, z):
         assert not x.requires_grad and torch.is_grad_enabled()
         v = scale * velocity(j, x)
         v.square().mean().backward()
@@ -131,7 +138,7 @@ def test_gradients_exist_inside_a_step_and_nowhere_else():
     end = walk(trained, start(), sampler_table("dpm2m", LEVELS))
     assert not end.requires_grad and scale.grad > 0
     with torch.no_grad():
-        walk(lambda j, x: torch.full_like(x, float(torch.is_grad_enabled())), start(), sampler_table("ode", LEVELS))
+        walk(lambda j, x, _: torch.full_like(x, float(torch.is_grad_enabled())), start(), sampler_table("ode", LEVELS))
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
 
@@ -140,13 +147,12 @@ def test_a_float32_walk_stays_float32_and_close_to_float64():
     for name in SAMPLERS:
         for levels in GRIDS.values():
             table = sampler_table(name, levels)
-            noise = noise_of(start(torch.float64)) * 3
 
-            def field(j, x):
+            def field(j, x, z):
                 return torch.tanh(2 * x.roll(1, -1)) - x
 
-            single = walk(field, start(torch.float64).float(), table, lambda j, noise=noise: noise[j].float())
-            double = walk(field, start(torch.float64), table, lambda j, noise=noise: noise[j])
+            single = walk(field, start(torch.float64).float(), table, generators())
+            double = walk(field, start(torch.float64), table, generators())
             assert single.dtype == torch.float32
             torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
 
@@ -188,3 +194,21 @@ def test_noise_is_float32_for_half_precision_states_and_needs_a_generator_a_row(
             gaussian(generators, torch.empty(rows, 2))
     with pytest.raises(ValueError, match="non-negative"):
         sample_generators([-1], [0])
+
+
+def test_no_two_draws_of_a_run_share_their_numbers():
+    seed, update, task, sample = 42, 3, 1, 0
+    both = [
+        (seed, update, task, sample),
+        (rollout.DRAWING, seed, task, sample),
+        (seed, 0, rollout.TASKS_DRAW, sample),
+    ]
+    of_method = {
+        "opd": [(seed, update, rollout.STEP_DRAW), (seed, rollout.STEP_DRAW, task, sample)],
+        "grpo": [(seed, update, rollout.WINDOW_DRAW)],
+        "nft": [(seed, update, task, rollout.FORWARD_NOISE, sample), (seed, update, rollout.LEVEL_DRAW)],
+        "sft": [(seed, rollout.CACHE_DRAW, task, sample), (seed, rollout.EVAL_DRAW, task, sample)],
+    }
+    for words in of_method.values():
+        numbers = [np.random.SeedSequence(one).generate_state(2).tolist() for one in both + words]
+        assert len({*map(tuple, numbers)}) == len(numbers)

@@ -19,7 +19,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from helpers.noise_grids import GRIDS, sd3_levels, uniform_levels
 
-from trl_diffusion_opd.algorithms.rollout import walk
+from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.algorithms.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, SamplerTable, sampler_table
 
 
@@ -112,14 +112,21 @@ def test_marginal_after_one_step(name, eta, levels, m, sigma):
         variance = (1 - t) ** 2 * sigma**2 + t**2
         variance_next = (1 - t_next) ** 2 * sigma**2 + t_next**2
 
-        def velocity(_, x, t=t, variance=variance):
+        drawn = []
+
+        def velocity(_, x, z, t=t, variance=variance, drawn=drawn):
+            drawn.append(z)
             # E[eps - x0 | x] for Gaussian data
             return (t - (1 - t) * sigma**2) / variance * (x - (1 - t) * m) - m
 
         start = torch.tensor([(1 - t) * m], dtype=torch.float64)
-        mean = walk(velocity, start, row(table, j), lambda _: torch.zeros(1, dtype=torch.float64))
-        slope = walk(velocity, start + 1, row(table, j), lambda _: torch.zeros(1, dtype=torch.float64)) - mean
-        spread = walk(velocity, start, row(table, j), lambda _: torch.ones(1, dtype=torch.float64)) - mean
+        ends = [
+            walk(velocity, start + offset, row(table, j), sample_generators([seed], [0]))
+            for offset, seed in ((0, 1), (0, 2), (1, 1))
+        ]
+        one, other = (0.0 if z is None else z.double() for z in drawn[:2])
+        spread = (ends[0] - ends[1]) / (one - other) if table.s[j] > 0 else torch.zeros(1)
+        mean, slope = ends[0] - spread * one, ends[2] - ends[0]
 
         if name in ("flow_sde", "dance_sde"):
             g_sq = diffusion_sq(name, eta, levels, j)
@@ -197,9 +204,9 @@ def test_dpm2m_equals_diffusers(levels):
         x = scheduler.step(velocity(scheduler.sigmas[j], x), timestep, x).prev_sample
     table = sampler_table("dpm2m", levels)
     assert (table.b != 0).sum() >= 2
-    walked = walk(lambda j, state: velocity(levels[j], state), start, table)
+    walked = walk(lambda j, state, _: velocity(levels[j], state), start, table)
     torch.testing.assert_close(walked, x, rtol=0, atol=5e-6)
-    euler = walk(lambda j, state: velocity(levels[j], state), start, sampler_table("ode", levels))
+    euler = walk(lambda j, state, _: velocity(levels[j], state), start, sampler_table("ode", levels))
     assert (euler - x).abs().max() > 1e-2  # the comparison can tell the orders apart
 
 
@@ -329,15 +336,20 @@ def test_levels_may_be_a_float32_tensor_and_are_copied():
     ("name", "levels", "eta", "message"),
     [
         ("euler", [1.0, 0.0], None, "Unknown sampler 'euler'. Choose one of ode, flow_sde"),
-        ("ode", [1.0, 0.0], 0.7, "`noise_level=0.7` has no meaning for the sampler 'ode'"),
-        ("ode", [1.0, 0.0], 0.0, "`noise_level=0.0` has no meaning"),
-        ("dpm2m", [1.0, 0.0], 0.7, "has no meaning for the sampler 'dpm2m'"),
-        ("cps", [1.0, 0.0], 1.1, "of the sampler 'cps' must be between 0 and 1, got 1.1"),
-        ("ddim", [1.0, 0.0], 1.1, "of the sampler 'ddim' must be between 0 and 1"),
-        ("ddim", [1.0, 0.0], -0.1, "between 0 and 1, got -0.1"),
-        ("flow_sde", [1.0, 0.0], -0.1, "must be finite and not negative, got -0.1"),
-        ("dance_sde", [1.0, 0.0], math.nan, "must be finite and not negative, got nan"),
-        ("flow_sde", [1.0, 0.0], math.inf, "must be finite and not negative, got inf"),
+        ("ode", [1.0, 0.0], 0.7, "noise_level=0.7 with sampler='ode', which has no noise"),
+        ("ode", [1.0, 0.0], 0.0, "noise_level=0.0 with sampler='ode', which has no noise"),
+        (
+            "dpm2m",
+            [1.0, 0.0],
+            0.7,
+            "sampler='dpm2m', which has no noise: leave it unset or choose flow_sde, dance_sde, cps or ddim.",
+        ),
+        ("cps", [1.0, 0.0], 1.1, "noise_level=1.1: cps takes 0 to 1"),
+        ("ddim", [1.0, 0.0], 1.1, "noise_level=1.1: ddim takes 0 to 1"),
+        ("ddim", [1.0, 0.0], -0.1, "noise_level=-0.1: ddim takes 0 to 1"),
+        ("flow_sde", [1.0, 0.0], -0.1, "noise_level=-0.1 is negative"),
+        ("dance_sde", [1.0, 0.0], math.nan, "noise_level=nan: it must be a finite number"),
+        ("flow_sde", [1.0, 0.0], math.inf, "noise_level=inf: it must be a finite number"),
         ("ode", [1.0], None, "two or more levels"),
         ("ode", [[1.0, 0.0]], None, "two or more levels"),
         ("ode", [1.0, 0.5, 0.5, 0.0], None, "decrease strictly"),

@@ -26,12 +26,12 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from distributed.test_fsdp import fsdp_environment
 from helpers.families import FAMILIES
 from helpers.launching import TESTS, Forks
 from helpers.opd_fixtures import make_trainer, snapshot, train_losses
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_lora, make_pipeline
+from helpers.two_processes import fsdp_environment
 
 from trl_diffusion_opd import TeacherConfig, tiny
 from trl_diffusion_opd.algorithms.separability import (
@@ -250,7 +250,9 @@ def test_no_conflict(tmp_path, teachers, caplog, capsys):
         for number, (specs, dataset) in enumerate(cases.values()):
             trainer = make_trainer(tmp_path / str(number), specs, train_dataset=dataset)
             networks = []
-            trainer.bank.backbone.get_base_model().register_forward_pre_hook(lambda *_, n=networks: n.append(1))
+            trainer.bank.backbone.network.get_base_model().register_forward_pre_hook(
+                lambda *_, n=networks: n.append(1)
+            )
             trainer._compare_tasks()
             assert networks == [], "teachers are asked only where the prompts can't be told apart"
             assert ("Tasks by their prompts" in capsys.readouterr().out) == (number not in (1, 2))
@@ -431,7 +433,7 @@ def compare(folder: str, teachers: dict[str, str], split: bool) -> None:
         allow_fsdp_on_cpu()
     trainer = make_trainer(folder, teachers, train_dataset=data(), per_device_train_batch_size=1)
     forwards: list[int] = []
-    trainer.bank.backbone.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+    trainer.bank.backbone.network.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
     found: list[object] = []
     find = taught_trainer.find_pairs
     taught_trainer.find_pairs = lambda *inputs: found.append(find(*inputs)) or found[-1]

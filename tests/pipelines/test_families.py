@@ -121,7 +121,7 @@ def test_ode_walk_ends_in_the_pipelines_image(case: Case) -> None:
     assert torch.equal(x, own.trace[0][1].float())
     with torch.no_grad():
         table = sampler_table("ode", case.field.levels)
-        x = walk(lambda j, x: case.field(x, case.field.levels[j].item(), prompts, scale), x, table)
+        x = walk(lambda j, x, _: case.field(x, case.field.levels[j].item(), prompts, scale), x, table)
     np.testing.assert_allclose(case.field.decode(x, prompts, output_type="np"), images, atol=1e-4)
     decoded = np.stack([np.asarray(image) for image in case.field.decode(x, prompts)])
     np.testing.assert_allclose(decoded, images.reshape(decoded.shape) * 255, atol=1.0)

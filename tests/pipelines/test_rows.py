@@ -21,11 +21,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers.families import FAMILIES
+from helpers.families import FAMILIES, TRAINED, save_teacher
 from helpers.opd_fixtures import make_config
 from peft import LoraConfig
 from torch import nn
-from trainer.test_families_trainer import TRAINED, save_teacher
 
 from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
 from trl_diffusion_opd.pipelines.velocity import VelocityField
@@ -78,7 +77,7 @@ def rows_of_an_update(name: str, folder: Path, teacher_scale: float | None, **op
     )
     # The measure of the noise floor is the student's too, and without gradients.
     rows = count_rows(
-        pipeline.transformer, lambda: f"{trainer.bank.switch.active}{' trained' if torch.is_grad_enabled() else ''}"
+        pipeline.transformer, lambda: f"{trainer.bank.backbone.active}{' trained' if torch.is_grad_enabled() else ''}"
     )
     trainer.train()
     samples = len(family.prompts) * (STEPS - 1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_teachers, make_trainer, measured
+from helpers.opd_fixtures import make_trainer, measured
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_pipeline, make_transformer
 from peft import get_peft_model
@@ -25,15 +25,11 @@ from torch import nn
 
 from trl_diffusion_opd import estimate_memory
 from trl_diffusion_opd.models.student import default_lora_config
-from trl_diffusion_opd.profiling.memory import activation_bytes, optimizer_bytes, step_bytes
+from trl_diffusion_opd.profiling.memory import step_bytes
+from trl_diffusion_opd.trainer.memory_estimate import activation_bytes, optimizer_bytes
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.mark.parametrize("full", [False, True])

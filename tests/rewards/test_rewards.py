@@ -35,7 +35,7 @@ from trl_diffusion_opd.rewards import (
     rewards_by_task,
     score,
 )
-from trl_diffusion_opd.rewards.loading import check_reward
+from trl_diffusion_opd.rewards.combined import check_reward
 
 
 ROWS = [{"prompt": "a cat", "task": "count", "answer": 1}, {"prompt": "two cats", "task": "count", "answer": 2}]

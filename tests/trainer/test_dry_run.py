@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.dry_runs import files
+from helpers.example_script import run_opd
 from helpers.opd_fixtures import (
     Recorder,
     first_pixel,
     make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
@@ -34,7 +35,6 @@ from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts import test_example_script
 from trl_diffusion_opd import TeacherConfig, estimate_memory
 from trl_diffusion_opd.algorithms.rollout import sample_generators
 from trl_diffusion_opd.pipelines.drawing import DRAWING
@@ -42,15 +42,6 @@ from trl_diffusion_opd.trainer import dry_run
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def pixels(image) -> np.ndarray:
@@ -73,12 +64,12 @@ def test_training_then_does_what_was_shown(options, tmp_path, teachers, capsys):
 
     recorder = Recorder()
     trainer = make_trainer(tmp_path / "dry", teachers, max_steps=2, callbacks=[recorder], **options)
-    before, frozen = snapshot(trainer), [p.detach().clone() for p in trainer.bank.parameters()]
+    before, frozen = snapshot(trainer), [p.detach().clone() for p in trainer.bank.backbone.parameters()]
     required = [p.requires_grad for p in trainer.model.parameters()]
     state = torch.get_rng_state()
     report = trainer.dry_run()
     assert relative_difference(snapshot(trainer), before) == 0
-    assert all(torch.equal(p, q) for p, q in zip(trainer.bank.parameters(), frozen, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(trainer.bank.backbone.parameters(), frozen, strict=True))
     assert [p.requires_grad for p in trainer.model.parameters()] == required
     assert all(p.grad is None for p in trainer.model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -219,7 +210,7 @@ def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
         initial_latents, levels, encode_together = field.initial_latents, field.levels, field.encode_together
 
         def __call__(self, *inputs):
-            frozen = {None: "base", "default": "student"}.get(trainer.bank.switch.active, "teachers")
+            frozen = {None: "base", "default": "student"}.get(trainer.bank.backbone.active, "teachers")
             counts["update" if torch.is_grad_enabled() else frozen] += 1
             return field(*inputs)
 
@@ -248,11 +239,11 @@ def test_script(monkeypatch, capsys, tmp_path):
     make_pipeline().save_pretrained("base")
     make_lora(make_pipeline(), "teacher", seed=0)
     Path("a.txt").write_text("one cat\ntwo dogs\n")
-    test_example_script.run(
+    run_opd(
         monkeypatch,
         tmp_path / "base",
         *("--teachers", "a/b=teacher", "c=base", "--prompts", "a/b=a.txt", "c=a.txt", "--dry_run"),
-        *("--reward_funcs", "c=test_example_script:brightness"),
+        *("--reward_funcs", "c=helpers.stub_reward:brightness"),
         push_to_hub="true",  # would need a network
         hub_model_id="me/student",
         report_to="tensorboard",

@@ -12,19 +12,22 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Step weights and losses.
+"""The steps that are trained, their weights, and the losses.
 
 Student and teacher take the same kind of Gaussian step with the same variance, so whatever the sampler, the divergence
 at a state is a number `w_j` times the squared difference of their velocities. All losses here are of that form, or have
 it as their expectation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .samplers import STOCHASTIC_SAMPLERS, SamplerTable, check_sampler
+from .flow import velocity_difference
+from .samplers import STOCHASTIC_SAMPLERS, SamplerTable
 
 
 WEIGHTINGS = ("kl", "released", "velocity", "x0")
@@ -70,13 +73,6 @@ def step_weights(table: SamplerTable, levels: Tensor | Sequence[float], weightin
     return kl
 
 
-def default_skip_last_steps(sampler_name: str) -> int:
-    """Steps at the end of the walk that are not trained: 1 as in the paper's code, 2 where the last has no noise and the
-    one before it has almost none (`"cps"`, `"ddim"`). Raises `ValueError` for an unknown sampler."""
-    check_sampler(sampler_name)
-    return 2 if sampler_name in ("cps", "ddim") else 1
-
-
 def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
     """The steps that are trained: all but the last `skip_last_steps`.
 
@@ -105,6 +101,77 @@ def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
             "'velocity' or 'x0', or the sampler 'ode'."
         )
     return steps
+
+
+@dataclass(frozen=True, eq=False)
+class StepPlan:
+    """Which steps of a walk are trained, and what their squared velocity gaps weigh: the n first steps of the table.
+
+    Args:
+        table (`SamplerTable`):
+            The whole walk, of N steps.
+        weights, kl_weights (`Tensor` of shape `(n,)`, float64):
+            Weights of the trained steps in the loss, and in the KL that is reported.
+    """
+
+    table: SamplerTable
+    weights: Tensor
+    kl_weights: Tensor
+
+    @classmethod
+    def of(cls, table: SamplerTable, weighting: str, skip_last_steps: int) -> "StepPlan":
+        """The plan that trains all but the last steps. Raises `ValueError` as `step_weights` and `trained_steps` do."""
+        weights, kl_weights = (step_weights(table, table.levels, name) for name in (weighting, "kl"))
+        n = len(trained_steps(weights, skip_last_steps))
+        return cls(table, weights[:n], kl_weights[:n])
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def steps(self) -> range:
+        """The trained steps."""
+        return range(len(self))
+
+    @property
+    def walked(self) -> SamplerTable:
+        """The walk up to the last trained step."""
+        return self.table.head(len(self))
+
+    def draw(self, k: int | None, seed: Sequence[int]) -> dict[int, float]:
+        """`k` of the steps, or all, and the inverse of the probability of each: the same on every process with that `seed`."""
+        if k is None:
+            return dict.fromkeys(self.steps, 1.0)
+        pi = inclusion_probabilities(self.weights, k)
+        u = float(np.random.default_rng(np.random.SeedSequence(seed)).random())
+        return {j: 1.0 / float(pi[j]) for j in systematic_sample(pi, u)}
+
+    def expected_steps(self, k: int | None) -> tuple[float, float]:
+        """How many steps an update that draws `k` walks, on average, and how many of them it trains."""
+        if k is None:
+            return float(len(self)), float(len(self))
+        pi = inclusion_probabilities(self.weights, k)
+        draws = [systematic_sample(pi, (i + 0.5) / 100) for i in range(100)]
+        return sum(max(steps) + 1 for steps in draws) / len(draws), float(k)
+
+    def loss(self, gaps: Tensor, drawn: Mapping[int, float] | None = None) -> Tensor:
+        """Mean weighted squared gap of the trained steps: of all of them, or estimated from those that `draw` returned.
+
+        Args:
+            gaps (`Tensor` of shape `(n,)`, or `(k,)` where `k` steps were drawn):
+                Squared velocity gaps, in the order of the steps.
+        """
+        return self._mean(self.weights, gaps, drawn)
+
+    def kl(self, gaps: Tensor, drawn: Mapping[int, float] | None = None) -> Tensor:
+        """The same with the weights of the KL."""
+        return self._mean(self.kl_weights, gaps, drawn)
+
+    def _mean(self, weights: Tensor, gaps: Tensor, drawn: Mapping[int, float] | None) -> Tensor:
+        if drawn is None:
+            return (weights * gaps).mean()
+        factors = torch.tensor([*drawn.values()], dtype=torch.float64) / len(self)
+        return (factors * weights[[*drawn]] * gaps).sum()
 
 
 def dominant_step(weights: Tensor) -> tuple[int, float]:
@@ -181,25 +248,9 @@ def systematic_sample(pi: Tensor, u: float) -> list[int]:
     return sorted(taken)
 
 
-def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:
-    """Mean over the latent dimensions of the squared difference of two velocities.
-
-    `w_j` times this is the closed-form loss of a step (arXiv 2605.15055, Eqs. 11 and 12, per latent dimension).
-
-    Args:
-        v_student, v_teacher (`Tensor` of shape `(B, ...)`):
-            Velocities at the same states. Subtracted in float32 or, if both are wider, in float64.
-
-    Returns:
-        `Tensor` of shape `(B,)`, one value a sample.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    return velocity_difference(v_student, v_teacher).square().flatten(1).mean(1)
-
-
-def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: float, s: float, weight: float) -> Tensor:
+def policy_gradient_loss(
+    v_student: Tensor, v_teacher: Tensor, z: Tensor | None, c: float, s: float, weight: float
+) -> Tensor:
     """REINFORCE on the log-ratio of student and teacher: an estimate of the closed form's gradient, for comparison.
 
     With `x' = mean_S + s z`, the gradient of `KL(S, T)` is the expectation of `(log p_S(x') - log p_T(x')) grad log
@@ -217,7 +268,7 @@ def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: flo
         v_student (`Tensor` of shape `(B, ...)`):
             With gradient.
         v_teacher, z (`Tensor` of the same shape):
-            The teacher's velocity, and the noise with which the student's walk takes this very step.
+            The teacher's velocity, and the noise with which the student's walk takes this very step; `None` without any.
         c, s (`float`):
             The step's row of the sampler table, `c` with its sign.
         weight (`float`):
@@ -229,7 +280,7 @@ def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: flo
     Raises:
         ValueError: if the step adds no noise, or if shapes differ.
     """
-    if s == 0:
+    if z is None or s == 0:
         raise ValueError("A step without noise (s = 0) has no policy gradient. Use `loss_type='kl'` or skip the step.")
     if z.shape != v_student.shape:
         raise ValueError(f"Noise has shape {tuple(z.shape)} and the student's velocity {tuple(v_student.shape)}.")
@@ -237,18 +288,3 @@ def policy_gradient_loss(v_student: Tensor, v_teacher: Tensor, z: Tensor, c: flo
     advantage = (c / s) * (gap * z).flatten(1).sum(1)
     score = (c / s) * (z * v_student.to(gap.dtype)).flatten(1).mean(1)
     return 2 * s**2 * weight / c**2 * advantage * score
-
-
-def velocity_difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
-    """The difference of two velocities of one shape, in float32 or, if both are wider, in float64.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if v_student.shape != v_teacher.shape:
-        raise ValueError(
-            f"The student's velocity has shape {tuple(v_student.shape)}, the teacher's {tuple(v_teacher.shape)}."
-        )
-    # Widened before the subtraction: in bfloat16 the difference of two close velocities is mostly rounding.
-    dtype = torch.float64 if v_student.dtype == v_teacher.dtype == torch.float64 else torch.float32
-    return v_student.to(dtype) - v_teacher.to(dtype)

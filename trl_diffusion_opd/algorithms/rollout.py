@@ -12,7 +12,25 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The one loop along a trajectory, and the noise it starts from and adds."""
+"""
+The one loop along a trajectory, the noise it starts from and adds, and who draws with which seed.
+
+A seed is a list of words; the last one is the number of a sample or not there. Where there are others than seed, update, task and
+sample, one of these constants takes a place, so that no two draws of a run share their numbers:
+
+| what is drawn | words |
+|---|---|
+| noise of a walk in training, and noise and levels of fine-tuning | seed, update, task, sample |
+| images of evaluations and reports | `DRAWING`, seed, task, sample |
+| OPD: the trained steps of an update | seed, update, `STEP_DRAW` |
+| OPD: noise of the walks whose loss is evaluated | seed, `STEP_DRAW`, task, sample |
+| GRPO: the window of a round | seed, update, `WINDOW_DRAW` |
+| NFT: noise that images are noised with again | seed, update, task, `FORWARD_NOISE`, sample |
+| NFT: the trained levels of an update | seed, update, `LEVEL_DRAW` |
+| SFT: images that teachers draw into a cache | seed, `CACHE_DRAW`, task, sample |
+| SFT: noise of the loss in evaluations | seed, `EVAL_DRAW`, task, sample |
+| comparing tasks: noise of the short walks | seed, 0, `TASKS_DRAW`, sample |
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -24,25 +42,35 @@ from torch import Tensor
 from .samplers import SamplerTable
 
 
+# No run has so many updates or tasks. Trainers of two methods never share a run, so they may share a word.
+STEP_DRAW = FORWARD_NOISE = 2**32 - 1
+WINDOW_DRAW = LEVEL_DRAW = CACHE_DRAW = 2**32 - 2
+EVAL_DRAW = 2**32 - 3
+TASKS_DRAW = 2**32 - 4
+# It comes first, so it takes two words: no run has a seed and an update like these.
+DRAWING = 0xD1FF05ED_E7A15EED
+
+
 def walk(
-    velocity: Callable[[int, Tensor], Tensor],
+    velocity: Callable[[int, Tensor, Tensor | None], Tensor],
     x: Tensor,
     table: SamplerTable,
-    noise: Callable[[int], Tensor] | None = None,
+    noise: list[torch.Generator] | None = None,
 ) -> Tensor:
     """Walks from the first noise level of `table` to its last and keeps no state but the current one.
 
     Args:
         velocity (`Callable`):
-            `velocity(j, x)` returns the velocity at step `j` and state `x`, detached. It may run a backward pass of its own:
-            gradients are enabled or not inside it as they are around `walk`.
+            `velocity(j, x, z)` returns the velocity at step `j` and state `x`, detached, of `x`'s shape. `z`, of the same shape, is
+            the noise that the walk is about to add with this step, `None` where it adds none. It may run a backward pass of its
+            own: gradients are enabled or not inside it as they are around `walk`.
         x (`Tensor` of shape `(B, ...)`):
             State at `table.levels[0]`: for a grid that starts at 1, standard Gaussian noise.
         table (`SamplerTable`):
             The sampler. `table.head(n)` stops after `n` steps.
-        noise (`Callable`, *optional*):
-            `noise(j)` returns standard Gaussian noise of `x`'s shape. Called once for each step that adds noise, in order, after
-            `velocity(j, x)`.
+        noise (`list[torch.Generator]` of length `B`, *optional*):
+            What the noise of each sample is drawn from, as [`gaussian`] does, before the velocity of a step that adds some. Not
+            needed where `table` is deterministic.
 
     Returns:
         `Tensor` of shape `(B, ...)`: the state at `table.levels[-1]`.
@@ -56,13 +84,14 @@ def walk(
     a, c, b, s, levels = (column.tolist() for column in (table.a, table.c, table.b, table.s, table.levels))
     previous_x0 = None
     for j in range(len(table)):
-        v = velocity(j, x)
+        z = None if noise is None or s[j] == 0 else gaussian(noise, x)
+        v = velocity(j, x, z)
         with torch.no_grad():  # states are data: no gradient flows along the trajectory
             x_next = a[j] * x + c[j] * v
             if previous_x0 is not None:
                 x_next += b[j] * previous_x0
-            if noise is not None and s[j] != 0:
-                x_next += s[j] * noise(j)
+            if z is not None:
+                x_next += s[j] * z
             previous_x0 = x - levels[j] * v if j + 1 < len(table) and b[j + 1] != 0 else None
             x = x_next
     return x
@@ -90,11 +119,12 @@ def sample_generators(entropy: Sequence[int], indices: Iterable[int]) -> list[to
 
 
 def gaussian(generators: list[torch.Generator], x: Tensor) -> Tensor:
-    """Standard Gaussian noise of `x`'s shape on `x`'s device, float32, row `i` from generator `i`.
+    """Standard Gaussian noise of `x`'s shape on `x`'s device, drawn in float32, row `i` from generator `i`.
 
     Raises:
         ValueError: if there is not one generator a row.
     """
     if len(generators) != len(x):
         raise ValueError(f"{len(x)} samples need as many generators, got {len(generators)}.")
-    return randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=torch.float32)
+    z = randn_tensor(tuple(x.shape), generator=generators, device=x.device, dtype=torch.float32)
+    return z.to(torch.promote_types(x.dtype, torch.float32))

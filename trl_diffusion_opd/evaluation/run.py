@@ -29,15 +29,16 @@ from diffusers import DiffusionPipeline
 
 from ..acceleration.processes import failing_together
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
-from ..pipelines.loading import borrowed, load_base
+from ..pipelines.loading import borrowed, load_pipeline
+from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from ..trainer.options import DTYPES, model_init_problems
 from .files import write_results
 from .measure import Task, measure
 from .retention import retention_report
@@ -175,7 +176,7 @@ def evaluate_retention(
     base: Any = pipeline
     if isinstance(pipeline, str):
         with failing_together():
-            loaded = load_base(pipeline, dtype or "float32", quantization_config, model_init_kwargs)
+            loaded = load_pipeline(pipeline, dtype or "float32", model_init_kwargs, quantization_config)
             base = loaded.to(state.device)
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     tasks = {
@@ -200,8 +201,8 @@ def evaluate_retention(
                 generation_kwargs=generation_kwargs,
             )
             teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
-            bank = TeacherBank(transformer, base, specs, teacher_scale, student_adapter=None)
-            bank.to(transformer.device)
+            bank = TeacherBank(Backbone(transformer), base, specs, teacher_scale)
+            bank.backbone.to(transformer.device)
             for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
                 field.check_guidance(scale)
         store = None if output_dir is None else Store(Path(output_dir), state.process_index)

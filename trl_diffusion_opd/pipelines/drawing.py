@@ -21,14 +21,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from ..algorithms.rollout import sample_generators, walk
+from ..algorithms.rollout import DRAWING, sample_generators, walk
 from ..algorithms.samplers import sampler_table
 from .velocity import VelocityField
 
-
-# Two words of a seed, before the caller's: training seeds with [seed, step, task, sample], and no run has a seed and a
-# step like these.
-DRAWING = 0xD1FF05ED_E7A15EED
 
 # velocity(x, level, prompts)
 Velocity = Callable[[Tensor, float, list[str]], Tensor]
@@ -100,5 +96,5 @@ def draw_batch(
     table = sampler_table("ode", field.levels)
     levels = table.levels.tolist()
     x = field.initial_latents(prompts, sample_generators([DRAWING, *entropy], numbers))
-    x = walk(lambda j, x: velocity(x, levels[j], prompts), x, table)
+    x = walk(lambda j, x, _: velocity(x, levels[j], prompts), x, table)
     return field.decode(x, prompts)

@@ -20,6 +20,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from ..acceleration.attention import use_attention_backend
 from ..acceleration.compilation import compile_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import exempt_from_broadcast
+from ..acceleration.quantization import base_weight, exempt_from_broadcast
 from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import Change, KeptSettings, changes_since, prompts_of
@@ -59,9 +60,9 @@ from ..models.lora_config import layer_problems
 from ..models.student import STUDENT_ADAPTER, Student, default_lora_config
 from ..models.teachers import TeacherError, add_adapter, parse_teacher, read_lora
 from ..pipelines.fingerprints import encoder_fingerprint
+from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
 from ..pipelines.velocity import VelocityField
-from ..pipelines.view import base_weight
 from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
@@ -74,7 +75,6 @@ from .best_metric import metric_problems
 from .checks import (
     evaluation_data_problems,
     launch_problems,
-    load_pipeline,
     loader_problems,
     loading_problems,
     model_problems,
@@ -170,7 +170,7 @@ class DiffusionTrainer(EvaluatingTrainer):
             )
         self._offload = Offload([], args.device)
         set_seed(args.seed)  # before the LoRA's random initialisation
-        self._pipeline = load_pipeline(model, args, quantization_config)
+        self._pipeline = load_pipeline(model, args.dtype, _dict(args.model_init_kwargs), quantization_config)
         if isinstance(model, DiffusionPipeline):
             self._undo.callback(restorer(self._components()))
         transformer: Any = self._pipeline.components.get("transformer")
@@ -222,7 +222,7 @@ class DiffusionTrainer(EvaluatingTrainer):
                     prompt_store=prompt_store,
                 )
         if not unfit:
-            for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
+            for scale in {args.guidance_scale, args.evaluation_guidance}:
                 with problems.collect():
                     self.velocity_field.check_guidance(scale)
             with problems.collect():
@@ -325,8 +325,8 @@ class DiffusionTrainer(EvaluatingTrainer):
             return None
         mixed = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
         batch_size = max(self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size)
-        inputs = (self.velocity_field, network, self.args.attention_backend, batch_size)
-        return use_attention_backend(*inputs, mixed if as_student else None)
+        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        return use_attention_backend(network, self.args.attention_backend, trial, mixed if as_student else None)
 
     def _push_problems(self, args: DiffusionConfig, full_weights: bool) -> list[str]:
         # One process asks, and all of them stop or go on.
@@ -789,9 +789,8 @@ class DiffusionTrainer(EvaluatingTrainer):
         """What the model card says of this run. Its method is what the trainer's `_card_fields` says."""
         args, dataset = self.args, self.eval_dataset
         first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
-        scale = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
         # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
-        options = self.eval_field._call_options([first], scale)
+        options = self.eval_field.call_options([first], args.evaluation_guidance)
         single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
         return CardFacts(
             trainer_name=self._name,

@@ -30,8 +30,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..algorithms.opd import velocity_gap_sq
-from ..algorithms.rollout import sample_generators, walk
+from ..algorithms.flow import velocity_gap_sq
+from ..algorithms.rollout import TASKS_DRAW, sample_generators, walk
 from ..algorithms.samplers import sampler_table
 from ..algorithms.separability import (
     MIN_PROMPTS,
@@ -43,7 +43,7 @@ from ..algorithms.separability import (
     told_apart,
 )
 from ..data.tasks import TaskSampler
-from ..models.teachers import Teacher
+from ..models.teachers import THE_BASE, Role
 from .dry_run_shared import network_rounding
 
 
@@ -55,7 +55,6 @@ _PROMPTS_A_TASK = 128
 _PROMPTS = 512
 # States of a walk at which teachers are compared.
 _STATES = 3
-_DRAW = 2**32 - 4  # third entry of the seeds of the noise that the walks start from, which is no update's
 
 Key = tuple[tuple[str, float, float], ...]
 
@@ -95,9 +94,9 @@ def find_pairs(
     return sorted(pairs, key=lambda pair: (pair.accuracy is None, pair.accuracy, -pair.identical_share, pair.tasks))
 
 
-def _key(roles: Sequence[Teacher]) -> Key:
+def _key(roles: Sequence[Role]) -> Key:
     """What tells the teachers of a task from those of another: the same are never in conflict."""
-    return tuple(sorted((role.name, role.guidance_scale, role.weight) for role in roles))
+    return tuple(sorted((role.teacher.name, role.guidance_scale, role.weight) for role in roles))
 
 
 # Prompts
@@ -166,7 +165,7 @@ def _walk(
     levels = field.levels[np.unique(np.linspace(0, field.num_inference_steps, _STATES + 1).round().astype(int))]
     sums: dict[tuple[str, str], Tensor] = {}
 
-    def velocity(j: int, x: Tensor) -> Tensor:
+    def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = float(levels[j])
         targets = {key: bank.mean_velocity(field, roles, x, t, prompts) for key, roles in asked.items()}
         for pair in pairs:
@@ -178,7 +177,7 @@ def _walk(
             sums[pair] = sums[pair] + figures if pair in sums else figures
         return field(x, t, prompts, scale, student)
 
-    x = field.initial_latents(prompts, sample_generators([trainer.args.seed, 0, _DRAW], numbers))
+    x = field.initial_latents(prompts, sample_generators([trainer.args.seed, 0, TASKS_DRAW], numbers))
     walk(velocity, x, sampler_table("ode", levels, None))
     return sums
 
@@ -192,6 +191,6 @@ def _batch(trainer: "TaughtTrainer", sampler: TaskSampler, task: str) -> tuple[l
     return [trainer._prompts[int(row)]["prompt"] for row in rows], numbers.tolist()
 
 
-def _as_base(roles: Sequence[Teacher]) -> list[Teacher]:
+def _as_base(roles: Sequence[Role]) -> list[Role]:
     """The base in the place of each teacher, at its guidance scale."""
-    return [replace(role, name="base", kind="base", module=None) for role in roles]
+    return [replace(role, teacher=THE_BASE) for role in roles]

@@ -26,18 +26,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..algorithms.grpo import grpo_loss, is_clipped, transition_kl
-from ..algorithms.rollout import gaussian, walk
+from ..algorithms.rollout import WINDOW_DRAW, walk
 from ..algorithms.samplers import sampler_table, sde_window
+from ..models.backbone import BASE, Backbone
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .failed_start import gives_back
 from .rl_trainer import DiffusionRLTrainer, Rollout
-
-
-# Third entry of a seed that is not a task's index: it draws the window.
-_WINDOW_DRAW = 2**32 - 2
 
 
 @dataclass
@@ -148,7 +145,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         super()._setup(model, problems)
         args = self.args
         self._window_size = args.sde_window_size or len(args.sde_range())
-        self.bank = self._base_bank(model, problems) if args.beta > 0 else None
+        self.backbone = self._equip(Backbone.of(model), problems) if args.beta > 0 else None
         with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             sde_window(self.table, args.sde_range())
@@ -160,7 +157,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         steps = self.args.sde_range()
         # The first update of the round, whichever of its updates this is.
         first_update = self.state.global_step // self.args.num_iterations * self.args.num_iterations
-        seed = np.random.SeedSequence([self.args.seed, first_update, _WINDOW_DRAW])
+        seed = np.random.SeedSequence([self.args.seed, first_update, WINDOW_DRAW])
         offset = int(np.random.default_rng(seed).integers(len(steps) - self._window_size + 1))
         return steps[offset : offset + self._window_size]
 
@@ -171,21 +168,16 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         levels = table.levels.tolist()
         model = self.accelerator.unwrap_model(self.model)
         transitions: dict[int, Transition] = {}
-        left: tuple[Tensor, Tensor]
 
-        def velocity(j: int, x: Tensor) -> Tensor:
-            nonlocal left
+        def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             with self._part("rollout"):
-                left = (x, self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, model))
-            return left[1]
-
-        def noise(j: int) -> Tensor:
-            # The walk asks for it in the window alone, and after the step's velocity.
-            transitions[j] = Transition(*left, gaussian(generators, x))
-            return transitions[j].z
+                v = self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, model)
+            if z is not None:  # in the window alone
+                transitions[j] = Transition(x, v, z)
+            return v
 
         x = self.velocity_field.initial_latents(prompts, generators)
-        return walk(velocity, x, table, noise), transitions
+        return walk(velocity, x, table, generators), transitions
 
     def _train_on(self, model: nn.Module, rollout: Rollout) -> Tensor:
         args, transitions = self.args, rollout.record
@@ -210,8 +202,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                     epsilon=args.epsilon,
                 )
                 kl = torch.zeros_like(loss)
-                if self.bank is not None:
-                    with torch.no_grad(), self._part("reference"), self.bank.use(None) as base:
+                if self.backbone is not None:
+                    with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as base:
                         v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
                     kl = transition_kl(v, v_base, c, s)
                     loss = loss + args.beta * kl
@@ -230,7 +222,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         metrics["clip_ratio/region_mean"].append(clipped)
         metrics["clip_ratio/advantages"].append(extreme)
         metrics["ratio/max_deviation"].append(float(everyone[:, 3].max()))
-        if self.bank is not None:
+        if self.backbone is not None:
             metrics["kl"].append(kl)
             metrics[f"kl/{task}"].append(kl)
         return torch.tensor(loss, device=figures.device)

@@ -26,19 +26,13 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..algorithms.opd import (
-    default_skip_last_steps,
-    inclusion_probabilities,
-    policy_gradient_loss,
-    step_weights,
-    systematic_sample,
-    trained_steps,
-    velocity_gap_sq,
-)
-from ..algorithms.rollout import gaussian, sample_generators, walk
-from ..algorithms.samplers import sampler_table
+from ..algorithms.flow import velocity_gap_sq
+from ..algorithms.opd import StepPlan, policy_gradient_loss
+from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
+from ..algorithms.samplers import default_skip_last_steps, sampler_table
 from ..data.tasks import task_rows
 from ..guards.redaction import shown
+from ..models.backbone import STUDENT
 from ..models.student import STUDENT_ADAPTER
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import rescaled_factors
@@ -52,9 +46,6 @@ from .taught_trainer import TaughtTrainer
 
 
 logger = logging.getLogger(__name__)
-
-# Third entry of a seed that is not a task's index: it draws the steps that are trained.
-_STEP_DRAW = 2**32 - 1
 
 
 class DiffusionOPDTrainer(TaughtTrainer):
@@ -149,8 +140,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         self._place_teachers()
         if self.is_world_process_zero():
             self._print_teachers()
-            steps = self.trainable_steps
-            tables.print_steps(self.table, self.args.loss_weighting, self.weights[: len(steps)], steps)
+            tables.print_steps(self.plan, self.args.loss_weighting)
             tables.print_trained(self.student.parameters())
 
     # Before the first step
@@ -158,16 +148,13 @@ class DiffusionOPDTrainer(TaughtTrainer):
     def _setup(self, model: nn.Module, problems: Problems) -> None:
         args = self.args
         with problems.collect():
-            levels = self.velocity_field.levels
-            self.table = sampler_table(args.sampler, levels, args.noise_level)
-            self.weights = step_weights(self.table, levels, args.loss_weighting)
-            self.kl_weights = step_weights(self.table, levels, "kl")
+            table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
-            self.trainable_steps = trained_steps(self.weights, skip)
-            if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(self.trainable_steps):
+            self.plan = StepPlan.of(table, args.loss_weighting, skip)
+            if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(self.plan):
                 problems.append(
-                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(self.trainable_steps)} steps are "
-                    f"trained of {len(self.table)}, without the last {skip} (skip_last_steps)."
+                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(self.plan)} steps are "
+                    f"trained of {len(table)}, without the last {skip} (skip_last_steps)."
                 )
         self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
 
@@ -200,15 +187,13 @@ class DiffusionOPDTrainer(TaughtTrainer):
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()
         last = max(steps)
-        share = self._task_share(task) / len(self.trainable_steps)
+        share = self._task_share(task) / len(self.plan)
         unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
-        drawn: dict[int, Tensor] = {}
 
-        def velocity(j: int, x: Tensor) -> Tensor:
-            t = float(self.table.levels[j])
-            drawn.clear()
+        def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
+            t = float(self.plan.table.levels[j])
             if j not in steps:
                 with torch.no_grad():
                     if not self.args.on_policy:
@@ -221,7 +206,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
                     self._measure_noise_floor(x, t, prompts)
             with self._gradient_sync(model, last=j == last):
                 student = self._student_velocity(model, x, t, prompts)
-                loss = self._step_loss(j, student, target, lambda: noise(j))
+                loss = self._step_loss(j, student, target, z)
                 if self.args.beta > 0:
                     loss = loss + self.args.beta * self._base_loss(j, student, x, t, prompts)
                 self._backward(share * steps[j] * loss.mean())
@@ -229,49 +214,34 @@ class DiffusionOPDTrainer(TaughtTrainer):
             gaps[j], norms[j] = velocity_gap_sq(student, target).mean(), target.float().square().mean()
             return student if self.args.on_policy else target
 
-        def noise(j: int) -> Tensor:
-            # A policy gradient uses the noise of the step before the walk does.
-            if j not in drawn:
-                drawn[j] = gaussian(generators, x)
-            return drawn[j]
-
         x = self.velocity_field.initial_latents(prompts, generators)
-        walk(velocity, x, self.table.head(last + 1), noise)
+        walk(velocity, x, self.plan.table.head(last + 1), generators)
         loss = self._record(task, steps, gaps, norms) * self._task_share(task)
         self._end_micro_batch()
         return loss
 
     def _drawn_steps(self) -> dict[int, float]:
         """The trained steps of this update and the inverse of their probabilities: the same on every process."""
-        k = self.args.num_trained_timesteps
-        if k is None:
-            return dict.fromkeys(self.trainable_steps, 1.0)
-        seed = np.random.SeedSequence([self.args.seed, self.state.global_step, _STEP_DRAW])
-        pi = inclusion_probabilities(self.weights[: len(self.trainable_steps)], k)
-        steps = systematic_sample(pi, float(np.random.default_rng(seed).random()))
-        return {j: 1.0 / float(pi[j]) for j in steps}
+        return self.plan.draw(self.args.num_trained_timesteps, [self.args.seed, self.state.global_step, STEP_DRAW])
 
-    def _step_loss(self, j: int, student: Tensor, target: Tensor, noise: Any) -> Tensor:
-        weight = float(self.weights[j])
+    def _step_loss(self, j: int, student: Tensor, target: Tensor, z: Tensor | None) -> Tensor:
+        weight, table = float(self.plan.weights[j]), self.plan.table
         if self.args.loss_type == "policy_gradient":
-            return policy_gradient_loss(
-                student, target, noise(), float(self.table.c[j]), float(self.table.s[j]), weight
-            )
+            return policy_gradient_loss(student, target, z, float(table.c[j]), float(table.s[j]), weight)
         return weight * velocity_gap_sq(student, target)
 
     def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         with torch.no_grad(), self._part("reference"), self.bank.use(None) as transformer:
             base = self.velocity_field(x, t, prompts, self.args.guidance_scale, transformer)
-        return float(self.weights[j]) * velocity_gap_sq(student, base)
+        return float(self.plan.weights[j]) * velocity_gap_sq(student, base)
 
     def _record(self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]) -> Tensor:
         """Gathers the squared gaps of all processes, refuses what is not finite, keeps the metrics; the weighted loss."""
         order = sorted(gaps)
         local = torch.stack([torch.stack([gaps[j] for j in order]), torch.stack([norms[j] for j in order])])
-        everyone = self._gather_finite(task, {j: float(self.table.levels[j]) for j in order}, local)
+        everyone = self._gather_finite(task, {j: float(self.plan.table.levels[j]) for j in order}, local)
         gap, norm = everyone.mean(0)
-        factor = torch.tensor([steps[j] for j in order], dtype=torch.float64) / len(self.trainable_steps)
-        kl = float((factor * self.kl_weights[order] * gap).sum())
+        kl = float(self.plan.kl(gap, steps))
         for name, value in (
             ("kl", kl),
             (f"kl/{task}", kl),
@@ -281,7 +251,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         if self._noise_floor is not None:
             self._metrics["train"]["noise_floor"].append(self._noise_floor)
             self._noise_floor = None
-        return (factor * self.weights[order] * gap).sum().to(local.device, torch.float32)
+        return self.plan.loss(gap, steps).to(local.device, torch.float32)
 
     def _measure_noise_floor(self, x: Tensor, t: float, prompts: list[str]) -> None:
         """
@@ -294,13 +264,11 @@ class DiffusionOPDTrainer(TaughtTrainer):
             return
         self._measured_floor_at = update
         scale = self.args.guidance_scale
-        backbone = self.bank.backbone
-        with self._part("noise_floor"):
-            one = self.velocity_field(x, t, prompts, scale, backbone)
-            with rescaled_factors(backbone, STUDENT_ADAPTER):
-                two = self.velocity_field(x, t, prompts, scale, backbone)
-        weights = self.kl_weights[: len(self.trainable_steps)]
-        self._noise_floor = float(weights.mean()) * float(velocity_gap_sq(one, two).mean())
+        with self._part("noise_floor"), self.bank.backbone.use(STUDENT) as network:
+            one = self.velocity_field(x, t, prompts, scale, network)
+            with rescaled_factors(network, STUDENT_ADAPTER):
+                two = self.velocity_field(x, t, prompts, scale, network)
+        self._noise_floor = float(self.plan.kl_weights.mean()) * float(velocity_gap_sq(one, two).mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -344,21 +312,20 @@ class DiffusionOPDTrainer(TaughtTrainer):
         return ["loss", *(f"kl/{task}" for task in task_rows(dataset, self.args.task_column))]
 
     def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
-        generators = sample_generators([self.args.seed, _STEP_DRAW, self.tasks.index(task)], indices)
+        generators = sample_generators([self.args.seed, STEP_DRAW, self.tasks.index(task)], indices)
         model = self.accelerator.unwrap_model(self.model)
-        n = len(self.trainable_steps)
         gaps = []
 
-        def velocity(j: int, x: Tensor) -> Tensor:
-            t = float(self.table.levels[j])
+        def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
+            t = float(self.plan.table.levels[j])
             student = self.velocity_field(x, t, prompts, self.args.guidance_scale, model)
             gaps.append(velocity_gap_sq(student, self._target(task, x, t, prompts)).mean())
             return student
 
         x = self.velocity_field.initial_latents(prompts, generators)
-        walk(velocity, x, self.table.head(n), lambda j: gaussian(generators, x))
+        walk(velocity, x, self.plan.walked, generators)
         gap = self.accelerator.gather(torch.stack(gaps)[None]).cpu().double().mean(0)
-        return float((self.weights[:n] * gap).mean()), float((self.kl_weights[:n] * gap).mean())
+        return float(self.plan.loss(gap)), float(self.plan.kl(gap))
 
     def _card_fields(self) -> dict[str, Any]:
         args = self.args
@@ -369,6 +336,6 @@ class DiffusionOPDTrainer(TaughtTrainer):
             "teachers": self.bank.manifest(),
             "settings": {
                 "loss": f"{args.loss_type}, weighting {args.loss_weighting}, beta {args.beta}",
-                "trained steps": f"{len(self.trainable_steps)} of {args.num_inference_steps}{drawn}",
+                "trained steps": f"{len(self.plan)} of {args.num_inference_steps}{drawn}",
             },
         }

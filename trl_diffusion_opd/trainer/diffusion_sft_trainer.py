@@ -26,9 +26,10 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.flow import noised
+from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import sampler_table
-from ..algorithms.sft import density_quantile, flow_matching_loss, noised_images, shifted
+from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
 from ..models.teacher_config import TeacherSpec
@@ -42,9 +43,6 @@ from .failed_start import gives_back
 from .taught_trainer import TaughtTrainer
 
 
-# Third entries of seeds that are no update's: of the images of a cache, and of the loss in evaluations.
-_CACHE_DRAW = 2**32 - 2
-_EVAL_DRAW = 2**32 - 3
 _EVAL_LEVELS = 8
 
 
@@ -229,7 +227,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
 
     def _draw_shard(self, shard: Shard, prompts: list[str]) -> Tensor:
         size, parts = self.args.per_device_eval_batch_size, []
-        entropy = [self.args.seed, _CACHE_DRAW, self.tasks.index(shard.task)]
+        entropy = [self.args.seed, CACHE_DRAW, self.tasks.index(shard.task)]
         for first in range(0, len(prompts), size):
             generators = sample_generators(entropy, shard.numbers[first : first + size])
             parts.append(self._teacher_latents(shard.task, prompts[first : first + size], generators).cpu())
@@ -240,9 +238,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         """Latents of images that the task's teachers draw, by the sampler of the arguments."""
         x = self.velocity_field.initial_latents(prompts, generators)
         levels = self.table.levels.tolist()
-        return walk(
-            lambda j, x: self._target(task, x, levels[j], prompts), x, self.table, lambda j: gaussian(generators, x)
-        )
+        return walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
 
     def _latents(self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         prompts = [row["prompt"] for row in rows]
@@ -285,7 +281,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         args = self.args
         u = density_quantile(q, args.timestep_density, args.logit_mean, args.logit_std)
         t = shifted(u, self._fine_field.levels)
-        x = noised_images(x0, eps, t)
+        x = noised(x0, eps, t)
         # Without guidance: it is the conditional velocity that is trained.
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self._trained_scale(), field=self._fine_field
@@ -311,7 +307,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         losses: dict[str, float] = {}
         for task, of_task in task_rows(dataset, self.args.task_column).items():
             rows = [dataset[int(row)] for row in np.resize(of_task, first + size)[first:]]
-            entropy = [self.args.seed, _EVAL_DRAW, self.tasks.index(task)]
+            entropy = [self.args.seed, EVAL_DRAW, self.tasks.index(task)]
             generators = sample_generators(entropy, range(first, first + size))
             if self._teacher_specs is None:
                 x0 = self._latents(task, rows, generators)

@@ -23,11 +23,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ..algorithms.opd import inclusion_probabilities, systematic_sample, velocity_gap_sq
-from ..algorithms.rollout import gaussian, sample_generators, walk
+from ..algorithms.flow import velocity_gap_sq
+from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
-from ..models.teachers import Teacher, rescaled_factors
+from ..models.teachers import rescaled_factors
 from ..reporting import console as tables
 from .conflicts import find_pairs
 from .dry_run_shared import (
@@ -36,7 +36,6 @@ from .dry_run_shared import (
     Pictures,
     as_in_training,
     draw,
-    evaluation_scale,
     first_update,
     memory,
     network_rounding,
@@ -120,8 +119,7 @@ def _walk(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What the walk shows of a task, and the seconds of a forward of `"student"`, `"teachers"` and `"base"`."""
     args, field, bank, roles = trainer.args, trainer.velocity_field, trainer.bank, trainer.bank.teachers[task]
-    steps = len(trainer.trainable_steps)
-    levels = trainer.table.levels.tolist()
+    plan, levels = trainer.plan, trainer.plan.table.levels.tolist()
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
     clock = Clock(trainer.accelerator.device)
     # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
@@ -130,7 +128,7 @@ def _walk(
     rounding = [network_rounding(trainer)] * len(roles)
     shares_forwards = len(bank.forwards(roles)) < len(roles)
 
-    def velocity(j: int, x: Tensor) -> Tensor:
+    def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = levels[j]
         with clock("student"):
             student = field(x, t, prompts, args.guidance_scale, network)
@@ -143,8 +141,8 @@ def _walk(
                 base = field(x, t, prompts, scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
-            if j == steps - 1 and role.kind == "lora":
-                with bank.use(role) as module, rescaled_factors(bank.backbone, role.name):
+            if j == len(plan) - 1 and role.teacher.kind == "lora":
+                with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
                     again = field(x, t, prompts, scale, module)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         if shares_forwards:
@@ -154,20 +152,19 @@ def _walk(
         return student if args.on_policy else target
 
     x = field.initial_latents(prompts, generators)
-    walk(velocity, x, trainer.table.head(steps), lambda j: gaussian(generators, x))
+    walk(velocity, x, plan.walked, generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
-    kl_weights = trainer.kl_weights[:steps]
     gap, norm = sums[:, 0], sums[:, 1]
     figures = {
-        "kl": float((kl_weights * gap).mean()),
+        "kl": float(plan.kl(gap)),
         "velocity_gap": math.sqrt(gap.sum() / norm.sum()),
-        "noise_floor": float((kl_weights * norm).mean()) * max(rounding) ** 2,
+        "noise_floor": float(plan.kl(norm)) * max(rounding) ** 2,
         "teachers": [
             {
-                "teacher": _name(role),
-                "kind": role.kind,
+                "teacher": role.label,
+                "kind": role.teacher.kind,
                 "guidance_scale": role.guidance_scale,
                 "gap_to_base": math.sqrt(sums[:, 2 + 2 * i].sum() / sums[:, 3 + 2 * i].sum()),
                 "rounding": rounding[i],
@@ -178,10 +175,6 @@ def _walk(
     alone = [f"teacher {i}" for i in range(len(roles))]
     teachers = sum(clock.median(name) for name in (["teachers"] if shares_forwards else alone))
     return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
-
-
-def _name(role: Teacher) -> str:
-    return "/".join(filter(None, (role.source, role.config.subfolder)))
 
 
 def _forward_backward(
@@ -195,7 +188,7 @@ def _forward_backward(
     for _ in range(3):
         peak = Peak(device)
         with clock("update"):
-            velocity = field(x, float(trainer.table.levels[0]), prompts, trainer.args.guidance_scale, student)
+            velocity = field(x, float(trainer.plan.table.levels[0]), prompts, trainer.args.guidance_scale, student)
             loss = velocity_gap_sq(velocity, x).mean()
             peak.look()
             # Not backward(): the parameters' own gradients stay as they are.
@@ -210,13 +203,8 @@ def _forward_backward(
 
 def _seconds(trainer: "DiffusionOPDTrainer", costs: list[dict[str, float]]) -> float:
     """Seconds of an update: what the steps of its walks cost, as measured on one micro-batch of each task."""
-    args, k = trainer.args, trainer.args.num_trained_timesteps
-    walked = trained = float(len(trainer.trainable_steps))
-    if k is not None:
-        pi = inclusion_probabilities(trainer.weights[: len(trainer.trainable_steps)], k)
-        draws = [systematic_sample(pi, (i + 0.5) / 100) for i in range(100)]
-        trained, walked = float(k), sum(max(steps) + 1 for steps in draws) / len(draws)
-    seconds = 0.0
+    args, seconds = trainer.args, 0.0
+    walked, trained = trainer.plan.expected_steps(args.num_trained_timesteps)
     for cost in costs:
         seconds += trained * (cost["teachers"] + cost["update"] + (cost["base"] if args.beta > 0 else 0.0))
         seconds += (walked - trained) * cost["student" if args.on_policy else "teachers"]
@@ -246,7 +234,7 @@ def _draw(trainer: "DiffusionOPDTrainer") -> Pictures:
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, args.task_column).items()}
-    scale = evaluation_scale(trainer)
+    scale = trainer.args.evaluation_guidance
     student = trainer.accelerator.unwrap_model(trainer.model)
     pictures: Pictures = {}
     for task, row in firsts.items():

@@ -35,7 +35,6 @@ from .dry_run_shared import (
     as_in_training,
     counted,
     draw,
-    evaluation_scale,
     first_update,
     in_use,
     memory,
@@ -202,7 +201,7 @@ def _of_tasks(trainer: "DiffusionRLTrainer", metrics: dict[str, list[float]]) ->
 
 def _draw(trainer: "DiffusionRLTrainer", rollouts: "list[Rollout]", batches: list[list[dict[str, Any]]]) -> Pictures:
     """For each task's first prompt what an evaluation draws, and completions of its group as they were scored."""
-    scale = evaluation_scale(trainer)
+    scale = trainer.args.evaluation_guidance
     model = trainer.accelerator.unwrap_model(trainer.model)
     shown = min(_SHOWN, trainer.args.num_generations, trainer._train_batch_size)
     pictures: Pictures = {}

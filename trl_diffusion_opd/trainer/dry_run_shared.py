@@ -35,8 +35,8 @@ from ..guards.extras import extra
 from ..guards.files import file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
 from ..pipelines.drawing import draw_images
-from ..profiling.memory import estimate_memory
 from ..profiling.timing import instant, seconds_between
+from .memory_estimate import estimate_memory
 
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
 
 def network_rounding(trainer: "TaughtTrainer") -> float:
     """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
+    network = trainer.bank.backbone.network
+    assert network is not None  # where there are teachers
+    frozen = (p.dtype for p in network.parameters() if not p.requires_grad)
     weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
     return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 
@@ -198,11 +200,6 @@ def memory(
 
 # By task: the row of the data, and the images by caption.
 Pictures = dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]
-
-
-def evaluation_scale(trainer: "DiffusionTrainer") -> float:
-    args = trainer.args
-    return args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
 
 
 def draw(trainer: "DiffusionTrainer", module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:

@@ -133,14 +133,13 @@ class EvaluatingTrainer(_BaseTrainer):
         on_batch: Callable[[list[int], list[Any]], None] | None = None,
     ) -> list[tuple[int, Any]]:
         """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them."""
-        scale = self.args.eval_guidance_scale
         try:
             return draw_images(
                 self.eval_field,
                 self.accelerator.unwrap_model(self.model),
                 [dataset[row]["prompt"] for row in rows],
                 entropy=[self.args.seed, self.tasks.index(task)],
-                guidance_scale=self.args.guidance_scale if scale is None else scale,
+                guidance_scale=self.args.evaluation_guidance,
                 batch_size=self.args.per_device_eval_batch_size,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
                 on_batch=on_batch,
