@@ -19,8 +19,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0.dev0"
-
 # Imported when first asked for: `trl_diffusion_opd.tiny` and the samplers need no transformers.
 _MODULES = {
     "DiffusionGRPOConfig": "trainer.diffusion_grpo_config",
@@ -70,6 +68,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    __version__: str
     from . import tiny
     from .algorithms.opd import step_weights
     from .algorithms.rollout import walk
@@ -91,6 +90,10 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # pyproject.toml's
+        from importlib.metadata import version
+
+        return version("trl-diffusion-opd")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # What is imported stays, and a quarter of the time would go to looking for garbage in it.

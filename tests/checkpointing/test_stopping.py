@@ -158,5 +158,7 @@ def test_two_processes_stop_together(tmp_path, teachers, processes):
 def test_the_command_that_goes_on(monkeypatch):
     monkeypatch.setattr("sys.argv", ["examples/opd.py", "--config", "a b.yaml", "--resume_from_checkpoint", "False"])
     assert command_to_go_on() == "python examples/opd.py --config 'a b.yaml' --resume_from_checkpoint True"
+    monkeypatch.setattr("sys.argv", ["trl-diffusion-opd", "opd", "--config", "tiny", "--resume_from_checkpoint=False"])
+    assert command_to_go_on() == "trl-diffusion-opd opd --config tiny --resume_from_checkpoint True"
     monkeypatch.setattr("sys.argv", ["opd.py", "--resume_from_checkpoint=out/checkpoint-2"])
     assert command_to_go_on() == "python opd.py --resume_from_checkpoint True"

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`python -m trl_diffusion_opd.scripts.evaluate`, run as a user runs it, on random models of a few thousand weights."""
+"""`trl-diffusion-opd evaluate`, run as a user runs it, on random models of a few thousand weights."""
 
 import json
 import runpy

@@ -15,10 +15,7 @@
 """The example script, run as a user runs it, on a random pipeline of a few thousand weights."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pandas as pd
@@ -30,12 +27,12 @@ from helpers.example_script import run_opd
 from helpers.tiny_sd3 import forward, make_lora, make_pipeline
 from PIL import Image
 
-from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.data import prompt_files
 from trl_diffusion_opd.scripts import arguments as cli
+from trl_diffusion_opd.scripts import opd
+from trl_diffusion_opd.scripts.parser import parse
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "opd_sd3.py"
 PROMPTS = ["one cat", "two dogs", "a sign"]
 
 
@@ -130,7 +127,7 @@ def test_fewer_updates_than_are_logged_and_a_report_that_fails(monkeypatch, capl
     def fail(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("trl_diffusion_opd.evaluate_retention", fail)
+    monkeypatch.setattr("trl_diffusion_opd.evaluation.evaluate_retention", fail)
     run_opd(
         monkeypatch,
         base,
@@ -144,7 +141,7 @@ def test_fewer_updates_than_are_logged_and_a_report_that_fails(monkeypatch, capl
     messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert any(message.startswith("No curves are drawn") for message in messages)
     (failed,) = [message for message in messages if message.startswith("The retention report could not be made")]
-    assert "RuntimeError: out of memory" in failed and "python -m trl_diffusion_opd.scripts.evaluate" in failed
+    assert "RuntimeError: out of memory" in failed and "trl-diffusion-opd evaluate" in failed
 
 
 REFUSED = {
@@ -263,12 +260,10 @@ def test_tasks_as_a_mapping():
     assert cli.load_tasks("dataset", "table.csv", "task")["task"][:] == ["another"] * 3
 
 
-def test_a_mapping_in_a_config_file(monkeypatch, base):
+def test_a_mapping_in_a_config_file(base):
     settings = {"teachers": {"text": "base"}, "prompts": {"text": "text.txt"}, "output_dir": "out", "max_steps": 1}
     Path("run.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(base), **settings}))
-    script = runpy.run_path(str(SCRIPT))
-    monkeypatch.setitem(sys.modules, script["ScriptArguments"].__module__, SimpleNamespace(**script))
-    arguments, _ = cli.parse(script["ScriptArguments"], DiffusionOPDConfig, ["--config", "run.yaml"])
+    arguments, _ = parse(opd.ARGUMENTS, ["--config", "run.yaml"])
     assert cli.by_task("teachers", arguments.teachers) == {"text": ["base"]}
     assert cli.by_task("prompts", arguments.prompts) == {"text": ["text.txt"]}
 

@@ -384,7 +384,7 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
     message = str(error.value)
     for expected in (
         "'defaults' is none of output_dir, shared, stages.",
-        "stage 'one': 'reward' is none of config,",
+        "stage 'one': 'reward' is none of bnb_4bit_quant_type, config,",
         "stage 'one': trainer='ppo': it is one of opd, grpo, nft, sft.",
         "stage 'two': trainer='opd' needs teachers.",
         "stage 'two': config: output_dir is the stage's own folder.",

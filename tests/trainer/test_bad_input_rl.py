@@ -23,7 +23,8 @@ from helpers import grpo_fixtures, nft_fixtures
 from helpers.grpo_fixtures import brightness
 
 from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, DiffusionSFTConfig
-from trl_diffusion_opd.scripts.arguments import TeacherScriptArguments, configs, parse
+from trl_diffusion_opd.scripts.arguments import TeacherScriptArguments, configs
+from trl_diffusion_opd.scripts.parser import parse
 from trl_diffusion_opd.trainer.option_checks import unknown_option
 
 
@@ -87,12 +88,14 @@ def test_a_reward_that_is_none_everywhere_is_named_once(tmp_path, caplog):
 @pytest.mark.parametrize("text", ["url=x", "[1]"])
 def test_options_of_rewards_that_are_no_json(text):
     with pytest.raises(ValueError, match=re.escape(f"--reward_kwargs: {text!r} is not a JSON object such as")):
-        TeacherScriptArguments("base", ["a=a.txt"], ["a=ocr"], reward_kwargs=text)
+        TeacherScriptArguments(
+            model_name_or_path="base", prompts=["a=a.txt"], reward_funcs=["a=ocr"], reward_kwargs=text
+        )
 
 
 def test_an_option_of_another_trainer_on_the_command_line(tmp_path):
     given = ["--model_name_or_path", "base", "--prompts", "a=a.txt", "--reward_funcs", "a=ocr"]
     given += ["--output_dir", str(tmp_path), "--use_cpu", "true"]
-    assert parse(TeacherScriptArguments, DiffusionNFTConfig, given)[1].use_cpu
+    assert parse((TeacherScriptArguments, DiffusionNFTConfig), given)[1].use_cpu
     with pytest.raises(ValueError, match="DiffusionSFTConfig has no 'num_iterations'. It is an option of Diffusion"):
-        parse(TeacherScriptArguments, DiffusionSFTConfig, [*given, "--num_iterations", "2"])
+        parse((TeacherScriptArguments, DiffusionSFTConfig), [*given, "--num_iterations", "2"])

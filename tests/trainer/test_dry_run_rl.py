@@ -134,7 +134,7 @@ def test_script(method, monkeypatch, capsys, tmp_path):
     settings = {
         "model_name_or_path": "base",
         "prompts": "a/b=a.txt",
-        "reward_funcs": "a/b=grpo_fixtures:brightness",
+        "reward_funcs": "a/b=helpers.grpo_fixtures:brightness",
         "output_dir": "out",
         "height": 16,
         "width": 16,
