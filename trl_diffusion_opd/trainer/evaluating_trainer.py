@@ -36,6 +36,7 @@ from ..models.student import Student
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion, log_completions
+from ..reporting.trackers import tensorboard_writers
 from ..rewards import Scorer, reward_name
 from .base_config import DiffusionConfig
 
@@ -201,7 +202,13 @@ class EvaluatingTrainer(_BaseTrainer):
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         shown = sorted(gather_object(shown), key=lambda item: item[:2])
         if self.accelerator.is_main_process:
-            log_completions(self, [completion for _, _, completion in shown])
+            log_completions(
+                [completion for _, _, completion in shown],
+                self.args.output_dir or ".",
+                self.state.global_step,
+                self.args.report_to or [],
+                tensorboard_writers(self.callback_handler.callbacks),
+            )
 
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """
