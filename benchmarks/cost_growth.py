@@ -96,7 +96,7 @@ def measure(what: str, repeats: int) -> list[dict[str, float]]:
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 one_pass(trainer, batches_of(trainer))
             held = allocated(lambda t=trainer: one_pass(t, batches_of(t)), Path(folder))
-            frozen = sum(p.nbytes for p in trainer.bank.parameters())
+            frozen = sum(p.nbytes for p in trainer.bank.backbone.parameters())
             rows.append(
                 {
                     what: n,

@@ -133,7 +133,7 @@ def make_trainer(
 
 
 def _teacher_parameters(trainer: DiffusionOPDTrainer) -> dict[str, torch.nn.Parameter]:
-    of_teachers = {id(p) for p in trainer.bank.parameters()}
+    of_teachers = {id(p) for p in trainer.bank.backbone.parameters()}
     return {name: p for name, p in trainer.model.named_parameters() if id(p) in of_teachers and "lora_" in name}
 
 

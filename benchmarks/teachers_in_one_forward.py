@@ -39,6 +39,7 @@ from peft import LoraConfig, get_peft_model
 from step_cost import SIZES
 
 from trl_diffusion_opd import tiny
+from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.pipelines.velocity import VelocityField
@@ -65,11 +66,11 @@ def make_bank(
                 torch.nn.init.normal_(parameter, std=0.01)
         model.save_pretrained(name)
     teachers = normalize_teachers(folders, ["task"])
-    bank = TeacherBank(model.eval(), pipeline, teachers, settings.get("guidance_scale", 1.0))
+    bank = TeacherBank(Backbone(model.eval(), "default"), pipeline, teachers, settings.get("guidance_scale", 1.0))
     field = VelocityField(
         pipeline, num_inference_steps=10, height=settings["pixels"], width=settings["pixels"], max_sequence_length=12
     )
-    bank.to(device)
+    bank.backbone.to(device)
     return bank, field
 
 

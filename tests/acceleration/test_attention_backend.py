@@ -257,7 +257,7 @@ def test_training_is_the_same_and_every_network_has_it(tmp_path: Path, calls: li
         trainer = family_trainer(
             "flux", tmp_path / str(backend), teachers, FAMILIES["flux"].build(), attention_backend=backend, **options
         )
-        networks = [trainer.model, *trainer.bank.networks()]
+        networks = [trainer.model, *trainer.bank.backbone.networks()]
         assert len(networks) == 2 + full_weights
         assert [chosen(network) for network in networks] == [
             {AttentionBackendName(backend) if backend else None}
@@ -294,6 +294,6 @@ def test_full_weights_trained_by_nft(tmp_path: Path) -> None:
         train_dataset=Dataset.from_list([{"prompt": prompt, "task": "one"} for prompt in PROMPTS]),
         peft_config=None,
     )
-    networks = [trainer.model, trainer.old_policy.model, *trainer.bank.networks()]
+    networks = [trainer.model, *trainer.backbone.networks()]
     assert len(networks) == 3
     assert all(chosen(network) == {AttentionBackendName._NATIVE_MATH} for network in networks)

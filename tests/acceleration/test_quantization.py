@@ -154,7 +154,7 @@ def test_half_precision(kind, base, loras, tmp_path, monkeypatch):
     trainer, gradient = update(tmp_path / "ours", pipeline, loras, dtype="bfloat16")
     _, expected = update(tmp_path / "exact", reference, loras)
     assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
-    assert {p.dtype for p in trainer.bank.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in trainer.bank.backbone.parameters()} == {torch.bfloat16}
     assert relative_difference(gradient, expected) < 0.03
     assert 0 < trainer.state.log_history[0]["noise_floor"] < 0.01 * trainer.state.log_history[0]["kl"]
 
@@ -315,8 +315,8 @@ def test_full_teacher(base, loras, tmp_path):
     """A transformer that is not quantised teaches on a base that is."""
     trainer = make_trainer(tmp_path, str(base), load(base, "nf4", torch.bfloat16), dtype="bfloat16")
     (teacher,) = trainer.bank.teachers["count"]
-    assert teacher.module.dtype == torch.bfloat16 and not list(quantized_layers(teacher.module))
     with torch.no_grad(), trainer.bank.use(teacher) as module:
+        assert module.dtype == torch.bfloat16 and not list(quantized_layers(module))
         ours = forward_of(module)
         theirs = forward_of(make_base().to(torch.bfloat16).transformer)
     torch.testing.assert_close(ours, theirs)
@@ -326,13 +326,12 @@ def test_full_teacher(base, loras, tmp_path):
 def test_quantized_full_teacher(base, loras, tmp_path):
     load(base, "torchao int8").save_pretrained(tmp_path / "quantised")
     trainer = make_trainer(tmp_path / "run", str(tmp_path / "quantised"), load(base, "torchao int8"))
-    assert len(list(quantized_layers(trainer.bank.teachers["count"][0].module))) > 20
+    (teacher,) = trainer.bank.backbone.networks()
+    assert len(list(quantized_layers(teacher))) > 20
     trainer.train()
     # It is the base, but for the student's LoRA.
     with torch.no_grad(), trainer.bank.use(None) as own:
-        torch.testing.assert_close(
-            forward_of(trainer.bank.teachers["count"][0].module), forward_of(own.get_base_model())
-        )
+        torch.testing.assert_close(forward_of(teacher), forward_of(own.get_base_model()))
 
 
 def test_quantized_text_encoder(base, loras, tmp_path):

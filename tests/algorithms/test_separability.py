@@ -250,7 +250,9 @@ def test_no_conflict(tmp_path, teachers, caplog, capsys):
         for number, (specs, dataset) in enumerate(cases.values()):
             trainer = make_trainer(tmp_path / str(number), specs, train_dataset=dataset)
             networks = []
-            trainer.bank.backbone.get_base_model().register_forward_pre_hook(lambda *_, n=networks: n.append(1))
+            trainer.bank.backbone.network.get_base_model().register_forward_pre_hook(
+                lambda *_, n=networks: n.append(1)
+            )
             trainer._compare_tasks()
             assert networks == [], "teachers are asked only where the prompts can't be told apart"
             assert ("Tasks by their prompts" in capsys.readouterr().out) == (number not in (1, 2))
@@ -431,7 +433,7 @@ def compare(folder: str, teachers: dict[str, str], split: bool) -> None:
         allow_fsdp_on_cpu()
     trainer = make_trainer(folder, teachers, train_dataset=data(), per_device_train_batch_size=1)
     forwards: list[int] = []
-    trainer.bank.backbone.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
+    trainer.bank.backbone.network.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
     found: list[object] = []
     find = taught_trainer.find_pairs
     taught_trainer.find_pairs = lambda *inputs: found.append(find(*inputs)) or found[-1]

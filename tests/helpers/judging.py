@@ -29,6 +29,7 @@ import torch
 from helpers.mutations import Stranger, mutate, reference, sound_teachers
 from helpers.tiny_sd3 import forward, make_pipeline
 
+from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.teachers import TeacherBank, parse_teacher
 
 
@@ -61,7 +62,7 @@ class Judge:
 
     def _load(self, folder: Path) -> torch.Tensor:
         model = copy.deepcopy(self.pipeline.transformer)
-        bank = TeacherBank(model, self.pipeline, {"t": [parse_teacher(str(folder))]}, 1.0, student_adapter=None)
+        bank = TeacherBank(Backbone(model), self.pipeline, {"t": [parse_teacher(str(folder))]}, 1.0)
         with bank.use(bank.teachers["t"][0]) as module:
             return forward(module)
 

@@ -20,6 +20,7 @@ from helpers.tiny_sd3 import forward, make_transformer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 
 
@@ -34,9 +35,9 @@ def make_student(pipeline, **config):
         return get_peft_model(pipeline.transformer, LoraConfig(**options)).eval()
 
 
-def make_bank(pipeline, teachers, backbone=None, **options):
+def make_bank(pipeline, teachers, network=None, student_adapter="default", **options):
     tasks = [*teachers] if isinstance(teachers, dict) else ["task"]
-    backbone = make_student(pipeline) if backbone is None else backbone
+    backbone = Backbone(make_student(pipeline) if network is None else network, student_adapter)
     return TeacherBank(backbone, pipeline, normalize_teachers(teachers, tasks), 4.5, **options)
 
 

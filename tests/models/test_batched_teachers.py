@@ -38,6 +38,7 @@ from helpers.tiny_sd3 import make_lora, make_pipeline
 from peft import LoraConfig, get_peft_model
 
 from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
+from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 from trl_diffusion_opd.pipelines.view import StandIn
@@ -83,7 +84,13 @@ def family_bank(name: str, folder: Path) -> tuple[TeacherBank, VelocityField, Fa
     field = VelocityField(pipeline, num_inference_steps=2, **family.kwargs)
     lora = LoraConfig(r=2, target_modules=list(family.lora_targets), init_lora_weights=False)
     student = get_peft_model(pipeline.transformer, lora).eval()
-    bank = TeacherBank(student, pipeline, normalize_teachers(teachers, ["task"]), family.guidance_scale, batched=True)
+    bank = TeacherBank(
+        Backbone(student, "default"),
+        pipeline,
+        normalize_teachers(teachers, ["task"]),
+        family.guidance_scale,
+        batched=True,
+    )
     return bank, field, family
 
 
@@ -114,7 +121,7 @@ def test_one_forward_gives_what_separate_ones_give(name: str, tmp_path: Path, ro
         assert (velocity - alone).norm() / alone.norm() < 1e-6
         velocities.append(alone)
     assert (velocities[0] - velocities[1]).norm() / velocities[0].norm() > 1e-2, "equal teachers would prove nothing"
-    assert bank.switch.active == "default"
+    assert bank.backbone.active == "default"
 
 
 def test_copies_of_a_prompt_are_not_encoded_again(tmp_path: Path) -> None:
@@ -123,7 +130,7 @@ def test_copies_of_a_prompt_are_not_encoded_again(tmp_path: Path) -> None:
     x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
     bank.check_batched(field)
     with torch.no_grad():
-        field(x, 1.0, prompts, family.guidance_scale, bank.backbone)
+        field(x, 1.0, prompts, family.guidance_scale, bank.backbone.network)
         encoder = field.pipeline.components["text_encoder"]
         encoded = []
         hook = encoder.register_forward_pre_hook(lambda *args: encoded.append(args))
@@ -152,10 +159,10 @@ def test_teachers_of_another_scale_and_full_ones_have_their_own_forwards(tmp_pat
     }
     bank = make_bank(pipeline, teachers, batched=True)
     groups = [
-        [(teacher.name, teacher.guidance_scale) for teacher in group] for group in bank.forwards(bank.teachers["task"])
+        [(role.teacher.name, role.guidance_scale) for role in group] for group in bank.forwards(bank.teachers["task"])
     ]
     names = {
-        path: next(t.name for t in bank.teachers["task"] if t.config.model_name_or_path == path)
+        path: next(role.teacher.name for role in bank.teachers["task"] if role.config.model_name_or_path == path)
         for path in (one, two, three, full)
     }
     assert groups == [
@@ -238,8 +245,10 @@ def test_a_base_in_half_precision(tmp_path: Path, lora_dtype: torch.dtype) -> No
     pipeline = make_pipeline()
     pipeline.transformer.to(torch.bfloat16)
     student = get_peft_model(pipeline.transformer, student_lora()).eval()
-    bank = TeacherBank(student, pipeline, normalize_teachers(teachers, ["task"]), 4.5, batched=True)
-    for name, parameter in bank.backbone.named_parameters():
+    bank = TeacherBank(
+        Backbone(student, "default"), pipeline, normalize_teachers(teachers, ["task"]), 4.5, batched=True
+    )
+    for name, parameter in bank.backbone.network.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(lora_dtype)
     field = VelocityField(pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16)
@@ -251,7 +260,7 @@ def test_a_base_in_half_precision(tmp_path: Path, lora_dtype: torch.dtype) -> No
                 alone = field(x, 0.5, ["a", "b"], 4.5, module)
                 pipeline.transformer.float()  # PEFT holds the same modules
                 exact = field(x, 0.5, ["a", "b"], 4.5, module)
-            for name, parameter in bank.backbone.named_parameters():
+            for name, parameter in bank.backbone.network.named_parameters():
                 parameter.data = parameter.data.to(lora_dtype if "lora_" in name else torch.bfloat16)
             rounding = (alone - exact).norm() / exact.norm()
             assert together.dtype == torch.float32
@@ -278,7 +287,7 @@ class TestRefusals:
             pipeline.transformer, LoraConfig(r=2, target_modules=list(family.lora_targets))
         ).eval()
         teachers = normalize_teachers([str(tmp_path / "a"), str(tmp_path / "b")], ["task"])
-        bank = TeacherBank(student, pipeline, teachers, 4.0, batched=True)
+        bank = TeacherBank(Backbone(student, "default"), pipeline, teachers, 4.0, batched=True)
         field = VelocityField(pipeline, num_inference_steps=2, **family.kwargs)
         x = field.initial_latents(["a", "b"], [torch.Generator().manual_seed(i) for i in range(2)])
         with torch.no_grad():

@@ -80,7 +80,7 @@ def test_the_file_of_a_peft_folder_or_a_transformer_brings_its_config(pipeline, 
     bank = make_bank(pipeline, teachers)
     for task, velocities in (("a", expected), ("b", expected), ("c", full)):
         assert torch.equal(velocity(bank, bank.teachers[task][0]), velocities)
-    assert len({teacher.name for task in "ab" for teacher in bank.teachers[task]}) == 1
+    assert len({role.teacher.name for task in "ab" for role in bank.teachers[task]}) == 1
     (tmp_path / "peft" / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match=f"peft/{PEFT_FILE}: .* in the layout of PEFT.* put that beside it"):
         make_bank(make_pipeline(), str(tmp_path / "peft" / PEFT_FILE))

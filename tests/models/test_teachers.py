@@ -200,9 +200,9 @@ def test_lora_teachers_on_a_frozen_base_without_a_student(pipeline, tmp_path):
     assert torch.equal(velocity(bank, a), expected)
     assert torch.equal(velocity(bank, b), full)
     assert torch.equal(velocity(bank, c), untouched)
-    assert torch.equal(forward(bank.backbone), untouched)
-    assert not any(parameter.requires_grad for parameter in bank.parameters())
-    assert {id(p) for p in bank.backbone.parameters()} < {id(p) for p in bank.parameters()}
+    assert torch.equal(forward(bank.backbone.network), untouched)
+    assert not any(parameter.requires_grad for parameter in bank.backbone.parameters())
+    assert {id(p) for p in bank.backbone.network.parameters()} < {id(p) for p in bank.backbone.parameters()}
 
 
 def test_a_frozen_base_with_no_lora_stays_bare(pipeline):
@@ -219,7 +219,7 @@ def test_teachers_take_the_dtype_of_the_base_and_the_student_keeps_its_own(pipel
     pipeline.transformer.to(torch.bfloat16)
     student = make_student(pipeline)
     bank = make_bank(pipeline, {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}, student)
-    assert {p.dtype for p in bank.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in bank.backbone.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -260,7 +260,7 @@ def test_requires_grad_and_random_state_are_untouched(pipeline, tmp_path):
     names = {name.replace(".base_layer", ""): flag for name, flag in flags().items()}
     assert names == {name.replace(".base_layer", ""): flag for name, flag in before.items()}
     assert sum(flags().values()) == len([n for n in before if ".default." in n]) - 1
-    assert not any(parameter.requires_grad for parameter in bank.parameters())
+    assert not any(parameter.requires_grad for parameter in bank.backbone.parameters())
     assert student.active_adapter == "default"
     assert not any(module.training for module in student.modules())
 
@@ -270,15 +270,15 @@ def test_the_student_is_back_after_an_exception_and_after_nesting(pipeline, tmp_
     base_velocity = forward(pipeline.transformer)
     bank = make_bank(pipeline, str(tmp_path))
     (teacher,) = bank.teachers["task"]
-    student_velocity = forward(bank.backbone)
+    student_velocity = forward(bank.backbone.network)
     for inner in (teacher, None):
         with pytest.raises(KeyError), bank.use(inner):
             raise KeyError
-        assert torch.equal(forward(bank.backbone), student_velocity)
+        assert torch.equal(forward(bank.backbone.network), student_velocity)
     with bank.use(teacher) as module:
         assert torch.equal(velocity(bank, None), base_velocity)
         assert torch.equal(forward(module), teacher_velocity)
-    assert torch.equal(forward(bank.backbone), student_velocity)
+    assert torch.equal(forward(bank.backbone.network), student_velocity)
 
 
 def test_switching_walks_over_no_modules(pipeline, tmp_path, monkeypatch):
@@ -310,9 +310,9 @@ def test_training_the_student_leaves_every_teachers_bytes(pipeline, tmp_path):
     student = make_student(pipeline)
     bank = make_bank(pipeline, {name: str(tmp_path / name) for name in "abc"}, student)
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    assert not {id(p) for p in trained} & {id(p) for p in bank.parameters()}
+    assert not {id(p) for p in trained} & {id(p) for p in bank.backbone.parameters()}
     assert {name.split(".")[-2] for name, p in student.named_parameters() if p.requires_grad} == {"default"}
-    teachers = [p.detach().clone() for p in bank.parameters()]
+    teachers = [p.detach().clone() for p in bank.backbone.parameters()]
     base = [p.detach().clone() for n, p in student.named_parameters() if "lora_" not in n]
     before = [p.detach().clone() for p in trained]
     assert len(teachers) == 2 * 2 * 2 + 2 * 15 + len([*make_transformer().parameters()])
@@ -332,10 +332,10 @@ def test_training_the_student_leaves_every_teachers_bytes(pipeline, tmp_path):
     optimizer.step()
 
     assert all(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
-    assert all(torch.equal(old, new) for old, new in zip(teachers, bank.parameters(), strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(teachers, bank.backbone.parameters(), strict=True))
     still = [p for n, p in student.named_parameters() if "lora_" not in n]
     assert all(torch.equal(old, new) for old, new in zip(base, still, strict=True))
-    assert all(parameter.grad is None for parameter in bank.parameters())
+    assert all(parameter.grad is None for parameter in bank.backbone.parameters())
 
 
 # --- roles
@@ -351,12 +351,12 @@ def test_one_source_is_loaded_once(pipeline, tmp_path):
         "four": str(tmp_path / "b"),
     }
     bank = make_bank(pipeline, teachers)
-    roles = [teacher for task in bank.teachers.values() for teacher in task]
-    assert [teacher.name for teacher in roles] == ["teacher_0"] * 3 + ["teacher_1"] * 2
-    assert [teacher.guidance_scale for teacher in roles] == [1.0, 4.5, 7.0, 4.5, 4.5]
-    assert [teacher.weight for teacher in roles] == [1.0, 0.25, 0.75, 1.0, 1.0]
-    assert roles[3].module is roles[4].module
-    assert set(bank.backbone.peft_config) == {"default", "teacher_0"}
+    roles = [role for task in bank.teachers.values() for role in task]
+    assert [role.teacher.name for role in roles] == ["teacher_0"] * 3 + ["teacher_1"] * 2
+    assert [role.guidance_scale for role in roles] == [1.0, 4.5, 7.0, 4.5, 4.5]
+    assert [role.weight for role in roles] == [1.0, 0.25, 0.75, 1.0, 1.0]
+    assert len(bank.backbone.networks()) == 1
+    assert set(bank.backbone.network.peft_config) == {"default", "teacher_0"}
 
 
 def test_normalize_teachers(tmp_path):
@@ -443,7 +443,7 @@ def test_manifest_and_summary_hold_no_paths(pipeline, tmp_path):
             "source": tmp_path.name,
             "subfolder": "lora",
             "revision": None,
-            "sha256": bank.teachers["a"][0].sha256,
+            "sha256": bank.teachers["a"][0].teacher.sha256,
             "kind": "lora",
             "rank": 6,
             "guidance_scale": 2.0,
@@ -458,7 +458,7 @@ def test_manifest_and_summary_hold_no_paths(pipeline, tmp_path):
 def test_the_hash_is_that_of_the_files(pipeline, tmp_path):
     make_lora(pipeline, tmp_path, seed=1, format="diffusers")
     expected = hashlib.sha256((tmp_path / DIFFUSERS_FILE).read_bytes()).hexdigest()
-    assert make_bank(pipeline, str(tmp_path)).teachers["task"][0].sha256 == expected
+    assert make_bank(pipeline, str(tmp_path)).teachers["task"][0].teacher.sha256 == expected
 
 
 @pytest.mark.parametrize("changed", ["weights", "alpha"])

@@ -77,7 +77,7 @@ def rows_of_an_update(name: str, folder: Path, teacher_scale: float | None, **op
     )
     # The measure of the noise floor is the student's too, and without gradients.
     rows = count_rows(
-        pipeline.transformer, lambda: f"{trainer.bank.switch.active}{' trained' if torch.is_grad_enabled() else ''}"
+        pipeline.transformer, lambda: f"{trainer.bank.backbone.active}{' trained' if torch.is_grad_enabled() else ''}"
     )
     trainer.train()
     samples = len(family.prompts) * (STEPS - 1)

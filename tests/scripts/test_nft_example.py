@@ -66,4 +66,4 @@ def test_a_teacher_from_the_command_line(tmp_path, monkeypatch):
     arguments = json.loads(Path("teacher/training_args.json").read_text())
     assert arguments["sampler"] == "dpm2m" and arguments["guidance_scale"] == 1.0
     trainer = make_distillation(tmp_path / "student", "teacher", train_dataset=make_dataset(draw=4))
-    assert [teacher.kind for teacher in trainer.bank.teachers["draw"]] == ["lora"]
+    assert [role.teacher.kind for role in trainer.bank.teachers["draw"]] == ["lora"]

@@ -64,12 +64,12 @@ def test_training_then_does_what_was_shown(options, tmp_path, teachers, capsys):
 
     recorder = Recorder()
     trainer = make_trainer(tmp_path / "dry", teachers, max_steps=2, callbacks=[recorder], **options)
-    before, frozen = snapshot(trainer), [p.detach().clone() for p in trainer.bank.parameters()]
+    before, frozen = snapshot(trainer), [p.detach().clone() for p in trainer.bank.backbone.parameters()]
     required = [p.requires_grad for p in trainer.model.parameters()]
     state = torch.get_rng_state()
     report = trainer.dry_run()
     assert relative_difference(snapshot(trainer), before) == 0
-    assert all(torch.equal(p, q) for p, q in zip(trainer.bank.parameters(), frozen, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(trainer.bank.backbone.parameters(), frozen, strict=True))
     assert [p.requires_grad for p in trainer.model.parameters()] == required
     assert all(p.grad is None for p in trainer.model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
@@ -210,7 +210,7 @@ def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
         initial_latents, levels, encode_together = field.initial_latents, field.levels, field.encode_together
 
         def __call__(self, *inputs):
-            frozen = {None: "base", "default": "student"}.get(trainer.bank.switch.active, "teachers")
+            frozen = {None: "base", "default": "student"}.get(trainer.bank.backbone.active, "teachers")
             counts["update" if torch.is_grad_enabled() else frozen] += 1
             return field(*inputs)
 

@@ -73,7 +73,9 @@ def trained(tmp_path_factory, teachers):
 
 
 def everything(trainer):
-    return dict(trainer.model.named_parameters()) | {f"bank.{i}": p for i, p in enumerate(trainer.bank.parameters())}
+    return dict(trainer.model.named_parameters()) | {
+        f"bank.{i}": p for i, p in enumerate(trainer.bank.backbone.parameters())
+    }
 
 
 # The student
@@ -93,7 +95,7 @@ def test_nothing_but_the_student_changes(trained):
     assert relative_difference(snapshot(trainer), trained["start"]) > 0.1
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trainer.student.parameters()}
-    assert not optimized & {id(p) for p in trainer.bank.parameters()}
+    assert not optimized & {id(p) for p in trainer.bank.backbone.parameters()}
     # The LoRA of the paper, on this base.
     config = trainer.model.peft_config["default"]
     assert (config.r, config.lora_alpha, len(config.target_modules)) == (32, 64, 8)
@@ -204,10 +206,10 @@ def test_full_fine_tuning(tmp_path, teachers):
         ema_update_interval=1,
     )
     start = snapshot(trainer)
-    frozen = [p.detach().clone() for p in trainer.bank.parameters()]
+    frozen = [p.detach().clone() for p in trainer.bank.backbone.parameters()]
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer
-    assert all(torch.equal(p, before) for p, before in zip(trainer.bank.parameters(), frozen, strict=True))
+    assert all(torch.equal(p, before) for p, before in zip(trainer.bank.backbone.parameters(), frozen, strict=True))
     expected = {name: start[name] - rate * gradient for name, gradient in recorder.gradients[0].items()}
     assert relative_difference(recorder.weights[0], expected) < 1e-7
     expected = {name: p - 0.25 * rate * recorder.gradients[1][name] for name, p in recorder.weights[0].items()}

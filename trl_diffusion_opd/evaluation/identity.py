@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..acceleration.quantization import plain_tensors
-from ..models.teachers import Teacher
+from ..models.teachers import Role
 from ..rewards import Reward, RewardFunc
 
 
@@ -72,9 +72,9 @@ def _config(component: Any) -> dict[str, Any]:
     return {key: config[key] for key in sorted(config) if not key.startswith("_") and key not in _UNIMPORTANT}
 
 
-def model_identity(roles: Sequence[Teacher]) -> list[list[Any]]:
+def model_identity(roles: Sequence[Role]) -> list[list[Any]]:
     """What tells a model from others on the same base: files, guidance and weight of each of its networks."""
-    return [[role.kind, role.sha256, role.guidance_scale, role.weight] for role in roles]
+    return [[role.teacher.kind, role.teacher.sha256, role.guidance_scale, role.weight] for role in roles]
 
 
 def rows_digest(columns: Mapping[str, Sequence[Any]]) -> str:

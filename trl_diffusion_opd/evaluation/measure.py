@@ -29,7 +29,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
-from ..models.teachers import Teacher, TeacherBank
+from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity, draw_batch
 from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Scorer, reward_name
@@ -68,7 +68,7 @@ class Task:
 class Model:
     """A weighted mean of networks, each at its own guidance, under every name that it is asked for by."""
 
-    roles: list[Teacher]
+    roles: list[Role]
     names: list[str]
 
 

@@ -29,6 +29,7 @@ from diffusers import DiffusionPipeline
 
 from ..acceleration.processes import failing_together
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.loading import borrowed, load_pipeline
@@ -200,8 +201,8 @@ def evaluate_retention(
                 generation_kwargs=generation_kwargs,
             )
             teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
-            bank = TeacherBank(transformer, base, specs, teacher_scale, student_adapter=None)
-            bank.to(transformer.device)
+            bank = TeacherBank(Backbone(transformer), base, specs, teacher_scale)
+            bank.backbone.to(transformer.device)
             for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
                 field.check_guidance(scale)
         store = None if output_dir is None else Store(Path(output_dir), state.process_index)

@@ -36,6 +36,7 @@ from ..guards.files import write_json
 from ..guards.redaction import listed, shown
 from ..hub.files import MERGE_REPORT_FILE
 from ..pipelines.loading import borrowed
+from .backbone import Backbone
 from .student import STUDENT_ADAPTER, Student
 from .teacher_config import TeacherSpec, normalize_teachers
 from .teachers import TeacherBank
@@ -112,13 +113,14 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
     task_share = {task: float(given.get(task, 1.0)) for task in bank.teachers}
     weights: dict[str, float] = {}
     for task, roles in bank.teachers.items():
-        for teacher in roles:
+        for role in roles:
+            teacher = role.teacher
             if teacher.kind == "full":
                 raise ValueError(
                     f"The teacher of task {task!r}, {teacher.source}, is a whole transformer, and only LoRAs can be merged."
                 )
             if teacher.kind == "lora":
-                share = task_share[task] / sum(task_share.values()) * teacher.weight
+                share = task_share[task] / sum(task_share.values()) * role.weight
                 weights[teacher.name] = weights.get(teacher.name, 0.0) + share
     if not weights:
         raise ValueError("There is nothing to merge: no teacher is a LoRA.")
@@ -212,9 +214,9 @@ def merge_teachers(
     if problems:
         raise ValueError("The teachers can't be merged so:\n" + listed(problems))
     with borrowed(pipeline) as transformer:
-        bank = TeacherBank(transformer, pipeline, normalize_teachers(teachers, tasks), 1.0, student_adapter=None)
+        bank = TeacherBank(Backbone(transformer), pipeline, normalize_teachers(teachers, tasks), 1.0)
         shares = merge_weights(bank, weights)
-        model = bank.backbone
+        model = bank.backbone.network
         assert isinstance(model, PeftModel)
         adapted = _layers(model, shares)
         if method == "svd":

@@ -15,8 +15,7 @@
 """The policy that draws the images of DiffusionNFT: a frozen copy of the student, which follows it slowly."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,55 +26,44 @@ from torch import nn
 from ..acceleration.sharding import forget_gathered, gathered, is_part, own_part, split_like, whole
 from ..guards.file_modes import give_usual_mode
 from ..hub.files import OLD_POLICY_FILE
-from .adapter_switch import AdapterSwitch
+from .backbone import Backbone
 from .student import STUDENT_ADAPTER, frozen_copy
-from .teachers import add_adapter
 
 
-OLD_ADAPTER = "old"
+OLD = "old"
 
 
 class OldPolicy:
     """
     A frozen copy of the student, weight by weight in the student's precision.
 
-    Beside a LoRA it is one more adapter of the same base; a fully trained student is copied whole.
+    Beside a LoRA it is one more adapter of the same base; a fully trained student is copied whole. [`Backbone.use`] computes
+    as it by the name of `OLD`.
 
     Args:
-        model ([`~peft.PeftModel`] or `nn.Module`): the student, of which what is trained requires gradients.
+        backbone ([`Backbone`]): the student's, to which it is added.
+        student ([`~peft.PeftModel`] or `nn.Module`): of which what is trained requires gradients.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model if isinstance(model, PeftModel) else frozen_copy(model)
-        self._switch: AdapterSwitch | None = None
-        self._names = [name for name, p in model.named_parameters() if p.requires_grad]
-        if isinstance(model, PeftModel):
-            weights = get_peft_model_state_dict(model, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
+    def __init__(self, backbone: Backbone, student: nn.Module):
+        self._names = [name for name, p in student.named_parameters() if p.requires_grad]
+        self._is_lora = isinstance(student, PeftModel)
+        if isinstance(student, PeftModel):
+            self._network: nn.Module = student
+            weights = get_peft_model_state_dict(student, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
             # As a trainable one it gets the student's precision: small moves would be lost in that of a half-precise base.
-            add_adapter(model, OLD_ADAPTER, model.peft_config[STUDENT_ADAPTER], weights, trainable=True)
-            self._switch = AdapterSwitch(model, STUDENT_ADAPTER)
-        for parameter in self.named_parameters().values():
-            parameter.requires_grad_(False)
+            backbone.add_adapter(OLD, student.peft_config[STUDENT_ADAPTER], weights, trainable=True)
+        else:
+            self._network = frozen_copy(student)
+            backbone.add_network(OLD, self._network)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its weights by the names of the student's. Not to be called between a forward and its backward."""
-        forget_gathered(self.model)
-        parameters = dict(self.model.named_parameters())
-        if self._switch is None:
+        forget_gathered(self._network)
+        parameters = dict(self._network.named_parameters())
+        if not self._is_lora:
             return {name: parameters[name] for name in self._names}
-        return {name: parameters[name.replace(f".{STUDENT_ADAPTER}.", f".{OLD_ADAPTER}.")] for name in self._names}
-
-    @contextmanager
-    def use(self) -> Iterator[nn.Module]:
-        """
-        Yields the module that computes its velocity, to be called without gradients. Afterwards the student is active
-        again; no parameter's `requires_grad` changes.
-        """
-        if self._switch is None:
-            yield self.model
-            return
-        with self._switch.use(OLD_ADAPTER):
-            yield self.model
+        return {name: parameters[name.replace(f".{STUDENT_ADAPTER}.", f".{OLD}.")] for name in self._names}
 
     @torch.no_grad()
     def follow(self, student: Mapping[str, nn.Parameter], decay: float) -> None:

@@ -15,23 +15,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
-from peft import PeftModel
 from torch import Tensor, nn
 
-from ..acceleration.compilation import compile_blocks
-from ..guards.redaction import listed
 from ..pipelines.velocity import VelocityField
-from .adapter_switch import AdapterSwitch
+from ..problems import Problems
+from .backbone import BASE, Backbone
 from .boundary import strangers_files
-from .lora_adapter import adapter_parameters, add_adapter, rescaled_factors
+from .lora_adapter import add_adapter, rescaled_factors
 from .lora_files import read_lora, read_lora_files
 from .teacher_config import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
 from .teacher_files import find_files
@@ -42,6 +40,7 @@ from .whole_transformer import read_transformer
 _NO_ADAPTER = "__base__"
 
 __all__ = [
+    "Role",
     "Teacher",
     "TeacherBank",
     "TeacherConfig",
@@ -57,61 +56,74 @@ __all__ = [
 @dataclass(frozen=True)
 class Teacher:
     """
-    A loaded teacher in its role for one task.
+    What was loaded.
 
     Attributes:
-        name: Adapter name (`"teacher_0"`, ...) or `"base"`. Roles with the same source share it, and the weights.
-        config: What the user asked for.
-        guidance_scale: Classifier-free guidance scale to evaluate it at.
-        weight: Share in the task's target; the weights of a task sum to 1.
+        name: The role of a [`Backbone`] that computes its velocity: `"teacher_0"`, ... or `"base"`.
         kind: `"base"`, `"lora"` or `"full"`.
         source: Hub id or name of the local folder, never a path; `"base"` for the base.
         revision: Commit on the Hub, if it is from there.
         sha256: Hash over its files; `None` for the base.
         rank: Rank of a LoRA (of most of its layers).
-        module: The frozen transformer of a `"full"` teacher.
     """
 
     name: str
-    config: TeacherConfig
-    guidance_scale: float
-    weight: float
     kind: Literal["base", "lora", "full"]
     source: str
     revision: str | None = None
     sha256: str | None = None
     rank: int | None = None
-    module: nn.Module | None = None
+
+
+THE_BASE = Teacher(BASE, "base", source="base")
+
+
+@dataclass(frozen=True)
+class Role:
+    """
+    A teacher's part in a task's target. Roles with the same source share the teacher, and its weights.
+
+    Attributes:
+        teacher: Who plays it.
+        config: What the user asked for.
+        guidance_scale: Classifier-free guidance scale to evaluate it at.
+        weight: Share in the task's target; the weights of a task sum to 1.
+    """
+
+    teacher: Teacher
+    config: TeacherConfig
+    guidance_scale: float
+    weight: float
+
+    @property
+    def label(self) -> str:
+        """The teacher's source and folder, for people."""
+        return "/".join(filter(None, (self.teacher.source, self.config.subfolder)))
 
 
 class TeacherBank:
     """
-    Loads all teachers and switches between them and the student without copies.
+    Loads all teachers onto a backbone and computes their velocities.
 
     Args:
-        backbone (`PeftModel` or `ModelMixin`):
-            The `PeftModel` that holds the student's adapter. For full fine-tuning a frozen copy of the base, which
-            LoRA teachers then wrap in place.
+        backbone ([`Backbone`]):
+            The base, with the student's adapter if there is one.
         pipeline (`DiffusionPipeline`):
             The base; its class converts diffusers' LoRA layouts.
         teachers (`dict[str, list[TeacherConfig]]`):
             As [`normalize_teachers`] returns it.
         default_guidance_scale (`float`):
             Guidance scale of teachers that name none.
-        student_adapter (`str`, *optional*, defaults to `"default"`):
-            The adapter that is active outside of [`~TeacherBank.use`]; `None` without one (full fine-tuning).
-        batched (`bool`, *optional*, defaults to `False`):
-            Whether the teachers of a task that are LoRAs, or the base, at the same guidance scale share a forward, with as
-            many copies of the batch as there are teachers.
         manifest (`dict`, *optional*):
             A checkpoint's [`~TeacherBank.manifest`]. Hub teachers are loaded at the commits in it, and a teacher with
             another hash is refused.
+        batched (`bool`, *optional*, defaults to `False`):
+            Whether the teachers of a task that are LoRAs, or the base, at the same guidance scale share a forward, with as
+            many copies of the batch as there are teachers.
 
     Attributes:
-        teachers (`dict[str, list[Teacher]]`): The loaded teachers by task.
-        batched (`bool`): As given.
-        backbone (`nn.Module`): The model that `use` yields for LoRAs and the base.
-        switch (`AdapterSwitch`): Which of its adapters is active.
+        teachers (`dict[str, list[Role]]`): The teachers of each task in their roles.
+        batched (`bool`), backbone ([`Backbone`]): As given.
 
     Raises:
         ValueError: If any teacher cannot be used. One message lists all of them.
@@ -119,21 +131,19 @@ class TeacherBank:
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         pipeline: DiffusionPipeline,
         teachers: Mapping[str, list[TeacherConfig]],
         default_guidance_scale: float,
-        student_adapter: str | None = "default",
         manifest: Mapping[str, Any] | None = None,
         batched: bool = False,
     ) -> None:
         self.backbone = backbone
         self.batched = batched
-        self.teachers: dict[str, list[Teacher]] = {}
-        self._has_student = student_adapter is not None
+        self.teachers: dict[str, list[Role]] = {}
 
         loaded: dict[tuple[str, ...], Teacher] = {}
-        problems = _compare_with_manifest(teachers, manifest)
+        problems = Problems(_compare_with_manifest(teachers, manifest))
         for task, configs in teachers.items():
             self.teachers[task] = []
             for index, config in enumerate(configs):
@@ -144,112 +154,80 @@ class TeacherBank:
                 except TeacherError as error:
                     problems.append(f"task {task!r}: {error}")
                     continue
-                scale = config.guidance_scale
-                role = replace(
-                    teacher,
-                    config=config,
-                    guidance_scale=default_guidance_scale if scale is None else scale,
-                    weight=config.weight,
-                )
-                self.teachers[task].append(role)
-
-        self.switch = AdapterSwitch(self.backbone, student_adapter)
-        if student_adapter is None:
-            self.backbone.requires_grad_(False).eval()  # PEFT's wrapper came in training mode
-        if problems:
-            raise ValueError(f"The teachers cannot be used:\n{listed(problems)}")
+                scale = default_guidance_scale if config.guidance_scale is None else config.guidance_scale
+                self.teachers[task].append(Role(teacher, config, scale, config.weight))
+        problems.raise_under("The teachers cannot be used")
 
     def _load(
         self, config: TeacherConfig, pipeline: DiffusionPipeline, loaded: dict[tuple[str, ...], Teacher]
     ) -> Teacher:
         if config.model_name_or_path == "base":
-            return Teacher("base", config, 0.0, 1.0, "base", source="base")
+            return THE_BASE
         files = find_files(config)
         key = (str(files.folder.resolve()), *files.names)
         if key in loaded:
             return loaded[key]
 
-        name = f"teacher_{len(loaded)}"
-        rank: int | None = None
-        module: nn.Module | None = None
+        name, rank = f"teacher_{len(loaded)}", None
         if files.kind == "full":
-            base = self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+            base = self.backbone.base
             assert isinstance(base, ModelMixin)
-            module = read_transformer(files, base)
+            self.backbone.add_network(name, read_transformer(files, base))
         else:
             lora_config, state_dict = read_lora_files(files, pipeline)
             rank = lora_config.r
             try:
-                self.backbone = add_adapter(self.backbone, name, lora_config, state_dict)
+                self.backbone.add_adapter(name, lora_config, state_dict)
             except TeacherError as error:
                 raise TeacherError(f"{files.label}: {error}") from error
         with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
             sha256 = files.sha256()
-        loaded[key] = Teacher(
-            name=name,
-            config=config,
-            guidance_scale=0.0,
-            weight=1.0,
-            kind="lora" if module is None else "full",
-            source=files.source,
-            revision=files.revision,
-            sha256=sha256,
-            rank=rank,
-            module=module,
-        )
+        kind: Literal["full", "lora"] = "full" if files.kind == "full" else "lora"
+        loaded[key] = Teacher(name, kind, files.source, files.revision, sha256, rank)
         return loaded[key]
 
-    @contextmanager
-    def use(self, teacher: Teacher | None) -> Iterator[nn.Module]:
-        """
-        Yields the module that computes a teacher's velocity; `None` is the base.
-
-        Call it under `torch.no_grad()`. On exit, also by an exception, what was active before is active again: the
-        student. No parameter's `requires_grad` changes.
-        """
-        if teacher is not None and teacher.module is not None:
-            yield teacher.module
-            return
-        with self.switch.use(None if teacher is None or teacher.kind == "base" else teacher.name):
-            yield self.backbone
+    def use(self, role: Role | None) -> AbstractContextManager[nn.Module]:
+        """Yields the module that computes a role's velocity; `None` is the base. See [`Backbone.use`]."""
+        return self.backbone.use(BASE if role is None else role.teacher.name)
 
     def mean_velocity(
-        self, field: VelocityField, teachers: Sequence[Teacher], x: Tensor, t: float, prompts: list[str]
+        self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float, prompts: list[str]
     ) -> Tensor:
         """
         Weighted mean velocity of teachers, each at its own guidance, at `x` of shape `(B, ...)`. Call it under
         `torch.no_grad()`.
         """
         mean = torch.zeros_like(x)
-        for group in self.forwards(teachers):
-            for teacher, velocity in zip(group, self._velocities(field, group, x, t, prompts), strict=True):
-                mean += teacher.weight * velocity
+        for group in self.forwards(roles):
+            for role, velocity in zip(group, self._velocities(field, group, x, t, prompts), strict=True):
+                mean += role.weight * velocity
         return mean
 
-    def forwards(self, teachers: Sequence[Teacher]) -> list[list[Teacher]]:
-        """The teachers by the forward that computes them: one each, or several on one backbone at one guidance scale."""
+    def forwards(self, roles: Sequence[Role]) -> list[list[Role]]:
+        """The roles by the forward that computes them: one each, or several on one network at one guidance scale."""
         if not self.batched:
-            return [[teacher] for teacher in teachers]
-        groups: dict[tuple[float, str | None], dict[str, Teacher]] = {}
-        for teacher in teachers:
-            alone = teacher.name if teacher.kind == "full" else None
-            group = groups.setdefault((teacher.guidance_scale, alone), {})
-            weight = group[teacher.name].weight if teacher.name in group else 0.0  # one that is named twice
-            group[teacher.name] = replace(teacher, weight=weight + teacher.weight)
+            return [[role] for role in roles]
+        groups: dict[tuple[float, str | None], dict[str, Role]] = {}
+        for role in roles:
+            name = role.teacher.name
+            group = groups.setdefault((role.guidance_scale, name if role.teacher.kind == "full" else None), {})
+            weight = group[name].weight if name in group else 0.0  # one that is named twice
+            group[name] = replace(role, weight=weight + role.weight)
         return [[*group.values()] for group in groups.values()]
 
     def _velocities(
-        self, field: VelocityField, group: Sequence[Teacher], x: Tensor, t: float, prompts: list[str]
+        self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float, prompts: list[str]
     ) -> Sequence[Tensor]:
-        """Velocity of each teacher of a forward, at `x` of shape `(B, ...)`, from as many copies of it as there are teachers."""
+        """Velocity of each role of a forward, at `x` of shape `(B, ...)`, from as many copies of it as there are roles."""
         n, scale = len(group), group[0].guidance_scale
         if n == 1:
-            with self.use(group[0]) as transformer:
-                return [field(x, t, prompts, scale, transformer)]
-        names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in group for _ in prompts]
-        with self.switch.mixed(next(teacher.name for teacher in group if teacher.kind == "lora")):
+            with self.use(group[0]) as network:
+                return [field(x, t, prompts, scale, network)]
+        teachers = [role.teacher for role in group]
+        names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in teachers for _ in prompts]
+        with self.backbone.mixed(next(teacher.name for teacher in teachers if teacher.kind == "lora")) as network:
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
-            return field(copies, t, prompts * n, scale, self.backbone, names).chunk(n)
+            return field(copies, t, prompts * n, scale, network, names).chunk(n)
 
     @torch.no_grad()
     def check_batched(self, field: VelocityField) -> None:
@@ -260,8 +238,8 @@ class TeacherBank:
             [`ValueError`]: if they cannot share it, with the reason for each task.
         """
         problems = []
-        for task, teachers in self.teachers.items():
-            for group in self.forwards(teachers):
+        for task, roles in self.teachers.items():
+            for group in self.forwards(roles):
                 if len(group) == 1:
                     continue
                 try:
@@ -276,80 +254,40 @@ class TeacherBank:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that belongs to a teacher alone, each once; without a student's adapter also the base's."""
-        if not self._has_student:
-            yield from self.backbone.parameters()
-        for teacher in self._distinct():
-            if teacher.module is not None:
-                yield from teacher.module.parameters()
-            elif teacher.kind == "lora" and self._has_student:
-                yield from adapter_parameters(self.backbone, teacher.name)
-
-    def networks(self) -> Iterator[ModelMixin]:
-        """The transformers that are not the student's: full teachers, and without a student's adapter the base."""
-        if not self._has_student:
-            yield self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
-        yield from (teacher.module for teacher in self._distinct() if teacher.module is not None)
-
-    def to(self, device: torch.device | str) -> TeacherBank:
-        """Moves what the trainer does not: full teachers, and without a student's adapter the base with the LoRAs."""
-        if not self._has_student:
-            self.backbone.to(device)
-        for teacher in self._distinct():
-            if teacher.module is not None:
-                teacher.module.to(device)
-        return self
-
-    def compile(self, backend: str | None = None, mode: str | None = None) -> TeacherBank:
-        """Compiles what belongs to teachers alone ([`~compilation.compile_blocks`]), so that switching does not compile again."""
-        self.switch.share_name()
-        if not self._has_student:
-            compile_blocks(self.backbone, backend, mode)
-        for teacher in self._distinct():
-            if teacher.module is not None:
-                compile_blocks(teacher.module, backend, mode)
-        return self
-
-    def _distinct(self) -> list[Teacher]:
-        return [*{teacher.name: teacher for roles in self.teachers.values() for teacher in roles}.values()]
-
     def manifest(self) -> dict[str, list[dict[str, Any]]]:
         """What a checkpoint records of the teachers: task to a list of entries, ready for JSON, without local paths."""
         return {
             task: [
                 {
-                    "source": teacher.source,
-                    "subfolder": teacher.config.subfolder,
-                    "revision": teacher.revision,
-                    "sha256": teacher.sha256,
-                    "kind": teacher.kind,
-                    "rank": teacher.rank,
-                    "guidance_scale": teacher.guidance_scale,
-                    "weight": teacher.weight,
+                    "source": role.teacher.source,
+                    "subfolder": role.config.subfolder,
+                    "revision": role.teacher.revision,
+                    "sha256": role.teacher.sha256,
+                    "kind": role.teacher.kind,
+                    "rank": role.teacher.rank,
+                    "guidance_scale": role.guidance_scale,
+                    "weight": role.weight,
                 }
-                for teacher in roles
+                for role in roles
             ]
             for task, roles in self.teachers.items()
         }
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a task and teacher, for the table at the start."""
+        """One row a role, for the table at the start."""
         return [
             {
                 "task": task,
-                "teacher": "/".join(
-                    filter(None, (teacher.source, teacher.config.subfolder, teacher.config.weight_name))
-                ),
-                "kind": teacher.kind,
-                "rank": teacher.rank,
-                "guidance_scale": teacher.guidance_scale,
-                "weight": teacher.weight,
-                "revision": teacher.revision and teacher.revision[:8],
-                "sha256": teacher.sha256 and teacher.sha256[:8],
+                "teacher": "/".join(filter(None, (role.label, role.config.weight_name))),
+                "kind": role.teacher.kind,
+                "rank": role.teacher.rank,
+                "guidance_scale": role.guidance_scale,
+                "weight": role.weight,
+                "revision": role.teacher.revision and role.teacher.revision[:8],
+                "sha256": role.teacher.sha256 and role.teacher.sha256[:8],
             }
             for task, roles in self.teachers.items()
-            for teacher in roles
+            for role in roles
         ]
 
 

@@ -43,7 +43,7 @@ from ..algorithms.separability import (
     told_apart,
 )
 from ..data.tasks import TaskSampler
-from ..models.teachers import Teacher
+from ..models.teachers import THE_BASE, Role
 from .dry_run_shared import network_rounding
 
 
@@ -94,9 +94,9 @@ def find_pairs(
     return sorted(pairs, key=lambda pair: (pair.accuracy is None, pair.accuracy, -pair.identical_share, pair.tasks))
 
 
-def _key(roles: Sequence[Teacher]) -> Key:
+def _key(roles: Sequence[Role]) -> Key:
     """What tells the teachers of a task from those of another: the same are never in conflict."""
-    return tuple(sorted((role.name, role.guidance_scale, role.weight) for role in roles))
+    return tuple(sorted((role.teacher.name, role.guidance_scale, role.weight) for role in roles))
 
 
 # Prompts
@@ -191,6 +191,6 @@ def _batch(trainer: "TaughtTrainer", sampler: TaskSampler, task: str) -> tuple[l
     return [trainer._prompts[int(row)]["prompt"] for row in rows], numbers.tolist()
 
 
-def _as_base(roles: Sequence[Teacher]) -> list[Teacher]:
+def _as_base(roles: Sequence[Role]) -> list[Role]:
     """The base in the place of each teacher, at its guidance scale."""
-    return [replace(role, name="base", kind="base", module=None) for role in roles]
+    return [replace(role, teacher=THE_BASE) for role in roles]

@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from ..algorithms.grpo import grpo_loss, is_clipped, transition_kl
 from ..algorithms.rollout import WINDOW_DRAW, walk
 from ..algorithms.samplers import sampler_table, sde_window
+from ..models.backbone import BASE, Backbone
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
@@ -144,7 +145,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         super()._setup(model, problems)
         args = self.args
         self._window_size = args.sde_window_size or len(args.sde_range())
-        self.bank = self._base_bank(model, problems) if args.beta > 0 else None
+        self.backbone = self._equip(Backbone.of(model), problems) if args.beta > 0 else None
         with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
             sde_window(self.table, args.sde_range())
@@ -201,8 +202,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                     epsilon=args.epsilon,
                 )
                 kl = torch.zeros_like(loss)
-                if self.bank is not None:
-                    with torch.no_grad(), self._part("reference"), self.bank.use(None) as base:
+                if self.backbone is not None:
+                    with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as base:
                         v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
                     kl = transition_kl(v, v_base, c, s)
                     loss = loss + args.beta * kl
@@ -221,7 +222,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         metrics["clip_ratio/region_mean"].append(clipped)
         metrics["clip_ratio/advantages"].append(extreme)
         metrics["ratio/max_deviation"].append(float(everyone[:, 3].max()))
-        if self.bank is not None:
+        if self.backbone is not None:
             metrics["kl"].append(kl)
             metrics[f"kl/{task}"].append(kl)
         return torch.tensor(loss, device=figures.device)

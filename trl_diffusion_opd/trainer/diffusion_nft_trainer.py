@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,7 +29,8 @@ from ..algorithms.flow import noised, velocity_gap_sq
 from ..algorithms.nft import draw_levels, nft_loss, old_policy_decay, optimality
 from ..algorithms.rollout import FORWARD_NOISE, LEVEL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import sampler_table
-from ..models.old_policy import OLD_POLICY_FILE, OldPolicy
+from ..models.backbone import BASE, Backbone
+from ..models.old_policy import OLD, OLD_POLICY_FILE, OldPolicy
 from ..problems import Problems
 from ..rewards import RewardFuncs
 from .diffusion_nft_config import DiffusionNFTConfig
@@ -146,17 +147,9 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         args = self.args
         with problems.collect():
             self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
-        self.old_policy = OldPolicy(model)
-        if not isinstance(model, PeftModel):
-            with problems.collect():
-                self._use_attention_backend(self.old_policy.model, as_student=False)
-        self.bank = self._base_bank(model, problems) if args.beta > 0 else None
-
-    def _frozen_networks(self) -> list[nn.Module]:
-        return [*super()._frozen_networks(), self.old_policy.model]
-
-    def _frozen_parts(self) -> dict[str, list[Tensor]]:
-        return {**super()._frozen_parts(), "old policy": list(self.old_policy.named_parameters().values())}
+        self.backbone = Backbone.of(model, with_base=args.beta > 0)
+        self.old_policy = OldPolicy(self.backbone, model)
+        self._equip(self.backbone, problems)
 
     # Training
 
@@ -164,7 +157,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         """Images of the old policy. Of the walk nothing is kept."""
         levels = self.table.levels.tolist()
         x = self.velocity_field.initial_latents(prompts, generators)
-        with self.old_policy.use() as transformer:
+        with self.backbone.use(OLD) as transformer:
 
             def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
                 with self._part("rollout"):
@@ -184,17 +177,18 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         scale = args.advantage_clip / args.nft_beta
         r = optimality(rollout.advantages, args.advantage_clip)
         figures = []
+        assert self.backbone is not None
         for j, t in enumerate(levels):
             eps = gaussian(generators, x0)
             x = noised(x0, eps, t)
-            with torch.no_grad(), self._part("reference"), self.old_policy.use() as transformer:
+            with torch.no_grad(), self._part("reference"), self.backbone.use(OLD) as transformer:
                 old = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
             with self._gradient_sync(model, last=j == len(levels) - 1):
                 student = self._student_velocity(model, x, t, prompts)
                 loss = scale * nft_loss(student, old, eps - x0, t, r, args.nft_beta, args.loss_weighting).mean()
                 kl = loss.new_zeros(())
-                if self.bank is not None:
-                    with torch.no_grad(), self._part("reference"), self.bank.use(None) as transformer:
+                if args.beta > 0:
+                    with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as transformer:
                         base = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
                     kl = velocity_gap_sq(student, base).mean()
                 self._backward(share * (loss + args.beta * kl))
@@ -218,7 +212,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         metrics["signal"].append(float(signal.mean()))
         metrics["clip_ratio"].append(float(clipped.mean()))
         metrics[f"old_gap/{task}"].append(float((gap.sum() / norm.sum()).sqrt()))
-        if self.bank is not None:
+        if self.args.beta > 0:
             metrics["kl"].append(float(kl.mean()))
             metrics[f"kl/{task}"].append(float(kl.mean()))
         return loss.mean().to(figures.device, torch.float32)

@@ -32,6 +32,7 @@ from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
 from ..algorithms.samplers import default_skip_last_steps, sampler_table
 from ..data.tasks import task_rows
 from ..guards.redaction import shown
+from ..models.backbone import STUDENT
 from ..models.student import STUDENT_ADAPTER
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import rescaled_factors
@@ -264,11 +265,10 @@ class DiffusionOPDTrainer(TaughtTrainer):
             return
         self._measured_floor_at = update
         scale = self.args.guidance_scale
-        backbone = self.bank.backbone
-        with self._part("noise_floor"):
-            one = self.velocity_field(x, t, prompts, scale, backbone)
-            with rescaled_factors(backbone, STUDENT_ADAPTER):
-                two = self.velocity_field(x, t, prompts, scale, backbone)
+        with self._part("noise_floor"), self.bank.backbone.use(STUDENT) as network:
+            one = self.velocity_field(x, t, prompts, scale, network)
+            with rescaled_factors(network, STUDENT_ADAPTER):
+                two = self.velocity_field(x, t, prompts, scale, network)
         self._noise_floor = float(self.plan.kl_weights.mean()) * float(velocity_gap_sq(one, two).mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

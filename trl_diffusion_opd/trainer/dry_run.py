@@ -27,7 +27,7 @@ from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
-from ..models.teachers import Teacher, rescaled_factors
+from ..models.teachers import rescaled_factors
 from ..reporting import console as tables
 from .conflicts import find_pairs
 from .dry_run_shared import (
@@ -141,8 +141,8 @@ def _walk(
                 base = field(x, t, prompts, scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
-            if j == len(plan) - 1 and role.kind == "lora":
-                with bank.use(role) as module, rescaled_factors(bank.backbone, role.name):
+            if j == len(plan) - 1 and role.teacher.kind == "lora":
+                with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
                     again = field(x, t, prompts, scale, module)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         if shares_forwards:
@@ -163,8 +163,8 @@ def _walk(
         "noise_floor": float(plan.kl(norm)) * max(rounding) ** 2,
         "teachers": [
             {
-                "teacher": _name(role),
-                "kind": role.kind,
+                "teacher": role.label,
+                "kind": role.teacher.kind,
                 "guidance_scale": role.guidance_scale,
                 "gap_to_base": math.sqrt(sums[:, 2 + 2 * i].sum() / sums[:, 3 + 2 * i].sum()),
                 "rounding": rounding[i],
@@ -175,10 +175,6 @@ def _walk(
     alone = [f"teacher {i}" for i in range(len(roles))]
     teachers = sum(clock.median(name) for name in (["teachers"] if shares_forwards else alone))
     return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
-
-
-def _name(role: Teacher) -> str:
-    return "/".join(filter(None, (role.source, role.config.subfolder)))
 
 
 def _forward_backward(

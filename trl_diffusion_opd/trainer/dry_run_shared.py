@@ -136,7 +136,7 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
 
 def network_rounding(trainer: "TaughtTrainer") -> float:
     """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    frozen = (p.dtype for p in trainer.bank.backbone.parameters() if not p.requires_grad)
+    frozen = (p.dtype for p in trainer.bank.backbone.network.parameters() if not p.requires_grad)
     weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
     return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 

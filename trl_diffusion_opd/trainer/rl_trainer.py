@@ -28,15 +28,15 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..algorithms.advantages import constant_groups, group_advantages, weighted_rewards
 from ..algorithms.rollout import sample_generators
-from ..models.student import STUDENT_ADAPTER, frozen_copy
-from ..models.teachers import TeacherBank
+from ..models.backbone import BASE, Backbone
+from ..models.old_policy import OLD
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs, Scorer, reward_name
@@ -89,7 +89,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     args: DiffusionRLConfig
     _parts = (*DiffusionTrainer._parts, "rollout", "decoding", "rewards", "reference")
-    bank: TeacherBank | None  # a trainer's `_setup` makes it where its loss has a distance from the base
+    backbone: Backbone | None = None  # a trainer's `_setup` makes it where another role than the student's is played
 
     @gives_back
     def __init__(
@@ -122,8 +122,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
             peft_config=peft_config,
         )
         self._repeats, self._passes = self.args.num_generations, self.args.num_iterations
-        if self.bank is not None:
-            self.bank.to(self.accelerator.device)
+        if self.backbone is not None:
+            self.backbone.to(self.accelerator.device)
         if self.is_world_process_zero():
             rewards = {
                 task: {name: self.reward_weights[name] for name in map(reward_name, functions)}
@@ -178,17 +178,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self._set_reward_weights(problems)
             self._check_groups(problems)
 
-    def _base_bank(self, model: nn.Module, problems: Problems) -> TeacherBank:
-        """Switches between the student and the base, for a distance from it. It has no teachers."""
-        is_lora = isinstance(model, PeftModel)
-        adapter = STUDENT_ADAPTER if is_lora else None
-        bank = TeacherBank(
-            model if is_lora else frozen_copy(model), self._pipeline, {}, self.args.guidance_scale, adapter
-        )
+    def _equip(self, backbone: Backbone, problems: Problems) -> Backbone:
+        """Has the networks beside the student's compute as the arguments say."""
         with problems.collect():
-            for network in bank.networks():
+            for network in backbone.networks():
                 self._use_attention_backend(network, as_student=False)
-        return bank
+        return backbone
 
     def _reward_names(self) -> list[str]:
         """Names of the reward functions in the order in which they were given."""
@@ -240,10 +235,11 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _frozen_networks(self) -> list[nn.Module]:
         """What else than the student computes velocities here."""
-        return [] if self.bank is None else [self.bank.backbone]
+        return [] if self.backbone is None else self.backbone.networks()
 
     def _frozen_parts(self) -> dict[str, list[Tensor]]:
-        return {} if self.bank is None else {"frozen base": list(self.bank.parameters())}
+        frozen: dict[str, Any] = {} if self.backbone is None else self.backbone.frozen()
+        return {{BASE: "frozen base", OLD: "old policy"}[role]: weights for role, weights in frozen.items()}
 
     # Rounds
 

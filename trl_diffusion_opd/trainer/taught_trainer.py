@@ -29,8 +29,9 @@ from ..checkpointing.seal import is_sealed
 from ..data.tasks import SINGLE_TASK
 from ..guards.files import write_json
 from ..hub.files import MANIFEST_FILE
+from ..models.backbone import Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
-from ..models.student import STUDENT_ADAPTER, frozen_copy
+from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import TeacherBank, normalize_teachers
 from ..problems import Problems
 from ..reporting import console as tables
@@ -70,19 +71,17 @@ class TaughtTrainer(DiffusionTrainer):
             # Where the data cannot tell the tasks, the teachers are still looked at.
             named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
             teachers = normalize_teachers(specs, self.tasks or named)
-            is_lora = isinstance(model, PeftModel)
             self.bank = TeacherBank(
-                model if is_lora else frozen_copy(model),
+                Backbone.of(model),
                 self._pipeline,
                 teachers,
                 args.guidance_scale if default_scale is None else default_scale,
-                STUDENT_ADAPTER if is_lora else None,
                 self._recorded_manifest(args),
                 batched,
             )
             for scale in {teacher.guidance_scale for roles in self.bank.teachers.values() for teacher in roles}:
                 self.velocity_field.check_guidance(scale)
-            for network in self.bank.networks():
+            for network in self.bank.backbone.networks():
                 self._use_attention_backend(network.to(args.device), as_student=False)
             self.bank.check_batched(self.velocity_field)
             if args.student_init == MERGE:
@@ -90,11 +89,11 @@ class TaughtTrainer(DiffusionTrainer):
                 self.merge_report = merge_adapters(model, merge_weights(self.bank), STUDENT_ADAPTER)
 
     def _place_teachers(self) -> None:
-        self.bank.to(self.accelerator.device)
+        self.bank.backbone.to(self.accelerator.device)
         if self.args.torch_compile:
-            self.bank.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
+            self.bank.backbone.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
         # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
-        shared = {id(p) for p in self.bank.parameters()} & {id(p) for p in self.student.parameters()}
+        shared = {id(p) for p in self.bank.backbone.parameters()} & {id(p) for p in self.student.parameters()}
         assert not shared, "a teacher's parameter is trainable"
 
     def _print_teachers(self) -> None:
@@ -140,7 +139,7 @@ class TaughtTrainer(DiffusionTrainer):
         if self._teacher_specs is None:
             return {}
         name = "teachers" if self.student.is_lora else "teachers and frozen base"
-        return {**super()._frozen_parts(), name: list(self.bank.parameters())}
+        return {**super()._frozen_parts(), name: list(self.bank.backbone.parameters())}
 
     # Files
 
