@@ -22,9 +22,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
+from torch import nn
 
-from ..algorithms.opd import dominant_step
+from ..algorithms.opd import StepPlan, dominant_step
 from ..algorithms.samplers import SamplerTable
 from ..algorithms.separability import Pair
 from ..guards.redaction import shown, visible
@@ -65,20 +65,15 @@ def print_teachers(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int]
         console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost:.1%}.")
 
 
-def print_steps(table: SamplerTable, weighting: str, weights: Tensor, trained: Sequence[int]) -> None:
-    """
-    Shows the steps of a walk with their weights, and warns if one of them has nearly all.
-
-    Args:
-        table ([`SamplerTable`]), weighting (`str`)
-        weights (`Tensor`), trained (`list[int]`): of the trained steps, the first ones, and their numbers.
-    """
-    steps = Table(title=f"Steps of {table.name}, weighting {weighting}")
+def print_steps(plan: StepPlan, weighting: str) -> None:
+    """Shows the steps of a walk with their weights, and warns if one of them has nearly all."""
+    weights = plan.weights
+    steps = Table(title=f"Steps of {plan.table.name}, weighting {weighting}")
     for column in ("step", "level", "weight", "share"):
         steps.add_column(column, justify="right")
-    for j, level in enumerate(table.levels[:-1].tolist()):
-        is_trained = j in trained
-        shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if is_trained else ("not trained", "-")
+    for j, level in enumerate(plan.table.levels[:-1].tolist()):
+        trained = j in plan.steps
+        shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
         steps.add_row(str(j), f"{level:.4f}", *shown)
     _console().print(steps)
     step, share = dominant_step(weights)

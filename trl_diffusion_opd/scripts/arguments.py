@@ -24,6 +24,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
 from ..models.teacher_config import TeacherConfig
@@ -235,9 +236,8 @@ def config_path(option: str, name: str, folder: str = "configs") -> str:
 
 def configs() -> list[type]:
     """The configs of all trainers."""
-    from .. import trainer
-
-    found = [getattr(trainer, name) for name in trainer.__all__ if name.endswith("Config")]
+    names = [name for name in trainer.__all__ if name.endswith("Config")]
+    found = [getattr(trainer, name) for name in names]
     return [one for one in found if not one.__subclasses__()]  # what others share is no trainer's
 
 

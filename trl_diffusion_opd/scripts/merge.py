@@ -85,7 +85,7 @@ def main(arguments: MergeArguments) -> None:
         except ValueError as error:
             raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
     report = merge_teachers(
-        load_pipeline(packaged(arguments.base), arguments.dtype, model_init_kwargs),
+        load_pipeline(packaged(arguments.base), arguments.dtype, model_init_kwargs=model_init_kwargs),
         load_teachers(arguments.teachers, None),
         arguments.output_dir,
         rank=arguments.rank,

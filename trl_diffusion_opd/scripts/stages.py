@@ -68,14 +68,7 @@ from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
 from ..problems import Problems
 from ..trainer.option_checks import unknown_option
-from .arguments import (
-    TaughtArguments,
-    by_task,
-    config_path,
-    configs,
-    reward_problems,
-    source_problems,
-)
+from .arguments import TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
 from .parser import parse
 
 

@@ -140,8 +140,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         self._place_teachers()
         if self.is_world_process_zero():
             self._print_teachers()
-            plan = self.plan
-            tables.print_steps(plan.table, self.args.loss_weighting, plan.weights, plan.steps)
+            tables.print_steps(self.plan, self.args.loss_weighting)
             tables.print_trained(self.student.parameters())
 
     # Before the first step
