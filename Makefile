@@ -8,7 +8,7 @@ THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 SPREAD = -n $(THREADS) --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
-.PHONY: install test test-fast test-gpu test-lowest test-newest test-deepspeed wheel-check lint format demo clean
+.PHONY: install test test-fast test-gpu test-lowest test-newest test-deepspeed build wheel-check docs lint format demo clean
 
 install: $(STAMP)
 
@@ -55,16 +55,35 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(SPREAD) $(TESTS)
 
-# The wheel: what is in it, and the README's first lines run with it and nothing else, outside of the checkout.
-wheel-check:
-	rm -rf build .venv-wheel
+# dist/: the source distribution, and the wheel that is built from it.
+build:
+	rm -rf build/lib build/bdist.* dist
+	test -d .venv-build || $(PYTHON) -m venv .venv-build
+	.venv-build/bin/python -m pip install --quiet --upgrade pip build
+	.venv-build/bin/python -m build --outdir dist .
+
+# What is in both, and the README's first lines and the command run with the wheel and nothing else, outside of the checkout.
+wheel-check: build
+	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --quiet --upgrade pip
-	.venv-wheel/bin/python -m pip wheel --quiet --no-deps --wheel-dir .venv-wheel/dist .
-	.venv-wheel/bin/python tests/check_wheel.py contents .venv-wheel/dist/*.whl
+	.venv-wheel/bin/python tests/check_wheel.py contents dist/*.whl
+	.venv-wheel/bin/python tests/check_wheel.py source dist/*.tar.gz
 	.venv-wheel/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt .venv-wheel/dist/*.whl
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	OMP_NUM_THREADS=1 .venv-wheel/bin/python tests/check_wheel.py command
 	OMP_NUM_THREADS=1 .venv-wheel/bin/python tests/check_wheel.py readme
+
+# The pages of docs/source as HTML, in build/docs/html. What does not resolve is an error.
+docs: .venv-docs/.installed
+	.venv-docs/bin/python docs/build.py
+
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-docs/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # Not a part of `test`: on a CPU DeepSpeed compiles what its processes share, for which a machine needs a C++ compiler.
 test-deepspeed: install

@@ -23,6 +23,7 @@ ends. All averages are taken of the same weights, and all images have the same n
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,11 +43,15 @@ from trl_diffusion_opd import (
     DiffusionOPDTrainer,
     DiffusionSFTConfig,
     DiffusionSFTTrainer,
-    average,
     tiny,
 )
-from trl_diffusion_opd.tiny.measure import generate
+from trl_diffusion_opd.models import average
 from trl_diffusion_opd.tiny.verifiers import letters_graded
+
+
+sys.path.insert(0, str(Path(__file__).parent / "tiny"))
+
+from measure import generate  # noqa: E402
 
 
 LENGTHS = (10, 30, 60, 300, 3000)

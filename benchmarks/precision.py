@@ -40,7 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
-from trl_diffusion_opd.algorithms.opd import velocity_gap_sq
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 
 
 TASK = "letters"

@@ -105,7 +105,7 @@ def sizes() -> dict[str, dict[str, float]]:
         # Buffers are in bfloat16 too once they are loaded.
         rest = sum(t.numel() for t in [*transformer.parameters(), *transformer.buffers()]) - n
         nested = sum(w // 2 + w // 64 + 4 * -(-w // (64 * 256)) + 4 + 4 * 16 + 4 * 256 for w in weights)
-        quantised = {
+        quantized = {
             "bfloat16": 2 * n,
             "nf4": n // 2 + 4 * n // 64 + 4 * 16 * len(linear),
             "nf4 nested": nested,
@@ -113,7 +113,7 @@ def sizes() -> dict[str, dict[str, float]]:
             "torchao int8": n + 5 * rows,
             "torchao float8": n + 4 * rows,
         }
-        found[name] = {way: (2 * rest + size) / 2**30 for way, size in quantised.items()}
+        found[name] = {way: (2 * rest + size) / 2**30 for way, size in quantized.items()}
     return found
 
 

@@ -62,7 +62,7 @@ def compute(models: dict[str, Any]) -> dict[str, Any]:
         "updates": [update_row(models, *case) for case in cases],
         "ddp": [ddp_row(name, counted) for name, counted in models.items()],
         "fsdp": [fsdp_row(models, *case, shards) for case in cases for shards in (8, 64)],
-        "quantised": [quantised_row(models, name, side) for name, side in cases],
+        "quantised": [quantized_row(models, name, side) for name, side in cases],
         "layouts": [
             row
             for case in cases
@@ -135,7 +135,7 @@ def fsdp_row(models: dict[str, Any], name: str, side: int, shards: int) -> dict[
     }
 
 
-def quantised_row(models: dict[str, Any], name: str, side: int) -> dict[str, Any]:
+def quantized_row(models: dict[str, Any], name: str, side: int) -> dict[str, Any]:
     layout = Layout(1, 1, True, 1, 1)
     return {
         "model": name,
@@ -246,7 +246,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         ]
         for row in result["fsdp"]
     ]
-    quantised = [
+    quantized = [
         [of(row), *(gb(row["base"][kind]) for kind in row["base"]), *(gb(row["peak"][kind]) for kind in row["peak"])]
         for row in result["quantised"]
     ]
@@ -337,7 +337,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
                 *(f"base, {kind}" for kind in paper.BASE_BYTES),
                 *(f"one GPU's peak, {kind}" for kind in paper.BASE_BYTES),
             ],
-            quantised,
+            quantized,
         ),
         "fastest": table(
             [

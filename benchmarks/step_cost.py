@@ -48,7 +48,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
-from trl_diffusion_opd.algorithms.opd import velocity_gap_sq
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 from trl_diffusion_opd.profiling.timing import instant, seconds_between

@@ -36,7 +36,7 @@ accelerate launch examples/baselines_tiny.py --methods multi-task cascade merge
 | `policy-gradient` | `loss_type="policy_gradient"`, with a stochastic sampler |
 | `sft` | `DiffusionSFTTrainer(teachers=...)`: flow matching on images that the teachers draw |
 
-The settings are in `examples/stages/tiny_baselines.yaml` and `examples/stages/tiny_cascade.yaml`. They show how the methods are
+The settings are in `tiny_baselines.yaml` and `tiny_cascade.yaml` of `trl_diffusion_opd/stage_configs`. They show how the methods are
 called, and are no comparison: updates are few, so that everything takes some ten minutes with one thread, and their cost is not the same. The
 comparison at equal cost is `benchmarks/claims`.
 
@@ -48,12 +48,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import TrlParser
 
 from trl_diffusion_opd import evaluate_retention, merge_teachers, tiny
 from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.problems import Problems
+from trl_diffusion_opd.scripts.parser import parse
 from trl_diffusion_opd.scripts.stages import Stage, read_stages, run_stages
 
 
@@ -78,12 +78,8 @@ class ScriptArguments:
     output_dir: str = field(
         default="outputs/baselines", metadata={"help": "A folder for each method, and the report."}
     )
-    stages: str = field(
-        default="examples/stages/tiny_baselines.yaml", metadata={"help": "A stage for each method of one trainer."}
-    )
-    cascade: str = field(
-        default="examples/stages/tiny_cascade.yaml", metadata={"help": "The stages of the cascade, in their order."}
-    )
+    stages: str = field(default="tiny_baselines", metadata={"help": "A stage for each method of one trainer."})
+    cascade: str = field(default="tiny_cascade", metadata={"help": "The stages of the cascade, in their order."})
     num_test_images: int = field(default=128, metadata={"help": "Images a task in the report."})
 
 
@@ -118,7 +114,7 @@ def main(args: ScriptArguments) -> None:
 
     state = PartialState()
     if "merge" in methods and state.is_main_process:  # again each time: it takes a second, and is the same
-        merged = merge_teachers(load_base(tiny.BASE, "float32"), tiny.TEACHERS, students["merge"], rank=RANK)
+        merged = merge_teachers(load_pipeline(tiny.BASE, "float32"), tiny.TEACHERS, students["merge"], rank=RANK)
         print(f"The merge lost {merged.error:.1%} of the teachers' mean update.")
     state.wait_for_everyone()
 
@@ -143,4 +139,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments,)).parse_args_and_config())
+    main(*parse((ScriptArguments,)))

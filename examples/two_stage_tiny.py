@@ -32,11 +32,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import TrlParser
 
 from trl_diffusion_opd import DiffusionOPDConfig, evaluate_retention, tiny
 from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
-from trl_diffusion_opd.scripts.arguments import load_teachers
+from trl_diffusion_opd.scripts.arguments import packaged
+from trl_diffusion_opd.scripts.parser import parse
 from trl_diffusion_opd.scripts.stages import StageSpec, read_stages, run_stages
 
 
@@ -46,15 +46,15 @@ class ScriptArguments:
     Arguments of the script.
 
     Args:
-        stages (`str`, *optional*, defaults to `"examples/stages/tiny_two_stage.yaml"`):
-            A file of stages; the last one is the student's, with a teacher for each task of the tiny world.
+        stages (`str`, *optional*, defaults to `"tiny_two_stage"`):
+            A file of stages, or the name of one in the package; the last one is the student's, with a teacher for each task of the tiny world.
         output_dir (`str`, *optional*): an output folder other than the file's.
         num_test_images (`int`, *optional*, defaults to `512`): images a task in the report.
     """
 
     stages: str = field(
-        default="examples/stages/tiny_two_stage.yaml",
-        metadata={"help": "A YAML file with output_dir, shared and stages; the last stage is the student's."},
+        default="tiny_two_stage",
+        metadata={"help": "YAML with output_dir, shared and stages, or the name of one in the package."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "An output folder other than the file's."})
     num_test_images: int = field(default=512, metadata={"help": "Images a task in the report."})
@@ -64,7 +64,7 @@ def main(script_args: ScriptArguments) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     stages, output_dir = read_stages(script_args.stages, script_args.output_dir)
     student = StageSpec(**stages[-1].settings)
-    teachers = load_teachers(student.teachers or [], student.teacher_guidance_scales)
+    teachers = student.teachers_by_task()
     problems = []  # what the report would refuse after all the training
     if student.trainer != "opd" or teachers.keys() != set(tiny.TASKS):
         problems.append(
@@ -80,7 +80,7 @@ def main(script_args: ScriptArguments) -> None:
     settings = student.make_config(folder, None)
     assert isinstance(settings, DiffusionOPDConfig)
     report = evaluate_retention(
-        student.model_name_or_path,
+        packaged(student.model_name_or_path),
         teachers,
         str(folder),
         tiny.rewards,
@@ -94,4 +94,4 @@ def main(script_args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ScriptArguments,)).parse_args_and_config())
+    main(*parse((ScriptArguments,)))

@@ -13,12 +13,15 @@
 # limitations under the License.
 
 """
-What `make wheel-check` asks of a wheel: that it holds the package and nothing else, and that the README's ten lines and the
-snippet after them run where it is installed, away from the checkout. Needs the standard library alone.
+What `make wheel-check` asks of a wheel and of the source distribution: that they hold what they should and nothing else, and
+that the command, the README's ten lines and the snippet after them run where the wheel is installed, away from the checkout.
+Needs the standard library alone.
 
 ```bash
 python tests/check_wheel.py contents dist/trl_diffusion_opd-*.whl
-python tests/check_wheel.py readme  # with the Python of the environment that the wheel is installed in
+python tests/check_wheel.py source dist/trl_diffusion_opd-*.tar.gz
+python tests/check_wheel.py command  # with the Python of the environment that the wheel is installed in
+python tests/check_wheel.py readme  # likewise
 ```
 """
 
@@ -27,6 +30,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from zipfile import ZipFile
@@ -37,6 +41,10 @@ PACKAGE = "trl_diffusion_opd"
 # Without these the package would import but not work.
 DATA = (
     "py.typed",
+    "accelerate_configs/fsdp2.yaml",
+    "configs/tiny.yaml",
+    "stage_configs/tiny_cascade.yaml",
+    "tiny/data/compose_train.jsonl",
     "reporting/templates/model_card.md",
     "tiny/weights/base/model_index.json",
     "tiny/weights/teachers/style",
@@ -57,6 +65,17 @@ pipe("a red circle", num_inference_steps=2, guidance_scale=1.0, height=32, width
 )
 
 
+# Folders beside the package that the source distribution has whole, with what links lead to.
+SOURCES = ("benchmarks", "docs", "examples", "model_cards", "tests")
+# Commands, and a file that is there after each.
+SHORT = "--max_steps 2 --eval_strategy no --eval_on_start false --save_strategy no --use_cpu true"
+COMMANDS = (
+    ("env", ()),
+    (f"opd --config tiny {SHORT} --log_completions false --num_test_images 2", ("outputs/demo/retention.json",)),
+    (f"sft --config tiny_sft {SHORT} --accelerate_config cpu", ("outputs/sft/pytorch_lora_weights.safetensors",)),
+)
+
+
 def check_contents(wheel: Path) -> None:
     """Exits with what the wheel lacks of the checkout's package, or has beside it."""
     folder = ROOT / PACKAGE
@@ -71,6 +90,32 @@ def check_contents(wheel: Path) -> None:
     missing = [path for path in DATA if not any(name.startswith(f"{PACKAGE}/{path}") for name in found)]
     if missing or not any(name.endswith("/LICENSE") for name in metadata):
         sys.exit(f"{wheel.name} lacks {', '.join(missing) or 'LICENSE'}")
+
+
+def check_source(archive: Path) -> None:
+    """Exits with what a source distribution lacks of the checkout."""
+    with tarfile.open(archive) as opened:
+        found = {name.partition("/")[2] for name in opened.getnames()}
+    expected = {"pyproject.toml", "Makefile", "constraints.txt", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
+    for folder, _, names in (one for source in SOURCES for one in os.walk(ROOT / source, followlinks=True)):
+        if not {"__pycache__", "results"} & set(Path(folder).parts):
+            expected |= {Path(folder, name).relative_to(ROOT).as_posix() for name in names}
+    if expected - found:
+        sys.exit(f"{archive.name} lacks {sorted(expected - found)}")
+
+
+def check_command() -> None:
+    """Exits with the first command that fails, or leaves no file; all run in one folder, which is empty at first."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as folder:
+        for words, files in COMMANDS:
+            command = [str(Path(sys.executable).with_name("trl-diffusion-opd")), *words.split()]
+            done = subprocess.run(command, cwd=folder, env=environment)
+            missing = [name for name in files if not Path(folder, name).is_file()]
+            if done.returncode or missing:
+                sys.exit(
+                    f"trl-diffusion-opd {words}: exit status {done.returncode}, and there is no {', '.join(missing)}"
+                )
 
 
 def snippets() -> list[str]:
@@ -99,9 +144,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("contents", help="what is in a wheel").add_argument("wheel", type=Path)
+    commands.add_parser("source", help="what is in a source distribution").add_argument("archive", type=Path)
+    commands.add_parser("command", help="the console script, with this Python's packages")
     commands.add_parser("readme", help="the README's snippets, with this Python's packages")
     arguments = parser.parse_args()
     if arguments.command == "contents":
         check_contents(arguments.wheel)
+    elif arguments.command == "source":
+        check_source(arguments.archive)
+    elif arguments.command == "command":
+        check_command()
     else:
         check_readme()

@@ -76,6 +76,14 @@ def hub() -> Iterator[LoopbackHub]:
     _HUB.reset()
 
 
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A LoRA of each of the two tasks, by task, for the small SD3 of `helpers.tiny_sd3`. Nobody changes the files."""
+    from helpers.opd_fixtures import make_teachers
+
+    return make_teachers(tmp_path_factory.mktemp("teachers"))
+
+
 # Processes
 
 _BIN = os.path.dirname(sys.executable)
@@ -113,6 +121,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "processes" in item.fixturenames:
             item.add_marker("slow")
+        if item.path.parent.name == "distributed":
+            item.add_marker("distributed")
         tests[item.path] = tests.get(item.path, 0) + 1
         slow[item.path] = slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
     items.sort(key=lambda item: (slow[item.path] == 0, -tests[item.path], item.path))

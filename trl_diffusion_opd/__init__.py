@@ -19,8 +19,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0.dev0"
-
 # Imported when first asked for: `trl_diffusion_opd.tiny` and the samplers need no transformers.
 _MODULES = {
     "DiffusionGRPOConfig": "trainer.diffusion_grpo_config",
@@ -33,7 +31,7 @@ _MODULES = {
     "DiffusionSFTTrainer": "trainer.diffusion_sft_trainer",
     "TeacherConfig": "models.teacher_config",
     "VelocityField": "pipelines.velocity",
-    "estimate_memory": "profiling.memory",
+    "estimate_memory": "trainer.memory_estimate",
     "evaluate_retention": "evaluation",
     "MergeReport": "models.merge",
     "merge_teachers": "models.merge",
@@ -70,6 +68,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    __version__: str
     from . import tiny
     from .algorithms.opd import step_weights
     from .algorithms.rollout import walk
@@ -78,7 +77,6 @@ if TYPE_CHECKING:
     from .models.merge import MergeReport, merge_teachers
     from .models.teacher_config import TeacherConfig
     from .pipelines.velocity import VelocityField
-    from .profiling.memory import estimate_memory
     from .reporting.teacher_card import write_teacher_card
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
@@ -88,9 +86,14 @@ if TYPE_CHECKING:
     from .trainer.diffusion_opd_trainer import DiffusionOPDTrainer
     from .trainer.diffusion_sft_config import DiffusionSFTConfig
     from .trainer.diffusion_sft_trainer import DiffusionSFTTrainer
+    from .trainer.memory_estimate import estimate_memory
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # pyproject.toml's
+        from importlib.metadata import version
+
+        return version("trl-diffusion-opd")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # What is imported stays, and a quarter of the time would go to looking for garbage in it.

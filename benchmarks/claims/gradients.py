@@ -74,8 +74,9 @@ from trl_diffusion_opd import (
     merge_teachers,
     tiny,
 )
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.grpo import log_ratio, transition_kl
-from trl_diffusion_opd.algorithms.opd import policy_gradient_loss, velocity_gap_sq
+from trl_diffusion_opd.algorithms.opd import policy_gradient_loss
 from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 

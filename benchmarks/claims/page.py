@@ -232,7 +232,7 @@ def cost_section(results: Results, output: Path) -> Section:
         rivals.append(ALL_ORDERS)
     section.findings += [
         sentence(
-            f"At equal forwards, teachers' sum counted, OPD has a higher {figure} score than `{method}`",
+            f"At equal forwards, all teachers counted, OPD has a higher {figure} score than `{method}`",
             comparison(results, "opd", method, figure),
         )
         for figure in TOTALS

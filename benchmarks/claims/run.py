@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ from transformers import set_seed
 
 from trl_diffusion_opd import merge_teachers, tiny
 from trl_diffusion_opd.scripts.stages import read_stages, run_stages
-from trl_diffusion_opd.tiny.measure import generate
+
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "tiny"))
+
+from measure import generate  # noqa: E402
 
 
 NUM_IMAGES = 512

@@ -27,7 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
-from trl_diffusion_opd.profiling.memory import optimizer_bytes
+from trl_diffusion_opd.trainer.memory_estimate import optimizer_bytes
 
 from .report import ROOT, Report
 

@@ -32,7 +32,7 @@ from diffusers import (
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
-from trl_diffusion_opd.acceleration.quantization import dequantised, quantised_layers
+from trl_diffusion_opd.acceleration.quantization import dequantized, quantized_layers
 
 from .report import ROOT, Report
 
@@ -117,8 +117,8 @@ def gradient_error(report: Report, folder: Path, teacher: str, way: str) -> floa
     """Relative difference of the gradient from that on the same weights, dequantised; all else in float32."""
     pipeline, plain = (load(folder, one, torch.float32, report.device) for one in (way, None))
     layers = dict(plain.transformer.named_modules())
-    for name, layer in quantised_layers(pipeline.transformer):
-        layers[name].weight.data.copy_(dequantised(layer))
+    for name, layer in quantized_layers(pipeline.transformer):
+        layers[name].weight.data.copy_(dequantized(layer))
     ours, theirs = (gradient(report, folder, one, teacher) for one in (pipeline, plain))
     return float((ours - theirs).norm() / theirs.norm())
 

@@ -27,8 +27,8 @@ import matplotlib.pyplot as plt
 from diffusers import FlowMatchEulerDiscreteScheduler
 from matplotlib.axes import Axes
 
-from trl_diffusion_opd.algorithms.opd import default_skip_last_steps, step_weights, trained_steps
-from trl_diffusion_opd.algorithms.samplers import sampler_table
+from trl_diffusion_opd.algorithms.opd import step_weights, trained_steps
+from trl_diffusion_opd.algorithms.samplers import default_skip_last_steps, sampler_table
 
 
 # Colours that people with colour-blindness can tell apart (Okabe and Ito); markers say the same once more.

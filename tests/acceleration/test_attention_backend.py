@@ -15,6 +15,7 @@
 """attention_backend: the same velocities and gradients by another kernel, and no choice that does nothing."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def make_field(name: str) -> tuple[DiffusionPipeline, VelocityField]:
     return pipeline, VelocityField(pipeline, num_inference_steps=2, **FAMILIES[name].kwargs)
 
 
+def use_backend(field: VelocityField, backend: str, batch_size: int) -> Callable[[], None]:
+    network = field.pipeline.transformer
+    return use_attention_backend(network, backend, lambda: field.one_forward(network, batch_size))
+
+
 def chosen(network: nn.Module) -> set[Any]:
     """The backends that a transformer's processors have."""
     processors = [m.processor for m in network.modules() if "processor" in m.__dict__]
@@ -81,12 +87,12 @@ def test_families_that_honour_it_and_those_that_would_not(name: str) -> None:
     pipeline, field = make_field(name)
     batch_size = len(FAMILIES[name].prompts)
     if HONOUR_IT[name] is True:
-        put_back = use_attention_backend(field, pipeline.transformer, "_native_math", batch_size)
+        put_back = use_backend(field, "_native_math", batch_size)
         assert chosen(pipeline.transformer) == {AttentionBackendName._NATIVE_MATH}
         put_back()
     else:
         with pytest.raises(ValueError) as error:
-            use_attention_backend(field, pipeline.transformer, "_native_math", batch_size)
+            use_backend(field, "_native_math", batch_size)
         assert str(error.value) == (
             f"attention_backend='_native_math' would do nothing: the attention of {type(pipeline.transformer).__name__} "
             f"({HONOUR_IT[name]}) does not go through diffusers' dispatcher. Leave it unset."
@@ -99,7 +105,7 @@ def velocity_and_gradients(name: str, backend: str | None) -> tuple[Tensor, list
     pipeline, field = make_field(name)
     family = FAMILIES[name]
     if backend is not None:
-        use_attention_backend(field, pipeline.transformer, backend, 2)
+        use_backend(field, backend, 2)
     torch.manual_seed(0)
     lora = LoraConfig(r=2, target_modules=list(family.lora_targets), init_lora_weights=False)
     model = get_peft_model(pipeline.transformer, lora).eval()
@@ -141,9 +147,9 @@ class TestRefusals:
         with pytest.raises(
             ValueError, match="'_native_flash' does not work for QwenImage.* on cpu in float32: .*attn_mask"
         ):
-            use_attention_backend(field, pipeline.transformer, "_native_flash", 2)
+            use_backend(field, "_native_flash", 2)
         assert chosen(pipeline.transformer) == {None}
-        use_attention_backend(field, pipeline.transformer, "_native_flash", 1)
+        use_backend(field, "_native_flash", 1)
 
     @pytest.mark.parametrize(
         ("backend", "message"),
@@ -189,7 +195,7 @@ class TestRefusals:
         monkeypatch.setitem(_AttentionBackendRegistry._backends, name, run)
         pipeline, field = make_field("flux")
         with pytest.raises(ValueError, match="attention_backend='_native_math' passes no gradient"):
-            use_attention_backend(field, pipeline.transformer, "_native_math", 2)
+            use_backend(field, "_native_math", 2)
         assert chosen(pipeline.transformer) == {None}
 
     def test_sd3_through_the_trainer(self, tmp_path: Path) -> None:
@@ -200,13 +206,13 @@ class TestRefusals:
 def test_processors_that_pass_it_by_beside_others_are_named(caplog: pytest.LogCaptureFixture) -> None:
     pipeline, field = make_field("flux")
 
-    class OwnKernel(type(pipeline.transformer.transformer_blocks[0].attn.processor)):
+    class OwnKernel:
         def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any) -> Any:
             return hidden_states, encoder_hidden_states
 
     pipeline.transformer.transformer_blocks[0].attn.processor = OwnKernel()
     with caplog.at_level(logging.WARNING, "trl_diffusion_opd.acceleration.attention"):
-        use_attention_backend(field, pipeline.transformer, "_native_math", 2)
+        use_backend(field, "_native_math", 2)
     assert "is used by FluxAttnProcessor of FluxTransformer2DModel, and not by OwnKernel." in caplog.text
 
 

@@ -23,6 +23,7 @@ from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoCon
 from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3
 from diffusers.utils.torch_utils import randn_tensor
 from helpers.grpo_fixtures import make_trainer as grpo_trainer
+from helpers.nft_fixtures import make_trainer as nft_trainer
 from helpers.opd_fixtures import (
     Recorder,
     StopAt,
@@ -33,24 +34,23 @@ from helpers.opd_fixtures import (
     snapshot,
     train_losses,
 )
-from helpers.quantization_fixtures import KINDS, config, dequantised, load, make_base, weight, without_gpu
+from helpers.quantization_fixtures import KINDS, config, dequantized, load, make_base, weight, without_gpu
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_lora
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, IntxWeightOnlyConfig
-from trainer.test_nft_trainer import make_trainer as nft_trainer
 from transformers import BitsAndBytesConfig as TransformersConfig
 from transformers import TorchAoConfig as TransformersTorchAoConfig
 
 from trl_diffusion_opd import estimate_memory
 from trl_diffusion_opd.acceleration import quantization
-from trl_diffusion_opd.acceleration.quantization import plain_tensors, quantised_layers, scales
-from trl_diffusion_opd.evaluation.identity import base_digest
-from trl_diffusion_opd.pipelines.view import StandIn, base_weight
-from trl_diffusion_opd.profiling.memory import activation_bytes
+from trl_diffusion_opd.acceleration.quantization import base_weight, plain_tensors, quantized_layers, scales
+from trl_diffusion_opd.pipelines.fingerprints import base_digest
+from trl_diffusion_opd.pipelines.view import StandIn
 from trl_diffusion_opd.scripts import arguments as cli
 from trl_diffusion_opd.scripts.arguments import QuantizationArguments
 from trl_diffusion_opd.trainer.checks import launch_problems
+from trl_diffusion_opd.trainer.memory_estimate import activation_bytes
 
 
 pytestmark = pytest.mark.slow
@@ -104,22 +104,22 @@ def update(output_dir, pipeline, loras, **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_layer_stands_for(kind, base):
-    layers = dict(quantised_layers(load(base, kind).transformer))
+    layers = dict(quantized_layers(load(base, kind).transformer))
     assert len(layers) > 20 and "transformer_blocks.0.attn.to_q" in layers
     for layer in layers.values():
-        torch.testing.assert_close(quantization.dequantised(layer).float(), weight(layer, kind), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(quantization.dequantized(layer).float(), weight(layer, kind), rtol=1e-6, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
-def unquantised(tmp_path_factory, loras):
+def unquantized(tmp_path_factory, loras):
     return update(tmp_path_factory.mktemp("unquantised"), make_base(), loras)[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient(kind, base, loras, unquantised, tmp_path):
+def test_loss_and_gradient(kind, base, loras, unquantized, tmp_path):
     pipeline = load(base, kind)
     reference = make_base()
-    dequantised(pipeline.transformer, kind, reference.transformer)
+    dequantized(pipeline.transformer, kind, reference.transformer)
     trainer, gradient = update(tmp_path / "ours", pipeline, loras)
     exact, expected = update(tmp_path / "exact", reference, loras)
     # bitsandbytes' 8 bits round inputs too: where a rounding falls the other way, all that follows differs a little.
@@ -127,7 +127,7 @@ def test_loss_and_gradient(kind, base, loras, unquantised, tmp_path):
     assert train_losses(trainer) == pytest.approx(train_losses(exact), rel=tolerance)
     assert relative_difference(gradient, expected) < tolerance
     # To the base that was quantised it is far more.
-    assert relative_difference(gradient, unquantised) > 10 * tolerance
+    assert relative_difference(gradient, unquantized) > 10 * tolerance
 
 
 def forward_of(transformer, model=None):
@@ -150,7 +150,7 @@ def test_half_precision(kind, base, loras, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline_stable_diffusion_3, "randn_tensor", noise_in_float32)
     pipeline = load(base, kind, torch.bfloat16)
     reference = make_base()
-    dequantised(pipeline.transformer, kind, reference.transformer)
+    dequantized(pipeline.transformer, kind, reference.transformer)
     trainer, gradient = update(tmp_path / "ours", pipeline, loras, dtype="bfloat16")
     _, expected = update(tmp_path / "exact", reference, loras)
     assert {p.dtype for p in trainer.student.parameters()} == {torch.float32}
@@ -159,7 +159,7 @@ def test_half_precision(kind, base, loras, tmp_path, monkeypatch):
     assert 0 < trainer.state.log_history[0]["noise_floor"] < 0.01 * trainer.state.log_history[0]["kl"]
 
 
-def test_output_projection_is_dequantised_in_float32(base):
+def test_output_projection_is_dequantized_in_float32(base):
     """Of a bfloat16 base, against the same in float32 from the inputs of the projection on."""
     transformer = load(base, "nf4", torch.bfloat16).transformer
     quantization.prepare(transformer)
@@ -209,7 +209,7 @@ def test_wrong_gradient_is_seen():
 # What is asked of a base
 
 
-def test_dtype_is_that_of_what_is_not_quantised(base):
+def test_dtype_is_that_of_what_is_not_quantized(base):
     storage = config("nf4")
     storage.bnb_4bit_quant_storage = torch.bfloat16
     mapping = PipelineQuantizationConfig(quant_mapping={"transformer": storage})
@@ -234,11 +234,11 @@ def test_dtype_is_that_of_what_is_not_quantised(base):
 def test_by_name(given, base, loras, tmp_path):
     trainer, gradient = update(tmp_path / "ours", str(base), loras, quantization_config=given)
     _, expected = update(tmp_path / "loaded", load(base, "torchao int8"), loras)
-    assert len(list(quantised_layers(trainer._pipeline.transformer))) > 20
+    assert len(list(quantized_layers(trainer._pipeline.transformer))) > 20
     assert relative_difference(gradient, expected) < 1e-6
 
 
-def test_what_is_saved_quantised(base, loras, tmp_path):
+def test_what_is_saved_quantized(base, loras, tmp_path):
     load(base, "nf4").save_pretrained(tmp_path / "saved")
     _, gradient = update(tmp_path / "ours", str(tmp_path / "saved"), loras)
     _, expected = update(tmp_path / "loaded", load(base, "nf4"), loras)
@@ -299,7 +299,7 @@ def test_other_trainers(method, kind, base, tmp_path):
     }[method]
     pipeline = load(base, kind)
     reference = make_base()
-    dequantised(pipeline.transformer, kind, reference.transformer)
+    dequantized(pipeline.transformer, kind, reference.transformer)
     changes = []
     for name, one in (("ours", pipeline), ("exact", reference)):
         trainer = make(tmp_path / name, one)
@@ -316,25 +316,25 @@ def test_full_teacher(base, loras, tmp_path):
     trainer = make_trainer(tmp_path, str(base), load(base, "nf4", torch.bfloat16), dtype="bfloat16")
     (teacher,) = trainer.bank.teachers["count"]
     with torch.no_grad(), trainer.bank.use(teacher) as module:
-        assert module.dtype == torch.bfloat16 and not list(quantised_layers(module))
+        assert module.dtype == torch.bfloat16 and not list(quantized_layers(module))
         ours = forward_of(module)
         theirs = forward_of(make_base().to(torch.bfloat16).transformer)
     torch.testing.assert_close(ours, theirs)
     trainer.train()
 
 
-def test_quantised_full_teacher(base, loras, tmp_path):
+def test_quantized_full_teacher(base, loras, tmp_path):
     load(base, "torchao int8").save_pretrained(tmp_path / "quantised")
     trainer = make_trainer(tmp_path / "run", str(tmp_path / "quantised"), load(base, "torchao int8"))
     (teacher,) = trainer.bank.backbone.networks()
-    assert len(list(quantised_layers(teacher))) > 20
+    assert len(list(quantized_layers(teacher))) > 20
     trainer.train()
     # It is the base, but for the student's LoRA.
     with torch.no_grad(), trainer.bank.use(None) as own:
         torch.testing.assert_close(forward_of(teacher), forward_of(own.get_base_model()))
 
 
-def test_quantised_text_encoder(base, loras, tmp_path):
+def test_quantized_text_encoder(base, loras, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
     mapping = {
@@ -344,7 +344,7 @@ def test_quantised_text_encoder(base, loras, tmp_path):
     given = PipelineQuantizationConfig(quant_mapping=mapping)
     options = dict(quantization_config=given, offload_encoders=True, prompt_cache_dir=str(tmp_path / "cache"))
     trainer, _ = update(tmp_path / "run", str(base), loras, **options)
-    assert list(quantised_layers(trainer._pipeline.text_encoder_3))
+    assert list(quantized_layers(trainer._pipeline.text_encoder_3))
 
 
 def test_messages_of_8_bits_come_once(base, caplog):
@@ -434,7 +434,7 @@ def test_bitsandbytes_without_a_gpu(base, loras, tmp_path, monkeypatch):
         (IntxWeightOnlyConfig(), "quantised by torchao's IntxWeightOnlyConfig, says diffusers"),
     ],
 )
-def test_quantisation_that_is_not_trained_on(quant_type, message, base, loras, tmp_path):
+def test_quantization_that_is_not_trained_on(quant_type, message, base, loras, tmp_path):
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=TorchAoConfig(quant_type))
 
 
@@ -459,7 +459,7 @@ def test_other_library(base, loras, tmp_path):
 
 def counted_by_hand(transformer, kind):
     """Bytes of a transformer: those of its quantised layers by the formulas of the documentation."""
-    layers = dict(quantised_layers(transformer))
+    layers = dict(quantized_layers(transformer))
     rest = [
         t
         for n, t in [*transformer.named_parameters(), *transformer.named_buffers()]
@@ -506,7 +506,7 @@ def test_activations_are_those_of_a_real_pass(kind, batch, checkpointing, base, 
     assert estimate == pytest.approx(measured(trainer, ["count0"] * batch), rel=0.1)
 
 
-def test_digest_of_a_quantised_base(base):
+def test_digest_of_a_quantized_base(base):
     digests = {base_digest(load(base, kind)) for kind in ("nf4", "torchao int8")} | {base_digest(make_base())}
     assert len(digests) == 3 and base_digest(load(base, "torchao int8")) in digests
 

@@ -21,11 +21,11 @@ import torch
 from helpers.noise_grids import sd3_levels
 from torch import nn
 
+from trl_diffusion_opd.algorithms.flow import noised
 from trl_diffusion_opd.algorithms.nft import (
     draw_levels,
     implicit_velocities,
     nft_loss,
-    noised,
     old_policy_decay,
     optimality,
 )

@@ -19,18 +19,17 @@ import torch
 from helpers.noise_grids import GRIDS, sd3_levels
 from torch.distributions import Normal, kl_divergence
 
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.opd import (
     WEIGHTINGS,
-    default_skip_last_steps,
     dominant_step,
     inclusion_probabilities,
     policy_gradient_loss,
     step_weights,
     systematic_sample,
     trained_steps,
-    velocity_gap_sq,
 )
-from trl_diffusion_opd.algorithms.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, sampler_table
+from trl_diffusion_opd.algorithms.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, default_skip_last_steps, sampler_table
 
 
 def weights_of(name, weighting, levels=None, eta=None):

@@ -26,12 +26,12 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset
-from distributed.test_fsdp import fsdp_environment
 from helpers.families import FAMILIES
 from helpers.launching import TESTS, Forks
 from helpers.opd_fixtures import make_trainer, snapshot, train_losses
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_lora, make_pipeline
+from helpers.two_processes import fsdp_environment
 
 from trl_diffusion_opd import TeacherConfig, tiny
 from trl_diffusion_opd.algorithms.separability import (

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trl_diffusion_opd import DiffusionOPDConfig
-from trl_diffusion_opd.algorithms.opd import default_skip_last_steps
+from trl_diffusion_opd.algorithms.samplers import default_skip_last_steps
 from trl_diffusion_opd.models.student import default_lora_config
 
 

@@ -23,7 +23,6 @@ import torch
 from helpers.opd_fixtures import (
     StopAt,
     make_dataset,
-    make_teachers,
     make_trainer,
     snapshot,
     student_lora,
@@ -36,11 +35,6 @@ from trl_diffusion_opd.checkpointing.seal import damage, is_sealed, run_of, seal
 
 
 OPTIONS = dict(max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2)
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

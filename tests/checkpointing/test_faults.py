@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_teachers, make_trainer, snapshot, train_losses
+from helpers.opd_fixtures import make_trainer, snapshot, train_losses
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -49,11 +49,6 @@ FILES = {
     "prompts.json": FOLDER,
     "complete.part": FULL,
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

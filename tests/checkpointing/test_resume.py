@@ -21,16 +21,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.opd_fixtures import StopAt, make_teachers, make_trainer, snapshot, student_lora, train_losses
+from helpers.opd_fixtures import StopAt, make_trainer, snapshot, student_lora, train_losses
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_opd.checkpointing import checkpoint
 from trl_diffusion_opd.models.student import Student
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 # Epochs of two updates (6 prompts, 4 an update), so that stops at 2 and 3 are at the end and in the middle of one.

@@ -20,7 +20,7 @@ import threading
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_dataset, make_teachers, make_trainer, snapshot
+from helpers.opd_fixtures import make_dataset, make_trainer, snapshot
 from transformers import TrainerCallback
 
 from trl_diffusion_opd.checkpointing.checkpoint import last_complete
@@ -35,11 +35,6 @@ OPTIONS = dict(
     save_strategy="no",
     gradient_accumulation_steps=4,
 )
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 class Signal(TrainerCallback):
@@ -163,5 +158,7 @@ def test_two_processes_stop_together(tmp_path, teachers, processes):
 def test_the_command_that_goes_on(monkeypatch):
     monkeypatch.setattr("sys.argv", ["examples/opd.py", "--config", "a b.yaml", "--resume_from_checkpoint", "False"])
     assert command_to_go_on() == "python examples/opd.py --config 'a b.yaml' --resume_from_checkpoint True"
+    monkeypatch.setattr("sys.argv", ["trl-diffusion-opd", "opd", "--config", "tiny", "--resume_from_checkpoint=False"])
+    assert command_to_go_on() == "trl-diffusion-opd opd --config tiny --resume_from_checkpoint True"
     monkeypatch.setattr("sys.argv", ["opd.py", "--resume_from_checkpoint=out/checkpoint-2"])
     assert command_to_go_on() == "python opd.py --resume_from_checkpoint True"

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from diffusers import SD3Transformer2DModel
 from helpers.launching import free_port
-from helpers.opd_fixtures import make_teachers, relative_difference
+from helpers.opd_fixtures import relative_difference
 from helpers.split_runs import MAKE, UPDATES, state_of
 from safetensors.torch import load_file
 
@@ -43,11 +43,6 @@ def launch(stage: int, folder: Path) -> None:
     environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=1800)
     assert result.returncode == 0, result.stderr[-20000:]
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

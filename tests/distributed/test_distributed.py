@@ -27,18 +27,8 @@ from helpers.opd_fixtures import (
     train_losses,
 )
 from helpers.sft_fixtures import sft_trainer
+from helpers.two_processes import OPTIONS, UPDATES, losses
 from safetensors.torch import load_file
-
-
-UPDATES = 3
-OPTIONS = dict(
-    max_steps=UPDATES,
-    gradient_accumulation_steps=4,
-    sampler="flow_sde",
-    learning_rate=1e-2,
-    ema_decay=0.9,
-    ema_update_interval=1,
-)
 
 
 TUNING = dict(max_steps=2, gradient_accumulation_steps=4, learning_rate=1e-2, num_images_per_prompt=2)
@@ -75,10 +65,6 @@ def run_alone(folder, teachers, batch_size, accumulation):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, teachers):
     return run_alone(tmp_path_factory.mktemp("one"), teachers, batch_size=4, accumulation=4)
-
-
-def losses(report):
-    return [entry["loss"] for entry in report["log"] if "loss" in entry]
 
 
 def test_two_processes_give_what_one_gives(two, one):

@@ -16,8 +16,8 @@
 import json
 
 import pytest
-from distributed.test_distributed import losses
-from helpers.opd_fixtures import StopAt, make_teachers, make_trainer, relative_difference, snapshot, train_losses
+from helpers.opd_fixtures import StopAt, make_trainer, relative_difference, snapshot, train_losses
+from helpers.two_processes import losses
 from safetensors.torch import load_file
 
 
@@ -34,11 +34,6 @@ OPTIONS = dict(
     ema_update_interval=1,
 )
 ONE, TWO = ({**OPTIONS, "per_device_train_batch_size": size} for size in (4, 2))  # the same prompts an update
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

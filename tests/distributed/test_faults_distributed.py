@@ -18,9 +18,9 @@ import signal
 import time
 
 import pytest
-from distributed.test_distributed import losses
 from helpers.launching import TESTS, as_script, launched
-from helpers.opd_fixtures import make_teachers, make_trainer, relative_difference, snapshot, train_losses
+from helpers.opd_fixtures import make_trainer, relative_difference, snapshot, train_losses
+from helpers.two_processes import losses
 from safetensors.torch import load_file
 
 
@@ -37,11 +37,6 @@ OPTIONS = dict(
 )
 LOST = "Process 0 of 2 lost another process in update "
 GO_ON = "checkpoint-2 is complete: start again with resume_from_checkpoint=True to go on from there."
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture

@@ -14,13 +14,9 @@
 """Two processes that split the model between them (FSDP2) compute what one computes, and save adapters alone."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
-from distributed.test_distributed import OPTIONS, UPDATES
 from helpers.opd_fixtures import (
     first_pixel,
     make_dataset,
@@ -32,17 +28,8 @@ from helpers.opd_fixtures import (
 )
 from helpers.split_runs import TARGETS
 from helpers.tiny_sd3 import make_pipeline
+from helpers.two_processes import OPTIONS, UPDATES, fsdp_environment
 from safetensors.torch import load_file
-
-
-CONFIG = Path(__file__).parents[2] / "examples" / "accelerate_configs" / "fsdp2.yaml"
-
-
-def fsdp_environment():
-    """What `accelerate launch` sets for the example's FSDP settings."""
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(CONFIG), "x.py"]))
-    environment = prepare_multi_gpu_env(args)
-    return {name: value for name, value in environment.items() if "FSDP" in name}
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ import json
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from distributed.test_fsdp import fsdp_environment
-from helpers.opd_fixtures import StopAt, make_teachers, make_trainer, relative_difference, train_losses
+from helpers.opd_fixtures import StopAt, make_trainer, relative_difference, train_losses
 from helpers.split_runs import MAKE, RESUMED, STOP, UPDATES, state_of
+from helpers.two_processes import fsdp_environment
 from safetensors.torch import load_file
 
 from trl_diffusion_opd.acceleration.sharding import load_whole_optimizer_state, whole_optimizer_state
@@ -29,11 +29,6 @@ from trl_diffusion_opd.checkpointing.checkpoint import optimizer_problems
 
 HALF = ("half", "half_full")
 EXACT = [name for name in MAKE if name not in HALF]
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

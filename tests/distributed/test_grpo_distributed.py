@@ -13,35 +13,14 @@
 # limitations under the License.
 """Two processes that share groups of completions give what one process gives."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 from helpers.grpo_fixtures import logged, make_trainer
-from helpers.launching import Forks
 from helpers.opd_fixtures import first_pixel, relative_difference, snapshot
-from safetensors.torch import load_file
+from helpers.two_processes import on_two_processes
 
 
 # A group of 4 lies on both processes.
 OPTIONS = dict(max_steps=4, num_iterations=2, gradient_accumulation_steps=4, learning_rate=1e-3, beta=0.1)
-
-
-def on_two_processes(
-    processes: Forks, tmp_path: Path, fixtures: str, options: dict[str, Any]
-) -> tuple[list[Any], list[Any]]:
-    """
-    Logs and weights of both ranks of the trainer that `fixtures` makes.
-
-    Both have reduced their gradients once an update, or it fails.
-    """
-    (tmp_path / "options.json").write_text(json.dumps(options))
-    processes.run_script("train_rl.py", tmp_path, fixtures)
-    reports = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    for report in reports:
-        assert report["reduced_bytes"] == [4 * report["trained_parameters"]] * options["max_steps"] + [0]
-    return [report["log"] for report in reports], [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in (0, 1)]
 
 
 def test_two_processes_give_what_one_gives(processes, tmp_path):

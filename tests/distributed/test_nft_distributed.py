@@ -14,10 +14,10 @@
 """Two processes train by DiffusionNFT what one trains."""
 
 import pytest
-from distributed.test_grpo_distributed import on_two_processes
 from helpers.grpo_fixtures import logged
 from helpers.nft_fixtures import make_trainer
 from helpers.opd_fixtures import first_pixel, relative_difference, snapshot
+from helpers.two_processes import on_two_processes
 
 
 # A group of 4 lies on both processes.

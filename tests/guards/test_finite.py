@@ -18,7 +18,7 @@ import math
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_dataset, make_teachers, make_trainer
+from helpers.opd_fixtures import make_dataset, make_trainer
 from helpers.tiny_sd3 import make_pipeline
 from transformers import TrainerCallback
 
@@ -33,11 +33,6 @@ from trl_diffusion_opd.checkpointing.checkpoint import checkpoints
 
 
 CONFIGS = [DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, DiffusionSFTConfig]
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.mark.parametrize("config", CONFIGS)

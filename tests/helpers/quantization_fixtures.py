@@ -107,10 +107,10 @@ class Int8Inputs(nn.Linear):
 
 
 @torch.no_grad()
-def dequantised(quantised: nn.Module, kind: str, into: nn.Module) -> nn.Module:
+def dequantized(quantized: nn.Module, kind: str, into: nn.Module) -> nn.Module:
     """`into`, a float32 network of the same layers, with the weights of `quantised`, and its rounding of inputs if any."""
     layers = dict(into.named_modules())
-    for name, layer in quantised.named_modules():
+    for name, layer in quantized.named_modules():
         if isinstance(layer, nn.Linear) and type(layer.weight) is not nn.Parameter:
             layers[name].weight.copy_(weight(layer, kind))
             if kind == "int8":

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.loopback_hub import READ_TOKEN, LoopbackHub
-from helpers.opd_fixtures import make_teachers, make_trainer
+from helpers.opd_fixtures import make_trainer
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import hf_api
@@ -46,11 +46,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(hub_errors, "time", sleeping)
     monkeypatch.setattr("huggingface_hub.utils._http.time", sleeping)
     return waited
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def _trainer(folder: Path, teachers: dict[str, str], **options):
@@ -329,7 +324,7 @@ class TestPushing:
         assert "could not be pushed to 'tester/student'" in message and reason in message
         folder = str(tmp_path / "out")
         assert f"saved in {folder!r}" in message
-        assert f"python -m trl_diffusion_opd.hub.push {folder} tester/student" in message
+        assert f"`trl-diffusion-opd push {folder} tester/student`" in message
         assert set(hub.files("tester/student")) == set()
         # And then it works
         hub.faults.clear()
@@ -363,7 +358,7 @@ class TestPushing:
             job = trainer.push_to_hub(blocking=False)
             assert job.exception() is not None
             hf_api().run_as_future(int).result()  # the next job comes after the first one's report
-        assert "python -m trl_diffusion_opd.hub.push" in caplog.text
+        assert "trl-diffusion-opd push" in caplog.text
 
     def test_a_push_that_nobody_announced_is_checked_too(self, hub, tmp_path, teachers):
         hub.create("tester/student", kind="dataset")

@@ -22,7 +22,7 @@ from huggingface_hub import snapshot_download
 
 from trl_diffusion_opd.hub.names import way_out
 from trl_diffusion_opd.models.teacher_config import TeacherConfig, parse_teacher
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.rewards.model_files import find_files
 
 
@@ -115,5 +115,5 @@ def test_rewards_and_bases(hub, tmp_path):
     with pytest.raises(ValueError, match=r"the revision '../../x' can't be one: '\.\.' is no part"):
         find_files("pickscore", "someone/reward", "../../x", [("config.json",)])
     with pytest.raises(ValueError, match="someone/reward/../../x"):
-        load_base("someone/reward/../../x", "float32")
+        load_pipeline("someone/reward/../../x", "float32")
     assert not any("x" == part for request in hub.requests for part in request.split("/"))

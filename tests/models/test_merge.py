@@ -333,10 +333,7 @@ def test_command(teachers, tmp_path, monkeypatch, capsys):
     options = ["--rank", "3", "--method", "svd", "--weights", "draw=2", "--output_dir", str(tmp_path / "out")]
     arguments = ["merge", "--base", str(tmp_path / "base"), "--teachers", *specs, *options]
     monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.delitem(
-        sys.modules, "trl_diffusion_opd.models.merge"
-    )  # runpy warns of a module that is imported already
-    runpy.run_module("trl_diffusion_opd.models.merge", run_name="__main__")
+    runpy.run_module("trl_diffusion_opd.scripts.merge", run_name="__main__")
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert f"rank 3 by svd, {report['error']:.2%} from the mean of the updates" in capsys.readouterr().out
     pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path / "base")

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_teachers, make_trainer, snapshot, student_lora
+from helpers.opd_fixtures import make_trainer, snapshot, student_lora
 from helpers.tiny_sd3 import forward, make_pipeline
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import EvaConfig
@@ -45,11 +45,6 @@ SURVIVING: dict[str, dict[str, Any]] = {
     "others": {"lora_dropout": 0.5, "inference_mode": True, "task_type": "CAUSAL_LM", "fan_in_fan_out": True},
     "orthogonal": {"init_lora_weights": "orthogonal"},
 }
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.mark.parametrize("label", SURVIVING)

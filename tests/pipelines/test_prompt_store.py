@@ -21,9 +21,7 @@ import datasets
 import psutil
 import pytest
 import torch
-from helpers.families import FAMILIES
-from helpers.tiny_sd3 import make_pipeline
-from pipelines.test_prompt_cache import (
+from helpers.encoders import (
     Encoder,
     assert_equal,
     lists,
@@ -33,10 +31,13 @@ from pipelines.test_prompt_cache import (
     padded_to_the_longest,
     rows,
 )
+from helpers.families import FAMILIES
+from helpers.tiny_sd3 import make_pipeline
 
 from trl_diffusion_opd.pipelines import prompt_store
+from trl_diffusion_opd.pipelines.fingerprints import encoder_fingerprint
 from trl_diffusion_opd.pipelines.prompt_cache import PromptCache
-from trl_diffusion_opd.pipelines.prompt_store import PromptStore, encoder_fingerprint
+from trl_diffusion_opd.pipelines.prompt_store import PromptStore
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 

@@ -21,11 +21,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers.families import FAMILIES
+from helpers.families import FAMILIES, TRAINED, save_teacher
 from helpers.opd_fixtures import make_config
 from peft import LoraConfig
 from torch import nn
-from trainer.test_families_trainer import TRAINED, save_teacher
 
 from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
 from trl_diffusion_opd.pipelines.velocity import VelocityField

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.opd_fixtures import make_teachers, make_trainer, measured
+from helpers import grpo_fixtures, nft_fixtures
+from helpers.opd_fixtures import make_trainer, measured
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_pipeline, make_transformer
 from peft import get_peft_model
@@ -25,15 +26,11 @@ from torch import nn
 
 from trl_diffusion_opd import estimate_memory
 from trl_diffusion_opd.models.student import default_lora_config
-from trl_diffusion_opd.profiling.memory import activation_bytes, optimizer_bytes, step_bytes
+from trl_diffusion_opd.profiling.memory import step_bytes
+from trl_diffusion_opd.trainer.memory_estimate import activation_bytes, optimizer_bytes
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -205,6 +202,14 @@ def test_pictures_are_trained_on_without_guidance(tmp_path, teachers, source):
         for scale in (1.0, 4.5)
     )
     assert guided["activations"] == plain["activations"] and plain["activations"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(("fixtures", "kept"), [(grpo_fixtures, []), (nft_fixtures, ["old policy"])])
+def test_training_by_reward(fixtures, kept, tmp_path):
+    memory = estimate_memory(fixtures.make_trainer(tmp_path))
+    assert memory["activations"]["bytes"] > 0 and memory["peak"]["bytes"] > memory["activations"]["bytes"]
+    assert [name for name in ("old policy", "teachers", "frozen base") if name in memory] == kept
+    assert all(memory[name]["bytes"] == memory["student"]["bytes"] for name in kept)
 
 
 def test_nothing_changes(tmp_path, teachers):

@@ -28,8 +28,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from trl_diffusion_opd.algorithms import opd as objectives
-from trl_diffusion_opd.algorithms.opd import velocity_gap_sq
+from trl_diffusion_opd.algorithms import flow
+from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.pipelines import view as pipeline_view
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
@@ -161,7 +161,7 @@ def in_bfloat16(v_student, v_teacher):
 def test_rounding_behind_the_network_is_found(pair, share, broken, monkeypatch):
     """What the test above is able to see: means or velocities subtracted in bfloat16, the projection computed in it."""
     if broken == "velocities":
-        monkeypatch.setattr(objectives, "velocity_difference", in_bfloat16)
+        monkeypatch.setattr(flow, "velocity_difference", in_bfloat16)
     if broken == "projection":
         monkeypatch.setattr(pipeline_view, "_float32_projection", lambda model, base: nullcontext())
     loss, gradient = behind_the_network(pair[1][1], share, "means" if broken == "means" else "velocities")

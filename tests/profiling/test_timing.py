@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers.grpo_fixtures import make_trainer as make_grpo_trainer
 from helpers.nft_fixtures import make_trainer as make_nft_trainer
-from helpers.opd_fixtures import StopAt, first_pixel, make_dataset, make_teachers, make_trainer
+from helpers.opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer
 from helpers.sft_fixtures import sft_trainer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,11 +31,6 @@ pytestmark = pytest.mark.slow
 
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture

@@ -159,8 +159,8 @@ class TestStudent:
         link = f"https://huggingface.co/someone/teachers/tree/{COMMIT}/ocr/lora"
         assert f"| ocr | [someone/teachers/ocr/lora]({link}) | 4.5 | 1 | 16 | commit 0123456789ab |" in text
         assert "| style\\|x | local-teacher | 1.0 | 1 | 4 | sha256 beefbeefbeef |" in text
-        assert "| trained with (sampler `ode`) | 2.5 | 3 |" in text
-        assert "| evaluated with, and to be sampled with | **2.0** | **4** |" in text
+        assert "| training (sampler `ode`) | 2.5 | 3 |" in text
+        assert "| evaluation; use these to sample | **2.0** | **4** |" in text
         assert FIELDS["method"] in text and "| loss | kl |" in text
         assert "| updates | 12 |" in text and "| LoRA | rank 4, alpha 8, on attn.add_k_proj," in text
         assert "| hardware | CPU |" in text and "training time" not in text
@@ -209,7 +209,7 @@ class TestStudent:
         # Qwen-Image and Flux: guidance_scale would be an embedding, and without a negative prompt nothing happens.
         calls = []
         trainer.eval_field = SimpleNamespace(
-            _call_options=lambda prompts, scale: (
+            call_options=lambda prompts, scale: (
                 calls.append((prompts, scale))
                 or {"prompt": prompts, "negative_prompt": [""], "true_cfg_scale": scale, "image": object()}
             )
@@ -264,7 +264,7 @@ class TestTeacher:
         _, (result,) = model_index_to_eval_results(data["model-index"])
         assert (result.metric_type, result.metric_value, result.dataset_type) == ("ocr", 0.75, "me/prompts")
         assert card.text.startswith("\n# teachers-ocr/lora\n") and "Trained with RL." in card.text
-        assert "| guidance scale it is to be asked at | **1.0** (no classifier-free guidance) |" in card.text
+        assert "| guidance scale to use | **1.0** (no classifier-free guidance) |" in card.text
         assert "| LoRA | rank 4, alpha 8 |" in card.text
         _, _, files = read_lora(base, TeacherConfig(str(tmp_path / "ocr-teacher")))
         assert f"| sha256, as in the cards of its students | `{files.sha256()}` |" in card.text

@@ -28,12 +28,13 @@ from helpers.card_helpers import REPORT, code_of, read_card, run_code, shown_lor
 from helpers.tiny_sd3 import make_pipeline
 from huggingface_hub import ModelCard
 from peft import get_peft_model
-from trl import TrlParser
 
-from trl_diffusion_opd import DiffusionOPDConfig, TeacherConfig, tiny
+from trl_diffusion_opd import TeacherConfig, tiny
 from trl_diffusion_opd.guards.files import write_json
 from trl_diffusion_opd.models.student import Student, default_lora_config
 from trl_diffusion_opd.scripts.arguments import load_teachers
+from trl_diffusion_opd.scripts.opd import ARGUMENTS
+from trl_diffusion_opd.scripts.parser import parse
 
 
 ROOT = Path(__file__).parents[2]
@@ -122,9 +123,8 @@ class TestRecipe:
     def test_the_command_has_the_settings_of_the_card(self):
         (command,) = re.findall(r"```bash\n(.*?)```", RECIPE.read_text(), re.DOTALL)
         words = shlex.split(command.replace("\\\n", " "))
-        example = _load(ROOT / "examples" / "opd_sd3.py")
         arguments = words[words.index("examples/opd_sd3.py") + 1 :]
-        script, args = TrlParser((example.ScriptArguments, DiffusionOPDConfig)).parse_args_and_config(arguments)
+        script, args = parse(ARGUMENTS, arguments)
         samples = args.per_device_train_batch_size * args.gradient_accumulation_steps
         found = {
             "resolution": f"{args.height} x {args.width}",

@@ -15,9 +15,8 @@
 import pytest
 from PIL import Image
 
-from trl_diffusion_opd.rewards import CombinedReward, Reward, Scorer, load_reward, score
+from trl_diffusion_opd.rewards import CombinedReward, Reward, Scorer, load_reward, names, score
 from trl_diffusion_opd.rewards import combined as combined_module
-from trl_diffusion_opd.rewards import loading as names
 
 
 PROMPTS = ["a", "b", "c"]
@@ -52,9 +51,9 @@ def named(monkeypatch):
             self.device = device
 
     def load(spec, **options):
-        return Named(spec, **options) if spec in values else names.load_reward(spec, **options)
+        return Named(spec, **options) if spec in values else names.load_named(spec, **options)
 
-    monkeypatch.setattr(combined_module, "load_reward", load)
+    monkeypatch.setattr(combined_module, "load_named", load)
 
 
 def test_the_papers_aesthetic_reward(named):
@@ -160,7 +159,7 @@ def test_a_component_that_returns_nonsense_is_named():
 def test_options_of_components(named):
     reward = CombinedReward({"pickscore": 1}, reward_kwargs={"pickscore": {"device": "cuda"}})
     assert reward.components["pickscore"].device == "cuda"
-    remote = load_reward("remote+stub_reward:width", reward_kwargs={"remote": {"url": "http://127.0.0.1:1"}})
+    remote = load_reward("remote+helpers.stub_reward:width", reward_kwargs={"remote": {"url": "http://127.0.0.1:1"}})
     assert list(remote.components) == ["remote", "width"]
 
 

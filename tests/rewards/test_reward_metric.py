@@ -67,7 +67,7 @@ def level(prompts, images, level, **columns):
 
 
 def test_scores_are_those_of_a_direct_call():
-    metric = Mean().as_metric()
+    metric = as_metric(Mean())
     assert isinstance(metric, evaluate.Metric) and metric.name == "mean"
     metric.add_batch(prompts=PROMPTS[:2], images=IMAGES[:2])
     metric.add_batch(prompts=PROMPTS[2:], images=IMAGES[2:])
@@ -118,10 +118,10 @@ def test_columns_of_a_dataset():
     metric = as_metric(level, data.features)
     assert metric.compute(prompts=PROMPTS, images=IMAGES, **columns) == {"level": 7.0, "level_scores": [0, 7, 14]}
     # A named reward says what it reads, which is text unless told otherwise.
-    spec = Spec().as_metric()
+    spec = as_metric(Spec())
     assert list(spec.features) == ["prompts", "images", "target"]
     assert spec.compute(prompts=PROMPTS, images=IMAGES, target=columns["target"])["spec"] == 1
-    assert list(Spec().as_metric(data.features).features) == ["prompts", "images", "task", "level", "target"]
+    assert list(as_metric(Spec(), data.features).features) == ["prompts", "images", "task", "level", "target"]
     # Rewards that read one column or others say themselves what they lack.
     assert as_metric(Mean(), Features({})).compute(prompts=["aa"], images=IMAGES[:1])["mean"] is None
 
@@ -141,12 +141,12 @@ def test_columns_without_a_value():
 
 
 def test_nothing_applies():
-    assert Mean().as_metric().compute(prompts=["aa"], images=IMAGES[:1]) == {"mean": None, "mean_scores": [None]}
-    assert Mean().as_metric().compute(prompts=[], images=[]) == {"mean": None, "mean_scores": []}
+    assert as_metric(Mean()).compute(prompts=["aa"], images=IMAGES[:1]) == {"mean": None, "mean_scores": [None]}
+    assert as_metric(Mean()).compute(prompts=[], images=[]) == {"mean": None, "mean_scores": []}
 
 
 def test_two_at_the_same_time():
-    first, second = Mean().as_metric(), Mean().as_metric()
+    first, second = as_metric(Mean()), as_metric(Mean())
     first.add_batch(prompts=PROMPTS[:1], images=IMAGES[:1])
     second.add_batch(prompts=PROMPTS[2:], images=IMAGES[2:])
     direct = Mean()(prompts=PROMPTS, images=IMAGES)
@@ -156,7 +156,7 @@ def test_two_at_the_same_time():
 
 def test_processes_cannot_meet_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path)
-    metric = Mean().as_metric()
+    metric = as_metric(Mean())
     metric.add_batch(prompts=PROMPTS, images=IMAGES)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     metric.compute()
@@ -169,13 +169,13 @@ def test_no_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    metric = evaluate.combine([Mean().as_metric(), as_metric(level, Features({"level": {"n": Value("int64")}}))])
+    metric = evaluate.combine([as_metric(Mean()), as_metric(level, Features({"level": {"n": Value("int64")}}))])
     metric.compute(prompts=PROMPTS, images=IMAGES, level=[{"n": 1}] * 3)
 
 
 def test_combine_and_save(tmp_path):
     features = Features({"level": {"n": Value("int64")}})
-    metric = evaluate.combine([Mean().as_metric(), Spec().as_metric(), as_metric(level, features)])
+    metric = evaluate.combine([as_metric(Mean()), as_metric(Spec()), as_metric(level, features)])
     columns = {"target": ["x", "y", "zz"], "level": [{"n": 1}, None, {"n": 3}]}
     for i in range(3):
         metric.add_batch(
@@ -190,17 +190,17 @@ def test_combine_and_save(tmp_path):
     assert metric.compute(prompts=PROMPTS, images=IMAGES, **columns) == result
     path = evaluate.save(tmp_path / "result.json", **result)
     assert json.loads(Path(path).read_text())["mean_scores"] == direct
-    twice = evaluate.combine({"a": Mean().as_metric(), "b": Mean().as_metric()})
+    twice = evaluate.combine({"a": as_metric(Mean()), "b": as_metric(Mean())})
     twice.add_batch(prompts=PROMPTS, images=IMAGES)
     assert set(twice.compute()) == {"a_mean", "a_mean_scores", "b_mean", "b_mean_scores"}
-    prefixed = evaluate.combine([Mean().as_metric(), Spec().as_metric()], force_prefix=True)
+    prefixed = evaluate.combine([as_metric(Mean()), as_metric(Spec())], force_prefix=True)
     prefixed.add_batch(prompts=PROMPTS, images=IMAGES, target=columns["target"])
     assert "spec_spec" in prefixed.compute()
 
 
 def test_components_of_a_combination():
     reward = CombinedReward({Mean(): 1, Spec(): 2})
-    result = reward.as_metric().compute(prompts=PROMPTS, images=IMAGES, target=["x", "y", "zz"])
+    result = as_metric(reward).compute(prompts=PROMPTS, images=IMAGES, target=["x", "y", "zz"])
     rows = [{"prompt": p, "target": t} for p, t in zip(PROMPTS, ["x", "y", "zz"], strict=True)]
     scores = score([reward], rows, IMAGES)
     assert {name: result[f"{name}_scores"] for name in scores} == scores
@@ -208,7 +208,7 @@ def test_components_of_a_combination():
 
 
 def test_bad_input():
-    metric = Spec().as_metric()
+    metric = as_metric(Spec())
     with pytest.raises(ValueError, match="Metric 'spec' has nothing to compute: add prompts and images first"):
         metric.compute()
     with pytest.raises(
@@ -220,7 +220,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="Mismatch in the number of prompts .3. and images .2."):
         as_metric(level).compute(prompts=PROMPTS, images=IMAGES[:2])
     with pytest.raises(ValueError, match=r"Bad inputs for evaluation module: \['other'\]"):
-        Mean().as_metric().add_batch(prompts=PROMPTS, images=IMAGES, other=[1, 2, 3])
+        as_metric(Mean()).add_batch(prompts=PROMPTS, images=IMAGES, other=[1, 2, 3])
 
 
 def test_errors_of_the_reward_come_through():

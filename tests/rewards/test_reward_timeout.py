@@ -95,8 +95,11 @@ def test_a_timeout_of_the_function_is_its_own_error():
 
 CHILD = """
 import threading
-from rewards.test_reward_timeout import IMAGES, ROWS
+from PIL import Image
 from trl_diffusion_opd.rewards import Scorer
+
+ROWS = [{"prompt": "a"}, {"prompt": "b"}]
+IMAGES = [Image.new("RGB", (8, 8)) for _ in ROWS]
 
 def never(**columns):
     threading.Event().wait()

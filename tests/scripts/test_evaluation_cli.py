@@ -12,40 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""`python -m trl_diffusion_opd.scripts.evaluate`, run as a user runs it, on random models of a few thousand weights."""
+"""`trl-diffusion-opd evaluate`, run as a user runs it, on random models of a few thousand weights."""
 
 import json
 import runpy
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import yaml
 from helpers.launching import launcher, surroundings
+from helpers.stub_reward import brightness, redness
 from helpers.tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.evaluation import evaluate_retention, measure
 from trl_diffusion_opd.evaluation import run as evaluation_run
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
 
 
 MODULE = "trl_diffusion_opd.scripts.evaluate"
 TASKS = ("text", "lines")
-
-
-def brightness(images, **kwargs):
-    return [float(np.asarray(image).mean() / 255) for image in images]
-
-
-def redness(images, **kwargs):
-    return [float(np.asarray(image)[..., 0].mean() / 255) for image in images]
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +64,9 @@ def settings_of(models, **options):
         "teachers": [f"text={models}/one", f"lines={models}/two"],
         "student": str(models / "student"),
         "reward_funcs": [
-            "text=test_evaluation_cli:brightness",
-            "text=test_evaluation_cli:redness",
-            "lines=test_evaluation_cli:redness",
+            "text=helpers.stub_reward:brightness",
+            "text=helpers.stub_reward:redness",
+            "lines=helpers.stub_reward:redness",
         ],
         "dataset": ["text=text.txt", "lines=lines.jsonl"],
         "num_images": 2,
@@ -134,18 +125,10 @@ def test_on_the_command_line(monkeypatch, capsys, models):
     assert again["scores"] == report["scores"]
 
 
-def stuck(prompts, **kwargs):
-    """Hangs until a file says that it may answer."""
-    deadline = time.monotonic() + 60
-    while not Path("answer").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return [0.5] * len(prompts)
-
-
 def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models):
     for name in ("plot_retention", "plot_samples"):
         monkeypatch.setattr(plots, name, lambda *arguments: None)
-    settings = settings_of(models, reward_funcs=[f"{task}=test_evaluation_cli:stuck" for task in TASKS])
+    settings = settings_of(models, reward_funcs=[f"{task}=helpers.stub_reward:stuck" for task in TASKS])
     message = (
         r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Look at what it waits"
     )
@@ -185,14 +168,14 @@ def test_with_a_config_file(monkeypatch, capsys, models):
         models,
         dataset=["both.jsonl"],
         task_column="skill",
-        reward_funcs={"text": "remote", "lines": ["test_evaluation_cli:redness"]},
+        reward_funcs={"text": "remote", "lines": ["helpers.stub_reward:redness"]},
         reward_kwargs={"remote": {"url": "http://127.0.0.1:9/none", "max_retries": 0, "on_error": "none"}},
         generation_kwargs={"negative_prompt": "grey"},
         student=[str(models / "student")],
     )
     Path("evaluation.yaml").write_text(yaml.safe_dump(settings))
     loaded = []
-    monkeypatch.setattr(evaluation_run, "load_base", lambda *args: loaded.append(args[3]) or load_base(*args))
+    monkeypatch.setattr(evaluation_run, "load_pipeline", lambda *args: loaded.append(args[2]) or load_pipeline(*args))
     run(
         monkeypatch,
         {"num_images": 1, "model_init_kwargs": '{"low_cpu_mem_usage": true}'},
@@ -220,7 +203,7 @@ REFUSED = {
     "a student named base": ({"student": ["base=x/y"]}, "A student is named 'base'"),
     "an unknown reward": ({"reward_funcs": "text=clip"}, "There is no reward 'clip'. There are aesthetic,"),
     "a task without a reward": (
-        {"reward_funcs": "text=test_evaluation_cli:redness"},
+        {"reward_funcs": "text=helpers.stub_reward:redness"},
         "reward_funcs has no reward for task 'lines'.",
     ),
     "a task without a teacher": ({"teachers": "text=base"}, "no teacher for task 'lines'"),
@@ -261,7 +244,7 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
         base="team/base",
         teachers=["text=team/teachers/one/lora", "lines=base"],
         student="team/student",
-        reward_funcs=[f"{task}=test_evaluation_cli:redness" for task in TASKS],
+        reward_funcs=[f"{task}=helpers.stub_reward:redness" for task in TASKS],
     )
     run(monkeypatch, settings)
     here = settings_of(models, teachers=[f"text={models}/one", "lines=base"], output_dir="here")

@@ -15,10 +15,7 @@
 """The example script, run as a user runs it, on a random pipeline of a few thousand weights."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pandas as pd
@@ -26,24 +23,17 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusion3Pipeline
+from helpers.example_script import run_opd
 from helpers.tiny_sd3 import forward, make_lora, make_pipeline
 from PIL import Image
 
-from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.data import prompt_files
 from trl_diffusion_opd.scripts import arguments as cli
+from trl_diffusion_opd.scripts import opd
+from trl_diffusion_opd.scripts.parser import parse
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "opd_sd3.py"
 PROMPTS = ["one cat", "two dogs", "a sign"]
-
-
-def brightness(images, **kwargs):
-    return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
-
-
-def fails(images, **kwargs):
-    raise KeyError("label")
 
 
 @pytest.fixture(scope="module")
@@ -66,45 +56,16 @@ def work_folder(tmp_path, monkeypatch):
     frame.to_parquet("table.parquet")
 
 
-def run(monkeypatch, base, *arguments, **options):
-    """Runs the script as `python examples/opd_sd3.py …` does."""
-    settings = {
-        "output_dir": "out",
-        "height": 16,
-        "width": 16,
-        "max_sequence_length": 16,
-        "num_inference_steps": 2,
-        "eval_num_inference_steps": 2,
-        "guidance_scale": 1.0,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "lora_r": 2,
-        "gradient_checkpointing": "false",
-        "ema_update_interval": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": "true",
-        "dataloader_pin_memory": "false",
-        **options,
-    }
-    given = []
-    for name, value in settings.items():
-        given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--model_name_or_path", str(base), *given, *map(str, arguments)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
 @pytest.mark.slow
 def test_the_whole_story(monkeypatch, capsys, base):
-    run(
+    run_opd(
         monkeypatch,
         base,
         *("--teachers", f"text={base.parent}/peft", f"lines={base.parent}/diffusers", "table=base"),
         *("--prompts", "text=text.txt", "lines=lines.jsonl", "table=table.csv", "table=table.parquet"),
         *("--eval_prompts", "text=text.txt", "table=table.parquet"),
         *("--test_prompts", "text=text.txt", "lines=lines.jsonl", "table=table.csv"),
-        *("--reward_funcs", *(f"{task}=test_example_script:brightness" for task in ("text", "lines", "table"))),
+        *("--reward_funcs", *(f"{task}=helpers.stub_reward:brightness" for task in ("text", "lines", "table"))),
         *("--teacher_guidance_scales", "text=4.5", "--num_test_images", 2),
         eval_strategy="steps",
         eval_steps=2,
@@ -151,11 +112,11 @@ def test_the_whole_story(monkeypatch, capsys, base):
 
 @pytest.mark.slow
 def test_full_finetuning(monkeypatch, base):
-    run(
+    run_opd(
         monkeypatch,
         base,
         *("--teachers", f"text={base.parent}/peft", "--prompts", "text=text.txt", "--full_finetuning", "true"),
-        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:brightness"),
+        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=helpers.stub_reward:brightness"),
         *("--num_test_images", 1),
     )
     assert Path("out", "config.json").exists() and Path("out", "retention.json").exists()
@@ -166,13 +127,13 @@ def test_fewer_updates_than_are_logged_and_a_report_that_fails(monkeypatch, capl
     def fail(*args, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("trl_diffusion_opd.evaluate_retention", fail)
-    run(
+    monkeypatch.setattr("trl_diffusion_opd.evaluation.evaluate_retention", fail)
+    run_opd(
         monkeypatch,
         base,
         # A report need not have every task.
         *("--teachers", f"text={base.parent}/peft", "table=base", "--prompts", "text=text.txt", "table=table.csv"),
-        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:brightness"),
+        *("--test_prompts", "text=text.txt", "--reward_funcs", "text=helpers.stub_reward:brightness"),
         logging_steps=10,
     )
     names = {path.name for path in Path("out").iterdir()}
@@ -180,7 +141,7 @@ def test_fewer_updates_than_are_logged_and_a_report_that_fails(monkeypatch, capl
     messages = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert any(message.startswith("No curves are drawn") for message in messages)
     (failed,) = [message for message in messages if message.startswith("The retention report could not be made")]
-    assert "RuntimeError: out of memory" in failed and "python -m trl_diffusion_opd.scripts.evaluate" in failed
+    assert "RuntimeError: out of memory" in failed and "trl-diffusion-opd evaluate" in failed
 
 
 REFUSED = {
@@ -221,7 +182,7 @@ REFUSED = {
     ),
     "not JSON": ({"reward_kwargs": "{ocr: 1}"}, "--reward_kwargs: '{ocr: 1}' is not a JSON object such as"),
     "an empty prompt to report": (
-        {"test_prompts": "text=gap.txt", "reward_funcs": "text=test_example_script:brightness"},
+        {"test_prompts": "text=gap.txt", "reward_funcs": "text=helpers.stub_reward:brightness"},
         "--test_prompts has 1 empty prompt(s), the first in row 1. Remove them.",
     ),
     "unknown task": (
@@ -232,11 +193,11 @@ REFUSED = {
 
 
 def test_a_reward_that_the_report_would_fail_at(monkeypatch, base):
-    given = ("--test_prompts", "text=text.txt", "--reward_funcs", "text=test_example_script:fails")
+    given = ("--test_prompts", "text=text.txt", "--reward_funcs", "text=helpers.stub_reward:fails")
     with pytest.raises(
         ValueError, match="reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyErr"
     ):
-        run(monkeypatch, base, *given, teachers="text=base", prompts="text=text.txt")
+        run_opd(monkeypatch, base, *given, teachers="text=base", prompts="text=text.txt")
     assert not any(Path("out").iterdir())  # before training
 
 
@@ -247,7 +208,7 @@ def test_mistakes_are_named(monkeypatch, base, label):
     Path("gap.txt").write_text("a\n\nb\n")
     Path("words.jsonl").write_text('{"prompt": "a", "answer": "one"}\n')
     with pytest.raises(ValueError) as error:
-        run(monkeypatch, base, **{"teachers": "text=base", "prompts": "text=text.txt", **options})
+        run_opd(monkeypatch, base, **{"teachers": "text=base", "prompts": "text=text.txt", **options})
     assert message in str(error.value)
     assert not Path("out").exists()
 
@@ -299,12 +260,10 @@ def test_tasks_as_a_mapping():
     assert cli.load_tasks("dataset", "table.csv", "task")["task"][:] == ["another"] * 3
 
 
-def test_a_mapping_in_a_config_file(monkeypatch, base):
+def test_a_mapping_in_a_config_file(base):
     settings = {"teachers": {"text": "base"}, "prompts": {"text": "text.txt"}, "output_dir": "out", "max_steps": 1}
     Path("run.yaml").write_text(yaml.safe_dump({"model_name_or_path": str(base), **settings}))
-    script = runpy.run_path(str(SCRIPT))
-    monkeypatch.setitem(sys.modules, script["ScriptArguments"].__module__, SimpleNamespace(**script))
-    arguments, _ = cli.parse(script["ScriptArguments"], DiffusionOPDConfig, ["--config", "run.yaml"])
+    arguments, _ = parse(opd.ARGUMENTS, ["--config", "run.yaml"])
     assert cli.by_task("teachers", arguments.teachers) == {"text": ["base"]}
     assert cli.by_task("prompts", arguments.prompts) == {"text": ["text.txt"]}
 

@@ -35,7 +35,7 @@ def test_multi_task_rl_from_the_command_line(tmp_path, monkeypatch, capsys):
         "model_name_or_path": "base",
         "prompts": "draw=prompts.jsonl count=prompts.jsonl",
         "eval_prompts": "draw=prompts.jsonl",
-        "reward_funcs": "draw=grpo_fixtures:brightness draw=opd_fixtures:first_pixel count=grpo_fixtures:brightness",
+        "reward_funcs": "draw=helpers.grpo_fixtures:brightness draw=helpers.opd_fixtures:first_pixel count=helpers.grpo_fixtures:brightness",
         "reward_weights": "1.0 0.0",
         "output_dir": "teacher",
         "height": 16,

@@ -36,7 +36,7 @@ def test_a_teacher_from_the_command_line(tmp_path, monkeypatch):
         "model_name_or_path": "base",
         "prompts": "draw=prompts.jsonl",
         "eval_prompts": "draw=prompts.jsonl",
-        "reward_funcs": "draw=grpo_fixtures:brightness",
+        "reward_funcs": "draw=helpers.grpo_fixtures:brightness",
         "output_dir": "teacher",
         "height": 16,
         "width": 16,

@@ -23,8 +23,9 @@ import datasets
 import pytest
 from helpers.tiny_sd3 import make_lora, make_pipeline
 
-from trl_diffusion_opd import DiffusionOPDConfig
 from trl_diffusion_opd.scripts import arguments as cli
+from trl_diffusion_opd.scripts import opd
+from trl_diffusion_opd.scripts.parser import parse
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +35,7 @@ TASKS = ("aesthetic", "ocr", "geneval")
 
 
 def parsed(name, *arguments):
-    script = runpy.run_path(str(SCRIPT))
-    return cli.parse(
-        script["ScriptArguments"],
-        DiffusionOPDConfig,
-        ["--config", str(CONFIGS[name]), "--use_cpu", "true", *arguments],
-    )
+    return parse(opd.ARGUMENTS, ["--config", str(CONFIGS[name]), "--use_cpu", "true", *arguments])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

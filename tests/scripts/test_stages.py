@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.opd_fixtures import TINY_SETTINGS, make_dataset, make_teachers, make_trainer
+from helpers.opd_fixtures import TINY_SETTINGS, make_dataset, make_trainer
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_pipeline
 from safetensors.torch import load_file, save_file
@@ -44,11 +44,6 @@ OPTIONS = dict(
     ema_decay=0.9,
     ema_update_interval=1,
 )
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def two_stages(teachers, seen=None):
@@ -389,7 +384,7 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
     message = str(error.value)
     for expected in (
         "'defaults' is none of output_dir, shared, stages.",
-        "stage 'one': 'reward' is none of config,",
+        "stage 'one': 'reward' is none of bnb_4bit_quant_type, config,",
         "stage 'one': trainer='ppo': it is one of opd, grpo, nft, sft.",
         "stage 'two': trainer='opd' needs teachers.",
         "stage 'two': config: output_dir is the stage's own folder.",

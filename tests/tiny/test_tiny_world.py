@@ -32,9 +32,17 @@ from safetensors.torch import load_file
 
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.models.student import ATTENTION_TARGETS
-from trl_diffusion_opd.tiny import make, make_data, make_training, measure, modules
 from trl_diffusion_opd.tiny.prompts import corrupt, specs, to_prompt
 from trl_diffusion_opd.tiny.scenes import Scene, draw
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "tiny"))
+
+import make  # noqa: E402
+import make_data  # noqa: E402
+import make_training  # noqa: E402
+import measure  # noqa: E402
+import modules  # noqa: E402
 
 
 # The last block answers no text queries, so what would change them gets no gradient and stays at its zero start.

@@ -23,24 +23,24 @@ from helpers import grpo_fixtures, nft_fixtures
 from helpers.grpo_fixtures import brightness
 
 from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, DiffusionSFTConfig
-from trl_diffusion_opd.scripts.arguments import TeacherScriptArguments, parse
-
-
-@pytest.mark.parametrize("config_class", [DiffusionOPDConfig, DiffusionSFTConfig])
-def test_num_iterations_of_another_trainer(config_class, tmp_path):
-    name = config_class.__name__
-    message = f"^{name} has no 'num_iterations'. It is an option of DiffusionGRPOConfig and DiffusionNFTConfig.$"
-    with pytest.raises(TypeError, match=message):
-        config_class(str(tmp_path), num_iterations=2)
+from trl_diffusion_opd.scripts.arguments import TeacherScriptArguments, configs
+from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.trainer.option_checks import unknown_option
 
 
 def test_options_of_another_trainer_and_of_none(tmp_path):
     with pytest.raises(TypeError) as error:
         DiffusionNFTConfig(str(tmp_path), sde_window_size=2, learning_rte=1.0)
     assert str(error.value).splitlines() == [
-        "DiffusionNFTConfig has no 'learning_rte'. No config of this package has it. Is 'learning_rate' meant?",
-        "DiffusionNFTConfig has no 'sde_window_size'. It is an option of DiffusionGRPOConfig.",
+        "DiffusionNFTConfig has no 'learning_rte'. Is 'learning_rate' meant?",
+        "DiffusionNFTConfig has no 'sde_window_size'.",
     ]
+    assert unknown_option(DiffusionNFTConfig, "sde_window_size", configs()) == (
+        "DiffusionNFTConfig has no 'sde_window_size'. It is an option of DiffusionGRPOConfig."
+    )
+    assert unknown_option(DiffusionOPDConfig, "num_iterations", configs()) == (
+        "DiffusionOPDConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and DiffusionNFTConfig."
+    )
 
 
 @pytest.mark.parametrize("config_class", [DiffusionGRPOConfig, DiffusionNFTConfig])
@@ -88,12 +88,14 @@ def test_a_reward_that_is_none_everywhere_is_named_once(tmp_path, caplog):
 @pytest.mark.parametrize("text", ["url=x", "[1]"])
 def test_options_of_rewards_that_are_no_json(text):
     with pytest.raises(ValueError, match=re.escape(f"--reward_kwargs: {text!r} is not a JSON object such as")):
-        TeacherScriptArguments("base", ["a=a.txt"], ["a=ocr"], reward_kwargs=text)
+        TeacherScriptArguments(
+            model_name_or_path="base", prompts=["a=a.txt"], reward_funcs=["a=ocr"], reward_kwargs=text
+        )
 
 
 def test_an_option_of_another_trainer_on_the_command_line(tmp_path):
     given = ["--model_name_or_path", "base", "--prompts", "a=a.txt", "--reward_funcs", "a=ocr"]
     given += ["--output_dir", str(tmp_path), "--use_cpu", "true"]
-    assert parse(TeacherScriptArguments, DiffusionNFTConfig, given)[1].use_cpu
+    assert parse((TeacherScriptArguments, DiffusionNFTConfig), given)[1].use_cpu
     with pytest.raises(ValueError, match="DiffusionSFTConfig has no 'num_iterations'. It is an option of Diffusion"):
-        parse(TeacherScriptArguments, DiffusionSFTConfig, [*given, "--num_iterations", "2"])
+        parse((TeacherScriptArguments, DiffusionSFTConfig), [*given, "--num_iterations", "2"])

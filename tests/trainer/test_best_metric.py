@@ -15,7 +15,7 @@
 
 import pytest
 from helpers.grpo_fixtures import make_trainer as grpo_trainer
-from helpers.opd_fixtures import make_config, make_dataset, make_teachers, make_trainer
+from helpers.opd_fixtures import make_config, make_dataset, make_trainer
 from helpers.sft_fixtures import image_dataset, sft_trainer
 
 from trl_diffusion_opd.rewards import CombinedReward
@@ -32,11 +32,6 @@ def red(images, **columns):
 def logging_reward(images, log_metric, **columns):
     log_metric("sharpness", 1.0)
     return [0.5] * len(images)
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def named(trainer, dataset) -> set[str]:

@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.dry_runs import files
+from helpers.example_script import run_opd
 from helpers.opd_fixtures import (
     Recorder,
     first_pixel,
     make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
@@ -34,7 +35,6 @@ from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scripts import test_example_script
 from trl_diffusion_opd import TeacherConfig, estimate_memory
 from trl_diffusion_opd.algorithms.rollout import sample_generators
 from trl_diffusion_opd.pipelines.drawing import DRAWING
@@ -42,15 +42,6 @@ from trl_diffusion_opd.trainer import dry_run
 
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def pixels(image) -> np.ndarray:
@@ -248,11 +239,11 @@ def test_script(monkeypatch, capsys, tmp_path):
     make_pipeline().save_pretrained("base")
     make_lora(make_pipeline(), "teacher", seed=0)
     Path("a.txt").write_text("one cat\ntwo dogs\n")
-    test_example_script.run(
+    run_opd(
         monkeypatch,
         tmp_path / "base",
         *("--teachers", "a/b=teacher", "c=base", "--prompts", "a/b=a.txt", "c=a.txt", "--dry_run"),
-        *("--reward_funcs", "c=test_example_script:brightness"),
+        *("--reward_funcs", "c=helpers.stub_reward:brightness"),
         push_to_hub="true",  # would need a network
         hub_model_id="me/student",
         report_to="tensorboard",

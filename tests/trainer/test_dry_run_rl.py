@@ -23,10 +23,10 @@ import datasets
 import pytest
 import torch
 from helpers import grpo_fixtures, nft_fixtures
+from helpers.dry_runs import files
 from helpers.grpo_fixtures import brightness
 from helpers.opd_fixtures import first_pixel, relative_difference, snapshot
 from helpers.tiny_sd3 import make_pipeline, make_transformer
-from trainer.test_dry_run import files
 
 from trl_diffusion_opd.trainer.dry_run_shared import counted
 
@@ -134,7 +134,7 @@ def test_script(method, monkeypatch, capsys, tmp_path):
     settings = {
         "model_name_or_path": "base",
         "prompts": "a/b=a.txt",
-        "reward_funcs": "a/b=grpo_fixtures:brightness",
+        "reward_funcs": "a/b=helpers.grpo_fixtures:brightness",
         "output_dir": "out",
         "height": 16,
         "width": 16,

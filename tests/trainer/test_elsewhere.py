@@ -23,11 +23,10 @@ import torch
 from datasets import Dataset
 from helpers import grpo_fixtures, nft_fixtures
 from helpers.elsewhere import DEVICE, Accelerator, place_parts, trained_elsewhere
-from helpers.families import FAMILIES
+from helpers.families import FAMILIES, TRAINED
 from helpers.opd_fixtures import make_config, make_dataset, make_teachers, make_trainer
 from helpers.sft_fixtures import image_dataset, sft_trainer
 from peft import LoraConfig
-from trainer.test_families_trainer import TRAINED
 
 from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.pipelines.velocity import VelocityField

@@ -34,7 +34,7 @@ from trl_diffusion_opd.evaluation.retention import retention_report
 from trl_diffusion_opd.evaluation.store import Store
 from trl_diffusion_opd.guards.extras import extra
 from trl_diffusion_opd.guards.files import file_name
-from trl_diffusion_opd.pipelines.loading import load_base
+from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
 
 
@@ -218,6 +218,11 @@ class TestRehearsal:
     def trainer(self, tmp_path):
         return make_trainer(tmp_path, "base", train_dataset=make_dataset())
 
+    def rehearse(self, trainer, functions):
+        options = dict(task_column="task", seed=trainer.args.seed, guidance_scale=trainer.args.guidance_scale)
+        with trainer.averaged_student() as student:
+            rehearse_report(trainer.eval_field, student, functions, make_dataset(), **options)
+
     def test_every_reward_scores_every_task(self, trainer):
         seen = []
 
@@ -226,7 +231,7 @@ class TestRehearsal:
             return [None]
 
         before = {name: value.clone() for name, value in trainer.student.named_parameters().items()}
-        rehearse_report(trainer, {"count": [first], "draw": [brightness]}, make_dataset())
+        self.rehearse(trainer, {"count": [first], "draw": [brightness]})
         assert seen == [(["count0"], (16, 16)), (["draw0"], (16, 16))]
         assert all(value.equal(before[name]) for name, value in trainer.student.named_parameters().items())
 
@@ -236,7 +241,7 @@ class TestRehearsal:
 
         message = "The report at the end would fail: reward 'only_counts' can't score an image of task 'draw', for .*'draw0': Val"
         with pytest.raises(ValueError, match=message):
-            rehearse_report(trainer, {"count": [only_counts], "draw": [brightness]}, make_dataset())
+            self.rehearse(trainer, {"count": [only_counts], "draw": [brightness]})
 
     def test_problems(self):
         def colour(images, colour, **columns):
@@ -262,13 +267,13 @@ class TestHowABaseIsLoaded:
         trainer.create_model_card()
         assert 'variant="fp16")' in (tmp_path / "README.md").read_text()
         with pytest.raises(ValueError, match="cannot be loaded"):
-            load_base(base, "float32")
+            load_pipeline(base, "float32")
         seen = []
-        monkeypatch.setattr(run, "load_base", lambda *args: seen.append(args) or load_base(*args))
+        monkeypatch.setattr(run, "load_pipeline", lambda *args: seen.append(args) or load_pipeline(*args))
         dataset = Dataset.from_dict({"prompt": ["a"], "task": ["x"]})
         options = {**config.retention_options(), "num_images": 1}
         evaluate_retention(base, {"x": "base"}, "base", brightness, dataset, **options)
-        assert seen == [(base, "float32", None, kwargs)]
+        assert seen == [(base, "float32", kwargs, None)]
 
     def test_of_one_that_is_loaded(self):
         with pytest.raises(
@@ -284,9 +289,9 @@ class TestHowABaseIsLoaded:
         make_pipeline().save_pretrained(tmp_path / "base")
         config = make_config(tmp_path, model_init_kwargs={name: value})
         assert config.dtype == config.retention_options()["dtype"] == "bfloat16"
-        pipeline = load_base(str(tmp_path / "base"), config.dtype, None, config.model_init_kwargs)
+        pipeline = load_pipeline(str(tmp_path / "base"), config.dtype, config.model_init_kwargs)
         assert str(pipeline.transformer.dtype) == "torch.bfloat16"
-        by_part = load_base(str(tmp_path / "base"), "float32", None, {name: {"vae": value, "default": "float32"}})
+        by_part = load_pipeline(str(tmp_path / "base"), "float32", {name: {"vae": value, "default": "float32"}})
         assert (str(by_part.vae.dtype), str(by_part.transformer.dtype)) == ("torch.bfloat16", "torch.float32")
 
     @pytest.mark.parametrize("place", ["file", "folder"])
@@ -299,4 +304,4 @@ class TestHowABaseIsLoaded:
         ):
             make_trainer(tmp_path / "out", "base", pipeline=name)
         with pytest.raises(ValueError, match="a single file"):
-            load_base(name, "float32")
+            load_pipeline(name, "float32")

@@ -21,10 +21,10 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from helpers.families import FAMILIES, PROMPTS, Family
+from helpers.families import FAMILIES, PROMPTS, TRAINED, Family, save_teacher
 from helpers.opd_fixtures import make_config
 from helpers.pipeline_recorder import STEPS, recorder
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import nn
 
 from trl_diffusion_opd import DiffusionOPDTrainer
@@ -37,18 +37,6 @@ pytestmark = pytest.mark.slow
 
 SEED = 5
 TASKS = dict(zip(("animals", "places"), PROMPTS, strict=True))
-# Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all others.
-TRAINED = [name for name, family in FAMILIES.items() if family.trainable and name != "qwen_image_edit"]
-
-
-def save_teacher(family: Family, folder: Path, seed: int) -> PeftModel:
-    """A LoRA that moves the base a little, as a PEFT folder."""
-    transformer = family.build().transformer
-    torch.manual_seed(seed)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=list(family.lora_targets), init_lora_weights=False)
-    model = get_peft_model(transformer, config).eval()
-    model.save_pretrained(folder)
-    return model
 
 
 def expected_loss(family: Family, teacher: nn.Module, prompt: str, task_index: int) -> float:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 import pytest
 from helpers.noise_grids import sd3_levels
-from helpers.opd_fixtures import Recorder, make_pipeline, make_teachers, make_trainer, relative_difference, snapshot
+from helpers.opd_fixtures import Recorder, make_pipeline, make_trainer, relative_difference, snapshot
 from helpers.three_pass import MicroBatch, Role, ThreePass
 from helpers.tiny_sd3 import make_transformer
 from peft import PeftModel
@@ -26,11 +26,6 @@ from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import TeacherConfig, sampler_table
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def record_micro_batches(trainer):

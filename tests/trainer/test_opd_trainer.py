@@ -26,7 +26,6 @@ from helpers.opd_fixtures import (
     Recorder,
     first_pixel,
     make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
@@ -43,11 +42,6 @@ from trl_diffusion_opd.algorithms.rollout import sample_generators
 
 
 DECAY, INTERVAL, UPDATES = 0.4, 2, 20
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from helpers.opd_fixtures import (
     Recorder,
     StopAt,
     make_dataset,
-    make_teachers,
     relative_difference,
     snapshot,
 )
@@ -40,11 +39,6 @@ from trl_diffusion_opd.algorithms.sft import density_quantile, shifted
 
 SEED = 42
 TASKS = ("count", "draw")
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    return make_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def one_update(tmp_path, teachers=None, **options):

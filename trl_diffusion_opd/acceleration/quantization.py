@@ -46,20 +46,20 @@ def weight_kind(weight: Tensor) -> Kind | None:
     return None if not kind or (kind == "8bit" and weight.dtype != torch.int8) else kind
 
 
-def quantised_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def quantized_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers whose weights are quantised, by name: nothing else is, by either library."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and weight_kind(module.weight) is not None:
             yield name, module
 
 
-def is_quantised(network: nn.Module) -> bool:
+def is_quantized(network: nn.Module) -> bool:
     """Whether any weight of it is."""
-    return next(quantised_layers(network), None) is not None
+    return next(quantized_layers(network), None) is not None
 
 
 @torch.no_grad()
-def dequantised(layer: nn.Linear) -> Tensor:
+def dequantized(layer: nn.Linear) -> Tensor:
     """The weight that a linear layer, quantised or not, stands for: `(out_features, in_features)`, a floating dtype."""
     weight: Any = layer.weight
     kind = weight_kind(weight)
@@ -68,6 +68,18 @@ def dequantised(layer: nn.Linear) -> Tensor:
     if kind == "torchao":
         return weight.dequantize()
     return dequantize_bnb_weight(weight, state=weight.quant_state if kind == "4bit" else layer.state)
+
+
+def base_weight(network: nn.Module) -> nn.Parameter:
+    """A weight of the network itself, of none of its LoRAs and no quantised layer, which says the dtype and the device."""
+    return next(
+        parameter
+        for name, module in network.named_modules()
+        # A quantised layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
+        if "lora_" not in name and not (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None)
+        for parameter in module.parameters(recurse=False)
+        if parameter.is_floating_point()
+    )
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
@@ -83,7 +95,7 @@ def scales(network: nn.Module) -> list[Tensor]:
     """What bitsandbytes keeps of its weights beside them: scales and tables, which are neither parameters nor buffers."""
     found: dict[int, Tensor] = {}
     layer: Any
-    for _, layer in quantised_layers(network):
+    for _, layer in quantized_layers(network):
         weight, kind = layer.weight, weight_kind(layer.weight)
         if kind == "4bit":
             state = weight.quant_state
@@ -105,7 +117,7 @@ def described(network: nn.Module) -> str:
         "torchao": lambda w: type(w).__name__,
     }
     ways: dict[str, None] = {}
-    for _, layer in quantised_layers(network):
+    for _, layer in quantized_layers(network):
         kind = weight_kind(layer.weight)
         assert kind is not None
         ways[f"{names[kind](layer.weight)} by {'torchao' if kind == 'torchao' else 'bitsandbytes'}"] = None
@@ -167,7 +179,7 @@ def prepare(network: nn.Module) -> None:
     On CPUs with AVX512-BF16 its 4-bit layers would rearrange their weights in the first forward without gradients, such as a
     teacher's. What they compute from then on passes no gradient, and some shapes they refuse.
     """
-    for _, layer in quantised_layers(network):
+    for _, layer in quantized_layers(network):
         kind = weight_kind(layer.weight)
         if kind == "4bit":
             layer.__dict__["support_avx512bf16_for_cpu"] = False
@@ -180,7 +192,7 @@ def exempt_from_broadcast(model: nn.Module) -> None:
     Lets DDP wrap a model with torchao's weights: it sends the first process's weights to the others, as views, which these
     do not have. All processes have read the same.
     """
-    names = [f"{name}.weight" for name, layer in quantised_layers(model) if weight_kind(layer.weight) == "torchao"]
+    names = [f"{name}.weight" for name, layer in quantized_layers(model) if weight_kind(layer.weight) == "torchao"]
     if names:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
@@ -203,7 +215,7 @@ _ONCE = _Once()
 # What is refused
 
 
-def quantisation_problems(transformer: nn.Module, full_weights: bool) -> list[str]:
+def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[str]:
     """What keeps a LoRA from being trained on a transformer, because of how it is quantised; nothing if it isn't."""
     method = transformer.__dict__.get("quantization_method")
     if method is not None and method not in ("bitsandbytes", "torchao"):
@@ -212,7 +224,7 @@ def quantisation_problems(transformer: nn.Module, full_weights: bool) -> list[st
             "bitsandbytes or torchao."
         ]
     first: dict[type, tuple[str, nn.Linear]] = {}
-    for name, layer in quantised_layers(transformer):
+    for name, layer in quantized_layers(transformer):
         first.setdefault(type(layer.weight), (name, layer))
     if not first:
         return []
@@ -221,7 +233,7 @@ def quantisation_problems(transformer: nn.Module, full_weights: bool) -> list[st
             f"peft_config=None trains all weights, and the base's are quantised ({described(transformer)}). Train a "
             "LoRA (peft_config='default' or a LoraConfig), or load the base without quantisation."
         ]
-    if any(_is_rearranged(layer) for _, layer in quantised_layers(transformer)):
+    if any(_is_rearranged(layer) for _, layer in quantized_layers(transformer)):
         return [
             "bitsandbytes has rearranged the base's 4-bit weights to draw with them on this CPU, and they pass no gradient any "
             "more. Load the pipeline again, and give it to the trainer before it draws."
@@ -249,14 +261,14 @@ def _is_rearranged(layer: nn.Linear) -> bool:
 
 @torch.enable_grad()
 def _passes_gradient(layer: nn.Linear) -> bool:
-    weight = dequantised(layer).float()
+    weight = dequantized(layer).float()
     generator = torch.Generator().manual_seed(0)
     # Of two axes before the features, as in a transformer.
     gradient, x = (torch.randn(1, 16, size, generator=generator).to(weight.device) for size in weight.shape)
     x = x.to(layer.weight.dtype if layer.weight.is_floating_point() else torch.float32).requires_grad_()
     # bitsandbytes' layers take on the dtype of their first inputs, and cast their bias to it.
     probe = copy.copy(layer)
-    probe.__dict__["_parameters"] = {**layer._parameters, "bias": None}
+    probe.__dict__["_parameters"] = {**dict(layer.named_parameters(recurse=False)), "bias": None}
     output = probe(x)
     if not output.requires_grad:
         return False

@@ -26,7 +26,7 @@ the ratio is then the geometric mean of the dimensions' ratios and stays near 1 
 import torch
 from torch import Tensor
 
-from .opd import velocity_difference, velocity_gap_sq
+from .flow import velocity_difference, velocity_gap_sq
 
 
 LOSS_TYPES = ("flow_grpo", "grpo_guard")

@@ -56,11 +56,6 @@ def optimality(advantages: Tensor, clip: float) -> Tensor:
     return 0.5 + 0.5 * (advantages / clip).clamp(-1, 1)
 
 
-def noised(x0: Tensor, eps: Tensor, t: float) -> Tensor:
-    """The forward process: `x_t = (1 - t) x0 + t eps`, `t` from 0 (image) to 1 (noise)."""
-    return (1 - t) * x0 + t * eps
-
-
 def implicit_velocities(v_student: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """
     Velocities of the implicit positive and negative policy (Theorem 3.2): `(1 - beta) v_old + beta v_student` and

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .samplers import STOCHASTIC_SAMPLERS, SamplerTable, check_sampler
+from .flow import velocity_difference
+from .samplers import STOCHASTIC_SAMPLERS, SamplerTable
 
 
 WEIGHTINGS = ("kl", "released", "velocity", "x0")
@@ -70,13 +71,6 @@ def step_weights(table: SamplerTable, levels: Tensor | Sequence[float], weightin
     if weighting == "released" and table.name == "flow_sde":
         return kl * -levels.diff()
     return kl
-
-
-def default_skip_last_steps(sampler_name: str) -> int:
-    """Steps at the end of the walk that are not trained: 1 as in the paper's code, 2 where the last has no noise and the
-    one before it has almost none (`"cps"`, `"ddim"`). Raises `ValueError` for an unknown sampler."""
-    check_sampler(sampler_name)
-    return 2 if sampler_name in ("cps", "ddim") else 1
 
 
 def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
@@ -254,24 +248,6 @@ def systematic_sample(pi: Tensor, u: float) -> list[int]:
     return sorted(taken)
 
 
-def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:
-    """Mean over the latent dimensions of the squared difference of two velocities.
-
-    `w_j` times this is the closed-form loss of a step (arXiv 2605.15055, Eqs. 11 and 12, per latent dimension).
-
-    Args:
-        v_student, v_teacher (`Tensor` of shape `(B, ...)`):
-            Velocities at the same states. Subtracted in float32 or, if both are wider, in float64.
-
-    Returns:
-        `Tensor` of shape `(B,)`, one value a sample.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    return velocity_difference(v_student, v_teacher).square().flatten(1).mean(1)
-
-
 def policy_gradient_loss(
     v_student: Tensor, v_teacher: Tensor, z: Tensor | None, c: float, s: float, weight: float
 ) -> Tensor:
@@ -312,18 +288,3 @@ def policy_gradient_loss(
     advantage = (c / s) * (gap * z).flatten(1).sum(1)
     score = (c / s) * (z * v_student.to(gap.dtype)).flatten(1).mean(1)
     return 2 * s**2 * weight / c**2 * advantage * score
-
-
-def velocity_difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
-    """The difference of two velocities of one shape, in float32 or, if both are wider, in float64.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
-    if v_student.shape != v_teacher.shape:
-        raise ValueError(
-            f"The student's velocity has shape {tuple(v_student.shape)}, the teacher's {tuple(v_teacher.shape)}."
-        )
-    # Widened before the subtraction: in bfloat16 the difference of two close velocities is mostly rounding.
-    dtype = torch.float64 if v_student.dtype == v_teacher.dtype == torch.float64 else torch.float32
-    return v_student.to(dtype) - v_teacher.to(dtype)

@@ -24,6 +24,7 @@ and is therefore four numbers a step. Two networks at the same state differ by `
 else, which is all that the losses in `objectives.py` need.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
     """
     check_sampler(name)
     levels = _checked_levels(levels)
-    eta = _checked_noise_level(name, noise_level)
+    eta = checked_noise_level(name, noise_level)
     t, t_next = levels[:-1], levels[1:]
     dt = t_next - t
     b = torch.zeros_like(t)
@@ -174,6 +175,13 @@ def check_sampler(name: str) -> None:
         raise ValueError(f"Unknown sampler {name!r}. Choose one of {', '.join(SAMPLERS)}.")
 
 
+def default_skip_last_steps(sampler_name: str) -> int:
+    """Steps at the end of the walk that are not trained: 1 as in the paper's code, 2 where the last has no noise and the
+    one before it has almost none (`"cps"`, `"ddim"`). Raises `ValueError` for an unknown sampler."""
+    check_sampler(sampler_name)
+    return 2 if sampler_name in ("cps", "ddim") else 1
+
+
 def _sde_step(t: Tensor, dt: Tensor, g_sq_over_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Euler-Maruyama of `dx = (v + g² eps / (2 t)) dt + g dw`, which keeps the marginals of the flow for any g."""
     half = g_sq_over_t / 2
@@ -208,17 +216,26 @@ def _checked_levels(levels: Tensor | Sequence[float]) -> Tensor:
     return levels
 
 
-def _checked_noise_level(name: str, noise_level: float | None) -> float:
+def checked_noise_level(name: str, noise_level: float | None) -> float:
+    """
+    The noise level (eta) that a sampler works with: 0 where it has no noise, the default where none is given.
+
+    Raises:
+        ValueError: if the sampler can't take it.
+    """
     if name not in STOCHASTIC_SAMPLERS:
         if noise_level is not None:
+            *others, last = STOCHASTIC_SAMPLERS
             raise ValueError(
-                f"`noise_level={noise_level}` has no meaning for the sampler {name!r}, which adds no noise. Leave it None, "
-                f"or choose one of {', '.join(STOCHASTIC_SAMPLERS)}."
+                f"noise_level={noise_level} with sampler={name!r}, which has no noise: leave it unset or choose "
+                f"{', '.join(others)} or {last}."
             )
         return 0.0
     eta = DEFAULT_NOISE_LEVEL if noise_level is None else float(noise_level)
-    upper = 1.0 if name in ("cps", "ddim") else float("inf")
-    if not (0 <= eta <= upper and eta < float("inf")):
-        allowed = "between 0 and 1" if upper == 1.0 else "finite and not negative"
-        raise ValueError(f"`noise_level` of the sampler {name!r} must be {allowed}, got {noise_level}.")
+    if name in ("cps", "ddim") and not 0 <= eta <= 1:
+        raise ValueError(f"noise_level={noise_level}: {name} takes 0 to 1.")
+    if not math.isfinite(eta):
+        raise ValueError(f"noise_level={noise_level}: it must be a finite number.")
+    if eta < 0:
+        raise ValueError(f"noise_level={noise_level} is negative.")
     return eta

@@ -17,7 +17,7 @@
 import torch
 from torch import Tensor
 
-from .opd import velocity_gap_sq
+from .flow import velocity_gap_sq
 
 
 TIMESTEP_DENSITIES = ("uniform", "logit_normal")
@@ -66,18 +66,12 @@ def shifted(u: Tensor, levels: Tensor) -> Tensor:
     return torch.lerp(levels[below], levels[below + 1], position - below)
 
 
-def noised_images(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """`x_t = (1 - t) x0 + t eps`, each sample at its own level: `t` has shape `(B,)`."""
-    t = t.to(x0.device, x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
-    return (1 - t) * x0 + t * eps
-
-
 def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """
     `|v - (eps - x0)|²`, a mean over the latent dimensions (arXiv 2210.02747, with `t` from image to noise).
 
     Args:
-        v (`Tensor` of shape `(B, ...)`): velocity at `noised_images(x0, eps, t)`, with gradient.
+        v (`Tensor` of shape `(B, ...)`): velocity at `noised(x0, eps, t)`, with gradient.
         x0, eps (`Tensor` of the same shape): images and noise.
 
     Returns:

@@ -124,4 +124,5 @@ def command_to_go_on() -> str:
     if "--resume_from_checkpoint" in words:
         at = words.index("--resume_from_checkpoint")
         words[at : at + 2] = []
-    return shlex.join(["python", *words, "--resume_from_checkpoint", "True"])
+    python = ["python"] if words[0].endswith(".py") else []  # the console script goes by its name
+    return shlex.join([*python, *words, "--resume_from_checkpoint", "True"])

@@ -32,14 +32,14 @@ from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
-from ..pipelines.loading import borrowed, load_base
+from ..pipelines.fingerprints import base_digest
+from ..pipelines.loading import borrowed, load_pipeline
+from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from ..trainer.options import DTYPES, model_init_problems
 from .files import write_results
-from .identity import base_digest
 from .measure import Task, measure
 from .retention import retention_report
 from .store import Store
@@ -176,7 +176,7 @@ def evaluate_retention(
     base: Any = pipeline
     if isinstance(pipeline, str):
         with failing_together():
-            loaded = load_base(pipeline, dtype or "float32", quantization_config, model_init_kwargs)
+            loaded = load_pipeline(pipeline, dtype or "float32", model_init_kwargs, quantization_config)
             base = loaded.to(state.device)
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     tasks = {

@@ -12,16 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-What of a run goes to the Hub, and how. Run as a module, it uploads the output folder of a run that has ended:
+"""What of a run goes to the Hub, and how."""
 
-    python -m trl_diffusion_opd.hub.push sd35-opd me/sd35-opd
-"""
-
-import argparse
 import glob
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -34,7 +28,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from .errors import ERRORS, http_reason, retried
-from .files import CONFIG_FILE, LORA_FILES, PUSHED_FILES, STUDENT_FILES
+from .files import PUSHED_FILES, STUDENT_FILES
 from .repository import PushError
 
 
@@ -113,8 +107,8 @@ def failure_explained(folder: str, repo_id: str) -> Iterator[None]:
 def _failure(folder: str, repo_id: str, error: BaseException) -> str:
     return (
         f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost, it is saved in {folder!r} "
-        "with its card. Push it with trainer.push_to_hub(), or later with `python -m trl_diffusion_opd.hub.push "
-        f"{folder} {repo_id}`."
+        "with its card. Push it with trainer.push_to_hub(), or later with "
+        f"`trl-diffusion-opd push {folder} {repo_id}`."
     )
 
 
@@ -182,24 +176,3 @@ def _report_failure(job: "Future[Any]", message: Callable[[BaseException], str])
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Uploads the student of a run that has ended to the Hub.")
-    parser.add_argument("folder", help="output folder of the run")
-    parser.add_argument("repo_id", help="owner/name, made if it is not there")
-    parser.add_argument("--revision", help="branch to commit to")
-    parser.add_argument("--private", action="store_true", help="if the repository is made, make it private")
-    options = parser.parse_args()
-    if not any(os.path.exists(os.path.join(options.folder, name)) for name in (*LORA_FILES, CONFIG_FILE)):
-        parser.error(f"there is no student in {options.folder}")
-    try:
-        url = retried(hf_api().create_repo, options.repo_id, private=options.private or None, exist_ok=True)
-        commit = push_folder(options.folder, url.repo_id, revision=options.revision)
-    except ERRORS as error:
-        parser.exit(1, f"The student could not be pushed to {options.repo_id!r}: {http_reason(error)}.\n")
-    logger.warning(f"Pushed: {commit.commit_url}")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,12 +16,15 @@
 
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
 
-from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..trainer.options import FOLLOWING
 
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+FOLLOWING = "auto"  # `ema_decay` of an average whose reach follows the length of the run
 
 # Mean age of the weights in an average that follows the run, as a share of the updates made so far. A longer one is smoother
 # and lags more: docs/source/average.md has what each costs.
@@ -31,7 +34,7 @@ MEAN_AGE = 0.005
 LAGGING_SHARE = 0.1
 
 
-def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None) -> EMAModel | None:
+def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None) -> "EMAModel | None":
     """
     The average that `ema_decay` asks for, which starts as a copy of `parameters`.
 
@@ -39,6 +42,8 @@ def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None
     update i then count about as `i^(γ - 1)`: the average reaches as far back in a long run as in a short one, measured in
     lengths of the run (Karras et al. 2024, arXiv 2312.02696, Eq. 7).
     """
+    from diffusers.training_utils import EMAModel  # here, since configs read this module and need no diffusers
+
     if not decay:
         return None
     if decay == FOLLOWING:

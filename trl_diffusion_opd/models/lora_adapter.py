@@ -25,8 +25,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..acceleration.quantization import base_weight
 from ..acceleration.sharding import forget_gathered, own_part
-from ..pipelines.view import base_weight
 from .adapter_switch import remove_adapters
 from .boundary import strangers_files
 from .lora_files import PEFT_PREFIX

@@ -20,8 +20,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..acceleration.quantization import dequantised
-from ..pipelines.view import base_weight
+from ..acceleration.quantization import base_weight, dequantized
 from .lora_layouts import some
 from .lora_scales import LoraScales, layer_names, matrix_shapes
 from .teacher_config import TeacherError
@@ -99,5 +98,5 @@ def _product_norm(a: Tensor, b: Tensor) -> float:
 
 def _weight_norm(layer: nn.Module) -> float | None:
     module = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    weight = dequantised(module) if isinstance(module, nn.Linear) else dict(module.named_parameters()).get("weight")
+    weight = dequantized(module) if isinstance(module, nn.Linear) else dict(module.named_parameters()).get("weight")
     return None if weight is None else float(torch.linalg.vector_norm(weight, dtype=torch.float32))

@@ -15,13 +15,6 @@
 """
 Merges the teachers' LoRAs into one, without training: the baseline that asks whether a student needs to be trained at all.
 
-```bash
-python -m trl_diffusion_opd.models.merge \
-    --base stabilityai/stable-diffusion-3.5-medium \
-    --teachers aesthetic=quanhaol/DiffusionOPD/AesTeacher/lora ocr=quanhaol/DiffusionOPD/OCRTeacher/lora \
-    --rank 32 --method svd --output_dir outputs/merge
-```
-
 What is averaged are the updates `dW = scaling B A` of the weights. The mean of several products `B A` is not the product of
 the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` takes the best approximation of the student's rank.
 """
@@ -29,7 +22,7 @@ the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` tak
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +31,11 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from trl import TrlParser
 
 from ..guards.files import write_json
 from ..guards.redaction import listed, shown
 from ..hub.files import MERGE_REPORT_FILE
-from ..pipelines.loading import borrowed, load_base
-from ..scripts.arguments import by_task, json_object, load_teachers
-from ..trainer.options import model_init_problems
+from ..pipelines.loading import borrowed
 from .backbone import Backbone
 from .student import STUDENT_ADAPTER, Student
 from .teacher_config import TeacherSpec, normalize_teachers
@@ -363,72 +353,3 @@ def _report(method: str, config: Any, lost: Mapping[str, float], whole: Mapping[
         f"({layers[worst]:.1%})."
     )
     return report
-
-
-@dataclass
-class MergeArguments:
-    """
-    Arguments of the command; see [`merge_teachers`].
-
-    Args:
-        base (`str`): the base, a Hub id or a folder.
-        teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
-        output_dir (`str`): where the merged LoRA is written.
-        weights (`list[str]`, *optional*): `task=weight`, 1 for tasks that are not named.
-        dtype (`str`, *optional*, defaults to `"float32"`): precision in which base and teachers are loaded.
-        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
-    """
-
-    base: str = field(metadata={"help": "The base: a Hub id or a folder."})
-    teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
-    output_dir: str = field(metadata={"help": "Where the merged LoRA is written."})
-    rank: int = field(default=32, metadata={"help": "Rank of the merged LoRA."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Its alpha for svd, twice the rank if not set."})
-    method: str = field(default="svd", metadata={"help": "How the updates are combined.", "choices": list(METHODS)})
-    weights: list[str] | None = field(default=None, metadata={"help": "task=weight …, 1 for tasks not named."})
-    density: float | None = field(default=None, metadata={"help": "Part of the numbers that pruning methods keep."})
-    seed: int = field(default=0, metadata={"help": "Of what dare drops."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the base.", "choices": ["float32", "bfloat16", "float16"]}
-    )
-    model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.model_init_kwargs, str):  # from a command line; a YAML file gives a dict
-            self.model_init_kwargs = json_object("model_init_kwargs", self.model_init_kwargs)
-
-
-def main(arguments: MergeArguments) -> None:
-    model_init_kwargs = arguments.model_init_kwargs or {}
-    assert isinstance(model_init_kwargs, dict)  # strings are parsed
-    problems = model_init_problems(model_init_kwargs)
-    if problems:
-        raise ValueError("\n".join(problems))
-    weights = {}
-    for task, values in by_task("weights", arguments.weights).items():
-        try:
-            weights[task] = float(values[-1])
-        except ValueError as error:
-            raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
-    report = merge_teachers(
-        load_base(arguments.base, arguments.dtype, model_init_kwargs=model_init_kwargs),
-        load_teachers(arguments.teachers, None),
-        arguments.output_dir,
-        rank=arguments.rank,
-        lora_alpha=arguments.lora_alpha,
-        method=arguments.method,
-        weights=weights,
-        density=arguments.density,
-        seed=arguments.seed,
-    )
-    worst = max(report.layers, key=lambda name: report.layers[name])
-    print(
-        f"{arguments.output_dir}: rank {report.rank} by {report.method}, {report.error:.2%} from the mean of the updates, "
-        f"at most {report.layers[worst]:.2%} in {shown(worst)}."
-    )
-
-
-if __name__ == "__main__":
-    main(*TrlParser((MergeArguments,)).parse_args_and_config())

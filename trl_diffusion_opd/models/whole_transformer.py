@@ -26,8 +26,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..acceleration.quantization import plain_tensors, weight_kind
-from ..pipelines.view import base_weight
+from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
 from .boundary import strangers_files
 from .lora_layouts import some
 from .teacher_config import TeacherError
@@ -68,10 +67,10 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         empty = cls.from_config(dict(stored))
     theirs = json.loads(empty.to_json_string())
     _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
-    quantised = stored.get(_QUANTIZATION)
-    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") in _METHODS):
-        raise TeacherError(f"{label}: is quantised by {_short(quantised)}; bitsandbytes and torchao are known here")
-    if quantised is None:
+    quantized = stored.get(_QUANTIZATION)
+    if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") in _METHODS):
+        raise TeacherError(f"{label}: is quantised by {_short(quantized)}; bitsandbytes and torchao are known here")
+    if quantized is None:
         _check_headers(files, empty.state_dict())
     try:
         model, info = cls.from_pretrained(

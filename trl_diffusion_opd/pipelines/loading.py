@@ -12,73 +12,76 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A base pipeline for work without a trainer: loading it, and lending its transformer for LoRAs."""
+"""A base pipeline: loading it, and, for work without a trainer, lending its transformer for LoRAs."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..acceleration.quantization import failures_named, pipeline_config, prepare
 from ..guards.redaction import listed, shown
 from ..hub.errors import explained, retried
-from ..trainer.options import dtype_name
 from .base_state import transformer_problems
+from .loading_options import loading_options
 
 
 _WHOLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
-def load_base(
-    name: str, dtype: str, quantization_config: Any = None, model_init_kwargs: Mapping[str, Any] | None = None
+def load_pipeline(
+    model: str | DiffusionPipeline,
+    dtype: str,
+    model_init_kwargs: Mapping[str, Any] | None = None,
+    quantization_config: Any = None,
 ) -> DiffusionPipeline:
     """
-    Loads a base pipeline by its Hub id or folder, in `"float32"`, `"bfloat16"` or `"float16"`, as a `quantization_config` of
-    diffusers says, and with further arguments of `from_pretrained`, such as `revision` and `variant`.
+    A base pipeline, loaded if it is given by name, fit to be trained on.
+
+    Args:
+        model (`str` or [`~diffusers.DiffusionPipeline`]): a Hub id, a folder or a pipeline.
+        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
+        model_init_kwargs (`dict`, *optional*): further arguments of `from_pretrained`, such as `revision` and `variant`.
+        quantization_config (*optional*): of diffusers.
 
     Raises:
         [`ValueError`]: if it cannot be loaded, with what to check.
     """
+    if not isinstance(model, str | DiffusionPipeline):
+        raise ValueError(
+            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
+            "trainer takes the transformer)."
+        )
+    pipeline = _loaded(model, dtype, model_init_kwargs, quantization_config) if isinstance(model, str) else model
+    transformer = pipeline.components.get("transformer")
+    if isinstance(transformer, nn.Module):
+        prepare(transformer)
+    return pipeline
+
+
+def _loaded(
+    name: str, dtype: str, model_init_kwargs: Mapping[str, Any] | None, quantization_config: Any
+) -> DiffusionPipeline:
     check_base_name(name)
     options = loading_options(dtype, model_init_kwargs)
     config = pipeline_config(quantization_config)
     if config is not None:
         options["quantization_config"] = config
-    with failures_named(name, config), explained(f"The base {name!r}", name, options.get("revision")):
-        try:
+    try:
+        with failures_named(name, config), explained(f"The base model {name!r}", name, options.get("revision")):
             return retried(DiffusionPipeline.from_pretrained, name, **options)
-        except OSError as error:
-            if not os.path.isdir(name):
-                raise
-            raise ValueError(
-                f"The base {name!r} cannot be loaded: it needs a model_index.json and .safetensors weights. ({shown(error, 500)})"
-            ) from error
-
-
-def loading_options(dtype: str, model_init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """
-    Arguments of `DiffusionPipeline.from_pretrained`, which takes a dtype that is text for none.
-
-    Args:
-        dtype (`str`): of the base.
-        model_init_kwargs (`dict`, *optional*): further arguments. A `dtype` or `torch_dtype` of theirs counts where it has one
-            for each component.
-    """
-    options = dict(model_init_kwargs or {})
-    named = [options.pop(name, None) for name in ("dtype", "torch_dtype")]
-    of_components = next((one for one in named if isinstance(one, Mapping)), None)
-    if of_components is None:
-        options["dtype"] = getattr(torch, dtype)
-    else:
-        options["dtype"] = {part: getattr(torch, dtype_name(one) or "") for part, one in of_components.items()}
-    return {**options, "use_safetensors": True}
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"The base model {name!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
+            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
+            f"({shown(error, 500)})"
+        ) from error
 
 
 def check_base_name(name: str) -> None:

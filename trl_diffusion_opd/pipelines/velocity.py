@@ -18,14 +18,14 @@ The velocity of any flow-matching pipeline of diffusers, by asking the pipeline 
 Every family encodes prompts, scales timesteps, lays out guidance and signs its output in a way of its own, and its
 pipeline's `__call__` knows all of it. So one step of that `__call__` is run on a shallow view of the pipeline, in which
 `prepare_latents` hands out our `x`, the transformer is one that we name, and the scheduler takes what arrives at `step`
-(the velocity after guidance, slicing and sign) and stops there. This file and `pipeline_view.py` are the only ones that
-touch a pipeline's inside.
+(the velocity after guidance, slicing and sign) and stops there. This file and `view.py` are the only ones that touch a
+pipeline's inside.
 """
 
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,10 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL.Image import Image
 from PIL.Image import new as new_image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..guards.finite import finite_images
+from .checks import guidance_name, option_problems, pipeline_problems
+from .images import decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
@@ -48,37 +49,6 @@ from .view import (
     at_least_float32,
     stop,
     timestep_name,
-)
-
-
-# Their effect depends on the index within the loop, and here every step is the only one of its loop.
-LOOP_INDEX_OPTIONS = (
-    "skip_guidance_layers",
-    "skip_layer_guidance_scale",
-    "skip_layer_guidance_start",
-    "skip_layer_guidance_stop",
-    "cfg_trunc_ratio",
-    "cfg_truncation",
-    "cfg_normalization_start",
-    "guidance_interval",
-    "guidance_start",
-    "guidance_stop",
-)
-# What the walk decides.
-MANAGED_OPTIONS = (
-    "prompt",
-    "num_inference_steps",
-    "timesteps",
-    "sigmas",
-    "latents",
-    "generator",
-    "num_images_per_prompt",
-    "output_type",
-    "return_dict",
-    "callback_on_step_end",
-    "height",
-    "width",
-    "max_sequence_length",
 )
 
 
@@ -130,18 +100,21 @@ class VelocityField:
         self.height, self.width = height, width
         self._parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
         options = dict(generation_kwargs or {})
-        problems = _pipeline_problems(pipeline) or self._option_problems(options, max_sequence_length)
+        problems = pipeline_problems(pipeline) or option_problems(
+            pipeline, self._parameters, options, height, width, max_sequence_length
+        )
         if problems:
             raise ValueError("\n".join(problems))
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
         self._options = options
+        self._guidance = guidance_name(self._parameters)
         self._cache = PromptCache(store=prompt_store)
         self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self._view_class: Any = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
         self._guidance_offset = 0.0
         self._latent_map: LatentMap | None = None
@@ -150,7 +123,7 @@ class VelocityField:
     def set_grid(self, num_inference_steps: int) -> None:
         """Reads the noise grid of that many steps from the pipeline's scheduler, as its `__call__` sets it."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        view = self._run([""], 1.0, scheduler, num_inference_steps)
+        view = self._to_transformer([""], 1.0, scheduler, num_inference_steps)
         # Flow-prediction solvers (Sana's) keep integer timesteps: only their levels are taken.
         self.levels = scheduler.sigmas.to("cpu", torch.float64)
         if len(self.levels) != num_inference_steps + 1:
@@ -167,7 +140,7 @@ class VelocityField:
         self._timesteps = torch.cat([own, own.new_zeros(1)])
         # Z-Image and Krea 2 write guidance as v + s (v - v_empty): s is one less than everybody else's scale. Once this
         # is known, a scale of 1 is no guidance there either, and stays known.
-        named = self._guidance_name == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
+        named = self._guidance == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
         self._guidance_offset += float(named and view.do_classifier_free_guidance)
 
     def with_steps(self, num_inference_steps: int) -> "VelocityField":
@@ -205,14 +178,26 @@ class VelocityField:
         Returns:
             `torch.Tensor` of `x`'s shape, float32 (float64 where the model is).
         """
-        stand_in = StandIn(transformer or self._base, self._base)
+        timesteps = None
         if isinstance(t, Sequence):
             # A pipeline's loop has one level. What it shows the transformer at each of them is asked beforehand.
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
-            stand_in.__dict__["timesteps"] = [shown[level] for level in t]
-            t = t[0]
-        stand_in.__dict__["adapters"] = adapters
+            timesteps, t = [shown[level] for level in t], t[0]
+        stand_in = StandIn(transformer or self._base, self._base, timesteps, adapters)
         return self._velocity(x, t, prompts, guidance_scale, stand_in)
+
+    def one_forward(self, transformer: Callable[..., Any], batch_size: int) -> None:
+        """
+        Runs a transformer once, at the first level.
+
+        Args:
+            transformer (`Callable`)
+            batch_size (`int`): of two or more, prompts of different length take part: where a family pads a batch, its attention
+                has a mask.
+        """
+        prompts = ["a", "a b c"][: max(1, batch_size)]
+        x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
+        self(x, float(self.levels[0]), prompts, 1.0, transformer)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`."""
@@ -227,17 +212,13 @@ class VelocityField:
             seen.append(inputs)
             raise Stop
 
-        self._probe.level, self._probe.own_timestep = float(t), self._timestep(float(t))
-        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=StandIn(note, self._base))
+        self._step(x, t, prompts, guidance_scale, StandIn(note, self._base))
         return seen[0]
 
     def _velocity(
         self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: "StandIn"
     ) -> Tensor:
-        self._probe.level, self._probe.velocity = float(t), None
-        self._probe.own_timestep = self._timestep(float(t))
-        self._run(prompts, guidance_scale, self._probe, 1, x=x, transformer=transformer)
-        velocity, self._probe.velocity = self._probe.velocity, None  # it holds a graph
+        velocity = self._step(x, t, prompts, guidance_scale, transformer).scheduler.velocity
         assert velocity is not None, "the pipeline's loop ended without a call of scheduler.step"
         return at_least_float32(velocity)
 
@@ -254,7 +235,8 @@ class VelocityField:
         Returns:
             `torch.Tensor` of shape `(B, ...)`, float32.
         """
-        view = self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        view = self._to_transformer(prompts, 1.0, scheduler, self.num_inference_steps, generators)
         return at_least_float32(view.prepared[0])
 
     def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
@@ -274,9 +256,8 @@ class VelocityField:
             guidance_scales (`Iterable[float]`): of the calls to come.
         """
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
-        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
         for scale in guidance_scales:
-            self._run(prompts, scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
+            self._step(x, 1.0, prompts, scale, StandIn(stop, self._base))
 
     @torch.no_grad()
     def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Any]]:
@@ -289,10 +270,8 @@ class VelocityField:
             guidance_scale (`float`): of the calls in which the embeddings are used.
         """
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
-        self._probe.level, self._probe.own_timestep = 1.0, self._timestep(1.0)
         for prompt in prompts:
-            view = self._run([prompt], guidance_scale, self._probe, 1, x=x, transformer=StandIn(stop, self._base))
-            yield view.encoded
+            yield self._step(x, 1.0, [prompt], guidance_scale, StandIn(stop, self._base)).encoded
 
     @torch.no_grad()
     def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
@@ -307,15 +286,7 @@ class VelocityField:
         Raises:
             [`FloatingPointError`]: if latents or pictures are not finite.
         """
-        if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
-            raise FloatingPointError(
-                f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
-            )
-        self._probe.level = None
-        with finite_images():
-            images = self._run(prompts, 1.0, self._probe, 1, x=x, output_type=output_type).images
-        one_frame = isinstance(images[0], list) and len(images[0]) == 1  # a pipeline for videos, asked for an image
-        return [video[0] for video in images] if one_frame else images
+        return decoded(x, lambda: self._end(x, prompts, output_type).images)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image]) -> Tensor:
@@ -336,16 +307,9 @@ class VelocityField:
         """
         if self._latent_map is None:
             self._latent_map = self._find_latent_map()
-        processor = _image_processor(self.pipeline)
-        vae: Any = self.pipeline.components["vae"]
-        pixels = processor.preprocess(
-            [image.convert("RGB") for image in images], self.height, self.width, resize_mode="crop"
-        ).to(next(self._base.parameters()).device, next(vae.parameters()).dtype)  # the VAE may be offloaded
-        if self._latent_map.of_video:
-            pixels = pixels.unsqueeze(2)
+        device = next(self._base.parameters()).device
         with self.encoding():
-            encoded = vae.encode(pixels, return_dict=False)[0]
-            return self._latent_map.from_vae(encoded if isinstance(encoded, Tensor) else encoded.mode())
+            return encoded(self.pipeline, self._latent_map, images, (self.height, self.width), device)
 
     def check_encode(self) -> None:
         """
@@ -354,10 +318,8 @@ class VelocityField:
         Raises:
             [`ValueError`]: if images of this pipeline can't be encoded, with the reason.
         """
-        if not isinstance(self.pipeline.components.get("vae"), nn.Module) or _image_processor(self.pipeline) is None:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} has no VAE with an image processor to encode images with."
-            )
+        if (problem := encoder_problem(self.pipeline)) is not None:
+            raise ValueError(problem)
         self.encode([new_image("RGB", (self.width or 64, self.height or 64), "grey")])
 
     def _find_latent_map(self) -> LatentMap:
@@ -367,8 +329,7 @@ class VelocityField:
 
         def to_vae(x: Tensor) -> Tensor:
             stand_in = DecoderStandIn(vae)
-            self._probe.level = None
-            self._run([""], 1.0, self._probe, 1, x=x, output_type="pt", vae=stand_in)
+            self._end(x, [""], "pt", vae=stand_in)
             return stand_in.latents
 
         return LatentMap.find(to_vae, self.initial_latents([""], generators), type(self.pipeline).__name__)
@@ -414,102 +375,79 @@ class VelocityField:
                 f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
             )
 
-    def _option_problems(self, options: dict[str, Any], max_sequence_length: int | None) -> list[str]:
-        name = type(self.pipeline).__name__
-        problems = []
-        for option in options:
-            if option in LOOP_INDEX_OPTIONS:
-                problems.append(
-                    f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, and "
-                    "training asks for one step at a time. Remove it."
-                )
-            elif option in MANAGED_OPTIONS or option == self._guidance_name:
-                problems.append(f"generation_kwargs: {option!r} is set by the trainer's own arguments. Remove it.")
-            elif option not in self._parameters:
-                problems.append(f"generation_kwargs: {name} takes no {option!r}.")
-        if max_sequence_length is not None and "max_sequence_length" not in self._parameters:
-            problems.append(f"max_sequence_length={max_sequence_length}: {name} takes none. Leave it unset.")
-        factor = _pixels_a_latent(self.pipeline)
-        for side, size in (("height", self.height), ("width", self.width)):
-            if size is not None and (size <= 0 or size % factor):
-                problems.append(
-                    f"{side}={size} is not a multiple of {factor}, the pixels that a latent of {name} stands for. "
-                    f"Use {max(factor, round(size / factor) * factor)}."
-                )
-        return problems
-
-    @property
-    def _guidance_name(self) -> str:
-        # In Flux and Qwen-Image `guidance_scale` is an embedding and `true_cfg_scale` is classifier-free guidance.
-        return "true_cfg_scale" if "true_cfg_scale" in self._parameters else "guidance_scale"
-
-    def _call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """The arguments of the pipeline's `__call__` that make images of these prompts at this scale, but for its steps."""
         options = {"prompt": prompts, **self._options}
-        if self._guidance_name in self._parameters:
-            options[self._guidance_name] = guidance_scale - self._guidance_offset
+        if self._guidance in self._parameters:
+            options[self._guidance] = guidance_scale - self._guidance_offset
         if "negative_prompt" in self._parameters:
             negative = options.get("negative_prompt")
-            if self._guidance_name == "true_cfg_scale" and negative is None and guidance_scale != 1.0:
+            if self._guidance == "true_cfg_scale" and negative is None and guidance_scale != 1.0:
                 negative = ""  # without one, true_cfg_scale is off
             if isinstance(negative, str):
                 options["negative_prompt"] = [negative] * len(prompts)
         return options
 
-    def _run(
+    def _to_transformer(
         self,
         prompts: list[str],
         guidance_scale: float,
         scheduler: Any,
         num_inference_steps: int,
         generators: list[torch.Generator] | None = None,
-        x: Tensor | None = None,
-        transformer: "StandIn | None" = None,
-        output_type: str = "latent",
-        vae: DecoderStandIn | None = None,
-    ) -> "PipelineView":
-        """
-        Runs the pipeline's `__call__`: to its transformer (no `x`), one step at `x`, or to the end from `x`.
-        """
+    ) -> PipelineView:
+        """Runs the pipeline's `__call__` up to its transformer, when it has set its grid and prepared its latents."""
+        view = self._view(StandIn(stop, self._base), scheduler)
+        self._call(view, prompts, guidance_scale, num_inference_steps=num_inference_steps, generator=generators)
+        view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
+        self._prepared[len(prompts), view.transformer.device] = (view.prepared[0].dtype, view.prepared[1:])
+        return view
+
+    def _step(
+        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: StandIn
+    ) -> PipelineView:
+        """Runs one step of the pipeline's loop, at `x`."""
+        t = float(t)
+        view = self._view(transformer, self._probe.at(t, self._timestep(t)), x, prompts)
+        self._call(view, prompts, guidance_scale)
+        return view
+
+    def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: Any) -> PipelineView:
+        """Runs what comes after the pipeline's loop, from `x`."""
+        view = self._view(StandIn(stop, self._base), self._probe.at(None), x, prompts, decoding=not parts, **parts)
+        self._call(view, prompts, 1.0, output_type=output_type)
+        return view
+
+    def _view(
+        self, transformer: StandIn, scheduler: Any, x: Tensor | None = None, prompts: Sequence[str] = (), **parts: Any
+    ) -> PipelineView:
         if x is not None and len(x) != len(prompts):
             raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
-        view: Any = object.__new__(self._view_class)
-        view.__dict__.update(self.pipeline.__dict__)
-        view.__dict__.update(
-            transformer=transformer or StandIn(stop, self._base),
+        return self._view_class.of(
+            self.pipeline,
+            transformer=transformer,
             scheduler=scheduler,
             cache=self._cache,
             encoding=self.encoding,
             x=x,
-            prepared=None if x is None else self._extras(prompts),
-            decoding=output_type != "latent" and vae is None,
-            images=None,
-            encoded=[],
+            prepared=None if x is None else self._extras(list(prompts)),
+            **{"decoding": False, **parts},
         )
-        if vae is not None:
-            view.__dict__["vae"] = vae
-        try:
-            view.images = inspect.unwrap(type(self.pipeline).__call__)(
-                view,
-                num_inference_steps=num_inference_steps,
-                generator=generators,
-                output_type=output_type,
-                return_dict=False,
-                **self._call_options(prompts, guidance_scale),
-            )[0]
-        except Stop:
-            pass
-        if x is None:
-            view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
-            device = view.transformer.device
-            self._prepared[len(prompts), device] = (view.prepared[0].dtype, view.prepared[1:])
-        return view
+
+    def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: Any) -> None:
+        options = {"num_inference_steps": 1, "generator": None, "output_type": "latent", **how}
+        options.update(self.call_options(prompts, guidance_scale), return_dict=False)
+        with suppress(Stop):
+            view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 
     def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
         """What `prepare_latents` returns besides latents (ids, latents of an image to edit): one batch size, once."""
         key = (len(prompts), next(self._base.parameters()).device)
         if key not in self._prepared:
             generators = [torch.Generator().manual_seed(0) for _ in prompts]
-            self._run(prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators)
+            self._to_transformer(
+                prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators
+            )
         return self._prepared[key]
 
 
@@ -517,43 +455,3 @@ def _euler_config(scheduler: Any) -> dict[str, Any]:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler.config
     return {"num_train_timesteps": scheduler.config.num_train_timesteps}
-
-
-def _is_flow_matching(scheduler: Any) -> bool:
-    config = scheduler.config
-    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
-        config.get("prediction_type") == "flow_prediction" and bool(config.get("use_flow_sigmas"))
-    )
-
-
-def _pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
-    name = type(pipeline).__name__
-    scheduler = pipeline.components.get("scheduler")
-    missing = [] if isinstance(pipeline.components.get("transformer"), nn.Module) else ["transformer"]
-    missing += [method for method in ("encode_prompt", "prepare_latents") if method not in dir(type(pipeline))]
-    problems = []
-    if missing:
-        problems.append(
-            f"{name} has no {', '.join(missing)}: only pipelines with a denoising transformer are supported."
-        )
-    if scheduler is None or not _is_flow_matching(scheduler):
-        prediction = None if scheduler is None else scheduler.config.get("prediction_type")
-        problems.append(
-            f"{name} is not a flow-matching pipeline: its scheduler is {type(scheduler).__name__} with "
-            f"prediction_type={prediction!r}. Use a model with a FlowMatchEulerDiscreteScheduler or a flow-prediction "
-            "solver."
-        )
-    return problems
-
-
-def _pixels_a_latent(pipeline: DiffusionPipeline) -> int:
-    # Packed families count two latents a side here, as they must.
-    processor = _image_processor(pipeline)
-    return 1 if processor is None else processor.config.vae_scale_factor
-
-
-def _image_processor(pipeline: DiffusionPipeline) -> Any:
-    for name in ("image_processor", "video_processor"):
-        if name in pipeline.__dict__:
-            return pipeline.__dict__[name]
-    return None

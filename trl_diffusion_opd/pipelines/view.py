@@ -17,6 +17,7 @@ A pipeline seen from inside its loop: the parts that stand in for its scheduler,
 own `__call__` runs for one step at a state of ours. `velocity.py` puts them to work.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +29,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ..acceleration.quantization import dequantised, weight_kind
+from ..acceleration.quantization import base_weight, dequantized
 from .prompt_cache import PromptCache
 
 
@@ -45,6 +46,12 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     level: float | None = None
     own_timestep: float = 0.0
     velocity: Tensor | None = None
+
+    def at(self, level: float | None, own_timestep: float = 0.0) -> "Probe":
+        """One for a step at a level that the pipeline calls `own_timestep`, or for no step."""
+        probe = copy.copy(self)
+        probe.level, probe.own_timestep = level, own_timestep
+        return probe
 
     def set_timesteps(
         self,
@@ -74,17 +81,26 @@ class StandIn(nn.Module):
     are cast to the weights' dtype, but never timesteps, guidance embeddings and position ids, which bfloat16 ruins; a
     half-precision model runs under autocast, for its float32 LoRA, but for its output projection; out comes at least
     float32.
+
+    Args:
+        model (`Callable`), base (`nn.Module`): what is called, and the pipeline's own.
+        timesteps (`list[torch.Tensor]`, *optional*): of each sample, where they are not all at the same level.
+        adapters (`list[str]`, *optional*): of each sample's LoRA, where they don't all have the active one.
     """
 
-    def __init__(self, model: Callable[..., Any], base: nn.Module):
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        base: nn.Module,
+        timesteps: list[Tensor] | None = None,
+        adapters: list[str] | None = None,
+    ):
         super().__init__()
         # Under mixed precision FSDP2's student, trained in full, is float32 where its frozen base is not.
         weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         network: Any = type(base)
-        self.__dict__["names"] = _input_names(network)
-        self.__dict__["timesteps"] = None  # of each sample, where they are not all at the same level
-        self.__dict__["adapters"] = None  # name of each sample's LoRA, where they don't all have the active one
+        self.__dict__.update(names=_input_names(network), timesteps=timesteps, adapters=adapters)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
@@ -116,18 +132,6 @@ class StandIn(nn.Module):
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
-
-
-def base_weight(network: nn.Module) -> nn.Parameter:
-    """A weight of the network itself, of none of its LoRAs and no quantised layer, which says the dtype and the device."""
-    return next(
-        parameter
-        for name, module in network.named_modules()
-        # A quantised layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
-        if "lora_" not in name and not (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None)
-        for parameter in module.parameters(recurse=False)
-        if parameter.is_floating_point()
-    )
 
 
 @cache
@@ -169,7 +173,7 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
 
     def forward(x: Tensor) -> Tensor:
         # FSDP2 has them whole within a forward alone.
-        weight, bias = dequantised(projection), projection.bias
+        weight, bias = dequantized(projection), projection.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
@@ -218,7 +222,7 @@ class DecoderStandIn(nn.Module):
 
 
 class PipelineView(DiffusionPipeline):
-    """A pipeline whose latents, embeddings and device are ours. Made without `__init__`, from a pipeline's attributes."""
+    """A pipeline whose latents, embeddings and device are ours."""
 
     transformer: StandIn
     cache: PromptCache
@@ -228,6 +232,13 @@ class PipelineView(DiffusionPipeline):
     decoding: bool
     images: Any
     encoded: list[Any]
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline, **parts: Any) -> Any:
+        """A view of a pipeline, with these parts in place of its own. Made without `__init__`, from its attributes."""
+        view = object.__new__(cls)
+        view.__dict__.update({**vars(pipeline), "images": None, "encoded": [], **parts})
+        return view
 
     @property
     def _execution_device(self) -> torch.device:

@@ -119,7 +119,6 @@ def write_model_card(
         datasets=datasets,
         results=student_results(report, datasets) if report else [],
     )
-    scale = args.eval_guidance_scale
     card = render(
         "model_card.md",
         data,
@@ -130,7 +129,7 @@ def write_model_card(
         folder_name=last_part(str(folder)),
         facts=facts,
         args=args,
-        eval_guidance_scale=args.guidance_scale if scale is None else scale,
+        eval_guidance_scale=args.evaluation_guidance,
         call_options=literals(facts.call_options, known_tokens(args)),
         kind=_kind(facts),
         transformer_class=type(facts.pipeline.components["transformer"]).__name__,
@@ -164,7 +163,7 @@ def _kind(facts: CardFacts) -> str:
 def _settings(facts: CardFacts) -> dict[str, Any]:
     args, plain = facts.args, facts.args.to_dict()  # enums as their values
     transformer: Any = facts.pipeline.components["transformer"]
-    quantised = described(transformer)
+    quantized = described(transformer)
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
     settings = {
         "updates": facts.state.global_step,
@@ -175,7 +174,7 @@ def _settings(facts: CardFacts) -> dict[str, Any]:
         "gradient clipping": args.max_grad_norm,
         "moving average": average_in_words(args.ema_decay, args.ema_update_interval),
         "precision": f"base {args.dtype}"
-        + (f", its weights quantised ({quantised})" if quantised else "")
+        + (f", its weights quantised ({quantized})" if quantized else "")
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
         "seed": args.seed,
     }

@@ -25,13 +25,13 @@ from typing import Any
 
 from .assignment import RewardFuncs, reward_data_problems, rewards_by_task
 from .base import Reward, RewardFunc, reward_fingerprint, reward_name
-from .loading import REWARDS, load_reward, reward_class
+from .combined import CombinedReward, check_reward, load_reward
+from .names import REWARDS, reward_class
 from .scoring import Scorer, score
 
 
 # Imported when asked for: evaluate is slow to load, and rewards are what names.REWARDS says.
 _LAZY = {
-    "CombinedReward": "combined",
     "RemoteRewardError": "remote",
     "RewardMetric": "metric",
     "as_metric": "metric",
@@ -40,10 +40,12 @@ _LAZY = {
 
 __all__ = [
     "REWARDS",
+    "CombinedReward",
     "Reward",
     "RewardFunc",
     "RewardFuncs",
     "Scorer",
+    "check_reward",
     "load_reward",
     "reward_class",
     "reward_data_problems",

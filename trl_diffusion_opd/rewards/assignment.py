@@ -24,7 +24,7 @@ from datasets import Dataset
 from ..data.tasks import BATCH
 from ..guards.redaction import shown
 from .base import Reward, RewardFunc, parameters_of, reward_name
-from .loading import load_reward
+from .combined import load_reward
 
 
 RewardFuncs = (

@@ -117,18 +117,6 @@ class Reward:
         """Scores of RGB images that the reward applies to."""
         raise NotImplementedError
 
-    def as_metric(self, features: Any = None) -> Any:
-        """
-        This reward as an [`evaluate.Metric`], for `add_batch(prompts=…, images=…)` and `compute()`.
-
-        Args:
-            features ([`~datasets.Features`], *optional*): of the columns that are given with the prompts; those of the
-                dataset will do. By default, the columns that the reward reads, as text.
-        """
-        from .metric import RewardMetric
-
-        return RewardMetric(self, features)
-
 
 def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | None:
     """What a reward function can be given, by name; `None` of one that is not written in Python."""

@@ -22,7 +22,7 @@ from typing import Any
 from PIL.Image import Image
 
 from .base import Reward, RewardFunc, reward_fingerprint, reward_name
-from .loading import load_reward
+from .names import check_named, load_named
 from .scoring import Scores, call_reward
 
 
@@ -167,3 +167,36 @@ class CombinedReward(Reward):
             for values in zip(*parts.values(), strict=True)
         ]
         return {self.name: totals} | {f"{self.name}/{key}": values for key, values in parts.items()}
+
+
+def load_reward(spec: str, **options: Any) -> RewardFunc:
+    """
+    A reward function by its name, or by its import path `package.module:function`, where a class is made an instance.
+
+    Args:
+        spec (`str`): a name of this package's, or an import path, or several of them with `+` between, which are added with
+            equal weights by [`CombinedReward`].
+        options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
+
+    Raises:
+        [`ValueError`]: if there is no such function, its options do not fit, or its weights cannot be loaded.
+        [`ImportError`]: if the reward needs a package that is not installed; the message names the extra.
+    """
+    if "+" in spec:
+        return CombinedReward(dict.fromkeys(spec.split("+"), 1.0), **options)
+    return load_named(spec, **options)
+
+
+def check_reward(spec: str, **options: Any) -> None:
+    """
+    Refuses what [`load_reward`] would refuse, without loading weights.
+
+    Raises:
+        [`ValueError`]: if there is no such function, or its options do not fit.
+        [`ImportError`]: if importing the reward needs a package that is not installed.
+    """
+    if "+" not in spec:
+        return check_named(spec, **options)
+    of_parts = options.get("reward_kwargs", {})
+    for part in spec.split("+"):
+        check_reward(part, **of_parts.get(part, {}))

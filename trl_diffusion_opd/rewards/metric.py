@@ -31,7 +31,7 @@ class RewardMetric(evaluate.Metric):
     A reward function as an [`evaluate.Metric`].
 
     ```python
-    metric = load_reward("pickscore").as_metric()
+    metric = as_metric(load_reward("pickscore"))
     for batch in batches:
         metric.add_batch(prompts=batch["prompt"], images=pipeline(batch["prompt"]).images)
     metric.compute()  # {"pickscore": 22.3, "pickscore_scores": [22.1, 22.5, ...]}

@@ -12,24 +12,26 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How command lines name things of several tasks: `--option task=value task=value …`."""
+"""What the commands take beyond a trainer's configuration. Lists are given as `--option task=value task=value …`."""
 
 import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from trl import TrlParser
 
+from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
 from ..models.teacher_config import TeacherConfig
-from ..rewards import RewardFunc, load_reward
-from ..rewards.loading import check_reward
-from ..trainer.options import unknown_option
+from ..rewards import RewardFunc, check_reward, load_reward
+
+
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(kw_only=True)
@@ -87,33 +89,31 @@ class QuantizationArguments:
         return TorchAoConfig(quant_type[self.torchao_quant_type]())
 
 
-@dataclass
-class TeacherScriptArguments(QuantizationArguments):
+@dataclass(kw_only=True)
+class ScriptArguments(QuantizationArguments):
     """
-    What the scripts that train a teacher by reward take beyond a trainer's configuration. Lists are given as
-    `task=value task=value …`.
+    What every training command takes beyond its trainer's configuration.
 
     Args:
         model_name_or_path (`str`): the base, a Hub id or a folder.
         prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
-        reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`. A task that is
-            named several times has several rewards, whose weights are `--reward_weights`.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
+        reward_funcs (`list[str]`, *optional*): `task=name` of a reward of the package, or `task=package.module:function`. A
+            task that is named several times has several rewards.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
         lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
-        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and stop.
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
     prompts: list[str] = field(
         metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
     )
-    reward_funcs: list[str] = field(
-        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
-    )
     eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
     reward_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
@@ -121,30 +121,124 @@ class TeacherScriptArguments(QuantizationArguments):
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
-    dry_run: bool = field(
-        default=False, metadata={"help": "Draw and score a round, show what the run would do, and stop."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
             self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
 
+    def rewards(self) -> dict[str, list[RewardFunc]]:
+        """The reward functions by task, loaded."""
+        return load_rewards(self.reward_funcs, self.options_of_rewards())
 
-def parse(script_class: type, config_class: type, arguments: list[str] | None = None) -> tuple[Any, Any]:
+    def options_of_rewards(self) -> dict[str, Any]:
+        """The arguments of named rewards, by name."""
+        assert not isinstance(self.reward_kwargs, str)  # strings are parsed
+        return self.reward_kwargs or {}
+
+    def for_trainer(self, args: Any, reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
+        """
+        The arguments of a trainer, but for its teachers.
+
+        Args:
+            args ([`DiffusionConfig`])
+            reward_funcs (`dict`): those of [`~ScriptArguments.rewards`].
+        """
+        from peft import LoraConfig
+
+        from ..models.student import ATTENTION_TARGETS
+
+        lora = LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=self.lora_target_modules or list(ATTENTION_TARGETS),
+        )
+        return {
+            "model": packaged(self.model_name_or_path),
+            "reward_funcs": reward_funcs or None,
+            "args": args,
+            "train_dataset": load_prompts("prompts", self.prompts, args.task_column),
+            "eval_dataset": load_prompts("eval_prompts", self.eval_prompts, args.task_column),
+            "quantization_config": self.quantization_config(args.dtype),
+            "peft_config": None if self.full_finetuning else lora,
+        }
+
+
+@dataclass(kw_only=True)
+class TaughtArguments(ScriptArguments):
     """
-    The arguments of a script and of its trainer, from the command line and from `--config`.
+    What a command with teachers takes; see [`ScriptArguments`] for the rest.
+
+    Args:
+        teachers (`list[str]`, *optional*): `task=spec`, where a spec is `base`, a folder or
+            `owner/repo[/sub/folder][@revision]`. A task that is named several times is taught by the mean of its teachers.
+        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from the others.
+    """
+
+    teachers: list[str] | None = field(
+        default=None, metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"}
+    )
+    teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
+
+    def teachers_by_task(self) -> dict[str, Any]:
+        """Lists of [`TeacherConfig`] by task, none where none are given."""
+        return load_teachers(self.teachers or [], self.teacher_guidance_scales)
+
+
+@dataclass(kw_only=True)
+class TeacherScriptArguments(ScriptArguments):
+    """
+    What a command that trains by reward takes; see [`ScriptArguments`] for the rest.
+
+    Args:
+        reward_funcs (`list[str]`): as there. The weights of a task's rewards are `--reward_weights`.
+        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and stop.
+    """
+
+    reward_funcs: list[str] = field(
+        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Draw and score a round, show what the run would do, and stop."}
+    )
+
+
+def packaged(path: str) -> str:
+    """A path that begins with `trl_diffusion_opd/` and is not here is looked for in the installed package."""
+    inside = PACKAGE.parent / path
+    return (
+        str(inside) if path.startswith(f"{PACKAGE.name}/") and not os.path.exists(path) and inside.exists() else path
+    )
+
+
+def config_path(option: str, name: str, folder: str = "configs") -> str:
+    """
+    The path of a YAML file, given as such or as the name of one that comes with the package.
+
+    Args:
+        option (`str`), name (`str`)
+        folder (`str`, *optional*, defaults to `"configs"`): where the package has them.
 
     Raises:
-        [`ValueError`]: for an option that neither has, with the trainer's config that does.
+        [`ValueError`]: if there is neither, with the names that there are.
     """
-    parser = TrlParser((script_class, config_class))
-    script_args, config, rest = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in rest if word.startswith("--"))
-    if rest:
-        problems = [unknown_option(config_class, name) for name in unknown] or [f"{rest} belong to no option."]
-        raise ValueError("\n".join(problems))
-    return script_args, config
+    if os.path.isfile(name):
+        return name
+    known = {path.stem: path for path in (PACKAGE / folder).glob("*.yaml")}
+    if name not in known:
+        raise ValueError(
+            f"--{option}: there is no file {name!r}, and the package has none of that name. It has "
+            f"{', '.join(sorted(known))}."
+        )
+    return str(known[name])
+
+
+def configs() -> list[type]:
+    """The configs of all trainers."""
+    names = [name for name in trainer.__all__ if name.endswith("Config")]
+    found = [getattr(trainer, name) for name in names]
+    return [one for one in found if not one.__subclasses__()]  # what others share is no trainer's
 
 
 def json_object(option: str, text: str) -> dict[str, Any]:
@@ -193,7 +287,7 @@ def source_problems(option: str, values: OfTasks | None) -> list[str]:
         sources = by_task(option, values)
     except ValueError as error:
         return [str(error)]
-    found = (source_problem(option, source) for of_task in sources.values() for source in of_task)
+    found = (source_problem(option, packaged(source)) for of_task in sources.values() for source in of_task)
     return [problem for problem in found if problem is not None]
 
 
@@ -202,7 +296,7 @@ def load_prompts(option: str, values: OfTasks | None, task_column: str) -> Datas
     parts = []
     for task, sources in by_task(option, values).items():
         for source in sources:
-            part = plain_dataset(load_source(option, source), task_column)
+            part = plain_dataset(load_source(option, packaged(source)), task_column)
             if task_column in part.column_names:
                 part = part.remove_columns(task_column)
             parts.append(part.add_column(task_column, [task] * len(part)))
@@ -219,7 +313,7 @@ def load_tasks(option: str, values: OfTasks, task_column: str) -> Dataset:
         dataset = load_prompts(option, values, task_column)
         assert dataset is not None
         return dataset
-    dataset = plain_dataset(load_source(option, single), task_column)
+    dataset = plain_dataset(load_source(option, packaged(single)), task_column)
     if task_column not in dataset.column_names:
         raise ValueError(
             f"--{option}: {single!r} has no column {task_column!r} that names the tasks; it has "
@@ -252,19 +346,22 @@ def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[Tea
     """Teachers by task, with the guidance scales of `--teacher_guidance_scales`."""
     specs = by_task("teachers", values)
     of_task = load_scales(scales, specs)
-    return {task: [TeacherConfig(spec, guidance_scale=of_task.get(task)) for spec in specs[task]] for task in specs}
+    return {
+        task: [TeacherConfig(packaged(spec), guidance_scale=of_task.get(task)) for spec in specs[task]]
+        for task in specs
+    }
 
 
 def load_students(option: str, values: OfTasks) -> dict[str, str]:
     """Students by name: one alone needs none."""
     single = _single(values)
     if single is not None and (os.path.exists(single) or "=" not in single):
-        return {"student": single}
+        return {"student": packaged(single)}
     students = by_task(option, values, what="name=spec")
     twice = [name for name, specs in students.items() if len(specs) > 1]
     if twice:
         raise ValueError(f"--{option}: {twice[0]!r} names {len(students[twice[0]])} students. Give each its own name.")
-    return {name: specs[0] for name, specs in students.items()}
+    return {name: packaged(specs[0]) for name, specs in students.items()}
 
 
 def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:

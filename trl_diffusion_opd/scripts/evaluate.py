@@ -17,7 +17,7 @@
 Measures how much of its teachers' gains a student has, from the command line.
 
 ```bash
-accelerate launch -m trl_diffusion_opd.scripts.evaluate \
+trl-diffusion-opd evaluate \
     --base stabilityai/stable-diffusion-3.5-medium \
     --dtype bfloat16 \
     --teachers aesthetic=quanhaol/DiffusionOPD/AesTeacher/lora ocr=quanhaol/DiffusionOPD/OCRTeacher/lora \
@@ -28,7 +28,7 @@ accelerate launch -m trl_diffusion_opd.scripts.evaluate \
     --output_dir outputs/evaluation
 ```
 
-On one process `python -m` does. All options can stand in a YAML file that `--config` names. What an earlier run has left in
+All options can stand in a YAML file that `--config` names. What an earlier run has left in
 the output folder is used again, so a run that was interrupted goes on, and a student or a reward can be added.
 """
 
@@ -37,11 +37,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import PartialState
-from trl import TrlParser
 
 from ..evaluation.retention import retention_table, scores_table
 from ..evaluation.run import evaluate_retention
-from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers
+from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers, packaged
+from .parser import parse
+from .training import show_warnings
 
 
 @dataclass
@@ -110,15 +111,18 @@ class EvaluationArguments:
                 setattr(self, name, json_object(name, given))
 
 
+ARGUMENTS = (EvaluationArguments,)
+
+
 def main(args: EvaluationArguments) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    show_warnings()
     logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # what it took
     reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
     model_init_kwargs = args.model_init_kwargs or {}
     assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed
     assert isinstance(model_init_kwargs, dict)
     report = evaluate_retention(
-        args.base,
+        packaged(args.base),
         load_teachers(args.teachers, args.teacher_guidance_scales),
         load_students("student", args.student),
         load_rewards(args.reward_funcs, reward_kwargs),
@@ -146,6 +150,4 @@ def main(args: EvaluationArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        *TrlParser((EvaluationArguments,), prog="python -m trl_diffusion_opd.scripts.evaluate").parse_args_and_config()
-    )
+    main(*parse(ARGUMENTS))

@@ -17,7 +17,7 @@ Runs trainers one after another, each from the LoRA of the one before: the casca
 with, one task's training at a time.
 
 ```bash
-accelerate launch -m trl_diffusion_opd.scripts.stages --stages cascade.yaml
+trl-diffusion-opd stages --stages cascade.yaml
 ```
 
 ```yaml
@@ -40,8 +40,8 @@ stages:
 
 With `from_base: true` a stage starts from the base instead, so teachers and the student that they teach are one file too: the
 student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`, which follow where `--output_dir` puts the
-run elsewhere. `config_file` takes what a stage does not give
-from the configuration file of an example script.
+run elsewhere. `config_file` takes what a stage does not give from the config of a command, by its path or by its name in the
+package.
 
 Run again after an interruption, it goes on: finished stages are skipped, an unfinished one resumes from its last checkpoint,
 and the result is the same.
@@ -59,19 +59,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from accelerate import PartialState
 from accelerate.utils import release_memory
-from peft import LoraConfig
-from trl import TrlParser
 
 from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
 from ..guards.files import write_json
 from ..hub.files import ADAPTER_FILE
-from ..models.student import ATTENTION_TARGETS
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
 from ..problems import Problems
-from ..trainer.options import unknown_option
-from .arguments import by_task, load_prompts, load_rewards, load_teachers, reward_problems, source_problems
+from ..trainer.option_checks import unknown_option
+from .arguments import TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
+from .parser import parse
 
 
 if TYPE_CHECKING:
@@ -225,37 +223,22 @@ def _read(path: Path) -> dict[str, Any] | None:
 # From a file
 
 
-@dataclass
-class StageSpec:
+@dataclass(kw_only=True)
+class StageSpec(TaughtArguments):
     """
-    A stage as a file describes it.
+    A stage as a file describes it: the arguments of its trainer's command, see [`TaughtArguments`], and some of its own. A LoRA
+    that is given is that of a stage from the base; the others go on with it.
 
     Args:
         name (`str`): its folder in the output folder.
         trainer (`str`): `"opd"`, `"grpo"`, `"nft"` or `"sft"`.
-        model_name_or_path (`str`): the base, the same for all stages.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file. For
-            `"sft"` without teachers it has a column of images.
         config (`dict`): fields of the trainer's config.
-        eval_prompts, reward_funcs, teachers, teacher_guidance_scales (`list[str]`, *optional*): as for `examples/opd_sd3.py`.
-        reward_kwargs (`dict`, *optional*): arguments of named rewards.
-        lora_r, lora_alpha, lora_target_modules (*optional*): the LoRA of a stage from the base; the others go on with it.
         from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
     """
 
     name: str
     trainer: str
-    model_name_or_path: str
-    prompts: list[str]
     config: dict[str, Any] = field(default_factory=dict)
-    eval_prompts: list[str] | None = None
-    reward_funcs: list[str] | None = None
-    reward_kwargs: dict[str, Any] = field(default_factory=dict)
-    teachers: list[str] | None = None
-    teacher_guidance_scales: list[str] | None = None
-    lora_r: int = 32
-    lora_alpha: int = 64
-    lora_target_modules: list[str] | None = None
     from_base: bool = False
 
     def stage(self, output_dir: str) -> Stage:
@@ -269,7 +252,7 @@ class StageSpec:
         problems = [
             f for option in ("prompts", "eval_prompts") for f in source_problems(option, getattr(self, option))
         ]
-        problems += reward_problems(self.reward_funcs, self.reward_kwargs)
+        problems += reward_problems(self.reward_funcs, self.options_of_rewards())
         problems += self._teacher_problems(Path(output_dir))
         try:
             args = self.make_config(Path(output_dir) / self.name, None)
@@ -284,7 +267,7 @@ class StageSpec:
 
     def _teacher_problems(self, output_dir: Path) -> list[str]:
         try:
-            by_name = load_teachers(self.teachers or [], self.teacher_guidance_scales)
+            by_name = self.teachers_by_task()
         except ValueError as error:
             return [str(error)]
         problems = []
@@ -311,35 +294,20 @@ class StageSpec:
         config_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Config")
         unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
         if unknown:
-            raise ValueError("\n".join(unknown_option(config_class, name) for name in unknown))
+            raise ValueError("\n".join(unknown_option(config_class, name, configs()) for name in unknown))
         return config_class(**options)
 
     def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
         args = self.make_config(output_dir, student_init)
         trainer_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Trainer")
-        arguments: dict[str, Any] = {}
-        if self.teachers:
-            arguments["teachers"] = load_teachers(self.teachers, self.teacher_guidance_scales)
-        return trainer_class(
-            model=self.model_name_or_path,
-            reward_funcs=load_rewards(self.reward_funcs, self.reward_kwargs) or None,
-            args=args,
-            train_dataset=load_prompts("prompts", self.prompts, args.task_column),
-            eval_dataset=load_prompts("eval_prompts", self.eval_prompts, args.task_column),
-            peft_config=LoraConfig(
-                r=self.lora_r,
-                lora_alpha=self.lora_alpha,
-                init_lora_weights="gaussian",
-                target_modules=self.lora_target_modules or list(ATTENTION_TARGETS),
-            ),
-            **arguments,
-        )
+        arguments: dict[str, Any] = {"teachers": self.teachers_by_task()} if self.teachers else {}
+        return trainer_class(**self.for_trainer(args, self.rewards()), **arguments)
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
 _OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales"}
-# Of an example script alone: a stage has no use for them.
-_OF_SCRIPTS = {"output_dir", "test_prompts", "num_test_images"}
+# Of a command alone: a stage has no use for them.
+_OF_COMMANDS = {"output_dir", "test_prompts", "num_test_images", "dry_run"}
 
 
 def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[Stage], str]:
@@ -347,7 +315,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
     Reads a file of stages.
 
     Args:
-        path (`str` or `Path`): a YAML file.
+        path (`str` or `Path`): a YAML file, or the name of one in the package.
         output_dir (`str`, *optional*): an output folder other than the file's. Teachers that the file has in its own output
             folder are then in this one.
 
@@ -358,6 +326,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
         [`ValueError`]: with everything in the file that is wrong, and the prompt files, rewards and local teachers of all
             stages that cannot be found.
     """
+    path = config_path("stages", str(path), "stage_configs")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or "output_dir" not in content:
         raise ValueError(f"{path}: it needs an output_dir and a list of stages.")
@@ -412,8 +381,8 @@ def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     config = {**(shared.get("config") or {}), **(given.get("config") or {})}
     path = merged.pop("config_file", None)
     if path is not None:
-        in_file = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        in_file = {key: value for key, value in in_file.items() if key not in _OF_SCRIPTS}
+        in_file = yaml.safe_load(Path(config_path("config_file", path)).read_text(encoding="utf-8"))
+        in_file = {key: value for key, value in in_file.items() if key not in _OF_COMMANDS}
         merged = {**{key: value for key, value in in_file.items() if key in _KNOWN}, **merged}
         config = {**{key: value for key, value in in_file.items() if key not in _KNOWN}, **config}
     return {**merged, "config": config}
@@ -443,12 +412,17 @@ class StagesArguments:
     Arguments of the command.
 
     Args:
-        stages (`str`): a YAML file.
+        stages (`str`): a YAML file, or the name of one in the package.
         output_dir (`str`, *optional*): an output folder other than the file's.
     """
 
-    stages: str = field(metadata={"help": "A YAML file with output_dir, shared and stages."})
+    stages: str = field(
+        metadata={"help": "YAML with output_dir, shared and stages, or the name of one in the package."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "An output folder other than the file's."})
+
+
+ARGUMENTS = (StagesArguments,)
 
 
 def main(arguments: StagesArguments) -> None:
@@ -459,4 +433,4 @@ def main(arguments: StagesArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((StagesArguments,)).parse_args_and_config())
+    main(*parse(ARGUMENTS))

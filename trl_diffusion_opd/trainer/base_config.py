@@ -24,10 +24,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..algorithms.samplers import SAMPLERS, checked_noise_level
 from ..guards.finite import infinite_options
+from ..models.average import FOLLOWING
+from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
 from ..problems import Problems
 from ..rewards.scoring import timeout_problems
-from .options import DTYPES, FOLLOWING, dtype_name, idle_options, model_init_problems, unknown_option
+from .option_checks import idle_options, unknown_option
 
 
 # Value of `student_init`: the mean of the teachers' LoRAs.
@@ -182,7 +185,7 @@ class DiffusionConfig(_BaseConfig):
         default="ode",
         metadata={
             "help": "Sampler of the training rollout.",
-            "choices": ["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm2m"],
+            "choices": list(SAMPLERS),
         },
     )
     noise_level: float | None = field(
@@ -294,6 +297,11 @@ class DiffusionConfig(_BaseConfig):
                     )
         Problems(problems).raise_under(type(self).__name__)
 
+    @property
+    def evaluation_guidance(self) -> float:
+        """The guidance scale of an evaluation."""
+        return self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
+
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
@@ -321,16 +329,32 @@ class DiffusionConfig(_BaseConfig):
             problems.append(
                 f"prompt_cache_max_size={self.prompt_cache_max_size!r}: it is a number with a unit, such as '50GB' or '800MiB'."
             )
-        if self.noise_level is not None:
-            if self.sampler in ("ode", "dpm2m"):
-                problems.append(
-                    f"noise_level={self.noise_level} with sampler='{self.sampler}', which has no noise: leave it unset "
-                    "or choose flow_sde, dance_sde, cps or ddim."
-                )
-            elif self.sampler in ("cps", "ddim") and not 0 <= self.noise_level <= 1:
-                problems.append(f"noise_level={self.noise_level}: {self.sampler} takes 0 to 1.")
-            elif self.noise_level < 0:
-                problems.append(f"noise_level={self.noise_level} is negative.")
+        problems += self._noise_problems()
+        problems += self._range_problems()
+        unusable = timeout_problems(self.reward_timeout)
+        problems += unusable
+        waits_longer = self.reward_timeout is not None and self.reward_timeout >= self.ddp_timeout
+        if waits_longer and not unusable and self.world_size > 1:
+            problems.append(
+                f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
+                "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
+            )
+        if isinstance(self.task_weights, dict):
+            for task, weight in self.task_weights.items():
+                if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+                    problems.append(f"task_weights: {task}={weight!r} is not a positive number.")
+        return problems
+
+    def _noise_problems(self) -> list[str]:
+        try:
+            if self.sampler in SAMPLERS:
+                checked_noise_level(self.sampler, self.noise_level)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def _range_problems(self) -> list[str]:
+        problems = []
         for name in (
             "num_inference_steps",
             "eval_num_inference_steps",
@@ -346,14 +370,6 @@ class DiffusionConfig(_BaseConfig):
             scale = getattr(self, name)
             if scale is not None and scale < 1:
                 problems.append(f"{name}={scale}: it must be at least 1.0, which is no guidance.")
-        unusable = timeout_problems(self.reward_timeout)
-        problems += unusable
-        waits_longer = self.reward_timeout is not None and self.reward_timeout >= self.ddp_timeout
-        if waits_longer and not unusable and self.world_size > 1:
-            problems.append(
-                f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
-                "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
-            )
         for name in (
             "learning_rate",
             "weight_decay",
@@ -371,10 +387,6 @@ class DiffusionConfig(_BaseConfig):
             problems.append(f"ema_decay={self.ema_decay!r}: it is a number in [0, 1), or {FOLLOWING!r}.")
         elif isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}: it must be in [0, 1).")
-        if isinstance(self.task_weights, dict):
-            for task, weight in self.task_weights.items():
-                if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-                    problems.append(f"task_weights: {task}={weight!r} is not a positive number.")
         return problems
 
     def _choice_problems(self, *names: str) -> list[str]:

@@ -19,7 +19,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
+from ..acceleration.quantization import base_weight
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
@@ -46,13 +47,12 @@ from ..data.tasks import TaskSampler, plain_dataset
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
 from ..models.teachers import TeacherBank
-from ..pipelines.view import base_weight
 from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.completions import log_completions
-from ..reporting.trackers import use_public_trackers
+from ..reporting.trackers import tensorboard_writers, use_public_trackers
 from ..rewards import RewardFuncs
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
@@ -244,6 +244,10 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Shows what will be trained, at the end of the constructor."""
+
+    def _print_teachers(self, bank: TeacherBank) -> None:
+        lost = None if self.merge_report is None else self.merge_report.error
+        tables.print_teachers(bank.summary(), self.rounds.counts, lost)
 
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         """Metrics of the method itself, such as its loss on the evaluation's prompts."""
@@ -503,7 +507,15 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
             dataset = next(iter(dataset.values()))
         shown = self.evaluator.completions(dataset, self.state)
         if self.accelerator.is_main_process:
-            log_completions(self, shown)
+            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
+            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[nn.Module]:
+        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
+        with self.student.ema_weights():
+            yield self.student.model
+        self.offload.rest()
 
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -517,10 +529,8 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
                 "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
                 "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
             )
-        with self.student.ema_weights(), torch.no_grad():
-            output = self.base_pipeline(*args, **kwargs)
-        self.offload.rest()
-        return output
+        with self.averaged_student(), torch.no_grad():
+            return self.base_pipeline(*args, **kwargs)
 
     # Logs
 

@@ -22,75 +22,24 @@ from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from ..acceleration.compilation import compilable_blocks
 from ..acceleration.quantization import (
-    failures_named,
-    is_quantised,
+    is_quantized,
     named_components,
     pipeline_config,
-    prepare,
-    quantisation_problems,
+    quantization_problems,
 )
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
-from ..guards.redaction import public_name, shown
-from ..hub.errors import explained, retried
+from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
-from ..pipelines.loading import check_base_name, loading_options
 from ..problems import Problems
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
-
-
-def load_pipeline(
-    model: str | DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
-) -> DiffusionPipeline:
-    """
-    The base pipeline, loaded if it is given by name, fit to be trained on.
-
-    Raises:
-        [`ValueError`]: if it cannot be loaded, with what to check.
-    """
-    if isinstance(model, DiffusionPipeline):
-        _prepare(model)
-        return model
-    if not isinstance(model, str):
-        raise ValueError(
-            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
-            "trainer takes the transformer)."
-        )
-    check_base_name(model)
-    given = args.model_init_kwargs
-    assert given is None or isinstance(given, dict)  # the config has parsed or refused strings
-    options = loading_options(args.dtype, given)
-    quantised = pipeline_config(quantization_config)
-    if quantised is not None:
-        options["quantization_config"] = quantised
-    try:
-        with (
-            failures_named(model, quantised),
-            explained(f"The base model {model!r}", model, options.get("revision")),
-        ):
-            pipeline = retried(DiffusionPipeline.from_pretrained, model, **options)
-    except (OSError, HFValidationError) as error:
-        raise ValueError(
-            f"The base model {model!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
-            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
-            f"({shown(error, 500)})"
-        ) from error
-    _prepare(pipeline)
-    return pipeline
-
-
-def _prepare(pipeline: DiffusionPipeline) -> None:
-    transformer = pipeline.components.get("transformer")
-    if isinstance(transformer, nn.Module):
-        prepare(transformer)
 
 
 def loading_problems(
@@ -104,8 +53,8 @@ def loading_problems(
                 "loaded already: load it with them, or pass its name."
             ]
         return []
-    quantised = pipeline_config(quantization_config)
-    named = [] if quantised is None else named_components(quantised)
+    quantized = pipeline_config(quantization_config)
+    named = [] if quantized is None else named_components(quantized)
     unknown = [name for name in named if name not in pipeline.components]
     if unknown:
         return [
@@ -151,7 +100,7 @@ def model_problems(
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     elif isinstance(peft_config, LoraConfig):
         problems += config_problems(peft_config)
-    return problems + quantisation_problems(transformer, full_weights=peft_config is None)
+    return problems + quantization_problems(transformer, full_weights=peft_config is None)
 
 
 def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
@@ -169,7 +118,7 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
     elif args.torch_compile and is_module:
         with problems.collect():
             compilable_blocks(transformer)
-    if is_module and is_quantised(transformer) and (is_fsdp or is_deepspeed):
+    if is_module and is_quantized(transformer) and (is_fsdp or is_deepspeed):
         problems.append(
             "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds it."

@@ -31,7 +31,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ..algorithms.opd import velocity_gap_sq
+from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.rollout import TASKS_DRAW, sample_generators, walk
 from ..algorithms.samplers import sampler_table
 from ..algorithms.separability import (

@@ -14,8 +14,8 @@
 
 from dataclasses import dataclass, field
 
-from ..algorithms.grpo import SDE_SAMPLERS
-from ..algorithms.opd import default_skip_last_steps
+from ..algorithms.grpo import LOSS_TYPES, SDE_SAMPLERS
+from ..algorithms.samplers import default_skip_last_steps
 from .rl_config import DiffusionRLConfig
 
 
@@ -82,7 +82,7 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         default="flow_grpo",
         metadata={
             "help": "Clipped surrogate as it is, or with normalised ratios and balanced steps.",
-            "choices": ["flow_grpo", "grpo_guard"],
+            "choices": list(LOSS_TYPES),
         },
     )
     epsilon: float = field(default=1e-4, metadata={"help": "Ratios are clipped to 1 - epsilon and 1 + epsilon."})

@@ -14,6 +14,9 @@
 
 from dataclasses import dataclass, field
 
+from ..algorithms.advantages import SCALINGS
+from ..algorithms.nft import LEVEL_SAMPLINGS, NFT_WEIGHTINGS
+from ..algorithms.samplers import SAMPLERS
 from .rl_config import DiffusionRLConfig
 
 
@@ -71,7 +74,7 @@ class DiffusionNFTConfig(DiffusionRLConfig):
         default="dpm2m",
         metadata={
             "help": "Sampler of the training rollout.",
-            "choices": ["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm2m"],
+            "choices": list(SAMPLERS),
         },
     )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance scale. 1.0 for none."})
@@ -79,7 +82,7 @@ class DiffusionNFTConfig(DiffusionRLConfig):
         default="batch",
         metadata={
             "help": "Standard deviation by which advantages are divided, if any.",
-            "choices": ["group", "batch", "none"],
+            "choices": list(SCALINGS),
         },
     )
 
@@ -91,14 +94,14 @@ class DiffusionNFTConfig(DiffusionRLConfig):
         default="adaptive",
         metadata={
             "help": "Whether errors are divided by their own size, as in the paper.",
-            "choices": ["adaptive", "velocity"],
+            "choices": list(NFT_WEIGHTINGS),
         },
     )
     timestep_sampling: str = field(
         default="grid",
         metadata={
             "help": "Noise levels that images are trained at: those of the rollout, or any.",
-            "choices": ["grid", "uniform"],
+            "choices": list(LEVEL_SAMPLINGS),
         },
     )
     num_trained_timesteps: int | None = field(

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..algorithms.nft import draw_levels, nft_loss, noised, old_policy_decay, optimality
-from ..algorithms.opd import velocity_gap_sq
+from ..algorithms.flow import noised, velocity_gap_sq
+from ..algorithms.nft import draw_levels, nft_loss, old_policy_decay, optimality
 from ..algorithms.rollout import FORWARD_NOISE, LEVEL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import SamplerTable, sampler_table
 from ..models.backbone import BASE, Backbone
@@ -138,6 +138,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         """Images of the old policy. Of the walk nothing is kept."""
         levels = self.table.levels.tolist()
         x = self.velocity_field.initial_latents(prompts, generators)
+        assert self.backbone is not None  # `_setup` has made it
         with self.backbone.use(OLD) as transformer:
 
             def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:

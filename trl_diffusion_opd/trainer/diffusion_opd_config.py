@@ -15,6 +15,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..algorithms.opd import WEIGHTINGS
 from .base_config import DiffusionConfig
 
 
@@ -81,7 +82,7 @@ class DiffusionOPDConfig(DiffusionConfig):
         default="kl",
         metadata={
             "help": "Weight of a step's squared velocity gap.",
-            "choices": ["kl", "released", "velocity", "x0"],
+            "choices": list(WEIGHTINGS),
         },
     )
     skip_last_steps: int | None = field(
@@ -99,7 +100,7 @@ class DiffusionOPDConfig(DiffusionConfig):
         """The arguments of [`evaluate_retention`] that these settings decide."""
         return {
             "num_inference_steps": self.eval_num_inference_steps,
-            "guidance_scale": self.eval_guidance_scale or self.guidance_scale,
+            "guidance_scale": self.evaluation_guidance,
             "teacher_guidance_scale": self.teacher_guidance_scale,
             "height": self.height,
             "width": self.width,

@@ -26,14 +26,10 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..algorithms.opd import (
-    StepPlan,
-    default_skip_last_steps,
-    policy_gradient_loss,
-    velocity_gap_sq,
-)
+from ..algorithms.flow import velocity_gap_sq
+from ..algorithms.opd import StepPlan, policy_gradient_loss
 from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
-from ..algorithms.samplers import sampler_table
+from ..algorithms.samplers import default_skip_last_steps, sampler_table
 from ..data.tasks import task_rows
 from ..guards.redaction import shown
 from ..models.backbone import STUDENT
@@ -163,7 +159,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         self._measured_floor_at = -1
         self._lost_in_rounding: set[str] = set()
         if self.is_world_process_zero():
-            tables.print_start(self)
+            self._print_teachers(self.bank)
+            tables.print_steps(self.plan, self.args.loss_weighting)
+            tables.print_trained(self.student.parameters())
 
     def dry_run(self) -> dict[str, Any]:
         """

@@ -14,6 +14,7 @@
 
 from dataclasses import dataclass, field
 
+from ..algorithms.sft import TIMESTEP_DENSITIES
 from .base_config import DiffusionConfig
 
 
@@ -74,7 +75,7 @@ class DiffusionSFTConfig(DiffusionConfig):
     # Parameters that control the objective
     timestep_density: str = field(
         default="logit_normal",
-        metadata={"help": "Density of the timesteps before the shift.", "choices": ["uniform", "logit_normal"]},
+        metadata={"help": "Density of the timesteps before the shift.", "choices": list(TIMESTEP_DENSITIES)},
     )
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of the normal density under the sigmoid."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of it."})

@@ -26,13 +26,15 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..algorithms.flow import noised
 from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import SamplerTable, sampler_table
-from ..algorithms.sft import density_quantile, flow_matching_loss, noised_images, shifted
+from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
-from ..evaluation.identity import base_digest, model_identity
 from ..models.teacher_config import TeacherSpec
+from ..models.teachers import model_identity
+from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
@@ -183,7 +185,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
         self._fine_field = self.velocity_field.with_steps(self.base_pipeline.scheduler.config.num_train_timesteps)
         if self.is_world_process_zero():
-            tables.print_sft_start(self)
+            if self.bank is not None:
+                self._print_teachers(self.bank)
+            else:
+                tables.print_tasks(self.rounds.counts)
+            tables.print_trained(self.student.parameters())
 
     # Images
 
@@ -264,7 +270,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         args = self.args
         u = density_quantile(q, args.timestep_density, args.logit_mean, args.logit_std)
         t = shifted(u, self._fine_field.levels)
-        x = noised_images(x0, eps, t)
+        x = noised(x0, eps, t)
         # Without guidance: it is the conditional velocity that is trained.
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self.trained_scale, field=self._fine_field

@@ -23,7 +23,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..algorithms.opd import StepPlan, velocity_gap_sq
+from ..algorithms.flow import velocity_gap_sq
+from ..algorithms.opd import StepPlan
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
@@ -238,7 +239,7 @@ def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}
-    scale = trainer.evaluator.guidance_scale
+    scale = trainer.args.evaluation_guidance
     pictures: Pictures = {}
     for task, row in firsts.items():
         of_task = {}

@@ -201,7 +201,7 @@ def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, An
 
 def _draw(trainer: DiffusionTrainer, rollouts: list[Rollout], batches: list[list[dict[str, Any]]]) -> Pictures:
     """For each task's first prompt what an evaluation draws, and completions of its group as they were scored."""
-    scale = trainer.evaluator.guidance_scale
+    scale = trainer.args.evaluation_guidance
     shown = min(_SHOWN, trainer.repeats, trainer.micro_batch_size)
     pictures: Pictures = {}
     for task, rollout, rows in zip(trainer.tasks, rollouts, batches, strict=False):

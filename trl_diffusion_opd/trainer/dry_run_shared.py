@@ -37,10 +37,10 @@ from ..guards.files import file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
 from ..pipelines.drawing import draw_images
 from ..pipelines.view import exchanged_forward
-from ..profiling.memory import estimate_memory
 from ..profiling.timing import instant, seconds_between
 from .base_trainer import DiffusionTrainer
 from .image_evaluator import ImageEvaluator
+from .memory_estimate import estimate_memory
 
 
 # As in training

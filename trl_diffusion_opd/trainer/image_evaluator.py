@@ -64,12 +64,6 @@ class ImageEvaluator:
         self.args = args
         self.accelerator = accelerator
 
-    @property
-    def guidance_scale(self) -> float:
-        """The scale at which images are drawn."""
-        scale = self.args.eval_guidance_scale
-        return self.args.guidance_scale if scale is None else scale
-
     def monitor(self, task: str, state: TrainerState) -> Scorer:
         """A scorer whose scores are looked at and not trained on: without them training goes on."""
         return Scorer(self.reward_funcs[task], state, self.args.reward_timeout, on_timeout="none", task=task)
@@ -89,7 +83,7 @@ class ImageEvaluator:
                 self.student.model,
                 [dataset[row]["prompt"] for row in rows],
                 entropy=[self.args.seed, self.tasks.index(task)],
-                guidance_scale=self.guidance_scale,
+                guidance_scale=self.args.evaluation_guidance,
                 batch_size=self.args.per_device_eval_batch_size,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
                 on_batch=on_batch,

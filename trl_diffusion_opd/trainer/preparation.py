@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,9 @@ from ..models.lora_config import layer_problems
 from ..models.lora_files import read_lora
 from ..models.student import STUDENT_ADAPTER, default_lora_config
 from ..models.teacher_config import TeacherError, parse_teacher
-from ..pipelines.prompt_store import PromptStore, encoder_fingerprint
+from ..pipelines.fingerprints import encoder_fingerprint
+from ..pipelines.loading import load_pipeline
+from ..pipelines.prompt_store import PromptStore
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..rewards import RewardFuncs, rewards_by_task
@@ -54,7 +57,6 @@ from .checks import (
     evaluation_data_problems,
     hub_problems,
     launch_problems,
-    load_pipeline,
     loader_problems,
     loading_problems,
     model_problems,
@@ -113,8 +115,8 @@ class Parts:
             return None
         mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        inputs = (self.velocity_field, network, args.attention_backend, batch_size)
-        return use_attention_backend(*inputs, mixed if as_student else None)
+        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        return use_attention_backend(network, args.attention_backend, trial, mixed if as_student else None)
 
 
 class Method(Protocol):
@@ -157,7 +159,9 @@ def prepare(
     """
     args = _checked(trainer, model, args)
     set_seed(args.seed)  # before the LoRA's random initialisation
-    pipeline = load_pipeline(model, args, quantization_config)
+    init_kwargs = args.model_init_kwargs
+    assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
+    pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
     problems = Problems()
     if isinstance(train_dataset, Dataset):
         train_dataset = plain_dataset(train_dataset, args.task_column)
@@ -266,7 +270,7 @@ def _make_student(
     parts: Parts, trainer: Method, peft_config: PeftConfig | str | None, unfit: Problems, problems: Problems
 ) -> None:
     args, transformer = parts.args, parts.transformer
-    for scale in {args.guidance_scale, args.eval_guidance_scale or args.guidance_scale}:
+    for scale in {args.guidance_scale, args.evaluation_guidance}:
         with problems.collect():
             parts.velocity_field.check_guidance(scale)
     with problems.collect():

@@ -15,6 +15,7 @@
 import math
 from dataclasses import dataclass, field
 
+from ..algorithms.advantages import AGGREGATIONS, SCALINGS
 from .base_config import DiffusionConfig
 
 
@@ -71,14 +72,14 @@ class DiffusionRLConfig(DiffusionConfig):
         default="group",
         metadata={
             "help": "Standard deviation by which advantages are divided, if any.",
-            "choices": ["group", "batch", "none"],
+            "choices": list(SCALINGS),
         },
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={
             "help": "Whether several rewards are added before they are normalised, or after.",
-            "choices": ["sum_then_normalize", "normalize_then_sum"],
+            "choices": list(AGGREGATIONS),
         },
     )
     advantage_clip: float = field(

@@ -157,7 +157,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if self.backbone is not None:
             self.backbone.to(self.accelerator.device)
         if self.is_world_process_zero():
-            tables.print_rewards(self)
+            rewards = {
+                task: {name: self.reward_weights[name] for name in map(reward_name, functions)}
+                for task, functions in self.reward_funcs.items()
+            }
+            of_a_round = self.samples_of_task // self.repeats
+            tables.print_rewards(self.rounds.counts, rewards, of_a_round, self.repeats)
+            tables.print_trained(self.student.parameters())
 
     def dry_run(self) -> dict[str, Any]:
         """

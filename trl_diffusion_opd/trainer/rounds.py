@@ -66,6 +66,11 @@ class Rounds:
     def tasks(self) -> list[str]:
         return list(self.rows)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each task."""
+        return {task: len(rows) for task, rows in self.rows.items()}
+
     def __len__(self) -> int:
         """Micro-batches of a round on a process."""
         return self.micro_batches * len(self.rows)

@@ -197,7 +197,7 @@ class RunFiles:
         args, dataset = self.args, self.eval_dataset
         first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
         # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
-        options = self.evaluator.field._call_options([first], self.evaluator.guidance_scale)
+        options = self.evaluator.field.call_options([first], args.evaluation_guidance)
         single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
         return CardFacts(
             trainer_name=self._name,

@@ -1,0 +1,149 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The parts of the tiny pipeline with fresh weights: a `StableDiffusion3Pipeline` of under three million parameters."""
+
+from __future__ import annotations
+
+import string
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models import AutoencoderKL, SD3Transformer2DModel
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from trl_diffusion_opd.tiny.prompts import COUNTS
+from trl_diffusion_opd.tiny.scenes import COLORS, SHAPES
+
+
+WIDTH = 128
+MAX_TOKENS = 12  # text tokens dominate the cost: 24 of them (CLIP's 12 and T5's 12) beside 16 of the image
+WORDS = (
+    *COUNTS,
+    *COLORS,
+    *SHAPES,
+    *(shape + "s" for shape in SHAPES),
+    *("left", "right", "of", "above", "below", "and", "painting", "the", "word"),
+)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """One token a word of the world, one a character for everything else."""
+    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    for character in string.ascii_lowercase + string.digits + "\"'.,!?-":
+        vocab[character] = len(vocab)
+        vocab[character + "</w>"] = len(vocab)
+    merges: list[tuple[str, str]] = []
+    # Words are built from their tail: no word's merges can then break up another's letters halfway, save a common tail.
+    for word in WORDS:
+        tail = word[-1] + "</w>"
+        for character in reversed(word[:-1]):
+            if (character, tail) not in merges:
+                merges.append((character, tail))
+            tail = character + tail
+            vocab.setdefault(tail, len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A unigram tokenizer with the same words; letters in capitals keep their own pieces."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
+    pieces += [("▁" + word, -1.0) for word in ("a", *WORDS)]
+    pieces += [(character, -4.0) for character in string.ascii_letters + string.digits + "\"'.,!?-"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+
+
+def _clip(vocab_size: int) -> CLIPTextModelWithProjection:
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=WIDTH // 2,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=WIDTH // 2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        hidden_act="gelu",
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def pipeline(autoencoder: AutoencoderKL) -> StableDiffusion3Pipeline:
+    """The whole pipeline around a VAE, every other part with fresh weights from the global torch generator."""
+    tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
+    t5 = T5Config(
+        vocab_size=len(tokenizer_3),
+        d_model=WIDTH,
+        d_kv=32,
+        d_ff=WIDTH,
+        num_layers=1,
+        num_heads=4,
+        dropout_rate=0.0,
+        is_encoder_decoder=False,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        caption_projection_dim=WIDTH,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder,
+        text_encoder=_clip(len(tokenizer)),
+        tokenizer=tokenizer,
+        text_encoder_2=_clip(len(tokenizer)),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=T5EncoderModel(t5),
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def num_parameters(*modules: torch.nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

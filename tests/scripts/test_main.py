@@ -1,0 +1,312 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The console script `trl-diffusion-opd`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from helpers.launching import surroundings
+
+import trl_diffusion_opd
+from trl_diffusion_opd.scripts import env, launching, main, opd
+from trl_diffusion_opd.scripts.arguments import PACKAGE, config_path, load_prompts, packaged
+from trl_diffusion_opd.scripts.launching import split
+from trl_diffusion_opd.scripts.parser import CommandParser, parse
+
+
+SHORT = "--max_steps 1 --eval_strategy no --eval_on_start false --log_completions false".split()
+SHORT += "--save_strategy no --per_device_train_batch_size 1 --use_cpu true".split()
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sys, "argv", ["somewhere/trl-diffusion-opd"])
+    monkeypatch.setattr(launching, "default_config_file", str(tmp_path / "no accelerate config"))
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What would be launched: options by name."""
+    found = []
+    monkeypatch.setattr(launching, "launch_command", found.append)
+    return found
+
+
+def refused(capsys, *words):
+    with pytest.raises(SystemExit) as done:
+        main.main(words)
+    assert done.value.code == 2
+    return capsys.readouterr().err
+
+
+# Help
+
+
+def test_help_is_there_at_once(processes):
+    code = (
+        "import sys; from trl_diffusion_opd.scripts.main import main; main(['--help']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=surroundings(), capture_output=True, text=True)
+    *shown, imported = done.stdout.splitlines()
+    assert imported == "False"
+    assert all(any(line.split()[:1] == [name] for line in shown) for name in main.COMMANDS)
+
+
+def test_every_command_is_a_module_with_a_main():
+    for name in main.COMMANDS:
+        module = __import__(f"trl_diffusion_opd.scripts.{name}", fromlist=[name]).main
+        assert callable(module), name
+
+
+def test_help_of_a_command_has_its_own_options_first(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["opd", "--help"])
+    shown = capsys.readouterr().out
+    order = [
+        "--config ",
+        "--accelerate_config",
+        "--teachers",
+        "--test_prompts",
+        "DiffusionOPDConfig:",
+        "--loss_weighting",
+    ]
+    order += ["DiffusionConfig:", "--guidance_scale", "quantization of the base:", "--load_in_4bit"]
+    order += ["transformers.TrainingArguments:", "--max_steps"]
+    places = [shown.index(f"\n{name}" if name.endswith(":") else f"\n  {name}") for name in order]
+    assert places == sorted(places)
+    assert "(required)" in shown and "--test-prompts" not in shown
+    own = shown[: shown.index("\nDiffusionOPDConfig:")]
+    assert "--adam_beta1" not in own and "--max_steps" not in own
+
+
+def test_no_option_is_lost_in_help(capsys):
+    parser = CommandParser(opd.ARGUMENTS)
+    shown = parser.format_help()
+    for name in parser.parse_known_args("--model_name_or_path a --teachers a=b --prompts a=b --output_dir o".split())[
+        0
+    ].__dict__:
+        assert f"--{name}" in shown, name
+
+
+def test_unknown_commands_are_told_with_what_there_is(capsys):
+    assert main.main(["evalute"]) == 2
+    message = capsys.readouterr().err
+    assert "there is no command 'evalute'" in message and "Is 'evaluate' meant?" in message and "grpo" in message
+    assert main.main([]) == 0 and "commands:" in capsys.readouterr().out
+    assert main.main(["--version"]) == 0 and capsys.readouterr().out.strip() == trl_diffusion_opd.__version__
+
+
+# Configs and options
+
+
+@pytest.mark.parametrize("words", [["--config", "tiny"], ["--config=tiny"]])
+def test_a_config_by_its_name(words):
+    script, args = parse(opd.ARGUMENTS, [*words, "--use_cpu", "true"])
+    assert args.max_steps == 300 and script.prompts[0] == "compose=trl_diffusion_opd/tiny/data/compose_train.jsonl"
+    assert set(script.teachers_by_task()) == {"compose", "letters", "style"}
+    assert len(load_prompts("prompts", script.prompts, "task")) > 700
+
+
+def test_a_file_wins_over_a_config_of_its_name():
+    Path("tiny").write_text(yaml.safe_dump({"max_steps": 7}))
+    given = "--config tiny --model_name_or_path a --teachers a=b --prompts a=b --output_dir o --use_cpu true".split()
+    assert parse(opd.ARGUMENTS, given)[1].max_steps == 7
+
+
+def test_what_there_is_is_told(capsys):
+    message = refused(capsys, "opd", "--config", "tinny")
+    assert "--config: there is no file 'tinny'" in message and "sd35_24gb, sd35_80gb, tiny, tiny_grpo" in message
+    message = refused(capsys, "opd", "--config", "tiny", "--accelerate_config", "fsdp9")
+    assert "--accelerate_config: there is no file 'fsdp9'" in message and "cpu, deepspeed_zero2" in message
+    message = refused(capsys, "stages", "--accelerate_config")
+    assert "usage: trl-diffusion-opd stages" in message and "are required: --stages" in message
+    assert "--config needs the name" in refused(capsys, "opd", "--config")
+
+
+def test_unknown_options_are_told_with_whose_they_are(capsys, launches):
+    message = refused(capsys, "opd", "--config", "tiny", "--num_iterations", "2", "--num_processes", "2", "--zzz", "1")
+    assert "DiffusionOPDConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and" in message
+    assert "has no 'zzz'. No config of this package has it." in message and "num_processes" not in message
+    message = refused(capsys, "opd", "--config", "tiny", "--num_test_imags", "2")
+    assert "has no 'num_test_imags'. No config of this package has it. Is 'num_test_images' meant?" in message
+    assert "['stray'] belong to no option" in refused(capsys, "opd", "--config", "tiny", "stray")
+    assert launches == []
+
+
+def test_every_config_names_what_the_package_has():
+    for path in sorted(PACKAGE.glob("configs/tiny*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        named = [content["model_name_or_path"]]
+        named += [
+            one.partition("=")[2]
+            for key in ("teachers", "prompts", "eval_prompts", "test_prompts")
+            for one in content.get(key, [])
+        ]
+        for name in named:
+            assert os.path.exists(packaged(name)) and not os.path.exists(name), (path.name, name)
+    assert packaged("trl_diffusion_opd/nothing") == "trl_diffusion_opd/nothing"
+    assert packaged("tiny/data/compose_train.jsonl") == "tiny/data/compose_train.jsonl"
+    Path("trl_diffusion_opd/tiny").mkdir(parents=True)
+    assert packaged("trl_diffusion_opd/tiny") == "trl_diffusion_opd/tiny"  # what is here wins
+
+
+def test_the_examples_have_the_packages_files():
+    examples = PACKAGE.parent / "examples"
+    for folder, inside in {
+        "accelerate_configs": "accelerate_configs",
+        "configs": "configs",
+        "stages": "stage_configs",
+        "data/tiny": "tiny/data",
+    }.items():
+        theirs = {path.name: path.read_bytes() for path in (examples / folder).iterdir() if path.is_file()}
+        ours = {path.name: path.read_bytes() for path in (PACKAGE / inside).iterdir() if path.is_file()}
+        assert theirs == ours and ours, folder
+
+
+# Launching
+
+
+def test_a_launch_config_by_its_name(launches):
+    words = ["opd", "--config", "tiny", "--accelerate_config", "multi_gpu", "--num-processes", "3", "--max_steps=2"]
+    assert main.main(words) == 0
+    (given,) = launches
+    assert given.config_file == config_path("x", "multi_gpu", "accelerate_configs") and given.num_processes == 3
+    assert given.module and given.training_script == "trl_diffusion_opd.scripts.main"
+    assert given.training_script_args == words
+
+
+def test_launch_options_in_a_config(launches, tmp_path):
+    Path("launch.yaml").write_text("num_processes: 1\n")
+    content = yaml.safe_load(Path(config_path("config", "tiny")).read_text())
+    Path("run.yaml").write_text(yaml.safe_dump({**content, "accelerate_config": "launch.yaml", "num_processes": 2}))
+    assert main.main(["opd", "--config", "run.yaml"]) == 0
+    assert (launches[0].config_file, launches[0].num_processes) == ("launch.yaml", 2)
+
+
+@pytest.mark.parametrize("reason", ["several devices", "accelerate config"])
+def test_what_else_is_launched(monkeypatch, launches, reason):
+    if reason == "several devices":
+        monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 2)
+    else:
+        Path(launching.default_config_file).touch()
+    ran = []
+    monkeypatch.setattr(opd, "main", lambda *parsed: ran.append(parsed))
+    given = ["opd", "--config", "tiny", "--use_cpu", "true"]
+    main.main(given)
+    assert len(launches) == 1 and not ran
+    main.main(given, may_launch=False)  # on each process that the launcher has started
+    assert len(launches) == len(ran) == 1 and ran[0][1].max_steps == 300
+
+
+def test_the_launched_leave_the_launchers_options_to_it(monkeypatch, launches):
+    ran = []
+    monkeypatch.setattr(opd, "main", lambda *parsed: ran.append(parsed))
+    words = ["opd", "--config", "tiny", "--use_cpu", "true", "--accelerate_config=cpu", "--num_processes", "2"]
+    main.main(words, may_launch=False)
+    assert len(ran) == 1 and not launches
+    with pytest.raises(ValueError, match="has no 'num_processes'"):  # `accelerate launch examples/opd_sd3.py`
+        parse(opd.ARGUMENTS, words[1:])
+
+
+def test_words_of_the_launcher():
+    ours, theirs = split(["--multi_gpu", "--foo", "3", "--gpu_ids", "0,1", "--bar=1", "--quiet", "stray"])
+    assert ours == ["--multi_gpu", "--gpu_ids", "0,1"] and theirs == ["--foo", "3", "--bar=1", "--quiet", "stray"]
+
+
+@pytest.mark.parametrize(("status", "expected"), [(3, 3), (-15, 143)])
+def test_the_status_of_what_was_launched(monkeypatch, status, expected):
+    def fails(given):
+        raise subprocess.CalledProcessError(status, "python")
+
+    monkeypatch.setattr(launching, "launch_command", fails)
+    with pytest.raises(SystemExit) as done:
+        launching.launch([], "opd", [])
+    assert done.value.code == expected
+
+
+@pytest.mark.slow
+def test_the_demo_from_an_empty_folder(tmp_path, processes):
+    """Through the launcher, as after `pip install`."""
+    code = "import sys; from trl_diffusion_opd.scripts.main import main; sys.exit(main())"
+    words = [
+        "opd",
+        "--config",
+        "tiny",
+        *SHORT,
+        "--accelerate_config",
+        "launch.yaml",
+        "--num_test_images",
+        "1",
+    ]
+    Path("launch.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], env=surroundings(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(Path("outputs/demo/retention.json").read_text())
+    assert set(report["tasks"]) == {"compose", "letters", "style"}
+    assert "| **mean** |" in done.stdout
+    texts = [path.read_text() for path in Path("outputs").rglob("*") if path.suffix in (".json", ".md")]
+    assert texts and not any(str(PACKAGE.parent) in text or str(tmp_path) in text for text in texts)
+
+
+@pytest.mark.slow
+def test_sft_on_images_of_teachers():
+    assert main.main(["sft", "--config", "tiny_sft", *SHORT]) == 0
+    assert Path("outputs/sft/pytorch_lora_weights.safetensors").exists() and Path("outputs/sft/README.md").exists()
+
+
+# Bug reports
+
+
+def test_env_says_what_is_installed_and_not_whose_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main.main(["env"]) == 0
+    shown = capsys.readouterr().out
+    for name in (
+        "trl-diffusion-opd",
+        "trl",
+        "transformers",
+        "diffusers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "torch",
+        "python",
+    ):
+        assert f"- {name}: " in shown
+    assert f"- trl-diffusion-opd: {trl_diffusion_opd.__version__}\n" in shown
+    assert "- GPUs: " in shown and "- platform: " in shown and "[ocr]: " in shown and "[dev]" not in shown
+    for private in (os.path.expanduser("~"), platform.node(), "hf_secret", str(Path.cwd()), sys.prefix):
+        assert private not in shown
+
+    def lacks_one(name):
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(env, "version", lacks_one)
+    assert "[ocr]: lacks onnxruntime" in env.report() and "- torch: 1.0" in env.report()

@@ -1,0 +1,80 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Latents to images and back, by a pipeline's own decoder and VAE."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from ..guards.finite import finite_images
+from .latent_map import LatentMap
+
+
+def decoded(x: Tensor, decode: Callable[[], Any]) -> Any:
+    """
+    The images that `decode` makes of latents.
+
+    Raises:
+        [`FloatingPointError`]: if latents or pictures are not finite.
+    """
+    if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
+        raise FloatingPointError(
+            f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
+        )
+    with finite_images():
+        images = decode()
+    one_frame = isinstance(images[0], list) and len(images[0]) == 1  # a pipeline for videos, asked for an image
+    return [video[0] for video in images] if one_frame else images
+
+
+def encoded(
+    pipeline: DiffusionPipeline,
+    latent_map: LatentMap,
+    images: Sequence[Image],
+    size: tuple[int | None, int | None],
+    device: torch.device,
+) -> Tensor:
+    """Latents of images that are cut and resized to `size`, height and width, as the pipeline's loop has them at level 0."""
+    vae: Any = pipeline.components["vae"]
+    pixels = (
+        image_processor(pipeline)
+        .preprocess([image.convert("RGB") for image in images], *size, resize_mode="crop")
+        .to(device, next(vae.parameters()).dtype)  # the VAE may be offloaded
+    )
+    latents = vae.encode(pixels.unsqueeze(2) if latent_map.of_video else pixels, return_dict=False)[0]
+    return latent_map.from_vae(latents if isinstance(latents, Tensor) else latents.mode())
+
+
+def encoder_problem(pipeline: DiffusionPipeline) -> str | None:
+    """What a pipeline lacks to encode images with."""
+    if isinstance(pipeline.components.get("vae"), nn.Module) and image_processor(pipeline) is not None:
+        return None
+    return f"{type(pipeline).__name__} has no VAE with an image processor to encode images with."
+
+
+def pixels_a_latent(pipeline: DiffusionPipeline) -> int:
+    """Pixels a side that a latent stands for. Packed families count two latents a side here, as they must."""
+    processor = image_processor(pipeline)
+    return 1 if processor is None else processor.config.vae_scale_factor
+
+
+def image_processor(pipeline: DiffusionPipeline) -> Any:
+    """What prepares a pipeline's images, if it has one."""
+    own = vars(pipeline)
+    return own.get("image_processor", own.get("video_processor"))

@@ -1,0 +1,108 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The console script: `trl-diffusion-opd COMMAND …`.
+
+Where there is something to launch, a command is started through accelerate: by `--accelerate_config` and other options of
+`accelerate launch`, by a configuration of `accelerate config`, or on several devices. Otherwise it runs in this process. So it
+does, too, as `python -m trl_diffusion_opd.scripts.main COMMAND …`, which is what the launcher starts.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+PROG = "trl-diffusion-opd"
+# What nobody waits for: no command is imported before it is run.
+COMMANDS = {
+    "opd": "Distil teachers into one student (DiffusionOPD).",
+    "grpo": "Train a teacher by reinforcement learning (Flow-GRPO, GRPO-Guard).",
+    "nft": "Train a teacher by reinforcement learning on the forward process (DiffusionNFT).",
+    "sft": "Fine-tune on images of a dataset, or on images that teachers draw.",
+    "stages": "Run trainers one after another, from a file of stages.",
+    "evaluate": "Measure how much of its teachers' gains a student has.",
+    "merge": "Merge teachers' LoRAs into one, without training.",
+    "push": "Upload the output folder of a run to the Hub.",
+    "env": "Print versions and devices, for a bug report.",
+}
+_IN_ONE_PROCESS = ("merge", "push", "env")
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
+    head = f"usage: {PROG} COMMAND [options]\n\ncommands:"
+    return "\n".join([head, *lines, f"\n`{PROG} COMMAND --help` shows the options of a command."])
+
+
+def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int:
+    """
+    Runs a command.
+
+    Args:
+        arguments (`list[str]`, *optional*): the command and its options, those of the process if not given.
+        may_launch (`bool`, *optional*, defaults to `True`): whether it may be started through accelerate.
+
+    Returns:
+        `int`: the exit status.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.argv[0] = PROG  # in messages that repeat the command
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version(PROG))
+        return 0
+    name, *given = words
+    if name not in COMMANDS:
+        alike = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Is {alike[0]!r} meant?" if alike else ""
+        print(f"{PROG}: there is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f".{name}", __package__)
+    if name in ("push", "env"):
+        module.main(given)
+        return 0
+
+    from .parser import CommandParser, refuse
+
+    launched = name not in _IN_ONE_PROCESS
+    parser = CommandParser(module.ARGUMENTS, prog=f"{PROG} {name}", launched=launched)
+    try:
+        launcher: list[str] = []
+        unknown = parser.unclaimed(given)
+        if launched:
+            from .launching import launch, needs_launcher, split
+
+            launcher, unknown = split(unknown)
+        refuse(module.ARGUMENTS, unknown)
+        if launched and may_launch and needs_launcher(launcher):
+            launch(launcher, name, given)
+            return 0
+        *parsed, _ = parser.read(given)
+    except ValueError as error:
+        parser.error(str(error))
+    module.main(*parsed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(may_launch=False))

@@ -1,0 +1,34 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trains a teacher by reinforcement learning on the forward process, DiffusionNFT."""
+
+from ..trainer.diffusion_nft_config import DiffusionNFTConfig
+from .arguments import TeacherScriptArguments
+from .parser import parse
+from .training import train_by_reward
+
+
+ARGUMENTS = (TeacherScriptArguments, DiffusionNFTConfig)
+
+
+def main(script_args: TeacherScriptArguments, training_args: DiffusionNFTConfig) -> None:
+    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    from ..trainer.diffusion_nft_trainer import DiffusionNFTTrainer
+
+    train_by_reward(DiffusionNFTTrainer, script_args, training_args)
+
+
+if __name__ == "__main__":
+    main(*parse(ARGUMENTS))

@@ -1,0 +1,112 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Distils several teachers into one student (DiffusionOPD), and measures what the student kept of each."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from ..data.tasks import task_rows
+from ..guards.extras import extra
+from ..trainer.diffusion_opd_config import DiffusionOPDConfig
+from .arguments import TaughtArguments, load_prompts
+from .parser import parse
+from .training import publish, show_warnings, train
+
+
+@dataclass(kw_only=True)
+class OPDScriptArguments(TaughtArguments):
+    """
+    What the command takes beyond [`DiffusionOPDConfig`]; see [`TaughtArguments`] and [`ScriptArguments`] for the rest.
+
+    Args:
+        teachers (`list[str]`): as there.
+        test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
+            the retention report is made at the end.
+        num_test_images (`int`, *optional*, defaults to `128`): images a task in the report.
+        dry_run (`bool`, *optional*, defaults to `False`): show what the run would do, with an image of every model, and stop.
+    """
+
+    teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
+    test_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, held out for the report."})
+    num_test_images: int = field(default=128, metadata={"help": "Images a task in the retention report."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show what the run would do, with an image of every model, and stop."}
+    )
+
+
+ARGUMENTS = (OPDScriptArguments, DiffusionOPDConfig)
+
+
+def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> None:
+    show_warnings()
+    teachers, rewards = script_args.teachers_by_task(), script_args.rewards()
+    test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
+    tested: Collection[str] = []
+    if test_dataset is not None:  # what the report at the end would refuse
+        from ..evaluation import report_problems
+
+        problems = report_problems(teachers, rewards, test_dataset, training_args.task_column, "--test_prompts")
+        if script_args.num_test_images < 1:
+            problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
+        if problems:
+            raise ValueError("\n".join(problems))
+        tested = task_rows(test_dataset, training_args.task_column)  # not each task need be
+
+    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    from ..evaluation import evaluate_retention, rehearse_report, retention_table
+    from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
+
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # with it the trainer makes the repository
+    arguments = script_args.for_trainer(training_args, rewards)
+    trainer = DiffusionOPDTrainer(teachers=teachers, **arguments)
+    if script_args.dry_run:
+        trainer.dry_run()
+        trainer.end()
+        return
+    if test_dataset is not None:
+        with trainer.averaged_student() as student:
+            rehearse_report(
+                trainer.eval_field,
+                student,
+                {task: rewards[task] for task in tested},
+                test_dataset,
+                task_column=training_args.task_column,
+                seed=training_args.seed,
+                guidance_scale=training_args.evaluation_guidance,
+                reward_timeout=training_args.reward_timeout,
+            )
+    train(trainer)
+    report = None
+    if test_dataset is not None:
+        with extra("The retention report", "`trl-diffusion-opd evaluate` makes it of the saved student."):
+            report = evaluate_retention(
+                arguments["model"],
+                {task: teachers[task] for task in tested},
+                training_args.output_dir,
+                {task: rewards[task] for task in tested},
+                test_dataset,
+                num_images=script_args.num_test_images,
+                output_dir=training_args.output_dir,
+                quantization_config=arguments["quantization_config"],
+                **training_args.retention_options(),
+            )
+    publish(trainer)
+    if report is not None and trainer.is_world_process_zero():
+        print(retention_table(report))
+
+
+if __name__ == "__main__":
+    main(*parse(ARGUMENTS))

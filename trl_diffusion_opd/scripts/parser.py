@@ -1,0 +1,169 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The parser of the commands: TRL's, with a config by its name, help in groups, and a remedy for what it does not know."""
+
+import argparse
+import copy
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+from ..trainer.option_checks import unknown_option
+from .arguments import PACKAGE, QuantizationArguments, config_path, configs
+
+
+# Not options of any class: TRL's parser reads the first before it parses, `launching` takes the others.
+_OF_THE_COMMAND = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+_OPTIONS = (
+    _OF_THE_COMMAND.add_argument("-h", "--help", action="help", help="Show this and exit."),
+    _OF_THE_COMMAND.add_argument(
+        "--config", metavar="NAME|FILE", help="YAML with any of these options, or the name of one in the package."
+    ),
+)
+_LAUNCHER_OPTIONS = (
+    _OF_THE_COMMAND.add_argument(
+        "--accelerate_config", metavar="NAME|FILE", help="How to launch: cpu, multi_gpu, fsdp2, … or a file."
+    ),
+    _OF_THE_COMMAND.add_argument(
+        "--num_processes", metavar="N", help="This, and all other options of `accelerate launch`, are passed on to it."
+    ),
+)
+
+
+_COMMAND, _QUANTIZATION, _INHERITED = "options", "quantization of the base", "transformers.TrainingArguments"
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling of an option, and no default where there is none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class CommandParser(TrlParser):
+    """
+    A parser for dataclasses.
+
+    Args:
+        dataclass_types (`tuple[type, ...]`): the command's arguments, then its trainer's config if it has one.
+        prog (`str`, *optional*): how messages call the command.
+        launched (`bool`, *optional*, defaults to `False`): whether help names the launcher's options.
+    """
+
+    def __init__(self, dataclass_types: Sequence[type], prog: str | None = None, launched: bool = False):
+        usage = "%(prog)s [--config NAME|FILE] [options]"
+        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)
+        self.options_of_the_command = (*_OPTIONS, *_LAUNCHER_OPTIONS) if launched else _OPTIONS
+
+    def unclaimed(self, arguments: Sequence[str]) -> list[str]:
+        """The words of a command line and of its `--config` that belong to no option. No dataclass is made."""
+        words = config_by_name(arguments)
+        found: list[str] = []
+        if "--config" in words:
+            at = words.index("--config")
+            with open(words[at + 1], encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+            words[at : at + 2] = []
+            if isinstance(content, dict):  # else the parser itself says what is wrong, when it reads the file
+                found = self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
+        return found + self.parse_known_args(words)[1]
+
+    def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """The dataclasses, and then the words that belong to none of them."""
+        return self.parse_args_and_config(config_by_name(arguments), return_remaining_strings=True)
+
+    def format_help(self) -> str:
+        """The command's own options first, and last what transformers' `TrainingArguments` has."""
+        groups: dict[str, list[argparse.Action]] = {title: [] for title in self._titles()}
+        for action in self._actions:
+            if action.dest != "help":
+                groups[self._title(action.dest)].append(action)
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        for i, (title, actions) in enumerate(groups.items()):
+            formatter.start_section(title)
+            formatter.add_arguments(self.options_of_the_command if i == 0 else ())
+            formatter.add_arguments(sorted(actions, key=lambda action: not action.required))
+            formatter.end_section()
+        return formatter.format_help()
+
+    def _titles(self) -> list[str]:
+        """Of all groups, in their order."""
+        owners = [owner for given in self.dataclass_types[1:] for owner in given.__mro__ if _is_ours(owner)]
+        return [_COMMAND, *(owner.__name__ for owner in owners), _QUANTIZATION, _INHERITED]
+
+    def _title(self, name: str) -> str:
+        first, *trainers = self.dataclass_types
+        if name in first.__dataclass_fields__:
+            return _QUANTIZATION if name in inspect.get_annotations(QuantizationArguments) else _COMMAND
+        owners = (owner for given in trainers for owner in given.__mro__ if _is_ours(owner))
+        return next((owner.__name__ for owner in owners if name in inspect.get_annotations(owner)), _INHERITED)
+
+
+def _is_ours(owner: type) -> bool:
+    return owner.__module__.partition(".")[0] == PACKAGE.name
+
+
+def config_by_name(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line, with the path of `--config` where it is a name."""
+    words = list(arguments)
+    joined = [at for at, word in enumerate(words) if word.startswith("--config=")]
+    for at in joined[::-1]:
+        words[at : at + 1] = ["--config", words[at].removeprefix("--config=")]
+    if "--config" in words:
+        at = words.index("--config") + 1
+        if at == len(words):
+            raise ValueError("--config needs the name of a config in the package, or of a file.")
+        words[at] = config_path("config", os.path.expanduser(words[at]))
+    return words
+
+
+def parse(dataclass_types: Sequence[type], arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """
+    The arguments of a command and the config of its trainer, from the command line and from `--config`.
+
+    Args:
+        dataclass_types (`tuple[type, ...]`): the command's arguments, then its trainer's config if it has one.
+        arguments (`list[str]`, *optional*): those of the process if not given.
+
+    Raises:
+        [`ValueError`]: for an option that none of them has, with the trainer's config that does.
+    """
+    *parsed, rest = CommandParser(dataclass_types).read(sys.argv[1:] if arguments is None else arguments)
+    refuse(dataclass_types, rest)
+    return tuple(parsed)
+
+
+def refuse(dataclass_types: Sequence[type], words: Sequence[str]) -> None:
+    """
+    Raises:
+        [`ValueError`]: if there are words, which belong to no option of these dataclasses.
+    """
+    unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
+    problems = [unknown_option(dataclass_types[-1], name, configs(), dataclass_types[0]) for name in unknown]
+    if words:
+        raise ValueError("\n".join(problems or [f"{list(words)} belong to no option."]))

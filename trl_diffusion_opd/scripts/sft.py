@@ -1,0 +1,42 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Fine-tunes by flow matching, on images of a dataset or, with teachers, on images that they draw for prompts.
+
+Without `--teachers` the sources of `--prompts` have a column of images.
+"""
+
+from ..trainer.diffusion_sft_config import DiffusionSFTConfig
+from .arguments import TaughtArguments
+from .parser import parse
+from .training import publish, show_warnings, train
+
+
+ARGUMENTS = (TaughtArguments, DiffusionSFTConfig)
+
+
+def main(script_args: TaughtArguments, training_args: DiffusionSFTConfig) -> None:
+    show_warnings()
+    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
+
+    teachers = script_args.teachers_by_task() or None
+    trainer = DiffusionSFTTrainer(teachers=teachers, **script_args.for_trainer(training_args, script_args.rewards()))
+    train(trainer)
+    publish(trainer)
+
+
+if __name__ == "__main__":
+    main(*parse(ARGUMENTS))

@@ -1,0 +1,70 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the training commands have in common: from a trainer to a student in its folder, with its picture and card."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..guards.extras import extra
+
+
+if TYPE_CHECKING:
+    from ..trainer import DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
+    from .arguments import TeacherScriptArguments
+
+
+def show_warnings() -> None:
+    """Shows what the package logs, as a command's own lines."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+
+
+def train(trainer: "DiffusionTrainer") -> None:
+    """Trains, and saves the student with the curves of its training."""
+    from ..reporting.plots import plot_curves
+
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():
+        with extra("The picture curves.png"):
+            plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")
+
+
+def publish(trainer: "DiffusionTrainer") -> None:
+    """Writes the model card, pushes if that is asked for, and ends the trackers."""
+    with extra("The model card"):
+        trainer.create_model_card()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+
+
+def train_by_reward(
+    trainer_class: "type[DiffusionRLTrainer]",
+    script_args: "TeacherScriptArguments",
+    training_args: "DiffusionRLConfig",
+) -> None:
+    """Trains a teacher, from the arguments of its command."""
+    show_warnings()
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # with it the trainer makes the repository
+    trainer = trainer_class(**script_args.for_trainer(training_args, script_args.rewards()))
+    if script_args.dry_run:
+        trainer.dry_run()
+        trainer.end()
+        return
+    train(trainer)
+    publish(trainer)

@@ -1,0 +1,194 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The peak memory of training by part: what a trainer's networks hold, and activations from shapes alone."""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._pytree import tree_map
+from transformers import Trainer
+
+from ..acceleration.compilation import repeated_blocks
+from ..acceleration.quantization import plain_tensors, scales
+from ..profiling.memory import bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
+from .base_trainer import DiffusionTrainer
+
+
+# Rows of the data among which the longest prompt is looked for.
+_LOOKED_AT = 1000
+# Side of the square weight on which an optimizer shows what it keeps: above the size from which 8-bit ones are 8-bit.
+_PROBE = 1024
+
+
+def estimate_memory(
+    trainer: DiffusionTrainer, *, device_type: str | None = None, shards: int = 1
+) -> dict[str, dict[str, Any]]:
+    """
+    The peak memory of training by part, in bytes, on one process's device.
+
+    Weights are counted. Activations are those of the student's forward and backward on one micro-batch of the data's
+    longest prompt, from shapes alone: a network of any size is estimated in seconds, also where it would not fit. An
+    optimizer is asked what it keeps of a small weight. Not counted: what the allocator rounds up and keeps, kernels'
+    workspaces, the CUDA context (some .5 GiB), DDP's buckets, the decoder's activations in evaluations, reward models.
+
+    Args:
+        trainer ([`DiffusionOPDTrainer`] or another of this package)
+        device_type (`str`, *optional*):
+            `"cuda"` for what mixed precision keeps there (layer norms are float32), `"cpu"` for what it keeps here; that of
+            the trainer if not given.
+        shards (`int`, *optional*, defaults to 1):
+            Processes that share the student's network and its optimizer, under FSDP2. Two of its blocks are whole at a time,
+            what is outside of the blocks, and the gradients.
+
+    Returns:
+        `dict`: by part `{"dtype", "bytes", "how"}`; the last one is `"peak"`, whose `"how"` names what happens then.
+    """
+    student = trainer.student.parameters()
+    dtypes = {p.dtype for p in student}
+    rows, elsewhere = _weights(trainer)
+    if shards > 1:
+        rows["gathered"] = _row(_gathered(trainer), dtypes, "counted: two blocks at a time and what is outside")
+        for name in ("transformer", "student", "moving average"):
+            if name in rows:
+                rows[name]["bytes"] //= shards
+    trained = sum(p.nbytes for p in student)
+    state, temporary = optimizer_bytes(trainer)
+    # FSDP2 splits them in the update's last backward.
+    rows["gradients"] = _row(trained, dtypes, "as the student" if shards == 1 else "as the student, whole")
+    rows["optimizer"] = _row(round(state * trained) // shards, set(), f"{state:.2f} bytes a byte of the student")
+    resident = sum(row["bytes"] for row in rows.values())
+    activations = activation_bytes(trainer, device_type)
+    how = "from shapes: forward and backward of a micro-batch"
+    if activations is None:
+        how = "not estimated: the network's shapes depend on values"
+    rows["activations"] = _row(activations or 0, set(), how)
+    moments = {
+        "the student's backward": resident + (activations or 0),
+        "the optimizer's step": resident + round(temporary * trained) // shards,
+        "encoding prompts": resident + sum(row["bytes"] for name, row in elsewhere.items() if name != "vae"),
+        "decoding images": resident + sum(row["bytes"] for name, row in elsewhere.items() if name == "vae"),
+    }
+    moment = max(moments, key=lambda name: moments[name])
+    without = " and activations" if activations is None else ""
+    return {
+        **elsewhere,
+        **rows,
+        "peak": _row(moments[moment], set(), f"estimate: at {moment}{without and ', without activations'}"),
+    }
+
+
+def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
+    return {"dtype": ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)), "bytes": size, "how": how}
+
+
+def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
+    student, frozen = trainer.student.parameters(), trainer.frozen_parts()
+    taken = {id(tensor) for tensor in itertools.chain(student, *frozen.values())}
+    components: dict[str, Any] = trainer.base_pipeline.components
+    rows, elsewhere = {}, {}
+    for name, component in components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        own = [*component.parameters(), *component.buffers(), *scales(component)]
+        tensors = [tensor for tensor in own if id(tensor) not in taken]
+        if any(component is other for other in trainer.offload.modules):
+            elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
+        elif tensors:
+            rows[name] = _row_of(tensors, "counted")
+    rows["student"] = _row_of(student, "counted")
+    rows |= {name: _row_of(tensors, "counted") for name, tensors in frozen.items() if tensors}
+    if trainer.student.ema is not None:
+        rows["moving average"] = _row_of(trainer.student.ema.shadow_params, "counted")
+    return rows, elsewhere
+
+
+def _row_of(tensors: Sequence[Tensor], how: str) -> dict[str, Any]:
+    return _row(sum(map(bytes_of, tensors)), {part.dtype for t in tensors for part in plain_tensors(t)}, how)
+
+
+def _gathered(trainer: DiffusionTrainer) -> int:
+    transformer: Any = trainer.base_pipeline.components["transformer"]
+    blocks = [sum(bytes_of(p) for p in block.parameters()) for block in repeated_blocks(transformer)]
+    return sum(bytes_of(p) for p in transformer.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
+
+
+def optimizer_bytes(trainer: DiffusionTrainer) -> tuple[float, float]:
+    """What the optimizer keeps, and what it needs besides in a step: in bytes, for a byte of the trained weights."""
+    weight = nn.Parameter(torch.ones(_PROBE, _PROBE, dtype=trainer.student.parameters()[0].dtype))
+    weight = nn.Parameter(weight.detach().to(trainer.accelerator.device))
+    if trainer.optimizer is None:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        optimizer = kind([weight], **options)
+    else:
+        used = (
+            trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
+        )
+        # Not by its constructor, which need not take all that it keeps.
+        optimizer = object.__new__(type(used))
+        optimizer.__dict__.update(used.__dict__)
+        optimizer.__dict__.pop("step", None)  # a schedule's, which is bound to the other one
+        optimizer.state, optimizer.param_groups = defaultdict(dict), [{**used.param_groups[0], "params": [weight]}]
+    return optimizer_step_bytes(optimizer, weight)
+
+
+def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) -> int | None:
+    """The activations' part of [`estimate_memory`]; `None` where a network cannot be followed by shapes alone."""
+    base: Any = trainer.base_pipeline.components["transformer"]
+    args = trainer.args
+    model = trainer.student.model
+    checkpointing = base.is_gradient_checkpointing
+    if args.activation_checkpointing:
+        base.enable_gradient_checkpointing()
+    device_type = device_type or trainer.accelerator.device.type
+    # Teachers' forwards keep nothing, but may have more rows than a student without guidance.
+    trained = trainer.trained_scale
+    scales = {scale for task in trainer.tasks for scale in trainer.guidance_scales(task)} - {trained}
+    try:
+        return max(
+            _of_scale(trainer, model, base, scale, device_type, backward=scale == trained)
+            for scale in (trained, *scales)
+        )
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None
+    finally:
+        if not checkpointing and base.is_gradient_checkpointing:
+            base.disable_gradient_checkpointing()
+
+
+def _of_scale(
+    trainer: DiffusionTrainer, model: nn.Module, base: nn.Module, scale: float, device_type: str, backward: bool
+) -> int:
+    precision, field, data = trainer.mixed_dtype, trainer.velocity_field, trainer.train_dataset
+    longest = max(data[: min(len(data), _LOOKED_AT)]["prompt"], key=len)
+    prompts = [longest] * trainer.args.train_batch_size
+    calls: list[dict[str, Any]] = []
+
+    def network(**inputs: Any) -> Any:
+        # Some pipelines guide with a call each for prompt and empty prompt: an answer lets them come to the second.
+        calls.append(inputs)
+        _, (velocity,) = pass_in_shapes(model, base, [inputs], device_type, precision, backward=False)
+        return (tree_map(lambda v: torch.zeros(v.shape, dtype=v.dtype, device=trainer.accelerator.device), velocity),)
+
+    with torch.no_grad():
+        x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
+        field(x, float(field.levels[0]), prompts, scale, network)
+    return step_bytes(model, base, calls, device_type=device_type, precision=precision, backward=backward)
