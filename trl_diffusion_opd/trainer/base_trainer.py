@@ -16,11 +16,10 @@
 
 import logging
 import math
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -30,20 +29,19 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
 from ..acceleration.quantization import base_weight
-from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
+from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
-from ..data.tasks import TaskSampler, plain_dataset
+from ..data.tasks import TaskSampler
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
 from ..models.teachers import TeacherBank
@@ -51,11 +49,11 @@ from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.completions import log_completions
-from ..reporting.trackers import tensorboard_writers, use_public_trackers
+from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
+from .evaluations import Evaluations
 from .image_evaluator import ImageEvaluator, applicable_mean
 from .numbers import gather_finite, warn_of_idle_weights
 from .passes import StudentPasses
@@ -103,7 +101,7 @@ class _StudentCallback(TrainerCallback):
         self.trainer._cost.stop()
 
 
-class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
+class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
@@ -127,7 +125,7 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
 
     loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
     args: DiffusionConfig
-    config_class: type[DiffusionConfig]
+    config_class: ClassVar[type[DiffusionConfig]]
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
@@ -137,7 +135,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
     merge_report: Any = None
     # What the seconds of an update are made of.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
-    _grid_at = -1  # the update of which images were last shown
     _has_compared = False
 
     def __init__(
@@ -202,7 +199,7 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
         self.evaluator = ImageEvaluator(
             self.eval_field, self.student, self.tasks, self.reward_funcs, args, self.accelerator
         )
-        vars(self).update(parts.method)
+        self.__dict__.update(parts.method)
         self.add_callback(_StudentCallback(self))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
@@ -248,10 +245,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)
-
-    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
-        return {}
 
     def _card_fields(self) -> dict[str, Any]:
         """
@@ -456,81 +449,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
         # DeepSpeed keeps the gradients to itself.
         if not self.is_deepspeed_enabled and self.is_world_process_zero():
             warn_of_idle_weights(self.student.named_parameters())
-
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
-
-        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
-
-        Returns:
-            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
-            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
-            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset.")
-        dataset = plain_dataset(dataset, self.args.task_column)
-        start = time.time()
-        metrics, count = self.evaluator.evaluate(
-            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
-        )
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
-        self.log(metrics)
-        self._log_completions()  # the first log opens the trackers
-        self.offload.rest()
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _log_completions(self) -> None:
-        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
-            return
-        self._grid_at = self.state.global_step
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        shown = self.evaluator.completions(dataset, self.state)
-        if self.accelerator.is_main_process:
-            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
-            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
-
-    @contextmanager
-    def averaged_student(self) -> Iterator[nn.Module]:
-        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
-        with self.student.ema_weights():
-            yield self.student.model
-        self.offload.rest()
-
-    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
-
-        Raises:
-            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
-        """
-        if is_split(self.model):
-            raise RuntimeError(
-                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
-                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
-            )
-        with self.averaged_student(), torch.no_grad():
-            return self.base_pipeline(*args, **kwargs)
 
     # Logs
 

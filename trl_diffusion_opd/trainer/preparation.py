@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -91,10 +91,10 @@ class Parts:
     undo: ExitStack
     train_dataset: Any
     eval_dataset: Any
-    given_rewards: RewardFuncs | None
-    given_teachers: Any
     rounds: Rounds
     offload: Offload
+    given_rewards: RewardFuncs | None = None
+    given_teachers: Any = None
     reward_funcs: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
     velocity_field: VelocityField = field(init=False)
     student: Any = None
@@ -123,7 +123,7 @@ class Method(Protocol):
     """What a trainer's class says of its method before there is a trainer: see [`DiffusionTrainer`]."""
 
     __name__: str
-    config_class: type[DiffusionConfig]
+    config_class: ClassVar[type[DiffusionConfig]]
 
     def method_metrics(self, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]: ...
 
@@ -159,29 +159,13 @@ def prepare(
     """
     args = _checked(trainer, model, args)
     set_seed(args.seed)  # before the LoRA's random initialisation
-    init_kwargs = args.model_init_kwargs
-    assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
-    pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
+    parts = _load(model, args, train_dataset, eval_dataset, quantization_config, undo)
+    parts.given_rewards, parts.given_teachers = reward_funcs, teachers
     problems = Problems()
-    if isinstance(train_dataset, Dataset):
-        train_dataset = plain_dataset(train_dataset, args.task_column)
-    parts = Parts(
-        args=args,
-        pipeline=pipeline,
-        undo=undo,
-        train_dataset=train_dataset,
-        eval_dataset=plain_dataset(eval_dataset, args.task_column),
-        given_rewards=reward_funcs,
-        given_teachers=teachers,
-        rounds=Rounds({}, {}, 1, args.task_column),
-        offload=Offload([], args.device),
-    )
-    if isinstance(model, DiffusionPipeline):
-        undo.callback(restorer(parts.modules()))
     _look_at_data(parts, trainer, problems)
     # Problems of the data don't keep the model from being checked, so that one message says everything. These do:
-    unfit = Problems(loading_problems(model, pipeline, args, quantization_config))
-    unfit += model_problems(pipeline, args, peft_config)
+    unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
+    unfit += model_problems(parts.pipeline, args, peft_config)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
@@ -215,6 +199,28 @@ def _checked(trainer: Method, model: str | DiffusionPipeline, args: DiffusionCon
             f"args is a {type(args).__name__}, which is for another trainer: {trainer.__name__} takes a {wanted.__name__}."
         )
     return args
+
+
+def _load(
+    model: str | DiffusionPipeline,
+    args: DiffusionConfig,
+    train_dataset: Any,
+    eval_dataset: Any,
+    quantization_config: Any,
+    undo: ExitStack,
+) -> Parts:
+    """The pipeline, loaded if it is given by name, and nothing done to it."""
+    init_kwargs = args.model_init_kwargs
+    assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
+    pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
+    if isinstance(train_dataset, Dataset):
+        train_dataset = plain_dataset(train_dataset, args.task_column)
+    eval_dataset = plain_dataset(eval_dataset, args.task_column)
+    offload, rounds = Offload([], args.device), Rounds({}, {}, 1, args.task_column)
+    parts = Parts(args, pipeline, undo, train_dataset, eval_dataset, rounds, offload)
+    if isinstance(model, DiffusionPipeline):
+        undo.callback(restorer(parts.modules()))
+    return parts
 
 
 def _look_at_data(parts: Parts, trainer: Method, problems: Problems) -> None:

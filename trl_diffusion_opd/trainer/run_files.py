@@ -16,7 +16,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
+from trl.trainer.base_trainer import _BaseTrainer
 
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import Change, KeptSettings, changes_since
@@ -46,7 +47,13 @@ from .numbers import refuse_infinite_weights
 from .teaching import manifest_problems
 
 
-class RunFiles:
+if TYPE_CHECKING:  # its methods go on to Trainer's, which stands behind it in a trainer's bases
+    _Behind = _BaseTrainer
+else:
+    _Behind = object
+
+
+class RunFiles(_Behind):
     """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Of the trainer it uses what is declared here."""
 
     args: DiffusionConfig
@@ -70,7 +77,7 @@ class RunFiles:
     evaluator: ImageEvaluator
     tasks: list[str]
     changes: list[dict[str, Any]]
-    hub_model_id: str | None
+    hub_model_id: Any
     push_in_progress: Any
     _name: str
     _paper: dict[str, str]
