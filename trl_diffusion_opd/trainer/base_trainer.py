@@ -17,7 +17,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -53,9 +53,7 @@ from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .evaluations import Evaluations
-from .image_evaluator import ImageEvaluator, applicable_mean
-from .numbers import gather_finite, warn_of_idle_weights
+from .image_evaluator import Evaluations, ImageEvaluator, applicable_mean
 from .passes import StudentPasses
 from .preparation import Parts, prepare
 from .run_files import RunFiles
@@ -195,9 +193,9 @@ class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
-        self.eval_field = field.with_steps(args.eval_num_inference_steps)
+        of_evaluations = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(
-            self.eval_field, self.student, self.tasks, self.reward_funcs, args, self.accelerator
+            of_evaluations, self.student, self.tasks, self.reward_funcs, args, self.accelerator
         )
         self.__dict__.update(parts.method)
         self.add_callback(_StudentCallback(self))
@@ -424,10 +422,6 @@ class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
         if self._micro_step == 0:
             self._cost.clock.go_on_with("optimizer")
 
-    def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
-        """A micro-batch's figures of all processes, which refuse those that are not finite: see [`gather_finite`]."""
-        return gather_finite(self.accelerator, values, task, levels, self.state.global_step + 1)
-
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """Weighted mean velocity of the task's teachers, each at its own guidance."""
         assert self.bank is not None
@@ -444,11 +438,6 @@ class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
                 "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
-
-    def _warn_of_idle_weights(self) -> None:
-        # DeepSpeed keeps the gradients to itself.
-        if not self.is_deepspeed_enabled and self.is_world_process_zero():
-            warn_of_idle_weights(self.student.named_parameters())
 
     # Logs
 

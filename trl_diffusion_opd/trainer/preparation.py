@@ -19,11 +19,11 @@ wrong is collected here and raised in one message.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -35,11 +35,12 @@ from torch import nn
 from transformers import set_seed
 
 from ..acceleration.attention import use_attention_backend
-from ..acceleration.compilation import compile_blocks
+from ..acceleration.compilation import compile_blocks, repeated_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
 from ..data.tasks import plain_dataset, task_rows
+from ..models.adapter_switch import remove_adapters
 from ..models.lora_adapter import add_adapter
 from ..models.lora_config import layer_problems
 from ..models.lora_files import read_lora
@@ -63,7 +64,6 @@ from .checks import (
     scored_data_problems,
     training_data_problems,
 )
-from .failed_start import restorer, without_student
 from .rounds import Rounds
 
 
@@ -123,7 +123,9 @@ class Method(Protocol):
     """What a trainer's class says of its method before there is a trainer: see [`DiffusionTrainer`]."""
 
     __name__: str
-    config_class: ClassVar[type[DiffusionConfig]]
+
+    @property
+    def config_class(self) -> type[DiffusionConfig]: ...
 
     def method_metrics(self, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]: ...
 
@@ -219,7 +221,7 @@ def _load(
     offload, rounds = Offload([], args.device), Rounds({}, {}, 1, args.task_column)
     parts = Parts(args, pipeline, undo, train_dataset, eval_dataset, rounds, offload)
     if isinstance(model, DiffusionPipeline):
-        undo.callback(restorer(parts.modules()))
+        undo.callback(_restorer(parts.modules()))
     return parts
 
 
@@ -282,7 +284,7 @@ def _make_student(
     with problems.collect():
         if (put_back := parts.use_attention_backend(transformer, as_student=True)) is not None:
             parts.undo.callback(put_back)
-    parts.undo.callback(without_student(transformer))
+    parts.undo.callback(_without_student(transformer))
     trainer.look_at_base(parts)
     for module in parts.modules():
         module.requires_grad_(False)
@@ -345,3 +347,34 @@ def _settle(parts: Parts) -> None:
     if args.torch_compile:
         compile_blocks(parts.transformer, args.torch_compile_backend, args.torch_compile_mode)
     exempt_from_broadcast(parts.student)
+
+
+def _restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
+    """What sets modules' devices and modes, and which of their parameters are trained, to what they are now."""
+    modules = list(components)
+    devices = [(module, parameter.device) for module in modules for parameter in [*module.parameters()][:1]]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    trained = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+
+    def restore() -> None:
+        for module, device in devices:
+            if next(module.parameters()).device != device:
+                module.to(device)
+        for part, training in modes:
+            part.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
+
+
+def _without_student(transformer: Any) -> Callable[[], None]:
+    """What takes the student, and all that was made of it, out of the pipeline's transformer."""
+
+    def remove() -> None:
+        remove_adapters(transformer)
+        for block in repeated_blocks(transformer):
+            vars(block).pop("_compiled_call_impl", None)
+        vars(transformer).pop("activation_checkpointing_enable", None)
+
+    return remove
