@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from helpers.launching import surroundings
+from helpers.launching import LAUNCH, free_port, surroundings
 
 import trl_diffusion_opd
 from trl_diffusion_opd.scripts import env, launching, main, opd
@@ -248,27 +248,18 @@ def test_the_status_of_what_was_launched(monkeypatch, status, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_the_demo_from_an_empty_folder(tmp_path, processes):
-    """Through the launcher, as after `pip install`."""
+    """On two processes of the launcher."""
+    Path("launch.yaml").write_text(LAUNCH)
     code = "import sys; from trl_diffusion_opd.scripts.main import main; sys.exit(main())"
-    words = [
-        "opd",
-        "--config",
-        "tiny",
-        *SHORT,
-        "--accelerate_config",
-        "launch.yaml",
-        "--num_test_images",
-        "1",
-    ]
-    Path("launch.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n"
-    )
+    words = ["opd", "--config", "tiny", *SHORT, "--num_test_images", "2", "--accelerate_config", "launch.yaml"]
+    words += ["--main_process_port", str(free_port())]
     done = subprocess.run([sys.executable, "-c", code, *words], env=surroundings(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(Path("outputs/demo/retention.json").read_text())
     assert set(report["tasks"]) == {"compose", "letters", "style"}
-    assert "| **mean** |" in done.stdout
+    assert done.stdout.count("| **mean** |") == 1
     texts = [path.read_text() for path in Path("outputs").rglob("*") if path.suffix in (".json", ".md")]
     assert texts and not any(str(PACKAGE.parent) in text or str(tmp_path) in text for text in texts)
 
