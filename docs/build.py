@@ -27,6 +27,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -39,6 +40,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of optional libraries that these pages do not need
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "docs/source"
 OUTPUT = ROOT / "build/docs"
@@ -71,7 +73,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-def outside_of_code(text: str, pattern: str, replace) -> str:  # noqa: ANN001
+def outside_of_code(text: str, pattern: str, replace: Callable[[re.Match[str]], str]) -> str:
     """Substitutes in the prose of a page, not in its code."""
     parts = re.split(r"(^ *```.*?^ *```|`[^`\n]+`)", text, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if i % 2 else re.sub(pattern, replace, part, flags=re.DOTALL) for i, part in enumerate(parts))
@@ -86,7 +88,8 @@ def docstring(match: re.Match[str]) -> str:
     """A component of doc-builder as Markdown: name and signature, then arguments, results and errors."""
     text = match[1]
     given = json.loads(inside("parameters", text) or "[]")
-    signature = html.escape(", ".join(one["name"] + one["val"].replace("typing.", "") for one in given))
+    # Types by their names, without the modules that they are in.
+    signature = html.escape(", ".join(one["name"] + re.sub(r"\b([a-z]\w*\.)+", "", one["val"]) for one in given))
     name, anchor = inside("name", text), inside("anchor", text)
     lines = [f'<p class="signature" id="{anchor}"><b>{name}</b>({signature})</p>']
     groups = [("Parameters", inside("paramsdesc", text))]
@@ -104,6 +107,7 @@ def page_body(text: str, depth_to_root: str) -> str:
     text = text.replace("<!--HF DOCBUILD BODY END-->", "")
     text = re.sub(r"<docstring>(.*?)</docstring>", docstring, text, flags=re.DOTALL)
     text = re.sub(r"</?ExampleCodeBlock[^>]*>", "", text)
+    text = re.sub(r"`~[\w.]+\.(\w+)`", r"`\1`", text)  # of libraries that doc-builder has no links to
     text = re.sub(r"^> \[!(\w+)\]", lambda match: f"> **{match[1].capitalize()}.**", text, flags=re.MULTILINE)
     text = outside_of_code(text, r"\$\$(.+?)\$\$", lambda match: convert(match[1].strip(), display="block"))
     text = outside_of_code(text, r"\\\\\((.+?)\\\\\)", lambda match: convert(match[1].strip()))
@@ -182,7 +186,8 @@ def main() -> None:
         if not (folder / part).exists():
             (folder / part).symlink_to(os.path.relpath(SOURCE / part, folder))
     found = problems(pages)
-    print("\n".join(found), file=sys.stderr)
+    for problem in found:
+        print(problem, file=sys.stderr)
     print(f"{len(pages)} pages in {folder.relative_to(ROOT)}, {len(found)} problems")
     sys.exit(bool(found))
 

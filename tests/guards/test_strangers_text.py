@@ -261,11 +261,8 @@ def test_the_page_of_samples(odd, tmp_path):
 
 class TestConsole:
     def test_tables_and_lines(self, capsys):
-        image = Image.new("RGB", (2, 2))
-        completions = [Completion(odd, odd, image, {odd: 1.0}) for odd in ODD]
-        tables.print_completions(
-            completions, {odd: [1.0] * len(ODD) for odd in ODD[:2]} | {"\x1b[31m": [0.0] * len(ODD)}, 3
-        )
+        rewards = {odd: [1.0] * len(ODD) for odd in ODD[:2]} | {"\x1b[31m": [0.0] * len(ODD)}
+        tables.print_completions([(odd, odd) for odd in ODD], rewards, 3)
         for odd in ODD:
             tables.print_line(odd)
         tables.print_line("\x1b" * 10**5)

@@ -37,6 +37,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from trl_diffusion_opd.reporting import trackers
 from trl_diffusion_opd.reporting.completions import Completion, log_completions
+from trl_diffusion_opd.reporting.trackers import tensorboard_writers
 
 
 UPDATES, EVERY = 4, 2
@@ -325,22 +326,12 @@ def test_no_names_of_the_machine(run):
 # The parts
 
 
-@pytest.fixture
-def trainer(tmp_path):
-    """As much of a trainer as the completions need."""
-    return SimpleNamespace(
-        state=SimpleNamespace(global_step=12),
-        args=SimpleNamespace(output_dir=str(tmp_path), report_to=[]),
-        callback_handler=SimpleNamespace(callbacks=[]),
-    )
-
-
-def test_picture_has_a_row_a_task(trainer, tmp_path):
+def test_picture_has_a_row_a_task(tmp_path):
     dotted = Image.new("RGB", (32, 16), "lime")
     dotted.putpixel((31, 15), (0, 0, 0))
     images = [Image.new("RGB", (32, 16), "red"), Image.new("RGB", (32, 16), "blue"), dotted]
     completions = [Completion("", task, image, {}) for task, image in zip("aab", images, strict=True)]
-    log_completions(trainer, completions)
+    log_completions(completions, tmp_path, 12, [], [])
     seen = pixels((tmp_path / "completions" / "step_000012.png").read_bytes())
     assert seen.shape == (2 * 128, 2 * 256, 3)
     colours = [seen[y, x].tolist() for y in (0, 128) for x in (0, 256)]
@@ -349,18 +340,17 @@ def test_picture_has_a_row_a_task(trainer, tmp_path):
     assert (seen[128:, :256].reshape(-1, 3) == [0, 255, 0]).all(-1).sum() == (32 * 16 - 1) * 8 * 8
 
 
-def test_prompts_and_rewards_of_any_name(trainer, tmp_path, capsys):
+def test_prompts_and_rewards_of_any_name(tmp_path, capsys):
     written = []
     callback = TensorBoardCallback(
         SimpleNamespace(add_image=lambda *a, **k: None, add_text=lambda name, text, step: written.append(text))
     )
-    trainer.callback_handler.callbacks = [callback, TensorBoardCallback()]  # the second is not open
     image = Image.new("RGB", (16, 16))
     rows = [
         Completion("a [red]b[/red] | c\nd", "t", image, {"image": 1.0, "x": None}),
         Completion("e", "u", image, {}),
     ]
-    log_completions(trainer, rows)
+    log_completions(rows, tmp_path, 12, [], tensorboard_writers([callback, TensorBoardCallback()]))  # one is not open
     table = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "completions/*.parquet"), split="train", cache_dir=str(tmp_path / "cache")
     )
@@ -370,8 +360,8 @@ def test_prompts_and_rewards_of_any_name(trainer, tmp_path, capsys):
     assert written[0].splitlines()[2:] == ["| a \\[red\\]b\\[/red\\] \\| c d | t | 1.000 | - |", "| e | u | - | - |"]
 
 
-def test_nothing_to_show(trainer, tmp_path):
-    log_completions(trainer, [])
+def test_nothing_to_show(tmp_path):
+    log_completions([], tmp_path, 12, [], [])
     assert list(tmp_path.iterdir()) == []
 
 

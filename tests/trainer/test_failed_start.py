@@ -68,7 +68,7 @@ FAILURES = {
     "the checks, interrupted": (DiffusionOPDTrainer, "_setup", interrupts, KeyboardInterrupt),
     "Trainer": (Trainer, "__init__", breaks, Broken),
     "placing the teachers": (DiffusionOPDTrainer, "_place_teachers", breaks, Broken),
-    "the table at the start": (tables, "print_start", breaks, Broken),
+    "the table at the start": (tables, "print_teachers", breaks, Broken),
     "nothing but the arguments": (None, None, None, ValueError),
 }
 

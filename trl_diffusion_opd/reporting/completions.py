@@ -18,22 +18,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 from diffusers.utils import make_image_grid
 from PIL import Image
 from pyarrow.parquet import write_table
-from transformers.integrations import TensorBoardCallback
 
 from ..guards.markdown import cell
 from ..hub.files import COMPLETIONS_FOLDER
-from . import console as tables
+from .console import print_completions, reward_cell
 
-
-if TYPE_CHECKING:
-    from ..trainer.base_trainer import DiffusionTrainer
 
 TABLE_NAME = "completions"
 GRID_NAME = "completions_grid"
@@ -66,7 +62,13 @@ class Completion:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completion]) -> None:
+def log_completions(
+    completions: Sequence[Completion],
+    output_dir: str | Path,
+    step: int,
+    report_to: Sequence[str],
+    writers: Sequence[Any],
+) -> None:
     """
     Shows images of the student: a table with a row an image, and a picture with a row a task.
 
@@ -76,22 +78,23 @@ def log_completions(trainer: "DiffusionTrainer", completions: Sequence[Completio
     `completions_grid`. The rewards are also printed. Call it on the main process.
 
     Args:
-        trainer ([`DiffusionTrainer`])
         completions (`list[Completion]`): images of one size, in the order in which they are shown.
+        output_dir (`str` or `Path`), step (`int`): of the run, and the current update.
+        report_to (`list[str]`): the trackers' names.
+        writers (`list`): TensorBoard's, as [`~trackers.tensorboard_writers`] finds them.
     """
     if not completions:
         return
-    step = trainer.state.global_step
     picture = _picture(completions)
-    folder = Path(trainer.args.output_dir or ".") / COMPLETIONS_FOLDER
+    folder = Path(output_dir) / COMPLETIONS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     picture.save(folder / f"step_{step:06d}.png")
     rewards, extra = _reward_columns(completions), _extra_columns(completions)
     # Not to_parquet, which shows a progress bar for its one batch.
     write_table(_dataset(completions, rewards, extra, step).data.table, folder / f"completions_{step:05d}.parquet")
     if rewards:
-        tables.print_completions(completions, rewards, step)
-    _send(trainer, completions, rewards, extra, picture, step)
+        print_completions([(one.prompt, one.task) for one in completions], rewards, step)
+    _send(completions, rewards, extra, picture, step, report_to, writers)
 
 
 def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
@@ -151,14 +154,14 @@ def _picture(completions: Sequence[Completion]) -> Image.Image:
 
 
 def _send(
-    trainer: "DiffusionTrainer",
     completions: Sequence[Completion],
     rewards: dict[str, list[float | None]],
     extra: dict[str, list[str | None]],
     picture: Image.Image,
     step: int,
+    report_to: Sequence[str],
+    writers: Sequence[Any],
 ) -> None:
-    trackers = trainer.args.report_to or []
     tasks = dict.fromkeys(completion.task for completion in completions)
 
     def media(tracker: Any) -> dict[str, Any]:
@@ -174,16 +177,15 @@ def _send(
             "train/global_step": step,
         }
 
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(GRID_NAME, np.asarray(picture), step, dataformats="HWC")
-            callback.tb_writer.add_text(TABLE_NAME, _markdown(completions, rewards), step)
-    if "wandb" in trackers:
+    for writer in writers:
+        writer.add_image(GRID_NAME, np.asarray(picture), step, dataformats="HWC")
+        writer.add_text(TABLE_NAME, _markdown(completions, rewards), step)
+    if "wandb" in report_to:
         import wandb
 
         if wandb.run is not None:
             wandb.log(media(wandb))
-    if "trackio" in trackers:
+    if "trackio" in report_to:
         import trackio
 
         if trackio.context_vars.current_run.get() is not None:
@@ -193,5 +195,5 @@ def _send(
 def _markdown(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:
     lines = [["prompt", "task", *map(cell, rewards)], ["---", "---", *("---:" for _ in rewards)]]
     for completion, *values in zip(completions, *rewards.values(), strict=True):
-        lines.append([cell(completion.prompt), cell(completion.task), *map(tables.reward_cell, values)])
+        lines.append([cell(completion.prompt), cell(completion.task), *map(reward_cell, values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

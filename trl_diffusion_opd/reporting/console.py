@@ -16,27 +16,19 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-from ..algorithms.opd import dominant_step
+from ..algorithms.opd import StepPlan, dominant_step
+from ..algorithms.samplers import SamplerTable
+from ..algorithms.separability import Pair
 from ..guards.redaction import shown, visible
-from ..rewards import reward_name
 
-
-if TYPE_CHECKING:
-    from ..algorithms.samplers import SamplerTable
-    from ..algorithms.separability import Pair
-    from ..trainer.base_trainer import DiffusionTrainer
-    from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
-    from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
-    from ..trainer.rl_trainer import DiffusionRLTrainer
-    from ..trainer.taught_trainer import TaughtTrainer
-    from .completions import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +40,53 @@ _SHOWN_PAIRS = 10
 _LONGEST_TEXT = 4000
 
 
-def print_start(trainer: "DiffusionOPDTrainer") -> None:
-    """Shows tasks and teachers, the steps with their weights, and how many parameters are trained."""
+def print_teachers(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int], lost: float | None) -> None:
+    """
+    Shows tasks and teachers.
+
+    Args:
+        rows (`list[dict]`): a teacher each, as [`TeacherBank.summary`] returns them.
+        prompts (`dict[str, int]`): number of prompts by task.
+        lost (`float`, *optional*): what the student's rank loses of the mean of the teachers' LoRAs, if it starts from it.
+    """
     console = _console()
-    _print_teachers(console, trainer)
-    plan, weights = trainer.plan, trainer.plan.weights
-    steps = Table(title=f"Steps of {plan.table.name}, weighting {trainer.args.loss_weighting}")
+    teachers = Table(title="Tasks and teachers")
+    for column in ("task", "prompts", "teacher", "kind", "guidance"):
+        teachers.add_column(column, overflow="fold")
+    for column in ("revision", "sha256"):  # cut in the middle they are of no use
+        teachers.add_column(column, no_wrap=True, min_width=8)
+    for row in rows:
+        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
+        kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
+        cells = [prompts[row["task"]], name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
+        teachers.add_row(row["task"], *("-" if cell is None else str(cell) for cell in cells))
+    console.print(teachers)
+    if lost is not None:
+        console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost:.1%}.")
+
+
+def print_steps(plan: StepPlan, weighting: str) -> None:
+    """Shows the steps of a walk with their weights, and warns if one of them has nearly all."""
+    weights = plan.weights
+    steps = Table(title=f"Steps of {plan.table.name}, weighting {weighting}")
     for column in ("step", "level", "weight", "share"):
         steps.add_column(column, justify="right")
     for j, level in enumerate(plan.table.levels[:-1].tolist()):
         trained = j in plan.steps
         shown = (f"{weights[j]:.3g}", f"{weights[j] / weights.sum():.1%}") if trained else ("not trained", "-")
         steps.add_row(str(j), f"{level:.4f}", *shown)
-    console.print(steps)
+    _console().print(steps)
     step, share = dominant_step(weights)
     if share > _DOMINANT_SHARE:
         logger.warning(
             f"Step {step} has {share:.1%} of the weight, so the others are hardly trained. Consider "
             "loss_weighting='velocity', the sampler 'ode', or a larger skip_last_steps."
         )
-    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+
+
+def print_trained(parameters: Iterable[nn.Parameter]) -> None:
+    """Shows how many parameters are trained."""
+    print_line(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
 
 
 def print_line(text: str) -> None:
@@ -87,23 +106,29 @@ def print_resume(checkpoint: str, update: int, changes: Sequence[tuple[str, str,
         console.print(table)
 
 
-def print_rewards(trainer: "DiffusionRLTrainer") -> None:
-    """Shows tasks and rewards, how many completions a round has, and how many parameters are trained."""
-    console, args = _console(), trainer.args
-    completions = args.train_batch_size * args.world_size * trainer._micro_batches
-    table = Table(title=f"Tasks and rewards, {args.num_generations} completions a prompt")
+def print_rewards(
+    prompts: Mapping[str, int], rewards: Mapping[str, Mapping[str, float]], of_a_round: int, num_generations: int
+) -> None:
+    """
+    Shows tasks and rewards.
+
+    Args:
+        prompts (`dict[str, int]`): number of prompts by task.
+        rewards (`dict[str, dict[str, float]]`): by task the weights of its rewards by name.
+        of_a_round (`int`): prompts of a task in a round. num_generations (`int`): completions of each.
+    """
+    table = Table(title=f"Tasks and rewards, {num_generations} completions a prompt")
     for column in ("task", "prompts", "prompts a round", "reward", "weight"):
         table.add_column(column, overflow="fold")
-    for task, functions in trainer.reward_funcs.items():
-        shown = [task, str(len(trainer._task_rows[task])), str(completions // args.num_generations)]
-        for name in map(reward_name, functions):
-            table.add_row(*shown, name, f"{trainer.reward_weights[name]:g}")
+    for task, weights in rewards.items():
+        shown = [task, str(prompts[task]), str(of_a_round)]
+        for name, weight in weights.items():
+            table.add_row(*shown, name, f"{weight:g}")
             shown = [""] * len(shown)
-    console.print(table)
-    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+    _console().print(table)
 
 
-def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> None:
+def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None:
     """
     Shows the steps of a walk that may have noise and be trained.
 
@@ -119,41 +144,17 @@ def print_sde_steps(table: "SamplerTable", steps: range, window_size: int) -> No
     _console().print(shown)
 
 
-def print_sft_start(trainer: "DiffusionSFTTrainer") -> None:
-    """Shows what images are trained on for which task, and how many parameters are trained."""
-    console = _console()
-    if trainer._teacher_specs is not None:
-        _print_teachers(console, trainer)
-    else:
-        tasks = Table(title="Tasks")
-        for column in ("task", "images"):
-            tasks.add_column(column)
-        for task, rows in trainer._task_rows.items():
-            tasks.add_row(task, str(len(rows)))
-        console.print(tasks)
-    console.print(f"Trained parameters: {_trained_parameters(trainer):,}")
+def print_tasks(images: Mapping[str, int]) -> None:
+    """Shows how many images are trained on for which task."""
+    tasks = Table(title="Tasks")
+    for column in ("task", "images"):
+        tasks.add_column(column)
+    for task, count in images.items():
+        tasks.add_row(task, str(count))
+    _console().print(tasks)
 
 
-def _print_teachers(console: Console, trainer: "TaughtTrainer") -> None:
-    teachers = Table(title="Tasks and teachers")
-    for column in ("task", "prompts", "teacher", "kind", "guidance"):
-        teachers.add_column(column, overflow="fold")
-    for column in ("revision", "sha256"):  # cut in the middle they are of no use
-        teachers.add_column(column, no_wrap=True, min_width=8)
-    for row in trainer.bank.summary():
-        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
-        kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
-        cells = [name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
-        prompts = len(trainer._task_rows[row["task"]])
-        teachers.add_row(row["task"], str(prompts), *("-" if cell is None else str(cell) for cell in cells))
-    console.print(teachers)
-
-    if trainer.merge_report is not None:
-        lost = f"{trainer.merge_report.error:.1%}"
-        console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost}.")
-
-
-def print_pairs(pairs: Sequence["Pair"]) -> None:
+def print_pairs(pairs: Sequence[Pair]) -> None:
     """
     Shows how well tasks with different teachers can be told apart by their prompts.
 
@@ -174,13 +175,13 @@ def print_pairs(pairs: Sequence["Pair"]) -> None:
 
 
 def print_completions(
-    completions: Sequence["Completion"], rewards: Mapping[str, Sequence[float | None]], step: int
+    prompts: Sequence[tuple[str, str]], rewards: Mapping[str, Sequence[float | None]], step: int
 ) -> None:
     """
     Shows prompts and rewards of images of the student.
 
     Args:
-        completions (`list[Completion]`), step (`int`)
+        prompts (`list[tuple[str, str]]`): prompt and task of each. step (`int`)
         rewards (`dict[str, list[float | None]]`): a value an image, by the name of the reward.
     """
     table = Table(title=f"Images at update {step}")
@@ -188,8 +189,8 @@ def print_completions(
         table.add_column(column)
     for name in rewards:
         table.add_column(name, justify="right")
-    for completion, *values in zip(completions, *rewards.values(), strict=True):
-        table.add_row(completion.prompt, completion.task, *map(reward_cell, values))
+    for prompt, *values in zip(prompts, *rewards.values(), strict=True):
+        table.add_row(*prompt, *map(reward_cell, values))
     _console().print(table)
 
 
@@ -293,10 +294,6 @@ def _print_scores(
                 images.add_row(task, caption, name, reward_cell(value))
     if images.row_count:
         console.print(images)
-
-
-def _trained_parameters(trainer: "DiffusionTrainer") -> int:
-    return sum(parameter.numel() for parameter in trainer.student.parameters())
 
 
 def _duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ nothing names a token, a local path or the machine. What they show besides scala
 import copy
 import logging
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 from unittest.mock import patch
@@ -48,6 +49,12 @@ def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
             callbacks[i] = _Wandb()
         elif type(callback) is TrackioCallback:
             callbacks[i] = _Trackio()
+
+
+def tensorboard_writers(callbacks: Sequence[TrainerCallback]) -> list[Any]:
+    """The open writers of TensorBoard's callbacks."""
+    writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+    return [writer for writer in writers if writer is not None]
 
 
 class _ShownModel(nn.Module):

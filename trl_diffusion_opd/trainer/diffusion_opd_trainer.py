@@ -139,7 +139,9 @@ class DiffusionOPDTrainer(TaughtTrainer):
         )
         self._place_teachers()
         if self.is_world_process_zero():
-            tables.print_start(self)
+            self._print_teachers()
+            tables.print_steps(self.plan, self.args.loss_weighting)
+            tables.print_trained(self.student.parameters())
 
     # Before the first step
 

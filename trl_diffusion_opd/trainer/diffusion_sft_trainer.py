@@ -32,8 +32,9 @@ from ..algorithms.samplers import sampler_table
 from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
-from ..evaluation.identity import base_digest, model_identity
 from ..models.teacher_config import TeacherSpec
+from ..models.teachers import model_identity
+from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
@@ -139,7 +140,11 @@ class DiffusionSFTTrainer(TaughtTrainer):
         # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
         self._fine_field = self.velocity_field.with_steps(self._pipeline.scheduler.config.num_train_timesteps)
         if self.is_world_process_zero():
-            tables.print_sft_start(self)
+            if self._teacher_specs is not None:
+                self._print_teachers()
+            else:
+                tables.print_tasks({task: len(rows) for task, rows in self._task_rows.items()})
+            tables.print_trained(self.student.parameters())
 
     # Before the first step
 

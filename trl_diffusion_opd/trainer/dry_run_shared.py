@@ -136,7 +136,9 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
 
 def network_rounding(trainer: "TaughtTrainer") -> float:
     """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    frozen = (p.dtype for p in trainer.bank.backbone.network.parameters() if not p.requires_grad)
+    network = trainer.bank.backbone.network
+    assert network is not None  # where there are teachers
+    frozen = (p.dtype for p in network.parameters() if not p.requires_grad)
     weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
     return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
 

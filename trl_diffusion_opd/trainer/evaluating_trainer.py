@@ -17,7 +17,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from torch import nn
 from transformers import TrainerControl
 from transformers.trainer_utils import speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
@@ -36,6 +38,7 @@ from ..models.student import Student
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion, log_completions
+from ..reporting.trackers import tensorboard_writers
 from ..rewards import Scorer, reward_name
 from .base_config import DiffusionConfig
 
@@ -201,7 +204,20 @@ class EvaluatingTrainer(_BaseTrainer):
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         shown = sorted(gather_object(shown), key=lambda item: item[:2])
         if self.accelerator.is_main_process:
-            log_completions(self, [completion for _, _, completion in shown])
+            log_completions(
+                [completion for _, _, completion in shown],
+                self.args.output_dir or ".",
+                self.state.global_step,
+                self.args.report_to or [],
+                tensorboard_writers(self.callback_handler.callbacks),
+            )
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[nn.Module]:
+        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
+        with self.student.ema_weights():
+            yield self.accelerator.unwrap_model(self.model)
+        self._offload.rest()
 
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -125,7 +125,15 @@ class DiffusionRLTrainer(DiffusionTrainer):
         if self.backbone is not None:
             self.backbone.to(self.accelerator.device)
         if self.is_world_process_zero():
-            tables.print_rewards(self)
+            rewards = {
+                task: {name: self.reward_weights[name] for name in map(reward_name, functions)}
+                for task, functions in self.reward_funcs.items()
+            }
+            completions = self.args.train_batch_size * self.args.world_size * self._micro_batches
+            of_a_round = completions // self.args.num_generations
+            prompts = {task: len(rows) for task, rows in self._task_rows.items()}
+            tables.print_rewards(prompts, rewards, of_a_round, self.args.num_generations)
+            tables.print_trained(self.student.parameters())
 
     # Hooks of the trainers
 

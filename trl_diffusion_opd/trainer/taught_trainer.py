@@ -96,6 +96,10 @@ class TaughtTrainer(DiffusionTrainer):
         shared = {id(p) for p in self.bank.backbone.parameters()} & {id(p) for p in self.student.parameters()}
         assert not shared, "a teacher's parameter is trainable"
 
+    def _print_teachers(self) -> None:
+        lost = None if self.merge_report is None else self.merge_report.error
+        tables.print_teachers(self.bank.summary(), {t: len(rows) for t, rows in self._task_rows.items()}, lost)
+
     def _compare_tasks(self) -> None:
         """Shows how well the tasks can be told apart, once, and warns of those that can't and whose teachers disagree."""
         if self._teacher_specs is None or self._has_compared:
