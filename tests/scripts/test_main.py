@@ -32,9 +32,10 @@ from trl_diffusion_opd.scripts import env, launching, main, opd
 from trl_diffusion_opd.scripts.arguments import PACKAGE, config_path, load_prompts, packaged
 from trl_diffusion_opd.scripts.launching import split
 from trl_diffusion_opd.scripts.parser import CommandParser, parse
+from trl_diffusion_opd.scripts.stages import read_stages
 
 
-SHORT = "--max_steps 1 --eval_strategy no --eval_on_start false --log_completions false".split()
+SHORT = "--max_steps 2 --eval_strategy no --eval_on_start false --log_completions false".split()
 SHORT += "--save_strategy no --per_device_train_batch_size 1 --use_cpu true".split()
 
 
@@ -171,6 +172,14 @@ def test_every_config_names_what_the_package_has():
     assert packaged("tiny/data/compose_train.jsonl") == "tiny/data/compose_train.jsonl"
     Path("trl_diffusion_opd/tiny").mkdir(parents=True)
     assert packaged("trl_diffusion_opd/tiny") == "trl_diffusion_opd/tiny"  # what is here wins
+
+
+def test_the_packages_stages_from_an_empty_folder():
+    for path in sorted(PACKAGE.glob("stage_configs/*.yaml")):
+        found, output_dir = read_stages(path.stem)  # refuses what a stage would miss
+        assert found and output_dir.startswith("outputs/"), path.stem
+    with pytest.raises(ValueError, match="It has tiny_baselines, tiny_cascade, tiny_two_stage"):
+        read_stages("tiny")
 
 
 def test_the_examples_have_the_packages_files():
