@@ -67,11 +67,11 @@ def _devices() -> str:
 
 
 def _extras() -> dict[str, list[str]]:
-    """Packages by the extra that brings them, but for what only the package's developers need."""
+    """Packages by the extra that brings them, but for what only those who work on the package need."""
     extras: dict[str, list[str]] = {}
     for requirement in requires(_DISTRIBUTION) or []:
         found = re.fullmatch(r"([\w.-]+)[^;]*;\s*extra == [\"']([\w-]+)[\"']", requirement)
-        if found and found[2] != "dev":
+        if found and found[2] not in ("dev", "docs"):
             extras.setdefault(found[2], []).append(found[1])
     return extras
 
