@@ -67,7 +67,7 @@ def _devices() -> str:
 
 
 def _extras() -> dict[str, list[str]]:
-    """Packages by the extra that brings them, but for what only those who work on the package need."""
+    """Packages by the extra that brings them, but for what only the package's developers need."""
     extras: dict[str, list[str]] = {}
     for requirement in requires(_DISTRIBUTION) or []:
         found = re.fullmatch(r"([\w.-]+)[^;]*;\s*extra == [\"']([\w-]+)[\"']", requirement)
