@@ -45,7 +45,7 @@ from transformers import TorchAoConfig as TransformersTorchAoConfig
 from trl_diffusion_opd import estimate_memory
 from trl_diffusion_opd.acceleration import quantization
 from trl_diffusion_opd.acceleration.quantization import base_weight, plain_tensors, quantized_layers, scales
-from trl_diffusion_opd.evaluation.identity import base_digest
+from trl_diffusion_opd.pipelines.fingerprints import base_digest
 from trl_diffusion_opd.pipelines.view import StandIn
 from trl_diffusion_opd.scripts import arguments as cli
 from trl_diffusion_opd.scripts.arguments import QuantizationArguments

@@ -30,9 +30,10 @@ from diffusers import DiffusionPipeline
 from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
 
 from trl_diffusion_opd.evaluation import REPORT_FILE, evaluate_retention, measure, store
-from trl_diffusion_opd.evaluation.identity import base_digest, reward_digest
+from trl_diffusion_opd.evaluation.identity import reward_digest
 from trl_diffusion_opd.evaluation.store import Store
 from trl_diffusion_opd.models.teachers import TeacherConfig
+from trl_diffusion_opd.pipelines.fingerprints import base_digest
 from trl_diffusion_opd.reporting import plots
 from trl_diffusion_opd.rewards import Reward
 

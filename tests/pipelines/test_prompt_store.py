@@ -35,8 +35,9 @@ from helpers.families import FAMILIES
 from helpers.tiny_sd3 import make_pipeline
 
 from trl_diffusion_opd.pipelines import prompt_store
+from trl_diffusion_opd.pipelines.fingerprints import encoder_fingerprint
 from trl_diffusion_opd.pipelines.prompt_cache import PromptCache
-from trl_diffusion_opd.pipelines.prompt_store import PromptStore, encoder_fingerprint
+from trl_diffusion_opd.pipelines.prompt_store import PromptStore
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import grpo_fixtures, nft_fixtures
 from helpers.opd_fixtures import make_trainer, measured
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_pipeline, make_transformer
@@ -201,6 +202,14 @@ def test_pictures_are_trained_on_without_guidance(tmp_path, teachers, source):
         for scale in (1.0, 4.5)
     )
     assert guided["activations"] == plain["activations"] and plain["activations"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(("fixtures", "kept"), [(grpo_fixtures, []), (nft_fixtures, ["old policy"])])
+def test_training_by_reward(fixtures, kept, tmp_path):
+    memory = estimate_memory(fixtures.make_trainer(tmp_path))
+    assert memory["activations"]["bytes"] > 0 and memory["peak"]["bytes"] > memory["activations"]["bytes"]
+    assert [name for name in ("old policy", "teachers", "frozen base") if name in memory] == kept
+    assert all(memory[name]["bytes"] == memory["student"]["bytes"] for name in kept)
 
 
 def test_nothing_changes(tmp_path, teachers):

@@ -159,7 +159,7 @@ def test_a_component_that_returns_nonsense_is_named():
 def test_options_of_components(named):
     reward = CombinedReward({"pickscore": 1}, reward_kwargs={"pickscore": {"device": "cuda"}})
     assert reward.components["pickscore"].device == "cuda"
-    remote = load_reward("remote+stub_reward:width", reward_kwargs={"remote": {"url": "http://127.0.0.1:1"}})
+    remote = load_reward("remote+helpers.stub_reward:width", reward_kwargs={"remote": {"url": "http://127.0.0.1:1"}})
     assert list(remote.components) == ["remote", "width"]
 
 

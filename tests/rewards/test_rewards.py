@@ -38,6 +38,7 @@ from trl_diffusion_opd.rewards import (
 from trl_diffusion_opd.rewards.combined import check_reward
 
 
+HERE = __name__  # as an import path names this file
 ROWS = [{"prompt": "a cat", "task": "count", "answer": 1}, {"prompt": "two cats", "task": "count", "answer": 2}]
 IMAGES = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
 
@@ -143,10 +144,10 @@ def test_classes():
     message = "reward_funcs: Length of task 'a' is a class. Give an instance: Length"
     with pytest.raises(ValueError, match=message):
         rewards_by_task({"a": Length}, ["a"])
-    assert load_reward("test_rewards:Length", batch_size=3).batch_size == 3
-    check_reward("test_rewards:Length", batch_size=3)
-    with pytest.raises(ValueError, match=r"Reward 'test_rewards:Length' has no options \['batchsize'\]"):
-        load_reward("test_rewards:Length", batchsize=3)
+    assert load_reward(f"{HERE}:Length", batch_size=3).batch_size == 3
+    check_reward(f"{HERE}:Length", batch_size=3)
+    with pytest.raises(ValueError, match=rf"Reward '{HERE}:Length' has no options \['batchsize'\]"):
+        load_reward(f"{HERE}:Length", batchsize=3)
 
 
 def test_modules_of_the_working_folder(tmp_path, monkeypatch):
@@ -284,9 +285,9 @@ def test_a_reward_that_does_not_apply_on_its_own_task():
 
 def test_fingerprints():
     assert reward_fingerprint(Length()) == "length"
-    assert reward_fingerprint(answer) == "test_rewards:answer"
-    assert reward_fingerprint(Ocr()) == "test_rewards:Ocr"
-    assert reward_fingerprint(Ocr().bound) == "test_rewards:Ocr.bound"
+    assert reward_fingerprint(answer) == f"{HERE}:answer"
+    assert reward_fingerprint(Ocr()) == f"{HERE}:Ocr"
+    assert reward_fingerprint(Ocr().bound) == f"{HERE}:Ocr.bound"
     partial = functools.partial
     assert reward_fingerprint(partial(answer, a=1, b=2)) == reward_fingerprint(partial(answer, b=2, a=1))
     assert reward_fingerprint(partial(answer, a=1)) != reward_fingerprint(partial(answer, a=2))
@@ -339,7 +340,7 @@ def test_by_task_lists_what_cannot_be_loaded(monkeypatch):
 
 
 def test_a_name_is_loaded_once():
-    functions = rewards_by_task({"a": "test_rewards:Length", "b": ["test_rewards:Length", red]}, ["a", "b"])
+    functions = rewards_by_task({"a": f"{HERE}:Length", "b": [f"{HERE}:Length", red]}, ["a", "b"])
     assert functions["a"][0] is functions["b"][0]
 
 
@@ -349,8 +350,8 @@ def test_options_of_named_rewards(monkeypatch):
     assert load_reward("test", batch_size=3).batch_size == 3
     with pytest.raises(ValueError, match=r"Reward 'test' has no options \['batchsize'\]; it has \['batch_size'\]"):
         load_reward("test", batchsize=3)
-    with pytest.raises(ValueError, match=r"'test_rewards:red' is a function and takes no options, but \['device'\]"):
-        load_reward("test_rewards:red", device="cpu")
+    with pytest.raises(ValueError, match=rf"'{HERE}:red' is a function and takes no options, but \['device'\]"):
+        load_reward(f"{HERE}:red", device="cpu")
 
 
 def test_every_public_name_is_there():
@@ -365,7 +366,7 @@ def test_every_public_name_is_there():
 
 def test_load_reward():
     assert load_reward("trl_diffusion_opd.rewards:score") is score
-    assert load_reward("test_rewards:Ocr.bound").__name__ == "bound"
+    assert load_reward(f"{HERE}:Ocr.bound").__name__ == "bound"
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,11 @@ class TestRehearsal:
     def trainer(self, tmp_path):
         return make_trainer(tmp_path, "base", train_dataset=make_dataset())
 
+    def rehearse(self, trainer, functions):
+        options = dict(task_column="task", seed=trainer.args.seed, guidance_scale=trainer.args.guidance_scale)
+        with trainer.averaged_student() as student:
+            rehearse_report(trainer.eval_field, student, functions, make_dataset(), **options)
+
     def test_every_reward_scores_every_task(self, trainer):
         seen = []
 
@@ -226,7 +231,7 @@ class TestRehearsal:
             return [None]
 
         before = {name: value.clone() for name, value in trainer.student.named_parameters().items()}
-        rehearse_report(trainer, {"count": [first], "draw": [brightness]}, make_dataset())
+        self.rehearse(trainer, {"count": [first], "draw": [brightness]})
         assert seen == [(["count0"], (16, 16)), (["draw0"], (16, 16))]
         assert all(value.equal(before[name]) for name, value in trainer.student.named_parameters().items())
 
@@ -236,7 +241,7 @@ class TestRehearsal:
 
         message = "The report at the end would fail: reward 'only_counts' can't score an image of task 'draw', for .*'draw0': Val"
         with pytest.raises(ValueError, match=message):
-            rehearse_report(trainer, {"count": [only_counts], "draw": [brightness]}, make_dataset())
+            self.rehearse(trainer, {"count": [only_counts], "draw": [brightness]})
 
     def test_problems(self):
         def colour(images, colour, **columns):

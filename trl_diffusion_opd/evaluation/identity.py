@@ -21,60 +21,14 @@ from collections.abc import Mapping, Sequence
 from pickle import PicklingError
 from typing import Any
 
-import torch
 from datasets.fingerprint import Hasher
-from diffusers import DiffusionPipeline
-from diffusers.configuration_utils import ConfigMixin
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..acceleration.quantization import plain_tensors
-from ..models.teachers import Role
 from ..rewards import Reward, RewardFunc
-
-
-# Of a component's config: who wrote it, and in what precision, which the weights tell.
-_UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def digest(*parts: Any) -> str:
     """A short digest of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def base_digest(pipeline: DiffusionPipeline) -> str:
-    """
-    SHA-256 over everything of a pipeline that its images depend on: weights, configs and vocabularies of its components.
-
-    It is taken from memory, so it is the same for a pipeline that was loaded here and for one that was handed in. Weights
-    in another precision are other weights.
-    """
-    hashed = hashlib.sha256(type(pipeline).__name__.encode())
-    for name, component in sorted(pipeline.components.items()):
-        hashed.update(json.dumps([name, type(component).__name__, _config(component)], default=str).encode())
-        if isinstance(component, PreTrainedTokenizerBase):
-            hashed.update(json.dumps(sorted(component.get_vocab().items())).encode())
-        if isinstance(component, nn.Module):
-            for key, tensor in sorted(component.state_dict().items()):
-                for part in plain_tensors(tensor):
-                    hashed.update(f"{key} {part.dtype} {tuple(part.shape)}".encode())
-                    hashed.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
-
-
-def _config(component: Any) -> dict[str, Any]:
-    if isinstance(component, ConfigMixin):
-        config = dict(component.config)
-    elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
-        config = component.__dict__["config"].to_dict()
-    else:
-        return {}
-    return {key: config[key] for key in sorted(config) if not key.startswith("_") and key not in _UNIMPORTANT}
-
-
-def model_identity(roles: Sequence[Role]) -> list[list[Any]]:
-    """What tells a model from others on the same base: files, guidance and weight of each of its networks."""
-    return [[role.teacher.kind, role.teacher.sha256, role.guidance_scale, role.weight] for role in roles]
 
 
 def rows_digest(columns: Mapping[str, Sequence[Any]]) -> str:

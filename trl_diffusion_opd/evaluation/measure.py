@@ -15,11 +15,9 @@
 """Draws and scores what is missing: a batch of one model for one task at a time, scored while the next one is drawn."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from accelerate import PartialState
@@ -29,12 +27,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
-from ..models.teachers import Role, TeacherBank
+from ..models.teachers import Role, TeacherBank, model_identity
 from ..pipelines.drawing import Velocity, draw_batch
 from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.scoring import call_reward, score_names
-from .identity import digest, model_identity, reward_digest, rows_digest
+from .identity import digest, reward_digest, rows_digest
 from .retention import Scores
 from .store import KnownScores, Store, merge
 
@@ -281,11 +279,30 @@ def _work(
     """Draws and scores batches; returns the seconds that it took: `generation`, and `rewards` by name."""
     generation = 0.0
     functions = _functions(tasks)
-    queues: dict[str, deque[_Batch]] = {name: deque() for name in functions}
+
+    def score(
+        function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: _Batch
+    ) -> dict[str, list[float | None]]:
+        """Calls a function, and keeps its scores at once, in its thread."""
+        # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
+        own = [image.copy() for image in images]
+        try:
+            found = call_reward(function, rows, own)
+        except BaseException as error:
+            if function not in tasks[batch.task].functions:
+                error.add_note(
+                    f"Every reward scores the images of every task, here {reward_name(function)!r} those of task "
+                    f"{batch.task!r}. A function must return None for rows that it does not apply to, or set "
+                    "cross_task_rewards=False."
+                )
+            raise
+        record(batch, function, found)
+        return found
+
     with ExitStack() as stack:
         # One for each function, since after an interruption not all of them miss the same scores.
         scorers = {
-            name: stack.enter_context(Scorer([_recorded(function, tasks, queues[name], record)], None, reward_timeout))
+            name: stack.enter_context(Scorer([function], None, reward_timeout, call=score))
             for name, function in functions.items()
         }
         for batch in tqdm(batches, desc="Evaluating", unit="batch"):
@@ -301,60 +318,10 @@ def _work(
             rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
             for name, numbers in batch.unscored.items():
                 if numbers:
-                    queues[name].append(batch)
-                    scorers[name].submit([rows[n] for n in numbers], [images[n] for n in numbers])
+                    scorers[name].submit([rows[n] for n in numbers], [images[n] for n in numbers], batch)
         for scorer in scorers.values():
             scorer.results()
     return {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
-
-
-def _recorded(
-    function: RewardFunc,
-    tasks: Mapping[str, Task],
-    batches: deque[_Batch],
-    record: Callable[[_Batch, RewardFunc, Mapping[str, list[float | None]]], None],
-) -> RewardFunc:
-    """A reward function that hands on its scores in the thread that it is called in, so that they are kept at once."""
-    name = reward_name(function)
-
-    def recorded(
-        prompts: list[str], images: list[Image], completions: Any, trainer_state: Any, **columns: list[Any]
-    ) -> list[float | None]:
-        batch = batches.popleft()  # a scorer calls a function in the order of its batches
-        rows = [
-            {"prompt": prompt, **{column: values[i] for column, values in columns.items()}}
-            for i, prompt in enumerate(prompts)
-        ]
-        # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
-        own = [image.copy() for image in images]
-        with _Hint(name, batch.task, is_own=function in tasks[batch.task].functions):
-            found = call_reward(function, rows, own)
-        record(batch, function, found)
-        return found[name]
-
-    recorded.__name__ = name
-    return recorded
-
-
-class _Hint:
-    """Adds to an error why a function was called on another task's images."""
-
-    def __init__(self, name: str, task: str, is_own: bool):
-        self._note = (
-            None
-            if is_own
-            else f"Every reward scores the images of every task, here {name!r} those of task {task!r}. A function must "
-            "return None for rows that it does not apply to, or set cross_task_rewards=False."
-        )
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None and self._note is not None:
-            error.add_note(self._note)
 
 
 def _velocity(field: VelocityField, bank: TeacherBank, model: Model) -> Velocity:

@@ -15,18 +15,16 @@
 """What a retention report after training would meet, met before it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
 from ..data.tasks import dataset_problems, task_rows
 from ..guards.redaction import shown
 from ..pipelines.drawing import draw_images
+from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
-
-
-if TYPE_CHECKING:
-    from ..trainer.base_trainer import DiffusionTrainer
 
 
 def report_problems(
@@ -59,38 +57,39 @@ def report_problems(
 
 
 def rehearse_report(
-    trainer: "DiffusionTrainer", reward_funcs: Mapping[str, Sequence[RewardFunc]], dataset: Dataset
+    field: VelocityField,
+    student: nn.Module,
+    reward_funcs: Mapping[str, Sequence[RewardFunc]],
+    dataset: Dataset,
+    *,
+    task_column: str,
+    seed: int,
+    guidance_scale: float,
+    reward_timeout: float | None = None,
 ) -> None:
     """
     Draws an image for the first prompt of each task with the student as it is, and has every reward score it, as the report
     will: its own, and for what a teacher lost elsewhere those of other tasks. Each process does all of it.
 
     Args:
-        trainer ([`DiffusionTrainer`]): one that has not trained yet.
+        field ([`VelocityField`]): with the report's noise grid.
+        student (`nn.Module`): before training.
         reward_funcs (`dict`): reward functions by task.
-        dataset ([`~datasets.Dataset`]): the report's prompts.
+        dataset ([`~datasets.Dataset`]), task_column (`str`): the report's prompts.
+        seed (`int`), guidance_scale (`float`), reward_timeout (`float`, *optional*): the report's.
 
     Raises:
         [`ValueError`]: if a reward can't score one of them, with its error as the cause.
     """
-    args = trainer.args
-    scale = args.evaluation_guidance
-    student = trainer.accelerator.unwrap_model(trainer.model)
     every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
-    for index, (task, rows) in enumerate(task_rows(dataset, args.task_column).items()):
+    for index, (task, rows) in enumerate(task_rows(dataset, task_column).items()):
         row = dataset[int(rows[0])]
-        with trainer.student.ema_weights():
-            ((_, image),) = draw_images(
-                trainer.eval_field,
-                student,
-                [row["prompt"]],
-                entropy=[args.seed, index],
-                guidance_scale=scale,
-                batch_size=1,
-            )
+        ((_, image),) = draw_images(
+            field, student, [row["prompt"]], entropy=[seed, index], guidance_scale=guidance_scale, batch_size=1
+        )
         for name, function in every.items():
             try:
-                with Scorer([function], None, args.reward_timeout, task=task) as scorer:
+                with Scorer([function], None, reward_timeout, task=task) as scorer:
                     scorer.submit([row], [image])
                     scorer.results()
             except Exception as error:
@@ -99,4 +98,3 @@ def rehearse_report(
                     f"'{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every reward scores the images of all "
                     "tasks, and returns None for rows that it does not apply to."
                 ) from error
-    trainer._offload.rest()

@@ -32,6 +32,7 @@ from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
+from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
@@ -39,7 +40,6 @@ from ..problems import Problems
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
 from .files import write_results
-from .identity import base_digest
 from .measure import Task, measure
 from .retention import retention_report
 from .store import Store

@@ -317,3 +317,8 @@ def _check_recorded(teacher: Teacher, recorded: Mapping[str, Any] | None) -> Non
             f"{teacher.source}: not the teacher that the checkpoint was trained with, which was {recorded['source']} with "
             f"sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or start a new run."
         )
+
+
+def model_identity(roles: Sequence[Role]) -> list[list[Any]]:
+    """What tells a model from others on the same base: files, guidance and weight of each of its networks."""
+    return [[role.teacher.kind, role.teacher.sha256, role.guidance_scale, role.weight] for role in roles]

@@ -17,24 +17,19 @@
 import json
 import logging
 import os
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
-import transformers
 import xxhash
-from diffusers import ConfigMixin, DiffusionPipeline
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from ..acceleration.quantization import plain_tensors
+from .fingerprints import bytes_of
 
 
 logger = logging.getLogger(__name__)
@@ -49,21 +44,6 @@ _SCHEMA = pa.schema(
         "hashes": pa.list_(pa.string()),  # of the tensors that this row brings
         "tensors": pa.list_(pa.large_binary()),  # their bytes: Arrow has no bfloat16
     }
-)
-# Settings of a component that say where it comes from, what its last call was (a tokenizer's), or what its weights say
-# themselves, and not what it does.
-_PASSING = (
-    "_name_or_path",
-    "name_or_path",
-    "is_local",
-    "local_files_only",
-    "architectures",
-    "_class_name",
-    "dtype",
-    "truncation",
-    "padding",
-    "transformers_version",
-    "_diffusers_version",
 )
 _UNSEEN = 64 * 2**20  # bytes that a process writes at most before it looks at everybody's files again
 # What pyarrow raises for a file that is cut off, of another kind or gone.
@@ -81,7 +61,7 @@ class PromptStore:
 
     Args:
         folder (`str` or `Path`): made where it does not exist.
-        fingerprint (`str`): of all that the embeddings depend on besides the call: see [`encoder_fingerprint`]. Embeddings
+        fingerprint (`str`): of all that the embeddings depend on besides the call: see [`~fingerprints.encoder_fingerprint`]. Embeddings
             of another fingerprint are not seen.
         max_bytes (`int`): bound of all files in `folder`, whatever their fingerprint. Beyond it nothing more is written.
 
@@ -238,70 +218,6 @@ class PromptStore:
         return row["tensor"].view(getattr(torch, dtype)).reshape(shape)
 
 
-def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
-    """
-    A hash of all that a pipeline's embeddings depend on besides the prompt and the options of the call.
-
-    Weights, buffers and config of its text encoders (whatever is no transformer, VAE or scheduler), the files of its
-    tokenizers, its own settings, the transformer's dtype, which some pipelines cast to, and the versions of diffusers and
-    transformers.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-    """
-    digest = xxhash.xxh3_128()
-    digest.update(type(pipeline).__name__.encode())
-    digest.update(_settings({k: v for k, v in pipeline.config.items() if k not in pipeline.components}))
-    digest.update(f"{diffusers.__version__} {transformers.__version__}".encode())
-    for name, component in sorted(pipeline.components.items()):
-        digest.update(f"{name}: {type(component).__name__}".encode())
-        if name.startswith("transformer") and isinstance(component, nn.Module):
-            dtypes = {str(p.dtype) for n, p in component.named_parameters() if "lora_" not in n}
-            digest.update(repr(sorted(dtypes)).encode())
-        elif name == "scheduler" or name.startswith(("transformer", "vae")) or component is None:
-            continue
-        elif isinstance(component, nn.Module):
-            _add_module(digest, component)
-        elif isinstance(component, (int, float, str, bool)):
-            digest.update(repr(component).encode())
-        else:
-            _add_files(digest, component)
-    return digest.hexdigest()
-
-
-def _add_module(digest: Any, module: nn.Module) -> None:
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor):
-            for part in plain_tensors(value):
-                digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-                digest.update(_bytes_of(part).numpy().data)
-    # What is not in the weights: number of heads, activations, which layer is taken.
-    if isinstance(module, PreTrainedModel):
-        entries = module.config.to_dict()
-    else:
-        entries = dict(module.config) if isinstance(module, ConfigMixin) else {"modules": repr(module)}
-    digest.update(_settings(entries))
-
-
-def _add_files(digest: Any, component: Any) -> None:
-    """The files of a tokenizer or processor: their formats are as many as their classes."""
-    with tempfile.TemporaryDirectory() as folder:
-        component.save_pretrained(folder)
-        for path in sorted(Path(folder).rglob("*")):
-            if path.is_file():
-                digest.update(str(path.relative_to(folder)).encode())
-                digest.update(
-                    _settings(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
-                )
-
-
-def _settings(entries: Any) -> bytes:
-    """JSON of a component's settings, without those in `_PASSING`."""
-    if isinstance(entries, dict):
-        entries = {name: value for name, value in entries.items() if name not in _PASSING}
-    return json.dumps(entries, sort_keys=True, default=str).encode()
-
-
 # Rows
 
 
@@ -362,7 +278,7 @@ def _is_storable(value: Any) -> bool:
 def _describe(value: Any, tensors: dict[str, bytes]) -> Any:
     """The value as JSON, with its tensors put into `tensors` by their hashes."""
     if isinstance(value, Tensor):
-        data = _bytes_of(value)
+        data = bytes_of(value)
         dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)
         name = _tensor_hash(data, dtype, shape)
         tensors[name] = data.numpy().tobytes()
@@ -370,10 +286,6 @@ def _describe(value: Any, tensors: dict[str, bytes]) -> Any:
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [_describe(item, tensors) for item in value]}
     return value
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _tensor_hash(data: Tensor, dtype: str, shape: list[int]) -> str:

@@ -126,6 +126,8 @@ class Scorer:
         on_timeout (`str`, *optional*, defaults to `"raise"`): what follows then: `"raise"` an error, or log a warning and give
             `"none"` as the scores of these images and of all that the function has yet to score.
         task (`str`, *optional*): whose images these are, for the message.
+        call (*optional*): what calls a function in its thread, with it, rows, images and what `submit` was given as their
+            `batch`, and returns its scores; [`call_reward`] if not given.
 
     Attributes:
         seconds (`dict[str, float]`): the time that each function took, by name.
@@ -145,6 +147,7 @@ class Scorer:
         timeout: float | None = None,
         on_timeout: OnTimeout = "raise",
         task: str | None = None,
+        call: Callable[[RewardFunc, Sequence[Mapping[str, Any]], Sequence[Image], Any], Scores] | None = None,
     ):
         self.functions = _by_name(functions)
         self.timeout = timeout
@@ -154,6 +157,7 @@ class Scorer:
         self.waited = 0.0
         self.log = RewardLog()
         self._trainer_state = trainer_state
+        self._call = call
         self._scores: Scores = {name: [] for function in functions for name in score_names(function)}
         self._pending: deque[tuple[int, dict[str, Future[Scores]]]] = deque()
         self._threads = {name: _Thread(f"reward-{name}") for name in self.functions}
@@ -175,13 +179,13 @@ class Scorer:
             if name not in self._hung:
                 thread.join(self.timeout)
 
-    def submit(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> None:
+    def submit(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: Any = None) -> None:
         """Gives a batch to the functions, and waits while too many batches are under way."""
         while len(self._pending) >= _MAX_PENDING:
             self._collect()
         futures = {
             name: self._threads[name].submit(
-                contextvars.copy_context().run, self._timed, name, list(rows), list(images)
+                contextvars.copy_context().run, self._timed, name, list(rows), list(images), batch
             )
             for name in self.functions
             if name not in self._hung
@@ -232,10 +236,12 @@ class Scorer:
     def _too_long(message: str) -> TimeoutError:
         return TimeoutError(f"{message} Look at what it waits for, or give it longer.")
 
-    def _timed(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image]) -> Scores:
+    def _timed(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: Any) -> Scores:
         start = time.perf_counter()
         _LOG.set(self.log)  # in a context of this call
         try:
+            if self._call is not None:
+                return self._call(self.functions[name], rows, images, batch)
             return call_reward(self.functions[name], rows, images, self._trainer_state)
         finally:
             self.seconds[name] += time.perf_counter() - start

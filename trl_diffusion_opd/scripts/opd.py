@@ -77,7 +77,17 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
         trainer.end()
         return
     if test_dataset is not None:
-        rehearse_report(trainer, {task: rewards[task] for task in tested}, test_dataset)
+        with trainer.averaged_student() as student:
+            rehearse_report(
+                trainer.eval_field,
+                student,
+                {task: rewards[task] for task in tested},
+                test_dataset,
+                task_column=training_args.task_column,
+                seed=training_args.seed,
+                guidance_scale=training_args.evaluation_guidance,
+                reward_timeout=training_args.reward_timeout,
+            )
     train(trainer)
     report = None
     if test_dataset is not None:

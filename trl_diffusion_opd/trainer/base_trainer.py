@@ -59,8 +59,9 @@ from ..models.average import average_line, lag_problem
 from ..models.lora_config import layer_problems
 from ..models.student import STUDENT_ADAPTER, Student, default_lora_config
 from ..models.teachers import TeacherError, add_adapter, parse_teacher, read_lora
+from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
-from ..pipelines.prompt_store import PromptStore, encoder_fingerprint
+from ..pipelines.prompt_store import PromptStore
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..profiling.flops import matmul_rate

@@ -32,8 +32,9 @@ from ..algorithms.samplers import sampler_table
 from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
-from ..evaluation.identity import base_digest, model_identity
 from ..models.teacher_config import TeacherSpec
+from ..models.teachers import model_identity
+from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs

@@ -17,7 +17,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from torch import nn
 from transformers import TrainerControl
 from transformers.trainer_utils import speed_metrics
 from trl.trainer.base_trainer import _BaseTrainer
@@ -209,6 +211,13 @@ class EvaluatingTrainer(_BaseTrainer):
                 self.args.report_to or [],
                 tensorboard_writers(self.callback_handler.callbacks),
             )
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[nn.Module]:
+        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
+        with self.student.ema_weights():
+            yield self.accelerator.unwrap_model(self.model)
+        self._offload.rest()
 
     def pipeline(self, *args: Any, **kwargs: Any) -> Any:
         """

@@ -1,0 +1,149 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What images and embeddings of a pipeline depend on, as hashes: kept ones of another hash are not used again."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+import xxhash
+from diffusers import ConfigMixin, DiffusionPipeline
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..acceleration.quantization import plain_tensors
+
+
+# Of a component's config: who wrote it, and in what precision, which the weights tell.
+_UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version")
+# Settings of a component that say where it comes from, what its last call was (a tokenizer's), or what its weights say
+# themselves, and not what it does.
+_PASSING = (
+    "_name_or_path",
+    "name_or_path",
+    "is_local",
+    "local_files_only",
+    "architectures",
+    "_class_name",
+    "dtype",
+    "truncation",
+    "padding",
+    "transformers_version",
+    "_diffusers_version",
+)
+
+
+def base_digest(pipeline: DiffusionPipeline) -> str:
+    """
+    SHA-256 over everything of a pipeline that its images depend on: weights, configs and vocabularies of its components.
+
+    It is taken from memory, so it is the same for a pipeline that was loaded here and for one that was handed in. Weights
+    in another precision are other weights.
+    """
+    hashed = hashlib.sha256(type(pipeline).__name__.encode())
+    for name, component in sorted(pipeline.components.items()):
+        hashed.update(json.dumps([name, type(component).__name__, _config(component)], default=str).encode())
+        if isinstance(component, PreTrainedTokenizerBase):
+            hashed.update(json.dumps(sorted(component.get_vocab().items())).encode())
+        if isinstance(component, nn.Module):
+            for key, tensor in sorted(component.state_dict().items()):
+                for part in plain_tensors(tensor):
+                    hashed.update(f"{key} {part.dtype} {tuple(part.shape)}".encode())
+                    hashed.update(bytes_of(part).numpy().data)
+    return hashed.hexdigest()
+
+
+def _config(component: Any) -> dict[str, Any]:
+    if isinstance(component, ConfigMixin):
+        config = dict(component.config)
+    elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
+        config = component.__dict__["config"].to_dict()
+    else:
+        return {}
+    return {key: config[key] for key in sorted(config) if not key.startswith("_") and key not in _UNIMPORTANT}
+
+
+def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
+    """
+    A hash of all that a pipeline's embeddings depend on besides the prompt and the options of the call.
+
+    Weights, buffers and config of its text encoders (whatever is no transformer, VAE or scheduler), the files of its
+    tokenizers, its own settings, the transformer's dtype, which some pipelines cast to, and the versions of diffusers and
+    transformers.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128()
+    digest.update(type(pipeline).__name__.encode())
+    digest.update(_settings({k: v for k, v in pipeline.config.items() if k not in pipeline.components}))
+    digest.update(f"{diffusers.__version__} {transformers.__version__}".encode())
+    for name, component in sorted(pipeline.components.items()):
+        digest.update(f"{name}: {type(component).__name__}".encode())
+        if name.startswith("transformer") and isinstance(component, nn.Module):
+            dtypes = {str(p.dtype) for n, p in component.named_parameters() if "lora_" not in n}
+            digest.update(repr(sorted(dtypes)).encode())
+        elif name == "scheduler" or name.startswith(("transformer", "vae")) or component is None:
+            continue
+        elif isinstance(component, nn.Module):
+            _add_module(digest, component)
+        elif isinstance(component, (int, float, str, bool)):
+            digest.update(repr(component).encode())
+        else:
+            _add_files(digest, component)
+    return digest.hexdigest()
+
+
+def _add_module(digest: Any, module: nn.Module) -> None:
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor):
+            for part in plain_tensors(value):
+                digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+                digest.update(bytes_of(part).numpy().data)
+    # What is not in the weights: number of heads, activations, which layer is taken.
+    if isinstance(module, PreTrainedModel):
+        entries = module.config.to_dict()
+    else:
+        entries = dict(module.config) if isinstance(module, ConfigMixin) else {"modules": repr(module)}
+    digest.update(_settings(entries))
+
+
+def _add_files(digest: Any, component: Any) -> None:
+    """The files of a tokenizer or processor: their formats are as many as their classes."""
+    with tempfile.TemporaryDirectory() as folder:
+        component.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(folder)).encode())
+                digest.update(
+                    _settings(json.loads(path.read_bytes())) if path.suffix == ".json" else path.read_bytes()
+                )
+
+
+def _settings(entries: Any) -> bytes:
+    """JSON of a component's settings, without those in `_PASSING`."""
+    if isinstance(entries, dict):
+        entries = {name: value for name, value in entries.items() if name not in _PASSING}
+    return json.dumps(entries, sort_keys=True, default=str).encode()
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """What a tensor holds, on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
