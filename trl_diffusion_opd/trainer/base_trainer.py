@@ -19,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -45,7 +45,6 @@ from ..data.tasks import TaskSampler
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
 from ..models.teachers import TeacherBank
-from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
@@ -55,7 +54,7 @@ from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import Evaluations, ImageEvaluator, applicable_mean
 from .passes import StudentPasses
-from .preparation import Parts, prepare
+from .preparation import Method, Parts, prepare
 from .run_files import RunFiles
 
 
@@ -99,7 +98,7 @@ class _StudentCallback(TrainerCallback):
         self.trainer._cost.stop()
 
 
-class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
@@ -123,7 +122,6 @@ class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
 
     loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
     args: DiffusionConfig
-    config_class: ClassVar[type[DiffusionConfig]]
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
@@ -223,19 +221,6 @@ class DiffusionTrainer(StudentPasses, Evaluations, RunFiles, _BaseTrainer):
         assert not shared, "a teacher's parameter is trainable"
 
     # Hooks of the trainers
-
-    @classmethod
-    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
-        """Names of what [`_evaluate_method`] returns, without prefix."""
-        return []
-
-    @classmethod
-    def look_at_base(cls, parts: Parts) -> None:
-        """Looks at the pipeline while its transformer is the base alone."""
-
-    @classmethod
-    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        """Puts what the method needs beyond the student into `parts.method`, and everything that is wrong into `problems`."""
 
     def _start(self) -> None:
         """Shows what will be trained, at the end of the constructor."""

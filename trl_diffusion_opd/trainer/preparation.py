@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -119,23 +119,27 @@ class Parts:
         return use_attention_backend(network, args.attention_backend, trial, mixed if as_student else None)
 
 
-class Method(Protocol):
-    """What a trainer's class says of its method before there is a trainer: see [`DiffusionTrainer`]."""
+class Method:
+    """What a trainer's class does for its method before there is a trainer."""
 
-    __name__: str
+    config_class: ClassVar[type[DiffusionConfig]]
 
-    @property
-    def config_class(self) -> type[DiffusionConfig]: ...
+    @classmethod
+    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
+        """Names of what the trainer's [`_evaluate_method`] returns for a dataset, without prefix."""
+        return []
 
-    def method_metrics(self, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]: ...
+    @classmethod
+    def look_at_base(cls, parts: Parts) -> None:
+        """Looks at the pipeline while its transformer is the base alone."""
 
-    def look_at_base(self, parts: Parts) -> None: ...
-
-    def prepare_method(self, parts: Parts, problems: Problems) -> None: ...
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        """Puts what the method needs beyond the student into `parts.method`, and everything that is wrong into `problems`."""
 
 
 def prepare(
-    trainer: Method,
+    trainer: type[Method],
     undo: ExitStack,
     *,
     model: str | DiffusionPipeline,
@@ -189,7 +193,7 @@ def prepare(
     return parts
 
 
-def _checked(trainer: Method, model: str | DiffusionPipeline, args: DiffusionConfig | None) -> DiffusionConfig:
+def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: DiffusionConfig | None) -> DiffusionConfig:
     """The arguments, by default with an `output_dir` that is named after the model and the method."""
     wanted = trainer.config_class
     if args is None:
@@ -225,7 +229,7 @@ def _load(
     return parts
 
 
-def _look_at_data(parts: Parts, trainer: Method, problems: Problems) -> None:
+def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> None:
     """Finds the tasks and the rewards of each."""
     args, column = parts.args, parts.args.task_column
     problems += training_data_problems(parts.train_dataset, column)
@@ -275,7 +279,7 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
 
 
 def _make_student(
-    parts: Parts, trainer: Method, peft_config: PeftConfig | str | None, unfit: Problems, problems: Problems
+    parts: Parts, trainer: type[Method], peft_config: PeftConfig | str | None, unfit: Problems, problems: Problems
 ) -> None:
     args, transformer = parts.args, parts.transformer
     for scale in {args.guidance_scale, args.evaluation_guidance}:
