@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 class _StudentCallback(TrainerCallback):
-    """Shows where training starts, and steps the moving average after every update, before it is evaluated or saved."""
+    """Tells the trainer where in a run it is."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
@@ -77,25 +77,19 @@ class _StudentCallback(TrainerCallback):
                 f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
                 "max_steps (or num_train_epochs)."
             )
-        self.trainer._say_average(state.max_steps)
-        self.trainer._log_completions()
-        if state.global_step == 0:
-            self.trainer._compare_tasks()
-        self.trainer._begin_costs()
+        self.trainer.begin_run()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self._has_looked:
             self._has_looked = True
-            self.trainer._warn_of_idle_weights()
+            self.trainer.warn_of_idle_weights()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
-        self.trainer.student.update_ema(state.global_step)
-        self.trainer._cost.stop()
+        self.trainer.end_update()
 
 
 class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTrainer):
@@ -323,6 +317,20 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         self._sampler.set_epoch(epoch)
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def begin_run(self) -> None:
+        """Shows where training starts. All processes call it."""
+        self._say_average(self.state.max_steps)
+        self._log_completions()
+        if self.state.global_step == 0:
+            self._compare_tasks()
+        self._begin_costs()
+
+    def end_update(self) -> None:
+        """Steps the moving average after an update, before it is evaluated or saved."""
+        self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
+        self.student.update_ema(self.state.global_step)
+        self._cost.stop()
 
     def _say_average(self, updates: int) -> None:
         """How old the weights are that are evaluated and saved, and a warning where that is too old for this run."""
