@@ -158,7 +158,6 @@ def evaluate_retention(
     grid: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
     with borrowed(base) as transformer:
-        # Only what is kept can be mistaken for another base's.
         settings: dict[str, Any] = {"base": None if store is None else _shared_digest(base)}
         with failing_together():
             field = VelocityField(base, **grid, generation_kwargs=generation_kwargs)
@@ -249,7 +248,7 @@ def _bank(
 
 
 def _shared_digest(base: DiffusionPipeline) -> str:
-    """The base's digest, which takes a while for a large one: one process computes it for all."""
+    """The base's digest, which takes a while for a large one: one process computes it for all. Only what is kept needs it."""
     return broadcast_object_list([base_digest(base) if PartialState().is_main_process else None])[0]
 
 
