@@ -369,6 +369,19 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        Trains, or goes on with a run that was interrupted. One run at a time trains into an output folder.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Folder of a checkpoint, or `True` for the last complete one in `output_dir`.
+
+        Returns:
+            `TrainOutput`: the number of updates, the mean loss and what else Trainer measures.
+
+        Raises:
+            [`ValueError`]: if the checkpoint is damaged, or is of a run that this one is not.
+        """
         with (
             one_run_at_a_time(self.args.output_dir, self.accelerator),
             lost_process_named(

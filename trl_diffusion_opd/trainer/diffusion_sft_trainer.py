@@ -194,6 +194,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     # Images
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`DiffusionTrainer.train`]. Before it, teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
