@@ -117,7 +117,7 @@ def test_a_vae_that_overflows_is_named(tmp_path, teachers):
     trainer = make_trainer(tmp_path, teachers)
     with torch.no_grad():
         trainer.base_pipeline.vae.decoder.conv_out.weight.fill_(math.nan)
-    field = trainer.eval_field
+    field = trainer.evaluator.field
     x = field.initial_latents(["a"], [torch.Generator().manual_seed(0)])
     with pytest.raises(FloatingPointError, match="The VAE computes numbers that are not finite"):
         field.decode(x, ["a"])

@@ -208,7 +208,7 @@ class TestStudent:
     def test_classifier_free_guidance_by_its_own_name(self, trainer):
         # Qwen-Image and Flux: guidance_scale would be an embedding, and without a negative prompt nothing happens.
         calls = []
-        trainer.eval_field = SimpleNamespace(
+        trainer.evaluator.field = SimpleNamespace(
             call_options=lambda prompts, scale: (
                 calls.append((prompts, scale))
                 or {"prompt": prompts, "negative_prompt": [""], "true_cfg_scale": scale, "image": object()}

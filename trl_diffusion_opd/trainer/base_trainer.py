@@ -16,10 +16,9 @@
 
 import logging
 import math
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,36 +29,32 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
 from ..acceleration.quantization import base_weight
-from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
+from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
-from ..data.tasks import TaskSampler, plain_dataset
+from ..data.tasks import TaskSampler
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
 from ..models.teachers import TeacherBank
-from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.completions import log_completions
-from ..reporting.trackers import tensorboard_writers, use_public_trackers
+from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .image_evaluator import ImageEvaluator, applicable_mean
-from .numbers import gather_finite, warn_of_idle_weights
+from .image_evaluator import Evaluations, ImageEvaluator, applicable_mean
 from .passes import StudentPasses
-from .preparation import Parts, prepare
+from .preparation import Method, Parts, prepare
 from .run_files import RunFiles
 
 
@@ -67,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 
 class _StudentCallback(TrainerCallback):
-    """Shows where training starts, and steps the moving average after every update, before it is evaluated or saved."""
+    """Tells the trainer where in a run it is."""
 
     def __init__(self, trainer: "DiffusionTrainer"):
         self.trainer = trainer
@@ -82,28 +77,22 @@ class _StudentCallback(TrainerCallback):
                 f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
                 "max_steps (or num_train_epochs)."
             )
-        self.trainer._say_average(state.max_steps)
-        self.trainer._log_completions()
-        if state.global_step == 0:
-            self.trainer._compare_tasks()
-        self.trainer._begin_costs()
+        self.trainer.begin_run()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self._has_looked:
             self._has_looked = True
-            self.trainer._warn_of_idle_weights()
+            self.trainer.warn_of_idle_weights()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
-        self.trainer.student.update_ema(state.global_step)
-        self.trainer._cost.stop()
+        self.trainer.end_update()
 
 
-class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
@@ -127,7 +116,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
 
     loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
     args: DiffusionConfig
-    config_class: type[DiffusionConfig]
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
@@ -137,7 +125,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
     merge_report: Any = None
     # What the seconds of an update are made of.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
-    _grid_at = -1  # the update of which images were last shown
     _has_compared = False
 
     def __init__(
@@ -198,11 +185,11 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
-        self.eval_field = field.with_steps(args.eval_num_inference_steps)
+        of_evaluations = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(
-            self.eval_field, self.student, self.tasks, self.reward_funcs, args, self.accelerator
+            of_evaluations, self.student, self.tasks, self.reward_funcs, args, self.accelerator
         )
-        vars(self).update(parts.method)
+        self.__dict__.update(parts.method)
         self.add_callback(_StudentCallback(self))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
@@ -229,29 +216,12 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
 
     # Hooks of the trainers
 
-    @classmethod
-    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
-        """Names of what [`_evaluate_method`] returns, without prefix."""
-        return []
-
-    @classmethod
-    def look_at_base(cls, parts: Parts) -> None:
-        """Looks at the pipeline while its transformer is the base alone."""
-
-    @classmethod
-    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        """Puts what the method needs beyond the student into `parts.method`, and everything that is wrong into `problems`."""
-
     def _start(self) -> None:
         """Shows what will be trained, at the end of the constructor."""
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)
-
-    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
-        return {}
 
     def _card_fields(self) -> dict[str, Any]:
         """
@@ -347,6 +317,20 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
         self._sampler.set_epoch(epoch)
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def begin_run(self) -> None:
+        """Shows where training starts. All processes call it."""
+        self._say_average(self.state.max_steps)
+        self._log_completions()
+        if self.state.global_step == 0:
+            self._compare_tasks()
+        self._begin_costs()
+
+    def end_update(self) -> None:
+        """Steps the moving average after an update, before it is evaluated or saved."""
+        self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
+        self.student.update_ema(self.state.global_step)
+        self._cost.stop()
 
     def _say_average(self, updates: int) -> None:
         """How old the weights are that are evaluated and saved, and a warning where that is too old for this run."""
@@ -444,10 +428,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
         if self._micro_step == 0:
             self._cost.clock.go_on_with("optimizer")
 
-    def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
-        """A micro-batch's figures of all processes, which refuse those that are not finite: see [`gather_finite`]."""
-        return gather_finite(self.accelerator, values, task, levels, self.state.global_step + 1)
-
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """Weighted mean velocity of the task's teachers, each at its own guidance."""
         assert self.bank is not None
@@ -464,86 +444,6 @@ class DiffusionTrainer(StudentPasses, RunFiles, _BaseTrainer):
                 "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
-
-    def _warn_of_idle_weights(self) -> None:
-        # DeepSpeed keeps the gradients to itself.
-        if not self.is_deepspeed_enabled and self.is_world_process_zero():
-            warn_of_idle_weights(self.student.named_parameters())
-
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
-
-        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
-
-        Returns:
-            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
-            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
-            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset.")
-        dataset = plain_dataset(dataset, self.args.task_column)
-        start = time.time()
-        metrics, count = self.evaluator.evaluate(
-            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
-        )
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
-        self.log(metrics)
-        self._log_completions()  # the first log opens the trackers
-        self.offload.rest()
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _log_completions(self) -> None:
-        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
-            return
-        self._grid_at = self.state.global_step
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        shown = self.evaluator.completions(dataset, self.state)
-        if self.accelerator.is_main_process:
-            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
-            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
-
-    @contextmanager
-    def averaged_student(self) -> Iterator[nn.Module]:
-        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
-        with self.student.ema_weights():
-            yield self.student.model
-        self.offload.rest()
-
-    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
-
-        Raises:
-            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
-        """
-        if is_split(self.model):
-            raise RuntimeError(
-                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
-                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
-            )
-        with self.averaged_student(), torch.no_grad():
-            return self.base_pipeline(*args, **kwargs)
 
     # Logs
 

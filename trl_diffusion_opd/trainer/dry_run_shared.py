@@ -68,7 +68,8 @@ def as_in_training(trainer: DiffusionTrainer) -> Iterator[nn.Module]:
     """The trained model as it computes once Trainer has prepared it: with checkpointing and in mixed precision."""
     model = trainer.student.model
     if trainer.args.activation_checkpointing:
-        trainer.model.activation_checkpointing_enable()  # as Trainer does when training begins
+        trained: Any = trainer.model
+        trained.activation_checkpointing_enable()  # as Trainer does when training begins
     forward = model.forward
 
     def call(*args: Any, **inputs: Any) -> Any:

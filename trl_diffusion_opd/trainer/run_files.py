@@ -16,21 +16,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import SaveStrategy
 
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import Change, KeptSettings, changes_since
 from ..checkpointing.stopping import StopRequest
 from ..guards.files import write_json
+from ..guards.finite import not_finite
 from ..guards.redaction import public_arguments
 from ..hub import push as hub
 from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
@@ -42,24 +41,19 @@ from ..reporting.model_card import CardFacts, write_model_card
 from .base_config import DiffusionConfig
 from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
-from .numbers import refuse_infinite_weights
 from .teaching import manifest_problems
 
 
-class RunFiles:
+if TYPE_CHECKING:  # its methods go on to Trainer's, which stands behind it in a trainer's bases
+    from trl.trainer.base_trainer import _BaseTrainer as _Behind
+else:
+    _Behind = object
+
+
+class RunFiles(_Behind):
     """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Of the trainer it uses what is declared here."""
 
     args: DiffusionConfig
-    state: TrainerState
-    control: TrainerControl
-    callback_handler: CallbackHandler
-    train_dataset: Any
-    eval_dataset: Any
-    accelerator: Accelerator
-    optimizer: Any
-    lr_scheduler: Any
-    is_fsdp_enabled: bool
-    is_deepspeed_enabled: bool
     run: str
     base_pipeline: DiffusionPipeline
     velocity_field: VelocityField
@@ -70,14 +64,7 @@ class RunFiles:
     evaluator: ImageEvaluator
     tasks: list[str]
     changes: list[dict[str, Any]]
-    hub_model_id: str | None
-    push_in_progress: Any
-    _name: str
-    _paper: dict[str, str]
-    _tag_names: list[str]
-    is_world_process_zero: Callable[[], bool]
     _card_fields: Callable[[], dict[str, Any]]
-    _finish_current_push: Callable[[], None]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -97,9 +84,19 @@ class RunFiles:
                 super().save_model(output_dir, _internal_call)
 
     def _refuse_what_is_not_finite(self) -> None:
-        optimizer = None if self.is_deepspeed_enabled else self.optimizer
-        update, folder = self.state.global_step, self.args.output_dir
-        refuse_infinite_weights(self.student, optimizer, self.accelerator, update, folder)
+        """An optimizer's step that overflows shows in no loss of this update. All processes decide alike."""
+        bad = not_finite(self.student.named_states())
+        if self.optimizer is not None and not self.is_deepspeed_enabled:
+            states = enumerate(self.optimizer.state.values())
+            bad += not_finite(
+                (f"optimizer {i} {k}", v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)
+            )
+        bad = gather_object(bad) if self.accelerator.num_processes > 1 else bad
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} trained tensors are not finite after update {self.state.global_step}, such as {bad[0]}. Nothing of "
+                f"them is saved. Try a smaller learning_rate, or dtype float32. {checkpoint.resume_advice(self.args.output_dir)}"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
