@@ -17,7 +17,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .guards.redaction import listed
+from .guards.redaction import shown, visible
+
+
+# Of a problem's line in a message: long enough for whatever a message says by itself.
+_LONGEST_LINE = 2000
 
 
 class Problems(list[str]):
@@ -33,7 +37,8 @@ class Problems(list[str]):
 
     def raise_under(self, header: str) -> None:
         """
-        Does nothing if there are no problems.
+        Does nothing if there are no problems. Each is told once; a stranger's text in it acts on no terminal, and no line is
+        without end.
 
         Args:
             header (`str`): the first line of the message, without its colon. A bullet a problem follows; those that are bullets
@@ -43,6 +48,11 @@ class Problems(list[str]):
             [`ValueError`]: with all of them.
         """
         if self:
-            lines = listed(self).split("\n")
+            lines = "\n".join(f"- {_shown(problem)}" for problem in dict.fromkeys(self)).split("\n")
             nested = (line.replace("- ", "  ", 1) if line.startswith("- - ") else line for line in lines)
             raise ValueError("\n".join([f"{header}:", *nested]))
+
+
+def _shown(problem: str) -> str:
+    lines = (visible(line, keep="\t") for line in problem.split("\n"))
+    return "\n".join(line if len(line) <= _LONGEST_LINE else shown(line, _LONGEST_LINE) for line in lines)

@@ -38,7 +38,7 @@ from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
 from trl_diffusion_opd.evaluation.store import Store
 from trl_diffusion_opd.guards.extras import extra
 from trl_diffusion_opd.guards.markdown import cell, code, inline, literal
-from trl_diffusion_opd.guards.redaction import listed, visible
+from trl_diffusion_opd.guards.redaction import visible
 from trl_diffusion_opd.models.teacher_config import normalize_teachers
 from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.reporting import console as tables
@@ -299,8 +299,8 @@ class TestTheMessage:
             and text.count("\n") == 3
         )
         assert r" is no key\u2028- forged\x1b[2J" in text and "…" in text and len(text) < 2200
-        assert listed(["a\n  - b", "a\n  - b"]) == "- a\n  - b"
-        assert listed(["a\x1b[2J\n\u202eb"]) == "- a\\x1b[2J\n\\u202eb"
+        with pytest.raises(ValueError, match=r"^Two:\n- a\n  - b\n- a\\x1b\[2J\n\\u202eb$"):
+            Problems(["a\n  - b", "a\n  - b", "a\x1b[2J\n\u202eb"]).raise_under("Two")
 
 
 def test_a_long_name_of_a_task_is_refused():

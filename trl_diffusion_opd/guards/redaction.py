@@ -16,7 +16,7 @@
 
 import os
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from huggingface_hub import get_token
 from .secret_text import SECRET, is_secret_name, without_secrets
 
 
-# Of a problem's line in a message: long enough for whatever a message says by itself.
-_LONGEST_LINE = 2000
 # They make no writing and turn no direction: scripts and emoji need them.
 _JOINERS = "\u200c\u200d"
 # They are paths even where they look like a Hub id: "outputs/demo".
@@ -124,19 +122,6 @@ def visible(text: str, keep: str = "") -> str:
 
 def _is_plain(character: str) -> bool:
     return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"
-
-
-def listed(problems: Iterable[str]) -> str:
-    """
-    The lines of the one message: a bullet a problem, each once. What of a stranger's text is in them acts on no terminal, and
-    none is without end.
-    """
-    return "\n".join(f"- {_line(problem)}" for problem in dict.fromkeys(problems))
-
-
-def _line(problem: str) -> str:
-    lines = (visible(line, keep="\t") for line in problem.split("\n"))
-    return "\n".join(line if len(line) <= _LONGEST_LINE else shown(line, _LONGEST_LINE) for line in lines)
 
 
 def last_part(path: str) -> str:
