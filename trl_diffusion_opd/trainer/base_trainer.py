@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
@@ -448,7 +448,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self.log(metrics)
         self._log_completions()  # the first log opens the trackers
         self.offload.rest()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _log_completions(self) -> None:
