@@ -193,7 +193,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         steps = self._drawn_steps()
         last = max(steps)
         share = self.rounds.share(task) / len(self.plan)
-        unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
 
@@ -204,7 +203,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     if not self.args.on_policy:
                         return self._target(task, x, t, prompts)
                     with self._part("rollout"):
-                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, unwrapped)
+                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
             with torch.no_grad():
                 target = self._target(task, x, t, prompts)
                 if j == last:

@@ -43,7 +43,6 @@ class StudentPasses:
     velocity_field: VelocityField
     _part: Callable[[str], AbstractContextManager[None]]
     _redirect: _ForwardRedirection
-    _wrapped_and_own: tuple[nn.Module, nn.Module] | None = None
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -70,12 +69,6 @@ class StudentPasses:
         with self._part("backward"):
             self.accelerator.backward(loss, **options)
 
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
-        """The network in Trainer's wrapper. accelerate looks at every module to find it, which is too slow for every step."""
-        if self._wrapped_and_own is None or self._wrapped_and_own[0] is not model:
-            self._wrapped_and_own = model, self.accelerator.unwrap_model(model)
-        return self._wrapped_and_own[1]
-
     @staticmethod
     def _in_eval_mode(model: nn.Module) -> None:
         """No dropout; checkpointing in diffusers depends on the grad mode alone."""
@@ -92,13 +85,13 @@ class StudentPasses:
         field: VelocityField | None = None,
     ) -> Tensor:
         """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
-        unwrapped = self._unwrapped(model)
+        own = self.student.model  # what is wrapped
         field = self.velocity_field if field is None else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         with self._part("student"):
-            if unwrapped is model:
+            if own is model:
                 return field(*inputs, model)
-            return self._redirect(model, unwrapped, field, *inputs, unwrapped)
+            return self._redirect(model, own, field, *inputs, own)
 
     def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
         """
