@@ -14,6 +14,7 @@
 
 """The peak memory of a forward and backward, from shapes alone: nothing is allocated and no network runs."""
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -77,22 +77,41 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer, weight: nn.Parameter)
 
 
 # Autocast's list of what is computed in float32 is longer on CUDA than on the CPU; these have the large outputs.
-_FLOAT32_ON_CUDA = (
-    nn.functional.layer_norm,
-    nn.functional.group_norm,
-    nn.functional.softmax,
-    torch.softmax,
-    Tensor.softmax,
+_FLOAT32_ON_CUDA: tuple[tuple[Any, str], ...] = (
+    (nn.functional, "layer_norm"),
+    (nn.functional, "group_norm"),
+    (nn.functional, "softmax"),
+    (torch, "softmax"),
+    (Tensor, "softmax"),
 )
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """What autocast computes in float32 on CUDA is so within it."""
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """
+    What autocast computes in float32 on CUDA is so within it.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_float32, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+    The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
+    """
+
+    def of(function: Any) -> Any:
+        @functools.wraps(function)
+        def float32(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_float32, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return float32
+
+    with ExitStack() as stack:
+        for owner, name in _FLOAT32_ON_CUDA:
+            original = getattr(owner, name)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, original)
+            else:  # a tensor's is inherited
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, of(original))
+        yield
 
 
 def _float32(value: Any) -> Any:
@@ -156,8 +175,7 @@ class _Step(nn.Module):
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
-                # Tensor.backward would turn a TorchFunctionMode off, and checkpointing repeats forwards in here.
-                torch.autograd.backward(torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum())
+                torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum().backward()
         return velocities
 
 
@@ -220,7 +238,7 @@ def pass_in_shapes(
         modes.enter_context(shapes)
         modes.enter_context(_kernels_in_shapes([layer for _, layer in quantized]))
         if device_type == "cuda":
-            modes.enter_context(_AsOnCuda())
+            modes.enter_context(_as_on_cuda())
         if precision is not None:
             modes.enter_context(torch.autocast("cpu", precision))
         velocities = functional_call(step, state, (inputs, backward, live))
