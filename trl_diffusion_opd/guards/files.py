@@ -22,6 +22,8 @@ from typing import Any
 from urllib.parse import quote
 
 
+JSON = Any  # what JSON or YAML of somebody else's holds, of which nothing is known until it is looked at
+
 # File systems take 255 bytes; a Chinese character is nine of them here.
 _LONGEST_NAME = 200
 # What Windows takes for devices.
@@ -51,7 +53,7 @@ def write_file(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: Any, **options: Any) -> None:
+def write_json(path: Path, content: object, **options: Any) -> None:
     """
     Writes a JSON file that is never seen in part.
 
@@ -62,6 +64,6 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_file(path, json.dumps(content, **{"indent": 2, **options}) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> JSON:
     """What a JSON file holds, `None` if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -18,15 +18,20 @@ import os
 import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import get_token
 
+from .files import JSON
 from .secret_text import SECRET, is_secret_name, without_secrets
 
 
 # Of a problem's line in a message: long enough for whatever a message says by itself.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
 _LONGEST_LINE = 2000
 # They make no writing and turn no direction: scripts and emoji need them.
 _JOINERS = "\u200c\u200d"
@@ -41,7 +46,7 @@ _PATH_ARGUMENTS = (
 )
 
 
-def public_value(value: Any, secrets: Collection[str] = ()) -> Any:
+def public_value(value: object, secrets: Collection[str] = ()) -> JSON:
     """
     A JSON value that says the same without secrets and local paths.
 
@@ -151,7 +156,7 @@ def public_name(name_or_path: str | None) -> str | None:
     return Path(name_or_path).resolve().name
 
 
-def public_arguments(args: Any) -> dict[str, Any]:
+def public_arguments(args: "TrainingArguments") -> dict[str, JSON]:
     """The arguments as JSON values, without tokens, and with local paths reduced to their last part."""
     arguments = args.to_dict()
     for name in _PATH_ARGUMENTS:
@@ -160,6 +165,6 @@ def public_arguments(args: Any) -> dict[str, Any]:
     return public_value(arguments, known_tokens(args))
 
 
-def known_tokens(args: Any) -> list[str]:
+def known_tokens(args: "TrainingArguments") -> list[str]:
     """The tokens that this process uses, which must not be shown wherever they turn up."""
     return [token for token in (args.hub_token, get_token()) if token]
