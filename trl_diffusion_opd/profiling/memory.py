@@ -17,7 +17,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..acceleration.quantization import base_weight, plain_tensors, quantized_layers, weight_kind
 from ..pipelines.view import StandIn, exchanged_forward
+
+
+T = TypeVar("T")
+Velocity = Tensor | list[Tensor]  # of a batch, which some families keep apart
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -48,7 +52,9 @@ class Live(TorchDispatchMode):
         """Leaves tensors out that were there before: their views would be taken for new ones."""
         self._sizes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor) or is_traceable_wrapper_subclass(tensor):
@@ -89,15 +95,17 @@ _FLOAT32_ON_CUDA = (
 class _AsOnCuda(TorchFunctionMode):
     """What autocast computes in float32 on CUDA is so within it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map(_float32, (args, kwargs))
         return func(*args, **(kwargs or {}))
 
 
-def _float32(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+def _float32(value: object) -> object:
+    half = (torch.bfloat16, torch.float16)
+    return value.float() if isinstance(value, Tensor) and value.dtype in half else value
 
 
 class _Dequantizing(torch.autograd.Function):
@@ -152,7 +160,7 @@ class _Step(nn.Module):
         self.model: nn.Module = model
         self.__dict__["base"] = base  # not registered: its weights would be put back twice, the second time as shapes
 
-    def forward(self, calls: Sequence[Mapping[str, Any]], backward: bool, live: Live) -> Any:
+    def forward(self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live) -> list[Velocity]:
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
@@ -164,7 +172,7 @@ class _Step(nn.Module):
 def step_bytes(
     model: nn.Module,
     base: nn.Module,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     *,
     device_type: str = "cuda",
     precision: torch.dtype | None = None,
@@ -187,15 +195,15 @@ def step_bytes(
 def pass_in_shapes(
     model: nn.Module,
     base: nn.Module,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     device_type: str,
     precision: torch.dtype | None,
     backward: bool,
-) -> tuple[int, Any]:
+) -> tuple[int, list[Velocity]]:
     """As [`step_bytes`], and the velocities, of which there are shapes alone."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(value: Any) -> Any:
+    def fake(value: T) -> T | Tensor:
         # On the CPU wherever it would run: its fused attention stands for the GPU's, whose kernels need one.
         if not isinstance(value, Tensor):
             return value
