@@ -15,10 +15,9 @@
 """The evaluation from its arguments to its report."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -28,7 +27,9 @@ from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 
 from ..acceleration.processes import failing_together
+from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
@@ -37,6 +38,7 @@ from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
+from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
 from .files import write_results
@@ -62,10 +64,10 @@ def evaluate_retention(
     height: int | None = None,
     width: int | None = None,
     max_sequence_length: int | None = None,
-    generation_kwargs: dict[str, Any] | None = None,
+    generation_kwargs: dict[str, JSON] | None = None,
     dtype: str | None = None,
-    quantization_config: Any = None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    quantization_config: QuantizationConfig = None,
+    model_init_kwargs: dict[str, JSON] | None = None,
     task_column: str = "task",
     cross_task_rewards: bool = True,
     batch_size: int = 32,
@@ -74,7 +76,7 @@ def evaluate_retention(
     num_samples: int = 4,
     keep_images: bool = True,
     reward_timeout: float | None = 900.0,
-) -> dict[str, Any]:
+) -> Report:
     """
     Measures how much of its teachers' gains a student has.
 
@@ -173,7 +175,7 @@ def evaluate_retention(
             specs[name] = [_at(config, guidance_scale) for config in configs]
     problems.raise_under("The evaluation cannot start")
 
-    base: Any = pipeline
+    base: DiffusionPipeline = pipeline
     if isinstance(pipeline, str):
         with failing_together():
             loaded = load_pipeline(pipeline, dtype or "float32", model_init_kwargs, quantization_config)
@@ -253,7 +255,7 @@ def _option_problems(
     batch_size: int,
     num_samples: int,
     dtype: str | None,
-    students: Mapping[str, Any],
+    students: Collection[str],
 ) -> list[str]:
     problems = []
     for name, value, least in (
