@@ -20,6 +20,7 @@ says why it does not run. Its syntax and the names of its arguments are looked a
 
 import argparse
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -27,17 +28,21 @@ import runpy
 import shlex
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from helpers.pages import ROOT, Block, blocks, doc_pages
 from trl import TrlParser
 
 import trl_diffusion_opd
 from trl_diffusion_opd import rewards
+from trl_diffusion_opd.scripts.main import main as command_line
+from trl_diffusion_opd.scripts.stages import StageSpec
 
 
 PAGES = [ROOT / "README.md", *doc_pages()]
@@ -108,7 +113,11 @@ def test_arguments_in_python(block):
 
 
 class Parsed(Exception):
-    """A script has taken its arguments, and would now begin."""
+    """A script has taken its arguments, and would now begin. `rest`: those that no option has taken."""
+
+    def __init__(self, rest: list[str]):
+        super().__init__()
+        self.rest = rest
 
 
 @pytest.fixture
@@ -117,13 +126,12 @@ def stop_when_parsed(monkeypatch):
     parse_args, parse_with_config = argparse.ArgumentParser.parse_args, TrlParser.parse_args_and_config
 
     def plain(self, args=None, namespace=None):
-        raise Parsed(parse_args(self, args, namespace))
+        parse_args(self, args, namespace)
+        raise Parsed([])
 
     def with_config(self, args=None, **options):
         parsed = parse_with_config(self, args, **options)
-        if options.get("return_remaining_strings") and parsed[-1]:
-            pytest.fail(f"no option is called {parsed[-1]}")
-        raise Parsed(parsed)
+        raise Parsed(parsed[-1] if options.get("return_remaining_strings") else [])
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", plain)
     monkeypatch.setattr(TrlParser, "parse_args_and_config", with_config)
@@ -140,8 +148,9 @@ def check_script(script: str, arguments: list[str], is_module: bool, monkeypatch
     with monkeypatch.context() as context:
         if not is_module:
             context.syspath_prepend(Path(script).parent)
-        with pytest.raises(Parsed):
+        with pytest.raises(Parsed) as stop:
             (runpy.run_module if is_module else runpy.run_path)(script, run_name="__main__")
+    assert not stop.value.rest, f"{script} has no option {stop.value.rest}"
     # What lies beside a script is imported by names that another folder may have too.
     for name in set(sys.modules) - known:
         if name.partition(".")[0] != "trl_diffusion_opd" and str(ROOT) in str(
@@ -173,6 +182,10 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             check_script(module, arguments, True, monkeypatch)
         case ["python", script, *arguments]:
             check_script(script, arguments, False, monkeypatch)
+        case ["trl-diffusion-opd", command, *arguments]:
+            arguments = [one for part in arguments for one in (CONFIG if part == "..." else [part])]
+            with pytest.raises(Parsed):  # with what is the launcher's left over; all else it has refused
+                command_line([command, *arguments], may_launch=False)
         case _:
             assert words[0] in PLAIN, f"Nothing is known of {words[0]!r}: say why it is not run."
 
@@ -194,11 +207,22 @@ def test_json(block: Block):
         json.loads(line)
 
 
-SCRIPTS = {name: f"Diffusion{name.upper()}Config" for name in ("opd", "grpo", "nft", "sft")}
+def options(command: str) -> set[str]:
+    """What a configuration file of a command may hold."""
+    module = importlib.import_module(f"trl_diffusion_opd.scripts.{command}")
+    return {one.name for arguments in module.ARGUMENTS for one in fields(arguments)}
 
 
 @pytest.mark.parametrize("block", every("yaml"))
 def test_yaml(block: Block):
+    """A file of stages, a configuration of a command, or a part of a launch configuration."""
     content = yaml.safe_load(block.text)
-    if block.why_not is None:
-        assert isinstance(content, dict)
+    if "stages" in content:
+        assert content.keys() == {"output_dir", "shared", "stages"}
+        for stage in content["stages"]:
+            given = {**content["shared"], **stage}
+            assert given.keys() <= {one.name for one in fields(StageSpec)}
+            names = importlib.import_module(f"trl_diffusion_opd.scripts.{given['trainer']}").ARGUMENTS[1]
+            assert given["config"].keys() <= {one.name for one in fields(names)}
+    elif not content.keys() <= {one.name for one in fields(ClusterConfig)} | {"parallelism_config"}:
+        assert any(content.keys() <= options(command) for command in ("opd", "grpo", "nft", "sft"))

@@ -34,6 +34,7 @@ from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.hub import push as pushing
 from trl_diffusion_opd.hub.files import PUSHED_FILES
 from trl_diffusion_opd.hub.repository import PushError, make_repository, repository_problems
+from trl_diffusion_opd.scripts import push
 
 
 @pytest.fixture
@@ -211,13 +212,11 @@ class TestRoundTrip:
         with pytest.raises(PushError, match="could not be pushed to 'tester/student': .*Nothing is lost"):
             pushing.push(trainer.args.output_dir, "tester/student", None, blocking=True)
 
-    def test_a_run_that_has_ended_is_pushed_from_its_folder(self, hub, trainer, monkeypatch):
-        monkeypatch.setattr("sys.argv", ["hub", trainer.args.output_dir, "tester/late"])
-        pushing.main()
+    def test_a_run_that_has_ended_is_pushed_from_its_folder(self, hub, trainer):
+        push.main([trainer.args.output_dir, "tester/late"])
         assert "pytorch_lora_weights.safetensors" in hub.files("tester/late")
-        monkeypatch.setattr("sys.argv", ["hub", "nothing-here", "tester/late"])
         with pytest.raises(SystemExit):
-            pushing.main()
+            push.main(["nothing-here", "tester/late"])
 
     def test_a_branch(self, hub, trainer):
         assert make_repository("student", revision="trial") == "tester/student"

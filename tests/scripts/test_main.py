@@ -25,16 +25,17 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from helpers.launching import surroundings
+from helpers.launching import LAUNCH, free_port, surroundings
 
 import trl_diffusion_opd
 from trl_diffusion_opd.scripts import env, launching, main, opd
 from trl_diffusion_opd.scripts.arguments import PACKAGE, config_path, load_prompts, packaged
 from trl_diffusion_opd.scripts.launching import split
 from trl_diffusion_opd.scripts.parser import CommandParser, parse
+from trl_diffusion_opd.scripts.stages import read_stages
 
 
-SHORT = "--max_steps 1 --eval_strategy no --eval_on_start false --log_completions false".split()
+SHORT = "--max_steps 2 --eval_strategy no --eval_on_start false --log_completions false".split()
 SHORT += "--save_strategy no --per_device_train_batch_size 1 --use_cpu true".split()
 
 
@@ -173,6 +174,14 @@ def test_every_config_names_what_the_package_has():
     assert packaged("trl_diffusion_opd/tiny") == "trl_diffusion_opd/tiny"  # what is here wins
 
 
+def test_the_packages_stages_from_an_empty_folder():
+    for path in sorted(PACKAGE.glob("stage_configs/*.yaml")):
+        found, output_dir = read_stages(path.stem)  # refuses what a stage would miss
+        assert found and output_dir.startswith("outputs/"), path.stem
+    with pytest.raises(ValueError, match="It has tiny_baselines, tiny_cascade, tiny_two_stage"):
+        read_stages("tiny")
+
+
 def test_the_examples_have_the_packages_files():
     examples = PACKAGE.parent / "examples"
     for folder, inside in {
@@ -248,27 +257,18 @@ def test_the_status_of_what_was_launched(monkeypatch, status, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.distributed
 def test_the_demo_from_an_empty_folder(tmp_path, processes):
-    """Through the launcher, as after `pip install`."""
+    """On two processes of the launcher."""
+    Path("launch.yaml").write_text(LAUNCH)
     code = "import sys; from trl_diffusion_opd.scripts.main import main; sys.exit(main())"
-    words = [
-        "opd",
-        "--config",
-        "tiny",
-        *SHORT,
-        "--accelerate_config",
-        "launch.yaml",
-        "--num_test_images",
-        "1",
-    ]
-    Path("launch.yaml").write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: true\n"
-    )
+    words = ["opd", "--config", "tiny", *SHORT, "--num_test_images", "2", "--accelerate_config", "launch.yaml"]
+    words += ["--main_process_port", str(free_port())]
     done = subprocess.run([sys.executable, "-c", code, *words], env=surroundings(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(Path("outputs/demo/retention.json").read_text())
     assert set(report["tasks"]) == {"compose", "letters", "style"}
-    assert "| **mean** |" in done.stdout
+    assert done.stdout.count("| **mean** |") == 1
     texts = [path.read_text() for path in Path("outputs").rglob("*") if path.suffix in (".json", ".md")]
     assert texts and not any(str(PACKAGE.parent) in text or str(tmp_path) in text for text in texts)
 

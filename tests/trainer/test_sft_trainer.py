@@ -351,7 +351,7 @@ def test_what_is_saved_loads_into_the_pipeline(tmp_path, teachers):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "the frozen teacher of each prompt's task drew" in card and "fresh for every update" in card
-    assert "| trained with" not in card and "| evaluated with" in card
+    assert "| training (sampler" not in card and "| evaluation;" in card
     assert json.loads((tmp_path / "teacher_manifest.json").read_text()).keys() == set(TASKS)
     pipeline = make_pipeline()
     pipeline.load_lora_weights(tmp_path)

@@ -155,6 +155,18 @@ class Backbone:
         own = [network for network in self._added.values() if network is not None]
         return own if self._home is not None or self.base is None else [self.base, *own]
 
+    def rounding(self, mixed: torch.dtype | None) -> float:
+        """
+        What two equal networks differ by: the relative rounding of one number, a few times over the layers.
+
+        Args:
+            mixed (`torch.dtype`, *optional*): what mixed precision computes in.
+        """
+        assert self.network is not None
+        frozen = (p.dtype for p in self.network.parameters() if not p.requires_grad)
+        weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantized ones are integers
+        return 4 * max(torch.finfo(dtype).eps for dtype in (weights, mixed) if dtype is not None)
+
     def to(self, device: torch.device | str) -> Backbone:
         """Moves what the trainer does not: [`~Backbone.networks`] with their LoRAs."""
         for network in self.networks():

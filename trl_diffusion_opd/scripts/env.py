@@ -71,7 +71,7 @@ def _extras() -> dict[str, list[str]]:
     extras: dict[str, list[str]] = {}
     for requirement in requires(_DISTRIBUTION) or []:
         found = re.fullmatch(r"([\w.-]+)[^;]*;\s*extra == [\"']([\w-]+)[\"']", requirement)
-        if found and found[2] != "dev":
+        if found and found[2] not in ("dev", "docs"):
             extras.setdefault(found[2], []).append(found[1])
     return extras
 

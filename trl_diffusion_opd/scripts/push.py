@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from transformers.utils.hub import hf_api
 
 from ..hub.errors import ERRORS, http_reason, retried
-from ..hub.files import LORA_FILES
+from ..hub.files import CONFIG_FILE, LORA_FILES
 from ..hub.push import push_folder
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--revision", help="branch to commit to")
     parser.add_argument("--private", action="store_true", help="if the repository is made, make it private")
     options = parser.parse_args(arguments)
-    if not any(os.path.exists(os.path.join(options.folder, name)) for name in (*LORA_FILES, "config.json")):
+    if not any(os.path.exists(os.path.join(options.folder, name)) for name in (*LORA_FILES, CONFIG_FILE)):
         parser.error(f"there is no student in {options.folder}")
     try:
         url = retried(hf_api().create_repo, options.repo_id, private=options.private or None, exist_ok=True)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from .diffusion_sft_config import DiffusionSFTConfig
     from .diffusion_sft_trainer import DiffusionSFTTrainer
     from .rl_config import DiffusionRLConfig
-    from .rl_trainer import DiffusionRLTrainer, Rollout
+    from .rl_round import Rollout
+    from .rl_trainer import DiffusionRLTrainer
 
 # Imported when first asked for: a config needs no diffusers, and a command line's mistakes are told sooner.
 _MODULES = {
@@ -46,7 +47,7 @@ _MODULES = {
     "DiffusionSFTConfig": "diffusion_sft_config",
     "DiffusionSFTTrainer": "diffusion_sft_trainer",
     "DiffusionTrainer": "base_trainer",
-    "Rollout": "rl_trainer",
+    "Rollout": "rl_round",
 }
 
 __all__ = [

@@ -33,6 +33,8 @@ from ..acceleration.quantization import (
     quantization_problems,
 )
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..guards.redaction import public_name
+from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
 from ..problems import Problems
@@ -222,3 +224,12 @@ def scored_data_problems(
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name):
             problems += reward_data_problems(functions, dataset, task_rows(dataset, task_column), name)
     return problems
+
+
+def hub_problems(
+    args: DiffusionConfig, pipeline: DiffusionPipeline, full_weights: bool, token: str | None
+) -> list[str]:
+    """What keeps a run from pushing to the repository that `args` names: see [`~hub.repository.repository_problems`]."""
+    name = repository_name(args.hub_model_id, args.output_dir)
+    kind = type(pipeline.components.get("transformer")).__name__ if full_weights else None
+    return repository_problems(name, public_name(pipeline.config.get("_name_or_path")), kind, token)

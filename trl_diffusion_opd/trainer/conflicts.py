@@ -20,14 +20,15 @@ Few prompts are encoded, those that training begins with, and they stay encoded.
 told apart. No weight and no random state changes, and every process finds the same.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import Tensor, nn
 
 from ..algorithms.flow import velocity_gap_sq
@@ -43,12 +44,10 @@ from ..algorithms.separability import (
     told_apart,
 )
 from ..data.tasks import TaskSampler
-from ..models.teachers import THE_BASE, Role
-from .dry_run_shared import network_rounding
+from ..models.teachers import THE_BASE, Role, TeacherBank
+from ..pipelines.velocity import VelocityField
+from .rounds import Rounds
 
-
-if TYPE_CHECKING:
-    from .taught_trainer import TaughtTrainer
 
 # Prompts that are encoded: of a task, and of all tasks unless they are so many that too few would be left of each.
 _PROMPTS_A_TASK = 128
@@ -59,136 +58,151 @@ _STATES = 3
 Key = tuple[tuple[str, float, float], ...]
 
 
-def find_pairs(
-    trainer: "TaughtTrainer", sampler: TaskSampler, student: nn.Module, thorough: bool = False
-) -> list[Pair]:
+@dataclass(frozen=True)
+class TaskComparison:
     """
-    Compares the tasks that have different teachers, two at a time. Called on all processes.
+    Compares the tasks that have different teachers, two at a time.
 
     Args:
-        trainer ([`TaughtTrainer`]): one with teachers that has not trained yet.
-        sampler ([`TaskSampler`]): of its training data.
+        field ([`VelocityField`]), bank ([`TeacherBank`]), accelerator ([`~accelerate.Accelerator`])
         student (`nn.Module`): the network that walks.
-        thorough (`bool`, *optional*, defaults to `False`):
-            Whether teachers are asked for all pairs, not only for those whose prompts can't be told apart.
-
-    Returns:
-        `list[Pair]`: those whose prompts are told apart worst come first. The same on every process.
+        rounds ([`Rounds`]), prompts ([`~datasets.Dataset`]): the tasks and the column of prompts of the training data.
+        batch_size (`int`): samples of a micro-batch on a process.
+        guidance_scale (`float`): the student's, in training.
+        seed (`int`): of the run.
+        mixed_dtype (`torch.dtype`, *optional*): what mixed precision computes in.
+        rest (`Callable`): called when prompts have been encoded.
     """
-    keys = {task: _key(trainer.bank.teachers[task]) for task in trainer.tasks}
-    compared = [(a, b) for a, b in combinations(trainer.tasks, 2) if keys[a] != keys[b]]
-    if not compared:
-        return []
-    concerned = [task for task in trainer.tasks if any(task in pair for pair in compared)]
-    texts = trainer._prompts.with_format("arrow")[:]["prompt"]
-    counts = {task: prompt_counts(texts.take(trainer._task_rows[task])) for task in concerned}
-    features = _features(trainer, sampler, [task for task in concerned if len(counts[task]["values"]) >= MIN_PROMPTS])
-    pairs = [
-        Pair((a, b), *identical_prompts(counts[a], counts[b]), told_apart(features.get(a, {}), features.get(b, {})))
-        for a, b in compared
-    ]
-    asked = [pair.tasks for pair in pairs if thorough or pair.alike]
-    apart = _disagreements(trainer, sampler, student, asked) if asked else {}
-    trainer.velocity_field.encode_together([])  # the prompts of an evaluation belong to no update
-    pairs = [replace(pair, disagreement=apart.get(pair.tasks)) for pair in pairs]
-    return sorted(pairs, key=lambda pair: (pair.accuracy is None, pair.accuracy, -pair.identical_share, pair.tasks))
+
+    field: VelocityField
+    bank: TeacherBank
+    student: nn.Module
+    accelerator: Accelerator
+    rounds: Rounds
+    prompts: Dataset
+    batch_size: int
+    guidance_scale: float
+    seed: int
+    mixed_dtype: torch.dtype | None
+    rest: Callable[[], None]
+
+    def pairs(self, sampler: TaskSampler, thorough: bool = False) -> list[Pair]:
+        """
+        What is found of each pair. Called on all processes.
+
+        Args:
+            sampler ([`TaskSampler`]): of the training data.
+            thorough (`bool`, *optional*, defaults to `False`):
+                Whether teachers are asked for all pairs, not only for those whose prompts can't be told apart.
+
+        Returns:
+            `list[Pair]`: those whose prompts are told apart worst come first. The same on every process.
+        """
+        tasks, roles = self.rounds.tasks, self.bank.teachers
+        keys = {task: _key(roles[task]) for task in tasks}
+        compared = [(a, b) for a, b in combinations(tasks, 2) if keys[a] != keys[b]]
+        if not compared:
+            return []
+        concerned = [task for task in tasks if any(task in pair for pair in compared)]
+        texts = self.prompts.with_format("arrow")[:]["prompt"]
+        counts = {task: prompt_counts(texts.take(self.rounds.rows[task])) for task in concerned}
+        features = self._features(sampler, [task for task in concerned if len(counts[task]["values"]) >= MIN_PROMPTS])
+        pairs = [
+            Pair(
+                (a, b), *identical_prompts(counts[a], counts[b]), told_apart(features.get(a, {}), features.get(b, {}))
+            )
+            for a, b in compared
+        ]
+        asked = [pair.tasks for pair in pairs if thorough or pair.alike]
+        apart = self._disagreements(sampler, asked) if asked else {}
+        self.field.encode_together([])  # the prompts of an evaluation belong to no update
+        pairs = [replace(pair, disagreement=apart.get(pair.tasks)) for pair in pairs]
+        return sorted(
+            pairs, key=lambda pair: (pair.accuracy is None, pair.accuracy, -pair.identical_share, pair.tasks)
+        )
+
+    def _features(self, sampler: TaskSampler, tasks: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+        """Features of some prompts of each task, by their texts. Each process encodes its share of them."""
+        field, accelerator, every = self.field, self.accelerator, self.rounds.tasks
+        limit = min(_PROMPTS_A_TASK, max(_PROMPTS // len(every), 2 * MIN_PROMPTS))
+        companies = [
+            (task, list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])))
+            for task, of_task in zip(every, sampler.first_companies(limit), strict=True)
+            if task in tasks
+            for rows in of_task
+        ]
+        # In the company in which training encodes them, so that it finds them encoded.
+        field.encode_together([prompts for _, prompts in companies])
+        mine = []
+        for task, prompts in companies[accelerator.process_index :: accelerator.num_processes]:
+            for prompt, embeddings in zip(prompts, field.embeddings(prompts, self.guidance_scale), strict=True):
+                mine.append((task, prompt, prompt_features(embeddings)))
+        self.rest()
+        features: dict[str, dict[str, np.ndarray]] = {task: {} for task in tasks}
+        for task, prompt, vector in sorted(gather_object(mine), key=lambda item: item[:2]):
+            features[task].setdefault(prompt, vector)
+        return features
+
+    @torch.no_grad()
+    def _disagreements(self, sampler: TaskSampler, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """How far the teachers of each pair of tasks are apart, on states of the student with prompts of the one and of the other."""
+        sums = {pair: torch.zeros(4, dtype=torch.float64) for pair in pairs}
+        for task in dict.fromkeys(task for pair in pairs for task in pair):
+            for pair, figures in self._walk(sampler, task, [pair for pair in pairs if task in pair]).items():
+                sums[pair] += figures.cpu().double()
+        means = np.mean(gather_object([torch.stack([*sums.values()]).numpy()]), axis=0)
+        limit = self.bank.backbone.rounding(self.mixed_dtype)
+        return {
+            pair: disagreement(apart, (one, other), size, limit)
+            for pair, (apart, one, other, size) in zip(sums, means.tolist(), strict=True)
+        }
+
+    def _walk(
+        self, sampler: TaskSampler, task: str, pairs: Sequence[tuple[str, str]]
+    ) -> dict[tuple[str, str], Tensor]:
+        """
+        For each pair the sums over the states of a short walk of the student with the task's prompts, a tensor of shape `(4,)`: of
+        the mean squared difference of the two targets, of that of each to the base, and of the mean squared target of the first.
+        """
+        field, bank, scale = self.field, self.bank, self.guidance_scale
+        prompts, numbers = self._batch(sampler, task)
+        asked = {_key(bank.teachers[name]): bank.teachers[name] for pair in pairs for name in pair}
+        asked |= {_key(roles): roles for roles in map(_as_base, [*asked.values()])}
+        field.encode_prompts(
+            prompts, sorted({scale, *(role.guidance_scale for roles in asked.values() for role in roles)})
+        )
+        self.rest()
+        levels = field.levels[np.unique(np.linspace(0, field.num_inference_steps, _STATES + 1).round().astype(int))]
+        sums: dict[tuple[str, str], Tensor] = {}
+
+        def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
+            t = float(levels[j])
+            targets = {key: bank.mean_velocity(field, roles, x, t, prompts) for key, roles in asked.items()}
+            for pair in pairs:
+                roles = [bank.teachers[name] for name in pair]
+                one, other = (targets[_key(of_task)] for of_task in roles)
+                bases = [targets[_key(_as_base(of_task))] for of_task in roles]
+                gaps = [velocity_gap_sq(*both).mean() for both in ((one, other), (one, bases[0]), (other, bases[1]))]
+                figures = torch.stack([*gaps, one.square().mean()])
+                sums[pair] = sums[pair] + figures if pair in sums else figures
+            return field(x, t, prompts, scale, self.student)
+
+        x = field.initial_latents(prompts, sample_generators([self.seed, 0, TASKS_DRAW], numbers))
+        walk(velocity, x, sampler_table("ode", levels, None))
+        return sums
+
+    def _batch(self, sampler: TaskSampler, task: str) -> tuple[list[str], list[int]]:
+        """The prompts of this process's part of a micro-batch, those that come first in training, and their numbers."""
+        size, accelerator = self.batch_size, self.accelerator
+        numbers = np.arange(size) + accelerator.process_index * size
+        companies = sampler.first_companies(size * accelerator.num_processes)[self.rounds.tasks.index(task)]
+        rows = np.resize(np.concatenate(companies), size * accelerator.num_processes)[numbers]
+        return [self.prompts[int(row)]["prompt"] for row in rows], numbers.tolist()
 
 
 def _key(roles: Sequence[Role]) -> Key:
     """What tells the teachers of a task from those of another: the same are never in conflict."""
     return tuple(sorted((role.teacher.name, role.guidance_scale, role.weight) for role in roles))
-
-
-# Prompts
-
-
-def _features(
-    trainer: "TaughtTrainer", sampler: TaskSampler, tasks: Sequence[str]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Features of some prompts of each task, by their texts. Each process encodes its share of them."""
-    field, accelerator = trainer.velocity_field, trainer.accelerator
-    limit = min(_PROMPTS_A_TASK, max(_PROMPTS // len(trainer.tasks), 2 * MIN_PROMPTS))
-    companies = [
-        (task, list(dict.fromkeys(trainer._prompts[rows.tolist()]["prompt"])))
-        for task, of_task in zip(trainer.tasks, sampler.first_companies(limit), strict=True)
-        if task in tasks
-        for rows in of_task
-    ]
-    # In the company in which training encodes them, so that it finds them encoded.
-    field.encode_together([prompts for _, prompts in companies])
-    mine = []
-    for task, prompts in companies[accelerator.process_index :: accelerator.num_processes]:
-        for prompt, embeddings in zip(prompts, field.embeddings(prompts, trainer._trained_scale()), strict=True):
-            mine.append((task, prompt, prompt_features(embeddings)))
-    trainer._offload.rest()
-    features: dict[str, dict[str, np.ndarray]] = {task: {} for task in tasks}
-    for task, prompt, vector in sorted(gather_object(mine), key=lambda item: item[:2]):
-        features[task].setdefault(prompt, vector)
-    return features
-
-
-# Teachers
-
-
-@torch.no_grad()
-def _disagreements(
-    trainer: "TaughtTrainer", sampler: TaskSampler, student: nn.Module, pairs: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], float]:
-    """How far the teachers of each pair of tasks are apart, on states of the student with prompts of the one and of the other."""
-    sums = {pair: torch.zeros(4, dtype=torch.float64) for pair in pairs}
-    for task in dict.fromkeys(task for pair in pairs for task in pair):
-        for pair, figures in _walk(trainer, sampler, student, task, [pair for pair in pairs if task in pair]).items():
-            sums[pair] += figures.cpu().double()
-    means = np.mean(gather_object([torch.stack([*sums.values()]).numpy()]), axis=0)
-    limit = network_rounding(trainer)
-    return {
-        pair: disagreement(apart, (one, other), size, limit)
-        for pair, (apart, one, other, size) in zip(sums, means.tolist(), strict=True)
-    }
-
-
-def _walk(
-    trainer: "TaughtTrainer", sampler: TaskSampler, student: nn.Module, task: str, pairs: Sequence[tuple[str, str]]
-) -> dict[tuple[str, str], Tensor]:
-    """
-    For each pair the sums over the states of a short walk of the student with the task's prompts, a tensor of shape `(4,)`: of
-    the mean squared difference of the two targets, of that of each to the base, and of the mean squared target of the first.
-    """
-    field, bank, scale = trainer.velocity_field, trainer.bank, trainer._trained_scale()
-    prompts, numbers = _batch(trainer, sampler, task)
-    asked = {_key(bank.teachers[name]): bank.teachers[name] for pair in pairs for name in pair}
-    asked |= {_key(roles): roles for roles in map(_as_base, [*asked.values()])}
-    field.encode_prompts(
-        prompts, sorted({scale, *(role.guidance_scale for roles in asked.values() for role in roles)})
-    )
-    trainer._offload.rest()
-    levels = field.levels[np.unique(np.linspace(0, field.num_inference_steps, _STATES + 1).round().astype(int))]
-    sums: dict[tuple[str, str], Tensor] = {}
-
-    def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
-        t = float(levels[j])
-        targets = {key: bank.mean_velocity(field, roles, x, t, prompts) for key, roles in asked.items()}
-        for pair in pairs:
-            roles = [bank.teachers[name] for name in pair]
-            one, other = (targets[_key(of_task)] for of_task in roles)
-            bases = [targets[_key(_as_base(of_task))] for of_task in roles]
-            gaps = [velocity_gap_sq(*both).mean() for both in ((one, other), (one, bases[0]), (other, bases[1]))]
-            figures = torch.stack([*gaps, one.square().mean()])
-            sums[pair] = sums[pair] + figures if pair in sums else figures
-        return field(x, t, prompts, scale, student)
-
-    x = field.initial_latents(prompts, sample_generators([trainer.args.seed, 0, TASKS_DRAW], numbers))
-    walk(velocity, x, sampler_table("ode", levels, None))
-    return sums
-
-
-def _batch(trainer: "TaughtTrainer", sampler: TaskSampler, task: str) -> tuple[list[str], list[int]]:
-    """The prompts of this process's part of a micro-batch, those that come first in training, and their numbers."""
-    size, accelerator = trainer._train_batch_size, trainer.accelerator
-    numbers = np.arange(size) + accelerator.process_index * size
-    companies = sampler.first_companies(size * accelerator.num_processes)[trainer.tasks.index(task)]
-    rows = np.resize(np.concatenate(companies), size * accelerator.num_processes)[numbers]
-    return [trainer._prompts[int(row)]["prompt"] for row in rows], numbers.tolist()
 
 
 def _as_base(roles: Sequence[Role]) -> list[Role]:

@@ -14,27 +14,25 @@
 
 """Reinforcement learning of a diffusion model with the noise of its own walk as the action."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from diffusers import DiffusionPipeline
-from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from ..algorithms.grpo import grpo_loss, is_clipped, transition_kl
 from ..algorithms.rollout import WINDOW_DRAW, walk
-from ..algorithms.samplers import sampler_table, sde_window
+from ..algorithms.samplers import SamplerTable, sampler_table, sde_window
 from ..models.backbone import BASE, Backbone
 from ..problems import Problems
 from ..reporting import console as tables
-from ..rewards import RewardFuncs
 from .diffusion_grpo_config import DiffusionGRPOConfig
-from .failed_start import gives_back
-from .rl_trainer import DiffusionRLTrainer, Rollout
+from .preparation import Parts
+from .rl_round import Rollout
+from .rl_trainer import DiffusionRLTrainer, equip
 
 
 @dataclass
@@ -110,45 +108,27 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         "citation": "@article{flowgrpo,\n    title  = {{Flow-GRPO}},\n    eprint = {arXiv:2505.05470},\n}",
     }
     args: DiffusionGRPOConfig
-    _config_class = DiffusionGRPOConfig
-
-    @gives_back
-    def __init__(
-        self,
-        model: str | DiffusionPipeline,
-        reward_funcs: RewardFuncs,
-        args: DiffusionGRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
-        peft_config: PeftConfig | str | None = "default",
-    ):
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
-        if self.is_world_process_zero():
-            tables.print_sde_steps(self.table, self.args.sde_range(), self._window_size)
+    table: SamplerTable
+    window_size: int
+    config_class = DiffusionGRPOConfig
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: Problems) -> None:
-        super()._setup(model, problems)
-        args = self.args
-        self._window_size = args.sde_window_size or len(args.sde_range())
-        self.backbone = self._equip(Backbone.of(model), problems) if args.beta > 0 else None
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        super().prepare_method(parts, problems)
+        args: Any = parts.args
+        parts.method["window_size"] = args.sde_window_size or len(args.sde_range())
+        if args.beta > 0:
+            parts.method["backbone"] = equip(parts, Backbone.of(parts.student), problems)
         with problems.collect():
-            self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
-            sde_window(self.table, args.sde_range())
+            table = parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
+            sde_window(table, args.sde_range())
+
+    def _start(self) -> None:
+        super()._start()
+        if self.is_world_process_zero():
+            tables.print_sde_steps(self.table, self.args.sde_range(), self.window_size)
 
     # Training
 
@@ -158,20 +138,19 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         # The first update of the round, whichever of its updates this is.
         first_update = self.state.global_step // self.args.num_iterations * self.args.num_iterations
         seed = np.random.SeedSequence([self.args.seed, first_update, WINDOW_DRAW])
-        offset = int(np.random.default_rng(seed).integers(len(steps) - self._window_size + 1))
-        return steps[offset : offset + self._window_size]
+        offset = int(np.random.default_rng(seed).integers(len(steps) - self.window_size + 1))
+        return steps[offset : offset + self.window_size]
 
     def _draw_rollout(
         self, task: str, prompts: list[str], generators: list[torch.Generator]
     ) -> tuple[Tensor, dict[int, Transition]]:
         table = sde_window(self.table, self._window())
         levels = table.levels.tolist()
-        model = self.accelerator.unwrap_model(self.model)
         transitions: dict[int, Transition] = {}
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             with self._part("rollout"):
-                v = self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, model)
+                v = self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, self.student.model)
             if z is not None:  # in the window alone
                 transitions[j] = Transition(x, v, z)
             return v
@@ -179,44 +158,36 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         x = self.velocity_field.initial_latents(prompts, generators)
         return walk(velocity, x, table, generators), transitions
 
-    def _train_on(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        args, transitions = self.args, rollout.record
-        share = self._task_share(rollout.task) / len(transitions)
-        last = max(transitions)
-        figures = []
-        extreme = (rollout.advantages.abs() >= args.advantage_clip).float().mean()
-        for j, transition in transitions.items():
-            t, dt = float(self.table.levels[j]), float(self.table.levels[j + 1] - self.table.levels[j])
-            c, s = float(self.table.c[j]), float(self.table.s[j])
-            with self._gradient_sync(model, last=j == last):
-                v = self._student_velocity(model, transition.x, t, rollout.prompts)
-                loss, ratio = grpo_loss(
-                    args.loss_type,
-                    v,
-                    transition.v,
-                    transition.z,
-                    rollout.advantages,
-                    c=c,
-                    s=s,
-                    dt=dt,
-                    epsilon=args.epsilon,
-                )
-                kl = torch.zeros_like(loss)
-                if self.backbone is not None:
-                    with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as base:
-                        v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
-                    kl = transition_kl(v, v_base, c, s)
-                    loss = loss + args.beta * kl
-                self._backward(share * loss.mean())
-            clipped = is_clipped(ratio, rollout.advantages, args.epsilon).to(loss.dtype)
-            deviation = (ratio - 1).abs().max()
-            figures.append(torch.stack([loss.detach().mean(), kl.detach().mean(), clipped.mean(), deviation, extreme]))
-        return self._record(rollout.task, list(transitions), torch.stack(figures, dim=1)) * len(transitions) * share
+    def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+        """At each transition: the student's velocity, the clipped ratio of its probability, and the distance from the base."""
+        share = self.rounds.share(rollout.task) / len(rollout.record)
+        return [partial(self._loss, model, rollout, j, transition, share) for j, transition in rollout.record.items()]
 
-    def _record(self, task: str, steps: list[int], figures: Tensor) -> Tensor:
-        """Gathers the figures of all processes, refuses what is not finite, keeps the metrics; the mean loss."""
-        levels = {j: float(self.table.levels[j]) for j in steps}
-        everyone = self._gather_finite(task, levels, figures)
+    def _loss(
+        self, model: nn.Module, rollout: Rollout, j: int, transition: Transition, share: float
+    ) -> tuple[Tensor, Tensor]:
+        args, advantages = self.args, rollout.advantages
+        t, dt = float(self.table.levels[j]), float(self.table.levels[j + 1] - self.table.levels[j])
+        c, s = float(self.table.c[j]), float(self.table.s[j])
+        v = self._student_velocity(model, transition.x, t, rollout.prompts)
+        loss, ratio = grpo_loss(
+            args.loss_type, v, transition.v, transition.z, advantages, c=c, s=s, dt=dt, epsilon=args.epsilon
+        )
+        kl = torch.zeros_like(loss)
+        if self.backbone is not None:
+            with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as base:
+                v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
+            kl = transition_kl(v, v_base, c, s)
+            loss = loss + args.beta * kl
+        clipped = is_clipped(ratio.detach(), advantages, args.epsilon).to(loss.dtype)
+        deviation = (ratio.detach() - 1).abs().max()
+        extreme = (advantages.abs() >= args.advantage_clip).float().mean()
+        figures = torch.stack([loss.detach().mean(), kl.detach().mean(), clipped.mean(), deviation, extreme])
+        return share * loss.mean(), figures
+
+    def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
+        levels = {j: float(self.table.levels[j]) for j in rollout.record}
+        everyone = self._gather_finite(rollout.task, levels, figures)
         loss, kl, clipped, _, extreme = everyone.mean((0, 2)).tolist()
         metrics = self._metrics["train"]
         metrics["clip_ratio/region_mean"].append(clipped)
@@ -224,12 +195,13 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         metrics["ratio/max_deviation"].append(float(everyone[:, 3].max()))
         if self.backbone is not None:
             metrics["kl"].append(kl)
-            metrics[f"kl/{task}"].append(kl)
-        return torch.tensor(loss, device=figures.device)
+            metrics[f"kl/{rollout.task}"].append(kl)
+        n = len(rollout.record)
+        return torch.tensor(loss, device=figures.device) * n * (self.rounds.share(rollout.task) / n)
 
     def _card_fields(self) -> dict[str, Any]:
         args, fields = self.args, super()._card_fields()
-        noisy = f"{self._window_size} of {args.num_inference_steps}"
+        noisy = f"{self.window_size} of {args.num_inference_steps}"
         fields["method"] = (
             "Groups of images of one prompt were drawn by walks with noise and scored; steps towards the better ones were "
             "made more probable."

@@ -14,28 +14,27 @@
 
 """Reinforcement learning on the forward process: images of an old policy, noised again, pull or push the student."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from diffusers import DiffusionPipeline
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..algorithms.flow import noised, velocity_gap_sq
 from ..algorithms.nft import draw_levels, nft_loss, old_policy_decay, optimality
 from ..algorithms.rollout import FORWARD_NOISE, LEVEL_DRAW, gaussian, sample_generators, walk
-from ..algorithms.samplers import sampler_table
+from ..algorithms.samplers import SamplerTable, sampler_table
 from ..models.backbone import BASE, Backbone
 from ..models.old_policy import OLD, OLD_POLICY_FILE, OldPolicy
 from ..problems import Problems
-from ..rewards import RewardFuncs
 from .diffusion_nft_config import DiffusionNFTConfig
-from .failed_start import gives_back
-from .rl_trainer import DiffusionRLTrainer, Rollout
+from .preparation import Parts
+from .rl_round import Rollout
+from .rl_trainer import DiffusionRLTrainer, equip
 
 
 class _OldPolicyCallback(TrainerCallback):
@@ -48,7 +47,7 @@ class _OldPolicyCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step % self.trainer.args.num_iterations == 0:
-            self.trainer._follow()
+            self.trainer.follow()
 
 
 class DiffusionNFTTrainer(DiffusionRLTrainer):
@@ -109,47 +108,29 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         "Process}},\n    eprint = {arXiv:2509.16117},\n}",
     }
     args: DiffusionNFTConfig
-    _config_class = DiffusionNFTConfig
+    table: SamplerTable
+    old_policy: OldPolicy
+    backbone: Backbone
+    config_class = DiffusionNFTConfig
 
-    @gives_back
-    def __init__(
-        self,
-        model: str | DiffusionPipeline,
-        reward_funcs: RewardFuncs,
-        args: DiffusionNFTConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
-        peft_config: PeftConfig | str | None = "default",
-    ):
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+    # Before the first step
+
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        super().prepare_method(parts, problems)
+        args: Any = parts.args
+        with problems.collect():
+            parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
+        backbone = parts.method["backbone"] = Backbone.of(parts.student, with_base=args.beta > 0)
+        parts.method["old_policy"] = OldPolicy(backbone, parts.student)
+        equip(parts, backbone, problems)
+
+    def _start(self) -> None:
+        super()._start()
         # PEFT's switches flip requires_grad: by identity, none of the old policy's weights may be among what is trained.
         frozen = {id(p) for p in self.old_policy.named_parameters().values()}
         assert not frozen & {id(p) for p in self.student.parameters()}, "the old policy is trainable"
         self.add_callback(_OldPolicyCallback(self))
-
-    # Before the first step
-
-    def _setup(self, model: nn.Module, problems: Problems) -> None:
-        super()._setup(model, problems)
-        args = self.args
-        with problems.collect():
-            self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
-        self.backbone = Backbone.of(model, with_base=args.beta > 0)
-        self.old_policy = OldPolicy(self.backbone, model)
-        self._equip(self.backbone, problems)
 
     # Training
 
@@ -166,36 +147,34 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
             return walk(velocity, x, self.table, generators), None
 
-    def _train_on(self, model: nn.Module, rollout: Rollout) -> Tensor:
-        """At each level of this update: the images noised anew, the old policy's velocity, the student's, its backward."""
-        args, task, prompts, x0 = self.args, rollout.task, rollout.prompts, rollout.latents
-        entropy = [args.seed, self.state.global_step, self.tasks.index(task), FORWARD_NOISE]
+    def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+        """At each level of this update: the images noised anew, the old policy's velocity, the student's, the base's."""
+        entropy = [self.args.seed, self.state.global_step, self.tasks.index(rollout.task), FORWARD_NOISE]
         generators = sample_generators(entropy, rollout.positions)
         levels = self._drawn_levels()
-        share = self._task_share(task) / len(levels)
+        share = self.rounds.share(rollout.task) / len(levels)
+        noises = [gaussian(generators, rollout.latents) for _ in levels]
+        return [partial(self._loss, model, rollout, t, eps, share) for t, eps in zip(levels, noises, strict=True)]
+
+    def _loss(self, model: nn.Module, rollout: Rollout, t: float, eps: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        args, prompts, x0 = self.args, rollout.prompts, rollout.latents
         # As in the paper's code: where the two policies are equal the gradient is then that of flow matching times the
         # (clipped) advantage, whatever these two are.
         scale = args.advantage_clip / args.nft_beta
         r = optimality(rollout.advantages, args.advantage_clip)
-        figures = []
-        assert self.backbone is not None
-        for j, t in enumerate(levels):
-            eps = gaussian(generators, x0)
-            x = noised(x0, eps, t)
-            with torch.no_grad(), self._part("reference"), self.backbone.use(OLD) as transformer:
-                old = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
-            with self._gradient_sync(model, last=j == len(levels) - 1):
-                student = self._student_velocity(model, x, t, prompts)
-                loss = scale * nft_loss(student, old, eps - x0, t, r, args.nft_beta, args.loss_weighting).mean()
-                kl = loss.new_zeros(())
-                if args.beta > 0:
-                    with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as transformer:
-                        base = self.velocity_field(x, t, prompts, args.guidance_scale, transformer)
-                    kl = velocity_gap_sq(student, base).mean()
-                self._backward(share * (loss + args.beta * kl))
-            gap, norm = velocity_gap_sq(student.detach(), old).mean(), old.float().square().mean()
-            figures.append(torch.stack([loss.detach(), kl.detach(), gap, norm]))
-        return self._record(task, levels, torch.stack(figures, 1), rollout.advantages) * self._task_share(task)
+        x = noised(x0, eps, t)
+        with torch.no_grad(), self._part("reference"), self.backbone.use(OLD) as network:
+            old = self.velocity_field(x, t, prompts, args.guidance_scale, network)
+        student = self._student_velocity(model, x, t, prompts)
+        loss = scale * nft_loss(student, old, eps - x0, t, r, args.nft_beta, args.loss_weighting).mean()
+        kl = loss.new_zeros(())
+        if args.beta > 0:
+            with torch.no_grad(), self._part("reference"), self.backbone.use(BASE) as network:
+                base = self.velocity_field(x, t, prompts, args.guidance_scale, network)
+            kl = velocity_gap_sq(student, base).mean()
+        gap, norm = velocity_gap_sq(student.detach(), old).mean(), old.float().square().mean()
+        figures = torch.stack([loss.detach(), kl.detach(), gap, norm])
+        return share * (loss + args.beta * kl), figures
 
     def _drawn_levels(self) -> list[float]:
         """The noise levels of this update: the same for all tasks and on every process."""
@@ -203,9 +182,9 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         k = self.args.num_trained_timesteps or len(self.table)
         return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
 
-    def _record(self, task: str, levels: list[float], figures: Tensor, advantages: Tensor) -> Tensor:
-        """Keeps the metrics of a micro-batch, from all processes; its mean loss."""
-        sizes, clip = advantages.abs(), self.args.advantage_clip
+    def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
+        task, levels = rollout.task, self._drawn_levels()
+        sizes, clip = rollout.advantages.abs(), self.args.advantage_clip
         of_images = torch.stack([(sizes / clip).mean(), (sizes >= clip).float().mean()])
         values = torch.cat([figures.float(), of_images[:, None].expand(2, len(levels))])
         loss, kl, gap, norm, signal, clipped = self._gather_finite(task, dict(enumerate(levels)), values).mean(0)
@@ -216,9 +195,10 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         if self.args.beta > 0:
             metrics["kl"].append(float(kl.mean()))
             metrics[f"kl/{task}"].append(float(kl.mean()))
-        return loss.mean().to(figures.device, torch.float32)
+        return loss.mean().to(figures.device, torch.float32) * self.rounds.share(task)
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
+        """Moves the old policy toward the student."""
         args = self.args
         decay = old_policy_decay(
             self.state.global_step, args.old_policy_decay_rate, args.old_policy_decay_max, args.old_policy_decay_start

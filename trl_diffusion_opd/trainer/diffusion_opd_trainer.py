@@ -33,22 +33,24 @@ from ..algorithms.samplers import default_skip_last_steps, sampler_table
 from ..data.tasks import task_rows
 from ..guards.redaction import shown
 from ..models.backbone import STUDENT
+from ..models.lora_adapter import rescaled_factors
 from ..models.student import STUDENT_ADAPTER
 from ..models.teacher_config import TeacherSpec
-from ..models.teachers import rescaled_factors
+from ..models.teachers import TeacherBank
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
 from . import dry_run
+from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
-from .failed_start import gives_back
-from .taught_trainer import TaughtTrainer
+from .preparation import Parts
+from .teaching import load_teachers
 
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionOPDTrainer(TaughtTrainer):
+class DiffusionOPDTrainer(DiffusionTrainer):
     """
     Trainer for on-policy distillation of diffusion models ([DiffusionOPD](https://huggingface.co/papers/2605.15055)).
 
@@ -105,10 +107,11 @@ class DiffusionOPDTrainer(TaughtTrainer):
         "citation": "@article{diffusionopd,\n    title  = {{DiffusionOPD}},\n    eprint = {arXiv:2605.15055},\n}",
     }
     args: DiffusionOPDConfig
-    _config_class = DiffusionOPDConfig
-    _parts = (*TaughtTrainer._parts, "teacher", "rollout", "reference", "noise_floor")
+    bank: TeacherBank
+    plan: StepPlan
+    config_class = DiffusionOPDConfig
+    timed_parts = (*DiffusionTrainer.timed_parts, "teacher", "rollout", "reference", "noise_floor")
 
-    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,
@@ -122,10 +125,6 @@ class DiffusionOPDTrainer(TaughtTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        self._teacher_specs = teachers
-        self._noise_floor: float | None = None
-        self._measured_floor_at = -1
-        self._lost_in_rounding: set[str] = set()
         super().__init__(
             model=model,
             args=args,
@@ -136,27 +135,33 @@ class DiffusionOPDTrainer(TaughtTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            teachers=teachers,
         )
-        self._place_teachers()
-        if self.is_world_process_zero():
-            self._print_teachers()
-            tables.print_steps(self.plan, self.args.loss_weighting)
-            tables.print_trained(self.student.parameters())
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: Problems) -> None:
-        args = self.args
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        args: Any = parts.args
         with problems.collect():
-            table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
+            table = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
             skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
-            self.plan = StepPlan.of(table, args.loss_weighting, skip)
-            if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(self.plan):
+            plan = parts.method["plan"] = StepPlan.of(table, args.loss_weighting, skip)
+            if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(plan):
                 problems.append(
-                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(self.plan)} steps are "
+                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(plan)} steps are "
                     f"trained of {len(table)}, without the last {skip} (skip_last_steps)."
                 )
-        self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
+        load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
+
+    def _start(self) -> None:
+        self._noise_floor: float | None = None
+        self._measured_floor_at = -1
+        self._lost_in_rounding: set[str] = set()
+        if self.is_world_process_zero():
+            self._print_teachers(self.bank)
+            tables.print_steps(self.plan, self.args.loss_weighting)
+            tables.print_trained(self.student.parameters())
 
     def dry_run(self) -> dict[str, Any]:
         """
@@ -170,7 +175,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
         Returns:
             `dict`: what is printed, as [`~dry_run.dry_run`] describes it.
         """
-        return dry_run.dry_run(self)
+        return dry_run.dry_run(self, self.bank, self.plan)
 
     # Training
 
@@ -182,12 +187,12 @@ class DiffusionOPDTrainer(TaughtTrainer):
         weighted gap, its backward, and on to the next state.
         """
         self._in_eval_mode(model)
-        task, positions = self._micro_batch(self._micro_step, inputs)
+        task, positions = self.turn(self._micro_step, inputs)
         prompts = [row["prompt"] for row in inputs]
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()
         last = max(steps)
-        share = self._task_share(task) / len(self.plan)
+        share = self.rounds.share(task) / len(self.plan)
         unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
@@ -216,7 +221,7 @@ class DiffusionOPDTrainer(TaughtTrainer):
 
         x = self.velocity_field.initial_latents(prompts, generators)
         walk(velocity, x, self.plan.table.head(last + 1), generators)
-        loss = self._record(task, steps, gaps, norms) * self._task_share(task)
+        loss = self._record(task, steps, gaps, norms) * self.rounds.share(task)
         self._end_micro_batch()
         return loss
 
@@ -308,17 +313,17 @@ class DiffusionOPDTrainer(TaughtTrainer):
             kls[f"{metric_key_prefix}_kl/{task}"] = kl
         return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
 
-    def _method_metrics(self, dataset: Dataset) -> list[str]:
-        return ["loss", *(f"kl/{task}" for task in task_rows(dataset, self.args.task_column))]
+    @classmethod
+    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
+        return ["loss", *(f"kl/{task}" for task in task_rows(dataset, args.task_column))]
 
     def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
         generators = sample_generators([self.args.seed, STEP_DRAW, self.tasks.index(task)], indices)
-        model = self.accelerator.unwrap_model(self.model)
         gaps = []
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             t = float(self.plan.table.levels[j])
-            student = self.velocity_field(x, t, prompts, self.args.guidance_scale, model)
+            student = self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
             gaps.append(velocity_gap_sq(student, self._target(task, x, t, prompts)).mean())
             return student
 

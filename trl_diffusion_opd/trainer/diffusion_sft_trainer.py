@@ -14,7 +14,7 @@
 
 """Supervised fine-tuning by flow matching, on images of a dataset or on images that teachers draw."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from ..algorithms.flow import noised
 from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generators, walk
-from ..algorithms.samplers import sampler_table
+from ..algorithms.samplers import SamplerTable, sampler_table
 from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.tasks import task_rows
@@ -38,15 +38,16 @@ from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
 from ..rewards import RewardFuncs
+from .base_trainer import DiffusionTrainer
 from .diffusion_sft_config import DiffusionSFTConfig
-from .failed_start import gives_back
-from .taught_trainer import TaughtTrainer
+from .preparation import Parts
+from .teaching import load_teachers
 
 
 _EVAL_LEVELS = 8
 
 
-class DiffusionSFTTrainer(TaughtTrainer):
+class DiffusionSFTTrainer(DiffusionTrainer):
     """
     Trainer for supervised fine-tuning of flow-matching models ([Flow Matching](https://huggingface.co/papers/2210.02747)).
 
@@ -103,10 +104,11 @@ class DiffusionSFTTrainer(TaughtTrainer):
         "    eprint = {arXiv:2210.02747},\n}",
     }
     args: DiffusionSFTConfig
-    _config_class = DiffusionSFTConfig
-    _parts = (*TaughtTrainer._parts, "teacher")
+    table: SamplerTable  # with teachers
+    cache: LatentCache | None = None
+    config_class = DiffusionSFTConfig
+    timed_parts = (*DiffusionTrainer.timed_parts, "teacher")
 
-    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,
@@ -120,10 +122,6 @@ class DiffusionSFTTrainer(TaughtTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        self._teacher_specs = teachers
-        self._images_of = train_dataset
-        self.cache: LatentCache | None = None
-        self._base_digest = ""
         super().__init__(
             model=model,
             args=args,
@@ -134,43 +132,24 @@ class DiffusionSFTTrainer(TaughtTrainer):
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            teachers=teachers,
         )
-        if teachers is not None:
-            self._place_teachers()
-        # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
-        self._fine_field = self.velocity_field.with_steps(self._pipeline.scheduler.config.num_train_timesteps)
-        if self.is_world_process_zero():
-            if self._teacher_specs is not None:
-                self._print_teachers()
-            else:
-                tables.print_tasks({task: len(rows) for task, rows in self._task_rows.items()})
-            tables.print_trained(self.student.parameters())
 
     # Before the first step
 
-    def _make_student(self, transformer: nn.Module, args: Any, peft_config: PeftConfig | str | None) -> nn.Module:
-        if self._teacher_specs is not None and args.teacher_cache_dir is not None:
-            self._base_digest = base_digest(self._pipeline)  # while it is the base alone
-        return super()._make_student(transformer, args, peft_config)
+    @classmethod
+    def look_at_base(cls, parts: Parts) -> None:
+        args: Any = parts.args
+        if parts.given_teachers is not None and args.teacher_cache_dir is not None:
+            parts.method["_base_digest"] = base_digest(parts.pipeline)
 
-    def _setup(self, model: nn.Module, problems: Problems) -> None:
-        args = self.args
-        column, features = args.image_column, self._images_of.features if isinstance(self._images_of, Dataset) else {}
-        if self._teacher_specs is None:
-            if args.teacher_cache_dir is not None:
-                problems.append(
-                    f"teacher_cache_dir={args.teacher_cache_dir!r} keeps images of teachers, and there are none. Leave it unset."
-                )
-            if features and not isinstance(features.get(column), Image):
-                found = (
-                    f"its type is {features[column]}" if column in features else f"the columns are {list(features)}"
-                )
-                problems.append(
-                    f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, and "
-                    f"give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of teachers."
-                )
-            with problems.collect():
-                self.velocity_field.check_encode()
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        args: Any = parts.args
+        dataset, column = parts.train_dataset, args.image_column
+        features = dataset.features if isinstance(dataset, Dataset) else {}
+        if parts.given_teachers is None:
+            cls._prepare_images(parts, features, problems)
             return
         if column in features:
             problems.append(
@@ -178,34 +157,44 @@ class DiffusionSFTTrainer(TaughtTrainer):
                 "leave out the teachers."
             )
         with problems.collect():
-            self.table = sampler_table(args.sampler, self.velocity_field.levels, args.noise_level)
+            parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
         loaded = len(problems)
-        self._load_teachers(model, problems, args.teacher_guidance_scale, args.batch_teachers)
-        if args.teacher_cache_dir is not None and len(problems) == loaded and self.tasks:
-            self.cache = self._make_cache(args.teacher_cache_dir)
-            problems += [f"teacher_cache_dir: {problem}" for problem in self.cache.problems()]
+        load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
+        if args.teacher_cache_dir is not None and len(problems) == loaded and parts.rounds.tasks:
+            cache = parts.method["cache"] = _make_cache(parts)
+            problems += [f"teacher_cache_dir: {problem}" for problem in cache.problems()]
 
-    def _make_cache(self, folder: str) -> LatentCache:
-        assert self._images_of is not None
-        prompts = self._images_of["prompt"][:]
-        of_task = {task: list(dict.fromkeys(prompts[row] for row in rows)) for task, rows in self._task_rows.items()}
-        settings = {
-            "base": self._base_digest,
-            "teachers": {task: model_identity(roles) for task, roles in self.bank.teachers.items()},
-            "sampler": self.args.sampler,
-            "noise_level": self.args.noise_level,
-            "levels": self.velocity_field.levels.tolist(),
-            "height": self.args.height,
-            "width": self.args.width,
-            "max_sequence_length": self.args.max_sequence_length,
-            "generation_kwargs": str(self.args.generation_kwargs),
-            "seed": self.args.seed,
-        }
-        return LatentCache(folder, settings, of_task, self.args.num_images_per_prompt)
+    @classmethod
+    def _prepare_images(cls, parts: Parts, features: Mapping[str, Any], problems: Problems) -> None:
+        args: Any = parts.args
+        column = args.image_column
+        if args.teacher_cache_dir is not None:
+            problems.append(
+                f"teacher_cache_dir={args.teacher_cache_dir!r} keeps images of teachers, and there are none. Leave it unset."
+            )
+        if features and not isinstance(features.get(column), Image):
+            found = f"its type is {features[column]}" if column in features else f"the columns are {list(features)}"
+            problems.append(
+                f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, and "
+                f"give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of teachers."
+            )
+        with problems.collect():
+            parts.velocity_field.check_encode()
+
+    def _start(self) -> None:
+        # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
+        self._fine_field = self.velocity_field.with_steps(self.base_pipeline.scheduler.config.num_train_timesteps)
+        if self.is_world_process_zero():
+            if self.bank is not None:
+                self._print_teachers(self.bank)
+            else:
+                tables.print_tasks(self.rounds.counts)
+            tables.print_trained(self.student.parameters())
 
     # Images
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`DiffusionTrainer.train`]. Before it, teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -242,7 +231,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
 
     def _latents(self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         prompts = [row["prompt"] for row in rows]
-        if self._teacher_specs is None:
+        if self.bank is None:
             return self.velocity_field.encode([row[self.args.image_column] for row in rows])
         if self.cache is None:
             return self._teacher_latents(task, prompts, generators)
@@ -258,23 +247,24 @@ class DiffusionSFTTrainer(TaughtTrainer):
     ) -> Tensor:
         """Noises one task's images, each to a level of its own, and trains the velocity there."""
         self._in_eval_mode(model)
-        task, positions = self._micro_batch(self._micro_step, inputs)
+        task, positions = self.turn(self._micro_step, inputs)
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         x0 = self._latents(task, inputs, generators)
         q = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
         eps = gaussian(generators, x0)
         with self._gradient_sync(model, last=True):
             loss = self._flow_loss(model, x0, eps, q, [row["prompt"] for row in inputs])
-            self._backward(self._task_share(task) * loss.mean())
+            self._backward(self.rounds.share(task) * loss.mean())
         mean = self._record(task, loss.detach().mean())
         self._end_micro_batch()
-        return (mean * self._task_share(task)).to(x0.device, torch.float32)
+        return (mean * self.rounds.share(task)).to(x0.device, torch.float32)
 
-    def _guidance_scales(self, task: str) -> set[float]:
-        return {1.0}
-
-    def _trained_scale(self) -> float:
+    @property
+    def trained_scale(self) -> float:
         return 1.0
+
+    def guidance_scales(self, task: str) -> set[float]:
+        return {1.0}
 
     def _flow_loss(self, model: nn.Module, x0: Tensor, eps: Tensor, q: Tensor, prompts: list[str]) -> Tensor:
         """Loss of each image, at the level of the quantile `q` of the timesteps' density."""
@@ -284,7 +274,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
         x = noised(x0, eps, t)
         # Without guidance: it is the conditional velocity that is trained.
         v = self._student_velocity(
-            model, x, t.tolist(), prompts, guidance_scale=self._trained_scale(), field=self._fine_field
+            model, x, t.tolist(), prompts, guidance_scale=self.trained_scale, field=self._fine_field
         )
         return flow_matching_loss(v, x0, eps)
 
@@ -299,9 +289,9 @@ class DiffusionSFTTrainer(TaughtTrainer):
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         """The loss on the first rows of the evaluation, one micro-batch a task, at fixed noise and levels."""
-        if not self._has_images(dataset):
+        if not _has_images(dataset, self.args, self.bank is not None):
             return {}
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.student.model
         size = self.args.per_device_eval_batch_size
         first = self.accelerator.process_index * size
         losses: dict[str, float] = {}
@@ -309,7 +299,7 @@ class DiffusionSFTTrainer(TaughtTrainer):
             rows = [dataset[int(row)] for row in np.resize(of_task, first + size)[first:]]
             entropy = [self.args.seed, EVAL_DRAW, self.tasks.index(task)]
             generators = sample_generators(entropy, range(first, first + size))
-            if self._teacher_specs is None:
+            if self.bank is None:
                 x0 = self._latents(task, rows, generators)
             else:  # a cache has the images of the training's prompts alone
                 x0 = self._teacher_latents(task, [row["prompt"] for row in rows], generators)
@@ -322,17 +312,14 @@ class DiffusionSFTTrainer(TaughtTrainer):
             losses[f"{metric_key_prefix}_loss/{task}"] = float(gathered.mean())
         return {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **losses}
 
-    def _method_metrics(self, dataset: Dataset) -> list[str]:
-        tasks = task_rows(dataset, self.args.task_column) if self._has_images(dataset) else {}
+    @classmethod
+    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
+        tasks = task_rows(dataset, args.task_column) if _has_images(dataset, args, with_teachers) else {}
         return ["loss", *(f"loss/{task}" for task in tasks)] if tasks else []
-
-    def _has_images(self, dataset: Dataset) -> bool:
-        """Whether an evaluation has images to take the loss of: a teacher's, or its own."""
-        return self._teacher_specs is not None or isinstance(dataset.features.get(self.args.image_column), Image)
 
     def _card_fields(self) -> dict[str, Any]:
         args = self.args
-        taught = self._teacher_specs is not None
+        taught = self.bank is not None
         density = args.timestep_density
         if density == "logit_normal":
             density += f", mean {args.logit_mean}, standard deviation {args.logit_std}"
@@ -348,3 +335,27 @@ class DiffusionSFTTrainer(TaughtTrainer):
             fields["teachers"] = self.bank.manifest()
             fields["settings"]["images"] = kept
         return fields
+
+
+def _has_images(dataset: Dataset, args: DiffusionSFTConfig, with_teachers: bool) -> bool:
+    """Whether an evaluation has images to take the loss of: a teacher's, or its own."""
+    return with_teachers or isinstance(dataset.features.get(args.image_column), Image)
+
+
+def _make_cache(parts: Parts) -> LatentCache:
+    args: Any = parts.args
+    prompts = parts.train_dataset["prompt"][:]
+    of_task = {task: list(dict.fromkeys(prompts[row] for row in rows)) for task, rows in parts.rounds.rows.items()}
+    settings = {
+        "base": parts.method["_base_digest"],
+        "teachers": {task: model_identity(roles) for task, roles in parts.method["bank"].teachers.items()},
+        "sampler": args.sampler,
+        "noise_level": args.noise_level,
+        "levels": parts.velocity_field.levels.tolist(),
+        "height": args.height,
+        "width": args.width,
+        "max_sequence_length": args.max_sequence_length,
+        "generation_kwargs": str(args.generation_kwargs),
+        "seed": args.seed,
+    }
+    return LatentCache(args.teacher_cache_dir, settings, of_task, args.num_images_per_prompt)

@@ -17,19 +17,21 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..algorithms.flow import velocity_gap_sq
+from ..algorithms.opd import StepPlan
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
-from ..models.teachers import rescaled_factors
+from ..models.lora_adapter import rescaled_factors
+from ..models.teachers import TeacherBank
 from ..reporting import console as tables
-from .conflicts import find_pairs
+from .base_trainer import DiffusionTrainer
 from .dry_run_shared import (
     Clock,
     Peak,
@@ -38,20 +40,16 @@ from .dry_run_shared import (
     draw,
     first_update,
     memory,
-    network_rounding,
     number_of_updates,
     score_pictures,
     write_pictures,
 )
 
 
-if TYPE_CHECKING:
-    from .diffusion_opd_trainer import DiffusionOPDTrainer
-
 logger = logging.getLogger(__name__)
 
 
-def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
+def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dict[str, Any]:
     """
     Shows what `trainer.train()` would do, without training: see [`DiffusionOPDTrainer.dry_run`].
 
@@ -59,7 +57,8 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
     teachers and base, and runs one forward and backward. No weight and no random state changes.
 
     Args:
-        trainer ([`DiffusionOPDTrainer`]): one that has not trained yet. Called on all processes.
+        trainer ([`DiffusionTrainer`]): one that has not trained yet. Called on all processes.
+        bank ([`TeacherBank`]), plan ([`StepPlan`]): its teachers, and the steps that it trains.
 
     Returns:
         `dict`:
@@ -72,20 +71,20 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
         - `"warnings"`: a sentence each.
     """
-    sampler = trainer._get_train_sampler()
+    sampler = trainer.make_sampler()
     batches = first_update(trainer, sampler)
     tasks, costs, activations = {}, [], []
-    with as_in_training(trainer) as student:
+    with as_in_training(trainer):
         for i in range(len(trainer.tasks)):  # the first micro-batch of each
             rows = [trainer.train_dataset[row] for row in batches[i]]
-            task, positions = trainer._micro_batch(i, rows)
+            task, positions = trainer.turn(i, rows)
             prompts = [row["prompt"] for row in rows]
-            tasks[task], cost = _walk(trainer, student, task, prompts, positions)
-            cost["update"], used = _forward_backward(trainer, student, prompts, positions)
+            tasks[task], cost = _walk(trainer, bank, plan, task, prompts, positions)
+            cost["update"], used = _forward_backward(trainer, float(plan.table.levels[0]), prompts, positions)
             costs.append(cost)
             activations.append(used)
-        pairs = find_pairs(trainer, sampler, student, thorough=True)
-    seconds = max(gather_object([_seconds(trainer, costs)]))
+        pairs = trainer.task_comparison().pairs(sampler, thorough=True)
+    seconds = max(gather_object([update_seconds(trainer.args, plan, trainer.rounds.micro_batches, costs)]))
     updates = number_of_updates(trainer, sampler)
     report = {
         "tasks": tasks,
@@ -96,12 +95,12 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
         "seconds": seconds * updates,
         "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
-    images = _draw(trainer)
+    images = _draw(trainer, bank)
     if trainer.accelerator.is_main_process:
-        scored = score_pictures(trainer, images)
+        scored = score_pictures(trainer.evaluator, images, trainer.state)
         for task, of_task in scored.items():
             tasks[task]["rewards"] = of_task
-        write_pictures(trainer, images, scored)
+        write_pictures(trainer.args.output_dir, images, scored)
         tables.print_pairs(pairs)
         tables.print_dry_run(report, trainer.accelerator.device.type)
         for warning in report["warnings"]:
@@ -115,23 +114,23 @@ def dry_run(trainer: "DiffusionOPDTrainer") -> dict[str, Any]:
 
 @torch.no_grad()
 def _walk(
-    trainer: "DiffusionOPDTrainer", network: nn.Module, task: str, prompts: list[str], positions: list[int]
+    trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, prompts: list[str], positions: list[int]
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """What the walk shows of a task, and the seconds of a forward of `"student"`, `"teachers"` and `"base"`."""
-    args, field, bank, roles = trainer.args, trainer.velocity_field, trainer.bank, trainer.bank.teachers[task]
-    plan, levels = trainer.plan, trainer.plan.table.levels.tolist()
+    args: Any = trainer.args
+    field, roles, levels = trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
     clock = Clock(trainer.accelerator.device)
     # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
     # to the base and the squared norm of its velocity.
     squares: list[list[Tensor]] = []
-    rounding = [network_rounding(trainer)] * len(roles)
+    rounding = [bank.backbone.rounding(trainer.mixed_dtype)] * len(roles)
     shares_forwards = len(bank.forwards(roles)) < len(roles)
 
     def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = levels[j]
         with clock("student"):
-            student = field(x, t, prompts, args.guidance_scale, network)
+            student = field(x, t, prompts, args.guidance_scale, trainer.student.model)
         target, of_teachers = torch.zeros_like(x), []
         for i, role in enumerate(roles):
             scale = role.guidance_scale
@@ -147,7 +146,7 @@ def _walk(
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         if shares_forwards:
             with clock("teachers"):
-                trainer._target(task, x, t, prompts)
+                bank.mean_velocity(field, roles, x, t, prompts)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
@@ -178,7 +177,7 @@ def _walk(
 
 
 def _forward_backward(
-    trainer: "DiffusionOPDTrainer", student: nn.Module, prompts: list[str], positions: list[int]
+    trainer: DiffusionTrainer, level: float, prompts: list[str], positions: list[int]
 ) -> tuple[float, int]:
     """Seconds of the student's forward and backward at one step, and the bytes that they need on the device."""
     device, field = trainer.accelerator.device, trainer.velocity_field
@@ -188,7 +187,7 @@ def _forward_backward(
     for _ in range(3):
         peak = Peak(device)
         with clock("update"):
-            velocity = field(x, float(trainer.plan.table.levels[0]), prompts, trainer.args.guidance_scale, student)
+            velocity = field(x, level, prompts, trainer.args.guidance_scale, trainer.student.model)
             loss = velocity_gap_sq(velocity, x).mean()
             peak.look()
             # Not backward(): the parameters' own gradients stay as they are.
@@ -201,14 +200,21 @@ def _forward_backward(
 # Time
 
 
-def _seconds(trainer: "DiffusionOPDTrainer", costs: list[dict[str, float]]) -> float:
-    """Seconds of an update: what the steps of its walks cost, as measured on one micro-batch of each task."""
-    args, seconds = trainer.args, 0.0
-    walked, trained = trainer.plan.expected_steps(args.num_trained_timesteps)
+def update_seconds(args: Any, plan: StepPlan, micro_batches: int, costs: list[dict[str, float]]) -> float:
+    """
+    Seconds of an update: what the steps of its walks cost.
+
+    Args:
+        args ([`DiffusionOPDConfig`]), plan ([`StepPlan`]), micro_batches (`int`): of each task in an update.
+        costs (`list[dict[str, float]]`): of each task, as measured on one micro-batch: the seconds of one step's `"student"`,
+            `"teachers"` and `"base"` forward, and of the forward and backward of an `"update"`.
+    """
+    seconds = 0.0
+    walked, trained = plan.expected_steps(args.num_trained_timesteps)
     for cost in costs:
         seconds += trained * (cost["teachers"] + cost["update"] + (cost["base"] if args.beta > 0 else 0.0))
         seconds += (walked - trained) * cost["student" if args.on_policy else "teachers"]
-    return seconds * trainer._micro_batches
+    return seconds * micro_batches
 
 
 def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
@@ -224,29 +230,29 @@ def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
 # Pictures
 
 
-def _draw(trainer: "DiffusionOPDTrainer") -> Pictures:
+def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
     """For each task the first row that is evaluated and, by a caption, the images of the models, all from the same noise."""
-    args, bank = trainer.args, trainer.bank
     evaluated: Any = trainer.eval_dataset
     if isinstance(evaluated, Mapping):
         evaluated = next(iter(evaluated.values()))
     firsts: dict[str, dict[str, Any]] = {}  # an evaluation need not have every task
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
-            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, args.task_column).items()}
+            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}
     scale = trainer.args.evaluation_guidance
-    student = trainer.accelerator.unwrap_model(trainer.model)
     pictures: Pictures = {}
     for task, row in firsts.items():
         of_task = {}
         with bank.use(None) as module:
-            of_task[f"base, CFG {scale:g}"] = draw(trainer, module, task, row["prompt"], scale)
+            of_task[f"base, CFG {scale:g}"] = draw(trainer.evaluator, module, task, row["prompt"], scale)
         for i, role in enumerate(bank.teachers[task], start=1):
             name = "teacher" if len(bank.teachers[task]) == 1 else f"teacher {i}"
             with bank.use(role) as module:
-                image = draw(trainer, module, task, row["prompt"], role.guidance_scale)
+                image = draw(trainer.evaluator, module, task, row["prompt"], role.guidance_scale)
             of_task[f"{name}, CFG {role.guidance_scale:g}"] = image
         with trainer.student.ema_weights():
-            of_task[f"student, CFG {scale:g}"] = draw(trainer, student, task, row["prompt"], scale)
+            of_task[f"student, CFG {scale:g}"] = draw(
+                trainer.evaluator, trainer.student.model, task, row["prompt"], scale
+            )
         pictures[task] = row, of_task
     return pictures

@@ -15,18 +15,19 @@
 """What a run by reward would do, shown before it starts: a round drawn and scored, what an update costs, and pictures."""
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..data.tasks import TaskSampler
 from ..reporting import console as tables
 from ..rewards.scoring import score_names
+from .base_trainer import DiffusionTrainer
 from .dry_run_shared import (
     Clock,
     Forwards,
@@ -42,10 +43,8 @@ from .dry_run_shared import (
     score_pictures,
     write_pictures,
 )
+from .rl_round import Rollout, Round
 
-
-if TYPE_CHECKING:
-    from .rl_trainer import DiffusionRLTrainer, Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,15 @@ logger = logging.getLogger(__name__)
 _SHOWN = 4
 
 
-def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
+Losses = list[Callable[[], tuple[Tensor, Tensor]]]
+
+
+def dry_run(
+    trainer: DiffusionTrainer,
+    roll_out: Callable[[list[list[dict[str, Any]]]], Round],
+    losses: Callable[[nn.Module, Rollout], Losses],
+    frozen: list[nn.Module],
+) -> dict[str, Any]:
     """
     Shows what `trainer.train()` would do, without training: see [`DiffusionRLTrainer.dry_run`].
 
@@ -61,7 +68,9 @@ def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
     No weight, gradient, metric or random state changes.
 
     Args:
-        trainer ([`DiffusionRLTrainer`]): one that has not trained yet. Called on all processes.
+        trainer ([`DiffusionTrainer`]): one that has not trained yet. Called on all processes.
+        roll_out, losses (`Callable`): its own, as [`DiffusionRLTrainer`] describes them.
+        frozen (`list[nn.Module]`): what else than the student computes velocities.
 
     Returns:
         `dict`:
@@ -76,31 +85,56 @@ def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
           process and without sharding.
         - `"warnings"`: names of rewards that had one value in every group.
     """
-    sampler = trainer._get_train_sampler()
+    sampler = trainer.make_sampler()
     batches = [[trainer.train_dataset[row] for row in rows] for rows in first_update(trainer, sampler)]
-    args, device = trainer.args, trainer.accelerator.device
+    device = trainer.accelerator.device
     clock, start, peak = Clock(device), in_use(device), Peak(device)
-    with as_in_training(trainer) as model, _untouched(trainer):
+    with as_in_training(trainer) as model:
         model.eval()
-        networks = [model, *trainer._frozen_networks()]
+        networks = [model, *frozen]
         with counted(networks) as of_round, clock("round"):
-            rollouts = trainer._roll_out(batches)
+            drawn = roll_out(batches)
         peak.look()
         kept = in_use(device) - start
-        in_round = sum(value.nbytes for value in _tensors(rollouts))
-        metrics, constant = trainer._metrics["train"], sorted(trainer._without_signal)
-        of_losses, used = _losses(trainer, model, rollouts, networks, clock)
-    passes, processes, micro_batches = args.num_iterations, trainer.accelerator.num_processes, trainer._micro_batches
+        in_round = sum(value.nbytes for value in _tensors(drawn.rollouts))
+        of_losses, used = _losses(trainer, partial(losses, model), drawn.rollouts, networks, clock)
+    warnings = drawn.warnings(trainer.state.global_step + 1)
+    if trainer.accelerator.is_main_process:
+        for warning in warnings.values():
+            logger.warning(warning)
+    report = {
+        "tasks": _of_tasks(trainer, drawn),
+        "generation_time": drawn.seconds["generation_time"],
+        "reward_time": _below("reward_time", drawn.seconds),
+        **_cost(trainer, sampler, clock, of_round, of_losses),
+        "memory": memory(
+            trainer, {"round": in_round}, max(peak.bytes, kept + used, 0), "a round and of a forward and backward"
+        ),
+        "warnings": sorted(warnings),
+    }
+    pictures = _draw(trainer, drawn.rollouts, batches)
+    if trainer.accelerator.is_main_process:
+        scored = score_pictures(trainer.evaluator, pictures, trainer.state)
+        for task, of_task in scored.items():
+            report["tasks"][task]["images"] = of_task
+        write_pictures(trainer.args.output_dir, pictures, scored)
+        tables.print_rl_dry_run(report, device.type)
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+def _cost(
+    trainer: DiffusionTrainer, sampler: TaskSampler, clock: Clock, of_round: Forwards, of_losses: Forwards
+) -> dict[str, Any]:
+    """Seconds and samples of an update and of the run, from one round and the losses of a micro-batch of each task."""
+    passes, processes = trainer.passes, trainer.accelerator.num_processes
+    micro_batches, updates = trainer.rounds.micro_batches, number_of_updates(trainer, sampler)
     seconds = clock.median("round") / passes
     seconds += micro_batches * sum(clock.median(f"loss {task}") for task in trainer.tasks)
-    updates = number_of_updates(trainer, sampler)
+    seconds = max(gather_object([seconds]))
     forwards = processes * (of_round.forwards / passes + micro_batches * of_losses.forwards)
     backwards = processes * micro_batches * of_losses.backwards
-    seconds = max(gather_object([seconds]))
-    report = {
-        "tasks": _of_tasks(trainer, metrics),
-        "generation_time": metrics["generation_time"][0],
-        "reward_time": {name: values[0] for name, values in _below("reward_time", metrics).items()},
+    return {
         "forwards_per_update": forwards,
         "backwards_per_update": backwards,
         "seconds_per_update": seconds,
@@ -108,106 +142,71 @@ def dry_run(trainer: "DiffusionRLTrainer") -> dict[str, Any]:
         "forwards": round(forwards * updates),
         "backwards": backwards * updates,
         "seconds": seconds * updates,
-        "memory": memory(
-            trainer, {"round": in_round}, max(peak.bytes, kept + used, 0), "a round and of a forward and backward"
-        ),
-        "warnings": constant,
     }
-    pictures = _draw(trainer, rollouts, batches)
-    if trainer.accelerator.is_main_process:
-        scored = score_pictures(trainer, pictures)
-        for task, of_task in scored.items():
-            report["tasks"][task]["images"] = of_task
-        write_pictures(trainer, pictures, scored)
-        tables.print_rl_dry_run(report, device.type)
-    trainer.accelerator.wait_for_everyone()
-    return report
-
-
-@contextmanager
-def _untouched(trainer: "DiffusionRLTrainer") -> Iterator[None]:
-    """Gives the trainer's notes back as they were, and reduces no gradients meanwhile."""
-    metrics, constant, without_signal = trainer._metrics, trainer._constant, trainer._without_signal
-    state = trainer.accelerator.gradient_state
-    sync_gradients = state.sync_gradients
-    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    trainer._constant, trainer._without_signal = {}, set()
-    state._set_sync_gradients(False)
-    try:
-        yield
-    finally:
-        trainer._metrics, trainer._constant, trainer._without_signal = metrics, constant, without_signal
-        state._set_sync_gradients(sync_gradients)
 
 
 def _losses(
-    trainer: "DiffusionRLTrainer", model: nn.Module, rollouts: "list[Rollout]", networks: list[nn.Module], clock: Clock
+    trainer: DiffusionTrainer,
+    losses: Callable[[Rollout], Losses],
+    rollouts: list[Rollout],
+    networks: list[nn.Module],
+    clock: Clock,
 ) -> tuple[Forwards, int]:
     """Takes the loss of each task's first micro-batch: what the networks see, and the bytes that it needs."""
-    parameters = trainer.student.parameters()
-    used = 0
+    parameters, device = trainer.student.parameters(), trainer.accelerator.device
 
-    def backward(loss: Tensor) -> None:
-        nonlocal used
-        peak.look()
-        # Not backward(): the parameters' own gradients stay as they are.
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        used = max(used, peak.without(gradients))
+    def take(rollout: Rollout) -> int:
+        peak, used = Peak(device), 0
+        for loss_of in losses(rollout):
+            loss, _ = loss_of()
+            peak.look()
+            # Not backward(): the parameters' own gradients stay as they are.
+            used = max(used, peak.without(torch.autograd.grad(loss, parameters, allow_unused=True)))
+        return used
 
-    trainer._backward = backward  # type: ignore[method-assign]
-    try:
-        peak = Peak(trainer.accelerator.device)
-        trainer._train_on(model, rollouts[0])  # the first one sets things up
-        with counted(networks) as count:
-            for task, rollout in zip(trainer.tasks, rollouts, strict=False):
-                peak = Peak(trainer.accelerator.device)
-                with clock(f"loss {task}"):
-                    trainer._train_on(model, rollout)
-    finally:
-        del trainer._backward  # the class's own is behind it
-    return count, used
+    used = [take(rollouts[0])]  # the first one sets things up
+    with counted(networks) as count:
+        for task, rollout in zip(trainer.tasks, rollouts, strict=False):
+            with clock(f"loss {task}"):
+                used.append(take(rollout))
+    return count, max(used)
 
 
-def _tensors(rollouts: "list[Rollout]") -> Iterator[Tensor]:
+def _tensors(rollouts: list[Rollout]) -> Iterator[Tensor]:
     for value in tree_leaves([vars(rollout) for rollout in rollouts]):
         if isinstance(value, Tensor):
             yield value
 
 
-def _below(prefix: str, metrics: dict[str, list[float]]) -> dict[str, list[float]]:
-    return {
-        name.removeprefix(f"{prefix}/"): values for name, values in metrics.items() if name.startswith(f"{prefix}/")
-    }
+def _below(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(f"{prefix}/")}
 
 
-def _of_tasks(trainer: "DiffusionRLTrainer", metrics: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """A round's figures by task. A metric has a value for each task that it has part in, in their order."""
-    completions = trainer._train_batch_size * trainer.accelerator.num_processes * trainer._micro_batches
-    values = {name: iter(of_name) for name, of_name in metrics.items()}
+def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, Any]]:
+    """A round's figures by task."""
+    completions = trainer.samples_of_task
     figures = {}
-    for task in trainer.tasks:
+    for task, of_task in drawn.figures.items():
         names = [name for function in trainer.reward_funcs[task] for name in score_names(function)]
         figures[task] = {
-            "prompts": completions // trainer.args.num_generations,
+            "prompts": completions // trainer.repeats,
             "completions": completions,
-            "frac_reward_zero_std": next(values["frac_reward_zero_std"]),
+            "frac_reward_zero_std": of_task["frac_reward_zero_std"],
             "rewards": {
-                name: {figure: next(values[f"rewards/{name}/{figure}"]) for figure in ("mean", "std")}
-                for name in names
+                name: {figure: of_task[f"rewards/{name}/{figure}"] for figure in ("mean", "std")} for name in names
             },
         }
     return figures
 
 
-def _draw(trainer: "DiffusionRLTrainer", rollouts: "list[Rollout]", batches: list[list[dict[str, Any]]]) -> Pictures:
+def _draw(trainer: DiffusionTrainer, rollouts: list[Rollout], batches: list[list[dict[str, Any]]]) -> Pictures:
     """For each task's first prompt what an evaluation draws, and completions of its group as they were scored."""
     scale = trainer.args.evaluation_guidance
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    shown = min(_SHOWN, trainer.args.num_generations, trainer._train_batch_size)
+    shown = min(_SHOWN, trainer.repeats, trainer.micro_batch_size)
     pictures: Pictures = {}
     for task, rollout, rows in zip(trainer.tasks, rollouts, batches, strict=False):
         with trainer.student.ema_weights():
-            image = draw(trainer, model, task, rollout.prompts[0], scale)
+            image = draw(trainer.evaluator, trainer.student.model, task, rollout.prompts[0], scale)
         completions = trainer.velocity_field.decode(rollout.latents[:shown], rollout.prompts[:shown])
         captions = {f"completion {i}": completion for i, completion in enumerate(completions, start=1)}
         pictures[task] = rows[0], {f"student, CFG {scale:g}": image, **captions}

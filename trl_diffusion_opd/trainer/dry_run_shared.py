@@ -22,41 +22,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from ..data.tasks import TaskSampler
 from ..guards.extras import extra
 from ..guards.files import file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
 from ..pipelines.drawing import draw_images
+from ..pipelines.view import exchanged_forward
 from ..profiling.timing import instant, seconds_between
+from .base_trainer import DiffusionTrainer
+from .image_evaluator import ImageEvaluator
 from .memory_estimate import estimate_memory
-
-
-if TYPE_CHECKING:
-    from .base_trainer import DiffusionTrainer
-    from .taught_trainer import TaughtTrainer
 
 
 # As in training
 
 
-def first_update(trainer: "DiffusionTrainer", sampler: TaskSampler) -> list[list[int]]:
+def first_update(trainer: DiffusionTrainer, sampler: TaskSampler) -> list[list[int]]:
     """Rows of the training data in each of this process's micro-batches of the first update."""
-    size, accelerator = trainer._train_batch_size, trainer.accelerator
+    size, accelerator = trainer.micro_batch_size, trainer.accelerator
     length = size * accelerator.num_processes
-    rows = list(islice(sampler, length * trainer._micro_batches * len(trainer.tasks)))
+    rows = list(islice(sampler, length * len(trainer.rounds)))
     mine = accelerator.process_index * size
     return [rows[first + mine : first + mine + size] for first in range(0, len(rows), length)]
 
 
-def number_of_updates(trainer: "DiffusionTrainer", sampler: TaskSampler) -> int:
+def number_of_updates(trainer: DiffusionTrainer, sampler: TaskSampler) -> int:
     """Optimizer steps of the whole run."""
     epochs = trainer.args.num_train_epochs
     return (
@@ -65,9 +64,9 @@ def number_of_updates(trainer: "DiffusionTrainer", sampler: TaskSampler) -> int:
 
 
 @contextmanager
-def as_in_training(trainer: "DiffusionTrainer") -> Iterator[nn.Module]:
+def as_in_training(trainer: DiffusionTrainer) -> Iterator[nn.Module]:
     """The trained model as it computes once Trainer has prepared it: with checkpointing and in mixed precision."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.student.model
     if trainer.args.activation_checkpointing:
         trainer.model.activation_checkpointing_enable()  # as Trainer does when training begins
     forward = model.forward
@@ -76,11 +75,8 @@ def as_in_training(trainer: "DiffusionTrainer") -> Iterator[nn.Module]:
         with trainer.accelerator.autocast():
             return forward(*args, **inputs)
 
-    model.forward = call
-    try:
+    with exchanged_forward(model, call):
         yield model
-    finally:
-        del model.forward  # the class's own is behind it
 
 
 # Time and forwards
@@ -134,15 +130,6 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
             handle.remove()
 
 
-def network_rounding(trainer: "TaughtTrainer") -> float:
-    """What two equal networks differ by: the relative rounding of one number, a few times over the layers."""
-    network = trainer.bank.backbone.network
-    assert network is not None  # where there are teachers
-    frozen = (p.dtype for p in network.parameters() if not p.requires_grad)
-    weights = next(dtype for dtype in frozen if dtype.is_floating_point)  # quantised ones are integers
-    return 4 * max(torch.finfo(dtype).eps for dtype in (weights, trainer.mixed_dtype) if dtype is not None)
-
-
 # Memory
 
 
@@ -174,9 +161,7 @@ class Peak:
         return self.bytes - sum(gradient.nbytes for gradient in gradients if gradient is not None)
 
 
-def memory(
-    trainer: "DiffusionTrainer", extra: Mapping[str, int], measured: int, what: str
-) -> dict[str, dict[str, Any]]:
+def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, what: str) -> dict[str, dict[str, Any]]:
     """
     [`estimate_memory`] for the trainer's device, without sharding.
 
@@ -202,24 +187,26 @@ def memory(
 Pictures = dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]
 
 
-def draw(trainer: "DiffusionTrainer", module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
+def draw(evaluator: ImageEvaluator, module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
     """The image that an evaluation draws first for a task, if this is its first prompt."""
     ((_, image),) = draw_images(
-        trainer.eval_field,
+        evaluator.field,
         module,
         [prompt],
-        entropy=[trainer.args.seed, trainer.tasks.index(task)],
+        entropy=[evaluator.args.seed, evaluator.tasks.index(task)],
         guidance_scale=guidance_scale,
         batch_size=1,
     )
     return image
 
 
-def score_pictures(trainer: "DiffusionTrainer", pictures: Pictures) -> dict[str, dict[str, dict[str, float | None]]]:
+def score_pictures(
+    evaluator: ImageEvaluator, pictures: Pictures, state: TrainerState
+) -> dict[str, dict[str, dict[str, float | None]]]:
     """By task, caption and reward the score of every image; none of a reward that hangs, with a warning."""
     scored = {}
     for task, (row, images) in pictures.items():
-        with trainer._monitor(task) as scorer:
+        with evaluator.monitor(task, state) as scorer:
             scorer.submit([row] * len(images), list(images.values()))
             scores = scorer.results()
         scored[task] = {
@@ -229,12 +216,12 @@ def score_pictures(trainer: "DiffusionTrainer", pictures: Pictures) -> dict[str,
 
 
 def write_pictures(
-    trainer: "DiffusionTrainer", pictures: Pictures, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+    output_dir: str | None, pictures: Pictures, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
 ) -> None:
     """One file an image, and one with all of them and each one's first reward, in the output folder."""
     from ..reporting import plots
 
-    folder = Path(trainer.args.output_dir or ".") / DRY_RUN_FOLDER
+    folder = Path(output_dir or ".") / DRY_RUN_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     widest = max(len(of_task) for _, of_task in pictures.values())
     rows = []

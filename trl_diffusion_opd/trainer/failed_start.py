@@ -12,41 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A trainer that cannot start gives the caller's pipeline back as it was, whatever was raised."""
+"""What gives the caller's pipeline back as it was, if a trainer cannot start."""
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 from torch import nn
 
 from ..acceleration.compilation import repeated_blocks
 from ..models.adapter_switch import remove_adapters
-
-
-class _Undoable(Protocol):
-    _undo: ExitStack
-
-
-P = ParamSpec("P")
-T = TypeVar("T", bound=_Undoable)
-
-
-def gives_back(init: Callable[Concatenate[T, P], None]) -> Callable[Concatenate[T, P], None]:
-    """For a trainer's `__init__`: if it fails, what was put into `self._undo` is called, the last first."""
-
-    @wraps(init)
-    def wrapped(self: T, *args: P.args, **kwargs: P.kwargs) -> None:
-        if "_undo" not in vars(self):  # else this is the `__init__` of a base class
-            self._undo = ExitStack()
-        try:
-            init(self, *args, **kwargs)
-        except BaseException:
-            self._undo.close()
-            raise
-
-    return wrapped
 
 
 def restorer(components: Iterable[nn.Module]) -> Callable[[], None]:

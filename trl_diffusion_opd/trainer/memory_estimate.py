@@ -101,16 +101,16 @@ def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
 
 def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
-    student, frozen = trainer.student.parameters(), trainer._frozen_parts()
+    student, frozen = trainer.student.parameters(), trainer.frozen_parts()
     taken = {id(tensor) for tensor in itertools.chain(student, *frozen.values())}
-    components: dict[str, Any] = trainer._pipeline.components
+    components: dict[str, Any] = trainer.base_pipeline.components
     rows, elsewhere = {}, {}
     for name, component in components.items():
         if not isinstance(component, nn.Module):
             continue
         own = [*component.parameters(), *component.buffers(), *scales(component)]
         tensors = [tensor for tensor in own if id(tensor) not in taken]
-        if any(component is other for other in trainer._offload.modules):
+        if any(component is other for other in trainer.offload.modules):
             elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
         elif tensors:
             rows[name] = _row_of(tensors, "counted")
@@ -126,7 +126,7 @@ def _row_of(tensors: Sequence[Tensor], how: str) -> dict[str, Any]:
 
 
 def _gathered(trainer: DiffusionTrainer) -> int:
-    transformer: Any = trainer._pipeline.components["transformer"]
+    transformer: Any = trainer.base_pipeline.components["transformer"]
     blocks = [sum(bytes_of(p) for p in block.parameters()) for block in repeated_blocks(transformer)]
     return sum(bytes_of(p) for p in transformer.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
 
@@ -152,16 +152,16 @@ def optimizer_bytes(trainer: DiffusionTrainer) -> tuple[float, float]:
 
 def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) -> int | None:
     """The activations' part of [`estimate_memory`]; `None` where a network cannot be followed by shapes alone."""
-    base: Any = trainer._pipeline.components["transformer"]
+    base: Any = trainer.base_pipeline.components["transformer"]
     args = trainer.args
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.student.model
     checkpointing = base.is_gradient_checkpointing
     if args.activation_checkpointing:
         base.enable_gradient_checkpointing()
     device_type = device_type or trainer.accelerator.device.type
     # Teachers' forwards keep nothing, but may have more rows than a student without guidance.
-    trained = trainer._trained_scale()
-    scales = {scale for task in trainer.tasks for scale in trainer._guidance_scales(task)} - {trained}
+    trained = trainer.trained_scale
+    scales = {scale for task in trainer.tasks for scale in trainer.guidance_scales(task)} - {trained}
     try:
         return max(
             _of_scale(trainer, model, base, scale, device_type, backward=scale == trained)

@@ -18,9 +18,7 @@ import json
 import logging
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +41,13 @@ from ..rewards import RewardFuncs, Scorer, reward_name
 from . import dry_run_rl
 from .base_trainer import DiffusionTrainer
 from .checks import scored_data_problems
-from .evaluating_trainer import gathered
-from .failed_start import gives_back
+from .image_evaluator import gathered
+from .preparation import Parts
 from .rl_config import DiffusionRLConfig
+from .rl_round import Rollout, Round
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Rollout:
-    """
-    A micro-batch of completions.
-
-    Attributes:
-        task (`str`), prompts (`list[str]`)
-        positions (`list[int]`): numbers of its completions among the task's of this round, over all processes.
-        latents (`Tensor` of shape `(B, ...)`): the completions at level 0, before they are decoded.
-        record: what the method's walk kept.
-        advantages (`Tensor` of shape `(B,)`, float32): known when the round is scored.
-    """
-
-    task: str
-    prompts: list[str]
-    positions: list[int]
-    latents: Tensor
-    record: Any
-    advantages: Tensor
 
 
 class DiffusionRLTrainer(DiffusionTrainer):
@@ -78,7 +56,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     A round draws groups of completions of its prompts, scores them, and computes advantages. Then `num_iterations`
     optimizer steps use them, micro-batch by micro-batch as they were drawn. A trainer derives from it and overrides
-    [`_draw_rollout`] (the walk) and [`_train_on`] (the loss and its backwards).
+    [`_draw_rollout`] (the walk), [`losses`] and [`_record`].
 
     Args:
         reward_funcs (function, `list` or `dict` from task to either):
@@ -88,10 +66,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
     """
 
     args: DiffusionRLConfig
-    _parts = (*DiffusionTrainer._parts, "rollout", "decoding", "rewards", "reference")
-    backbone: Backbone | None = None  # a trainer's `_setup` makes it where another role than the student's is played
+    timed_parts = (*DiffusionTrainer.timed_parts, "rollout", "decoding", "rewards", "reference")
+    reward_weights: dict[str, float]
+    backbone: Backbone | None = (
+        None  # a trainer's `prepare_method` makes it where another role than the student's is played
+    )
 
-    @gives_back
     def __init__(
         self,
         model: str | DiffusionPipeline,
@@ -104,12 +84,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
         quantization_config: Any = None,
         peft_config: PeftConfig | str | None = "default",
     ):
-        self._given_rewards = reward_funcs
-        self._given_prompts = train_dataset
-        self._rollouts: list[Rollout] = []
-        self._constant: dict[str, list[bool]] = {}
-        self._applied: set[str] = set()  # rewards with a value in this round
-        self._without_signal: set[str] = set()
         super().__init__(
             model=model,
             args=args,
@@ -121,19 +95,6 @@ class DiffusionRLTrainer(DiffusionTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        self._repeats, self._passes = self.args.num_generations, self.args.num_iterations
-        if self.backbone is not None:
-            self.backbone.to(self.accelerator.device)
-        if self.is_world_process_zero():
-            rewards = {
-                task: {name: self.reward_weights[name] for name in map(reward_name, functions)}
-                for task, functions in self.reward_funcs.items()
-            }
-            completions = self.args.train_batch_size * self.args.world_size * self._micro_batches
-            of_a_round = completions // self.args.num_generations
-            prompts = {task: len(rows) for task, rows in self._task_rows.items()}
-            tables.print_rewards(prompts, rewards, of_a_round, self.args.num_generations)
-            tables.print_trained(self.student.parameters())
 
     # Hooks of the trainers
 
@@ -150,22 +111,33 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """
         raise NotImplementedError
 
-    def _train_on(self, model: nn.Module, rollout: Rollout) -> Tensor:
+    def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """
-        Runs the backwards of one micro-batch: each under [`_gradient_sync`], its mean loss times [`_task_share`].
+        The forwards of one micro-batch, in order: each returns its share of the update's loss, to go backward before the next one,
+        and its figures, of shape `(k,)`, for [`_record`].
+        """
+        raise NotImplementedError
+
+    def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
+        """
+        Keeps the metrics of a micro-batch, from all processes, which refuse what is not finite.
+
+        Args:
+            rollout ([`Rollout`])
+            figures (`Tensor` of shape `(k, n)`): of its n forwards.
 
         Returns:
-            `Tensor`: the micro-batch's loss, detached, times its share.
+            `Tensor`: the micro-batch's loss, times its share.
         """
         raise NotImplementedError
 
     # Before the first step
 
-    def _setup(self, model: nn.Module, problems: Problems) -> None:
-        super()._setup(model, problems)
-        args = self.args
-        unrewarded = [task for task, functions in self.reward_funcs.items() if not functions]
-        if self._given_rewards is None:
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        args: Any = parts.args
+        unrewarded = [task for task, functions in parts.reward_funcs.items() if not functions]
+        if parts.given_rewards is None:
             problems.append("reward_funcs is missing: the rewards are what is trained for.")
         elif unrewarded:
             problems.append(
@@ -173,50 +145,25 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 "leave out their prompts."
             )
         # The base looks at the prompts that are evaluated.
-        problems += scored_data_problems(self.reward_funcs, self._given_prompts, None, args.task_column)
-        if self.tasks:
-            self._set_reward_weights(problems)
-            self._check_groups(problems)
+        problems += scored_data_problems(parts.reward_funcs, parts.train_dataset, None, args.task_column)
+        if parts.rounds.tasks:
+            parts.method["reward_weights"] = _reward_weights(parts, problems)
+            problems += _group_problems(args, parts.rounds.micro_batches)
 
-    def _equip(self, backbone: Backbone, problems: Problems) -> Backbone:
-        """Has the networks beside the student's compute as the arguments say."""
-        with problems.collect():
-            for network in backbone.networks():
-                self._use_attention_backend(network, as_student=False)
-        return backbone
-
-    def _reward_names(self) -> list[str]:
-        """Names of the reward functions in the order in which they were given."""
-        tasks = self._given_rewards if isinstance(self._given_rewards, Mapping) else self.tasks
-        names = [reward_name(function) for task in tasks for function in self.reward_funcs.get(task, [])]
-        return list(dict.fromkeys(names))
-
-    def _set_reward_weights(self, problems: Problems) -> None:
-        names = self._reward_names()
-        weights = [1.0] * len(names) if self.args.reward_weights is None else self.args.reward_weights
-        if names and len(weights) != len(names):
-            problems.append(
-                f"reward_weights has {len(weights)} values for {len(names)} reward functions. Give one for each, in this "
-                f"order: {', '.join(names)}."
-            )
-        elif names and not any(weights):
-            problems.append(
-                f"reward_weights={weights}: all are 0, so nothing would be trained for. Give one of {', '.join(names)} a weight."
-            )
-        self.reward_weights = dict(zip(names, map(float, weights), strict=False))
-
-    def _check_groups(self, problems: Problems) -> None:
-        args, size = self.args, self.args.num_generations
-        others = args.world_size * self._micro_batches
-        if size < 1 or args.train_batch_size * others % size == 0:
-            return
-        fitting = math.lcm(size, others) // others
-        fitting *= max(1, round(args.train_batch_size / fitting))
-        problems.append(
-            f"A task has {args.train_batch_size * others} completions a round (per_device_train_batch_size="
-            f"{args.train_batch_size} x {args.world_size} process(es) x {self._micro_batches} micro-batch(es) of the task), "
-            f"which are not whole groups of num_generations={size}. Use per_device_train_batch_size={fitting}."
-        )
+    def _start(self) -> None:
+        self.repeats, self.passes = self.args.num_generations, self.args.num_iterations
+        self._rollouts: list[Rollout] = []
+        self._without_signal: set[str] = set()
+        if self.backbone is not None:
+            self.backbone.to(self.accelerator.device)
+        if self.is_world_process_zero():
+            rewards = {
+                task: {name: self.reward_weights[name] for name in map(reward_name, functions)}
+                for task, functions in self.reward_funcs.items()
+            }
+            of_a_round = self.samples_of_task // self.repeats
+            tables.print_rewards(self.rounds.counts, rewards, of_a_round, self.repeats)
+            tables.print_trained(self.student.parameters())
 
     def dry_run(self) -> dict[str, Any]:
         """
@@ -231,13 +178,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
         Returns:
             `dict`: what is printed, as [`~dry_run_rl.dry_run`] describes it.
         """
-        return dry_run_rl.dry_run(self)
+        return dry_run_rl.dry_run(self, self.roll_out, self.losses, self.frozen_networks())
 
-    def _frozen_networks(self) -> list[nn.Module]:
+    def frozen_networks(self) -> list[nn.Module]:
         """What else than the student computes velocities here."""
         return [] if self.backbone is None else self.backbone.networks()
 
-    def _frozen_parts(self) -> dict[str, list[Tensor]]:
+    def frozen_parts(self) -> dict[str, list[nn.Parameter]]:
         frozen: dict[str, Any] = {} if self.backbone is None else self.backbone.frozen()
         return {{BASE: "frozen base", OLD: "old policy"}[role]: weights for role, weights in frozen.items()}
 
@@ -257,7 +204,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.state.global_step % self.args.num_iterations == 0:
-            self._rollouts = self._roll_out(batches)
+            drawn = self.roll_out(batches)
+            self._rollouts = drawn.rollouts
+            self._log_round(drawn)
         elif batches:
             prompts = [[row["prompt"] for row in rows] for rows in batches]
             if prompts != [rollout.prompts for rollout in self._rollouts]:
@@ -271,26 +220,32 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self, model: nn.Module, inputs: Rollout, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         self._in_eval_mode(model)
-        loss = self._train_on(model, inputs)
+        losses, figures = self.losses(model, inputs), []
+        for i, loss_of in enumerate(losses):
+            with self._gradient_sync(model, last=i == len(losses) - 1):
+                loss, of_step = loss_of()
+                self._backward(loss)
+            figures.append(of_step)
+        mean = self._record(inputs, torch.stack(figures, dim=1))
         self._end_micro_batch()
-        return loss
+        return mean
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Trainer would look for a language model's inputs in a rollout. Not counted, as in the other trainers here."""
         return 0
 
     @torch.no_grad()
-    def _roll_out(self, batches: list[list[dict[str, Any]]]) -> list[Rollout]:
+    def roll_out(self, batches: list[list[dict[str, Any]]]) -> Round:
         """Draws and scores the completions of a round, task by task, each scored while the next ones are drawn."""
-        self.accelerator.unwrap_model(self.model).eval()
+        self.student.model.eval()
         rollouts: dict[int, Rollout] = {}
-        seconds: dict[str, float] = defaultdict(float)
+        drawn = Round([])
         for k, task in enumerate(self.tasks):
             numbers = range(k, len(batches), len(self.tasks))
             start = time.perf_counter()
             with Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, task=task) as scorer:
                 for i in numbers:
-                    _, positions = self._micro_batch(i, batches[i])
+                    _, positions = self.turn(i, batches[i])
                     prompts = [row["prompt"] for row in batches[i]]
                     generators = sample_generators([self.args.seed, self.state.global_step, k], positions)
                     latents, record = self._draw_rollout(task, prompts, generators)
@@ -299,22 +254,22 @@ class DiffusionRLTrainer(DiffusionTrainer):
                         images = self.velocity_field.decode(latents, prompts)
                     with self._part("rewards"):
                         scorer.submit(batches[i], images)
-                seconds["generation_time"] += time.perf_counter() - start - scorer.waited
+                drawn.seconds["generation_time"] += time.perf_counter() - start - scorer.waited
                 with self._part("rewards"):
                     scores = scorer.results()
             for name, taken in scorer.seconds.items():
-                seconds[f"reward_time/{name}"] += taken
+                drawn.seconds[f"reward_time/{name}"] += taken
             for name, values in gathered(scorer.log.metrics).items():
-                self._metrics["train"][name] += values
-            self._set_advantages(task, [rollouts[i] for i in numbers], scores)
-        for name, value in seconds.items():
-            self._metrics["train"][name].append(value)
-        self._warn_without_signal()
-        return [rollouts[i] for i in range(len(batches))]
+                drawn.logged[name] += values
+            self._set_advantages(task, [rollouts[i] for i in numbers], scores, drawn)
+        drawn.rollouts = [rollouts[i] for i in range(len(batches))]
+        return drawn
 
-    def _set_advantages(self, task: str, rollouts: list[Rollout], scores: dict[str, list[float | None]]) -> None:
+    def _set_advantages(
+        self, task: str, rollouts: list[Rollout], scores: dict[str, list[float | None]], drawn: Round
+    ) -> None:
         """Advantages of a task's completions, from the scores of all processes' groups."""
-        args, metrics = self.args, self._metrics["train"]
+        args, size = self.args, self.args.num_generations
         positions = [position for rollout in rollouts for position in rollout.positions]
         prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
         columns = list(scores)
@@ -325,36 +280,25 @@ class DiffusionRLTrainer(DiffusionTrainer):
         values = torch.tensor(
             [[math.nan if value is None else value for value in row[2:]] for row in everyone], dtype=torch.float64
         )
+        figures = drawn.figures[task] = {}
         for name, column in zip(columns, values.T, strict=True):
-            metrics[f"rewards/{name}/mean"].append(float(column.nanmean()))
-            metrics[f"rewards/{name}/std"].append(_std(column))
+            figures[f"rewards/{name}/mean"] = float(column.nanmean())
+            figures[f"rewards/{name}/std"] = _std(column)
         # A combined reward's parts are logged, and not added once more.
         names = [reward_name(function) for function in self.reward_funcs[task]]
         rewards = values[:, [columns.index(name) for name in names]]
         weights = torch.tensor([self.reward_weights[name] for name in names], dtype=torch.float64)
         total = weighted_rewards(rewards, weights)
-        constant = constant_groups(total, args.num_generations)
-        for name, value in (
-            ("reward", float(total.nanmean())),
-            (f"reward/{task}", float(total.nanmean())),
-            ("reward_std", _std(total)),
-            ("frac_reward_zero_std", float(constant.double().mean())),
-        ):
-            metrics[name].append(value)
-        for name, of_reward, column in zip(
-            names, constant_groups(rewards, args.num_generations).T, rewards.T, strict=True
-        ):
+        figures["reward"] = figures[f"reward/{task}"] = float(total.nanmean())
+        figures["reward_std"] = _std(total)
+        figures["frac_reward_zero_std"] = float(constant_groups(total, size).double().mean())
+        for name, of_reward, column in zip(names, constant_groups(rewards, size).T, rewards.T, strict=True):
             if not column.isnan().all():
-                self._applied.add(name)
+                drawn.applied.add(name)
             if self.reward_weights[name] != 0:  # else it is only watched
-                self._constant.setdefault(name, []).append(bool(of_reward.all()))
+                drawn.constant[name] = drawn.constant.get(name, True) and bool(of_reward.all())
         advantages = group_advantages(
-            rewards,
-            weights,
-            args.num_generations,
-            args.scale_rewards,
-            args.multi_objective_aggregation,
-            args.advantage_clip,
+            rewards, weights, size, args.scale_rewards, args.multi_objective_aggregation, args.advantage_clip
         )
         for rollout in rollouts:
             rollout.advantages = advantages[rollout.positions].to(rollout.latents.device, torch.float32)
@@ -374,24 +318,20 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 f"{size} of one prompt each, so they cannot be compared. Leave get_train_dataloader as it is."
             )
 
-    def _warn_without_signal(self) -> None:
-        """Says once of a reward that it was the same within every group of a round: it then teaches nothing."""
-        for name, of_tasks in self._constant.items():
-            if all(of_tasks) and name not in self._without_signal:
-                self._without_signal.add(name)
-                if self.is_world_process_zero() and name not in self._applied:
-                    logger.warning(
-                        f"Reward {name!r} was None for every image of update {self.state.global_step + 1}, so it teaches "
-                        "nothing. Look at what it needs of the prompts and of the columns. This is said once."
-                    )
-                elif self.is_world_process_zero():
-                    logger.warning(
-                        f"Reward {name!r} had one value in every group of update {self.state.global_step + 1}, so it says "
-                        "nothing of which completion is better. If this goes on, give it degrees, choose prompts that "
-                        "sometimes succeed, or raise num_generations. This is said once."
-                    )
-        self._constant.clear()
-        self._applied.clear()
+    def _log_round(self, drawn: Round) -> None:
+        """Keeps a round's metrics, and says once of a reward that it was the same within every group: it then teaches nothing."""
+        metrics = self._metrics["train"]
+        for name, values in drawn.logged.items():
+            metrics[name] += values
+        for figures in drawn.figures.values():
+            for name, value in figures.items():
+                metrics[name].append(value)
+        for name, value in drawn.seconds.items():
+            metrics[name].append(value)
+        for name, warning in drawn.warnings(self.state.global_step + 1).items():
+            if name not in self._without_signal and self.is_world_process_zero():
+                logger.warning(warning)
+            self._without_signal.add(name)
 
     # Files
 
@@ -423,3 +363,43 @@ class DiffusionRLTrainer(DiffusionTrainer):
 def _std(values: Tensor) -> float:
     applicable = values[~values.isnan()]
     return float(applicable.std()) if len(applicable) > 1 else math.nan
+
+
+def _reward_weights(parts: Parts, problems: Problems) -> dict[str, float]:
+    """By the name of the reward, in the order in which they were given."""
+    args: Any = parts.args
+    tasks = parts.given_rewards if isinstance(parts.given_rewards, Mapping) else parts.rounds.tasks
+    functions = [function for task in tasks for function in parts.reward_funcs.get(task, [])]
+    names = list(dict.fromkeys(map(reward_name, functions)))
+    weights = [1.0] * len(names) if args.reward_weights is None else args.reward_weights
+    if names and len(weights) != len(names):
+        problems.append(
+            f"reward_weights has {len(weights)} values for {len(names)} reward functions. Give one for each, in this "
+            f"order: {', '.join(names)}."
+        )
+    elif names and not any(weights):
+        problems.append(
+            f"reward_weights={weights}: all are 0, so nothing would be trained for. Give one of {', '.join(names)} a weight."
+        )
+    return dict(zip(names, map(float, weights), strict=False))
+
+
+def _group_problems(args: DiffusionRLConfig, micro_batches: int) -> list[str]:
+    size, others = args.num_generations, args.world_size * micro_batches
+    if size < 1 or args.train_batch_size * others % size == 0:
+        return []
+    fitting = math.lcm(size, others) // others
+    fitting *= max(1, round(args.train_batch_size / fitting))
+    return [
+        f"A task has {args.train_batch_size * others} completions a round (per_device_train_batch_size="
+        f"{args.train_batch_size} x {args.world_size} process(es) x {micro_batches} micro-batch(es) of the task), "
+        f"which are not whole groups of num_generations={size}. Use per_device_train_batch_size={fitting}."
+    ]
+
+
+def equip(parts: Parts, backbone: Backbone, problems: Problems) -> Backbone:
+    """Has the networks beside the student's compute as the arguments say."""
+    with problems.collect():
+        for network in backbone.networks():
+            parts.use_attention_backend(network)
+    return backbone

@@ -1,0 +1,187 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Draws images of the student and scores them: for evaluations, for logged completions and for dry runs."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import TrainerState
+
+from ..data.tasks import task_rows
+from ..models.student import Student
+from ..pipelines.drawing import draw_images
+from ..pipelines.velocity import VelocityField
+from ..reporting.completions import Completion
+from ..rewards import Scorer, reward_name
+from .base_config import DiffusionConfig
+
+
+class ImageEvaluator:
+    """
+    Images of a student and their rewards. The noise of an image is fixed by the seed, its task and its number, so that
+    evaluations can be compared.
+
+    Args:
+        field ([`VelocityField`]): the velocity on the grid of evaluations.
+        student ([`Student`]): whose averaged weights are evaluated.
+        tasks (`list[str]`): the tasks of the training data.
+        reward_funcs (`dict[str, list[Callable]]`): the rewards of each task.
+        args ([`DiffusionConfig`]), accelerator ([`~accelerate.Accelerator`])
+    """
+
+    def __init__(
+        self,
+        field: VelocityField,
+        student: Student,
+        tasks: list[str],
+        reward_funcs: Mapping[str, list[Callable[..., Any]]],
+        args: DiffusionConfig,
+        accelerator: Accelerator,
+    ):
+        self.field = field
+        self.student = student
+        self.tasks = tasks
+        self.reward_funcs = reward_funcs
+        self.args = args
+        self.accelerator = accelerator
+
+    def monitor(self, task: str, state: TrainerState) -> Scorer:
+        """A scorer whose scores are looked at and not trained on: without them training goes on."""
+        return Scorer(self.reward_funcs[task], state, self.args.reward_timeout, on_timeout="none", task=task)
+
+    def draw(
+        self,
+        dataset: Dataset,
+        task: str,
+        rows: list[int],
+        update: int = 0,
+        on_batch: Callable[[list[int], list[Any]], None] | None = None,
+    ) -> list[tuple[int, Any]]:
+        """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them, with the weights as they are."""
+        try:
+            return draw_images(
+                self.field,
+                self.student.model,
+                [dataset[row]["prompt"] for row in rows],
+                entropy=[self.args.seed, self.tasks.index(task)],
+                guidance_scale=self.args.evaluation_guidance,
+                batch_size=self.args.per_device_eval_batch_size,
+                process=(self.accelerator.process_index, self.accelerator.num_processes),
+                on_batch=on_batch,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"The student after update {update}, task {task!r}: {error}") from error
+
+    def evaluate(
+        self, dataset: Dataset, prefix: str, state: TrainerState, of_method: Callable[[], dict[str, float]]
+    ) -> tuple[dict[str, float], int]:
+        """
+        Draws images for the prompts of `dataset` with the averaged weights and scores them.
+
+        Args:
+            dataset ([`~datasets.Dataset`]), prefix (`str`), state ([`~transformers.TrainerState`])
+            of_method (`Callable`): what the method itself measures with these weights.
+
+        Returns:
+            `tuple`: the metrics, as the trainer's `evaluate` describes them, and the number of images.
+        """
+        metrics: dict[str, float] = {}
+        seconds: dict[str, float] = defaultdict(float)
+        logged: dict[str, list[float]] = defaultdict(list)
+        task_means, num_images = [], 0
+        with self.student.ema_weights():
+            for task, rows in task_rows(dataset, self.args.task_column).items():
+                count = self.args.num_eval_images or len(rows)
+                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), state, seconds, logged)
+                means = {name: applicable_mean(values) for name, values in scores.items()}
+                metrics |= {f"{prefix}_{task}/{name}": value for name, value in means.items()}
+                task_means.append(
+                    applicable_mean([means[reward_name(function)] for function in self.reward_funcs[task]])
+                )
+                num_images += count
+            metrics |= of_method()
+        if any(self.reward_funcs.values()):
+            metrics[f"{prefix}_reward"] = applicable_mean(task_means)
+        metrics |= {f"{prefix}_{name}": applicable_mean(values) for name, values in logged.items()}
+        metrics |= {f"{prefix}_{name}": value for name, value in seconds.items()}
+        return metrics, num_images
+
+    def _score_task(
+        self,
+        dataset: Dataset,
+        task: str,
+        rows: list[int],
+        state: TrainerState,
+        seconds: dict[str, float],
+        logged: dict[str, list[float]],
+    ) -> dict[str, list[float | None]]:
+        """
+        Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored. Adds what it took to
+        `seconds`, and to `logged` what the rewards logged.
+        """
+        with self.monitor(task, state) as scorer:
+
+            def submit(positions: list[int], images: list[Any]) -> None:
+                scorer.submit([dataset[rows[i]] for i in positions], images)
+
+            start = time.perf_counter()
+            self.draw(dataset, task, rows, state.global_step, submit)
+            seconds["generation_time"] += time.perf_counter() - start - scorer.waited
+            scores = scorer.results()
+        for name, taken in scorer.seconds.items():
+            seconds[f"reward_time/{name}"] += taken
+        for name, values in gathered(scorer.log.metrics).items():
+            logged[name] += values
+        return {name: gather_object(values) for name, values in scores.items()}
+
+    def completions(self, dataset: Dataset, state: TrainerState) -> list[Completion]:
+        """Images for the first prompts of each task, with the averaged weights. The same on every process."""
+        shown: list[tuple[int, int, Completion]] = []
+        with self.student.ema_weights():
+            for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
+                entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
+                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step)
+                images = [image for _, image in mine]
+                with self.monitor(task, state) as scorer:
+                    scorer.submit([entries[i] for i, _ in mine], images)
+                    scores = scorer.results()
+                for n, (i, image) in enumerate(mine):
+                    rewards = {name: values[n] for name, values in scores.items()}
+                    columns = {
+                        name: values[n] for name, values in scorer.log.extra.items() if len(values) == len(mine)
+                    }
+                    shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
+        return [completion for _, _, completion in sorted(gather_object(shown), key=lambda item: item[:2])]
+
+
+def gathered(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """The values that the rewards of all processes have logged, by the name of the metric."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in gather_object([(name, value) for name, of_name in metrics.items() for value in of_name]):
+        values[name].append(value)
+    return values
+
+
+def applicable_mean(values: list[float | None] | list[float]) -> float:
+    """The mean of those that are numbers; NaN without any."""
+    applicable = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(applicable) / len(applicable) if applicable else math.nan

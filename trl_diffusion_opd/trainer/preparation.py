@@ -1,0 +1,341 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+What a trainer is made of before Trainer is: pipeline, velocity field, student, tasks, rewards and the method's own parts. All that is
+wrong is collected here and raised in one message.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from datasets.utils.py_utils import convert_file_size_to_int
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import set_seed
+
+from ..acceleration.attention import use_attention_backend
+from ..acceleration.compilation import compile_blocks
+from ..acceleration.offload import Offload, offloaded
+from ..acceleration.quantization import exempt_from_broadcast
+from ..checkpointing.run_folder import folder_problems
+from ..data.tasks import plain_dataset, task_rows
+from ..models.lora_adapter import add_adapter
+from ..models.lora_config import layer_problems
+from ..models.lora_files import read_lora
+from ..models.student import STUDENT_ADAPTER, default_lora_config
+from ..models.teacher_config import TeacherError, parse_teacher
+from ..pipelines.fingerprints import encoder_fingerprint
+from ..pipelines.loading import load_pipeline
+from ..pipelines.prompt_store import PromptStore
+from ..pipelines.velocity import VelocityField
+from ..problems import Problems
+from ..rewards import RewardFuncs, rewards_by_task
+from .base_config import MERGE, DiffusionConfig
+from .best_metric import metric_problems
+from .checks import (
+    evaluation_data_problems,
+    hub_problems,
+    launch_problems,
+    loader_problems,
+    loading_problems,
+    model_problems,
+    scored_data_problems,
+    training_data_problems,
+)
+from .failed_start import restorer, without_student
+from .rounds import Rounds
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Parts:
+    """
+    What a trainer is made of.
+
+    Attributes:
+        args ([`DiffusionConfig`]), pipeline ([`~diffusers.DiffusionPipeline`])
+        undo (`ExitStack`): what gives the pipeline back as it was.
+        train_dataset, eval_dataset: with the column of tasks as plain names.
+        given_rewards, given_teachers: as the constructor was given them.
+        rounds ([`Rounds`]), reward_funcs (`dict[str, list[Callable]]`): without tasks where the data can't be trained on.
+        offload ([`Offload`]): the parts that leave the device between calls.
+        velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
+        method (`dict`): attributes that the trainer has for its method.
+    """
+
+    args: DiffusionConfig
+    pipeline: DiffusionPipeline
+    undo: ExitStack
+    train_dataset: Any
+    eval_dataset: Any
+    given_rewards: RewardFuncs | None
+    given_teachers: Any
+    rounds: Rounds
+    offload: Offload
+    reward_funcs: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
+    velocity_field: VelocityField = field(init=False)
+    student: Any = None
+    method: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.components.get("transformer")
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The pipeline's networks."""
+        return (component for component in self.pipeline.components.values() if isinstance(component, nn.Module))
+
+    def use_attention_backend(self, network: Any, as_student: bool = False) -> Callable[[], None] | None:
+        """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
+        args = self.args
+        if args.attention_backend is None:
+            return None
+        mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        return use_attention_backend(network, args.attention_backend, trial, mixed if as_student else None)
+
+
+class Method(Protocol):
+    """What a trainer's class says of its method before there is a trainer: see [`DiffusionTrainer`]."""
+
+    __name__: str
+    config_class: type[DiffusionConfig]
+
+    def method_metrics(self, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]: ...
+
+    def look_at_base(self, parts: Parts) -> None: ...
+
+    def prepare_method(self, parts: Parts, problems: Problems) -> None: ...
+
+
+def prepare(
+    trainer: Method,
+    undo: ExitStack,
+    *,
+    model: str | DiffusionPipeline,
+    args: DiffusionConfig | None,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | Mapping[str, Dataset] | None,
+    reward_funcs: RewardFuncs | None,
+    teachers: Any,
+    quantization_config: Any,
+    peft_config: PeftConfig | str | None,
+) -> Parts:
+    """
+    Makes everything that a trainer consists of.
+
+    Args:
+        trainer (`type[DiffusionTrainer]`): its class.
+        undo (`ExitStack`): gets what gives the pipeline back as it was.
+        model, args, train_dataset, eval_dataset, reward_funcs, teachers, quantization_config, peft_config:
+            As the trainers take them.
+
+    Raises:
+        [`ValueError`]: with everything that is wrong in one message.
+    """
+    args = _checked(trainer, model, args)
+    set_seed(args.seed)  # before the LoRA's random initialisation
+    init_kwargs = args.model_init_kwargs
+    assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
+    pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
+    problems = Problems()
+    if isinstance(train_dataset, Dataset):
+        train_dataset = plain_dataset(train_dataset, args.task_column)
+    parts = Parts(
+        args=args,
+        pipeline=pipeline,
+        undo=undo,
+        train_dataset=train_dataset,
+        eval_dataset=plain_dataset(eval_dataset, args.task_column),
+        given_rewards=reward_funcs,
+        given_teachers=teachers,
+        rounds=Rounds({}, {}, 1, args.task_column),
+        offload=Offload([], args.device),
+    )
+    if isinstance(model, DiffusionPipeline):
+        undo.callback(restorer(parts.modules()))
+    _look_at_data(parts, trainer, problems)
+    # Problems of the data don't keep the model from being checked, so that one message says everything. These do:
+    unfit = Problems(loading_problems(model, pipeline, args, quantization_config))
+    unfit += model_problems(pipeline, args, peft_config)
+    problems += launch_problems(parts.transformer, args) + loader_problems(args)
+    if args.student_init == MERGE and teachers is None:
+        problems.append(
+            "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
+            "say './merge' if a folder of that name is meant."
+        )
+    if not unfit:
+        _make_field(parts, unfit)
+    if not unfit:
+        _make_student(parts, trainer, peft_config, unfit, problems)
+    if not unfit:
+        trainer.prepare_method(parts, problems)
+    if args.should_save:
+        problems += folder_problems(args.output_dir)
+    if args.push_to_hub:
+        problems += _push_problems(parts, full_weights=peft_config is None)
+    Problems([*unfit, *problems]).raise_under(f"{trainer.__name__} cannot start")
+    _settle(parts)
+    return parts
+
+
+def _checked(trainer: Method, model: str | DiffusionPipeline, args: DiffusionConfig | None) -> DiffusionConfig:
+    """The arguments, by default with an `output_dir` that is named after the model and the method."""
+    wanted = trainer.config_class
+    if args is None:
+        name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
+        method = wanted.__name__.removeprefix("Diffusion").removesuffix("Config")
+        args = wanted(f"{name.rstrip('/').split('/')[-1]}-{method}")
+    if not isinstance(args, wanted):
+        raise ValueError(
+            f"args is a {type(args).__name__}, which is for another trainer: {trainer.__name__} takes a {wanted.__name__}."
+        )
+    return args
+
+
+def _look_at_data(parts: Parts, trainer: Method, problems: Problems) -> None:
+    """Finds the tasks and the rewards of each."""
+    args, column = parts.args, parts.args.task_column
+    problems += training_data_problems(parts.train_dataset, column)
+    if problems:
+        return
+    rows = task_rows(parts.train_dataset, column)
+    unscored = Problems(evaluation_data_problems(parts.eval_dataset, column, list(rows)))
+    with unscored.collect():
+        parts.reward_funcs = rewards_by_task(parts.given_rewards, list(rows))
+
+    def of_method(dataset: Dataset) -> list[str]:
+        return trainer.method_metrics(dataset, args, parts.given_teachers is not None)
+
+    problems += unscored or metric_problems(args, parts.eval_dataset, parts.reward_funcs, of_method)
+    problems += scored_data_problems(parts.reward_funcs, parts.train_dataset, parts.eval_dataset, column)
+    parts.rounds = Rounds.of(rows, args, problems)
+
+
+def _make_field(parts: Parts, unfit: Problems) -> None:
+    """Puts the pipeline where it computes, and makes the velocity field of it."""
+    args, kwargs = parts.args, parts.args.generation_kwargs
+    assert kwargs is None or isinstance(kwargs, dict)  # the config has parsed or refused strings
+    store: PromptStore | None = None
+    with unfit.collect():
+        if args.prompt_cache_dir is not None:
+            size = convert_file_size_to_int(args.prompt_cache_max_size)
+            store = PromptStore(args.prompt_cache_dir, encoder_fingerprint(parts.pipeline), size)
+        if args.offload_encoders:
+            parts.offload = Offload(offloaded(parts.pipeline), args.device)
+            parts.undo.callback(parts.offload.remove)
+    for module in parts.modules():
+        module.eval()  # the checks below encode prompts, which are kept: without dropout
+        if all(module is not other for other in parts.offload.modules):
+            module.to(args.device)  # the checks below run the pipeline
+    if unfit:
+        return
+    with unfit.collect():
+        parts.velocity_field = VelocityField(
+            parts.pipeline,
+            num_inference_steps=args.num_inference_steps,
+            height=args.height,
+            width=args.width,
+            max_sequence_length=args.max_sequence_length,
+            generation_kwargs=kwargs,
+            prompt_store=store,
+        )
+
+
+def _make_student(
+    parts: Parts, trainer: Method, peft_config: PeftConfig | str | None, unfit: Problems, problems: Problems
+) -> None:
+    args, transformer = parts.args, parts.transformer
+    for scale in {args.guidance_scale, args.evaluation_guidance}:
+        with problems.collect():
+            parts.velocity_field.check_guidance(scale)
+    with problems.collect():
+        if (put_back := parts.use_attention_backend(transformer, as_student=True)) is not None:
+            parts.undo.callback(put_back)
+    parts.undo.callback(without_student(transformer))
+    trainer.look_at_base(parts)
+    for module in parts.modules():
+        module.requires_grad_(False)
+        module.eval()
+    with unfit.collect():
+        parts.student = _student_network(parts, peft_config)
+    if isinstance(parts.student, PeftModel):
+        unfit += layer_problems(parts.student)
+
+
+def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.Module:
+    """The LoRA that is trained on its base, or the transformer itself."""
+    transformer, init = parts.transformer, parts.args.student_init
+    model: nn.Module
+    if peft_config is None:
+        model = transformer.requires_grad_(True)
+    elif init not in (None, MERGE):  # a merge needs the teachers, which are loaded later
+        config, weights, files = read_lora(parts.pipeline, parse_teacher(init))
+        own = (config.r, config.lora_alpha)
+        if isinstance(peft_config, LoraConfig) and (peft_config.r, peft_config.lora_alpha) != own:
+            logger.warning(
+                f"The student goes on from {init}, a LoRA of rank {config.r} and alpha {config.lora_alpha}. The "
+                f"peft_config of rank {peft_config.r} and alpha {peft_config.lora_alpha} has no effect."
+            )
+        try:
+            model = add_adapter(transformer, STUDENT_ADAPTER, config, weights, trainable=True)
+        except TeacherError as error:
+            raise TeacherError(f"{files.label}: {error}") from error
+    else:
+        config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
+        config = copy.deepcopy(config)  # the caller's stays as it is
+        config.base_model_name_or_path = None  # PEFT warns of another base than this one, which has no name to it
+        config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
+        config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
+        config.inference_mode = False  # that of a config which was read from a saved LoRA freezes it
+        model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
+    model.eval()
+    # Names under which Trainer looks for what diffusers calls enable_gradient_checkpointing.
+    model.activation_checkpointing_enable = lambda **_: transformer.enable_gradient_checkpointing()  # type: ignore
+    return model
+
+
+def _push_problems(parts: Parts, full_weights: bool) -> Sequence[str]:
+    # One process asks, and all of them stop or go on.
+    args, found = parts.args, [Problems()]
+    if args.process_index == 0:
+        found = [Problems(hub_problems(args, parts.pipeline, full_weights, args.hub_token))]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _settle(parts: Parts) -> None:
+    """What is done last, once nothing is wrong."""
+    args = parts.args
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
+    if args.torch_compile:
+        compile_blocks(parts.transformer, args.torch_compile_backend, args.torch_compile_mode)
+    exempt_from_broadcast(parts.student)

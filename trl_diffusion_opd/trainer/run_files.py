@@ -1,0 +1,296 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The files of a run: the saved student, checkpoints, the model card, and what is sent to the Hub."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import SaveStrategy
+
+from ..checkpointing import checkpoint
+from ..checkpointing.resume import Change, KeptSettings, changes_since
+from ..checkpointing.stopping import StopRequest
+from ..guards.files import write_json
+from ..guards.redaction import public_arguments
+from ..hub import push as hub
+from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
+from ..hub.repository import PushError, make_repository, repository_name
+from ..models.student import STUDENT_ADAPTER, Student
+from ..models.teachers import TeacherBank
+from ..pipelines.velocity import VelocityField
+from ..reporting.model_card import CardFacts, write_model_card
+from .base_config import DiffusionConfig
+from .checks import hub_problems
+from .image_evaluator import ImageEvaluator
+from .numbers import refuse_infinite_weights
+from .teaching import manifest_problems
+
+
+class RunFiles:
+    """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Of the trainer it uses what is declared here."""
+
+    args: DiffusionConfig
+    state: TrainerState
+    control: TrainerControl
+    callback_handler: CallbackHandler
+    train_dataset: Any
+    eval_dataset: Any
+    accelerator: Accelerator
+    optimizer: Any
+    lr_scheduler: Any
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    run: str
+    base_pipeline: DiffusionPipeline
+    velocity_field: VelocityField
+    bank: TeacherBank | None
+    prompts_digest: Callable[[], dict[str, Any]]
+    _stop: StopRequest
+    student: Student
+    evaluator: ImageEvaluator
+    tasks: list[str]
+    changes: list[dict[str, Any]]
+    hub_model_id: str | None
+    push_in_progress: Any
+    _name: str
+    _paper: dict[str, str]
+    _tag_names: list[str]
+    is_world_process_zero: Callable[[], bool]
+    _card_fields: Callable[[], dict[str, Any]]
+    _finish_current_push: Callable[[], None]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the student's averaged weights: see [`Student.save`].
+
+        Raises:
+            [`FloatingPointError`]: on all processes, if they are not finite.
+        """
+        self._refuse_what_is_not_finite()
+        with self.student.ema_weights():
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                # Trainer's would gather the base and the teachers too, and save nothing under FSDP's SHARDED_STATE_DICT.
+                self._save(output_dir, self.student.whole_weights(keep=self.args.should_save))
+                if self.args.push_to_hub and not _internal_call:
+                    self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            else:
+                super().save_model(output_dir, _internal_call)
+
+    def _refuse_what_is_not_finite(self) -> None:
+        optimizer = None if self.is_deepspeed_enabled else self.optimizer
+        update, folder = self.state.global_step, self.args.output_dir
+        refuse_infinite_weights(self.student, optimizer, self.accelerator, update, folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.student.save(folder, state_dict)
+            write_json(Path(folder) / ARGUMENTS_FILE, public_arguments(self.args), sort_keys=True)
+            if self.bank is not None:
+                write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
+
+    def _save_state(self, folder: Path) -> None:
+        """Writes into a checkpoint what training goes on from, besides Trainer's own files. All processes call it."""
+        self.student.save_state(folder, self.args.should_save)
+
+    def _load_state(self, folder: Path) -> None:
+        """Restores what [`_save_state`] wrote."""
+        self.student.load_state(folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._refuse_what_is_not_finite()
+        args, saves = self.args, self.args.should_save
+        saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
+        with checkpoint.written(*saved) as folder:
+            self.create_model_card()
+            with checkpoint.older_ones_kept(args):
+                super()._save_checkpoint(model, trial)
+            self._save_state(folder)
+            if saves:
+                checkpoint.describe(folder, args, self.velocity_field.levels, self.prompts_digest(), self.changes)
+        if saves:
+            checkpoint.delete_older(args, self.state)
+        if args.push_to_hub:
+            self._push_checkpoint(folder)
+        if self._stop.stopped:
+            # Not the end of Trainer's: it may delete this checkpoint for a better one, and scripts go on to evaluate and push.
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self._stop.leave(self.state.global_step, self.args.output_dir)
+
+    def _checkpoint_bytes(self) -> int:
+        return checkpoint.tensor_bytes(self.student.parameters(), self.student.is_lora, self.optimizer)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, Any]:
+        # Under DeepSpeed Trainer has its engine load its own files, and leaves it at that.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
+            self._load_state(Path(resume_from_checkpoint))
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_state(Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            checkpoint.save_optimizer(self.optimizer, self.lr_scheduler, output_dir, keep=self.args.should_save)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
+        if checkpoint_folder is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
+            return
+        settings = KeptSettings(self.optimizer, self.lr_scheduler)
+        if self.is_fsdp_enabled:
+            checkpoint.load_optimizer(self.optimizer, self.lr_scheduler, checkpoint_folder)
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint_folder)
+        settings.restore(self.optimizer, self.lr_scheduler)
+
+    def _check_resume(self, folder: Path) -> list[str]:
+        """What in a checkpoint does not fit this run, a sentence each."""
+        manifest = {} if self.bank is None else self.bank.manifest()
+        return checkpoint.grid_problems(folder, self.velocity_field.levels) + manifest_problems(folder, manifest)
+
+    def _changes_since(self, folder: Path) -> list[Change]:
+        model = self.student.model
+        lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
+        return changes_since(folder, self.args, lora, self.prompts_digest())
+
+    def _load_best_model(self) -> None:
+        self.student.load_saved(self.state.best_model_checkpoint)
+
+    # Card and Hub
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the model card `README.md` into the output folder."""
+        if self.is_world_process_zero():
+            folder = self.args.output_dir or "."
+            write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
+
+    def card_facts(self) -> CardFacts:
+        """What the model card says of this run. Its method is what the trainer's `_card_fields` says."""
+        args, dataset = self.args, self.eval_dataset
+        first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
+        # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
+        options = self.evaluator.field.call_options([first], args.evaluation_guidance)
+        single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
+        return CardFacts(
+            trainer_name=self._name,
+            paper=self._paper,
+            tags=self._tag_names,
+            args=args,
+            state=self.state,
+            pipeline=self.base_pipeline,
+            model=self.student.model,
+            tasks=self.tasks,
+            repository=self.hub_model_id or args.hub_model_id,
+            call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
+            changes=self.changes,
+            **self._card_fields(),
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""
+        if self.is_world_process_zero():
+            args = self.args
+            self.hub_model_id = make_repository(
+                repository_name(args.hub_model_id, args.output_dir),
+                args.hub_token if token is None else token,
+                args.hub_private_repo if private is None else private,
+                args.hub_revision,
+            )
+            self.push_in_progress = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer calls it before the checkpoint is complete: [`_save_checkpoint`] pushes when it is."""
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        args, state = self.args, self.state
+        if not self.is_world_process_zero() or not hub.is_due(
+            args.hub_strategy, self.push_in_progress, wait=args.hub_always_push
+        ):
+            return
+        self.callback_handler.on_push_begin(args, state, self.control)
+        by_epoch = args.save_strategy == SaveStrategy.EPOCH
+        at = f"epoch {int(state.epoch or 0)}" if by_epoch else f"step {state.global_step}"
+        self.push_in_progress = hub.push_checkpoint(
+            folder,
+            args.output_dir,
+            self.hub_model_id,
+            args.hub_strategy,
+            f"Training in progress, {at}",
+            token=args.hub_token,
+            revision=args.hub_revision,
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves the student with its card and uploads what of the output folder `hub.files.PUSHED_FILES` names. Call it on all
+        processes.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`)
+            blocking (`bool`, *optional*, defaults to `True`): whether to return only when the upload is done.
+            token (`str`, *optional*): with write permission, by default `hub_token` of the arguments.
+            revision (`str`, *optional*): branch to commit to, by default `hub_revision` of the arguments.
+            private (`bool`, *optional*): whether a repository that is made is private, by default `hub_private_repo`.
+            kwargs: passed to [`create_model_card`].
+
+        Returns:
+            The [`~huggingface_hub.CommitInfo`], or with `blocking=False` a future of it; `None` on other processes.
+
+        Raises:
+            [`~hub.repository.PushError`]: if the upload fails; the student is saved by then.
+        """
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.is_world_process_zero():
+            self._finish_current_push()  # it reads the files that are written next
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        folder, token = args.output_dir or ".", args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            with hub.failure_explained(folder, repository_name(args.hub_model_id, folder)):
+                problems = hub_problems(args, self.base_pipeline, not self.student.is_lora, token)
+                if problems:
+                    raise PushError(" ".join(problems).rstrip("."))
+                self.init_hf_repo(token, private)
+            self.create_model_card(**kwargs)  # which names the repository
+        return hub.push(
+            folder, self.hub_model_id, commit_message, blocking, token=token, revision=revision or args.hub_revision
+        )

@@ -1,0 +1,104 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What trainers with frozen teachers do before Trainer is: load them, and compare them with those of a checkpoint."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..checkpointing.checkpoint import damage_problems, last_complete
+from ..checkpointing.seal import is_sealed
+from ..data.tasks import SINGLE_TASK
+from ..hub.files import MANIFEST_FILE
+from ..models.backbone import Backbone
+from ..models.merge import MergeReport, merge_adapters, merge_weights
+from ..models.student import STUDENT_ADAPTER
+from ..models.teacher_config import normalize_teachers
+from ..models.teachers import TeacherBank
+from ..problems import Problems
+from .base_config import MERGE, DiffusionConfig
+from .preparation import Parts
+
+
+def load_teachers(parts: Parts, problems: Problems, default_scale: float | None, batched: bool) -> None:
+    """
+    Loads the teachers that the trainer was given onto the student's backbone: `bank` and, with `student_init="merge"`,
+    `merge_report` of the method.
+
+    Args:
+        parts ([`Parts`]), problems ([`Problems`])
+        default_scale (`float`, *optional*): guidance scale of teachers that name none, by default the student's.
+        batched (`bool`): whether the teachers of a task share a forward.
+    """
+    args, field = parts.args, parts.velocity_field
+    if batched and args.torch_compile:
+        problems.append(
+            "batch_teachers=True with torch_compile=True: compiled blocks would be compiled again for every number of "
+            "rows of every teacher. Leave out one of the two."
+        )
+    with problems.collect():
+        specs = parts.given_teachers
+        # Where the data cannot tell the tasks, the teachers are still looked at.
+        named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
+        bank = TeacherBank(
+            Backbone.of(parts.student),
+            parts.pipeline,
+            normalize_teachers(specs, parts.rounds.tasks or named),
+            args.guidance_scale if default_scale is None else default_scale,
+            _recorded_manifest(args),
+            batched,
+        )
+        parts.method["bank"] = bank
+        for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
+            field.check_guidance(scale)
+        for network in bank.backbone.networks():
+            parts.use_attention_backend(network.to(args.device))
+        bank.check_batched(field)
+        if args.student_init == MERGE:
+            assert isinstance(parts.student, PeftModel)  # full weights with a student_init are refused before
+            report: MergeReport = merge_adapters(parts.student, merge_weights(bank), STUDENT_ADAPTER)
+            parts.method["merge_report"] = report
+
+
+def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
+    named: str | bool | None = args.resume_from_checkpoint
+    found = last_complete(args.output_dir) if named is True else named
+    folder = Path(found) if found else None
+    if folder is None or not (folder / MANIFEST_FILE).exists():
+        return None
+    # The rest of the checkpoint is looked at when training begins.
+    if is_sealed(folder) and (problems := damage_problems(folder, [MANIFEST_FILE])):
+        raise ValueError("\n".join(f"{folder.name}: {problem}" for problem in problems))
+    return json.loads((folder / MANIFEST_FILE).read_text())
+
+
+def manifest_problems(folder: Path, ours: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Whether a checkpoint was trained with the teachers of this run's manifest, which is empty without teachers."""
+    path = folder / MANIFEST_FILE
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    if recorded.keys() != ours.keys():
+        return [f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}."]
+    problems = []
+    for task, entries in recorded.items():
+        if [entry["sha256"] for entry in entries] != [entry["sha256"] for entry in ours[task]]:
+            names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)
+            problems.append(
+                f"the teacher of task {task!r} has changed: the checkpoint was trained with {names}. Give that one "
+                "(for a Hub teacher, its revision), or set resume_from_checkpoint in the arguments, which loads it."
+            )
+    return problems
