@@ -186,7 +186,7 @@ def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterato
 
 
 @contextmanager
-def exchanged_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def exchanged_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Within it a module computes `forward`; after it what it did before, also of a call within a call."""
     outer = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

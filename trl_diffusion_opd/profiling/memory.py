@@ -17,7 +17,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ from ..pipelines.view import StandIn, exchanged_forward
 
 T = TypeVar("T")
 Velocity = Tensor | list[Tensor]  # of a batch, which some families keep apart
+
+
+class MemoryRow(TypedDict):
+    """A part of an estimate: dtypes, bytes, and how they are known."""
+
+    dtype: str
+    bytes: int
+    how: str
 
 
 def bytes_of(tensor: Tensor) -> int:

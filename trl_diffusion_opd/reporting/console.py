@@ -29,6 +29,7 @@ from ..algorithms.samplers import SamplerTable
 from ..algorithms.separability import Pair
 from ..guards.files import JSON
 from ..guards.redaction import shown, visible
+from ..profiling.memory import MemoryRow
 
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:
     )
 
 
-def _print_memory(console: Console, rows: Mapping[str, Mapping[str, JSON]], device: str) -> None:
+def _print_memory(console: Console, rows: Mapping[str, MemoryRow], device: str) -> None:
     memory = Table(title=f"Memory of one process ({device}), estimated, without sharding")
     for column in ("", "dtype", "GiB", "how"):
         memory.add_column(column, justify="right" if column == "GiB" else "left")

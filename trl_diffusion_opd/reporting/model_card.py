@@ -18,7 +18,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
@@ -45,6 +45,15 @@ _PICTURES = {
     RADAR_PICTURE: "All rewards of base, teachers and student",
     CURVES_PICTURE: "Training curves",
 }
+
+
+class MethodFacts(TypedDict, total=False):
+    """What a method adds to the card: see [`CardFacts`]."""
+
+    method: str
+    teachers: Mapping[str, JSON]
+    settings: dict[str, object]
+    no_walk: bool
 
 
 @dataclass(frozen=True)

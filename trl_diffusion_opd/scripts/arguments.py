@@ -187,7 +187,7 @@ class TaughtArguments(ScriptArguments):
     )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
 
-    def teachers_by_task(self) -> dict[str, Any]:
+    def teachers_by_task(self) -> dict[str, list[TeacherConfig]]:
         """Lists of [`TeacherConfig`] by task, none where none are given."""
         return load_teachers(self.teachers or [], self.teacher_guidance_scales)
 

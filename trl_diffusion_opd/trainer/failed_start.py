@@ -15,7 +15,6 @@
 """What gives the caller's pipeline back as it was, if a trainer cannot start."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import nn
 
@@ -42,7 +41,7 @@ def restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def without_student(transformer: Any) -> Callable[[], None]:
+def without_student(transformer: nn.Module) -> Callable[[], None]:
     """What takes the student, and all that was made of it, out of the pipeline's transformer."""
 
     def remove() -> None:

@@ -16,8 +16,8 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -67,7 +67,11 @@ def gather_finite(
 
 
 def refuse_infinite_weights(
-    student: Student, optimizer: Any, accelerator: Accelerator, update: int, output_dir: str | None
+    student: Student,
+    optimizer: torch.optim.Optimizer | None,
+    accelerator: Accelerator,
+    update: int,
+    output_dir: str | None,
 ) -> None:
     """
     An optimizer's step that overflows shows in no loss of this update.

@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -37,20 +38,20 @@ from transformers import set_seed
 from ..acceleration.attention import use_attention_backend
 from ..acceleration.compilation import compile_blocks
 from ..acceleration.offload import Offload, offloaded
-from ..acceleration.quantization import exempt_from_broadcast
+from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
 from ..data.tasks import plain_dataset, task_rows
 from ..models.lora_adapter import add_adapter
 from ..models.lora_config import layer_problems
 from ..models.lora_files import read_lora
 from ..models.student import STUDENT_ADAPTER, default_lora_config
-from ..models.teacher_config import TeacherError, parse_teacher
+from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
-from ..rewards import RewardFuncs, rewards_by_task
+from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (
@@ -89,26 +90,26 @@ class Parts:
     args: DiffusionConfig
     pipeline: DiffusionPipeline
     undo: ExitStack
-    train_dataset: Any
-    eval_dataset: Any
+    train_dataset: Dataset
+    eval_dataset: Dataset | Mapping[str, Dataset] | None
     given_rewards: RewardFuncs | None
-    given_teachers: Any
+    given_teachers: TeacherSpec | Mapping[str, TeacherSpec] | None
     rounds: Rounds
     offload: Offload
-    reward_funcs: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
+    reward_funcs: dict[str, list[RewardFunc]] = field(default_factory=dict)
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def transformer(self) -> Any:
+    def transformer(self) -> ModelMixin:
         return self.pipeline.components.get("transformer")
 
     def modules(self) -> Iterator[nn.Module]:
         """The pipeline's networks."""
         return (component for component in self.pipeline.components.values() if isinstance(component, nn.Module))
 
-    def use_attention_backend(self, network: Any, as_student: bool = False) -> Callable[[], None] | None:
+    def use_attention_backend(self, network: nn.Module, as_student: bool = False) -> Callable[[], None] | None:
         """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
         args = self.args
         if args.attention_backend is None:
@@ -122,18 +123,20 @@ class Parts:
 class Method(Protocol):
     """What a trainer's class says of its method before there is a trainer: see [`DiffusionTrainer`]."""
 
-    __name__: str
-    config_class: type[DiffusionConfig]
+    config_class: ClassVar[type[DiffusionConfig]]
 
-    def method_metrics(self, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]: ...
+    @classmethod
+    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]: ...
 
-    def look_at_base(self, parts: Parts) -> None: ...
+    @classmethod
+    def look_at_base(cls, parts: Parts) -> None: ...
 
-    def prepare_method(self, parts: Parts, problems: Problems) -> None: ...
+    @classmethod
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None: ...
 
 
 def prepare(
-    trainer: Method,
+    trainer: type[Method],
     undo: ExitStack,
     *,
     model: str | DiffusionPipeline,
@@ -141,8 +144,8 @@ def prepare(
     train_dataset: Dataset | None,
     eval_dataset: Dataset | Mapping[str, Dataset] | None,
     reward_funcs: RewardFuncs | None,
-    teachers: Any,
-    quantization_config: Any,
+    teachers: TeacherSpec | Mapping[str, TeacherSpec] | None,
+    quantization_config: QuantizationConfig,
     peft_config: PeftConfig | str | None,
 ) -> Parts:
     """
@@ -203,7 +206,7 @@ def prepare(
     return parts
 
 
-def _checked(trainer: Method, model: str | DiffusionPipeline, args: DiffusionConfig | None) -> DiffusionConfig:
+def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: DiffusionConfig | None) -> DiffusionConfig:
     """The arguments, by default with an `output_dir` that is named after the model and the method."""
     wanted = trainer.config_class
     if args is None:
@@ -217,7 +220,7 @@ def _checked(trainer: Method, model: str | DiffusionPipeline, args: DiffusionCon
     return args
 
 
-def _look_at_data(parts: Parts, trainer: Method, problems: Problems) -> None:
+def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> None:
     """Finds the tasks and the rewards of each."""
     args, column = parts.args, parts.args.task_column
     problems += training_data_problems(parts.train_dataset, column)
@@ -267,7 +270,7 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
 
 
 def _make_student(
-    parts: Parts, trainer: Method, peft_config: PeftConfig | str | None, unfit: Problems, problems: Problems
+    parts: Parts, trainer: type[Method], peft_config: PeftConfig | str | None, unfit: Problems, problems: Problems
 ) -> None:
     args, transformer = parts.args, parts.transformer
     for scale in {args.guidance_scale, args.evaluation_guidance}:
