@@ -198,7 +198,7 @@ def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]
         for j in steps:
             student = field(states[j], float(table.levels[j]), prompts, scale, model)
             loss = float(trainer.plan.weights[j]) * velocity_gap_sq(student, targets[j]).mean()
-            trainer._backward(trainer._task_share(task) / len(steps) * loss)
+            trainer._backward(trainer.rounds.share(task) / len(steps) * loss)
     finish_update(trainer)
 
 

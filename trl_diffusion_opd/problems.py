@@ -12,20 +12,24 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Refusals that are collected, so that one message says everything that is wrong."""
+"""Collects problems, so that one error message lists everything that is wrong."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .guards.redaction import listed
+from .guards.redaction import shown, visible
+
+
+# In characters: longer than any line that the package itself writes.
+_LONGEST_LINE = 2000
 
 
 class Problems(list[str]):
-    """What keeps something from beginning, a sentence or two each."""
+    """A list of problems that prevent a start, one or two sentences each."""
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Adds the lines of a [`ValueError`] raised within it."""
+        """Adds the lines of a [`ValueError`] raised in its block, which it catches."""
         try:
             yield
         except ValueError as error:
@@ -33,16 +37,23 @@ class Problems(list[str]):
 
     def raise_under(self, header: str) -> None:
         """
-        Does nothing if there are no problems.
+        Raises one error that lists all problems, if there are any.
+
+        Each problem is listed once. Control characters are made visible, and very long lines are cut.
 
         Args:
-            header (`str`): the first line of the message, without its colon. A bullet a problem follows; those that are bullets
-                already stand below the line that heads them.
+            header (`str`): the first line of the message, without a colon. Below it each problem is a bullet; problems
+                that are bullets already are indented below the line before them.
 
         Raises:
-            [`ValueError`]: with all of them.
+            [`ValueError`]: if there is a problem.
         """
         if self:
-            lines = listed(self).split("\n")
+            lines = "\n".join(f"- {_shown(problem)}" for problem in dict.fromkeys(self)).split("\n")
             nested = (line.replace("- ", "  ", 1) if line.startswith("- - ") else line for line in lines)
             raise ValueError("\n".join([f"{header}:", *nested]))
+
+
+def _shown(problem: str) -> str:
+    lines = (visible(line, keep="\t") for line in problem.split("\n"))
+    return "\n".join(line if len(line) <= _LONGEST_LINE else shown(line, _LONGEST_LINE) for line in lines)

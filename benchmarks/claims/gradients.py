@@ -153,8 +153,9 @@ def gradient(trainer: Trainer) -> Tensor:
 def rl_draw(trainer: DiffusionGRPOTrainer, batches: list[list[dict[str, Any]]]) -> Iterator[tuple[str, Tensor]]:
     """Each task's gradient of a round of joint RL. Rows come once a group."""
     groups = trainer.args.num_generations
-    for rollout in trainer._roll_out([[row for row in batch for _ in range(groups)] for batch in batches]):
-        trainer._train_on(trainer.model, rollout)
+    for rollout in trainer.roll_out([[row for row in batch for _ in range(groups)] for batch in batches]).rollouts:
+        for loss_of in trainer.losses(trainer.model, rollout):
+            trainer.accelerator.backward(loss_of()[0])
         yield rollout.task, gradient(trainer)
 
 

@@ -92,9 +92,9 @@ def update(output_dir, pipeline, loras, **options):
     recorder = Recorder()
     options = {"student_init": str(loras / "start"), "callbacks": [recorder], **options}
     trainer = make_trainer(output_dir, teachers(loras), pipeline, **options)
-    before = everything(trainer._pipeline.transformer)
+    before = everything(trainer.base_pipeline.transformer)
     trainer.train()
-    after = everything(trainer._pipeline.transformer)
+    after = everything(trainer.base_pipeline.transformer)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     return trainer, recorder.gradients[0]
 
@@ -234,7 +234,7 @@ def test_dtype_is_that_of_what_is_not_quantized(base):
 def test_by_name(given, base, loras, tmp_path):
     trainer, gradient = update(tmp_path / "ours", str(base), loras, quantization_config=given)
     _, expected = update(tmp_path / "loaded", load(base, "torchao int8"), loras)
-    assert len(list(quantized_layers(trainer._pipeline.transformer))) > 20
+    assert len(list(quantized_layers(trainer.base_pipeline.transformer))) > 20
     assert relative_difference(gradient, expected) < 1e-6
 
 
@@ -283,7 +283,7 @@ def test_several_processes(kind, base, loras, tmp_path):
         gradients = []
         for model in (trainer.model, nn.parallel.DistributedDataParallel(trainer.model)):
             trainer.model.zero_grad()
-            forward_of(trainer._pipeline.transformer, model).square().mean().backward()
+            forward_of(trainer.base_pipeline.transformer, model).square().mean().backward()
             gradients.append({name: p.grad.clone() for name, p in trainer.student.named_parameters().items()})
     finally:
         dist.destroy_process_group()
@@ -344,7 +344,7 @@ def test_quantized_text_encoder(base, loras, tmp_path):
     given = PipelineQuantizationConfig(quant_mapping=mapping)
     options = dict(quantization_config=given, offload_encoders=True, prompt_cache_dir=str(tmp_path / "cache"))
     trainer, _ = update(tmp_path / "run", str(base), loras, **options)
-    assert list(quantized_layers(trainer._pipeline.text_encoder_3))
+    assert list(quantized_layers(trainer.base_pipeline.text_encoder_3))
 
 
 def test_messages_of_8_bits_come_once(base, caplog):

@@ -45,9 +45,8 @@ from trl_diffusion_opd.algorithms.separability import (
 )
 from trl_diffusion_opd.data.tasks import TaskSampler
 from trl_diffusion_opd.pipelines.velocity import VelocityField
-from trl_diffusion_opd.trainer import taught_trainer
-from trl_diffusion_opd.trainer.conflicts import find_pairs
-from trl_diffusion_opd.trainer.taught_trainer import TaughtTrainer
+from trl_diffusion_opd.trainer.base_trainer import DiffusionTrainer
+from trl_diffusion_opd.trainer.conflicts import TaskComparison
 
 
 # The figures
@@ -212,7 +211,7 @@ def two(teachers):
 
 
 def pairs_of(trainer, **options) -> list[Pair]:
-    return find_pairs(trainer, trainer._make_sampler(), trainer.accelerator.unwrap_model(trainer.model), **options)
+    return trainer.task_comparison().pairs(trainer.make_sampler(), **options)
 
 
 def test_a_conflict_is_named_before_the_first_step(tmp_path, teachers, caplog, capsys):
@@ -331,7 +330,7 @@ def test_disagreement_of_the_trainer_is_that_of_the_velocities(tmp_path, teacher
     ids=["plain", "offloaded"],
 )
 def test_training_is_the_same_to_the_bit(tmp_path, teachers, monkeypatch, options):
-    looked_at, compare = [], TaughtTrainer._compare_tasks
+    looked_at, compare = [], DiffusionTrainer._compare_tasks
 
     def noted(trainer):
         before, numpy, sampler = torch.get_rng_state(), np.random.get_state()[1].tolist(), trainer._sampler
@@ -340,7 +339,7 @@ def test_training_is_the_same_to_the_bit(tmp_path, teachers, monkeypatch, option
         assert trainer._sampler is sampler, "the one of the data loader, which is told the epoch"
         looked_at.append(trainer)
 
-    monkeypatch.setattr(TaughtTrainer, "_compare_tasks", noted)
+    monkeypatch.setattr(DiffusionTrainer, "_compare_tasks", noted)
     settings = {
         "train_dataset": data(),
         "max_steps": 3,
@@ -349,7 +348,7 @@ def test_training_is_the_same_to_the_bit(tmp_path, teachers, monkeypatch, option
     }  # into the second epoch
     looked = make_trainer(tmp_path / "looked", two(teachers), **settings)
     looked.train()
-    monkeypatch.setattr(TaughtTrainer, "_compare_tasks", lambda trainer: None)
+    monkeypatch.setattr(DiffusionTrainer, "_compare_tasks", lambda trainer: None)
     plain = make_trainer(tmp_path / "plain", two(teachers), **settings)
     plain.train()
     assert looked_at == [looked]
@@ -435,8 +434,8 @@ def compare(folder: str, teachers: dict[str, str], split: bool) -> None:
     forwards: list[int] = []
     trainer.bank.backbone.network.get_base_model().register_forward_pre_hook(lambda *_: forwards.append(1))
     found: list[object] = []
-    find = taught_trainer.find_pairs
-    taught_trainer.find_pairs = lambda *inputs: found.append(find(*inputs)) or found[-1]
+    find = TaskComparison.pairs
+    TaskComparison.pairs = lambda *inputs: found.append(find(*inputs)) or found[-1]
     begin = trainer._begin_costs
     trainer._begin_costs = lambda: found.append(len(forwards)) or begin()
     trainer.train()

@@ -116,8 +116,8 @@ def test_pictures_of_nan_are_not_scored(tmp_path, teachers):
 def test_a_vae_that_overflows_is_named(tmp_path, teachers):
     trainer = make_trainer(tmp_path, teachers)
     with torch.no_grad():
-        trainer._pipeline.vae.decoder.conv_out.weight.fill_(math.nan)
-    field = trainer.eval_field
+        trainer.base_pipeline.vae.decoder.conv_out.weight.fill_(math.nan)
+    field = trainer.evaluator.field
     x = field.initial_latents(["a"], [torch.Generator().manual_seed(0)])
-    with pytest.raises(FloatingPointError, match="The VAE computes numbers that are not finite"):
+    with pytest.raises(FloatingPointError, match="The VAE computed NaN or infinity"):
         field.decode(x, ["a"])

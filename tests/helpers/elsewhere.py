@@ -142,9 +142,9 @@ def trained_elsewhere(trainer: Any, patch: Callable[..., None]) -> Accelerator:
     trainer._get_train_sampler()
     field.encode_together(trainer._companies())  # as an update does, which keeps them by their company
     for task in trainer.tasks:
-        prompts = [trainer.train_dataset[row]["prompt"] for row in trainer._task_rows[task]]
+        prompts = [trainer.train_dataset[row]["prompt"] for row in trainer.rounds.rows[task]]
         for prompt in prompts:
-            field.encode_prompts([prompt] * trainer.args.per_device_train_batch_size, trainer._guidance_scales(task))
+            field.encode_prompts([prompt] * trainer.args.per_device_train_batch_size, trainer.guidance_scales(task))
     trainer.args.optim = "adamw_torch"  # a fused one knows real devices alone
     patch(accelerate.Accelerator, "device", property(lambda _: DEVICE))
     patch(TrainingArguments, "device", property(lambda _: DEVICE))

@@ -107,7 +107,7 @@ def test_activations_are_those_of_a_real_pass(batch, scale, checkpointing, dtype
     }
     trainer = make_trainer(tmp_path, "base", in_dtype(dtype), gradient_checkpointing=checkpointing, **options)
     estimate = activation_bytes(trainer, "cpu")
-    assert not trainer._pipeline.transformer.is_gradient_checkpointing  # as it was
+    assert not trainer.base_pipeline.transformer.is_gradient_checkpointing  # as it was
     if checkpointing:
         trainer.model.activation_checkpointing_enable()
     # The pipeline's own small tensors come on top.
@@ -179,7 +179,7 @@ def test_shards(tmp_path, teachers):
     for name in ("transformer", "student", "optimizer"):
         assert half[name]["bytes"] == whole[name]["bytes"] // 2
     assert half["gradients"]["bytes"] == whole["gradients"]["bytes"]
-    transformer = trainer._pipeline.transformer
+    transformer = trainer.base_pipeline.transformer
     blocks = [sum(p.nbytes for p in block.parameters()) for block in transformer.transformer_blocks]
     assert len(blocks) == 2  # both of which are whole at a time, as is what is outside
     outside = sum(p.nbytes for p in transformer.parameters()) - sum(blocks)

@@ -110,7 +110,7 @@ def test_parts_of_an_opd_update(tmp_path, teachers, ticks, micro_batches):
         assert seconds["encoding"] == 1 + sum(calls.values()) + accumulation + 2
         assert sum(seconds.values()) == entry["step_time"]
         assert entry["samples_per_second"] == 2 * accumulation / entry["step_time"]
-        assert set(seconds) == {*trainer._parts, "other"}
+        assert set(seconds) == {*trainer.timed_parts, "other"}
         assert 0.01 < entry["peak_memory_gib"] < 64
         assert "mfu" not in entry  # nothing to compare with
 
@@ -159,11 +159,11 @@ def test_parts_of_a_grpo_update(tmp_path, ticks):
     trainer = make_grpo_trainer(tmp_path, max_steps=2, beta=0.1, num_iterations=2)
     trainer.train()
     first, second = logged(trainer)
-    tasks, trained, walked = len(trainer.tasks), trainer._window_size, len(trainer.table)
+    tasks, trained, walked = len(trainer.tasks), trainer.window_size, len(trainer.table)
     batches = trainer.args.gradient_accumulation_steps
     for entry in (first, second):
         seconds = times(entry)
-        assert set(seconds) == {*trainer._parts, "other"}
+        assert set(seconds) == {*trainer.timed_parts, "other"}
         assert sum(seconds.values()) == entry["step_time"]
         assert seconds["backward"] == batches * trained
         assert seconds["student"] == seconds["reference"] == 2 * batches * trained
@@ -178,7 +178,7 @@ def test_parts_of_an_nft_update(tmp_path, ticks):
     trainer.train()
     (entry,) = logged(trainer)
     seconds, batches, levels = times(entry), trainer.args.gradient_accumulation_steps, len(trainer._drawn_levels())
-    assert set(seconds) == {*trainer._parts, "other"}
+    assert set(seconds) == {*trainer.timed_parts, "other"}
     assert sum(seconds.values()) == entry["step_time"]
     assert seconds["rollout"] == 2 * batches * len(trainer.table)
     assert seconds["backward"] == batches * levels and seconds["student"] == 2 * batches * levels
@@ -191,7 +191,7 @@ def test_parts_of_an_sft_update(tmp_path, teachers, ticks):
     trainer.train()
     entry = logged(trainer)[0]
     seconds = times(entry)
-    assert set(seconds) == {*trainer._parts, "other"}
+    assert set(seconds) == {*trainer.timed_parts, "other"}
     assert sum(seconds.values()) == entry["step_time"]
     assert seconds["backward"] == 2 and seconds["teacher"] == 2 * 2 * len(trainer.table)
 

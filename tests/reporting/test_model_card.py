@@ -75,7 +75,7 @@ def _write_report(trainer: SimpleNamespace) -> None:
 class TestStudent:
     def test_metadata(self, trainer, tmp_path, hub):
         hub.create("someone/base", {"README.md": SD35_LICENSE.encode()})
-        trainer._pipeline.register_to_config(_name_or_path="someone/base")
+        trainer.base_pipeline.register_to_config(_name_or_path="someone/base")
         trainer.hub_model_id = "me/student"
         write_card(trainer, dataset_name=["me/prompts", str(tmp_path)], tags="mine")
         data = read_card(trainer).data.to_dict()
@@ -99,21 +99,21 @@ class TestStudent:
     def test_no_licence_is_made_up(self, card, trainer, hub):
         if card is not None:
             hub.create("someone/base", {"README.md": card.encode()})
-        trainer._pipeline.register_to_config(_name_or_path="someone/base")
+        trainer.base_pipeline.register_to_config(_name_or_path="someone/base")
         write_card(trainer)
         assert not [name for name in read_card(trainer).data.to_dict() if name.startswith("license")]
 
     def test_the_licence_of_a_gated_base(self, trainer, hub, monkeypatch):
         monkeypatch.delenv("HF_TOKEN")
         hub.create("someone/base", {"README.md": SD35_LICENSE.encode()}, gated=True)
-        trainer._pipeline.register_to_config(_name_or_path="someone/base")
+        trainer.base_pipeline.register_to_config(_name_or_path="someone/base")
         write_card(trainer)
         assert read_card(trainer).data.license_name == "stabilityai-ai-community"
 
     def test_a_hub_that_is_down_costs_the_licence_only(self, trainer, hub):
         hub.create("someone/base", {"README.md": SD35_LICENSE.encode()})
         hub.fail("GET /api/models/someone/base", 500)
-        trainer._pipeline.register_to_config(_name_or_path="someone/base")
+        trainer.base_pipeline.register_to_config(_name_or_path="someone/base")
         write_card(trainer)
         assert read_card(trainer).data.license is None and read_card(trainer).data.base_model == "someone/base"
         write_card(trainer)
@@ -188,7 +188,7 @@ class TestStudent:
 
     @pytest.mark.parametrize("kind", ["lora", "peft", "full"])
     def test_its_code_makes_the_students_image(self, kind, trainer, base, tmp_path, monkeypatch):
-        pipeline = trainer._pipeline
+        pipeline = trainer.base_pipeline
         if kind == "peft":
             monkeypatch.setattr(model_card, "LoraBaseMixin", type("NoLoader", (), {}))
         if kind == "full":
@@ -208,7 +208,7 @@ class TestStudent:
     def test_classifier_free_guidance_by_its_own_name(self, trainer):
         # Qwen-Image and Flux: guidance_scale would be an embedding, and without a negative prompt nothing happens.
         calls = []
-        trainer.eval_field = SimpleNamespace(
+        trainer.evaluator.field = SimpleNamespace(
             call_options=lambda prompts, scale: (
                 calls.append((prompts, scale))
                 or {"prompt": prompts, "negative_prompt": [""], "true_cfg_scale": scale, "image": object()}

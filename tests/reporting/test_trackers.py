@@ -169,7 +169,9 @@ def test_images_are_those_of_one_process(run, tmp_path):
     trainer = reported_trainer(run.folder, report_to="none")
     data = trainer.eval_dataset
     alone = [
-        image for task, rows in (("count", [0, 1, 2]), ("draw", [4])) for _, image in trainer._draw(data, task, rows)
+        image
+        for task, rows in (("count", [0, 1, 2]), ("draw", [4]))
+        for _, image in trainer.evaluator.draw(data, task, rows)
     ]
     for image, ours in zip(read_table(run, 0, tmp_path)["image"], alone, strict=True):
         assert np.abs(pixels(image).astype(int) - pixels(ours).astype(int)).max() <= 1

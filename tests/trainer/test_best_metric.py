@@ -35,7 +35,7 @@ def logging_reward(images, log_metric, **columns):
 
 
 def named(trainer, dataset) -> set[str]:
-    of_method = trainer._method_metrics(dataset)
+    of_method = trainer.method_metrics(dataset, trainer.args, trainer.bank is not None)
     return set(_names(dataset, trainer.args.task_column, trainer.reward_funcs, of_method))
 
 

@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from trl_diffusion_opd import TeacherConfig, estimate_memory
 from trl_diffusion_opd.algorithms.rollout import sample_generators
 from trl_diffusion_opd.pipelines.drawing import DRAWING
-from trl_diffusion_opd.trainer import dry_run
+from trl_diffusion_opd.trainer.dry_run import update_seconds
 
 
 pytestmark = pytest.mark.slow
@@ -125,7 +125,7 @@ def test_pictures(tmp_path, teachers, capsys):
         assert np.abs(drawn[name] - pixels(own_image(transformer, name.split("_")[0], scale))).max() <= 1, name
     assert all(np.abs(drawn[a] - drawn[b]).max() > 3 for a in drawn for b in drawn if a < b and a[:4] == b[:4])
     # And the student's is the first of those that training logs.
-    ((_, image),) = trainer._draw(trainer.eval_dataset, "count", [0])
+    ((_, image),) = trainer.evaluator.draw(trainer.eval_dataset, "count", [0])
     assert (drawn["count_student"] == pixels(image)).all()
 
     captions = ["base, CFG 2", "teacher 1, CFG 4", "teacher 2, CFG 2", "student, CFG 2"]
@@ -220,7 +220,9 @@ def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
         cost = {**dict.fromkeys(counts, 0.0), name: 1.0}
         # Only how far a walk goes is drawn.
         tolerance = 0.15 if name == "student" else 0
-        assert dry_run._seconds(trainer, [cost, cost]) == pytest.approx(count / updates, rel=tolerance), name
+        assert update_seconds(trainer.args, trainer.plan, trainer.rounds.micro_batches, [cost, cost]) == pytest.approx(
+            count / updates, rel=tolerance
+        ), name
     assert counts["student"] > updates
 
 

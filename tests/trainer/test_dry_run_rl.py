@@ -67,7 +67,7 @@ def test_training_then_does_what_was_shown(case, tmp_path, capsys):
     folder = {f"dry_run/{task}_{name}.png" for task in trainer.tasks for name in ["student", *completions(4)]}
     assert files(tmp_path / "dry") == folder | {"dry_run/dry_run.png"}
 
-    networks = [trainer.model, *trainer._frozen_networks()]
+    networks = [trainer.model, *trainer.frozen_networks()]
     with counted(networks) as count:
         trainer.train()
     assert (count.forwards, count.backwards) == (report["forwards"], report["backwards"])

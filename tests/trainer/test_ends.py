@@ -221,7 +221,7 @@ class TestRehearsal:
     def rehearse(self, trainer, functions):
         options = dict(task_column="task", seed=trainer.args.seed, guidance_scale=trainer.args.guidance_scale)
         with trainer.averaged_student() as student:
-            rehearse_report(trainer.eval_field, student, functions, make_dataset(), **options)
+            rehearse_report(trainer.evaluator.field, student, functions, make_dataset(), **options)
 
     def test_every_reward_scores_every_task(self, trainer):
         seen = []

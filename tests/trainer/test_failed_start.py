@@ -23,6 +23,7 @@ from torch import nn
 from transformers import Trainer
 
 from trl_diffusion_opd import DiffusionOPDTrainer
+from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.teachers import TeacherBank
 from trl_diffusion_opd.trainer.diffusion_opd_trainer import tables
 
@@ -65,9 +66,9 @@ def interrupts(*args, **kwargs):
 # What fails, and what is raised.
 FAILURES = {
     "a teacher's reading": (TeacherBank, "_load", breaks, Broken),
-    "the checks, interrupted": (DiffusionOPDTrainer, "_setup", interrupts, KeyboardInterrupt),
+    "the checks, interrupted": (DiffusionOPDTrainer, "prepare_method", interrupts, KeyboardInterrupt),
     "Trainer": (Trainer, "__init__", breaks, Broken),
-    "placing the teachers": (DiffusionOPDTrainer, "_place_teachers", breaks, Broken),
+    "placing the teachers": (Backbone, "to", breaks, Broken),
     "the table at the start": (tables, "print_teachers", breaks, Broken),
     "nothing but the arguments": (None, None, None, ValueError),
 }

@@ -42,8 +42,13 @@ from trl_diffusion_opd.rewards import Reward
 
 def record_rounds(trainer):
     """What is rolled out, and what every optimizer step trains on."""
-    rounds, steps, roll_out, step = [], [], trainer._roll_out, trainer.training_step
-    trainer._roll_out = lambda batches: rounds.append(roll_out(batches)) or rounds[-1]
+    rounds, steps, roll_out, step = [], [], trainer.roll_out, trainer.training_step
+
+    def keep(drawn):
+        rounds.append(drawn.rollouts)
+        return drawn
+
+    trainer.roll_out = lambda batches: keep(roll_out(batches))
     trainer.training_step = lambda model, inputs, n: steps.append(inputs) or step(model, inputs, n)
     return rounds, steps
 

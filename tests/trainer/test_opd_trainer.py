@@ -170,13 +170,13 @@ def test_loaded_lora_draws_the_trainers_image(trained, tmp_path, monkeypatch):
     assert np.abs(draw(with_peft) - ours).max() <= 1e-5
 
     # The evaluation's own walk, before its pixels are rounded to bytes.
-    evaluation, latents = trainer.eval_field, []
+    evaluation, latents = trainer.evaluator.field, []
     field = copy.copy(evaluation)
     field.initial_latents = lambda *inputs: latents.append(evaluation.initial_latents(*inputs)) or latents[-1]
     field.decode = lambda x, prompts: evaluation.decode(x, prompts, "np")
-    monkeypatch.setattr(trainer, "eval_field", field)
+    monkeypatch.setattr(trainer.evaluator, "field", field)
     with trainer.student.ema_weights():
-        evaluated = trainer._draw(make_dataset(count=2), "count", [0, 1])
+        evaluated = trainer.evaluator.draw(make_dataset(count=2), "count", [0, 1])
     monkeypatch.undo()
     options["prompt"] = ["count0", "count1"]
     expected = fresh(**options, num_inference_steps=3, latents=latents[0])[0]
@@ -319,7 +319,10 @@ def test_evaluation(tmp_path, teachers):
         per_device_eval_batch_size=5,
     )
     averages = []
-    trainer._draw, draw = lambda *args: averages.append(same_as_average(trainer)) or draw(*args), trainer._draw
+    trainer.evaluator.draw, draw = (
+        lambda *args: averages.append(same_as_average(trainer)) or draw(*args),
+        trainer.evaluator.draw,
+    )
     trainer.train()
     assert averages and all(averages)
     logs = {

@@ -21,7 +21,7 @@ mean is linear in `x` and `v`:
     x_{j+1} = a_j x_j + c_j v_j + b_j h_j + s_j z_j,    z_j ~ N(0, I),    h_j = x0 of the step before
 
 and is therefore four numbers a step. Two networks at the same state differ by `c_j (v_1 - v_2)` in the mean and by nothing
-else, which is all that the losses in `objectives.py` need.
+else, which is all that the losses in `opd.py` need.
 """
 
 import math

@@ -195,13 +195,12 @@ class KeptSettings:
             group |= kept
         own = _unwrapped(schedule)
         if isinstance(own, LambdaLR) and self.base_rates is not None and own.base_lrs != self.base_rates:
-            own.base_lrs = list(self.base_rates)
             rates = [
                 base * factor(own.last_epoch) for base, factor in zip(self.base_rates, own.lr_lambdas, strict=True)
             ]
             for group, base, rate in zip(optimizer.param_groups, self.base_rates, rates, strict=True):
                 group["initial_lr"], group["lr"] = base, rate
-            own._last_lr = rates
+            own.load_state_dict(own.state_dict() | {"base_lrs": list(self.base_rates), "_last_lr": rates})
 
 
 def _short(value: JSON) -> str:

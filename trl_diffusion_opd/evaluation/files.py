@@ -79,7 +79,7 @@ def write_results(
         with extra(f"The picture {SAMPLES_PICTURE}"):
             plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / SAMPLES_PICTURE)
         with extra(f"The page {PAGE_FILE}"):
-            write_file(folder / PAGE_FILE, _page(store, report, measured, tasks, num_samples))
+            write_file(folder / PAGE_FILE, samples_page(store, report, measured, tasks, num_samples))
 
 
 def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
@@ -114,7 +114,7 @@ def _visible(value: object) -> object:
     return visible(value, keep="\n\t") if isinstance(value, str) else value
 
 
-def _page(store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int) -> str:
+def samples_page(store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int) -> str:
     """Each shown prompt with the images of all models, under each every score that applies."""
     shown = {
         task: [

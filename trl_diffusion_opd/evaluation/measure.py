@@ -15,7 +15,7 @@
 """Draws and scores what is missing: a batch of one model for one task at a time, scored while the next one is drawn."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -29,7 +29,7 @@ from torch import Tensor
 from ..acceleration.processes import failing_together
 from ..guards.files import JSON
 from ..models.teachers import Role, TeacherBank, model_identity
-from ..pipelines.drawing import Velocity, draw_batch
+from ..pipelines.drawing import draw_batch
 from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.base import Row
@@ -65,6 +65,28 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Options:
+    """
+    How much is measured.
+
+    Attributes:
+        num_images (`int`): images a task.
+        batch_size (`int`): images at a time on a process.
+        seed (`int`): of the noise.
+        num_samples (`int`): the first images of each task that are kept in any case.
+        keep_images (`bool`): whether the others are kept too.
+        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; without it, for ever.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    num_samples: int
+    keep_images: bool
+    reward_timeout: float | None
+
+
+@dataclass(frozen=True)
 class Model:
     """A weighted mean of networks, each at its own guidance, under every name that it is asked for by."""
 
@@ -93,6 +115,12 @@ class Measured:
     keys: dict[tuple[str, str], str]
     seconds: _Seconds
     drawn: int
+
+    def told(self) -> str:
+        """What it took, as a line."""
+        taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds["rewards"].items())
+        drawing = self.seconds["generation"]
+        return f"{self.drawn} images were drawn in {drawing:.1f} s; scoring meanwhile took {taken}."
 
 
 @dataclass(frozen=True)
@@ -133,14 +161,8 @@ def measure(
     bank: TeacherBank,
     tasks: Mapping[str, Task],
     settings: Mapping[str, JSON],
-    *,
-    num_images: int,
-    batch_size: int,
-    seed: int,
+    options: Options,
     store: Store | None,
-    num_shown: int,
-    keep_images: bool,
-    reward_timeout: float | None = None,
 ) -> Measured:
     """
     Scores of every model on every task. Call it on all processes; all of them return the same.
@@ -150,22 +172,17 @@ def measure(
         bank ([`TeacherBank`]): all models, by name.
         tasks (`dict[str, Task]`)
         settings (`dict`): what all images depend on besides model, prompt and noise, ready for JSON.
-        num_images (`int`): images a task.
-        batch_size (`int`): images at a time on a process.
-        seed (`int`): of the noise.
+        options ([`Options`])
         store ([`Store`], *optional*): where images and scores are kept, and looked for first.
-        num_shown (`int`): the first images of each task that are kept in any case.
-        keep_images (`bool`): whether the others are kept too.
-        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; without it, for ever.
 
     Raises:
         [`TimeoutError`]: if a call took longer.
     """
-    state = PartialState()
+    state, num_images = PartialState(), options.num_images
     models = _distinct_models(bank)
     keys = {
         (name, task): digest(
-            dict(settings), model_identity(model.roles), seed, task, part.index, part.prompts["prompt"][:]
+            dict(settings), model_identity(model.roles), options.seed, task, part.index, part.prompts["prompt"][:]
         )
         for task, part in tasks.items()
         for model in models
@@ -173,44 +190,23 @@ def measure(
     }
     # The main process looks for all: the others might see files that are written meanwhile.
     found: _Found = broadcast_object_list([_find(tasks, keys, store) if state.is_main_process else None])[0]
-    kept = 0 if store is None else num_images if keep_images else num_shown
-    batches = _plan(tasks, models, keys, found, num_images, batch_size, kept)
+    kept = 0 if store is None else num_images if options.keep_images else options.num_samples
+    batches = _plan(tasks, models, keys, found, num_images, options.batch_size, kept)
     # Each kind is shared out for itself: drawing takes longer than scoring again.
     mine = [
         batch
         for is_drawn in (True, False)
         for batch in [b for b in batches if b.is_drawn == is_drawn][state.process_index :: state.num_processes]
     ]
-    fresh: KnownScores = {}
-
-    def record(batch: _Batch, function: RewardFunc, scores: Mapping[str, list[float | None]]) -> None:
-        for name, values in scores.items():
-            identity = found.identity(batch.key, batch.task, function, name)
-            by_number = dict(zip(batch.unscored[reward_name(function)], values, strict=True))
-            fresh.setdefault(identity, {}).update(by_number)
-            if store is not None and identity[2]:
-                store.record(identity, by_number)
-
-    def draw(batch: _Batch) -> list[Image]:
-        prompts = tasks[batch.task].rows(batch.numbers)["prompt"]
-        entropy = [seed, tasks[batch.task].index]
-        try:
-            images = draw_batch(field, _velocity(field, bank, batch.model), prompts, entropy, batch.numbers)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error
-        if store is not None:
-            pairs = zip(batch.numbers, images, strict=True)
-            store.save(batch.key, batch.task, {n: image for n, image in pairs if n < kept})
-        return images
-
+    worker = _Worker(field, bank, tasks, found, options.seed, store, kept)
     with failing_together():
         try:
-            seconds = _work(mine, tasks, draw, record, store, reward_timeout)
+            seconds = worker.work(mine, options.reward_timeout)
         except TimeoutError as error:
             if store is not None:
                 error.add_note("What has been drawn and scored is kept: the same command goes on from there.")
             raise
-    everyone = gather_object([(fresh, seconds, sum(len(batch.numbers) for batch in mine if batch.is_drawn))])
+    everyone = gather_object([(worker.fresh, seconds, sum(len(batch.numbers) for batch in mine if batch.is_drawn))])
     merge(found.scores, (scores for scores, _, _ in everyone))
     scores: Scores = {
         model: {
@@ -275,67 +271,94 @@ def _plan(
     return batches
 
 
-def _work(
-    batches: Sequence[_Batch],
-    tasks: Mapping[str, Task],
-    draw: Callable[[_Batch], list[Image]],
-    record: Callable[[_Batch, RewardFunc, Mapping[str, list[float | None]]], None],
-    store: Store | None,
-    reward_timeout: float | None,
-) -> _Seconds:
-    """Draws and scores batches; returns the seconds that it took: `generation`, and `rewards` by name."""
-    generation = 0.0
-    functions = _functions(tasks)
+class _Worker:
+    """
+    Draws and scores batches on this process, and keeps what it finds.
+
+    Attributes:
+        fresh (`dict`): the scores that it found.
+    """
+
+    def __init__(
+        self,
+        field: VelocityField,
+        bank: TeacherBank,
+        tasks: Mapping[str, Task],
+        found: _Found,
+        seed: int,
+        store: Store | None,
+        kept: int,
+    ):
+        self.field, self.bank, self.tasks, self.found = field, bank, tasks, found
+        self.seed, self.store, self.kept = seed, store, kept
+        self.fresh: KnownScores = {}
+
+    def work(self, batches: Sequence[_Batch], reward_timeout: float | None) -> _Seconds:
+        """Returns the seconds that it took: `generation`, and `rewards` by name."""
+        generation = 0.0
+        with ExitStack() as stack:
+            # One for each function, since after an interruption not all of them miss the same scores.
+            scorers = {
+                name: stack.enter_context(Scorer([function], None, reward_timeout, call=self.score))
+                for name, function in _functions(self.tasks).items()
+            }
+            for batch in tqdm(batches, desc="Evaluating", unit="batch"):
+                missing = sorted({n for numbers in batch.unscored.values() for n in numbers})
+                if batch.is_drawn:
+                    start = time.perf_counter()
+                    images = dict(zip(batch.numbers, self.draw(batch), strict=True))
+                    generation += time.perf_counter() - start
+                else:
+                    assert self.store is not None  # without one everything is drawn
+                    images = {n: self.store.load(batch.key, batch.task, n) for n in missing}
+                columns = self.tasks[batch.task].rows(batch.numbers)
+                rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
+                for name, numbers in batch.unscored.items():
+                    if numbers:
+                        scorers[name].submit([rows[n] for n in numbers], [images[n] for n in numbers], batch)
+            for scorer in scorers.values():
+                scorer.results()
+        return {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
+
+    def draw(self, batch: _Batch) -> list[Image]:
+        task = self.tasks[batch.task]
+
+        def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
+            return self.bank.mean_velocity(self.field, batch.model.roles, x, t, prompts)
+
+        try:
+            prompts = task.rows(batch.numbers)["prompt"]
+            images = draw_batch(self.field, velocity, prompts, [self.seed, task.index], batch.numbers)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error
+        if self.store is not None:
+            pairs = zip(batch.numbers, images, strict=True)
+            self.store.save(batch.key, batch.task, {n: image for n, image in pairs if n < self.kept})
+        return images
 
     def score(
-        function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: _Batch
+        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: _Batch
     ) -> dict[str, list[float | None]]:
-        """Calls a function, and keeps its scores at once, in its thread."""
+        """Calls a function and keeps its scores at once, in its thread."""
         # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
         own = [image.copy() for image in images]
         try:
-            found = call_reward(function, rows, own)
+            scores = call_reward(function, rows, own)
         except BaseException as error:
-            if function not in tasks[batch.task].functions:
+            if function not in self.tasks[batch.task].functions:
                 error.add_note(
                     f"Every reward scores the images of every task, here {reward_name(function)!r} those of task "
                     f"{batch.task!r}. A function must return None for rows that it does not apply to, or set "
                     "cross_task_rewards=False."
                 )
             raise
-        record(batch, function, found)
-        return found
-
-    with ExitStack() as stack:
-        # One for each function, since after an interruption not all of them miss the same scores.
-        scorers = {
-            name: stack.enter_context(Scorer([function], None, reward_timeout, call=score))
-            for name, function in functions.items()
-        }
-        for batch in tqdm(batches, desc="Evaluating", unit="batch"):
-            missing = sorted({n for numbers in batch.unscored.values() for n in numbers})
-            if batch.is_drawn:
-                start = time.perf_counter()
-                images = dict(zip(batch.numbers, draw(batch), strict=True))
-                generation += time.perf_counter() - start
-            else:
-                assert store is not None  # without one everything is drawn
-                images = {n: store.load(batch.key, batch.task, n) for n in missing}
-            columns = tasks[batch.task].rows(batch.numbers)
-            rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
-            for name, numbers in batch.unscored.items():
-                if numbers:
-                    scorers[name].submit([rows[n] for n in numbers], [images[n] for n in numbers], batch)
-        for scorer in scorers.values():
-            scorer.results()
-    return {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
-
-
-def _velocity(field: VelocityField, bank: TeacherBank, model: Model) -> Velocity:
-    def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        return bank.mean_velocity(field, model.roles, x, t, prompts)
-
-    return velocity
+        for name, values in scores.items():
+            identity = self.found.identity(batch.key, batch.task, function, name)
+            by_number = dict(zip(batch.unscored[reward_name(function)], values, strict=True))
+            self.fresh.setdefault(identity, {}).update(by_number)
+            if self.store is not None and identity[2]:
+                self.store.record(identity, by_number)
+        return scores
 
 
 def _total(seconds: Sequence[_Seconds]) -> _Seconds:

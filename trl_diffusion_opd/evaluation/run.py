@@ -18,13 +18,16 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..acceleration.processes import failing_together
 from ..acceleration.quantization import QuantizationConfig
@@ -42,7 +45,7 @@ from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
 from .files import write_results
-from .measure import Task, measure
+from .measure import Options, Task, measure
 from .retention import retention_report
 from .store import Store
 
@@ -145,21 +148,56 @@ def evaluate_retention(
     """
     # Without `cpu`, processes that were launched on a machine without an accelerator would not know of each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    if not isinstance(students, Mapping):
-        students = {"student": students}
-    if isinstance(dataset, Dataset):
-        dataset = plain_dataset(dataset, task_column)
-        problems = Problems(dataset_problems(dataset, task_column, "dataset"))
-    else:
-        kind = type(dataset).__name__
-        problems = Problems([f"dataset is a {kind}; it must be a datasets.Dataset, of a DatasetDict one split."])
+    named = students if isinstance(students, Mapping) else {"student": students}
+    dataset = plain_dataset(dataset, task_column) if isinstance(dataset, Dataset) else dataset
+    problems = _dataset_problems(dataset, task_column)
     rows = {} if problems else task_rows(dataset, task_column)
-    problems += _option_problems(pipeline, num_images, batch_size, num_samples, dtype, students)
-    problems += timeout_problems(reward_timeout)
-    for option, given in (("quantization_config", quantization_config), ("model_init_kwargs", model_init_kwargs)):
-        if given and not isinstance(pipeline, str):
-            problems.append(f"{option} is for a base that is given by name. This one is loaded: load it with that.")
-    problems += model_init_problems(model_init_kwargs or {})
+    options = Options(num_images, batch_size, seed, num_samples, keep_images, reward_timeout)
+    problems += _option_problems(options, pipeline, dtype, quantization_config, model_init_kwargs, named)
+    specs, functions = _models_and_rewards(teachers, named, reward_funcs, dataset, rows, guidance_scale, problems)
+    problems.raise_under("The evaluation cannot start")
+
+    tasks = _tasks(dataset, rows, functions, cross_task_rewards)
+    base = _loaded(pipeline, dtype, model_init_kwargs, quantization_config, state.device)
+    size = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
+    grid: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
+    store = None if output_dir is None else Store(Path(output_dir), state.process_index)
+    with borrowed(base) as transformer:
+        settings: dict[str, JSON] = {"base": None if store is None else _shared_digest(base)}
+        with failing_together():
+            field = VelocityField(base, **grid, generation_kwargs=generation_kwargs)
+            scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
+            bank = _bank(field, transformer, base, specs, scale)
+        settings |= {"levels": field.levels.tolist(), "size": [*size.values()]}
+        settings["generation_kwargs"] = Hasher.hash(generation_kwargs or {})
+        measured = measure(field, bank, tasks, settings, options, store)
+    own = {task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()}
+    report = retention_report(measured.scores, {task: f"teacher/{task}" for task in rows}, list(named), seed, own)
+    with failing_together():  # whoever goes on finds the files
+        if state.is_main_process:
+            logger.info(measured.told())
+            if store is not None:
+                write_results(store, report, measured, tasks, num_samples)
+    return report
+
+
+def _dataset_problems(dataset: object, task_column: str) -> Problems:
+    if isinstance(dataset, Dataset):
+        return Problems(dataset_problems(dataset, task_column, "dataset"))
+    kind = type(dataset).__name__
+    return Problems([f"dataset is a {kind}; it must be a datasets.Dataset, of a DatasetDict one split."])
+
+
+def _models_and_rewards(
+    teachers: TeacherSpec | Mapping[str, TeacherSpec],
+    students: Mapping[str, str | TeacherConfig],
+    reward_funcs: RewardFuncs,
+    dataset: Dataset,
+    rows: Mapping[str, np.ndarray],
+    guidance_scale: float,
+    problems: Problems,
+) -> tuple[dict[str, list[TeacherConfig]], dict[str, list[RewardFunc]]]:
+    """All models by their names in the report, and rewards by task. What does not fit is added to `problems`."""
     specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
     functions: dict[str, list[RewardFunc]] = {}
     if rows:
@@ -173,15 +211,17 @@ def evaluate_retention(
     with problems.collect():
         for name, configs in normalize_teachers(students, list(students)).items():
             specs[name] = [_at(config, guidance_scale) for config in configs]
-    problems.raise_under("The evaluation cannot start")
+    return specs, functions
 
-    base: DiffusionPipeline = pipeline
-    if isinstance(pipeline, str):
-        with failing_together():
-            loaded = load_pipeline(pipeline, dtype or "float32", model_init_kwargs, quantization_config)
-            base = loaded.to(state.device)
+
+def _tasks(
+    dataset: Dataset,
+    rows: Mapping[str, np.ndarray],
+    functions: Mapping[str, list[RewardFunc]],
+    cross_task_rewards: bool,
+) -> dict[str, Task]:
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
-    tasks = {
+    return {
         task: Task(
             index=index,
             prompts=dataset.select(of_task),
@@ -190,78 +230,53 @@ def evaluate_retention(
         )
         for index, (task, of_task) in enumerate(rows.items())
     }
-    with borrowed(base) as transformer:
-        # Only what is kept can be mistaken for another base's.
-        digest = None if output_dir is None else _shared_digest(base)
-        with failing_together():
-            field = VelocityField(
-                base,
-                num_inference_steps=num_inference_steps,
-                height=height,
-                width=width,
-                max_sequence_length=max_sequence_length,
-                generation_kwargs=generation_kwargs,
-            )
-            teacher_scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
-            bank = TeacherBank(Backbone(transformer), base, specs, teacher_scale)
-            bank.backbone.to(transformer.device)
-            for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
-                field.check_guidance(scale)
-        store = None if output_dir is None else Store(Path(output_dir), state.process_index)
-        settings = {
-            "base": digest,
-            "levels": field.levels.tolist(),
-            "size": [height, width, max_sequence_length],
-            "generation_kwargs": Hasher.hash(generation_kwargs or {}),
-        }
-        measured = measure(
-            field,
-            bank,
-            tasks,
-            settings,
-            num_images=num_images,
-            batch_size=batch_size,
-            seed=seed,
-            store=store,
-            num_shown=num_samples,
-            keep_images=keep_images,
-            reward_timeout=reward_timeout,
-        )
-    report = retention_report(
-        measured.scores,
-        {task: f"teacher/{task}" for task in rows},
-        list(students),
-        seed,
-        own={task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()},
-    )
-    if state.is_main_process:
-        taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in measured.seconds["rewards"].items())
-        drawing = measured.seconds["generation"]
-        logger.info(f"{measured.drawn} images were drawn in {drawing:.1f} s; scoring meanwhile took {taken}.")
-    with failing_together():  # whoever goes on finds the files
-        if store is not None and state.is_main_process:
-            write_results(store, report, measured, tasks, num_samples)
-    return report
+
+
+def _loaded(
+    pipeline: str | DiffusionPipeline,
+    dtype: str | None,
+    model_init_kwargs: dict[str, JSON] | None,
+    quantization_config: QuantizationConfig,
+    device: torch.device,
+) -> DiffusionPipeline:
+    if not isinstance(pipeline, str):
+        return pipeline
+    with failing_together():
+        return load_pipeline(pipeline, dtype or "float32", model_init_kwargs, quantization_config).to(device)
+
+
+def _bank(
+    field: VelocityField,
+    transformer: ModelMixin,
+    base: DiffusionPipeline,
+    specs: Mapping[str, list[TeacherConfig]],
+    scale: float,
+) -> TeacherBank:
+    bank = TeacherBank(Backbone(transformer), base, specs, scale)
+    bank.backbone.to(transformer.device)
+    for one in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
+        field.check_guidance(one)
+    return bank
 
 
 def _shared_digest(base: DiffusionPipeline) -> str:
-    """The base's digest, which takes a while for a large one: one process computes it for all."""
+    """The base's digest, which takes a while for a large one: one process computes it for all. Only what is kept needs it."""
     return broadcast_object_list([base_digest(base) if PartialState().is_main_process else None])[0]
 
 
 def _option_problems(
+    options: Options,
     pipeline: str | DiffusionPipeline,
-    num_images: int,
-    batch_size: int,
-    num_samples: int,
     dtype: str | None,
+    quantization_config: QuantizationConfig,
+    model_init_kwargs: dict[str, JSON] | None,
     students: Collection[str],
 ) -> list[str]:
     problems = []
     for name, value, least in (
-        ("num_images", num_images, 1),
-        ("batch_size", batch_size, 1),
-        ("num_samples", num_samples, 0),
+        ("num_images", options.num_images, 1),
+        ("batch_size", options.batch_size, 1),
+        ("num_samples", options.num_samples, 0),
     ):
         if value < least:
             problems.append(f"{name}={value}: it must be at least {least}.")
@@ -274,7 +289,11 @@ def _option_problems(
     taken = [name for name in students if name == "base" or name.startswith("teacher/")]
     if taken:
         problems.append(f"A student is named {taken[0]!r}, which is the report's name for another model. Rename it.")
-    return problems
+    problems += timeout_problems(options.reward_timeout)
+    for option, given in (("quantization_config", quantization_config), ("model_init_kwargs", model_init_kwargs)):
+        if given and not isinstance(pipeline, str):
+            problems.append(f"{option} is for a base that is given by name. This one is loaded: load it with that.")
+    return problems + model_init_problems(model_init_kwargs or {})
 
 
 def _at(config: TeacherConfig, guidance_scale: float) -> TeacherConfig:

@@ -42,17 +42,20 @@ class Backbone:
             place and which is frozen. None where nobody computes with the base.
         student (`str`, *optional*):
             The student's adapter, active outside of [`~Backbone.use`]; `None` without one.
+        whole_student (`nn.Module`, *optional*): a student that is trained in full, beside `network`.
 
     Attributes:
         network (`nn.Module`, *optional*): the same, with what has been added.
     """
 
-    def __init__(self, network: nn.Module | None, student: str | None = None) -> None:
+    def __init__(
+        self, network: nn.Module | None, student: str | None = None, whole_student: nn.Module | None = None
+    ) -> None:
         self.network = network
         self._home = student
+        self._student = whole_student
         # By role, each frozen: a network of its own, or None for a LoRA on `network`.
         self._added: dict[str, nn.Module | None] = {}
-        self._student: nn.Module | None = None  # of full weights
         self._look_again()
 
     @classmethod
@@ -67,9 +70,7 @@ class Backbone:
         """
         if isinstance(student, PeftModel):
             return cls(student, STUDENT_ADAPTER)
-        backbone = cls(frozen_copy(student) if with_base else None)
-        backbone._student = student
-        return backbone
+        return cls(frozen_copy(student) if with_base else None, whole_student=student)
 
     def _look_again(self) -> None:
         """After adapters have come or gone: PEFT leaves any of them active, and a new wrapper in training mode."""

@@ -32,9 +32,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from ..guards.files import write_json
-from ..guards.redaction import listed, shown
+from ..guards.redaction import shown
 from ..hub.files import MERGE_REPORT_FILE
 from ..pipelines.loading import borrowed
+from ..problems import Problems
 from .backbone import Backbone
 from .student import STUDENT_ADAPTER, Student
 from .teacher_config import TeacherSpec, normalize_teachers
@@ -210,8 +211,7 @@ def merge_teachers(
             problems.append(f"weights names the task {task!r}, which has no teacher; teachers are given for {tasks}.")
         elif not (math.isfinite(weight) and weight > 0):
             problems.append(f"weights: {task}={weight} is not a positive number.")
-    if problems:
-        raise ValueError("The teachers can't be merged so:\n" + listed(problems))
+    Problems(problems).raise_under("The teachers can't be merged so")
     with borrowed(pipeline) as transformer:
         bank = TeacherBank(Backbone(transformer), pipeline, normalize_teachers(teachers, tasks), 1.0)
         shares = merge_weights(bank, weights)

@@ -20,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..guards.redaction import listed, shown
+from ..guards.redaction import shown
 from ..hub.names import way_out
+from ..problems import Problems
 
 
 class TeacherError(ValueError):
@@ -216,6 +217,5 @@ def normalize_teachers(
             problems.append(f"the list of teachers of task {task!r} is empty")
         total = math.fsum(config.weight for config in configs)
         normalized[task] = [replace(config, weight=config.weight / total) for config in configs]
-    if problems:
-        raise ValueError("The teachers do not fit:\n" + listed(problems))
+    Problems(problems).raise_under("The teachers do not fit")
     return normalized

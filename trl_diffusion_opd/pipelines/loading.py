@@ -27,8 +27,9 @@ from torch import nn
 
 from ..acceleration.quantization import QuantizationConfig, failures_named, pipeline_config, prepare
 from ..guards.files import JSON
-from ..guards.redaction import listed, shown
+from ..guards.redaction import shown
 from ..hub.errors import explained, retried
+from ..problems import Problems
 from .base_state import transformer_problems
 from .loading_options import loading_options
 
@@ -117,9 +118,7 @@ def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
             "pipe.unload_lora_weights(), and pass it as a student or a teacher."
         )
     if isinstance(transformer, nn.Module):
-        problems = transformer_problems(transformer)
-        if problems:
-            raise ValueError("The pipeline cannot be used as a base:\n" + listed(problems))
+        Problems(transformer_problems(transformer)).raise_under("The pipeline cannot be used as a base")
         prepare(transformer)
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for network in networks for module in network.modules()]

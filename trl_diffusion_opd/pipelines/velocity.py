@@ -217,7 +217,7 @@ class VelocityField:
         return seen[0]
 
     def _velocity(
-        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: "StandIn"
+        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: StandIn
     ) -> Tensor:
         velocity = self._step(x, t, prompts, guidance_scale, transformer).scheduler.velocity
         assert velocity is not None, "the pipeline's loop ended without a call of scheduler.step"

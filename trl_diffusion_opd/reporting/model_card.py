@@ -52,7 +52,7 @@ class MethodFacts(TypedDict, total=False):
 
     method: str
     teachers: Mapping[str, JSON]
-    settings: dict[str, object]
+    settings: dict[str, str]
     no_walk: bool
 
 

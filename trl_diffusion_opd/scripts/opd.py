@@ -79,7 +79,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     if test_dataset is not None:
         with trainer.averaged_student() as student:
             rehearse_report(
-                trainer.eval_field,
+                trainer.evaluator.field,
                 student,
                 {task: rewards[task] for task in tested},
                 test_dataset,

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -28,10 +28,11 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
@@ -49,7 +50,6 @@ from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank
-from ..problems import Problems
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
@@ -61,62 +61,22 @@ from ..rewards.base import Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator, applicable_mean
-from .numbers import gather_finite, warn_of_idle_weights
 from .passes import StudentPasses
-from .preparation import Parts, prepare
+from .preparation import Method, Parts, prepare
+from .run_callback import RunCallback
 from .run_files import RunFiles
+from .teaching import place
 
 
 logger = logging.getLogger(__name__)
 
 
-class _StudentCallback(TrainerCallback):
-    """Shows where training starts, and steps the moving average after every update, before it is evaluated or saved."""
-
-    def __init__(self, trainer: "DiffusionTrainer"):
-        self.trainer = trainer
-        self._has_looked = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        checkpoint.restore_best(args.output_dir, state)
-        if state.global_step >= state.max_steps:
-            logger.warning(
-                f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
-                "max_steps (or num_train_epochs)."
-            )
-        self.trainer._say_average(state.max_steps)
-        self.trainer._log_completions()
-        if state.global_step == 0:
-            self.trainer._compare_tasks()
-        self.trainer._begin_costs()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if not self._has_looked:
-            self._has_looked = True
-            self.trainer._warn_of_idle_weights()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self.trainer.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
-        self.trainer.student.update_ema(state.global_step)
-        self.trainer._cost.stop()
-
-
-class DiffusionTrainer(StudentPasses, RunFiles):
+class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
     A trainer derives from it and overrides [`prepare_method`] (what else it loads and refuses before the first step) and
     [`training_step`].
-
-    Args:
-        model, args, train_dataset, eval_dataset, reward_funcs, callbacks, optimizers, quantization_config, peft_config, teachers:
-            As the trainers take them.
 
     Attributes:
         tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and their parts in an update.
@@ -131,7 +91,6 @@ class DiffusionTrainer(StudentPasses, RunFiles):
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # a task's share of the round is in the loss
     args: DiffusionConfig
-    config_class: ClassVar[type[DiffusionConfig]]
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
@@ -141,8 +100,8 @@ class DiffusionTrainer(StudentPasses, RunFiles):
     merge_report: MergeReport | None = None
     # What the seconds of an update are made of.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
-    _grid_at = -1  # the update of which images were last shown
     _has_compared = False
+    _grid_at = -1  # the update of which images were last shown
 
     def __init__(
         self,
@@ -202,12 +161,10 @@ class DiffusionTrainer(StudentPasses, RunFiles):
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
-        self.eval_field = field.with_steps(args.eval_num_inference_steps)
-        self.evaluator = ImageEvaluator(
-            self.eval_field, self.student, self.tasks, self.reward_funcs, args, self.accelerator
-        )
-        vars(self).update(parts.method)
-        self.add_callback(_StudentCallback(self))
+        grid = field.with_steps(args.eval_num_inference_steps)
+        self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
+        self.__dict__.update(parts.method)
+        self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
@@ -221,30 +178,10 @@ class DiffusionTrainer(StudentPasses, RunFiles):
         self._part = self._cost.part
         field.encoding = lambda: self._part("encoding")
         if self.bank is not None:
-            self._place_teachers(self.bank)
-
-    def _place_teachers(self, bank: TeacherBank) -> None:
-        bank.backbone.to(self.accelerator.device)
-        if self.args.torch_compile:
-            bank.backbone.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
-        # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
-        shared = {id(p) for p in bank.backbone.parameters()} & {id(p) for p in self.student.parameters()}
-        assert not shared, "a teacher's parameter is trainable"
+            compiling = (args.torch_compile_backend, args.torch_compile_mode) if args.torch_compile else None
+            place(self.bank, self.accelerator.device, self.student, compiling)
 
     # Hooks of the trainers
-
-    @classmethod
-    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
-        """Names of what [`_evaluate_method`] returns, without prefix."""
-        return []
-
-    @classmethod
-    def look_at_base(cls, parts: Parts) -> None:
-        """Looks at the pipeline while its transformer is the base alone."""
-
-    @classmethod
-    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        """Puts what the method needs beyond the student into `parts.method`, and everything that is wrong into `problems`."""
 
     def _start(self) -> None:
         """Shows what will be trained, at the end of the constructor."""
@@ -352,6 +289,20 @@ class DiffusionTrainer(StudentPasses, RunFiles):
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, **kwargs)
 
+    def _begin_run(self) -> None:
+        """Shows where training starts. All processes call it."""
+        self._say_average(self.state.max_steps)
+        self._log_completions()
+        if self.state.global_step == 0:
+            self._compare_tasks()
+        self._begin_costs()
+
+    def _end_update(self) -> None:
+        """Steps the moving average after an update, before it is evaluated or saved."""
+        self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
+        self.student.update_ema(self.state.global_step)
+        self._cost.stop()
+
     def _say_average(self, updates: int) -> None:
         """How old the weights are that are evaluated and saved, and a warning where that is too old for this run."""
         if not self.is_world_process_zero():
@@ -454,10 +405,6 @@ class DiffusionTrainer(StudentPasses, RunFiles):
         if self._micro_step == 0:
             self._cost.clock.go_on_with("optimizer")
 
-    def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
-        """A micro-batch's figures of all processes, which refuse those that are not finite: see [`gather_finite`]."""
-        return gather_finite(self.accelerator, values, task, levels, self.state.global_step + 1)
-
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
         """Weighted mean velocity of the task's teachers, each at its own guidance."""
         assert self.bank is not None
@@ -474,11 +421,6 @@ class DiffusionTrainer(StudentPasses, RunFiles):
                 "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
-
-    def _warn_of_idle_weights(self) -> None:
-        # DeepSpeed keeps the gradients to itself.
-        if not self.is_deepspeed_enabled and self.is_world_process_zero():
-            warn_of_idle_weights(self.student.named_parameters())
 
     # Evaluation
 

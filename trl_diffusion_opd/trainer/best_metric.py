@@ -75,7 +75,7 @@ def metric_problems(
 def _names(
     dataset: Dataset, task_column: str, functions: Mapping[str, Sequence[RewardFunc]], of_method: list[str]
 ) -> list[str]:
-    """What `EvaluatingTrainer.evaluate` logs of a dataset, those first by which a student is chosen."""
+    """What `DiffusionTrainer.evaluate` logs of a dataset, those first by which a student is chosen."""
     tasks = list(task_rows(dataset, task_column))
     scored = [function for task in tasks for function in functions[task]]
     return [

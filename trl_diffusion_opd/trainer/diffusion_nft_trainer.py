@@ -139,7 +139,6 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         """Images of the old policy. Of the walk nothing is kept."""
         levels = self.table.levels.tolist()
         x = self.velocity_field.initial_latents(prompts, generators)
-        assert self.backbone is not None  # `_setup` has made it
         with self.backbone.use(OLD) as transformer:
 
             def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:

@@ -333,22 +333,20 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     def _card_fields(self) -> MethodFacts:
         args = self.args
-        taught = self.bank is not None
         density = args.timestep_density
         if density == "logit_normal":
             density += f", mean {args.logit_mean}, standard deviation {args.logit_std}"
-        fields: MethodFacts = {
-            "method": "The student was trained by flow matching on images that the frozen teacher of each prompt's task drew."
-            if taught
-            else "The student was trained by flow matching on images with captions.",
-            "no_walk": True,
-            "settings": {"loss": "flow matching, without guidance", "timesteps": density},
-        }
-        if self.bank is not None:
-            kept = f"{args.num_images_per_prompt} a prompt, drawn once" if self.cache else "fresh for every update"
-            fields["teachers"] = self.bank.manifest()
-            fields["settings"]["images"] = kept
-        return fields
+        settings = {"loss": "flow matching, without guidance", "timesteps": density}
+        if self.bank is None:
+            method = "The student was trained by flow matching on images with captions."
+            return {"method": method, "no_walk": True, "settings": settings}
+        settings["images"] = (
+            f"{args.num_images_per_prompt} a prompt, drawn once" if self.cache else "fresh for every update"
+        )
+        method = (
+            "The student was trained by flow matching on images that the frozen teacher of each prompt's task drew."
+        )
+        return {"method": method, "no_walk": True, "settings": settings, "teachers": self.bank.manifest()}
 
 
 def _has_images(dataset: Dataset, args: DiffusionSFTConfig, with_teachers: bool) -> bool:

@@ -175,8 +175,8 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    alone = [f"teacher {i}" for i in range(len(roles))]
-    teachers = sum(clock.median(name) for name in (["teachers"] if shares_forwards else alone))
+    alone = ["teachers"] if shares_forwards else [f"teacher {i}" for i in range(len(roles))]
+    teachers = sum(map(clock.median, alone))
     return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
 
 

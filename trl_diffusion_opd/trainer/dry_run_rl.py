@@ -15,7 +15,7 @@
 """What a run by reward would do, shown before it starts: a round drawn and scored, what an update costs, and pictures."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -100,9 +100,6 @@ def dry_run(
         in_round = sum(value.nbytes for value in _tensors(drawn.rollouts))
         of_losses, used = _losses(trainer, partial(losses, model), drawn.rollouts, networks, clock)
     warnings = drawn.warnings(trainer.state.global_step + 1)
-    if trainer.accelerator.is_main_process:
-        for warning in warnings.values():
-            logger.warning(warning)
     report = {
         "tasks": _of_tasks(trainer, drawn),
         "generation_time": drawn.seconds["generation_time"],
@@ -113,15 +110,21 @@ def dry_run(
         ),
         "warnings": sorted(warnings),
     }
-    pictures = _draw(trainer, drawn.rollouts, batches)
+    _show(trainer, report, _draw(trainer, drawn.rollouts, batches), warnings.values())
+    return report
+
+
+def _show(trainer: DiffusionTrainer, report: dict[str, JSON], pictures: Pictures, warnings: Iterable[str]) -> None:
+    """Adds the scores of the pictures to the report, and prints it, on the main process."""
     if trainer.accelerator.is_main_process:
+        for warning in warnings:
+            logger.warning(warning)
         scored = score_pictures(trainer.evaluator, pictures, trainer.state)
         for task, of_task in scored.items():
             report["tasks"][task]["images"] = of_task
         write_pictures(trainer.args.output_dir, pictures, scored)
-        tables.print_rl_dry_run(report, device.type)
+        tables.print_rl_dry_run(report, trainer.accelerator.device.type)
     trainer.accelerator.wait_for_everyone()
-    return report
 
 
 def _cost(

@@ -70,8 +70,8 @@ def as_in_training(trainer: DiffusionTrainer) -> Iterator[nn.Module]:
     """The trained model as it computes once Trainer has prepared it: with checkpointing and in mixed precision."""
     model = trainer.student.model
     if trainer.args.activation_checkpointing:
-        # As Trainer does when training begins. The student was given it for that.
-        trainer.model.activation_checkpointing_enable()  # type: ignore[operator]
+        trained: Any = trainer.model
+        trained.activation_checkpointing_enable()  # as Trainer does when training begins
     forward = model.forward
 
     def call(*args: object, **inputs: object) -> object:

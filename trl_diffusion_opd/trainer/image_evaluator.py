@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Draws images of the student and scores them: for evaluations, for logged completions and for dry runs."""
+"""Images of the student, drawn and scored: for evaluations, for logged completions and for dry runs."""
 
 import math
 import time

@@ -14,22 +14,31 @@
 
 """The student's forward and backward, whatever accelerate has wrapped around it."""
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainerState
 from trl.models.utils import _ForwardRedirection
 
+from ..guards.redaction import shown
+from ..models.student import Student
 from ..pipelines.velocity import VelocityField
 from .base_config import DiffusionConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class StudentPasses:
     """What [`DiffusionTrainer`] computes of the student in training. Of the trainer it uses what is declared here."""
 
     args: DiffusionConfig
+    state: TrainerState
     accelerator: Accelerator
+    student: Student
     is_deepspeed_enabled: bool
     velocity_field: VelocityField
     _part: Callable[[str], AbstractContextManager[None]]
@@ -90,3 +99,48 @@ class StudentPasses:
             if unwrapped is model:
                 return field(*inputs, model)
             return self._redirect(model, unwrapped, field, *inputs, unwrapped)
+
+    def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
+        """
+        A micro-batch's figures of all processes.
+
+        Args:
+            task (`str`): its task.
+            levels (`dict[int, float]`, *optional*): noise levels of its n trained steps by their numbers, for the message.
+                Not given where the figures belong to no step.
+            values (`Tensor` of shape `(k, n)`): k figures of every step, on this process.
+
+        Returns:
+            `Tensor` of shape `(processes, k, n)`, float64, on the CPU.
+
+        Raises:
+            [`FloatingPointError`]: on all processes, if a figure of one is not finite.
+        """
+        # One collective and one wait for the device a micro-batch, and all processes decide alike.
+        everyone = self.accelerator.gather(values[None]).cpu().double()  # not every device knows float64
+        bad = [i for i in range(everyone.shape[2]) if not everyone[:, :, i].isfinite().all()]
+        if bad:
+            where = "in"
+            if levels is not None:
+                step, level = list(levels.items())[bad[0]]
+                where = f"at step {step} (noise level {level:.3f}) of"
+            raise FloatingPointError(
+                f"The loss of task {task!r} is not finite {where} update {self.state.global_step + 1}. Training stops before the "
+                "optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype float32."
+            )
+        return everyone
+
+    def _warn_of_idle_weights(self) -> None:
+        """Says which of the trained weights take no part: the forward passes them by, or an operation has no gradient."""
+        if (
+            self.is_deepspeed_enabled or not self.accelerator.is_main_process
+        ):  # DeepSpeed keeps the gradients to itself
+            return
+        trained = self.student.named_parameters()
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        if idle:
+            logger.warning(
+                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {shown(idle[0])}, "
+                "and stay as they are. Either the transformer does not use these layers, and target_modules of peft_config need "
+                "not name them, or something in its forward passes no gradient, such as an attention backend."
+            )

@@ -19,11 +19,11 @@ wrong is collected here and raised in one message.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -36,11 +36,12 @@ from torch import nn
 from transformers import set_seed
 
 from ..acceleration.attention import use_attention_backend
-from ..acceleration.compilation import compile_blocks
+from ..acceleration.compilation import compile_blocks, repeated_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
 from ..data.tasks import plain_dataset, task_rows
+from ..models.adapter_switch import remove_adapters
 from ..models.lora_adapter import add_adapter
 from ..models.lora_config import layer_problems
 from ..models.lora_files import read_lora
@@ -64,7 +65,6 @@ from .checks import (
     scored_data_problems,
     training_data_problems,
 )
-from .failed_start import restorer, without_student
 from .rounds import Rounds
 
 
@@ -92,10 +92,10 @@ class Parts:
     undo: ExitStack
     train_dataset: Dataset
     eval_dataset: Dataset | Mapping[str, Dataset] | None
-    given_rewards: RewardFuncs | None
-    given_teachers: TeacherSpec | Mapping[str, TeacherSpec] | None
     rounds: Rounds
     offload: Offload
+    given_rewards: RewardFuncs | None = None
+    given_teachers: TeacherSpec | Mapping[str, TeacherSpec] | None = None
     reward_funcs: dict[str, list[RewardFunc]] = field(default_factory=dict)
     velocity_field: VelocityField = field(init=False)
     student: Any = None
@@ -120,19 +120,23 @@ class Parts:
         return use_attention_backend(network, args.attention_backend, trial, mixed if as_student else None)
 
 
-class Method(Protocol):
-    """What a trainer's class says of its method before there is a trainer: see [`DiffusionTrainer`]."""
+class Method:
+    """What a trainer's class does for its method before there is a trainer."""
 
     config_class: ClassVar[type[DiffusionConfig]]
 
     @classmethod
-    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]: ...
+    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
+        """Names of what the trainer's `_evaluate_method` returns for a dataset, without prefix."""
+        return []
 
     @classmethod
-    def look_at_base(cls, parts: Parts) -> None: ...
+    def look_at_base(cls, parts: Parts) -> None:
+        """Looks at the pipeline while its transformer is the base alone."""
 
     @classmethod
-    def prepare_method(cls, parts: Parts, problems: Problems) -> None: ...
+    def prepare_method(cls, parts: Parts, problems: Problems) -> None:
+        """Puts what the method needs beyond the student into `parts.method`, and everything that is wrong into `problems`."""
 
 
 def prepare(
@@ -162,29 +166,13 @@ def prepare(
     """
     args = _checked(trainer, model, args)
     set_seed(args.seed)  # before the LoRA's random initialisation
-    init_kwargs = args.model_init_kwargs
-    assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
-    pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
+    parts = _load(model, args, train_dataset, eval_dataset, quantization_config, undo)
+    parts.given_rewards, parts.given_teachers = reward_funcs, teachers
     problems = Problems()
-    if isinstance(train_dataset, Dataset):
-        train_dataset = plain_dataset(train_dataset, args.task_column)
-    parts = Parts(
-        args=args,
-        pipeline=pipeline,
-        undo=undo,
-        train_dataset=train_dataset,
-        eval_dataset=plain_dataset(eval_dataset, args.task_column),
-        given_rewards=reward_funcs,
-        given_teachers=teachers,
-        rounds=Rounds({}, {}, 1, args.task_column),
-        offload=Offload([], args.device),
-    )
-    if isinstance(model, DiffusionPipeline):
-        undo.callback(restorer(parts.modules()))
     _look_at_data(parts, trainer, problems)
     # Problems of the data don't keep the model from being checked, so that one message says everything. These do:
-    unfit = Problems(loading_problems(model, pipeline, args, quantization_config))
-    unfit += model_problems(pipeline, args, peft_config)
+    unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
+    unfit += model_problems(parts.pipeline, args, peft_config)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
@@ -218,6 +206,28 @@ def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: Diffus
             f"args is a {type(args).__name__}, which is for another trainer: {trainer.__name__} takes a {wanted.__name__}."
         )
     return args
+
+
+def _load(
+    model: str | DiffusionPipeline,
+    args: DiffusionConfig,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | Mapping[str, Dataset] | None,
+    quantization_config: QuantizationConfig,
+    undo: ExitStack,
+) -> Parts:
+    """The pipeline, loaded if it is given by name, and nothing done to it."""
+    init_kwargs = args.model_init_kwargs
+    assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
+    pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
+    if isinstance(train_dataset, Dataset):
+        train_dataset = plain_dataset(train_dataset, args.task_column)
+    eval_dataset = plain_dataset(eval_dataset, args.task_column)
+    offload, rounds = Offload([], args.device), Rounds({}, {}, 1, args.task_column)
+    parts = Parts(args, pipeline, undo, train_dataset, eval_dataset, rounds, offload)
+    if isinstance(model, DiffusionPipeline):
+        undo.callback(_restorer(parts.modules()))
+    return parts
 
 
 def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> None:
@@ -279,7 +289,7 @@ def _make_student(
     with problems.collect():
         if (put_back := parts.use_attention_backend(transformer, as_student=True)) is not None:
             parts.undo.callback(put_back)
-    parts.undo.callback(without_student(transformer))
+    parts.undo.callback(_without_student(transformer))
     trainer.look_at_base(parts)
     for module in parts.modules():
         module.requires_grad_(False)
@@ -342,3 +352,34 @@ def _settle(parts: Parts) -> None:
     if args.torch_compile:
         compile_blocks(parts.transformer, args.torch_compile_backend, args.torch_compile_mode)
     exempt_from_broadcast(parts.student)
+
+
+def _restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
+    """What sets modules' devices and modes, and which of their parameters are trained, to what they are now."""
+    modules = list(components)
+    devices = [(module, parameter.device) for module in modules for parameter in [*module.parameters()][:1]]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    trained = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+
+    def restore() -> None:
+        for module, device in devices:
+            if next(module.parameters()).device != device:
+                module.to(device)
+        for part, training in modes:
+            part.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
+
+
+def _without_student(transformer: nn.Module) -> Callable[[], None]:
+    """What takes the student, and all that was made of it, out of the pipeline's transformer."""
+
+    def remove() -> None:
+        remove_adapters(transformer)
+        for block in repeated_blocks(transformer):
+            vars(block).pop("_compiled_call_impl", None)
+        vars(transformer).pop("activation_checkpointing_enable", None)
+
+    return remove

@@ -16,9 +16,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -27,12 +28,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils.hub import PushInProgress
-from trl.trainer.base_trainer import _BaseTrainer
 
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import Change, KeptSettings, changes_since
 from ..checkpointing.stopping import StopRequest
 from ..guards.files import JSON, write_json
+from ..guards.finite import not_finite
 from ..guards.redaction import public_arguments
 from ..hub import push as hub
 from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
@@ -44,12 +45,17 @@ from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
 from .base_config import DiffusionConfig
 from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
-from .numbers import refuse_infinite_weights
 from .teaching import manifest_problems
 
 
-class RunFiles(_BaseTrainer):
-    """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Beyond Trainer's it uses what is declared here."""
+if TYPE_CHECKING:  # its methods go on to Trainer's, which stands behind it in a trainer's bases
+    from trl.trainer.base_trainer import _BaseTrainer as _Behind
+else:
+    _Behind = object
+
+
+class RunFiles(_Behind):
+    """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Of the trainer it uses what is declared here."""
 
     args: DiffusionConfig
     model: nn.Module
@@ -89,9 +95,19 @@ class RunFiles(_BaseTrainer):
                 super().save_model(output_dir, _internal_call)
 
     def _refuse_what_is_not_finite(self) -> None:
-        optimizer = None if self.is_deepspeed_enabled else self.optimizer
-        update, folder = self.state.global_step, self.args.output_dir
-        refuse_infinite_weights(self.student, optimizer, self.accelerator, update, folder)
+        """An optimizer's step that overflows shows in no loss of this update. All processes decide alike."""
+        bad = not_finite(self.student.named_states())
+        if self.optimizer is not None and not self.is_deepspeed_enabled:
+            states = enumerate(self.optimizer.state.values())
+            bad += not_finite(
+                (f"optimizer {i} {k}", v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)
+            )
+        bad = gather_object(bad) if self.accelerator.num_processes > 1 else bad
+        if bad:
+            raise FloatingPointError(
+                f"{len(bad)} trained tensors are not finite after update {self.state.global_step}, such as {bad[0]}. Nothing of "
+                f"them is saved. Try a smaller learning_rate, or dtype float32. {checkpoint.resume_advice(self.args.output_dir)}"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
