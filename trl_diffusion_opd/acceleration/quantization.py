@@ -18,7 +18,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -32,6 +32,9 @@ from ..guards.redaction import shown
 
 
 Kind = Literal["4bit", "8bit", "torchao"]
+QuantizationConfig: TypeAlias = (
+    PipelineQuantizationConfig | QuantizationConfigMixin | None
+)  # what a base may be loaded with
 
 # Beyond it, the gradient that a layer passes on is another one than that of its weights.
 _GRADIENT_ERROR = 0.05
@@ -127,7 +130,7 @@ def described(network: nn.Module) -> str:
 # Loading
 
 
-def pipeline_config(config: Any) -> PipelineQuantizationConfig | None:
+def pipeline_config(config: QuantizationConfig) -> PipelineQuantizationConfig | None:
     """
     What `DiffusionPipeline.from_pretrained` takes: a config for several components as it is, one of diffusers' for a model as
     that of the transformer.

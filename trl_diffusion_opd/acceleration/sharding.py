@@ -25,6 +25,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
 
+from ..guards.files import JSON
+
+
+_Zero3 = Any  # a parameter with the attributes that ZeRO-3 gives it
+
 
 def in_zero3(tensor: Tensor) -> bool:
     """Whether it is a weight that ZeRO-3 has split. It is asked where DeepSpeed need not be installed."""
@@ -42,13 +47,13 @@ def own_part(tensor: Tensor) -> Tensor:
 
     ZeRO-3's is flat, with zeros behind it where the processes don't divide it.
     """
-    zero3: Any = tensor
+    zero3: _Zero3 = tensor
     return zero3.ds_tensor.data if in_zero3(tensor) else tensor.detach()
 
 
 def whole_shape(tensor: Tensor) -> Size:
     """The shape of the full tensor."""
-    zero3: Any = tensor
+    zero3: _Zero3 = tensor
     return zero3.ds_shape if in_zero3(tensor) else tensor.shape
 
 
@@ -82,7 +87,7 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
 
 def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """This process's part of `tensor`, which all processes have as a whole, split as the weight `reference` is."""
-    zero3: Any = reference
+    zero3: _Zero3 = reference
     if in_zero3(reference) and tensor.shape == zero3.ds_shape:
         size, rank = zero3.ds_tensor.numel(), dist.get_rank(zero3.ds_process_group)
         own = tensor.detach().to(zero3.ds_tensor.device).flatten()[rank * size :][:size]
@@ -93,7 +98,7 @@ def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     return tensor
 
 
-def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, Any]:
+def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, JSON]:
     """
     What `optimizer.state_dict()` is on one process that has the whole model: parameters by their numbers. All processes
     must call it; those without `keep` get no tensors.
@@ -109,14 +114,14 @@ def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, 
     return {**state, "state": of_parameters}
 
 
-def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, JSON]) -> None:
     """
     Restores what [`whole_optimizer_state`] returned, or a process's own `state_dict()`, split as the parameters are. Of the
     tensors in `state` nothing is kept.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def own(value: Any, parameter: Tensor) -> Any:
+    def own(value: object, parameter: Tensor) -> object:
         if not isinstance(value, Tensor):
             return value
         return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
@@ -143,7 +148,7 @@ def leave_precision_alone(plugin: FullyShardedDataParallelPlugin) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def leave_precision_to_the_model(config: dict[str, Any], model: nn.Module, device: device) -> None:
+def leave_precision_to_the_model(config: dict[str, JSON], model: nn.Module, device: device) -> None:
     """
     The same of DeepSpeed. Call it before its engine is made.
 
@@ -157,8 +162,7 @@ def leave_precision_to_the_model(config: dict[str, Any], model: nn.Module, devic
     """
     if config.get("bf16", {}).get("enabled"):
         config["bf16"]["enabled"] = False
-        forward: Any = autocast(device.type, bfloat16)(model.forward)
-        model.forward = convert_outputs_to_fp32(forward)
+        model.forward = convert_outputs_to_fp32(autocast(device.type, bfloat16)(model.forward))
 
 
 def forget_gathered(model: nn.Module) -> None:
@@ -170,7 +174,7 @@ def forget_gathered(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if in_zero3(parameter):
-            zero3: Any = parameter
+            zero3: _Zero3 = parameter
             zero3.partition()
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -22,7 +22,6 @@ least loss is at the mean of the two, and the student keeps of each what the mea
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -76,7 +75,7 @@ class Pair:
         """Whether, besides, the teachers pull apart."""
         return self.alike and self.disagreement is not None and self.disagreement >= _APART
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, list[str] | float | None]:
         """The figures under their names, ready for JSON."""
         return {
             "tasks": list(self.tasks),
@@ -149,7 +148,7 @@ def identical_prompts(one: Mapping[str, pa.Array], other: Mapping[str, pa.Array]
 # Embeddings
 
 
-def prompt_features(embeddings: Any) -> np.ndarray:
+def prompt_features(embeddings: object) -> np.ndarray:
     """
     One vector of what a pipeline's encoders make of one prompt.
 
@@ -178,7 +177,7 @@ def prompt_features(embeddings: Any) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -22,20 +22,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..acceleration.processes import communication_failed
 from ..acceleration.sharding import load_whole_optimizer_state, whole_optimizer_state
-from ..guards.files import write_json
+from ..guards.files import JSON, write_json
 from ..guards.redaction import public_arguments
 from ..hub.files import (
     ARGUMENTS_FILE,
@@ -95,7 +95,7 @@ def written(
 
 def tensor_bytes(weights: Sequence[Tensor], is_lora: bool, optimizer: torch.optim.Optimizer) -> int:
     """What the tensors of a checkpoint take."""
-    states: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+    states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(t.numel() * t.element_size() for t in states if isinstance(t, Tensor))
     # The average in PEFT's format and in diffusers', or in diffusers' alone, and the weights as they are.
     return (3 if is_lora else 2) * sum(w.numel() * w.element_size() for w in weights) + moments
@@ -114,7 +114,7 @@ def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
 
 
 def describe(
-    folder: Path, args: TrainingArguments, levels: Tensor, prompts: Mapping[str, Any], changes: Sequence[Any]
+    folder: Path, args: TrainingArguments, levels: Tensor, prompts: Mapping[str, JSON], changes: Sequence[JSON]
 ) -> None:
     """
     Writes into a checkpoint what a resume compares.
@@ -186,7 +186,7 @@ class Beginning:
     run: str
     update: int
     changes: list[Change]
-    record: list[dict[str, Any]]
+    record: list[dict[str, JSON]]
 
 
 def begin(
@@ -214,7 +214,7 @@ def begin(
             f"resume_from_checkpoint=True, and {output_dir} holds no complete checkpoint. Leave it out to begin a new run."
         )
     resumed = Path(folder) if folder else None
-    found: list[Any] = [([], [])]
+    found: list[tuple[list[str], list[Change]]] = [([], [])]
     if resumed is not None and accelerator.is_main_process:
         found = [_looked_at(resumed, accelerator, check, compare)]
     if accelerator.num_processes > 1:
@@ -349,7 +349,7 @@ def deepspeed_problems(folder: Path, num_processes: int, stage: int) -> list[str
     return problems
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str | Path, keep: bool) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, schedule: LRScheduler, folder: str | Path, keep: bool) -> None:
     """
     Writes optimizer and schedule of split weights as Trainer writes them where they are whole, so that any number of
     processes can go on from them. All processes call it, and those with `keep` write.
@@ -360,7 +360,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str 
         torch.save(schedule.state_dict(), os.path.join(folder, SCHEDULER_NAME))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str | Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, schedule: LRScheduler, folder: str | Path) -> None:
     """Restores for split weights what [`save_optimizer`] or Trainer wrote."""
     # Mapped, not read: each process takes its part, and those of a machine share the pages.
     state = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)

@@ -18,16 +18,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import numpy as np
 import torch
 import xxhash
 from accelerate.scheduler import AcceleratedScheduler
 from datasets import Dataset
 from peft import LoraConfig
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
+from ..guards.files import JSON
 from ..guards.redaction import public_arguments, shown
 from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, PROMPTS_FILE
 
@@ -67,19 +69,22 @@ _FAMILIES_WITHOUT_MEANING = (
 )
 
 
+Schedule: TypeAlias = LRScheduler | AcceleratedScheduler
+
+
 @dataclass(frozen=True)
 class Change:
     """
     A setting that a run has otherwise than the checkpoint that it goes on from.
 
     Attributes:
-        name (`str`), then (`Any`), now (`Any`)
+        name (`str`), then, now: JSON values.
         refusal (`str`, *optional*): why the run can't go on with it.
     """
 
     name: str
-    then: Any
-    now: Any
+    then: JSON
+    now: JSON
     refusal: str | None = None
 
     def row(self) -> tuple[str, str, str]:
@@ -87,7 +92,7 @@ class Change:
 
 
 def changes_since(
-    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: Mapping[str, Any]
+    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: Mapping[str, JSON]
 ) -> list[Change]:
     """
     What has changed since a checkpoint was saved: arguments, the student's LoRA and the prompts.
@@ -101,10 +106,10 @@ def changes_since(
     return argument_changes(folder, args) + of_lora + prompt_changes(folder, prompts)
 
 
-def argument_changes(folder: Path, args: Any) -> list[Change]:
+def argument_changes(folder: Path, args: TrainingArguments) -> list[Change]:
     """The arguments that were others when the checkpoint was saved."""
-    then: dict[str, Any] = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-    now: dict[str, Any] = json.loads(json.dumps(public_arguments(args)))
+    then: dict[str, JSON] = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    now: dict[str, JSON] = json.loads(json.dumps(public_arguments(args)))
     changes = []
     for name in sorted(then.keys() & now.keys()):
         if then[name] == now[name] or name in _WITHOUT_MEANING or name.startswith(_FAMILIES_WITHOUT_MEANING):
@@ -134,13 +139,13 @@ def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
     ]
 
 
-def prompts_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
+def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> dict[str, JSON]:
     """
     By task how many prompts there are and a hash of them, in their order.
 
     Args:
         dataset ([`~datasets.Dataset`])
-        rows (`dict[str, Sequence[int]]`): the rows of each task.
+        rows (`dict[str, np.ndarray]`): the rows of each task.
     """
     found = {}
     for task, numbers in rows.items():
@@ -151,7 +156,7 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def prompt_changes(folder: Path, now: Mapping[str, Any]) -> list[Change]:
+def prompt_changes(folder: Path, now: Mapping[str, JSON]) -> list[Change]:
     """Whose tasks' prompts are others than when the checkpoint was saved."""
     then = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
     return [
@@ -161,13 +166,13 @@ def prompt_changes(folder: Path, now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def recorded(folder: Path) -> list[dict[str, Any]]:
+def recorded(folder: Path) -> list[dict[str, JSON]]:
     """The changes that resumes before the checkpoint have made."""
     path = folder / CHANGES_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def record(changes: Sequence[Change], update: int) -> list[dict[str, Any]]:
+def record(changes: Sequence[Change], update: int) -> list[dict[str, JSON]]:
     """The changes of a resume after `update`, as they are kept."""
     return [{"after": update, **{k: v for k, v in asdict(one).items() if k != "refusal"}} for one in changes]
 
@@ -178,18 +183,18 @@ class KeptSettings:
     rate or weight decay would have no effect, while the arguments claim it.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any):
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule):
         # Not all that is in a group: some optimizers keep their state there.
         self.groups = [{k: group[k] for k in _OF_A_GROUP if k in group} for group in optimizer.param_groups]
         own = _unwrapped(schedule)
         self.base_rates = list(own.base_lrs) if isinstance(own, LambdaLR) else None
 
-    def restore(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
+    def restore(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         """Puts back what differs. Where the rate does, it is what the schedule makes of the new one."""
         for group, kept in zip(optimizer.param_groups, self.groups, strict=True):
             group |= kept
         own = _unwrapped(schedule)
-        if self.base_rates is not None and own.base_lrs != self.base_rates:
+        if isinstance(own, LambdaLR) and self.base_rates is not None and own.base_lrs != self.base_rates:
             rates = [
                 base * factor(own.last_epoch) for base, factor in zip(self.base_rates, own.lr_lambdas, strict=True)
             ]
@@ -198,9 +203,9 @@ class KeptSettings:
             own.load_state_dict(own.state_dict() | {"base_lrs": list(self.base_rates), "_last_lr": rates})
 
 
-def _short(value: Any) -> str:
+def _short(value: JSON) -> str:
     return "–" if value is None else shown(value, 40)
 
 
-def _unwrapped(schedule: Any) -> Any:
+def _unwrapped(schedule: Schedule) -> LRScheduler:
     return schedule.scheduler if isinstance(schedule, AcceleratedScheduler) else schedule

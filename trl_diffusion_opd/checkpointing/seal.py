@@ -17,10 +17,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import xxhash
 
+from ..guards.files import JSON
 from ..hub.files import SEAL_FILE
 
 
@@ -95,14 +96,14 @@ def damage(folder: Path, names: list[str] | None = None) -> list[str]:
     return found
 
 
-def _digest(file: Any) -> str:
+def _digest(file: BinaryIO) -> str:
     digest = xxhash.xxh3_128()
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> dict[str, JSON] | None:
     try:
         content = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         return content if {"run", "update", "files"} <= content.keys() else None

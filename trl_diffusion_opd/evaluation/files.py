@@ -16,7 +16,7 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from jinja2 import Environment
@@ -34,9 +34,14 @@ from ..hub.files import (
     TABLES_FILE,
     TIMING_FILE,
 )
+from ..reporting.report import Report
 from .measure import Measured, Task
 from .retention import retention_table, scores_table
 from .store import Store
+
+
+if TYPE_CHECKING:
+    from ..reporting.plots import SampleRow
 
 
 # Images of fewer pixels a side are enlarged on the page.
@@ -44,7 +49,7 @@ _SMALL = 192
 
 
 def write_results(
-    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
+    store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int
 ) -> None:
     """
     Writes `retention.json` (the report), `retention.md` (its tables), `retention_scores.json` (the score of every image),
@@ -87,8 +92,8 @@ def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
 
 
 def _sample_rows(
-    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
-) -> list[Any]:
+    store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int
+) -> "list[SampleRow]":
     """Each shown prompt with the images of the base, of its task's teacher and of the students."""
     from ..reporting.plots import SampleRow
 
@@ -104,14 +109,12 @@ def _sample_rows(
     return shown
 
 
-def _visible(value: Any) -> Any:
+def _visible(value: object) -> object:
     """Marks that turn the direction of writing would turn the page's."""
     return visible(value, keep="\n\t") if isinstance(value, str) else value
 
 
-def samples_page(
-    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
-) -> str:
+def samples_page(store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int) -> str:
     """Each shown prompt with the images of all models, under each every score that applies."""
     shown = {
         task: [

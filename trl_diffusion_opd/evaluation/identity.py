@@ -19,19 +19,18 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pickle import PicklingError
-from typing import Any
 
 from datasets.fingerprint import Hasher
 
 from ..rewards import Reward, RewardFunc
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """A short digest of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def rows_digest(columns: Mapping[str, Sequence[Any]]) -> str:
+def rows_digest(columns: Mapping[str, Sequence[object]]) -> str:
     """Of the rows of a dataset, all columns."""
     return Hasher.hash({name: list(values) for name, values in columns.items()})
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
@@ -27,10 +27,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
+from ..guards.files import JSON
 from ..models.teachers import Role, TeacherBank, model_identity
 from ..pipelines.drawing import draw_batch
 from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Scorer, reward_name
+from ..rewards.base import Row
 from ..rewards.scoring import call_reward, score_names
 from .identity import digest, reward_digest, rows_digest
 from .retention import Scores
@@ -92,6 +94,11 @@ class Model:
     names: list[str]
 
 
+class _Seconds(TypedDict):
+    generation: float
+    rewards: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Measured:
     """
@@ -106,7 +113,7 @@ class Measured:
 
     scores: Scores
     keys: dict[tuple[str, str], str]
-    seconds: dict[str, Any]
+    seconds: _Seconds
     drawn: int
 
     def told(self) -> str:
@@ -153,7 +160,7 @@ def measure(
     field: VelocityField,
     bank: TeacherBank,
     tasks: Mapping[str, Task],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, JSON],
     options: Options,
     store: Store | None,
 ) -> Measured:
@@ -286,7 +293,7 @@ class _Worker:
         self.seed, self.store, self.kept = seed, store, kept
         self.fresh: KnownScores = {}
 
-    def work(self, batches: Sequence[_Batch], reward_timeout: float | None) -> dict[str, Any]:
+    def work(self, batches: Sequence[_Batch], reward_timeout: float | None) -> _Seconds:
         """Returns the seconds that it took: `generation`, and `rewards` by name."""
         generation = 0.0
         with ExitStack() as stack:
@@ -330,7 +337,7 @@ class _Worker:
         return images
 
     def score(
-        self, function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: _Batch
+        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: _Batch
     ) -> dict[str, list[float | None]]:
         """Calls a function and keeps its scores at once, in its thread."""
         # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
@@ -354,7 +361,7 @@ class _Worker:
         return scores
 
 
-def _total(seconds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _total(seconds: Sequence[_Seconds]) -> _Seconds:
     return {
         "generation": sum(one["generation"] for one in seconds),
         "rewards": {name: sum(one["rewards"][name] for one in seconds) for name in seconds[0]["rewards"]},

@@ -14,8 +14,7 @@
 
 """What a retention report after training would meet, met before it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from datasets import Dataset
 from torch import nn
@@ -28,7 +27,7 @@ from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
 
 
 def report_problems(
-    teachers: Mapping[str, Any],
+    teachers: Collection[str],
     reward_funcs: Mapping[str, Sequence[RewardFunc]],
     dataset: Dataset,
     task_column: str,

@@ -15,11 +15,11 @@
 """The arithmetic of the retention report: means, paired bootstrap intervals, the table. It knows nothing of models."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..guards.markdown import cell, inline
+from ..reporting.report import Intervals, Kept, KeptOverall, Means, Report, TaskReport
 
 
 # A gain smaller than this is not divided by: the quotient would be noise.
@@ -76,7 +76,7 @@ def retention_report(
     students: Sequence[str],
     seed: int = 0,
     own: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """
     Makes the report of scores.
 
@@ -102,9 +102,9 @@ def retention_report(
         - `num_images`: images a task; `seed`.
         - `scores`, `scores_ci95`: mean and interval of every reward for every model on every task.
     """
-    report: dict[str, Any] = {"tasks": {}}
-    means: dict[str, Any] = {model: {} for model in scores}
-    intervals: dict[str, Any] = {model: {} for model in scores}
+    reports: dict[str, TaskReport] = {}
+    means: Means = {model: {} for model in scores}
+    intervals: Intervals = {model: {} for model in scores}
     kept: dict[str, list[tuple[float, np.ndarray]]] = {student: [] for student in students}
     num_images = 0
     for index, (task, teacher) in enumerate(teachers.items()):
@@ -120,28 +120,42 @@ def retention_report(
             intervals[model][task] = {name: interval(m) for name, m in resampled[model].items()}
         reward = next(iter(scores["base"][task]))
         base, goal = means["base"][task][reward], means[teacher][task][reward]
-        entries: dict[str, Any] = {}
+        entries: dict[str, Kept] = {}
         for student in students:
             mine = means[student][task][reward]
             entries[student] = {"student": mine, "retention": None, "ci95": None}
-            if None not in (base, goal, mine) and goal - base >= MIN_GAIN:
+            if base is not None and goal is not None and mine is not None and goal - base >= MIN_GAIN:
                 sampled = retention_of(*(resampled[model][reward] for model in ("base", teacher, student)))
                 retention = (mine - base) / (goal - base)
-                entries[student] |= {"retention": retention, "ci95": interval(sampled)}
+                entries[student] = {"student": mine, "retention": retention, "ci95": interval(sampled)}
                 kept[student].append((retention, sampled))
         rewards = list(own[task]) if own is not None else [reward]
-        report["tasks"][task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal}
-        report["tasks"][task] |= entries[students[0]]
-        if len(students) > 1:
-            report["tasks"][task]["students"] = entries
+        reports[task] = {
+            "reward": reward,
+            "rewards": rewards,
+            "base": base,
+            "teacher": goal,
+            **entries[students[0]],
+            "students": entries,
+        }
     overall = {student: _overall(kept[student]) for student in students}
-    report |= overall[students[0]]
-    if len(students) > 1:
-        report["students"] = overall
-    return report | {"num_images": num_images, "seed": seed, "scores": means, "scores_ci95": intervals}
+    report: Report = {
+        "tasks": reports,
+        **overall[students[0]],
+        "students": overall,
+        "num_images": num_images,
+        "seed": seed,
+        "scores": means,
+        "scores_ci95": intervals,
+    }
+    if len(students) == 1:
+        del report["students"]
+        for task_report in reports.values():
+            del task_report["students"]
+    return report
 
 
-def _overall(kept: list[tuple[float, np.ndarray]]) -> dict[str, Any]:
+def _overall(kept: list[tuple[float, np.ndarray]]) -> KeptOverall:
     if not kept:
         return {"mean_retention": None, "mean_ci95": None}
     points, sampled = zip(*kept, strict=True)
@@ -152,7 +166,7 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def retention_table(report: Mapping[str, Any]) -> str:
+def retention_table(report: Report) -> str:
     """The report as a Markdown table: a row for each task and student, and the mean over tasks."""
     several = "students" in report
     header = [
@@ -178,7 +192,7 @@ def retention_table(report: Mapping[str, Any]) -> str:
     return _table(header, rows, to_the_left=("task", "reward", "model"))
 
 
-def scores_table(report: Mapping[str, Any]) -> str:
+def scores_table(report: Report) -> str:
     """
     Every reward on every task for every model, as Markdown: a table a task, with 95% intervals.
 

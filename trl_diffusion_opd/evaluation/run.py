@@ -15,20 +15,24 @@
 """The evaluation from its arguments to its report."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..acceleration.processes import failing_together
+from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
@@ -37,6 +41,7 @@ from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
+from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
 from .files import write_results
@@ -62,10 +67,10 @@ def evaluate_retention(
     height: int | None = None,
     width: int | None = None,
     max_sequence_length: int | None = None,
-    generation_kwargs: dict[str, Any] | None = None,
+    generation_kwargs: dict[str, JSON] | None = None,
     dtype: str | None = None,
-    quantization_config: Any = None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    quantization_config: QuantizationConfig = None,
+    model_init_kwargs: dict[str, JSON] | None = None,
     task_column: str = "task",
     cross_task_rewards: bool = True,
     batch_size: int = 32,
@@ -74,7 +79,7 @@ def evaluate_retention(
     num_samples: int = 4,
     keep_images: bool = True,
     reward_timeout: float | None = 900.0,
-) -> dict[str, Any]:
+) -> Report:
     """
     Measures how much of its teachers' gains a student has.
 
@@ -158,7 +163,7 @@ def evaluate_retention(
     grid: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
     with borrowed(base) as transformer:
-        settings: dict[str, Any] = {"base": None if store is None else _shared_digest(base)}
+        settings: dict[str, JSON] = {"base": None if store is None else _shared_digest(base)}
         with failing_together():
             field = VelocityField(base, **grid, generation_kwargs=generation_kwargs)
             scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
@@ -176,7 +181,7 @@ def evaluate_retention(
     return report
 
 
-def _dataset_problems(dataset: Any, task_column: str) -> Problems:
+def _dataset_problems(dataset: object, task_column: str) -> Problems:
     if isinstance(dataset, Dataset):
         return Problems(dataset_problems(dataset, task_column, "dataset"))
     kind = type(dataset).__name__
@@ -188,7 +193,7 @@ def _models_and_rewards(
     students: Mapping[str, str | TeacherConfig],
     reward_funcs: RewardFuncs,
     dataset: Dataset,
-    rows: Mapping[str, Any],
+    rows: Mapping[str, np.ndarray],
     guidance_scale: float,
     problems: Problems,
 ) -> tuple[dict[str, list[TeacherConfig]], dict[str, list[RewardFunc]]]:
@@ -210,7 +215,10 @@ def _models_and_rewards(
 
 
 def _tasks(
-    dataset: Dataset, rows: Mapping[str, Any], functions: Mapping[str, list[RewardFunc]], cross_task_rewards: bool
+    dataset: Dataset,
+    rows: Mapping[str, np.ndarray],
+    functions: Mapping[str, list[RewardFunc]],
+    cross_task_rewards: bool,
 ) -> dict[str, Task]:
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     return {
@@ -227,10 +235,10 @@ def _tasks(
 def _loaded(
     pipeline: str | DiffusionPipeline,
     dtype: str | None,
-    model_init_kwargs: dict[str, Any] | None,
-    quantization_config: Any,
+    model_init_kwargs: dict[str, JSON] | None,
+    quantization_config: QuantizationConfig,
     device: torch.device,
-) -> Any:
+) -> DiffusionPipeline:
     if not isinstance(pipeline, str):
         return pipeline
     with failing_together():
@@ -238,7 +246,11 @@ def _loaded(
 
 
 def _bank(
-    field: VelocityField, transformer: Any, base: Any, specs: Mapping[str, list[TeacherConfig]], scale: float
+    field: VelocityField,
+    transformer: ModelMixin,
+    base: DiffusionPipeline,
+    specs: Mapping[str, list[TeacherConfig]],
+    scale: float,
 ) -> TeacherBank:
     bank = TeacherBank(Backbone(transformer), base, specs, scale)
     bank.backbone.to(transformer.device)
@@ -256,9 +268,9 @@ def _option_problems(
     options: Options,
     pipeline: str | DiffusionPipeline,
     dtype: str | None,
-    quantization_config: Any,
-    model_init_kwargs: dict[str, Any] | None,
-    students: Mapping[str, Any],
+    quantization_config: QuantizationConfig,
+    model_init_kwargs: dict[str, JSON] | None,
+    students: Collection[str],
 ) -> list[str]:
     problems = []
     for name, value, least in (

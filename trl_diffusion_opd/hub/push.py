@@ -65,7 +65,9 @@ def push_folder(
     )
 
 
-def push(folder: str, repo_id: str, commit_message: str | None, blocking: bool, **options: Any) -> Any:
+def push(
+    folder: str, repo_id: str, commit_message: str | None, blocking: bool, **options: Any
+) -> CommitInfo | Future[CommitInfo]:
     """
     Uploads a student that is saved, with its card and reports.
 
@@ -164,10 +166,10 @@ def push_checkpoint(
                 ),
             )
         )
-    return PushInProgress(jobs)
+    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself gives it several
 
 
-def _report_failure(job: "Future[Any]", message: Callable[[BaseException], str]) -> None:
+def _report_failure(job: "Future[CommitInfo]", message: Callable[[BaseException], str]) -> None:
     # Nobody asks these futures for their result: without this a student would silently not be there.
     error = None if job.cancelled() else job.exception()
     if error is not None:

@@ -20,7 +20,6 @@ it. What else PEFT offers changes the base, trains weights that are shared with 
 """
 
 from dataclasses import fields
-from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -62,7 +61,7 @@ def config_problems(config: LoraConfig) -> list[str]:
     problems = []
     plain = type(config)()
     for name in [field.name for field in fields(config)]:
-        value: Any = getattr(config, name)
+        value = getattr(config, name)
         # An empty list, dict or string says the same as None.
         if name in _SUPPORTED or (value or None) == (getattr(plain, name) or None):
             continue
@@ -100,7 +99,7 @@ def _pattern_problems(model: PeftModel) -> list[str]:
     layers = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
-        pattern: dict[str, Any] = getattr(model.peft_config[STUDENT_ADAPTER], field)
+        pattern = getattr(model.peft_config[STUDENT_ADAPTER], field)
         for layer in layers:
             ours, theirs = get_pattern_key(list(pattern), layer), get_pattern_key(sorted(pattern), layer)
             if pattern.get(ours) != pattern.get(theirs):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -56,8 +55,8 @@ class _Traced(torch.Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
+        cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         if func is torch.Tensor.item:  # a number would not know: a tensor of one float64 computes the same
             func = torch.Tensor.double
         result = super().__torch_function__(func, types, args, kwargs)
@@ -67,7 +66,7 @@ class _Traced(torch.Tensor):
         return result
 
 
-def _traced(value: Any) -> Iterator[_Traced]:
+def _traced(value: object) -> Iterator[_Traced]:
     if isinstance(value, _Traced):
         yield value
     elif isinstance(value, list | tuple):
@@ -75,7 +74,7 @@ def _traced(value: Any) -> Iterator[_Traced]:
             yield from _traced(part)
 
 
-def _sources(value: Any) -> frozenset[str]:
+def _sources(value: object) -> frozenset[str]:
     return frozenset[str]().union(*(tensor.sources for tensor in _traced(value)))
 
 
@@ -97,13 +96,13 @@ def convert(
         TeacherError: If the layout is none of these, or a tensor of the file would be dropped.
     """
     _refuse_mixture(raw, label)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, _Traced] = {}
     for key, value in raw.items():
         tensors[key] = value.as_subclass(_Traced)
         tensors[key].sources = frozenset([key])
     alphas = _take_alphas(tensors, label)
     used = {key for key in raw if key not in tensors}
-    loader: Any = type(pipeline)  # the mixin's type has only a stub of what every family implements
+    loader = type(pipeline)
     if issubclass(loader, LoraBaseMixin):
         # Converters fail in any way on what they were not written for.
         with strangers_files(lambda said: f"{label}: {_describe(raw, pipeline, f' ({said})')}"):
@@ -143,7 +142,7 @@ def _refuse_mixture(keys: Iterable[str], label: str) -> None:
         )
 
 
-def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
+def _take_alphas(tensors: dict[str, _Traced], label: str) -> dict[str, float]:
     """
     Takes the alphas of diffusers' own layout out, because some of its loaders drop them when only the tensors are asked for.
     Those of other layouts are folded into the tensors by the loaders, and stay.

@@ -19,11 +19,11 @@ import reprlib
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
 
 from peft import LoraConfig
 from transformers.utils import logging
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from .lora_layouts import some
 from .teacher_config import TeacherError
@@ -48,27 +48,27 @@ _WITHOUT_EFFECT = {
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return type(value) is int  # True is an int to isinstance
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
-def _are_names(value: Any) -> bool:
+def _are_names(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _are_layers(value: Any) -> bool:
+def _are_layers(value: object) -> bool:
     return _is_int(value) or (isinstance(value, list) and all(map(_is_int, value)))
 
 
-def _is_pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _is_pattern(of: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(of, value.values()))
 
 
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_int, "an integer"),
     "lora_alpha": (_is_number, "a number"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
@@ -81,7 +81,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def read_options(stored: dict[str, Any], label: str) -> LoraConfig:
+def read_options(stored: dict[str, JSON], label: str) -> LoraConfig:
     """
     Reads the options that lie beside a LoRA, as JSON gave them.
 
@@ -128,7 +128,7 @@ def read_options(stored: dict[str, Any], label: str) -> LoraConfig:
     return LoraConfig(**given)
 
 
-def _refuse_what_goes_beyond(stored: dict[str, Any], known: set[str], label: str) -> None:
+def _refuse_what_goes_beyond(stored: dict[str, JSON], known: set[str], label: str) -> None:
     defaults = LoraConfig().to_dict()
     changed = [
         key
@@ -149,7 +149,7 @@ def _refuse_what_goes_beyond(stored: dict[str, Any], known: set[str], label: str
         )
 
 
-def _check_alphas(given: dict[str, Any], label: str) -> None:
+def _check_alphas(given: dict[str, JSON], label: str) -> None:
     alphas = [*given.get("alpha_pattern", {}).values(), *([given["lora_alpha"]] if "lora_alpha" in given else [])]
     for alpha in alphas:
         if alpha == 0:
@@ -162,7 +162,7 @@ def _check_alphas(given: dict[str, Any], label: str) -> None:
             )
 
 
-def _check_layers(given: dict[str, Any], label: str) -> None:
+def _check_layers(given: dict[str, JSON], label: str) -> None:
     if isinstance(given.get("target_modules"), str) and "layers_to_transform" in given:
         raise TeacherError(
             f"{label}: its LoRA config has layers_to_transform beside a pattern as target_modules; PEFT takes one of them."
@@ -171,5 +171,5 @@ def _check_layers(given: dict[str, Any], label: str) -> None:
         raise TeacherError(f"{label}: its LoRA config has layers_pattern, and no layers_to_transform to say which.")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return reprlib.repr(value)  # in which nothing is longer than a line

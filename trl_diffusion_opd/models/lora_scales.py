@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import regex
 from peft import LoraConfig
@@ -37,6 +37,8 @@ from torch import Tensor, nn
 from .lora_layouts import some
 from .teacher_config import TeacherError
 
+
+N = TypeVar("N", bound=float)  # a rank or an alpha
 
 # What a matrix's key ends with, behind the name of its layer.
 MATRIX = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")
@@ -98,13 +100,13 @@ class LoraScales:
         )
 
 
-def _usual(values: Mapping[str, Any]) -> Any:  # an alpha is an int to PEFT's types, and a float to its arithmetic
+def _usual(values: Mapping[str, N]) -> N:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _exact(values: Mapping[str, float], usual: float) -> dict[str, Any]:
+def _exact(values: Mapping[str, N], usual: N) -> dict[str, N]:
     """PEFT's pattern for what is not as usual: one key for each value, since PEFT tries all keys on all layers."""
-    layers: dict[float, list[str]] = {}
+    layers: dict[N, list[str]] = {}
     for layer, value in sorted(values.items()):
         if value != usual:
             layers.setdefault(value, []).append(re.escape(layer))
@@ -237,7 +239,7 @@ class _Patterns:
             return _among(names, pattern)
         return self._matching(pattern, pattern, names)
 
-    def values(self, patterns: Mapping[str, Any], usual: Any, names: Iterable[str]) -> dict[str, Any]:
+    def values(self, patterns: Mapping[str, N], usual: N, names: Iterable[str]) -> dict[str, N]:
         """What a table of patterns says of each name: the value of the first that it ends with, else the usual one."""
         if len(patterns) > _MOST_PATTERNS:
             raise TeacherError(f"its config has {len(patterns)} patterns, more than any network has layers")

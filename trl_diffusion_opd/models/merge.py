@@ -21,10 +21,9 @@ the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` tak
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -281,13 +280,13 @@ def _merge_by_peft(
             + (f" or '{method}_svd'." if method != "linear" else ".")
         )
     for name in weights:
-        config: Any = model.peft_config[name]
+        config = model.peft_config[name]
         # Of one kind, which PEFT needs, and without what it would copy from the first to a merge that has no use for it.
         config.target_modules = {layer for layer, module in adapted.items() if name in module.lora_A}
         config.use_rslora = False
     # PEFT's disjoint mean divides by the number of teachers that agree, so weights of mean 1 make it one.
     factor = len(weights) if "ties" in method else 1
-    tuner: Any = model.base_model
+    tuner = model.base_model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuner.add_weighted_adapter(
@@ -308,7 +307,7 @@ def _merge_by_peft(
     return _report(method, model.peft_config[STUDENT_ADAPTER], lost, whole)
 
 
-def _layers(model: PeftModel, adapters: Any) -> dict[str, LoraLayer]:
+def _layers(model: PeftModel, adapters: Collection[str]) -> dict[str, LoraLayer]:
     """The layers that have one of the adapters, by their name in the base."""
     found = {
         name.removeprefix("base_model.model."): module
@@ -341,7 +340,7 @@ def _norm_sq(b: Tensor, a: Tensor) -> float:
     return float((torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T).square().sum())
 
 
-def _report(method: str, config: Any, lost: Mapping[str, float], whole: Mapping[str, float]) -> MergeReport:
+def _report(method: str, config: LoraConfig, lost: Mapping[str, float], whole: Mapping[str, float]) -> MergeReport:
     def relative(part: float, total: float) -> float:
         return math.sqrt(part / total) if total else 0.0
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..acceleration.sharding import forget_gathered, own_part, split_like, whole, whole_shape
 from ..guards.file_modes import give_usual_mode
+from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
 from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
 from .average import moving_average, step_number
@@ -277,7 +278,7 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def _portable_metadata(config: LoraConfig) -> dict[str, Any]:
+def _portable_metadata(config: LoraConfig) -> dict[str, JSON]:
     # Only what is set: the newest fields make an older PEFT, which reads this back, raise a TypeError.
     fresh = LoraConfig().to_dict()
     targets = config.target_modules

@@ -20,13 +20,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from .boundary import strangers_files
@@ -212,7 +213,7 @@ def check_keys(keys: list[str], what: str) -> None:
         raise TeacherError(f"{what} has a tensor with a name of {len(longest)} characters: {shown(longest, 80)}")
 
 
-def read_json(path: Path, label: str) -> dict[str, Any]:
+def read_json(path: Path, label: str) -> dict[str, JSON]:
     """
     The JSON object in a file.
 
@@ -224,7 +225,7 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
     return parse_json(text, f"{label}: {path.name}")
 
 
-def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
+def parse_json(text: str | bytes, what: str) -> dict[str, JSON]:
     """The JSON object in a text, which messages call `what`. Raises as [`read_json`]."""
     if len(text) > _LONGEST_JSON:
         raise TeacherError(f"{what} has more than {_LONGEST_JSON // 2**20} MB, which no config has")

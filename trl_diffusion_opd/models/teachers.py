@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
@@ -51,6 +51,22 @@ __all__ = [
     "read_lora",
     "rescaled_factors",
 ]
+
+
+class TeacherEntry(TypedDict):
+    """A teacher as a manifest records it."""
+
+    source: str
+    subfolder: str | None
+    revision: str | None
+    sha256: str | None
+    kind: str
+    rank: int | None
+    guidance_scale: float
+    weight: float
+
+
+Manifest = dict[str, list[TeacherEntry]]  # by task
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,7 @@ class TeacherBank:
         pipeline: DiffusionPipeline,
         teachers: Mapping[str, list[TeacherConfig]],
         default_guidance_scale: float,
-        manifest: Mapping[str, Any] | None = None,
+        manifest: Manifest | None = None,
         batched: bool = False,
     ) -> None:
         self.backbone = backbone
@@ -254,7 +270,7 @@ class TeacherBank:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def manifest(self) -> dict[str, list[dict[str, Any]]]:
+    def manifest(self) -> Manifest:
         """What a checkpoint records of the teachers: task to a list of entries, ready for JSON, without local paths."""
         return {
             task: [
@@ -273,7 +289,7 @@ class TeacherBank:
             for task, roles in self.teachers.items()
         }
 
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[dict[str, str | float | None]]:
         """One row a role, for the table at the start."""
         return [
             {
@@ -291,9 +307,7 @@ class TeacherBank:
         ]
 
 
-def _compare_with_manifest(
-    teachers: Mapping[str, list[TeacherConfig]], manifest: Mapping[str, Any] | None
-) -> list[str]:
+def _compare_with_manifest(teachers: Mapping[str, list[TeacherConfig]], manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
     ours, theirs = ({task: len(entries) for task, entries in roles.items()} for roles in (teachers, manifest))
@@ -302,7 +316,7 @@ def _compare_with_manifest(
     return [f"the checkpoint was trained with teachers (number by task) {theirs} and is resumed with {ours}"]
 
 
-def _pin(config: TeacherConfig, recorded: Mapping[str, Any] | None) -> TeacherConfig:
+def _pin(config: TeacherConfig, recorded: TeacherEntry | None) -> TeacherConfig:
     """The commit that the checkpoint recorded, where the same repository is named again."""
     if recorded is None or recorded["revision"] is None or local_folder(config) is not None:
         return config
@@ -310,7 +324,7 @@ def _pin(config: TeacherConfig, recorded: Mapping[str, Any] | None) -> TeacherCo
     return replace(config, revision=recorded["revision"]) if same else config
 
 
-def _check_recorded(teacher: Teacher, recorded: Mapping[str, Any] | None) -> None:
+def _check_recorded(teacher: Teacher, recorded: TeacherEntry | None) -> None:
     # The hash decides, not the name: a teacher may have moved, or come from the Hub where it was a folder before.
     if recorded is not None and recorded["sha256"] != teacher.sha256:
         raise TeacherError(
@@ -319,6 +333,6 @@ def _check_recorded(teacher: Teacher, recorded: Mapping[str, Any] | None) -> Non
         )
 
 
-def model_identity(roles: Sequence[Role]) -> list[list[Any]]:
+def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
     """What tells a model from others on the same base: files, guidance and weight of each of its networks."""
     return [[role.teacher.kind, role.teacher.sha256, role.guidance_scale, role.weight] for role in roles]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
+from ..guards.files import JSON
 from .boundary import strangers_files
 from .lora_layouts import some
 from .teacher_config import TeacherError
@@ -53,7 +53,7 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
 
 def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     label = files.label
-    cls: Any = type(base)  # the config half of a diffusers model is not in ModelMixin's type
+    cls = type(base)
     stored = read_json(files.folder / "config.json", label)
     if stored.get("_class_name") != cls.__name__:
         raise TeacherError(
@@ -95,7 +95,7 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     return model.to(base.device).requires_grad_(False).eval()
 
 
-def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> None:
+def _compare(theirs: Mapping[str, JSON], ours: Mapping[str, JSON], label: str) -> None:
     # The base may be quantized where the teacher is not; what it computes is the same.
     names = sorted(key for key in theirs if not key.startswith("_") and key != _QUANTIZATION)
     if differing := [key for key in names if ours.get(key) != theirs[key]]:
@@ -103,7 +103,7 @@ def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> 
         raise TeacherError(f"{label}: made for another base: {shown}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return repr(value)[:80]
 
 

@@ -24,7 +24,6 @@ tiling, fused projections and layerwise casting.
 import logging
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
 
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -167,7 +166,7 @@ def _has_other_forward(module: nn.Module) -> bool:
     return not (isinstance(own["forward"], MethodType) and own["forward"].__func__ is type(module).forward)
 
 
-def _foreign_parts(transformer: Any) -> list[str]:
+def _foreign_parts(transformer: ModelMixin) -> list[str]:
     """What of a transformer is not what its config makes."""
     with init_empty_weights():
         plain = type(transformer).from_config(transformer.config)
@@ -202,7 +201,7 @@ def _foreign_parts(transformer: Any) -> list[str]:
     return problems
 
 
-def _processors(modules: dict[str, nn.Module]) -> dict[str, Any]:
+def _processors(modules: dict[str, nn.Module]) -> dict[str, object]:
     """What computes the attention of each module that leaves it to another object."""
     return {name: vars(module)["processor"] for name, module in modules.items() if "processor" in vars(module)}
 

@@ -18,7 +18,6 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -26,9 +25,10 @@ import transformers
 import xxhash
 from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..acceleration.quantization import plain_tensors
+from ..guards.files import JSON
 
 
 # Of a component's config: who wrote it, and in what precision, which the weights tell.
@@ -70,7 +70,7 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     return hashed.hexdigest()
 
 
-def _config(component: Any) -> dict[str, Any]:
+def _config(component: object) -> dict[str, JSON]:
     if isinstance(component, ConfigMixin):
         config = dict(component.config)
     elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
@@ -111,7 +111,7 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def _add_module(digest: Any, module: nn.Module) -> None:
+def _add_module(digest: xxhash.xxh3_128, module: nn.Module) -> None:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             for part in plain_tensors(value):
@@ -125,7 +125,7 @@ def _add_module(digest: Any, module: nn.Module) -> None:
     digest.update(_settings(entries))
 
 
-def _add_files(digest: Any, component: Any) -> None:
+def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """The files of a tokenizer or processor: their formats are as many as their classes."""
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
@@ -137,7 +137,7 @@ def _add_files(digest: Any, component: Any) -> None:
                 )
 
 
-def _settings(entries: Any) -> bytes:
+def _settings(entries: JSON) -> bytes:
     """JSON of a component's settings, without those in `_PASSING`."""
     if isinstance(entries, dict):
         entries = {name: value for name, value in entries.items() if name not in _PASSING}

@@ -26,7 +26,10 @@ from ..guards.finite import finite_images
 from .latent_map import LatentMap
 
 
-def decoded(x: Tensor, decode: Callable[[], Any]) -> Any:
+Images = Any  # a list of PIL's, an array or a tensor: as `output_type` says
+
+
+def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:
     """
     The images that `decode` makes of latents.
 
@@ -51,7 +54,7 @@ def encoded(
     device: torch.device,
 ) -> Tensor:
     """Latents of images that are cut and resized to `size`, height and width, as the pipeline's loop has them at level 0."""
-    vae: Any = pipeline.components["vae"]
+    vae = pipeline.components["vae"]
     pixels = (
         image_processor(pipeline)
         .preprocess([image.convert("RGB") for image in images], *size, resize_mode="crop")

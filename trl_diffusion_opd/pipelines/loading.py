@@ -17,15 +17,16 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..acceleration.quantization import failures_named, pipeline_config, prepare
+from ..acceleration.quantization import QuantizationConfig, failures_named, pipeline_config, prepare
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import explained, retried
 from ..problems import Problems
@@ -39,8 +40,8 @@ _WHOLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 def load_pipeline(
     model: str | DiffusionPipeline,
     dtype: str,
-    model_init_kwargs: Mapping[str, Any] | None = None,
-    quantization_config: Any = None,
+    model_init_kwargs: Mapping[str, JSON] | None = None,
+    quantization_config: QuantizationConfig = None,
 ) -> DiffusionPipeline:
     """
     A base pipeline, loaded if it is given by name, fit to be trained on.
@@ -67,7 +68,7 @@ def load_pipeline(
 
 
 def _loaded(
-    name: str, dtype: str, model_init_kwargs: Mapping[str, Any] | None, quantization_config: Any
+    name: str, dtype: str, model_init_kwargs: Mapping[str, JSON] | None, quantization_config: QuantizationConfig
 ) -> DiffusionPipeline:
     check_base_name(name)
     options = loading_options(dtype, model_init_kwargs)
@@ -108,7 +109,7 @@ def check_base_name(name: str) -> None:
 
 
 @contextmanager
-def borrowed(pipeline: Any) -> Iterator[Any]:
+def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
     """The pipeline's transformer to put LoRAs on, which are gone afterwards, also when a teacher cannot be loaded."""
     transformer = pipeline.components.get("transformer")
     if isinstance(transformer, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):

@@ -15,21 +15,22 @@
 """With what a base is loaded. Configs read this, so nothing here imports diffusers."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+
+from ..guards.files import JSON
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def dtype_name(value: Any) -> str | None:
+def dtype_name(value: object) -> str | None:
     """The name of a dtype in which a base can be loaded, from `"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16`."""
     name = str(value).removeprefix("torch.")
     return name if name in DTYPES else None
 
 
-def model_init_problems(options: Mapping[str, Any]) -> list[str]:
+def model_init_problems(options: Mapping[str, JSON]) -> list[str]:
     """What is refused of keyword arguments for `DiffusionPipeline.from_pretrained`."""
     problems = []
     for name in ("trust_remote_code", "custom_pipeline"):
@@ -48,7 +49,7 @@ def model_init_problems(options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def loading_options(dtype: str, model_init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def loading_options(dtype: str, model_init_kwargs: Mapping[str, JSON] | None) -> dict[str, JSON]:
     """
     Arguments of `DiffusionPipeline.from_pretrained`, which takes a dtype that is text for none.
 

@@ -29,10 +29,14 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..guards.files import JSON
 from .fingerprints import bytes_of
 
 
 logger = logging.getLogger(__name__)
+
+Encoded = Any  # what an `encode_prompt` returns: tensors, and lists and tuples of them, as the family has it
+_Row = dict[str, Any]  # columns of a row: its texts and hashes, and the tensor that was asked for
 
 # A row is one call of `encode_prompt`. Tensors go by the hash of their content: with guidance the empty prompt's
 # embedding comes with every prompt, and is written once.
@@ -97,7 +101,7 @@ class PromptStore:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, key: tuple) -> Any:
+    def read(self, key: tuple) -> Encoded:
         """What was written for `key`, tensors on the CPU, bit for bit; `None` if nothing was, or if it is damaged."""
         text = json.dumps(key)
         name = _hash(text.encode())
@@ -117,7 +121,7 @@ class PromptStore:
             self._rows.pop(name, None)
         return None
 
-    def write(self, key: tuple, value: Any) -> bool:
+    def write(self, key: tuple, value: Encoded) -> bool:
         """
         Keeps `value`: a tensor, string or `None`, or tuples and lists of them.
 
@@ -198,7 +202,7 @@ class PromptStore:
                 f"Prompt cache: {path.name} is damaged ({error}) and was renamed to .damaged. Its prompts are encoded anew."
             )
 
-    def _restore(self, content: Any) -> Any:
+    def _restore(self, content: JSON) -> Encoded:
         if isinstance(content, dict) and "tensor" in content:
             return self._read_tensor(content["tensor"], content["dtype"], content["shape"])
         if isinstance(content, dict):
@@ -221,7 +225,7 @@ class PromptStore:
 # Rows
 
 
-def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
+def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, _Row | None]]:
     """Begin, end and content (no tensors; none for the header) of the whole rows of a file from `start` on."""
     if path.stat().st_size <= start:
         return
@@ -244,19 +248,19 @@ def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any
             start = source.tell()
 
 
-def _read_row(path: Path, offset: int, tensor: str | None = None) -> dict[str, Any]:
+def _read_row(path: Path, offset: int, tensor: str | None = None) -> _Row:
     with pa.memory_map(str(path)) as source:
         source.seek(offset)
         return _content(pa.ipc.read_message(source), tensor)
 
 
-def _content(message: Any, tensor: str | None = None) -> dict[str, Any]:
+def _content(message: pa.ipc.Message, tensor: str | None = None) -> _Row:
     """Columns of a row, and the bytes of one of its tensors, copied out of the map."""
     batch = pa.ipc.read_record_batch(message, _SCHEMA)
     batch.validate(full=True)  # Arrow follows offsets wherever they point
     if len(batch) != 1:
         raise pa.ArrowInvalid(f"a row consists of {len(batch)}")
-    row = {name: batch[name][0].as_py() for name in ("key", "value", "checksum", "hashes")}
+    row: _Row = {name: batch[name][0].as_py() for name in ("key", "value", "checksum", "hashes")}
     if None in row.values() or len(row["hashes"]) != len(batch["tensors"][0]):
         raise pa.ArrowInvalid("a row is incomplete")
     if tensor is not None:
@@ -269,13 +273,13 @@ def _content(message: Any, tensor: str | None = None) -> dict[str, Any]:
 # Values
 
 
-def _is_storable(value: Any) -> bool:
+def _is_storable(value: Encoded) -> bool:
     if type(value) in (tuple, list):
         return all(_is_storable(item) for item in value)
     return value is None or type(value) in (Tensor, str)
 
 
-def _describe(value: Any, tensors: dict[str, bytes]) -> Any:
+def _describe(value: Encoded, tensors: dict[str, bytes]) -> JSON:
     """The value as JSON, with its tensors put into `tensors` by their hashes."""
     if isinstance(value, Tensor):
         data = bytes_of(value)

@@ -18,7 +18,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..acceleration.quantization import base_weight, plain_tensors, quantized_layers, weight_kind
 from ..pipelines.view import StandIn, exchanged_forward
+
+
+T = TypeVar("T")
+Velocity = Tensor | list[Tensor]  # of a batch, which some families keep apart
+
+
+class MemoryRow(TypedDict):
+    """A part of an estimate: dtypes, bytes, and how they are known."""
+
+    dtype: str
+    bytes: int
+    how: str
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -48,7 +60,9 @@ class Live(TorchDispatchMode):
         """Leaves tensors out that were there before: their views would be taken for new ones."""
         self._sizes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor) or is_traceable_wrapper_subclass(tensor):
@@ -77,7 +91,7 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer, weight: nn.Parameter)
 
 
 # Autocast's list of what is computed in float32 is longer on CUDA than on the CPU; these have the large outputs.
-_FLOAT32_ON_CUDA: tuple[tuple[Any, str], ...] = (
+_FLOAT32_ON_CUDA: tuple[tuple[object, str], ...] = (
     (nn.functional, "layer_norm"),
     (nn.functional, "group_norm"),
     (nn.functional, "softmax"),
@@ -94,9 +108,9 @@ def _as_on_cuda() -> Iterator[None]:
     The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
     """
 
-    def of(function: Any) -> Any:
+    def of(function: Callable) -> Callable:
         @functools.wraps(function)
-        def float32(*args: Any, **kwargs: Any) -> Any:
+        def float32(*args: object, **kwargs: object) -> object:
             if torch.is_autocast_enabled("cpu"):
                 args, kwargs = tree_map(_float32, (args, kwargs))
             return function(*args, **kwargs)
@@ -114,9 +128,9 @@ def _as_on_cuda() -> Iterator[None]:
         yield
 
 
-def _float32(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+def _float32(value: object) -> object:
+    half = (torch.bfloat16, torch.float16)
+    return value.float() if isinstance(value, Tensor) and value.dtype in half else value
 
 
 class _Dequantizing(torch.autograd.Function):
@@ -171,7 +185,7 @@ class _Step(nn.Module):
         self.model: nn.Module = model
         self.__dict__["base"] = base  # not registered: its weights would be put back twice, the second time as shapes
 
-    def forward(self, calls: Sequence[Mapping[str, Any]], backward: bool, live: Live) -> Any:
+    def forward(self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live) -> list[Velocity]:
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
@@ -182,7 +196,7 @@ class _Step(nn.Module):
 def step_bytes(
     model: nn.Module,
     base: nn.Module,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     *,
     device_type: str = "cuda",
     precision: torch.dtype | None = None,
@@ -205,15 +219,15 @@ def step_bytes(
 def pass_in_shapes(
     model: nn.Module,
     base: nn.Module,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     device_type: str,
     precision: torch.dtype | None,
     backward: bool,
-) -> tuple[int, Any]:
+) -> tuple[int, list[Velocity]]:
     """As [`step_bytes`], and the velocities, of which there are shapes alone."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(value: Any) -> Any:
+    def fake(value: T) -> T | Tensor:
         # On the CPU wherever it would run: its fused attention stands for the GPU's, whose kernels need one.
         if not isinstance(value, Tensor):
             return value

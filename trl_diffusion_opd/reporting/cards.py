@@ -34,6 +34,7 @@ from transformers.utils.hub import hf_api
 from ..guards.markdown import cell, code, inline, literal
 from ..guards.redaction import public_text, public_value, shown
 from ..hub.files import CARD_FILE
+from .report import Report
 
 
 _SHOWN_PACKAGES = ("trl", "diffusers", "peft", "transformers", "torch", "datasets")
@@ -106,7 +107,7 @@ def _base_license(base_id: str) -> dict[str, str]:
 
 
 def results_of(
-    report: Mapping[str, Any],
+    report: Report,
     datasets: list[str],
     task: str,
     metric: str,
@@ -152,7 +153,7 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def literals(options: Mapping[str, Any], secrets: list[str]) -> dict[str, str]:
+def literals(options: Mapping[str, object], secrets: list[str]) -> dict[str, str]:
     """Those of `options` that can be written as Python literals, as such."""
     plain = {name: value for name, value in options.items() if isinstance(value, (str, bool, int, float))}
     # A prompt is no path, even if it looks like one.

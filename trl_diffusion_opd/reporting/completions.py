@@ -18,7 +18,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -29,6 +30,10 @@ from pyarrow.parquet import write_table
 from ..guards.markdown import cell
 from ..hub.files import COMPLETIONS_FOLDER
 from .console import print_completions, reward_cell
+
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 TABLE_NAME = "completions"
@@ -59,7 +64,7 @@ class Completion:
     task: str
     image: Image.Image
     rewards: dict[str, float | None]
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, object] = field(default_factory=dict)
 
 
 def log_completions(
@@ -67,7 +72,7 @@ def log_completions(
     output_dir: str | Path,
     step: int,
     report_to: Sequence[str],
-    writers: Sequence[Any],
+    writers: Sequence["SummaryWriter"],
 ) -> None:
     """
     Shows images of the student: a table with a row an image, and a picture with a row a task.
@@ -160,11 +165,11 @@ def _send(
     picture: Image.Image,
     step: int,
     report_to: Sequence[str],
-    writers: Sequence[Any],
+    writers: Sequence["SummaryWriter"],
 ) -> None:
     tasks = dict.fromkeys(completion.task for completion in completions)
 
-    def media(tracker: Any) -> dict[str, Any]:
+    def media(tracker: ModuleType) -> dict[str, object]:
         """Table and picture in the classes of wandb or trackio, which have the same names, with the update as x axis."""
         images = [tracker.Image(completion.image) for completion in completions]
         rows = [

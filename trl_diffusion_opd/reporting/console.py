@@ -27,7 +27,9 @@ from torch import nn
 from ..algorithms.opd import StepPlan, dominant_step
 from ..algorithms.samplers import SamplerTable
 from ..algorithms.separability import Pair
+from ..guards.files import JSON
 from ..guards.redaction import shown, visible
+from ..profiling.memory import MemoryRow
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ _SHOWN_PAIRS = 10
 _LONGEST_TEXT = 4000
 
 
-def print_teachers(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int], lost: float | None) -> None:
+def print_teachers(rows: Sequence[Mapping[str, JSON]], prompts: Mapping[str, int], lost: float | None) -> None:
     """
     Shows tasks and teachers.
 
@@ -199,7 +201,7 @@ def reward_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def print_dry_run(report: Mapping[str, Any], device: str) -> None:
+def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
     """
     Shows what [`~dry_run.dry_run`] found.
 
@@ -229,7 +231,7 @@ def print_dry_run(report: Mapping[str, Any], device: str) -> None:
     )
 
 
-def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
+def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:
     """
     Shows what [`~dry_run_rl.dry_run`] found.
 
@@ -272,7 +274,7 @@ def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
     )
 
 
-def _print_memory(console: Console, rows: Mapping[str, Mapping[str, Any]], device: str) -> None:
+def _print_memory(console: Console, rows: Mapping[str, MemoryRow], device: str) -> None:
     memory = Table(title=f"Memory of one process ({device}), estimated, without sharding")
     for column in ("", "dtype", "GiB", "how"):
         memory.add_column(column, justify="right" if column == "GiB" else "left")

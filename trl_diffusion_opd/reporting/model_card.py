@@ -18,7 +18,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,12 +29,13 @@ from torch import nn
 from transformers import TrainerState
 
 from ..acceleration.quantization import described
-from ..guards.files import read_json
+from ..guards.files import JSON, read_json
 from ..guards.redaction import known_tokens, last_part, public_name
 from ..hub.files import CURVES_PICTURE, RADAR_PICTURE, REPORT_FILE, RETENTION_PICTURE, SAMPLES_PICTURE
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from .cards import as_list, card_data, hub_id, literals, render, results_of, save
+from .report import Report
 
 
 # In the order in which a reader meets them.
@@ -44,6 +45,15 @@ _PICTURES = {
     RADAR_PICTURE: "All rewards of base, teachers and student",
     CURVES_PICTURE: "Training curves",
 }
+
+
+class MethodFacts(TypedDict, total=False):
+    """What a method adds to the card: see [`CardFacts`]."""
+
+    method: str
+    teachers: Mapping[str, JSON]
+    settings: dict[str, str]
+    no_walk: bool
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ class CardFacts:
     """
 
     trainer_name: str
-    paper: Mapping[str, Any]
+    paper: Mapping[str, str]
     tags: Sequence[str]
     args: Any
     state: TrainerState
@@ -76,11 +86,11 @@ class CardFacts:
     model: nn.Module
     tasks: Sequence[str]
     repository: str | None
-    call_options: Mapping[str, Any]
-    changes: Sequence[Mapping[str, Any]] = ()
+    call_options: Mapping[str, JSON]
+    changes: Sequence[Mapping[str, JSON]] = ()
     method: str | None = None
-    teachers: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    teachers: Mapping[str, JSON] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     no_walk: bool = False
 
 
@@ -141,7 +151,7 @@ def write_model_card(
     save(card, folder)
 
 
-def student_results(report: Mapping[str, Any], datasets: list[str]) -> list[EvalResult]:
+def student_results(report: Report, datasets: list[str]) -> list[EvalResult]:
     """The student's score and retention on each task of a retention report, for the `model-index`."""
     results = []
     for task, row in report["tasks"].items():
@@ -160,12 +170,12 @@ def _kind(facts: CardFacts) -> str:
     return "lora" if isinstance(facts.pipeline, LoraBaseMixin) else "peft"
 
 
-def _settings(facts: CardFacts) -> dict[str, Any]:
+def _settings(facts: CardFacts) -> dict[str, object]:
     args, plain = facts.args, facts.args.to_dict()  # enums as their values
-    transformer: Any = facts.pipeline.components["transformer"]
+    transformer = facts.pipeline.components["transformer"]
     quantized = described(transformer)
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
-    settings = {
+    settings: dict[str, object] = {
         "updates": facts.state.global_step,
         "prompts an update": f"{samples} ({', '.join(facts.tasks)} in equal parts)",
         "resolution": f"{args.width} x {args.height}",

@@ -33,6 +33,8 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL.Image import Image, Resampling
 
+from .report import Report
+
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ class SampleRow:
     scores: Mapping[str, float | None]
 
 
-def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
+def plot_retention(report: Report, path: str | Path) -> None:
     """
     Bars of base, each teacher and each student on every task, with intervals, as [`retention_report`] returns them.
 
@@ -134,7 +136,7 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
         _save(figure, path)
 
 
-def radar_axes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+def radar_axes(report: Report) -> list[tuple[str, str]]:
     """Each task with each of its own rewards that has a mean for every model."""
     return [
         (task, reward)
@@ -144,7 +146,7 @@ def radar_axes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
+def plot_radar(report: Report, path: str | Path) -> None:
     """
     All models on all tasks at a glance, as in Figure 1 of DiffusionOPD
     ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)), from what [`retention_report`] returns.
@@ -202,7 +204,7 @@ def _value(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def _model_colors(report: Mapping[str, Any]) -> dict[str, str]:
+def _model_colors(report: Report) -> dict[str, str]:
     """Grey for the base, black for the first student, and colours that everyone can tell apart."""
     names = list(report["scores"])
     teachers = [name for name in names if name.startswith("teacher/")]
@@ -279,7 +281,7 @@ def _enlarged(image: Image, size: int = 256) -> Image:
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Resampling.NEAREST)
 
 
-def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """
     Loss, KL of each task, and rewards of each task in training and in evaluation against updates.
 
@@ -353,7 +355,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
 _STYLES = ("-", "--", ":", "-.")
 
 
-def _save(figure: Figure, path: str | Path, **options: Any) -> None:
+def _save(figure: Figure, path: str | Path, bbox_inches: str | None = None) -> None:
     # Figure and canvas without pyplot: no window, no global state, whatever backend the user has chosen.
     FigureCanvasAgg(figure)
-    figure.savefig(str(path), format="png", **options)
+    figure.savefig(str(path), format="png", bbox_inches=bbox_inches)

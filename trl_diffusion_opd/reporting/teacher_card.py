@@ -18,16 +18,16 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..guards.files import read_json
+from ..guards.files import JSON, read_json
 from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
 from ..models.teacher_config import TeacherConfig
 from ..models.teacher_files import find_files
 from .cards import as_list, card_data, hub_id, literals, render, results_of, save
+from .report import Report
 
 
 def write_teacher_card(
@@ -35,9 +35,9 @@ def write_teacher_card(
     base: str,
     task: str,
     guidance_scale: float,
-    call_options: Mapping[str, Any],
+    call_options: Mapping[str, JSON],
     *,
-    report: Mapping[str, Any] | str | Path | None = None,
+    report: Report | str | Path | None = None,
     repository: str | None = None,
     subfolder: str | None = None,
     method: str | None = None,
@@ -53,7 +53,7 @@ def write_teacher_card(
         base (`str`): the base, a Hub id or a folder, of which only the name is shown.
         task (`str`): what it teaches.
         guidance_scale (`float`): scale of classifier-free guidance at which it is to be asked, 1 for none.
-        call_options (`dict[str, Any]`):
+        call_options (`dict`):
             Arguments of the pipeline for an image as in its evaluation, `prompt` first: steps, resolution, and guidance by
             the name that the pipeline has for it.
         report (`dict`, `str` or `Path`, *optional*):
@@ -117,16 +117,16 @@ def write_teacher_card(
     return folder / CARD_FILE
 
 
-def _teacher_results(report: Mapping[str, Any], task: str, datasets: list[str]) -> list[EvalResult]:
+def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:
     row = report["tasks"][task]
     return results_of(report, datasets, task, row["reward"], row["reward"], row["teacher"], None)
 
 
-def _teacher_scores(report: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+def _teacher_scores(report: Report, task: str) -> list[dict[str, object]]:
     """The teacher beside the base on every task: what it gained, and what it lost elsewhere."""
     own = report.get("scores", {}).get(f"teacher/{task}", {})
     intervals = report.get("scores_ci95", {}).get(f"teacher/{task}", {})
-    rows = []
+    rows: list[dict[str, object]] = []
     for other, row in report["tasks"].items():
         reward = row["reward"]
         score = row["teacher"] if other == task else own.get(other, {}).get(reward)

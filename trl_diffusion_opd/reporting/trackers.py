@@ -22,7 +22,7 @@ import logging
 import os
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from huggingface_hub.utils import httpx
@@ -34,6 +34,10 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 from ..guards.redaction import public_arguments
 from ..models.student import STUDENT_ADAPTER
+
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 logger = logging.getLogger(__name__)
@@ -51,7 +55,7 @@ def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
             callbacks[i] = _Trackio()
 
 
-def tensorboard_writers(callbacks: Sequence[TrainerCallback]) -> list[Any]:
+def tensorboard_writers(callbacks: Sequence[TrainerCallback]) -> "list[SummaryWriter]":
     """The open writers of TensorBoard's callbacks."""
     writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
     return [writer for writer in writers if writer is not None]
@@ -63,9 +67,9 @@ class _ShownModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.config: dict[str, Any] = {}
+        self.config: dict[str, object] = {}
         if isinstance(model, PeftModel):
-            lora: Any = model.peft_config[STUDENT_ADAPTER]
+            lora = model.peft_config[STUDENT_ADAPTER]
             targets = lora.target_modules
             shown = targets if isinstance(targets, str) else sorted(targets or ())
             self.config = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_target_modules": shown}
@@ -74,7 +78,7 @@ class _ShownModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def _shown_arguments(args: TrainingArguments) -> Any:
+def _shown_arguments(args: TrainingArguments) -> TrainingArguments:
     shown: Any = copy.copy(args)
     public = public_arguments(args)
     shown.to_dict = lambda: public
@@ -92,7 +96,7 @@ class _TensorBoard(TensorBoardCallback):
             super()._init_summary_writer(args)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if not state.is_world_process_zero:
             return
@@ -103,7 +107,7 @@ class _TensorBoard(TensorBoardCallback):
 
 
 class _Wandb(WandbCallback):
-    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: Any) -> None:
+    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: object) -> None:
         # It would send host, user, paths and the command line. Who wants that sets these, or starts the run.
         os.environ.setdefault("WANDB__DISABLE_META", "true")
         os.environ.setdefault("WANDB_HOST", "trainer")
@@ -115,7 +119,7 @@ class _Trackio(TrackioCallback):
         super().__init__()
         self._run_name: str | None = None
 
-    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: Any) -> None:
+    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: object) -> None:
         shown = _shown_arguments(args)
         # The run ends with training: an evaluation after it goes on with the same one.
         shown.run_name = self._run_name or args.run_name
@@ -129,8 +133,8 @@ class _Trackio(TrackioCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         if not self._initialized:
             self.setup(args, state, model)
@@ -140,7 +144,12 @@ class _Trackio(TrackioCallback):
             self._trackio.log({**rewrite_logs(logs), "train/global_step": step}, step=step)
 
     def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: object = None,
+        **kwargs: object,
     ) -> None:
         # It syncs the project to a Space of its own, on every push of a checkpoint.
         try:

@@ -20,15 +20,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, concatenate_datasets
 
 from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
+from ..guards.files import JSON
 from ..models.teacher_config import TeacherConfig
 from ..rewards import RewardFunc, check_reward, load_reward
+
+
+if TYPE_CHECKING:
+    from ..acceleration.quantization import QuantizationConfig
+    from ..trainer.base_config import DiffusionConfig
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -67,7 +73,7 @@ class QuantizationArguments:
             if find_spec(library) is None:
                 raise ValueError(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
 
-    def quantization_config(self, dtype: str) -> Any:
+    def quantization_config(self, dtype: str) -> "QuantizationConfig":
         """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
 
         from diffusers import BitsAndBytesConfig, TorchAoConfig
@@ -85,7 +91,7 @@ class QuantizationArguments:
             return None
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        quant_type: Any = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
+        quant_type = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
         return TorchAoConfig(quant_type[self.torchao_quant_type]())
 
 
@@ -114,7 +120,7 @@ class ScriptArguments(QuantizationArguments):
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "task=name …: a reward of the package, or package.module:function"}
     )
-    reward_kwargs: dict[str, Any] | str | None = field(
+    reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
     full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
@@ -131,12 +137,12 @@ class ScriptArguments(QuantizationArguments):
         """The reward functions by task, loaded."""
         return load_rewards(self.reward_funcs, self.options_of_rewards())
 
-    def options_of_rewards(self) -> dict[str, Any]:
+    def options_of_rewards(self) -> dict[str, dict[str, JSON]]:
         """The arguments of named rewards, by name."""
         assert not isinstance(self.reward_kwargs, str)  # strings are parsed
         return self.reward_kwargs or {}
 
-    def for_trainer(self, args: Any, reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
+    def for_trainer(self, args: "DiffusionConfig", reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
         """
         The arguments of a trainer, but for its teachers.
 
@@ -181,7 +187,7 @@ class TaughtArguments(ScriptArguments):
     )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
 
-    def teachers_by_task(self) -> dict[str, Any]:
+    def teachers_by_task(self) -> dict[str, list[TeacherConfig]]:
         """Lists of [`TeacherConfig`] by task, none where none are given."""
         return load_teachers(self.teachers or [], self.teacher_guidance_scales)
 
@@ -241,7 +247,7 @@ def configs() -> list[type]:
     return [one for one in found if not one.__subclasses__()]  # what others share is no trainer's
 
 
-def json_object(option: str, text: str) -> dict[str, Any]:
+def json_object(option: str, text: str) -> dict[str, JSON]:
     """An option that is given as JSON."""
     reason = ""
     try:
@@ -257,7 +263,7 @@ def json_object(option: str, text: str) -> dict[str, Any]:
 
 
 # `task=value` strings. A YAML file may have a mapping in their place, from task to a value or a list of them.
-OfTasks = list[str] | Mapping[str, Any]
+OfTasks = list[str] | Mapping[str, JSON]
 
 
 def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> dict[str, list[str]]:
@@ -364,7 +370,7 @@ def load_students(option: str, values: OfTasks) -> dict[str, str]:
     return {name: packaged(specs[0]) for name, specs in students.items()}
 
 
-def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:
+def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, JSON]]) -> dict[str, list[RewardFunc]]:
     """
     Reward functions by task. A reward that several tasks name is loaded once.
 
@@ -377,7 +383,7 @@ def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]
     return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
 
 
-def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, JSON]]) -> list[str]:
     """What [`load_rewards`] would refuse, without loading weights."""
     try:
         _, names = _reward_names(values, options)
@@ -393,7 +399,7 @@ def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, A
 
 
 def _reward_names(
-    values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]
+    values: OfTasks | None, options: Mapping[str, Mapping[str, JSON]]
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Names of rewards by task, and each of them once."""
     specs = by_task("reward_funcs", values)

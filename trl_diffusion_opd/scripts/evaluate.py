@@ -34,12 +34,12 @@ the output folder is used again, so a run that was interrupted goes on, and a st
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate import PartialState
 
 from ..evaluation.retention import retention_table, scores_table
 from ..evaluation.run import evaluate_retention
+from ..guards.files import JSON
 from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers, packaged
 from .parser import parse
 from .training import show_warnings
@@ -74,7 +74,7 @@ class EvaluationArguments:
         metadata={"help": "task=source …, or one Hub dataset or file with a column that names the task."}
     )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
-    reward_kwargs: dict[str, Any] | str | None = field(
+    reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
@@ -87,10 +87,10 @@ class EvaluationArguments:
     height: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
     width: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Length of the text in tokens."})
-    generation_kwargs: dict[str, Any] | str | None = field(
+    generation_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
     )
     dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})

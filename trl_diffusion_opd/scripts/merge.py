@@ -24,8 +24,8 @@ trl-diffusion-opd merge \
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.merge import METHODS, merge_teachers
 from ..pipelines.loading import load_pipeline
@@ -60,7 +60,7 @@ class MergeArguments:
     dtype: str = field(
         default="float32", metadata={"help": "Of the base.", "choices": ["float32", "bfloat16", "float16"]}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
     )
 

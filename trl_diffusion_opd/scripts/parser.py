@@ -74,9 +74,12 @@ class CommandParser(TrlParser):
         launched (`bool`, *optional*, defaults to `False`): whether help names the launcher's options.
     """
 
+    dataclass_types: list[Any]
+
     def __init__(self, dataclass_types: Sequence[type], prog: str | None = None, launched: bool = False):
         usage = "%(prog)s [--config NAME|FILE] [options]"
-        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)
+        # To TRL the type of a dataclass is one of its own.
+        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
         self.options_of_the_command = (*_OPTIONS, *_LAUNCHER_OPTIONS) if launched else _OPTIONS
 
     def unclaimed(self, arguments: Sequence[str]) -> list[str]:

@@ -54,7 +54,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from accelerate import PartialState
@@ -62,13 +62,13 @@ from accelerate.utils import release_memory
 
 from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
-from ..guards.files import write_json
+from ..guards.files import JSON, write_json
 from ..hub.files import ADAPTER_FILE, FINISHED_FILE, STAGE_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
 from ..problems import Problems
 from ..trainer.option_checks import unknown_option
-from .arguments import TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
+from .arguments import OfTasks, TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
 from .parser import parse
 
 
@@ -98,7 +98,7 @@ class Stage:
 
     name: str
     make_trainer: "Callable[[Path, str | None], DiffusionTrainer]"
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, JSON] = field(default_factory=dict)
     from_base: bool = False
     teachers: Sequence[str] = ()
 
@@ -200,7 +200,7 @@ def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
     return problems
 
 
-def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, Any]:
+def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, JSON]:
     """The settings of a stage, and the hashes of the LoRAs that it reads."""
     return {
         "settings": json.loads(json.dumps(stage.settings)),
@@ -214,7 +214,7 @@ def _digest(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, JSON] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -236,7 +236,7 @@ class StageSpec(TaughtArguments):
 
     name: str
     trainer: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, JSON] = field(default_factory=dict)
     from_base: bool = False
 
     def stage(self, output_dir: str) -> Stage:
@@ -298,7 +298,7 @@ class StageSpec(TaughtArguments):
     def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
         args = self.make_config(output_dir, student_init)
         trainer_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Trainer")
-        arguments: dict[str, Any] = {"teachers": self.teachers_by_task()} if self.teachers else {}
+        arguments = {"teachers": self.teachers_by_task()} if self.teachers else {}
         return trainer_class(**self.for_trainer(args, self.rewards()), **arguments)
 
 
@@ -354,7 +354,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
     return stages, output_dir
 
 
-def _values(option: str, given: Any) -> list[str] | None:
+def _values(option: str, given: OfTasks | None) -> list[str] | None:
     """`task=value` strings, also of a mapping from task to values."""
     if given is None or isinstance(given, list):
         return given
@@ -373,7 +373,7 @@ def _moved(teacher: str, written: Path, output_dir: Path) -> str:
     return teacher if stage is None else f"{task}{equals}{output_dir / stage}"
 
 
-def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _merge(shared: dict[str, JSON], given: dict[str, JSON]) -> dict[str, JSON]:
     """What a stage gives, else what is shared, else what is in its `config_file`."""
     merged = {**shared, **given}
     config = {**(shared.get("config") or {}), **(given.get("config") or {})}
@@ -386,7 +386,7 @@ def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {**merged, "config": config}
 
 
-def _spec_problems(given: dict[str, Any], from_base: bool) -> list[str]:
+def _spec_problems(given: dict[str, JSON], from_base: bool) -> list[str]:
     missing = [name for name in ("name", "trainer", "model_name_or_path", "prompts") if not given.get(name)]
     problems = [f"{', '.join(missing)} must be given."] if missing else []
     problems += [f"{name!r} is none of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]

@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -193,33 +192,33 @@ def _score(task: str, version: int, images: list[Image.Image], spec: list[str]) 
     return scores
 
 
-def compose(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def compose(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """1 if exactly the asked objects are there, in colour, shape, number and relation, else 0."""
     return _score("compose", 0, images, spec)
 
 
-def compose_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def compose_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """Mean over objects of colour and overlap with the shape, missing and surplus ones counting 0; 60% of it where
     the relation is wrong."""
     return _score("compose", 1, images, spec)
 
 
-def letters(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def letters(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """1 if both letters are the best matching ones in their place and clear, else 0."""
     return _score("letters", 0, images, spec)
 
 
-def letters_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def letters_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """Mean over letters of the correlation with the asked letter, from 0 at 0.4 to 1 at 0.9."""
     return _score("letters", 1, images, spec)
 
 
-def style(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def style(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """Closeness of the ground to dusk (violet above, orange below), linear in the degree of styling."""
     return _score("style", 0, images, spec)
 
 
-def style_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def style_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """The same smooth score as `style`."""
     return _score("style", 1, images, spec)
 
