@@ -95,7 +95,7 @@ def test_families_that_honour_it_and_those_that_would_not(name: str) -> None:
             use_backend(field, "_native_math", batch_size)
         assert str(error.value) == (
             f"attention_backend='_native_math' would do nothing: the attention of {type(pipeline.transformer).__name__} "
-            f"({HONOUR_IT[name]}) does not go through diffusers' dispatcher. Leave it unset."
+            f"({HONOUR_IT[name]}) does not use diffusers' dispatcher. Leave it unset."
         )
     assert chosen(pipeline.transformer) <= {None}
     assert _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
