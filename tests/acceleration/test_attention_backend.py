@@ -199,7 +199,7 @@ class TestRefusals:
         assert chosen(pipeline.transformer) == {None}
 
     def test_sd3_through_the_trainer(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"SD3Transformer2DModel \(JointAttnProcessor2_0\) does not go through"):
+        with pytest.raises(ValueError, match=r"SD3Transformer2DModel \(JointAttnProcessor2_0\) does not use"):
             make_trainer(tmp_path, "base", attention_backend="native")
 
 

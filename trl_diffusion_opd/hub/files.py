@@ -36,6 +36,10 @@ SEAL_FILE = "complete"
 DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
 ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
 
+# Written by a stage of `trl-diffusion-opd stages`
+STAGE_FILE = "stage.json"
+FINISHED_FILE = "finished"
+
 # In the output folder itself
 LOCK_FILE = ".lock"
 COMPLETIONS_FOLDER = "completions"
