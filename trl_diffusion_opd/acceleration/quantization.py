@@ -147,8 +147,8 @@ def pipeline_config(config: Any) -> PipelineQuantizationConfig | None:
     raise ValueError(
         f"quantization_config is a {name}. Give diffusers' config of the transformer, such as "
         "diffusers.BitsAndBytesConfig(load_in_4bit=True, ...) or diffusers.TorchAoConfig(Int8WeightOnlyConfig()), or a "
-        "diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), which takes transformers' configs for "
-        "text encoders."
+        "diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), which takes transformers' "
+        "configs for text encoders."
     )
 
 
@@ -166,8 +166,8 @@ def failures_named(name: str, config: PipelineQuantizationConfig | None) -> Iter
         if config is None:
             raise
         raise ValueError(
-            f"The base {name!r} cannot be quantised: {shown(error, 500)} (diffusers needs a GPU to quantise by bitsandbytes; torchao's "
-            "Int8WeightOnlyConfig works on a CPU too.)"
+            f"The base {name!r} cannot be quantised: {shown(error, 500)} (diffusers needs a GPU to quantise by "
+            "bitsandbytes; torchao's Int8WeightOnlyConfig works on a CPU too.)"
         ) from error
 
 
@@ -224,8 +224,8 @@ def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[st
     method = transformer.__dict__.get("quantization_method")
     if method is not None and method not in ("bitsandbytes", "torchao"):
         return [
-            f"The base's transformer is quantised by {method.value}. A LoRA can only be trained on one that is quantised by "
-            "bitsandbytes or torchao."
+            f"The base's transformer is quantised by {method.value}. A LoRA can only be trained on one that is "
+            "quantised by bitsandbytes or torchao."
         ]
     first: dict[type, tuple[str, nn.Linear]] = {}
     for name, layer in quantized_layers(transformer):
@@ -239,8 +239,8 @@ def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[st
         ]
     if any(_is_rearranged(layer) for _, layer in quantized_layers(transformer)):
         return [
-            "bitsandbytes has rearranged the base's 4-bit weights for inference on this CPU, so they pass no gradient any more. "
-            "Load the pipeline again, and give it to the trainer before you generate images with it."
+            "bitsandbytes has rearranged the base's 4-bit weights for inference on this CPU, so they pass no gradient "
+            "any more. Load the pipeline again, and give it to the trainer before you generate images with it."
         ]
     quantizer = transformer.__dict__.get("hf_quantizer")
     if quantizer is not None and not quantizer.is_trainable:
@@ -250,8 +250,8 @@ def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[st
             "Int8WeightOnlyConfig or Float8WeightOnlyConfig."
         ]
     return [
-        f"The base is quantised ({described(layer)}), and its layer {name} passes no gradient or a wrong one. Quantise by "
-        "bitsandbytes, or only the weights by torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
+        f"The base is quantised ({described(layer)}), and its layer {name} passes no gradient or a wrong one. "
+        "Quantise by bitsandbytes, or only the weights by torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
         for name, layer in first.values()
         if not _passes_gradient(layer)
     ]

@@ -116,10 +116,10 @@ def conflict_warning(pairs: Sequence[Pair]) -> str | None:
         [
             "The prompts of these tasks can't be told apart, and their teachers disagree on the same states:",
             *shown,
-            "The distance of teachers is relative to what they change in the base: 0 means equal, 1.41 nothing in common. A student "
-            "sees the prompt and not the task, so it will learn the mean of such teachers, which is only a part of each. Make the "
-            "prompts show their task: for example, put a word in front of all prompts of one task and of no other, in training, in "
-            "evaluations and wherever the student is used.",
+            "The distance of teachers is relative to what they change in the base: 0 means equal, 1.41 nothing in "
+            "common. A student sees the prompt and not the task, so it will learn the mean of such teachers, which is "
+            "only a part of each. Make the prompts show their task: for example, put a word in front of all prompts "
+            "of one task and of no other, in training, in evaluations and wherever the student is used.",
         ]
     )
 

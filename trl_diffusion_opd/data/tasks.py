@@ -111,8 +111,9 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
         if long:
             row, task = long[0]
             problems.append(
-                f"{name} has {len(long)} row(s) with a task name of more than {LONGEST_TASK} characters, the first in row {row}: "
-                f"'{shown(task, 80)}'. Names of tasks appear in logs, files and cards: choose a shorter one."
+                f"{name} has {len(long)} row(s) with a task name of more than {LONGEST_TASK} characters, the first in "
+                f"row {row}: '{shown(task, 80)}'. Names of tasks appear in logs, files and cards: choose a shorter "
+                "one."
             )
         if bad:
             problems.append(
@@ -121,8 +122,8 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
         if others:
             row, task = others[0]
             problems.append(
-                f"{name} has {len(others)} task(s) in '{task_column}' that are not text, the first in row {row}: {task!r:.80}. "
-                f"Convert them: dataset.cast_column('{task_column}', Value('string'))."
+                f"{name} has {len(others)} task(s) in '{task_column}' that are not text, the first in row {row}: "
+                f"{task!r:.80}. Convert them: dataset.cast_column('{task_column}', Value('string'))."
             )
     return problems
 
@@ -132,8 +133,8 @@ def _no_text(prompt: Any) -> str:
     if _is_conversation(prompt):
         roles = ", ".join(str(message.get("role")) for message in prompt)
         return (
-            f"a conversation ({roles}). A conversation can only be used if it is one user message with one text. Write the text "
-            "to draw into 'prompt'."
+            f"a conversation ({roles}). A conversation can only be used if it is one user message with one text. "
+            "Write the text to draw into 'prompt'."
         )
     if isinstance(prompt, list):
         return f"a list, {prompt!r:.80}. A row has one prompt: make one row for each."

@@ -108,8 +108,8 @@ def failure_explained(folder: str, repo_id: str) -> Iterator[None]:
 
 def _failure(folder: str, repo_id: str, error: BaseException) -> str:
     return (
-        f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost: it is saved in {folder!r} "
-        "with its card. Push it with trainer.push_to_hub(), or later with "
+        f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost: it is saved in "
+        f"{folder!r} with its card. Push it with trainer.push_to_hub(), or later with "
         f"`trl-diffusion-opd push {folder} {repo_id}`."
     )
 

@@ -88,8 +88,9 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
     owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in owners:
         return [
-            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, but your token belongs to {account['name']!r}, "
-            f"who can push for {', '.join(owners)}. Choose one of them, or log in as the repository's owner."
+            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, but your token belongs to "
+            f"{account['name']!r}, who can push for {', '.join(owners)}. Choose one of them, or log in as the "
+            "repository's owner."
         ]
     try:
         info = retried(api.model_info, repo_id, token=token)
