@@ -153,7 +153,7 @@ REFUSED = {
     "no value": ({"reward_funcs": "text="}, "--reward_funcs: 'text=' is not of the form task=value."),
     "file type": (
         {"prompts": "text=prompts.xlsx"},
-        "--prompts: 'prompts.xlsx' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet.",
+        "--prompts: 'prompts.xlsx' has none of the endings .txt, .json, .jsonl, .csv, .tsv, .parquet.",
     ),
     "other types": (
         {"prompts": ["text=lines.jsonl", "text=words.jsonl"]},

@@ -434,7 +434,7 @@ def test_what_a_later_stage_would_miss_is_told_before_the_first(tmp_path):
     lines = str(error.value).splitlines()[1:]
     expected = (
         "stage 'two': --prompts: 'a' is not of the form task=value.",
-        "stage 'two': --eval_prompts: 'a.xlsx' is none of .txt,",
+        "stage 'two': --eval_prompts: 'a.xlsx' has none of the endings .txt,",
         "stage 'two': There is no reward 'clip'.",
         "stage 'two': Reward 'nowhere:reward' cannot be imported",
         "stage 'two': There is no reward 'jpeg'.",

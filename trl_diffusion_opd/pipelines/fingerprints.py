@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What images and embeddings of a pipeline depend on, as hashes: kept ones of another hash are not used again."""
+"""
+Hashes of everything that a pipeline's images and embeddings depend on. Kept images and embeddings are reused only if
+the hash is the same.
+"""
 
 import hashlib
 import json
@@ -31,10 +34,10 @@ from ..acceleration.quantization import plain_tensors
 from ..guards.files import JSON
 
 
-# Of a component's config: who wrote it, and in what precision, which the weights tell.
+# Entries of a component's config that don't change its output, or that the weights show already (the precision).
 _UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version")
-# Settings of a component that say where it comes from, what its last call was (a tokenizer's), or what its weights say
-# themselves, and not what it does.
+# Settings of a component that don't change its embeddings: where it comes from, a tokenizer's last call, and what the
+# weights show already.
 _PASSING = (
     "_name_or_path",
     "name_or_path",
@@ -52,10 +55,10 @@ _PASSING = (
 
 def base_digest(pipeline: DiffusionPipeline) -> str:
     """
-    SHA-256 over everything of a pipeline that its images depend on: weights, configs and vocabularies of its components.
+    A SHA-256 digest of everything in a pipeline that affects its images: weights, configs and vocabularies.
 
-    It is taken from memory, so it is the same for a pipeline that was loaded here and for one that was handed in. Weights
-    in another precision are other weights.
+    It is computed from memory, so it does not matter how the pipeline was loaded. The same weights in another
+    precision have another digest.
     """
     hashed = hashlib.sha256(type(pipeline).__name__.encode())
     for name, component in sorted(pipeline.components.items()):
@@ -82,11 +85,11 @@ def _config(component: object) -> dict[str, JSON]:
 
 def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     """
-    A hash of all that a pipeline's embeddings depend on besides the prompt and the options of the call.
+    A hash of everything that a pipeline's text embeddings depend on besides the prompt and the options of the call.
 
-    Weights, buffers and config of its text encoders (whatever is no transformer, VAE or scheduler), the files of its
-    tokenizers, its own settings, the transformer's dtype, which some pipelines cast to, and the versions of diffusers and
-    transformers.
+    It includes the weights, buffers and config of its text encoders (all modules but transformer, VAE and scheduler),
+    the files of its tokenizers, its own settings, the transformer's dtype (some pipelines cast embeddings to it), and
+    the versions of diffusers and transformers.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -117,7 +120,7 @@ def _add_module(digest: xxhash.xxh3_128, module: nn.Module) -> None:
             for part in plain_tensors(value):
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(bytes_of(part).numpy().data)
-    # What is not in the weights: number of heads, activations, which layer is taken.
+    # Facts that the weights don't show: number of heads, activations, which layer is used.
     if isinstance(module, PreTrainedModel):
         entries = module.config.to_dict()
     else:
@@ -126,7 +129,7 @@ def _add_module(digest: xxhash.xxh3_128, module: nn.Module) -> None:
 
 
 def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | ProcessorMixin) -> None:
-    """The files of a tokenizer or processor: their formats are as many as their classes."""
+    """Adds the files of a tokenizer or processor. Saving it covers all classes, whatever their formats."""
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
@@ -138,12 +141,12 @@ def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | Pro
 
 
 def _settings(entries: JSON) -> bytes:
-    """JSON of a component's settings, without those in `_PASSING`."""
+    """A component's settings as JSON, without those in `_PASSING`."""
     if isinstance(entries, dict):
         entries = {name: value for name, value in entries.items() if name not in _PASSING}
     return json.dumps(entries, sort_keys=True, default=str).encode()
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """What a tensor holds, on the CPU."""
+    """The bytes of a tensor, on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

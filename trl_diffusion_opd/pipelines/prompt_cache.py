@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Text embeddings, encoded once: a cache around a pipeline's own `encode_prompt`."""
+"""A cache for a pipeline's own `encode_prompt`, so that each prompt is encoded once."""
 
 import inspect
 from collections import OrderedDict
@@ -27,13 +27,14 @@ from torch import Tensor
 from .prompt_store import Encoded, PromptStore
 
 
-# Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
+# Two prompts of different length, for trials: they show whether the embeddings of a batch are those of its prompts put
+# together.
 _PROBES = ("a", "a b c")
-# Keys of what the trials found, in a store.
+# Keys of the trials' results in a store.
 _LAYOUT, _AXES, _PARTS, _SHORT = "layout", "axes", "parts", "short"
-# What pipelines call the argument that asks for the negative prompts' embeddings too.
+# The pipelines' argument that asks for the negative prompts' embeddings as well.
 _GUIDED = "do_classifier_free_guidance"
-# Guided and unguided calls of student and teachers on one micro-batch.
+# Enough for all calls of student and teachers, with and without guidance, on one micro-batch.
 _RECENT_BATCHES = 8
 
 _Layout = str | tuple["_Layout", ...] | None  # how the embeddings of prompts and of their batch belong together
@@ -41,22 +42,23 @@ _Layout = str | tuple["_Layout", ...] | None  # how the embeddings of prompts an
 
 class PromptCache:
     """
-    Remembers what `encode_prompt` returned, one entry a prompt, the least recently used dropped beyond `max_bytes`.
+    Remembers the return values of `encode_prompt`, one entry a prompt. Beyond `max_bytes` it drops the entry that was
+    used longest ago.
 
-    Prompts are encoded one at a time, or in the company that [`set_companies`] says, so that an embedding depends on
-    nothing but its prompt and that: not on the batch, the number of processes or what was encoded before, without which
-    a resumed run could not repeat an uninterrupted one to the bit. Some encoders return things that are not rows (position
-    ids, layers first) or pad to the longest prompt of the batch; a trial at the first call finds them, and for those the
-    whole batch is encoded and kept as it is, a prompt that is several times in it once.
+    Prompts are encoded one at a time, or in the groups ("companies") of [`set_companies`]. An embedding then depends
+    only on its prompt and its company, not on the batch, the number of processes or earlier calls, so a resumed run
+    repeats an uninterrupted one to the bit. Some encoders return values that are not one row a prompt (position ids,
+    layers first), or pad to the longest prompt of the batch. A trial at the first call detects this. Their batches are
+    then encoded and kept as a whole, with repeated prompts only once.
 
-    What comes with every prompt under guidance, the embedding of the empty prompt, is encoded once, and the prompt as
-    without guidance: another trial finds which is which.
+    With guidance, an encoder also returns the embedding of the negative (often empty) prompt. Another trial finds out
+    which part that is, so that it is encoded once and prompts share their embeddings with calls without guidance.
 
     Args:
         max_bytes (`int`, *optional*, defaults to 2 GiB):
-            Bound of the embeddings kept in host memory.
+            Maximum size of the embeddings in host memory.
         store ([`PromptStore`], *optional*):
-            Where embeddings are looked for first and kept across runs. What it has takes no host memory.
+            Keeps embeddings on disk across runs, and is searched first. Its embeddings take no host memory.
     """
 
     def __init__(self, max_bytes: int = 2 * 1024**3, store: PromptStore | None = None):
@@ -66,18 +68,19 @@ class PromptCache:
         self._recent: OrderedDict[tuple, Encoded] = OrderedDict()
         self._trials: dict[tuple, Any] = {}
         self._companies: dict[str, tuple[str, ...]] = {}
-        self._unasked: set[tuple] = set()  # those that came with others
+        self._unasked: set[tuple] = set()  # entries that were encoded only because a prompt of their company was
         self._bytes = 0
 
     def set_companies(self, companies: Iterable[Sequence[str]]) -> None:
         """
-        Says which prompts are encoded together from now on; all others are encoded alone.
+        Sets which prompts are encoded together from now on. All others are encoded alone.
 
-        An encoder may round a prompt differently in other company, so who is in it is part of what an embedding is kept
-        under. Each company should follow from the data alone.
+        An encoder may round a prompt's embedding differently in another batch, so the company is part of an
+        embedding's key. Companies should depend only on the data.
 
         Args:
-            companies (`Iterable[Sequence[str]]`): different prompts each. A prompt that is in several counts for the first.
+            companies (`Iterable[Sequence[str]]`): groups of different prompts. A prompt in several groups belongs to
+                the first.
         """
         self._recent.clear()
         self._companies = {}
@@ -87,7 +90,7 @@ class PromptCache:
 
     @torch.no_grad()
     def encode(self, encode_prompt: Callable[..., Encoded], *args: object, **kwargs: object) -> Encoded:
-        """What `encode_prompt(*args, **kwargs)` returns, from memory where it can be."""
+        """Returns `encode_prompt(*args, **kwargs)`, from memory or the store if possible."""
         call = _Call(encode_prompt, _bind(encode_prompt, args, kwargs))
         device = call.arguments.get("device")
         key = (call.key, str(device))
@@ -111,12 +114,12 @@ class PromptCache:
 
     def _encode_batch(self, call: "_Call") -> Encoded:
         size = call.size
-        # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
+        # One prompt needs no trial, and a pipeline that edits images may refuse a second prompt for its one image.
         layout = None
         if size > 1 or call.keyed and any(text in self._companies for text in call.texts.get("prompt", [])):
             layout = self._trial(_LAYOUT, call, _try_layout)
         rows = [self._row(call.row(i), layout) for i in range(size if layout is not None else 0)]
-        # CogView4 pads to the next 16 tokens of the longest: rows until a batch has prompts on both sides of 16.
+        # CogView4 pads to a multiple of 16 tokens: prompts are rows only if all of a batch need the same multiple.
         if layout is not None and _fit(rows, layout):
             return _join(rows, layout)
         distinct = list(dict.fromkeys(zip(*call.texts.values(), strict=True))) if size > 1 else []
@@ -132,7 +135,7 @@ class PromptCache:
         return self._remember(call)
 
     def _row(self, call: "_Call", layout: "_Layout") -> Encoded:
-        """The embedding of a call with one prompt, which was encoded alone or in its company."""
+        """The embedding of a call with one prompt, encoded alone or in its company."""
         company = self._companies.get(call.texts.get("prompt", [""])[0]) if call.keyed else None
         if company is None or len(company) == 1:
             return self._remember(call)
@@ -148,16 +151,17 @@ class PromptCache:
                 self._hold(other, value)
             self._unasked.update(other for other in rows if other in self._entries)
         elif key in self._unasked and key in self._entries and self._store is not None:
-            # A process writes what it was asked for, and others do the rest.
+            # A process writes only the prompts that it was asked for; other processes write the rest.
             held, kept = self._drop(key), self._store.read(key)
             row = self._keep(key, held, call) if kept is None else kept
         self._unasked.discard(key)
-        # Where the longest of the company decides how long the others are, they are not what they would be without it.
+        # If the longest prompt of a company sets the length of the others, their embeddings differ from those encoded
+        # alone.
         short = self._trial(_SHORT, call, lambda call: _to(call.with_prompts(_PROBES[:1])(), "cpu"))
         return row if _same_shapes(short, row, layout) else self._remember(call)
 
     def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Encoded]) -> Encoded:
-        """What a trial found, for this kind of call."""
+        """The result of a trial for this kind of call: from memory, from the store, or by running it."""
         pattern = (kind, *call.options, *call.texts)
         if pattern not in self._trials:
             store = self._store if call.keyed else None
@@ -186,7 +190,7 @@ class PromptCache:
         if key in self._entries:
             self._drop(key)
         last = next(reversed(self._entries.values())) if self._entries else None
-        # The empty prompt's embedding comes with every prompt of some families: keep one copy of it.
+        # Some families return the empty prompt's embedding with every prompt: keep one copy of it.
         self._entries[key] = value = _share(value, last)
         self._bytes += _nbytes(value)
         while self._bytes > self.max_bytes and len(self._entries) > 1:
@@ -205,12 +209,12 @@ class _Call:
     A call of `encode_prompt`.
 
     Attributes:
-        texts (`dict[str, list[str]]`): its arguments that have a text a prompt.
-        options (`tuple`): its plain arguments.
-        keyed (`bool`): whether these are all that there are: an image to edit is no part of the key, and may be another
+        texts (`dict[str, list[str]]`): the arguments that are lists of texts, one a prompt.
+        options (`tuple`): the arguments that are plain values.
+        keyed (`bool`): whether the key covers all arguments. It does not cover an image to edit, which may be another
             one in another run.
-        key (`tuple`): what it is remembered under.
-        size (`int`): number of its prompts.
+        key (`tuple`): the key of the call's entry.
+        size (`int`): the number of prompts.
     """
 
     def __init__(self, function: Callable[..., Encoded], arguments: dict[str, Any]):
@@ -231,11 +235,11 @@ class _Call:
         return _Call(self.function, {**self.arguments, **changes})
 
     def row(self, i: int) -> "_Call":
-        """The call with one of its prompts."""
+        """The same call with only prompt `i`."""
         return self.with_arguments({name: [value[i]] for name, value in self.texts.items()})
 
     def with_prompts(self, prompts: Sequence[str]) -> "_Call":
-        """The call of one prompt with these in its place."""
+        """The same call, of one prompt, with other prompts in its place."""
         own = {name for name, text in self.texts.items() if text == self.texts["prompt"] and not _is_negative(name)}
         return self.with_arguments(
             {name: list(prompts) if name in own else text * len(prompts) for name, text in self.texts.items()}
@@ -243,7 +247,9 @@ class _Call:
 
 
 def _bind(function: Callable[..., Encoded], args: tuple, kwargs: dict[str, object]) -> dict[str, Any]:
-    """The arguments of a call by name. Python would make a method's signature anew at every step."""
+    """
+    The arguments of a call by name. Uses a cached signature, since Python would build a method's anew at every step.
+    """
     if not inspect.ismethod(function):
         return inspect.signature(function).bind(*args, **kwargs).arguments
     arguments = _signature(function.__func__).bind(function.__self__, *args, **kwargs).arguments
@@ -264,7 +270,7 @@ def _is_negative(name: str) -> bool:
 
 
 def _is_option(name: str, value: object) -> bool:
-    # Whatever is neither text nor a plain value (an image to edit) comes from `generation_kwargs`, which are fixed.
+    # Other values, such as an image to edit, come from `generation_kwargs`, which are the same for a whole run.
     if isinstance(value, (tuple, list)) and not _is_texts(value):  # Flux.2's layers of the encoder
         return all(_is_option(name, item) for item in value)
     return name != "device" and (value is None or isinstance(value, (str, int, float, bool, torch.dtype)))
@@ -275,15 +281,18 @@ def _key_of(texts: list[str]) -> str | tuple[str, ...]:
 
 
 def _apart(call: _Call) -> tuple[_Call, _Call]:
-    """A guided call's prompts without guidance, and its negative prompts, beside a probe."""
+    """
+    Splits a guided call in two: its prompts without guidance, and its negative prompts with a probe as the prompt.
+    """
     probes = {name: [_PROBES[0]] * len(text) for name, text in call.texts.items() if not _is_negative(name)}
     return call.with_arguments({_GUIDED: False}), call.with_arguments(probes)
 
 
 def _try_parts(call: _Call) -> tuple[str, ...] | None:
     """
-    Which part of a guided call's embeddings is the prompts' (`"prompt"`), the same as without guidance, and which is the
-    negative prompts' (`"negative"`), the same for any prompt: a tuple, or `None` where it can't be told apart.
+    Finds out which values of a guided call belong to the prompts (`"prompt"`: the same as without guidance) and which
+        to the
+    negative prompts (`"negative"`: the same for any prompt). Returns a tuple, or `None` if a value is neither.
     """
     names = [name for name in call.texts if not _is_negative(name)]
     guided = [call.row(0).with_arguments({name: [probe] for name in names}) for probe in _PROBES]
@@ -302,7 +311,7 @@ def _try_parts(call: _Call) -> tuple[str, ...] | None:
 
 
 def _equal(a: Encoded, b: Encoded) -> bool:
-    """Whether embeddings are the same to the bit."""
+    """Whether embeddings are equal to the bit."""
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Tensor):
@@ -317,8 +326,8 @@ def _try_layout(call: _Call) -> _Layout:
 
 def _find_layout(first: Encoded, second: Encoded, both: Encoded) -> _Layout:
     """
-    How two prompts' embeddings make up those of their batch: `"shared"` (the same for any prompt), `"rows"`, `"list"`, a
-    tuple of these, or `None` where they don't.
+    Finds out how the embeddings of two prompts form those of their batch: `"shared"` (equal for all prompts),
+    `"rows"`, `"list"`, a tuple of these, or `None` if they don't.
     """
     if isinstance(both, tuple):
         layouts = [_find_layout(*items) for items in zip(first, second, both, strict=True)]
@@ -342,9 +351,9 @@ def _try_axes(call: _Call) -> _Layout:
 
 def _find_axes(once: Encoded, twice: Encoded) -> _Layout:
     """
-    Where the prompts of a batch are in its embeddings, from those of a batch and of the batch twice over: the number of an
-    axis, `"shared"` (the same for any batch), `"list"`, `"nothing"`, a tuple of these, or `None` where they are nowhere to
-    be seen.
+    Finds out along which axis the prompts of a batch lie in its embeddings, by comparing a batch with the same batch
+    twice. Returns the number of the axis, `"shared"` (equal for any batch), `"list"`, `"nothing"`, a tuple of these,
+    or `None` if there is no such axis.
     """
     if isinstance(twice, tuple):
         axes = [_find_axes(*items) for items in zip(once, twice, strict=True)]
@@ -364,19 +373,19 @@ def _find_axes(once: Encoded, twice: Encoded) -> _Layout:
 
 
 def _as_tried(encoded: Encoded, axes: _Layout) -> bool:
-    """Whether there is nothing where the trial had nothing, of which it cannot be said where the prompts are."""
+    """Whether every value that was `None` in the trial is `None`. For others the trial could not find the axis."""
     if isinstance(axes, tuple):
         return all(_as_tried(*items) for items in zip(encoded, axes, strict=True))
     return encoded is None or axes != "nothing"
 
 
 def _take(encoded: Encoded, axes: str | tuple, numbers: list[int]) -> Encoded:
-    """The embeddings of the batch that has the prompts of these numbers of another."""
+    """The embeddings of a batch made of the prompts `numbers` of an encoded batch."""
     if isinstance(axes, tuple):
         return tuple(_take(part, of_part, numbers) for part, of_part in zip(encoded, axes, strict=True))
     if axes == "list":
         return [encoded[i] for i in numbers] if encoded else encoded
-    if encoded is None or axes == "shared":  # a mask is None where it would mask nothing (Qwen-Image)
+    if encoded is None or axes == "shared":  # a mask that would mask nothing is None (Qwen-Image)
         return encoded
     return encoded.index_select(int(axes), torch.tensor(numbers, device=encoded.device))
 
@@ -396,7 +405,7 @@ def _join(rows: list[Encoded], layout: _Layout) -> Encoded:
 
 
 def _split(value: Encoded, layout: _Layout, size: int) -> list[Encoded]:
-    """The embeddings of each prompt of a batch: [`_join`] puts them together again."""
+    """The embeddings of each prompt of a batch. [`_join`] is the inverse."""
     if isinstance(layout, tuple):
         columns = [_split(part, of_part, size) for part, of_part in zip(value, layout, strict=True)]
         return [tuple(column[i] for column in columns) for i in range(size)]
@@ -407,7 +416,7 @@ def _split(value: Encoded, layout: _Layout, size: int) -> list[Encoded]:
 
 
 def _same_shapes(a: Encoded, b: Encoded, layout: _Layout) -> bool:
-    """Whether the embeddings of two prompts have the same shape, where those of a batch must."""
+    """Whether the embeddings of two prompts have the same shape, except lists, which may have different ones."""
     if isinstance(layout, tuple):
         return all(_same_shapes(*parts) for parts in zip(a, b, layout, strict=True))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -417,7 +426,7 @@ def _same_shapes(a: Encoded, b: Encoded, layout: _Layout) -> bool:
 
 def _close(a: Encoded, b: Encoded) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        # Half-precision encoders round differently alone and in a batch.
+        # Encoders in half precision round a prompt differently alone and in a batch.
         return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
     return a is None and b is None
 
