@@ -318,7 +318,7 @@ def _check_recorded(teacher: Teacher, recorded: Mapping[str, Any] | None) -> Non
     # The hash decides, not the name: a teacher may have moved, or come from the Hub where it was a folder before.
     if recorded is not None and recorded["sha256"] != teacher.sha256:
         raise TeacherError(
-            f"{teacher.source}: is not the teacher that the checkpoint was trained with, which was "
+            f"{teacher.source}: not the teacher that the checkpoint was trained with, which was "
             f"{recorded['source']} with sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or "
             "start a new run."
         )
