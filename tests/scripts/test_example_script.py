@@ -178,7 +178,7 @@ REFUSED = {
     ),
     "nothing to report": (
         {"test_prompts": "text=text.txt"},
-        "--test_prompts: tasks ['text'] have no reward to report. Name one in --reward_funcs.",
+        "--test_prompts: tasks ['text'] have no reward. Name one in --reward_funcs.",
     ),
     "not JSON": ({"reward_kwargs": "{ocr: 1}"}, "--reward_kwargs: '{ocr: 1}' is not a JSON object such as"),
     "an empty prompt to report": (
