@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_told_with_all_else(tmp_path, teacher
 def test_a_resume_says_what_has_changed_and_it_takes_effect(copied, teachers, capsys):
     make_trainer(copied, teachers, **OPTIONS).train(resume_from_checkpoint=True)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Goes on after update 2 of checkpoint-2." in said and "Changed since" not in said
+    assert "Resuming after update 2 from checkpoint-2." in said and "Changed since" not in said
 
     shutil.rmtree(copied / "checkpoint-3")
     changed = {**OPTIONS, "learning_rate": 1e-3, "weight_decay": 0.5, "guidance_scale": 2.0, "adam_beta2": 0.9}

@@ -237,7 +237,7 @@ def test_a_student_starts_from_the_merge(teachers, tmp_path, capsys):
         u, s, vh = np.linalg.svd(mean[name])
         assert np.abs(update[name] - u[:, :6] * s[:6] @ vh[:6]).max() < 1e-5
     assert 0 < trainer.merge_report.error < 1
-    assert f"of which its rank loses {trainer.merge_report.error:.1%}" in " ".join(capsys.readouterr().out.split())
+    assert f"Its rank loses {trainer.merge_report.error:.1%} of it." in " ".join(capsys.readouterr().out.split())
     # It trains, and the teachers don't.
     frozen = [p.detach().clone() for p in trainer.bank.backbone.parameters()]
     trainer.train()

@@ -478,7 +478,7 @@ def test_resume_refuses_another_teacher(tmp_path, changed):
         make_bank(make_pipeline(), {"ocr": str(folder)}, manifest=manifest)
     with pytest.raises(ValueError, match="base: not the teacher"):
         make_bank(make_pipeline(), {"ocr": "base"}, manifest=manifest)
-    with pytest.raises(ValueError, match=re.escape("{'ocr': 1} but is resumed with {'ocr': 2}")):
+    with pytest.raises(ValueError, match=re.escape("{'ocr': 1}, but is resumed with {'ocr': 2}")):
         make_bank(make_pipeline(), {"ocr": [str(tmp_path / "moved"), "base"]}, manifest=manifest)
 
 
