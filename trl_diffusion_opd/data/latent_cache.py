@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..guards.file_modes import give_usual_mode
+from ..guards.files import write_json
 
 
 INDEX_FILE = "index.json"
@@ -116,9 +117,7 @@ class LatentCache:
                 for shard in self.shards
             ],
         }
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(path, content, ensure_ascii=False)
 
     def missing(self) -> list[Shard]:
         """Shards that are still to be made."""

@@ -74,7 +74,7 @@ def write_results(
         with extra(f"The picture {SAMPLES_PICTURE}"):
             plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / SAMPLES_PICTURE)
         with extra(f"The page {PAGE_FILE}"):
-            write_file(folder / PAGE_FILE, _page(store, report, measured, tasks, num_samples))
+            write_file(folder / PAGE_FILE, samples_page(store, report, measured, tasks, num_samples))
 
 
 def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
@@ -109,7 +109,7 @@ def _visible(value: Any) -> Any:
     return visible(value, keep="\n\t") if isinstance(value, str) else value
 
 
-def _page(
+def samples_page(
     store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
 ) -> str:
     """The page: each prompt with the images of all models, and under each image every score that applies."""

@@ -36,6 +36,10 @@ SEAL_FILE = "complete"
 DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
 ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
 
+# A stage
+STAGE_FILE = "stage.json"
+FINISHED_FILE = "finished"
+
 # Of the folder itself
 LOCK_FILE = ".lock"
 COMPLETIONS_FOLDER = "completions"

@@ -52,7 +52,7 @@ def push_folder(
         revision (`str`, *optional*): branch to commit to.
     """
     folder = Path(folder)
-    names = [path.relative_to(folder).as_posix() for path in _matching(folder, PUSHED_FILES)]
+    names = [path.relative_to(folder).as_posix() for path in matching_files(folder, PUSHED_FILES)]
     return retried(
         hf_api().upload_folder,
         repo_id=repo_id,
@@ -145,7 +145,7 @@ def push_checkpoint(
         options: `token` and `revision`, as in [`push_folder`].
     """
     # A copy, because saving again would gather sharded weights from all processes.
-    for path in _matching(folder, STUDENT_FILES):
+    for path in matching_files(folder, STUDENT_FILES):
         shutil.copy(path, Path(output_dir) / path.name)
     run = hf_api().run_as_future  # one after another
     jobs = [run(push_folder, output_dir, repo_id, message, **options)]
@@ -174,5 +174,5 @@ def _report_failure(job: "Future[Any]", message: Callable[[BaseException], str])
         logger.warning(message(error))
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+def matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

@@ -182,7 +182,7 @@ def _send(
 
     for writer in writers:
         writer.add_image(GRID_NAME, np.asarray(picture), step, dataformats="HWC")
-        writer.add_text(TABLE_NAME, _markdown(completions, rewards), step)
+        writer.add_text(TABLE_NAME, completions_table(completions, rewards), step)
     if "wandb" in report_to:
         import wandb
 
@@ -195,7 +195,8 @@ def _send(
             trackio.log(media(trackio), step=step)
 
 
-def _markdown(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:
+def completions_table(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:
+    """Prompts and rewards as a table in Markdown, which TensorBoard shows."""
     lines = [["prompt", "task", *map(cell, rewards)], ["---", "---", *("---:" for _ in rewards)]]
     for completion, *values in zip(completions, *rewards.values(), strict=True):
         lines.append([cell(completion.prompt), cell(completion.task), *map(reward_cell, values)])

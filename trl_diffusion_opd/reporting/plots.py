@@ -37,10 +37,10 @@ from PIL.Image import Image, Resampling
 logger = logging.getLogger(__name__)
 
 # The colours of Okabe and Ito, which colour-blind people can tell apart too.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _BASE = "#8C8C8C"
 _STUDENT = "#000000"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -89,7 +89,7 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
     teachers = [name for name in scores if name.startswith("teacher/")]
     students = [name for name in scores if name != "base" and name not in teachers]
     colors = _model_colors(report)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         width = min(_LARGEST, 1.6 + max(2.0, 0.5 * len(scores)) * len(tasks))
         figure = Figure(figsize=(width, 3.6), layout="constrained")
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]
@@ -159,7 +159,7 @@ def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
     radii = _RADAR_FLOOR + (1 - _RADAR_FLOOR) * np.where(high > low, (values - low) / spread, 1.0)
     angles = np.linspace(0, 2 * np.pi, len(axes_names), endpoint=False)
     colors = _model_colors(report)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.6, 5.2), layout="constrained")
         axes: Any = figure.add_subplot(projection="polar")
         axes.set_theta_zero_location("N")
@@ -233,7 +233,7 @@ def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) ->
 
 
 def _cycle(count: int, start: int = 0) -> list[str]:
-    return [_COLORS[(start + i) % len(_COLORS)] for i in range(count)]
+    return [COLORS[(start + i) % len(COLORS)] for i in range(count)]
 
 
 def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
@@ -250,7 +250,7 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
     columns = max(1, min(len(by_task), _TASKS_A_BAND, _IMAGES_A_BAND // models))
     bands = -(-len(by_task) // columns)
     deepest = max(map(len, by_task.values()))
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         size = (1.35 * models * columns + 0.3 * columns, min(_LARGEST, bands * (2.0 * deepest + 0.7)))
         figure = Figure(figsize=size, layout="constrained")
         blocks = figure.subfigures(bands, columns, squeeze=False).ravel()
@@ -325,7 +325,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
         )
         return
     # parse_math, since a logarithmic axis writes its powers of ten as formulas.
-    with rc_context({**_STYLE, "text.parse_math": True}):
+    with rc_context({**STYLE, "text.parse_math": True}):
         figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.3), layout="constrained")
         for axes, (title, lines, logarithmic) in zip(
             figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True

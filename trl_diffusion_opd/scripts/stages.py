@@ -63,7 +63,7 @@ from accelerate.utils import release_memory
 from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
 from ..guards.files import write_json
-from ..hub.files import ADAPTER_FILE
+from ..hub.files import ADAPTER_FILE, FINISHED_FILE, STAGE_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
 from ..problems import Problems
@@ -76,8 +76,6 @@ if TYPE_CHECKING:
     from ..trainer.base_config import DiffusionConfig
     from ..trainer.base_trainer import DiffusionTrainer
 
-STAGE_FILE = "stage.json"
-FINISHED_FILE = "finished"
 _TRAINERS = {"opd": "DiffusionOPD", "grpo": "DiffusionGRPO", "nft": "DiffusionNFT", "sft": "DiffusionSFT"}
 _NAME = re.compile(r"\w[\w.-]*")
 

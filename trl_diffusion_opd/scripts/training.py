@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..guards.extras import extra
+from ..hub.files import CURVES_PICTURE
 
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def train(trainer: "DiffusionTrainer") -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)
     if trainer.is_world_process_zero():
-        with extra("The picture curves.png"):
-            plot_curves(trainer.state.log_history, Path(args.output_dir) / "curves.png")
+        with extra(f"The picture {CURVES_PICTURE}"):
+            plot_curves(trainer.state.log_history, Path(args.output_dir) / CURVES_PICTURE)
 
 
 def publish(trainer: "DiffusionTrainer") -> None:

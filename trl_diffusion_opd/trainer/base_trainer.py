@@ -16,9 +16,10 @@
 
 import logging
 import math
+import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,81 +28,50 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
 from ..acceleration.quantization import base_weight
-from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
+from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
-from ..data.tasks import TaskSampler
+from ..data.tasks import TaskSampler, plain_dataset
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
 from ..models.teachers import TeacherBank
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.trackers import use_public_trackers
+from ..reporting.completions import log_completions
+from ..reporting.trackers import tensorboard_writers, use_public_trackers
 from ..rewards import RewardFuncs
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .image_evaluator import Evaluations, ImageEvaluator, applicable_mean
+from .image_evaluator import ImageEvaluator, applicable_mean
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
+from .run_callback import RunCallback
 from .run_files import RunFiles
+from .teaching import place
 
 
 logger = logging.getLogger(__name__)
 
 
-class _StudentCallback(TrainerCallback):
-    """Tells the trainer where in a run it is."""
-
-    def __init__(self, trainer: "DiffusionTrainer"):
-        self.trainer = trainer
-        self._has_looked = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        checkpoint.restore_best(args.output_dir, state)
-        if state.global_step >= state.max_steps:
-            logger.warning(
-                f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
-                "max_steps (or num_train_epochs)."
-            )
-        self.trainer.begin_run()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not self._has_looked:
-            self._has_looked = True
-            self.trainer.warn_of_idle_weights()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.end_update()
-
-
-class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
     A trainer derives from it and overrides [`prepare_method`] (what else it loads and refuses before the first step) and
     [`training_step`].
-
-    Args:
-        model, args, train_dataset, eval_dataset, reward_funcs, callbacks, optimizers, quantization_config, peft_config, teachers:
-            As the trainers take them.
 
     Attributes:
         tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and their parts in an update.
@@ -126,6 +96,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
     # What the seconds of an update are made of.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
+    _grid_at = -1  # the update of which images were last shown
 
     def __init__(
         self,
@@ -185,12 +156,10 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
-        of_evaluations = field.with_steps(args.eval_num_inference_steps)
-        self.evaluator = ImageEvaluator(
-            of_evaluations, self.student, self.tasks, self.reward_funcs, args, self.accelerator
-        )
+        grid = field.with_steps(args.eval_num_inference_steps)
+        self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
         self.__dict__.update(parts.method)
-        self.add_callback(_StudentCallback(self))
+        self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
@@ -204,15 +173,8 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         self._part = self._cost.part
         field.encoding = lambda: self._part("encoding")
         if self.bank is not None:
-            self._place_teachers(self.bank)
-
-    def _place_teachers(self, bank: TeacherBank) -> None:
-        bank.backbone.to(self.accelerator.device)
-        if self.args.torch_compile:
-            bank.backbone.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
-        # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
-        shared = {id(p) for p in bank.backbone.parameters()} & {id(p) for p in self.student.parameters()}
-        assert not shared, "a teacher's parameter is trainable"
+            compiling = (args.torch_compile_backend, args.torch_compile_mode) if args.torch_compile else None
+            place(self.bank, self.accelerator.device, self.student, compiling)
 
     # Hooks of the trainers
 
@@ -222,6 +184,10 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)
+
+    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
+        return {}
 
     def _card_fields(self) -> dict[str, Any]:
         """
@@ -318,7 +284,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
-    def begin_run(self) -> None:
+    def _begin_run(self) -> None:
         """Shows where training starts. All processes call it."""
         self._say_average(self.state.max_steps)
         self._log_completions()
@@ -326,7 +292,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
             self._compare_tasks()
         self._begin_costs()
 
-    def end_update(self) -> None:
+    def _end_update(self) -> None:
         """Steps the moving average after an update, before it is evaluated or saved."""
         self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
@@ -444,6 +410,81 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
                 "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
+
+        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
+
+        Returns:
+            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
+            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
+            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset.")
+        dataset = plain_dataset(dataset, self.args.task_column)
+        start = time.time()
+        metrics, count = self.evaluator.evaluate(
+            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
+        )
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
+        self.log(metrics)
+        self._log_completions()  # the first log opens the trackers
+        self.offload.rest()
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _log_completions(self) -> None:
+        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
+        if not self.args.log_completions or self._grid_at == self.state.global_step:
+            return
+        self._grid_at = self.state.global_step
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()))
+        shown = self.evaluator.completions(dataset, self.state)
+        if self.accelerator.is_main_process:
+            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
+            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[nn.Module]:
+        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
+        with self.student.ema_weights():
+            yield self.student.model
+        self.offload.rest()
+
+    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+
+        Raises:
+            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
+        """
+        if is_split(self.model):
+            raise RuntimeError(
+                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
+                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
+            )
+        with self.averaged_student(), torch.no_grad():
+            return self.base_pipeline(*args, **kwargs)
 
     # Logs
 

@@ -126,7 +126,7 @@ class Method:
 
     @classmethod
     def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
-        """Names of what the trainer's [`_evaluate_method`] returns for a dataset, without prefix."""
+        """Names of what the trainer's `_evaluate_method` returns for a dataset, without prefix."""
         return []
 
     @classmethod

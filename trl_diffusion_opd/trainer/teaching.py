@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from ..checkpointing.checkpoint import damage_problems, last_complete
@@ -27,7 +28,7 @@ from ..data.tasks import SINGLE_TASK
 from ..hub.files import MANIFEST_FILE
 from ..models.backbone import Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
-from ..models.student import STUDENT_ADAPTER
+from ..models.student import STUDENT_ADAPTER, Student
 from ..models.teacher_config import normalize_teachers
 from ..models.teachers import TeacherBank
 from ..problems import Problems
@@ -73,6 +74,25 @@ def load_teachers(parts: Parts, problems: Problems, default_scale: float | None,
             assert isinstance(parts.student, PeftModel)  # full weights with a student_init are refused before
             report: MergeReport = merge_adapters(parts.student, merge_weights(bank), STUDENT_ADAPTER)
             parts.method["merge_report"] = report
+
+
+def place(
+    bank: TeacherBank, device: torch.device, student: Student, compiling: tuple[str | None, str | None] | None
+) -> None:
+    """
+    Puts the teachers where they compute.
+
+    Args:
+        bank ([`TeacherBank`]), device (`torch.device`)
+        student ([`Student`]): by identity, no teacher's parameter may be among those that it trains: PEFT's switches flip
+            `requires_grad`.
+        compiling (`tuple[str, str]`, *optional*): backend and mode, if blocks are compiled.
+    """
+    bank.backbone.to(device)
+    if compiling is not None:
+        bank.backbone.compile(*compiling)
+    shared = {id(p) for p in bank.backbone.parameters()} & {id(p) for p in student.parameters()}
+    assert not shared, "a teacher's parameter is trainable"
 
 
 def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
