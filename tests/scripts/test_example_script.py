@@ -174,7 +174,7 @@ REFUSED = {
     ),
     "options of no reward": (
         {"reward_kwargs": '{"ocr": {"batch_size": 2}}'},
-        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+        "--reward_kwargs has options for ['ocr'], but --reward_funcs does not name them",
     ),
     "nothing to report": (
         {"test_prompts": "text=text.txt"},
