@@ -66,13 +66,13 @@ def written(
     Context in which all processes write a checkpoint. On exit, when all have finished, it is marked as complete.
 
     Args:
-        output_dir (`str`), update (`int`), run (`str`): The run's folder, the number of updates done, the run's name.
-        should_save (`bool`): Whether this process writes the files that all processes share.
+        output_dir (`str`), update (`int`), run (`str`): the run's folder, the number of updates done, the run's name.
+        should_save (`bool`): whether this process writes the files that all processes share.
         accelerator ([`~accelerate.Accelerator`])
         size: Returns the bytes of the checkpoint's tensors. Called only for the message of an error.
 
     Raises:
-        [`OSError`]: If it cannot be written, for example on a full disk. Training then stops; older checkpoints are
+        [`OSError`]: if it cannot be written, for example on a full disk. Training then stops; older checkpoints are
             untouched.
     """
     folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{update}"
@@ -124,11 +124,11 @@ def describe(
     Writes the records into a checkpoint that a resume compares with its own settings.
 
     Args:
-        folder (`Path`): The checkpoint, with Trainer's own files.
+        folder (`Path`): the checkpoint, with Trainer's own files.
         args ([`~transformers.TrainingArguments`])
-        levels (`Tensor`): The noise grid.
-        prompts (`dict`): As [`~resume.prompts_of`] returns it.
-        changes (`list[dict]`): Settings that resumes have changed so far.
+        levels (`Tensor`): the noise grid.
+        prompts (`dict`): as [`~resume.prompts_of`] returns it.
+        changes (`list[dict]`): settings that resumes have changed so far.
     """
     write_json(folder / GRID_FILE, {"levels": levels.tolist()}, sort_keys=True)
     write_json(folder / PROMPTS_FILE, prompts, sort_keys=True)
@@ -179,11 +179,11 @@ class Beginning:
     Where training starts: a new run, or a checkpoint.
 
     Attributes:
-        folder (`Path`, *optional*): The checkpoint, `None` for a new run.
-        run (`str`): Name of the run that it belongs to.
-        update (`int`): Number of updates done before.
-        changes (`list[Change]`): Settings that differ from the checkpoint's.
-        record (`list[dict]`): Settings that this and earlier resumes have changed, as checkpoints store them.
+        folder (`Path`, *optional*): the checkpoint, `None` for a new run.
+        run (`str`): name of the run that it belongs to.
+        update (`int`): number of updates done before.
+        changes (`list[Change]`): settings that differ from the checkpoint's.
+        record (`list[dict]`): settings that this and earlier resumes have changed, as checkpoints store them.
     """
 
     folder: Path | None
@@ -210,7 +210,7 @@ def begin(
         compare: Returns the settings that differ from a checkpoint's.
 
     Raises:
-        [`ValueError`]: On all processes, if the checkpoint does not exist or cannot be resumed from. One message lists
+        [`ValueError`]: on all processes, if the checkpoint does not exist or cannot be resumed from. One message lists
             everything.
     """
     folder = last_complete(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint

@@ -73,7 +73,7 @@ class Change:
     A setting that differs from the checkpoint's.
 
     Attributes:
-        name (`str`), then (`Any`), now (`Any`): The setting, its value in the checkpoint, its value now.
+        name (`str`), then (`Any`), now (`Any`): the setting, its value in the checkpoint, its value now.
         refusal (`str`, *optional*): Why the run can't go on with it; `None` if it can.
     """
 
@@ -93,9 +93,9 @@ def changes_since(
     Lists what has changed since a checkpoint was saved: arguments, the student's LoRA, the prompts.
 
     Args:
-        folder (`Path`), args ([`~transformers.TrainingArguments`]): The checkpoint, and this run's arguments.
-        lora ([`~peft.LoraConfig`], *optional*): The student's config, if the student is a LoRA.
-        prompts (`dict`): As [`prompts_of`] returns it.
+        folder (`Path`), args ([`~transformers.TrainingArguments`]): the checkpoint, and this run's arguments.
+        lora ([`~peft.LoraConfig`], *optional*): the student's config, if the student is a LoRA.
+        prompts (`dict`): as [`prompts_of`] returns it.
     """
     of_lora = [] if lora is None else lora_changes(folder, lora)
     return argument_changes(folder, args) + of_lora + prompt_changes(folder, prompts)
@@ -139,8 +139,8 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
     Returns the number of prompts of each task, and a hash of them in their order.
 
     Args:
-        dataset ([`~datasets.Dataset`]): The training data.
-        rows (`dict[str, Sequence[int]]`): The rows of each task.
+        dataset ([`~datasets.Dataset`]): the training data.
+        rows (`dict[str, Sequence[int]]`): the rows of each task.
     """
     found = {}
     for task, numbers in rows.items():

@@ -52,7 +52,7 @@ def one_run_at_a_time(output_dir: str | None, accelerator: Accelerator) -> Itera
     if it is killed.
 
     Raises:
-        [`RuntimeError`]: On all processes, if another run is training into the folder.
+        [`RuntimeError`]: on all processes, if another run is training into the folder.
     """
     lock = FileLock(os.path.join(output_dir or ".", LOCK_FILE))
     held = [True]
@@ -90,7 +90,7 @@ def set_aside(checkpoints: list[Path], accelerator: Accelerator) -> Path | None:
     Moves checkpoints of other runs into a new folder beside them. All processes must call it.
 
     Returns:
-        `Path`: The folder, on the main process; `None` on others, or if there was nothing to move.
+        `Path`: the folder, on the main process; `None` on others, or if there was nothing to move.
     """
     aside: Path | None = None
     if accelerator.is_main_process and checkpoints:

@@ -36,9 +36,9 @@ def seal(folder: Path, run: str, update: int) -> None:
     The hashes protect against damage, not against forgery. XXH3 is faster than any disk.
 
     Args:
-        folder (`Path`): The checkpoint.
-        run (`str`): Name of the run that it belongs to.
-        update (`int`): Number of updates done.
+        folder (`Path`): the checkpoint.
+        run (`str`): name of the run that it belongs to.
+        update (`int`): number of updates done.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -77,8 +77,8 @@ def damage(folder: Path, names: list[str] | None = None) -> list[str]:
     Lists the files of a sealed checkpoint that have changed or disappeared since, a sentence each.
 
     Args:
-        folder (`Path`): The checkpoint.
-        names (`list[str]`, *optional*): The files to look at; all by default.
+        folder (`Path`): the checkpoint.
+        names (`list[str]`, *optional*): the files to look at; all by default.
     """
     content = _read(folder)
     if content is None:

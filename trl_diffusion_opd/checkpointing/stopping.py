@@ -44,7 +44,7 @@ class StopRequest(TrainerCallback):
         say: Prints the message at the end.
 
     Attributes:
-        stopped (`bool`): Whether training is ending, so that the next checkpoint is the last.
+        stopped (`bool`): whether training is ending, so that the next checkpoint is the last.
     """
 
     def __init__(self, accelerator: Accelerator, say: Callable[[str], None]):
@@ -108,7 +108,7 @@ class StopRequest(TrainerCallback):
         Ends the process after the checkpoint is written, and says how to go on.
 
         Raises:
-            [`SystemExit`]: With a shell's exit status for a process that the signal ended.
+            [`SystemExit`]: with a shell's exit status for a process that the signal ended.
         """
         number = signal.SIGTERM if self._number is None else self._number  # None: another process got the signal
         if self.accelerator.is_main_process:

@@ -46,10 +46,10 @@ class Task:
     A task's part of the evaluation.
 
     Attributes:
-        index (`int`): Its place among the tasks. The noise depends on it.
-        prompts ([`~datasets.Dataset`]): Its rows. If there are more images than rows, they are repeated in order.
-        functions (`list` of reward functions): Its own rewards.
-        others (`list` of reward functions): Other tasks' rewards that score its images too.
+        index (`int`): its place among the tasks. The noise depends on it.
+        prompts ([`~datasets.Dataset`]): its rows. If there are more images than rows, they are repeated in order.
+        functions (`list` of reward functions): its own rewards.
+        others (`list` of reward functions): other tasks' rewards that score its images too.
     """
 
     index: int
@@ -71,12 +71,12 @@ class Options:
     How many images are drawn, how, and which are kept.
 
     Attributes:
-        num_images (`int`): Images a task.
-        batch_size (`int`): Images that a process draws at a time.
-        seed (`int`): Seed of the noise.
-        num_samples (`int`): Number of each task's first images that are always kept.
-        keep_images (`bool`): Whether the other images are kept too.
-        reward_timeout (`float`, *optional*): Seconds to wait for one call of a reward function; `None` for no limit.
+        num_images (`int`): images a task.
+        batch_size (`int`): images that a process draws at a time.
+        seed (`int`): seed of the noise.
+        num_samples (`int`): number of each task's first images that are always kept.
+        keep_images (`bool`): whether the other images are kept too.
+        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; `None` for no limit.
     """
 
     num_images: int
@@ -104,9 +104,9 @@ class Measured:
 
     Attributes:
         scores (`dict`): `scores[model][task][reward]` is a list with one value for each image.
-        keys (`dict[tuple[str, str], str]`): Key in the [`Store`] of a model's images for a task, by (model, task).
-        seconds (`dict`): Seconds that this run took, summed over processes: `generation`, and `rewards` by name.
-        drawn (`int`): Number of images that this run drew.
+        keys (`dict[tuple[str, str], str]`): key in the [`Store`] of a model's images for a task, by (model, task).
+        seconds (`dict`): seconds that this run took, summed over processes: `generation`, and `rewards` by name.
+        drawn (`int`): number of images that this run drew.
     """
 
     scores: Scores
@@ -166,15 +166,15 @@ def measure(
     Scores every model on every task. Call it on all processes; all return the same.
 
     Args:
-        field ([`VelocityField`]): The base, with the noise grid.
-        bank ([`TeacherBank`]): All models, by name.
+        field ([`VelocityField`]): the base, with the noise grid.
+        bank ([`TeacherBank`]): all models, by name.
         tasks (`dict[str, Task]`)
-        settings (`dict`): Everything that all images depend on besides model, prompt and noise, ready for JSON.
+        settings (`dict`): everything that all images depend on besides model, prompt and noise, ready for JSON.
         options ([`Options`])
-        store ([`Store`], *optional*): Where images and scores are kept. Those that are there already are reused.
+        store ([`Store`], *optional*): where images and scores are kept. Those that are there already are reused.
 
     Raises:
-        [`TimeoutError`]: If a call of a reward function took longer than `options.reward_timeout`.
+        [`TimeoutError`]: if a call of a reward function took longer than `options.reward_timeout`.
     """
     state, num_images = PartialState(), options.num_images
     models = _distinct_models(bank)
@@ -274,7 +274,7 @@ class _Worker:
     Draws and scores batches on this process, and stores the results.
 
     Attributes:
-        fresh (`dict`): The new scores.
+        fresh (`dict`): the new scores.
     """
 
     def __init__(

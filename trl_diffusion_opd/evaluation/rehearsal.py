@@ -38,8 +38,8 @@ def report_problems(
     Lists the problems of a report on held-out prompts, a sentence each.
 
     Args:
-        teachers (`dict`), reward_funcs (`dict`): Teachers and reward functions by task. Further tasks are ignored.
-        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): The prompts, the column of their tasks, and
+        teachers (`dict`), reward_funcs (`dict`): teachers and reward functions by task. Further tasks are ignored.
+        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the prompts, the column of their tasks, and
             the dataset's name in messages.
     """
     problems = dataset_problems(dataset, task_column, name)
@@ -73,14 +73,14 @@ def rehearse_report(
     report does the same: rewards of other tasks show what a model lost there. Each process does all of it.
 
     Args:
-        field ([`VelocityField`]): The pipeline, with the report's noise grid.
-        student (`nn.Module`): The student before training.
-        reward_funcs (`dict`): Reward functions by task.
-        dataset ([`~datasets.Dataset`]), task_column (`str`): The report's prompts, and the column of their tasks.
-        seed (`int`), guidance_scale (`float`), reward_timeout (`float`, *optional*): As in the report.
+        field ([`VelocityField`]): the pipeline, with the report's noise grid.
+        student (`nn.Module`): the student before training.
+        reward_funcs (`dict`): reward functions by task.
+        dataset ([`~datasets.Dataset`]), task_column (`str`): the report's prompts, and the column of their tasks.
+        seed (`int`), guidance_scale (`float`), reward_timeout (`float`, *optional*): as in the report.
 
     Raises:
-        [`ValueError`]: If a reward can't score an image, with its error as the cause.
+        [`ValueError`]: if a reward can't score an image, with its error as the cause.
     """
     every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
     for index, (task, rows) in enumerate(task_rows(dataset, task_column).items()):

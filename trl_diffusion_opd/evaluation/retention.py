@@ -44,9 +44,9 @@ def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     Computes the means of the resamples, leaving out missing values.
 
     Args:
-        values (`np.ndarray` of shape `(..., num_images)`): The scores, NaN where there is none. Every row uses the
+        values (`np.ndarray` of shape `(..., num_images)`): the scores, NaN where there is none. Every row uses the
             same resamples of images, so differences between rows are paired.
-        counts (`np.ndarray` of shape `(num_resamples, num_images)`): As [`resample_counts`] makes it.
+        counts (`np.ndarray` of shape `(num_resamples, num_images)`): as [`resample_counts`] makes it.
 
     Returns:
         `np.ndarray` of shape `(num_resamples, ...)`, NaN where a resample has no value.
@@ -89,11 +89,11 @@ def retention_report(
     Args:
         scores (`dict`): `scores[model][task][reward]` is a list with one value for each image, `None` where the reward
             does not apply. One of the models is `"base"`.
-        teachers (`dict[str, str]`): Name of the model that is the teacher of each task.
-        students (`Sequence[str]`): Names of the models that are students. The report's main entries are the first
+        teachers (`dict[str, str]`): name of the model that is the teacher of each task.
+        students (`Sequence[str]`): names of the models that are students. The report's main entries are the first
             one's.
-        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
-        own (`dict[str, Sequence[str]]`, *optional*): Each task's own rewards, its score first. By default the first
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+        own (`dict[str, Sequence[str]]`, *optional*): each task's own rewards, its score first. By default the first
             reward in `scores`. Other tasks' rewards show what a model does to images that they are not meant for.
 
     Returns:

@@ -135,12 +135,12 @@ def evaluate_retention(
             With `output_dir`, finished images and scores are kept.
 
     Returns:
-        `dict`: As [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students'
+        `dict`: as [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students'
             names.
 
     Raises:
-        [`ValueError`]: If an argument cannot be used. One message lists all problems, before anything is drawn.
-        [`TimeoutError`]: If a call of a reward function takes longer than `reward_timeout`.
+        [`ValueError`]: if an argument cannot be used. One message lists all problems, before anything is drawn.
+        [`TimeoutError`]: if a call of a reward function takes longer than `reward_timeout`.
     """
     # Without `cpu`, processes on a machine without an accelerator would not connect to each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())

@@ -36,8 +36,8 @@ class Store:
     journal is skipped.
 
     Args:
-        folder (`Path`): The output folder of the evaluation.
-        process_index (`int`): Index of this process, which writes a journal of its own.
+        folder (`Path`): the output folder of the evaluation.
+        process_index (`int`): index of this process, which writes a journal of its own.
     """
 
     def __init__(self, folder: Path, process_index: int):

@@ -46,11 +46,11 @@ class AdapterSwitch:
     Chooses the active adapter of a model. A switch never changes `requires_grad`.
 
     Args:
-        model (`nn.Module`): The model with all its adapters. A model without any is left alone.
-        active (`str`, *optional*): The adapter to start with; `None` for none, which is the base.
+        model (`nn.Module`): the model with all its adapters. A model without any is left alone.
+        active (`str`, *optional*): the adapter to start with; `None` for none, which is the base.
 
     Attributes:
-        active (`str`, *optional*): The adapter that is active now.
+        active (`str`, *optional*): the adapter that is active now.
     """
 
     def __init__(self, model: nn.Module, active: str | None):

@@ -45,10 +45,10 @@ class Backbone:
             is frozen, and the first LoRA wraps it in place. `None` if nobody computes with the base.
         student (`str`, *optional*):
             Name of the student's adapter, which is active outside of [`~Backbone.use`]. `None` if there is none.
-        whole_student (`nn.Module`, *optional*): A student that is trained in full, beside `network`.
+        whole_student (`nn.Module`, *optional*): a student that is trained in full, beside `network`.
 
     Attributes:
-        network (`nn.Module`, *optional*): The given network with the LoRAs added since.
+        network (`nn.Module`, *optional*): the given network with the LoRAs added since.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Backbone:
         Makes the backbone of a student in training.
 
         Args:
-            student (`PeftModel` or `nn.Module`): A base with the student's LoRA, or a transformer that is trained in
+            student (`PeftModel` or `nn.Module`): a base with the student's LoRA, or a transformer that is trained in
                 full.
-            with_base (`bool`, *optional*): Whether the base, or a LoRA on it, is computed too. For a student that is
+            with_base (`bool`, *optional*): whether the base, or a LoRA on it, is computed too. For a student that is
                 trained in full this takes a frozen copy of it.
         """
         if isinstance(student, PeftModel):
@@ -93,8 +93,8 @@ class Backbone:
         Adds a frozen LoRA on the base.
 
         Args:
-            role (`str`), config (`LoraConfig`), weights (`dict[str, Tensor]`): As [`add_adapter`] takes them.
-            trainable (`bool`, *optional*): Whether its weights get the student's precision instead of the base's.
+            role (`str`), config (`LoraConfig`), weights (`dict[str, Tensor]`): as [`add_adapter`] takes them.
+            trainable (`bool`, *optional*): whether its weights get the student's precision instead of the base's.
         """
         assert self.network is not None
         try:
@@ -171,7 +171,7 @@ class Backbone:
         for the layers.
 
         Args:
-            mixed (`torch.dtype`, *optional*): The dtype that mixed precision computes in.
+            mixed (`torch.dtype`, *optional*): the dtype that mixed precision computes in.
         """
         assert self.network is not None
         frozen = (p.dtype for p in self.network.parameters() if not p.requires_grad)

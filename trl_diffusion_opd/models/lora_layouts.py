@@ -88,9 +88,9 @@ def convert(
     Renames a LoRA's tensors to the transformer's own names, from any layout that the pipeline's loader converts.
 
     Args:
-        raw (`dict[str, Tensor]`): The tensors of the file.
-        pipeline (`DiffusionPipeline`): The base.
-        label (`str`): The teacher's name in messages.
+        raw (`dict[str, Tensor]`): the tensors of the file.
+        pipeline (`DiffusionPipeline`): the base.
+        label (`str`): the teacher's name in messages.
 
     Returns:
         The tensors (`<module>.lora_A.weight`), and alpha by module.

@@ -89,7 +89,7 @@ def read_options(stored: dict[str, Any], label: str) -> LoraConfig:
 
     Args:
         stored (`dict`): Fields of PEFT's `LoraConfig`, as read from JSON.
-        label (`str`): The teacher's name in messages.
+        label (`str`): the teacher's name in messages.
 
     Returns:
         A `LoraConfig` with the options for layers, ranks and alphas alone. Its patterns are untrusted: match them with

@@ -58,9 +58,9 @@ class LoraScales:
     Rank and alpha of a LoRA, layer by layer.
 
     Attributes:
-        ranks (`dict[str, int]`): Rank by the layer's name.
-        alphas (`dict[str, float]`): Alpha of the same layers.
-        use_rslora (`bool`): Whether alpha is divided by the square root of the rank instead of by the rank.
+        ranks (`dict[str, int]`): rank by the layer's name.
+        alphas (`dict[str, float]`): alpha of the same layers.
+        use_rslora (`bool`): whether alpha is divided by the square root of the rank instead of by the rank.
     """
 
     ranks: dict[str, int]
@@ -132,9 +132,9 @@ def resolve(config: LoraConfig, tensors: Mapping[str, Tensor], network: nn.Modul
     Finds the rank and alpha that a config gives each layer of a file.
 
     Args:
-        config (`LoraConfig`): As [`~lora_options.read_options`] returns it.
-        tensors (`dict[str, Tensor]`): The file's matrices, under `<layer>.lora_A.weight` and the like.
-        network (`nn.Module`): The base, with or without LoRAs on it.
+        config (`LoraConfig`): as [`~lora_options.read_options`] returns it.
+        tensors (`dict[str, Tensor]`): the file's matrices, under `<layer>.lora_A.weight` and the like.
+        network (`nn.Module`): the base, with or without LoRAs on it.
 
     Raises:
         TeacherError: If config and file differ in layers or ranks, or a pattern cannot be matched.

@@ -43,10 +43,10 @@ def check_update(scales: LoraScales, tensors: Mapping[str, Tensor], network: nn.
     nothing of the base is left.
 
     Args:
-        scales (`LoraScales`): As [`~lora_scales.resolve`] returns it.
-        tensors (`dict[str, Tensor]`): The matrices, under `<layer>.lora_A.weight` and the like, finite in the file's
+        scales (`LoraScales`): as [`~lora_scales.resolve`] returns it.
+        tensors (`dict[str, Tensor]`): the matrices, under `<layer>.lora_A.weight` and the like, finite in the file's
             dtype.
-        network (`nn.Module`): The base, with or without LoRAs on it.
+        network (`nn.Module`): the base, with or without LoRAs on it.
 
     Raises:
         TeacherError: If an update is not finite, or too small or too large.

@@ -62,11 +62,11 @@ class MergeReport:
     How far a merged LoRA is from the mean of the teachers' updates.
 
     Attributes:
-        method (`str`): One of `METHODS`.
-        rank (`int`): Rank of the merged LoRA.
-        error (`float`): Relative error over all layers: the norm of (merged update - weighted mean of the teachers'
+        method (`str`): one of `METHODS`.
+        rank (`int`): rank of the merged LoRA.
+        error (`float`): relative error over all layers: the norm of (merged update - weighted mean of the teachers'
             updates), divided by the norm of that mean. With `"svd"` it is the smallest error that the rank allows.
-        layers (`dict[str, float]`): The relative error of each layer.
+        layers (`dict[str, float]`): the relative error of each layer.
     """
 
     method: str
@@ -80,8 +80,8 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
     Finds the best approximation of `b @ a` that has at most the given rank, without forming the product.
 
     Args:
-        b (`Tensor` of shape `(m, k)`), a (`Tensor` of shape `(k, n)`): The factors, float64.
-        rank (`int`): The largest rank.
+        b (`Tensor` of shape `(m, k)`), a (`Tensor` of shape `(k, n)`): the factors, float64.
+        rank (`int`): the largest rank.
 
     Returns:
         Two factors of equal norm, of shapes `(m, r)` and `(r, n)`, with `r <= rank` (smaller if the product's rank
@@ -107,10 +107,10 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
     of 0.
 
     Returns:
-        `dict[str, float]`: Share by the adapter's name. The sum is 1, or less if the base is one of the teachers.
+        `dict[str, float]`: share by the adapter's name. The sum is 1, or less if the base is one of the teachers.
 
     Raises:
-        [`ValueError`]: If a teacher is a whole transformer, or no teacher is a LoRA.
+        [`ValueError`]: if a teacher is a whole transformer, or no teacher is a LoRA.
     """
     given = task_weights or {}
     task_share = {task: float(given.get(task, 1.0)) for task in bank.teachers}
@@ -140,12 +140,12 @@ def merge_adapters(model: PeftModel, weights: Mapping[str, float], target: str) 
     trained.
 
     Args:
-        model (`PeftModel`): The model with all of these adapters.
-        weights (`dict[str, float]`): Weight by the adapter's name.
-        target (`str`): The adapter to set.
+        model (`PeftModel`): the model with all of these adapters.
+        weights (`dict[str, float]`): weight by the adapter's name.
+        target (`str`): the adapter to set.
 
     Raises:
-        [`ValueError`]: If the target lacks a layer that another adapter has, or a layer is not linear.
+        [`ValueError`]: if the target lacks a layer that another adapter has, or a layer is not linear.
     """
     layers = _layers(model, [*weights, target])
     lacking = [name for name, layer in layers.items() if target not in layer.lora_A]
@@ -190,25 +190,25 @@ def merge_teachers(
             The base. It is unchanged afterwards.
         teachers (`str`, [`TeacherConfig`], a list of these, or a `dict` from task to any of them):
             As for [`DiffusionOPDTrainer`], but only LoRAs or `"base"`.
-        output_dir (`str` or `Path`): Where the LoRA is saved. Created if it does not exist.
+        output_dir (`str` or `Path`): where the LoRA is saved. Created if it does not exist.
         rank (`int`, *optional*, defaults to 32):
             Rank of the merged LoRA, for `"svd"` and the methods that end in `"_svd"`. `"cat"` gives the sum of the
             teachers' ranks, the others keep their common rank.
-        lora_alpha (`int`, *optional*): Alpha of the merged LoRA, for `"svd"` only. `None` is twice the rank. It does
+        lora_alpha (`int`, *optional*): alpha of the merged LoRA, for `"svd"` only. `None` is twice the rank. It does
             not change the result.
         method (`str`, *optional*, defaults to `"svd"`):
             `"svd"`: the mean of the updates, as close as the rank allows. `"cat"`: the exact mean, of a larger rank.
             PEFT's `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` and `"magnitude_prune"` combine the factors A
             and B separately; with `"_svd"` appended they combine the updates.
-        weights (`dict[str, float]`, *optional*): Weights of the tasks; 1 for those not named. Only their ratios count.
-        density (`float`, *optional*): Fraction of the numbers that pruning methods keep, in (0, 1].
-        seed (`int`, *optional*, defaults to 0): Seed of the random choices of `"dare_…"`.
+        weights (`dict[str, float]`, *optional*): weights of the tasks; 1 for those not named. Only their ratios count.
+        density (`float`, *optional*): fraction of the numbers that pruning methods keep, in (0, 1].
+        seed (`int`, *optional*, defaults to 0): seed of the random choices of `"dare_…"`.
 
     Returns:
         [`MergeReport`]
 
     Raises:
-        [`ValueError`]: If the options don't fit each other or the teachers. One message lists everything.
+        [`ValueError`]: if the options don't fit each other or the teachers. One message lists everything.
     """
     problems = _option_problems(rank, lora_alpha, method, density)
     tasks = list(teachers) if isinstance(teachers, Mapping) else ["default"]

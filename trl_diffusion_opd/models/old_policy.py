@@ -41,8 +41,8 @@ class OldPolicy:
     [`Backbone.use`] computes with the copy under the role name `OLD`.
 
     Args:
-        backbone ([`Backbone`]): The student's backbone, to which the copy is added.
-        student ([`~peft.PeftModel`] or `nn.Module`): The student. Its trained weights require gradients.
+        backbone ([`Backbone`]): the student's backbone, to which the copy is added.
+        student ([`~peft.PeftModel`] or `nn.Module`): the student. Its trained weights require gradients.
     """
 
     def __init__(self, backbone: Backbone, student: nn.Module):

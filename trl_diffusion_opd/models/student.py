@@ -168,8 +168,8 @@ class Student:
         as a diffusers model.
 
         Args:
-            folder (`str` or `Path`): Created if it does not exist.
-            state_dict (`dict`, *optional*): The result of [`whole_weights`], needed where training splits the model.
+            folder (`str` or `Path`): created if it does not exist.
+            state_dict (`dict`, *optional*): the result of [`whole_weights`], needed where training splits the model.
         """
         os.makedirs(folder, exist_ok=True)
         model: Any = self.model
@@ -224,7 +224,7 @@ class Student:
         Restores weights and average from a checkpoint.
 
         Raises:
-            [`ValueError`]: If the checkpoint's parameters are not those that the model trains.
+            [`ValueError`]: if the checkpoint's parameters are not those that the model trains.
         """
         self._take(load_file(os.path.join(folder, RAW_FILE)), self._parts(), folder)
         if self.ema is not None:

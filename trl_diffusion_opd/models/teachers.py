@@ -122,8 +122,8 @@ class TeacherBank:
             LoRAs and the base with the same guidance scale.
 
     Attributes:
-        teachers (`dict[str, list[Role]]`): Each task's teachers, as roles.
-        batched (`bool`), backbone ([`Backbone`]): As given.
+        teachers (`dict[str, list[Role]]`): each task's teachers, as roles.
+        batched (`bool`), backbone ([`Backbone`]): as given.
 
     Raises:
         ValueError: If any teacher cannot be used. One message lists all of them.
@@ -237,7 +237,7 @@ class TeacherBank:
         Tries the shared forwards on one sample.
 
         Raises:
-            [`ValueError`]: If teachers cannot share a forward, with the reason for each task.
+            [`ValueError`]: if teachers cannot share a forward, with the reason for each task.
         """
         problems = []
         for task, roles in self.teachers.items():

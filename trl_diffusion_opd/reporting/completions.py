@@ -51,8 +51,8 @@ class Completion:
     Attributes:
         prompt (`str`), task (`str`)
         image (`PIL.Image.Image`)
-        rewards (`dict[str, float | None]`): The image's scores, by the name of the reward.
-        columns (`dict`): Values that rewards logged for the image with `log_extra`.
+        rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
+        columns (`dict`): values that rewards logged for the image with `log_extra`.
     """
 
     prompt: str
@@ -79,9 +79,9 @@ def log_completions(
     main process.
 
     Args:
-        completions (`list[Completion]`): Images of one size, in the order in which they are shown.
-        output_dir (`str` or `Path`), step (`int`): The run's output folder, and the current update.
-        report_to (`list[str]`): Names of the trackers.
+        completions (`list[Completion]`): images of one size, in the order in which they are shown.
+        output_dir (`str` or `Path`), step (`int`): the run's output folder, and the current update.
+        report_to (`list[str]`): names of the trackers.
         writers (`list`): TensorBoard's writers, as [`~trackers.tensorboard_writers`] finds them.
     """
     if not completions:

@@ -45,9 +45,9 @@ def print_teachers(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int]
     Prints tasks and teachers.
 
     Args:
-        rows (`list[dict]`): One for each teacher, as [`TeacherBank.summary`] returns them.
-        prompts (`dict[str, int]`): Number of prompts of each task.
-        lost (`float`, *optional*): For a student that starts from the mean of its teachers' LoRAs, the relative error
+        rows (`list[dict]`): one for each teacher, as [`TeacherBank.summary`] returns them.
+        prompts (`dict[str, int]`): number of prompts of each task.
+        lost (`float`, *optional*): for a student that starts from the mean of its teachers' LoRAs, the relative error
             of that start, which its rank causes.
     """
     console = _console()
@@ -114,10 +114,10 @@ def print_rewards(
     Prints tasks and rewards.
 
     Args:
-        prompts (`dict[str, int]`): Number of prompts of each task.
-        rewards (`dict[str, dict[str, float]]`): For each task the weights of its rewards, by name.
-        of_a_round (`int`): Prompts of a task in one round.
-        num_generations (`int`): Images drawn for each prompt.
+        prompts (`dict[str, int]`): number of prompts of each task.
+        rewards (`dict[str, dict[str, float]]`): for each task the weights of its rewards, by name.
+        of_a_round (`int`): prompts of a task in one round.
+        num_generations (`int`): images drawn for each prompt.
     """
     table = Table(title=f"Tasks and rewards, {num_generations} completions a prompt")
     for column in ("task", "prompts", "prompts a round", "reward", "weight"):
@@ -135,8 +135,8 @@ def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None
     Prints the denoising steps, and which of them may have noise and be trained.
 
     Args:
-        table ([`SamplerTable`]): The sampler's table if every step had noise.
-        steps (`range`), window_size (`int`): Steps that may have noise, and the number of consecutive ones that have
+        table ([`SamplerTable`]): the sampler's table if every step had noise.
+        steps (`range`), window_size (`int`): steps that may have noise, and the number of consecutive ones that have
             it.
     """
     shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
@@ -162,7 +162,7 @@ def print_pairs(pairs: Sequence[Pair]) -> None:
     Prints how well tasks with different teachers can be told apart by their prompts.
 
     Args:
-        pairs (`list[Pair]`): Pairs of tasks, the most alike first. Of many pairs, only the first are printed.
+        pairs (`list[Pair]`): pairs of tasks, the most alike first. Of many pairs, only the first are printed.
     """
     if not pairs:
         return
@@ -184,9 +184,9 @@ def print_completions(
     Prints prompts and rewards of the student's images.
 
     Args:
-        prompts (`list[tuple[str, str]]`): Prompt and task of each image.
-        rewards (`dict[str, list[float | None]]`): For each reward, by name, a value for each image.
-        step (`int`): The current update.
+        prompts (`list[tuple[str, str]]`): prompt and task of each image.
+        rewards (`dict[str, list[float | None]]`): for each reward, by name, a value for each image.
+        step (`int`): the current update.
     """
     table = Table(title=f"Images at update {step}")
     for column in ("prompt", "task"):
@@ -208,8 +208,8 @@ def print_dry_run(report: Mapping[str, Any], device: str) -> None:
     Prints the report of [`~dry_run.dry_run`].
 
     Args:
-        report (`dict`): The report.
-        device (`str`): Kind of the device that it ran on.
+        report (`dict`): the report.
+        device (`str`): kind of the device that it ran on.
     """
     console = _console()
     tasks = Table(title="What the first update sees")
@@ -239,8 +239,8 @@ def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
     Prints the report of [`~dry_run_rl.dry_run`].
 
     Args:
-        report (`dict`): The report.
-        device (`str`): Kind of the device that it ran on.
+        report (`dict`): the report.
+        device (`str`): kind of the device that it ran on.
     """
     console = _console()
     tasks = Table(title="What the first round gives")

@@ -52,19 +52,19 @@ class CardFacts:
     The facts in a student's card that are not read from its folder.
 
     Attributes:
-        trainer_name (`str`), paper (`dict`): Name and paper of the method, in the form of TRL's trainers.
-        tags (`list[str]`): Tags of the method.
+        trainer_name (`str`), paper (`dict`): name and paper of the method, in the form of TRL's trainers.
+        tags (`list[str]`): tags of the method.
         args ([`~transformers.TrainingArguments`]), state ([`~transformers.TrainerState`])
-        pipeline ([`~diffusers.DiffusionPipeline`]): The base.
-        model (`nn.Module`): The student, a PeftModel or the transformer.
-        tasks (`list[str]`): The tasks, in order.
+        pipeline ([`~diffusers.DiffusionPipeline`]): the base.
+        model (`nn.Module`): the student, a PeftModel or the transformer.
+        tasks (`list[str]`): the tasks, in order.
         repository (`str`, *optional*): Hub id where the student is or will be.
-        call_options (`dict`): Arguments of the pipeline for an image as in the evaluation.
-        changes (`list[dict]`): Settings that resumes have changed.
-        method (`str`, *optional*): A sentence on how the student learned.
-        teachers (`dict`): Teachers of each task, as the manifest lists them.
-        settings (`dict`): Further settings of the method, for the table.
-        no_walk (`bool`): Whether the method trains without a sampler.
+        call_options (`dict`): arguments of the pipeline for an image as in the evaluation.
+        changes (`list[dict]`): settings that resumes have changed.
+        method (`str`, *optional*): a sentence on how the student learned.
+        teachers (`dict`): teachers of each task, as the manifest lists them.
+        settings (`dict`): further settings of the method, for the table.
+        no_walk (`bool`): whether the method trains without a sampler.
     """
 
     trainer_name: str
@@ -98,11 +98,11 @@ def write_model_card(
     base's card on the Hub; if that can't be read, the card names none.
 
     Args:
-        folder (`str` or `Path`): The output folder.
-        facts ([`CardFacts`]): The card's other content.
-        model_name (`str`, *optional*): The title. By default, the name of the repository or of the output folder.
+        folder (`str` or `Path`): the output folder.
+        facts ([`CardFacts`]): the card's other content.
+        model_name (`str`, *optional*): the title. By default, the name of the repository or of the output folder.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
-        tags (`str` or `list[str]`, *optional*): Tags besides the method's own.
+        tags (`str` or `list[str]`, *optional*): tags besides the method's own.
     """
     folder, args, repository = Path(folder), facts.args, facts.repository
     is_lora = isinstance(facts.model, PeftModel)

@@ -69,8 +69,8 @@ class SampleRow:
 
     Args:
         task (`str`), prompt (`str`)
-        images (`dict[str, PIL.Image.Image]`): Images by the model's label, in the order in which they are shown.
-        scores (`dict[str, float | None]`): The reward of each image, by the same labels.
+        images (`dict[str, PIL.Image.Image]`): images by the model's label, in the order in which they are shown.
+        scores (`dict[str, float | None]`): the reward of each image, by the same labels.
     """
 
     task: str
@@ -288,7 +288,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
-        path (`str` or `Path`): The PNG file to write. Panels without data are left out.
+        path (`str` or `Path`): the PNG file to write. Panels without data are left out.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for entry in log_history:

@@ -50,27 +50,27 @@ def write_teacher_card(
     format.
 
     Args:
-        folder (`str` or `Path`): The teacher's folder.
-        base (`str`): The base: a Hub id, or a folder, whose name alone is shown.
-        task (`str`): The task that it teaches.
-        guidance_scale (`float`): Classifier-free guidance scale to use it with; 1 for none.
+        folder (`str` or `Path`): the teacher's folder.
+        base (`str`): the base: a Hub id, or a folder, whose name alone is shown.
+        task (`str`): the task that it teaches.
+        guidance_scale (`float`): classifier-free guidance scale to use it with; 1 for none.
         call_options (`dict[str, Any]`):
             Arguments of the pipeline for an image as in its evaluation: `prompt` first, then steps, resolution, and
             guidance under the pipeline's own name for it.
         report (`dict`, `str` or `Path`, *optional*):
             A retention report in which it was a teacher, or the report's file. The card shows its scores on all tasks.
         repository (`str`, *optional*): Hub id where the folder is or will be.
-        subfolder (`str`, *optional*): Folder in the repository.
-        method (`str`, *optional*): A sentence on how it was trained.
+        subfolder (`str`, *optional*): folder in the repository.
+        method (`str`, *optional*): a sentence on how it was trained.
         datasets (`str` or `list[str]`, *optional*): Hub ids of its training data.
-        tags (`str` or `list[str]`, *optional*): Tags besides `diffusion-opd`, `teacher` and `lora`.
-        dtype (`str`, *optional*, defaults to `"float32"`): Dtype of the base in the card's code.
+        tags (`str` or `list[str]`, *optional*): tags besides `diffusion-opd`, `teacher` and `lora`.
+        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the base in the card's code.
 
     Returns:
-        `Path`: The card's file.
+        `Path`: the card's file.
 
     Raises:
-        [`ValueError`]: If the folder holds no LoRA, or the report has no such task.
+        [`ValueError`]: if the folder holds no LoRA, or the report has no such task.
     """
     folder = Path(folder)
     found = find_files(TeacherConfig(str(folder)))
