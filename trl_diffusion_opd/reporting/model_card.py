@@ -13,7 +13,7 @@
 # limitations under the License.
 
 
-"""The model card of a student, from what its trainer knows of it."""
+"""Writes the model card of a student."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +38,7 @@ from .cards import as_list, card_data, hub_id, literals, render, results_of, sav
 from .report import Report
 
 
-# In the order in which a reader meets them.
+# The pictures of the card and their captions, in the card's order.
 _PICTURES = {
     SAMPLES_PICTURE: "The same prompts and noise: base, teacher, student",
     RETENTION_PICTURE: "Score of the base, the teachers and this student on each task",
@@ -59,22 +59,22 @@ class MethodFacts(TypedDict, total=False):
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What the card of a student says, besides what its folder holds.
+    The facts in a student's card that are not read from its folder.
 
     Attributes:
-        trainer_name (`str`), paper (`dict`): of the method, as TRL's trainers have them.
-        tags (`list[str]`): of the method.
+        trainer_name (`str`), paper (`dict`): name and paper of the method, in the form of TRL's trainers.
+        tags (`list[str]`): tags of the method.
         args ([`~transformers.TrainingArguments`]), state ([`~transformers.TrainerState`])
         pipeline ([`~diffusers.DiffusionPipeline`]): the base.
         model (`nn.Module`): the student, a PeftModel or the transformer.
-        tasks (`list[str]`)
+        tasks (`list[str]`): the tasks, in order.
         repository (`str`, *optional*): Hub id where the student is or will be.
-        call_options (`dict`): the pipeline's arguments for an image as in the evaluation.
-        changes (`list[dict]`): what resumes have changed.
+        call_options (`dict`): arguments of the pipeline for an image as in the evaluation.
+        changes (`list[dict]`): settings that resumes have changed.
         method (`str`, *optional*): a sentence on how the student learned.
-        teachers (`dict`): by task, as the manifest has them.
-        settings (`dict`): of the method.
-        no_walk (`bool`): whether training has no sampler.
+        teachers (`dict`): teachers of each task, as the manifest lists them.
+        settings (`dict`): further settings of the method, for the table.
+        no_walk (`bool`): whether the method trains without a sampler.
     """
 
     trainer_name: str
@@ -104,13 +104,13 @@ def write_model_card(
     """
     Writes the model card `README.md` of a student into its folder.
 
-    It shows the report `retention.json` and the pictures of it, if the folder has them. The licence is the base's own, as the
-    base's card on the Hub names it; where that can't be read, none is named.
+    If the folder has the report `retention.json` and its pictures, the card shows them. The licence is copied from the
+    base's card on the Hub; if that can't be read, the card names none.
 
     Args:
         folder (`str` or `Path`): the output folder.
-        facts ([`CardFacts`])
-        model_name (`str`, *optional*): the title, by default the name of the repository or the output folder.
+        facts ([`CardFacts`]): the card's other content.
+        model_name (`str`, *optional*): the title. By default, the name of the repository or of the output folder.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
         tags (`str` or `list[str]`, *optional*): tags besides the method's own.
     """
@@ -152,7 +152,7 @@ def write_model_card(
 
 
 def student_results(report: Report, datasets: list[str]) -> list[EvalResult]:
-    """The student's score and retention on each task of a retention report, for the `model-index`."""
+    """The student's score and retention on each task of a report, as results for the `model-index`."""
     results = []
     for task, row in report["tasks"].items():
         results += results_of(report, datasets, task, row["reward"], row["reward"], row["student"], None)
@@ -164,7 +164,10 @@ def student_results(report: Report, datasets: list[str]) -> list[EvalResult]:
 
 
 def _kind(facts: CardFacts) -> str:
-    """How the student is loaded: as a LoRA by diffusers, by PEFT where the pipeline has no loader, or as a whole."""
+    """
+    How the student is loaded: `"lora"` by diffusers, `"peft"` if the pipeline cannot load LoRAs, or `"full"` for a
+    whole transformer.
+    """
     if not isinstance(facts.model, PeftModel):
         return "full"
     return "lora" if isinstance(facts.pipeline, LoraBaseMixin) else "peft"
@@ -210,7 +213,8 @@ def _hardware(device: torch.device, processes: int) -> str:
 
 def training_seconds(log_history: list[dict[str, float]]) -> float | None:
     """
-    Time of all updates that the logs tell of, also over resumes: each log has the mean time of an update since the last.
+    The time of all logged updates, also across resumes. Each log entry has the mean time of an update since the entry
+    before.
     """
     seconds, last = 0.0, 0
     for entry in log_history:

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 
-"""The model card of a teacher, from its folder."""
+"""Writes the model card of a teacher into its folder."""
 
 import json
 from collections.abc import Mapping
@@ -46,7 +46,8 @@ def write_teacher_card(
     dtype: str = "float32",
 ) -> Path:
     """
-    Writes the model card of a teacher, a LoRA in PEFT's or in diffusers' format, as `README.md` into its folder.
+    Writes the model card `README.md` of a teacher into its folder. The teacher is a LoRA in PEFT's or diffusers'
+    format.
 
     Args:
         folder (`str` or `Path`): the teacher's folder.
@@ -57,24 +58,24 @@ def write_teacher_card(
             Arguments of the pipeline for an image as in its evaluation, `prompt` first: steps, resolution, and guidance by
             the name that the pipeline has for it.
         report (`dict`, `str` or `Path`, *optional*):
-            A retention report that it was a teacher in, or the file of one. Its scores on all tasks are shown.
+            A retention report in which it was a teacher, or the report's file. The card shows its scores on all tasks.
         repository (`str`, *optional*): Hub id where the folder is or will be.
         subfolder (`str`, *optional*): folder in the repository.
         method (`str`, *optional*): a sentence on how it was trained.
         datasets (`str` or `list[str]`, *optional*): Hub ids of its training data.
         tags (`str` or `list[str]`, *optional*): tags besides `diffusion-opd`, `teacher` and `lora`.
-        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the base in the code of the card.
+        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the base in the card's code.
 
     Returns:
         `Path`: the card's file.
 
     Raises:
-        [`ValueError`]: if the folder holds no LoRA, or the report knows no teacher of the task.
+        [`ValueError`]: if the folder holds no LoRA, or the report has no such task.
     """
     folder = Path(folder)
     found = find_files(TeacherConfig(str(folder)))
     if found.kind == "full":
-        raise ValueError(f"{found.label}: a LoRA is needed here, and this is a whole transformer.")
+        raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole transformer.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
     if content is not None and task not in content["tasks"]:
         raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
@@ -123,7 +124,7 @@ def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[Eva
 
 
 def _teacher_scores(report: Report, task: str) -> list[dict[str, object]]:
-    """The teacher beside the base on every task: what it gained, and what it lost elsewhere."""
+    """Scores of base and teacher on every task. They show the gain on its own task, and losses on others."""
     own = report.get("scores", {}).get(f"teacher/{task}", {})
     intervals = report.get("scores_ci95", {}).get(f"teacher/{task}", {})
     rows: list[dict[str, object]] = []
