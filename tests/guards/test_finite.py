@@ -100,7 +100,7 @@ def test_pictures_of_nan_are_not_scored(tmp_path, teachers):
         trainer.student.parameters()[0].fill_(math.nan)
     with pytest.raises(FloatingPointError) as error:
         trainer.evaluate()
-    assert "The student after update 0, task 'count': 1 of 1 pictures end in latents that are not finite" in str(
+    assert "The student after update 0, task 'count': 1 of 1 images have latents with NaN or infinity" in str(
         error.value
     )
     with pytest.raises(FloatingPointError, match="base, task 'count': "):

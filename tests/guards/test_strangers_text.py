@@ -311,7 +311,7 @@ def test_a_long_name_of_a_task_is_refused():
     dataset = Dataset.from_dict({"prompt": ["a"] * 3, "task": ["字" * 200, "x" * 201, "y" * 10**5]})
     (problem,) = dataset_problems(dataset, "task", "train_dataset")
     assert problem.startswith(
-        "train_dataset has 2 row(s) whose task's name has more than 200 characters, the first in row 1: 'xx"
+        "train_dataset has 2 row(s) with a task name of more than 200 characters, the first in row 1: 'xx"
     )
     assert len(problem) < 300
 
