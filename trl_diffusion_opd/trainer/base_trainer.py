@@ -40,7 +40,6 @@ from ..acceleration.quantization import QuantizationConfig, base_weight
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
@@ -172,7 +171,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self.prompts = parts.train_dataset.select_columns(["prompt"])
-        self._prompts_digest: dict[str, JSON] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
@@ -362,12 +360,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             folder = None if begun.folder is None else str(begun.folder)
             return super().train(folder, trial, ignore_keys_for_eval)
 
-    def prompts_digest(self) -> dict[str, JSON]:
-        """By task how many prompts are trained on, and a hash of them."""
-        if self._prompts_digest is None:
-            self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
-        return self._prompts_digest
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
@@ -404,12 +396,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._micro_step = (self._micro_step + 1) % len(self.rounds)
         if self._micro_step == 0:
             self._cost.clock.go_on_with("optimizer")
-
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """Weighted mean velocity of the task's teachers, each at its own guidance."""
-        assert self.bank is not None
-        with self._part("teacher"):
-            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.

@@ -154,8 +154,7 @@ def _walk(
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
-    x = field.initial_latents(prompts, generators)
-    walk(velocity, x, plan.walked, generators)
+    walk(velocity, field.initial_latents(prompts, generators), plan.walked, generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]

@@ -25,6 +25,7 @@ from trl.models.utils import _ForwardRedirection
 
 from ..guards.redaction import shown
 from ..models.student import Student
+from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from .base_config import DiffusionConfig
 
@@ -41,6 +42,7 @@ class StudentPasses:
     student: Student
     is_deepspeed_enabled: bool
     velocity_field: VelocityField
+    bank: TeacherBank | None
     _part: Callable[[str], AbstractContextManager[None]]
     _redirect: _ForwardRedirection
 
@@ -92,6 +94,12 @@ class StudentPasses:
             if own is model:
                 return field(*inputs, model)
             return self._redirect(model, own, field, *inputs, own)
+
+    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """Weighted mean velocity of the task's teachers, each at its own guidance."""
+        assert self.bank is not None
+        with self._part("teacher"):
+            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
     def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
         """
