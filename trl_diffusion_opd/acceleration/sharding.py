@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 
 from ..guards.files import JSON
 
@@ -98,7 +99,7 @@ def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     return tensor
 
 
-def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, JSON]:
+def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> StateDict:
     """
     What `optimizer.state_dict()` is on one process that has the whole model: parameters by their numbers. All processes
     must call it; those without `keep` get no tensors.
@@ -114,7 +115,7 @@ def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, 
     return {**state, "state": of_parameters}
 
 
-def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, JSON]) -> None:
+def load_whole_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
     """
     Restores what [`whole_optimizer_state`] returned, or a process's own `state_dict()`, split as the parameters are. Of the
     tensors in `state` nothing is kept.

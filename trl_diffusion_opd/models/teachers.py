@@ -31,7 +31,7 @@ from .backbone import BASE, Backbone
 from .boundary import strangers_files
 from .lora_adapter import add_adapter, rescaled_factors
 from .lora_files import read_lora, read_lora_files
-from .teacher_config import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
+from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
 from .teacher_files import find_files
 from .whole_transformer import read_transformer
 
@@ -45,6 +45,7 @@ __all__ = [
     "TeacherBank",
     "TeacherConfig",
     "TeacherError",
+    "TeacherSpec",
     "add_adapter",
     "normalize_teachers",
     "parse_teacher",

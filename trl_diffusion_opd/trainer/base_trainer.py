@@ -44,20 +44,17 @@ from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
-from ..guards.files import JSON
 from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
-from ..models.teacher_config import TeacherSpec
-from ..models.teachers import TeacherBank
+from ..models.teachers import TeacherBank, TeacherSpec
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.completions import log_completions
 from ..reporting.model_card import MethodFacts
 from ..reporting.trackers import tensorboard_writers, use_public_trackers
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator, applicable_mean
@@ -94,8 +91,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
-    run: str
-    changes: list[dict[str, JSON]] = []
+    changes: list[dict[str, Any]] = []
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     # What the seconds of an update are made of.
@@ -172,7 +168,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self.prompts = parts.train_dataset.select_columns(["prompt"])
-        self._prompts_digest: dict[str, JSON] | None = None
+        self._prompts_digest: dict[str, Any] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
@@ -323,12 +319,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """What mixed precision computes in, if it is on."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: object = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains, or goes on with a run that was interrupted. One run at a time trains into an output folder.
 
@@ -359,10 +350,9 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
-            folder = None if begun.folder is None else str(begun.folder)
-            return super().train(folder, trial, ignore_keys_for_eval)
+            return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
-    def prompts_digest(self) -> dict[str, JSON]:
+    def prompts_digest(self) -> dict[str, Any]:
         """By task how many prompts are trained on, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
