@@ -27,7 +27,6 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
-from ..guards.files import JSON
 from ..models.teachers import Role, TeacherBank, model_identity
 from ..pipelines.drawing import draw_batch
 from ..pipelines.velocity import VelocityField
@@ -159,7 +158,7 @@ def measure(
     field: VelocityField,
     bank: TeacherBank,
     tasks: Mapping[str, Task],
-    settings: Mapping[str, JSON],
+    settings: Mapping[str, object],
     options: Options,
     store: Store | None,
 ) -> Measured:

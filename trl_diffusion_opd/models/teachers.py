@@ -67,6 +67,19 @@ class TeacherEntry(TypedDict):
     weight: float
 
 
+class TeacherRow(TypedDict):
+    """A role in the table at the start."""
+
+    task: str
+    teacher: str
+    kind: str
+    rank: int | None
+    guidance_scale: float
+    weight: float
+    revision: str | None
+    sha256: str | None
+
+
 Manifest = dict[str, list[TeacherEntry]]  # by task
 
 
@@ -290,7 +303,7 @@ class TeacherBank:
             for task, roles in self.teachers.items()
         }
 
-    def summary(self) -> list[dict[str, str | float | None]]:
+    def summary(self) -> list[TeacherRow]:
         """One row a role, for the table at the start."""
         return [
             {

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..acceleration.quantization import plain_tensors
-from ..guards.files import JSON
 
 
 # Of a component's config: who wrote it, and in what precision, which the weights tell.
@@ -70,7 +69,7 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     return hashed.hexdigest()
 
 
-def _config(component: object) -> dict[str, JSON]:
+def _config(component: object) -> dict[str, object]:
     if isinstance(component, ConfigMixin):
         config = dict(component.config)
     elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
@@ -137,7 +136,7 @@ def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | Pro
                 )
 
 
-def _settings(entries: JSON) -> bytes:
+def _settings(entries: object) -> bytes:
     """JSON of a component's settings, without those in `_PASSING`."""
     if isinstance(entries, dict):
         entries = {name: value for name, value in entries.items() if name not in _PASSING}

@@ -40,7 +40,7 @@ from ..acceleration.quantization import QuantizationConfig, base_weight
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import prompts_of
+from ..checkpointing.resume import PromptsDigest, prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
@@ -91,7 +91,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
-    changes: list[dict[str, Any]] = []
+    changes: list[dict[str, object]] = []
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     # What the seconds of an update are made of.
@@ -168,7 +168,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self.prompts = parts.train_dataset.select_columns(["prompt"])
-        self._prompts_digest: dict[str, Any] | None = None
+        self._prompts_digest: PromptsDigest | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
@@ -352,7 +352,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
             return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
-    def prompts_digest(self) -> dict[str, Any]:
+    def prompts_digest(self) -> PromptsDigest:
         """By task how many prompts are trained on, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)

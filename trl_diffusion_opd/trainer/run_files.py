@@ -30,9 +30,9 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import Change, KeptSettings, changes_since
+from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since
 from ..checkpointing.stopping import StopRequest
-from ..guards.files import JSON, write_json
+from ..guards.files import write_json
 from ..guards.finite import not_finite
 from ..guards.redaction import public_arguments
 from ..hub import push as hub
@@ -67,12 +67,12 @@ class RunFiles(_Behind):
     base_pipeline: DiffusionPipeline
     velocity_field: VelocityField
     bank: TeacherBank | None
-    prompts_digest: Callable[[], dict[str, JSON]]
+    prompts_digest: Callable[[], PromptsDigest]
     _stop: StopRequest
     student: Student
     evaluator: ImageEvaluator
     tasks: list[str]
-    changes: list[dict[str, JSON]]
+    changes: list[dict[str, object]]
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
