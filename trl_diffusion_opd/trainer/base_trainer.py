@@ -43,20 +43,17 @@ from ..checkpointing import checkpoint
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
-from ..guards.files import JSON
 from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
-from ..models.teacher_config import TeacherSpec
-from ..models.teachers import TeacherBank
+from ..models.teachers import TeacherBank, TeacherSpec
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.completions import log_completions
 from ..reporting.model_card import MethodFacts
 from ..reporting.trackers import tensorboard_writers, use_public_trackers
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator, applicable_mean
@@ -93,8 +90,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
-    run: str
-    changes: list[dict[str, JSON]] = []
+    changes: list[dict[str, object]] = []
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     # What the seconds of an update are made of.
@@ -321,12 +317,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """What mixed precision computes in, if it is on."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: object = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains, or goes on with a run that was interrupted. One run at a time trains into an output folder.
 
@@ -357,8 +348,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
-            folder = None if begun.folder is None else str(begun.folder)
-            return super().train(folder, trial, ignore_keys_for_eval)
+            return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device

@@ -42,8 +42,7 @@ from ..models.teachers import TeacherBank
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from . import dry_run
 from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer

@@ -30,9 +30,9 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import Change, KeptSettings, changes_since, prompts_of
+from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
 from ..checkpointing.stopping import StopRequest
-from ..guards.files import JSON, write_json
+from ..guards.files import write_json
 from ..guards.finite import not_finite
 from ..guards.redaction import public_arguments
 from ..hub import push as hub
@@ -70,12 +70,12 @@ class RunFiles(_Behind):
     bank: TeacherBank | None
     prompts: Dataset
     rounds: Rounds
-    _prompts_digest: dict[str, JSON] | None = None
+    _prompts_digest: PromptsDigest | None = None
     _stop: StopRequest
     student: Student
     evaluator: ImageEvaluator
     tasks: list[str]
-    changes: list[dict[str, JSON]]
+    changes: list[dict[str, object]]
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
@@ -190,7 +190,7 @@ class RunFiles(_Behind):
         lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
         return changes_since(folder, self.args, lora, self.prompts_digest())
 
-    def prompts_digest(self) -> dict[str, JSON]:
+    def prompts_digest(self) -> PromptsDigest:
         """By task how many prompts are trained on, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
