@@ -20,14 +20,13 @@ import torch
 from helpers.opd_fixtures import (
     first_pixel,
     make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
     train_losses,
 )
 from helpers.sft_fixtures import sft_trainer
-from helpers.two_processes import OPTIONS, UPDATES, losses
+from helpers.two_processes import OPTIONS, UPDATES, losses, reports_in, weights_in
 from safetensors.torch import load_file
 
 
@@ -35,9 +34,9 @@ TUNING = dict(max_steps=2, gradient_accumulation_steps=4, learning_rate=1e-2, nu
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
-    return {**one_each, "count": [*one_each.values(), "base"]}
+def teachers(teachers):
+    """Several for a task."""
+    return {**teachers, "count": [*teachers.values(), "base"]}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +46,7 @@ def two(tmp_path_factory, teachers, processes):
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
     processes.run_script("train.py", folder)
-    reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    tensors = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
-    return reports, tensors, folder
+    return reports_in(folder), weights_in(folder), folder
 
 
 def run_alone(folder, teachers, batch_size, accumulation):

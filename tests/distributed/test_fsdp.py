@@ -20,7 +20,6 @@ import torch
 from helpers.opd_fixtures import (
     first_pixel,
     make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
@@ -28,14 +27,14 @@ from helpers.opd_fixtures import (
 )
 from helpers.split_runs import TARGETS
 from helpers.tiny_sd3 import make_pipeline
-from helpers.two_processes import OPTIONS, UPDATES, fsdp_environment
+from helpers.two_processes import OPTIONS, UPDATES, fsdp_environment, reports_in, weights_in
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
-    return {**one_each, "count": [*one_each.values(), "base"]}
+def teachers(teachers):
+    """Several for a task."""
+    return {**teachers, "count": [*teachers.values(), "base"]}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,7 @@ def two(tmp_path_factory, teachers, processes):
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
     (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "targets": TARGETS}))
     processes.run_script("train_fsdp.py", folder, environment=fsdp_environment())
-    reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    weights = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
-    return reports, weights, folder
+    return reports_in(folder), weights_in(folder), folder
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,14 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return (difference / sum(float(t.double().square().sum()) for t in theirs.values())) ** 0.5
 
 
+def logged(log: list[dict[str, Any]], name: str) -> list[float]:
+    """A metric of every update that has it: those of a round of training by reward are logged with its first update."""
+    return [entry[name] for entry in log if "loss" in entry and name in entry]
+
+
 def train_losses(trainer: DiffusionOPDTrainer) -> list[float]:
     """The logged loss of every update."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer.state.log_history, "loss")
 
 
 def measured(trainer: Any, prompts: list[str]) -> int:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The runs that are trained once under FSDP2 and once on one process: every method, and a student trained in full."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,18 @@ MAKE: dict[str, Callable[..., Any]] = {
 }
 # What has a state of its own goes through a checkpoint as well, from one process and to one.
 RESUMED = ("opd", "full", "nft")
+
+
+def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:
+    """The runs on one process, by name, each trained when it is first asked for."""
+
+    @functools.cache
+    def run(name: str) -> Any:
+        trainer = MAKE[name](folder / name, teachers, per_device_train_batch_size=4)
+        trainer.train()
+        return trainer
+
+    return run
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:

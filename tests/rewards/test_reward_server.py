@@ -16,7 +16,6 @@
 import base64
 import concurrent.futures
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -31,34 +30,16 @@ import zlib
 from pathlib import Path
 
 import pytest
+from helpers.example_server import EXAMPLE, load_example, serving
 from helpers.launching import surroundings
 from PIL import Image
 
 from trl_diffusion_opd.rewards import RemoteReward
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_server.py"
-
-
 @pytest.fixture
 def example():
-    """A module of its own, whose limits a test may change."""
-    spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def serving(example, reward, token_env=None):
-    with example.RewardServer(("127.0.0.1", 0), reward, token_env) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
+    return load_example()
 
 
 def width(images, **columns):

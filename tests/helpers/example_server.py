@@ -1,0 +1,47 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The reward server of the examples, run in the tests' own process."""
+
+import contextlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_server.py"
+
+
+def load_example() -> ModuleType:
+    """The script as a module of its own, whose limits a test may change."""
+    spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def serving(
+    example: ModuleType, reward: Callable[..., list[float | None]], token_env: str | None = None
+) -> Iterator[int]:
+    """Serves a reward on 127.0.0.1; gives the port."""
+    with example.RewardServer(("127.0.0.1", 0), reward, token_env) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
