@@ -21,5 +21,5 @@ from typing import Any
 TINY: dict[str, Any] = dict(height=32, width=32, max_sequence_length=12, guidance_scale=1.0)
 # Nothing is saved, reported or drawn on the screen.
 QUIET: dict[str, Any] = dict(save_strategy="no", report_to="none", disable_tqdm=True)
-# `train()` is one update that warms up; what is measured comes after it.
-WARM_UP: dict[str, Any] = {**QUIET, "max_steps": 1, "logging_steps": 10**9}
+# An update and nothing logged of it.
+ONE_UPDATE: dict[str, Any] = {**QUIET, "max_steps": 1, "logging_steps": 10**9}

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from run_settings import QUIET, TINY
+from run_settings import ONE_UPDATE, TINY
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
@@ -84,11 +84,10 @@ def measure(folder: str) -> dict[str, float]:
             args=DiffusionOPDConfig(
                 output_dir,
                 **TINY,
-                **QUIET,
+                **ONE_UPDATE,
                 num_inference_steps=5,
                 num_trained_timesteps=1,
                 per_device_train_batch_size=2,
-                max_steps=1,
                 use_cpu=True,
             ),
             train_dataset=dataset,

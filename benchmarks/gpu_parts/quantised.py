@@ -40,7 +40,7 @@ from .report import ROOT, Report
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step_cost  # noqa: E402
-from run_settings import WARM_UP  # noqa: E402
+from run_settings import ONE_UPDATE  # noqa: E402
 
 
 WAYS: dict[str, Any] = {
@@ -94,7 +94,7 @@ def make_trainer(
         dtype=dtype,
         bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
-        **WARM_UP,
+        **ONE_UPDATE,
         use_cpu=report.small,
         **options,
     )

@@ -13,8 +13,6 @@
 # limitations under the License.
 """Two processes compute what one does, reduce every gradient once an update, and stop together."""
 
-import json
-
 import pytest
 import torch
 from helpers.opd_fixtures import (
@@ -26,7 +24,7 @@ from helpers.opd_fixtures import (
     train_losses,
 )
 from helpers.sft_fixtures import sft_trainer
-from helpers.two_processes import OPTIONS, UPDATES, losses, reports_in, weights_in
+from helpers.two_processes import OPTIONS, UPDATES, losses, trained_by_two
 from safetensors.torch import load_file
 
 
@@ -42,17 +40,15 @@ def teachers(teachers):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, teachers, processes):
     """Reports and tensors of both ranks, with two prompts each at a time and a task's teachers in one forward."""
-    folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
-    (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
-    processes.run_script("train.py", folder)
-    return reports_in(folder), weights_in(folder), folder
+    scenario = {"teachers": teachers, "options": options, "tuning": TUNING}
+    return trained_by_two(processes, tmp_path_factory.mktemp("two"), "train.py", scenario)
 
 
 def run_alone(folder, teachers, batch_size, accumulation):
     """The same prompts an update on one process, and the latents that it starts from."""
     options = {**OPTIONS, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    trainer, latents = make_trainer(folder, teachers, **options), []
+    trainer, latents = make_trainer(folder, teachers, reward_funcs=first_pixel, **options), []
     draw = trainer.velocity_field.initial_latents
     trainer.velocity_field.initial_latents = lambda *inputs: latents.append(draw(*inputs)) or latents[-1]
     trainer.train()
@@ -101,9 +97,7 @@ def test_gradients_are_reduced_once_an_update(two):
 
 def test_evaluation_is_the_same(two, one, teachers):
     reports = two[0]
-    trainer, _ = one
-    trainer.reward_funcs = {task: [first_pixel] for task in trainer.tasks}
-    metrics = trainer.evaluate(make_dataset(count=3, draw=1))
+    metrics = one[0].evaluate(make_dataset(count=3, draw=1))
     # Of three images and two processes one is drawn twice and counted once.
     for name in ("eval_count/first_pixel", "eval_draw/first_pixel", "eval_reward"):
         values = [report["metrics"][name] for report in reports]

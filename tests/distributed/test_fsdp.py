@@ -13,8 +13,6 @@
 # limitations under the License.
 """Two processes that split the model between them (FSDP2) compute what one computes, and save adapters alone."""
 
-import json
-
 import pytest
 import torch
 from helpers.opd_fixtures import (
@@ -27,7 +25,7 @@ from helpers.opd_fixtures import (
 )
 from helpers.split_runs import TARGETS
 from helpers.tiny_sd3 import make_pipeline
-from helpers.two_processes import OPTIONS, UPDATES, fsdp_environment, reports_in, weights_in
+from helpers.two_processes import OPTIONS, UPDATES, fsdp_environment, trained_by_two
 from safetensors.torch import load_file
 
 
@@ -40,11 +38,10 @@ def teachers(teachers):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, teachers, processes):
     """Reports and weights of both ranks, with two prompts each at a time and a task's teachers in one forward."""
-    folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
-    (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "targets": TARGETS}))
-    processes.run_script("train_fsdp.py", folder, environment=fsdp_environment())
-    return reports_in(folder), weights_in(folder), folder
+    scenario = {"teachers": teachers, "options": options, "targets": TARGETS}
+    folder = tmp_path_factory.mktemp("two")
+    return trained_by_two(processes, folder, "train_fsdp.py", scenario, fsdp_environment())
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The example scripts, run in the tests' own process as a user runs them."""
+"""Scripts beside the package, in the tests' own process: run as a user runs them, or imported."""
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 # Of a run that takes seconds on the tiny base, by whatever method.
 TINY_OPTIONS = {
     "output_dir": "out",
@@ -38,6 +41,16 @@ TINY_OPTIONS = {
     "use_cpu": "true",
     "dataloader_pin_memory": "false",
 }
+
+
+def load_script(path: str) -> ModuleType:
+    """A script, by its path in the repository, as a module of its own, in which a test may change what it likes."""
+    name = f"script_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
 
 
 def command_line(options):

@@ -14,22 +14,9 @@
 """The reward server of the examples, run in the tests' own process."""
 
 import contextlib
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
-
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_server.py"
-
-
-def load_example() -> ModuleType:
-    """The script as a module of its own, whose limits a test may change."""
-    spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

@@ -123,18 +123,25 @@ def _sd3() -> DiffusionPipeline:
     )
 
 
+# Of transformers after SD3's, and of those after Flux's, whose latents are packed.
+_LIKE_SD3: dict[str, Any] = dict(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2)
+_LIKE_FLUX: dict[str, Any] = dict(
+    patch_size=1,
+    in_channels=16,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=16,
+    num_attention_heads=2,
+)
+
+
 def _flux_transformer() -> diffusers.FluxTransformer2DModel:
     return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=8,
         axes_dims_rope=[4, 4, 8],
         guidance_embeds=True,
+        **_LIKE_FLUX,
     )
 
 
@@ -149,16 +156,11 @@ def _flux(pipeline_class: type[DiffusionPipeline] = diffusers.FluxPipeline) -> D
 
 def flux2_klein(is_distilled: bool = False) -> DiffusionPipeline:
     transformer = diffusers.Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=48,
         timestep_guidance_channels=32,
         axes_dims_rope=[4, 4, 4, 4],
         guidance_embeds=False,
+        **_LIKE_FLUX,
     )
     return diffusers.Flux2KleinPipeline(
         transformer=transformer,
@@ -255,16 +257,13 @@ def _z_image() -> DiffusionPipeline:
 def _sana() -> DiffusionPipeline:
     transformer = diffusers.SanaTransformer2DModel(
         patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
         attention_head_dim=16,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
         cross_attention_dim=32,
         caption_channels=16,
         sample_size=32,
+        **_LIKE_SD3,
     )
     blocks: dict[str, Any] = dict(latent_channels=4, attention_head_dim=2, scaling_factor=0.4)
     for side in ("encoder", "decoder"):
@@ -336,17 +335,12 @@ def _hidream() -> DiffusionPipeline:
 
 def _chroma() -> DiffusionPipeline:
     transformer = diffusers.ChromaTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=[4, 4, 8],
         approximator_hidden_dim=32,
         approximator_layers=1,
         approximator_num_channels=16,
+        **_LIKE_FLUX,
     )
     return diffusers.ChromaPipeline(
         transformer=transformer, vae=make_vae((4, 4)), scheduler=_dynamic_euler(), **text.t5()
@@ -356,17 +350,14 @@ def _chroma() -> DiffusionPipeline:
 def _wan() -> DiffusionPipeline:
     transformer = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
         text_dim=16,
         freq_dim=32,
         ffn_dim=32,
-        num_layers=2,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
+        **_LIKE_SD3,
     )
     vae = diffusers.AutoencoderKLWan(
         base_dim=4,
@@ -388,14 +379,11 @@ def _wan() -> DiffusionPipeline:
 def _cogview4() -> DiffusionPipeline:
     transformer = diffusers.CogView4Transformer2DModel(
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
         attention_head_dim=8,
-        num_attention_heads=2,
         text_embed_dim=16,
         time_embed_dim=8,
         condition_dim=4,
+        **_LIKE_SD3,
     )
     scheduler = _dynamic_euler(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear")
     return diffusers.CogView4Pipeline(transformer=transformer, vae=make_vae((4, 4)), scheduler=scheduler, **text.glm())

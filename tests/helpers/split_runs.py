@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from helpers import grpo_fixtures, nft_fixtures
-from helpers.opd_fixtures import make_trainer, student_lora
+from helpers.opd_fixtures import AVERAGED, make_trainer, student_lora
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import ATTENTION, make_pipeline
 from torch import Tensor
@@ -36,8 +36,7 @@ COMMON = dict(
     gradient_accumulation_steps=4,
     learning_rate=1e-3,
     lr_scheduler_type="cosine",
-    ema_decay=0.9,
-    ema_update_interval=1,
+    **AVERAGED,
 )
 REWARDED = dict(beta=0.1, num_generations=4)
 

@@ -43,6 +43,8 @@ ATTENTION = [
 _CHARACTERS = string.ascii_lowercase + string.digits + ".,!?'-"
 
 
+# Of images, and of the text in tokens.
+SIZE: dict[str, int] = dict(height=16, width=16, max_sequence_length=16)
 TRANSFORMER = dict(
     sample_size=8,
     patch_size=2,
@@ -123,7 +125,7 @@ def numbered(*parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """Latents (4, h/2, w/2), prompts of lower-case letters and digits; images of 16x16 are enough."""
+    """Latents (4, h/2, w/2), prompts of lower-case letters and digits; images of `SIZE` are enough."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoders = numbered(clip(_CHARACTERS), clip(_CHARACTERS), t5(_CHARACTERS))

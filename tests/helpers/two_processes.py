@@ -21,7 +21,7 @@ from typing import Any
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.launching import Forks
-from helpers.opd_fixtures import logged
+from helpers.opd_fixtures import AVERAGED, logged
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,8 +33,7 @@ OPTIONS = dict(
     gradient_accumulation_steps=4,
     sampler="flow_sde",
     learning_rate=1e-2,
-    ema_decay=0.9,
-    ema_update_interval=1,
+    **AVERAGED,
 )
 
 
@@ -55,6 +54,15 @@ def reports_in(folder: Path) -> list[Any]:
 def weights_in(folder: Path, name: str = "rank") -> list[dict[str, Tensor]]:
     """What each process had at its end, of a run of that name."""
     return [load_file(folder / f"{name}_{rank}.safetensors") for rank in (0, 1)]
+
+
+def trained_by_two(
+    processes: Forks, folder: Path, script: str, scenario: Any, environment: dict[str, str] | None = None
+) -> tuple[list[Any], list[dict[str, Tensor]], Path]:
+    """Reports and weights of both processes that a script of `distributed/` trains in, and its folder."""
+    (folder / "scenario.json").write_text(json.dumps(scenario))
+    processes.run_script(script, folder, environment=environment)
+    return reports_in(folder), weights_in(folder), folder
 
 
 def on_two_processes(

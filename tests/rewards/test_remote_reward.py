@@ -23,7 +23,8 @@ import sys
 import time
 
 import pytest
-from helpers.example_server import EXAMPLE, load_example, serving
+from helpers.example_script import EXAMPLES, load_script
+from helpers.example_server import serving
 from helpers.launching import surroundings
 from helpers.stub_server import Answer, StubServer, silent_server
 from PIL import Image
@@ -257,7 +258,7 @@ def brightness(prompts, images, level, **columns):
 
 @pytest.fixture(scope="module")
 def example():
-    return load_example()
+    return load_script("examples/reward_server.py")
 
 
 @pytest.fixture
@@ -306,7 +307,14 @@ def test_the_examples_server_refuses(example, body, message):
 
 
 def test_the_examples_server_from_the_command_line(processes):
-    command = [sys.executable, str(EXAMPLE), "--reward", "helpers.stub_reward:width", "--port", "0"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "reward_server.py"),
+        "--reward",
+        "helpers.stub_reward:width",
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         assert line.startswith("width on port ")

@@ -30,7 +30,8 @@ import zlib
 from pathlib import Path
 
 import pytest
-from helpers.example_server import EXAMPLE, load_example, serving
+from helpers.example_script import EXAMPLES, load_script
+from helpers.example_server import serving
 from helpers.launching import surroundings
 from PIL import Image
 
@@ -39,7 +40,7 @@ from trl_diffusion_opd.rewards import RemoteReward
 
 @pytest.fixture
 def example():
-    return load_example()
+    return load_script("examples/reward_server.py")
 
 
 def width(images, **columns):
@@ -354,7 +355,14 @@ def test_memory_stays_within_100_mb(processes):
         b'{"prompts": ["' + b"a b" * 5_000_000 + b'\\ud83d\\ude00"]}',
         large,
     ]
-    command = [sys.executable, str(EXAMPLE), "--reward", "helpers.stub_reward:width", "--port", "0"]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "reward_server.py"),
+        "--reward",
+        "helpers.stub_reward:width",
+        "--port",
+        "0",
+    ]
     with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
         try:
             port = int(process.stdout.readline().split()[-1])

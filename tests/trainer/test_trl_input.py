@@ -20,6 +20,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from helpers import grpo_fixtures
 from helpers.opd_fixtures import logged, make_dataset, make_trainer
+from helpers.tiny_sd3 import SIZE
 
 from trl_diffusion_opd.evaluation import evaluate_retention
 
@@ -63,9 +64,7 @@ def test_in_the_report():
             dataset,
             num_images=2,
             num_inference_steps=2,
-            height=16,
-            width=16,
-            max_sequence_length=16,
+            **SIZE,
             guidance_scale=1.0,
         )
         for dataset in (talk(make_dataset()), make_dataset())
