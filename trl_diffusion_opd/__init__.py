@@ -12,14 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""On-policy distillation of diffusion models, in the manner of TRL."""
+"""
+On-policy distillation of diffusion models, in the style of TRL. This module defines the public names and imports each
+one when it is first used.
+"""
 
 import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
 
-# Imported when first asked for: `trl_diffusion_opd.tiny` and the samplers need no transformers.
+# Imported on first use: `trl_diffusion_opd.tiny` and the samplers don't need transformers.
 _MODULES = {
     "DiffusionGRPOConfig": "trainer.diffusion_grpo_config",
     "DiffusionGRPOTrainer": "trainer.diffusion_grpo_trainer",
@@ -96,7 +99,7 @@ def __getattr__(name: str) -> Any:
         return version("trl-diffusion-opd")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # What is imported stays, and a quarter of the time would go to looking for garbage in it.
+    # Imported objects stay alive; collecting garbage meanwhile would take a quarter of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Refusals that are collected, so that one message says everything that is wrong."""
+"""Collects problems, so that one error message lists everything that is wrong."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,16 +20,16 @@ from contextlib import contextmanager
 from .guards.redaction import shown, visible
 
 
-# Of a problem's line in a message: long enough for whatever a message says by itself.
+# In characters: longer than any line that the package itself writes.
 _LONGEST_LINE = 2000
 
 
 class Problems(list[str]):
-    """What keeps something from beginning, a sentence or two each."""
+    """A list of problems that prevent a start, one or two sentences each."""
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Adds the lines of a [`ValueError`] raised within it."""
+        """Adds the lines of a [`ValueError`] raised in its block, which it catches."""
         try:
             yield
         except ValueError as error:
@@ -37,15 +37,16 @@ class Problems(list[str]):
 
     def raise_under(self, header: str) -> None:
         """
-        Does nothing if there are no problems. Each is told once; a stranger's text in it acts on no terminal, and no line is
-        without end.
+        Raises one error that lists all problems, if there are any.
+
+        Each problem is listed once. Control characters are made visible, and very long lines are cut.
 
         Args:
-            header (`str`): the first line of the message, without its colon. A bullet a problem follows; those that are bullets
-                already stand below the line that heads them.
+            header (`str`): the first line of the message, without a colon. Below it each problem is a bullet; problems
+                that are bullets already are indented below the line before them.
 
         Raises:
-            [`ValueError`]: with all of them.
+            [`ValueError`]: if there is a problem.
         """
         if self:
             lines = "\n".join(f"- {_shown(problem)}" for problem in dict.fromkeys(self)).split("\n")

@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from summary import Estimate
 
-from trl_diffusion_opd.reporting.plots import _COLORS, _STYLE
+from trl_diffusion_opd.reporting.plots import COLORS, STYLE
 
 
 # Label, x and y: points of one seed.
@@ -52,7 +52,7 @@ def plot_lines(panels: Mapping[tuple[str, str, str], Sequence[Line]], path: Path
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label, _, _ in lines))
     rows = -(-len(panels) // columns)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(3.6 * columns + 2.2, 3.1 * rows), layout="constrained")
         handles = {}
         for axes, ((title, x_label, y_label), lines) in zip(
@@ -63,7 +63,7 @@ def plot_lines(panels: Mapping[tuple[str, str, str], Sequence[Line]], path: Path
                 (handles[label],) = axes.plot(
                     x,
                     y,
-                    color=_COLORS[i % len(_COLORS)],
+                    color=COLORS[i % len(COLORS)],
                     linestyle=_DASHES[i % 4],
                     marker=_MARKERS[i % 7],
                     ms=4,
@@ -81,12 +81,12 @@ def plot_bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str, path: 
     """Bars of `groups[label][x]`, with intervals where there are any."""
     names = list(dict.fromkeys(x for bars in groups.values() for x in bars))
     width = 0.84 / len(groups)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(1.3 * len(names) + 4.2, 3.4), layout="constrained")
         axes = figure.subplots()
         for i, (label, bars) in enumerate(groups.items()):
             places = [names.index(x) + (i - (len(groups) - 1) / 2) * width for x in bars]
-            axes.bar(places, [bar.mean for bar in bars.values()], 0.92 * width, color=_COLORS[i % 7], label=label)
+            axes.bar(places, [bar.mean for bar in bars.values()], 0.92 * width, color=COLORS[i % 7], label=label)
             for place, bar in zip(places, bars.values(), strict=True):
                 if bar.low is not None:
                     axes.vlines(place, bar.low, bar.high, color="#333333", linewidth=1.2)

@@ -95,7 +95,7 @@ def test_families_that_honour_it_and_those_that_would_not(name: str) -> None:
             use_backend(field, "_native_math", batch_size)
         assert str(error.value) == (
             f"attention_backend='_native_math' would do nothing: the attention of {type(pipeline.transformer).__name__} "
-            f"({HONOUR_IT[name]}) does not go through diffusers' dispatcher. Leave it unset."
+            f"({HONOUR_IT[name]}) does not use diffusers' dispatcher. Leave it unset."
         )
     assert chosen(pipeline.transformer) <= {None}
     assert _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
@@ -199,7 +199,7 @@ class TestRefusals:
         assert chosen(pipeline.transformer) == {None}
 
     def test_sd3_through_the_trainer(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"SD3Transformer2DModel \(JointAttnProcessor2_0\) does not go through"):
+        with pytest.raises(ValueError, match=r"SD3Transformer2DModel \(JointAttnProcessor2_0\) does not use"):
             make_trainer(tmp_path, "base", attention_backend="native")
 
 

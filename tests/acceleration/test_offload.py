@@ -159,7 +159,7 @@ def test_what_is_offloaded():
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path, teachers):
     (tmp_path / "prompts").touch()
-    with pytest.raises(ValueError, match="prompt_cache_dir='.*prompts' is no folder that can be made"):
+    with pytest.raises(ValueError, match="prompt_cache_dir='.*prompts' can't be created"):
         make_trainer(tmp_path, teachers, prompt_cache_dir=str(tmp_path / "prompts"))
 
 

@@ -192,7 +192,12 @@ def test_weights_that_are_rearranged(base, loras, tmp_path):
     pipeline = load(base, "nf4")
     # As in a forward of its own without gradients, where the CPU is one of those.
     pipeline.transformer.transformer_blocks[1].ff.net[2].weight.quant_state.packing_format_for_cpu = True
-    refused(tmp_path, loras, "Load the pipeline again, and give it to the trainer before it draws", pipeline=pipeline)
+    refused(
+        tmp_path,
+        loras,
+        "Load the pipeline again, and give it to the trainer before you generate images",
+        pipeline=pipeline,
+    )
 
 
 class Wrong(nn.Linear):
@@ -423,15 +428,18 @@ def test_config_of_no_component(base, loras, tmp_path):
 def test_bitsandbytes_without_a_gpu(base, loras, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = "cannot be quantised: No GPU found. A GPU is needed for quantization. (By bitsandbytes diffusers quantises on a GPU"
+    message = "cannot be quantised: No GPU found. A GPU is needed for quantization. (diffusers needs a GPU to quantise by bitsandbytes"
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=config("nf4"))
 
 
 @pytest.mark.parametrize(
     ("quant_type", "message"),
     [
-        (Int8DynamicActivationInt8WeightConfig(), "passes no gradient, or a wrong one, to what is before it"),
-        (IntxWeightOnlyConfig(), "quantised by torchao's IntxWeightOnlyConfig, says diffusers"),
+        (Int8DynamicActivationInt8WeightConfig(), "passes no gradient or a wrong one. Quantise by"),
+        (
+            IntxWeightOnlyConfig(),
+            "diffusers cannot train on a base that is quantised by torchao's IntxWeightOnlyConfig",
+        ),
     ],
 )
 def test_quantization_that_is_not_trained_on(quant_type, message, base, loras, tmp_path):
@@ -451,7 +459,7 @@ def test_sharding(base, tmp_path, monkeypatch):
 def test_other_library(base, loras, tmp_path):
     pipeline = load(base, "torchao int8")
     pipeline.transformer.quantization_method = type(pipeline.transformer.quantization_method).GGUF
-    refused(tmp_path, loras, "quantised by gguf; a LoRA can be trained here on one", pipeline=pipeline)
+    refused(tmp_path, loras, "quantised by gguf. A LoRA can only be trained on one", pipeline=pipeline)
 
 
 # Memory

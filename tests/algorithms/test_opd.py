@@ -22,6 +22,7 @@ from torch.distributions import Normal, kl_divergence
 from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.opd import (
     WEIGHTINGS,
+    StepPlan,
     dominant_step,
     inclusion_probabilities,
     policy_gradient_loss,
@@ -357,3 +358,27 @@ def test_sampling_refuses():
             systematic_sample(torch.tensor([0.5, 0.5]), u)
     with pytest.raises(ValueError, match="must sum to the number of steps to draw, got 1.25"):
         systematic_sample(torch.tensor([0.5, 0.75]), 0.1)
+
+
+def test_a_plan_trains_what_its_weights_say():
+    table = sampler_table("flow_sde", sd3_levels())
+    plan = StepPlan.of(table, "released", skip_last_steps=2)
+    assert len(plan) == len(table) - 2 == len(plan.walked) and plan.steps == range(len(plan))
+    torch.testing.assert_close(plan.weights, step_weights(table, sd3_levels(), "released")[:-2], rtol=0, atol=0)
+    torch.testing.assert_close(plan.kl_weights, step_weights(table, sd3_levels(), "kl")[:-2], rtol=0, atol=0)
+    gaps = torch.linspace(1, 2, len(plan), dtype=torch.float64)
+    every = plan.draw(None, [0])
+    assert every == dict.fromkeys(plan.steps, 1.0)
+    torch.testing.assert_close(plan.loss(gaps, every), (plan.weights * gaps).mean())
+    assert plan.expected_steps(None) == (len(plan), len(plan))
+
+
+def test_drawn_steps_estimate_the_mean_of_all():
+    plan = StepPlan.of(sampler_table("ode", sd3_levels()), "kl", skip_last_steps=1)
+    gaps = torch.linspace(1, 2, len(plan), dtype=torch.float64)
+    draws = [plan.draw(3, [7, update]) for update in range(4000)]
+    assert plan.draw(3, [7, 5]) == draws[5] and draws[5] != draws[6]
+    mean = sum(float(plan.loss(gaps[[*drawn]], drawn)) for drawn in draws) / len(draws)
+    assert mean == pytest.approx(float(plan.loss(gaps)), rel=0.02)
+    walked, trained = plan.expected_steps(3)
+    assert trained == 3 and walked == pytest.approx(sum(max(drawn) + 1 for drawn in draws) / len(draws), rel=0.02)

@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tasks that can't be told apart: what is measured is right, who is warned, what it costs, and that training is untouched."""
+"""
+Tasks that can't be told apart: what is measured is right, who is warned, what it costs, and that training is
+untouched.
+"""
 
 import itertools
 import json
@@ -77,7 +80,9 @@ def test_features_of_whatever_an_encoder_returns():
 
 
 def vectors(n: int, first: int = 0, shift: float = 0.0, features: int = 40) -> dict[str, np.ndarray]:
-    """Random features, some a thousand times larger than others; `shift` is in the smallest alone, and one is constant."""
+    """
+    Random features, some a thousand times larger than others; `shift` is in the smallest alone, and one is constant.
+    """
     sizes = np.geomspace(1000, 1, features)
     rows = {str(i): sizes * np.random.default_rng(i).normal(size=features) for i in range(first, first + n)}
     for row in rows.values():
@@ -226,7 +231,7 @@ def test_a_conflict_is_named_before_the_first_step(tmp_path, teachers, caplog, c
     (pair,) = pairs_of(trainer)
     assert pair.tasks == ("count", "draw") and pair.identical == 0 and pair.accuracy < 0.75 and pair.disagreement > 0.5
     for part in (
-        "- 'count' and 'draw': by",
+        "- 'count' and 'draw': from a prompt's embedding the task is found",
         f"{pair.accuracy:.0%}",
         f"{pair.disagreement:.2f} apart",
         "the mean",
@@ -404,7 +409,11 @@ def test_dry_run(tmp_path, teachers, capsys):
         assert entry["disagreement"] > 0.5 and (entry["accuracy"] < 0.75) == (tasks == ("count", "draw"))
         assert entry["identical_prompts"] == 0
     (warning,) = report["warnings"]
-    assert "- 'count' and 'draw': by" in warning and " in both" not in warning and "'more'" not in warning
+    assert (
+        "- 'count' and 'draw': from a prompt's embedding" in warning
+        and " in both" not in warning
+        and "'more'" not in warning
+    )
     json.dumps(report["separability"])
     shown = capsys.readouterr().out
     assert "Tasks by their prompts" in shown and "count, more" in shown

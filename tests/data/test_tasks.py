@@ -175,20 +175,20 @@ PROBLEMS = {
     ),
     "lists": (
         {"prompt": [["a", "b"], ["c"]], "task": ["ocr"] * 2},
-        "data has 2 prompt(s) that are no text, the first in row 0: a list, ['a', 'b']. A row has one prompt: make a row of each.",
+        "data has 2 prompt(s) that are not text, the first in row 0: a list, ['a', 'b']. A row has one prompt: make one row for each.",
     ),
     "numbers": (
         {"prompt": [7, 8], "task": ["ocr"] * 2},
-        "data has 2 prompt(s) that are no text, the first in row 0: a number, 7. If another column has the texts, rename it",
+        "data has 2 prompt(s) that are not text, the first in row 0: a number, 7. If another column has the texts, rename it",
     ),
     "conversations": (
         {"prompt": [[{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]]},
-        "data has 1 prompt(s) that are no text, the first in row 0: a conversation (system, user). Of a conversation the text of "
-        "a single user message is taken; this is not one.",
+        "data has 1 prompt(s) that are not text, the first in row 0: a conversation (system, user). A conversation can only be "
+        "used if it is one user message with one text.",
     ),
     "tasks by number": (
         {"prompt": ["a", "b"], "task": [3, 4]},
-        "data has 2 task(s) in 'task' that are no names, the first in row 0: 3. A task's name is text: dataset.cast_column('task',",
+        "data has 2 task(s) in 'task' that are not text, the first in row 0: 3. Convert them: dataset.cast_column('task',",
     ),
     "empty tasks": (
         {"prompt": ["a", "b", "c"], "task": ["ocr", None, ""]},
@@ -239,7 +239,7 @@ def test_texts_and_conversations_in_one_file(tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in ("a dog", [USER, USER])))
     mixed = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path))
     (problem,) = dataset_problems(plain_dataset(mixed, "task"), "task", "data")
-    assert "1 prompt(s) that are no text, the first in row 1: a conversation (user, user)." in problem
+    assert "1 prompt(s) that are not text, the first in row 1: a conversation (user, user)." in problem
 
 
 def test_class_labels_are_names():

@@ -134,7 +134,7 @@ CAUSES = {
     ),
     "30 of the 32 tensors": no_gradient,
     "kl/letters": log_near_the_floor,
-    "The VAE computes": black_pixels,
+    "The VAE computed": black_pixels,
     "The loss of task": not_finite,
     "The prompts of these tasks": alike,
     "Can't resume from checkpoint-2: - it was": another_run,

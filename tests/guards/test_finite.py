@@ -100,7 +100,7 @@ def test_pictures_of_nan_are_not_scored(tmp_path, teachers):
         trainer.student.parameters()[0].fill_(math.nan)
     with pytest.raises(FloatingPointError) as error:
         trainer.evaluate()
-    assert "The student after update 0, task 'count': 1 of 1 pictures end in latents that are not finite" in str(
+    assert "The student after update 0, task 'count': 1 of 1 images have latents with NaN or infinity" in str(
         error.value
     )
     with pytest.raises(FloatingPointError, match="base, task 'count': "):
@@ -119,5 +119,5 @@ def test_a_vae_that_overflows_is_named(tmp_path, teachers):
         trainer.base_pipeline.vae.decoder.conv_out.weight.fill_(math.nan)
     field = trainer.evaluator.field
     x = field.initial_latents(["a"], [torch.Generator().manual_seed(0)])
-    with pytest.raises(FloatingPointError, match="The VAE computes numbers that are not finite"):
+    with pytest.raises(FloatingPointError, match="The VAE computed NaN or infinity"):
         field.decode(x, ["a"])

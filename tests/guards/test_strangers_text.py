@@ -32,7 +32,7 @@ from markdown_it.token import Token
 from peft import get_peft_model
 from PIL import Image
 
-from trl_diffusion_opd.evaluation.files import _page
+from trl_diffusion_opd.evaluation.files import samples_page
 from trl_diffusion_opd.evaluation.measure import Measured, Task
 from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
 from trl_diffusion_opd.evaluation.store import Store
@@ -42,7 +42,7 @@ from trl_diffusion_opd.guards.redaction import visible
 from trl_diffusion_opd.models.teacher_config import normalize_teachers
 from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.reporting import console as tables
-from trl_diffusion_opd.reporting.completions import Completion, _markdown
+from trl_diffusion_opd.reporting.completions import Completion, completions_table
 from trl_diffusion_opd.reporting.teacher_card import write_teacher_card
 
 
@@ -144,7 +144,9 @@ class TestMarkdown:
             assert made(table(report(odd))) == made(table(report("tame")))
             assert not ACTING.search(table(report(odd)))
         image = Image.new("RGB", (2, 2))
-        rows = [_markdown([Completion(name, name, image, {name: 1.0})], {name: [1.0]}) for name in (odd, "tame")]
+        rows = [
+            completions_table([Completion(name, name, image, {name: 1.0})], {name: [1.0]}) for name in (odd, "tame")
+        ]
         assert made(rows[0]) == made(rows[1])
 
 
@@ -252,7 +254,7 @@ def test_the_page_of_samples(odd, tmp_path):
         scores = {model: {name: {name: [0.5]}} for model in models}
         measured = Measured(scores, {(model, name): "key" for model in models}, {}, 0)
         task = Task(0, Dataset.from_dict({"prompt": [name]}), [], [])
-        return _page(store, {"tasks": {name: {"reward": name}}}, measured, {name: task}, 1)
+        return samples_page(store, {"tasks": {name: {"reward": name}}}, measured, {name: task}, 1)
 
     text = page(odd, tmp_path / "odd")
     assert Page(text).tags == Page(page("tame", tmp_path / "tame")).tags
@@ -309,7 +311,7 @@ def test_a_long_name_of_a_task_is_refused():
     dataset = Dataset.from_dict({"prompt": ["a"] * 3, "task": ["字" * 200, "x" * 201, "y" * 10**5]})
     (problem,) = dataset_problems(dataset, "task", "train_dataset")
     assert problem.startswith(
-        "train_dataset has 2 row(s) whose task's name has more than 200 characters, the first in row 1: 'xx"
+        "train_dataset has 2 row(s) with a task name of more than 200 characters, the first in row 1: 'xx"
     )
     assert len(problem) < 300
 

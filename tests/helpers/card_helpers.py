@@ -102,7 +102,7 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
     student = Student(model, pipeline)
     student.save(args.output_dir)
     return SimpleNamespace(
-        _pipeline=pipeline,
+        base_pipeline=pipeline,
         _tag_names=["trl", "diffusion-opd"],
         _name=DiffusionOPDTrainer._name,
         _paper=DiffusionOPDTrainer._paper,
@@ -119,7 +119,7 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
         push_in_progress=None,
         train_dataset=Dataset.from_dict(ROWS),
         eval_dataset=None,
-        eval_field=VelocityField(pipeline, num_inference_steps=4, height=16, width=16),
+        evaluator=SimpleNamespace(field=VelocityField(pipeline, num_inference_steps=4, height=16, width=16)),
     )
 
 

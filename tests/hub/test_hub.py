@@ -99,7 +99,7 @@ class TestCheckpointPush:
         for name in ("notes.png", "secrets.json", "runs/retention.png", "completions/step_1.png", "radar.png"):
             (out / name).parent.mkdir(exist_ok=True)
             (out / name).touch()
-        pushed = {path.relative_to(out).as_posix() for path in pushing._matching(out, PUSHED_FILES)}
+        pushed = {path.relative_to(out).as_posix() for path in pushing.matching_files(out, PUSHED_FILES)}
         student = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
         assert pushed == student | {"completions/step_1.png", "radar.png"}
 

@@ -85,7 +85,7 @@ class TestBeforeTheFirstStep:
 
     def test_a_repository_of_others(self, hub, tmp_path, teachers):
         message = self._refused(tmp_path, teachers, hub_model_id="somebody/student")
-        assert "it belongs to 'somebody', and your token to 'tester'" in message
+        assert "it belongs to 'somebody', but your token belongs to 'tester'" in message
 
     def test_no_right_to_write_there(self, hub, tmp_path, teachers):
         # As with a fine-grained token: it has no role, and the repository is there to be seen.

@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "weights in processors": (give_processors_weights, "carries an IP-adapter", "pipe.unload_ip_adapter()"),
     "blocks": (
         leave_a_block_out,
-        "is not what its config says: it lacks transformer_blocks.1",
+        "does not match its config: it lacks transformer_blocks.1",
         "Load the pipeline again",
     ),
     "PeftModel": (wrap_for_adapters, "already carries a LoRA: its transformer is a PeftModel", ".unload()"),

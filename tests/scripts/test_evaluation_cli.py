@@ -203,7 +203,7 @@ REFUSED = {
     "a task without a teacher": ({"teachers": "text=base"}, "no teacher for task 'lines'"),
     "options of no reward": (
         {"reward_kwargs": '{"ocr": {}}'},
-        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+        "--reward_kwargs has options for ['ocr'], but --reward_funcs does not name them",
     ),
     "no JSON": ({"generation_kwargs": "{x}"}, "--generation_kwargs: '{x}' is not a JSON object such as"),
     "precision": ({"dtype": "half"}, "dtype='half': it must be one of float32, bfloat16, float16."),

@@ -153,7 +153,7 @@ REFUSED = {
     "no value": ({"reward_funcs": "text="}, "--reward_funcs: 'text=' is not of the form task=value."),
     "file type": (
         {"prompts": "text=prompts.xlsx"},
-        "--prompts: 'prompts.xlsx' is none of .txt, .json, .jsonl, .csv, .tsv, .parquet.",
+        "--prompts: 'prompts.xlsx' has none of the endings .txt, .json, .jsonl, .csv, .tsv, .parquet.",
     ),
     "other types": (
         {"prompts": ["text=lines.jsonl", "text=words.jsonl"]},
@@ -174,11 +174,11 @@ REFUSED = {
     ),
     "options of no reward": (
         {"reward_kwargs": '{"ocr": {"batch_size": 2}}'},
-        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+        "--reward_kwargs has options for ['ocr'], but --reward_funcs does not name them",
     ),
     "nothing to report": (
         {"test_prompts": "text=text.txt"},
-        "--test_prompts: tasks ['text'] have no reward to report. Name one in --reward_funcs.",
+        "--test_prompts: tasks ['text'] have no reward. Name one in --reward_funcs.",
     ),
     "not JSON": ({"reward_kwargs": "{ocr: 1}"}, "--reward_kwargs: '{ocr: 1}' is not a JSON object such as"),
     "an empty prompt to report": (

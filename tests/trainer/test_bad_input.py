@@ -326,7 +326,7 @@ def test_a_size_that_is_no_multiple_of_the_vaes_factor(tmp_path):
     factor = make_pipeline().image_processor.config.vae_scale_factor
     refused(
         tmp_path,
-        f"height=17 is not a multiple of {factor}, the pixels that a latent of StableDiffusion3Pipeline stands for. Use 16.",
+        f"height=17 is not a multiple of {factor}, the number of pixels per latent of StableDiffusion3Pipeline. Use 16.",
         f"width=1 is not a multiple of {factor}",
         options={"height": 17, "width": 1},
     )
@@ -388,7 +388,7 @@ def test_a_guidance_scale_that_does_nothing(tmp_path, name):
 def test_options_that_depend_on_the_loops_index(tmp_path, option):
     refused(
         tmp_path,
-        f"generation_kwargs: '{option}' depends on the step's index within the pipeline's loop, and training asks for one",
+        f"generation_kwargs: '{option}' depends on the step's index within the pipeline's loop, but training runs one",
         options={"generation_kwargs": {option: [1]}},
     )
 

@@ -252,8 +252,8 @@ class TestRehearsal:
             {"a": "base", "b": "base"}, {"a": [colour], "c": [brightness]}, dataset, "task", "--test"
         )
         assert problems[:2] == [
-            "--test: tasks ['c'] have no teacher to compare with. Name one, or leave out their prompts.",
-            "--test: tasks ['b'] have no reward to report. Name one in --reward_funcs.",
+            "--test: tasks ['c'] have no teacher to compare with. Name a teacher, or leave out their prompts.",
+            "--test: tasks ['b'] have no reward. Name one in --reward_funcs.",
         ]
         assert "--test: reward 'colour' needs the column(s) 'colour'" in problems[2] and len(problems) == 3
 

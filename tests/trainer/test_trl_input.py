@@ -94,6 +94,6 @@ def test_splits():
     ):
         make_trainer("out", "base", train_dataset=DatasetDict({"test": make_dataset()}))
     with pytest.raises(
-        ValueError, match="dataset is a DatasetDict; it must be a datasets.Dataset, of a DatasetDict one split"
+        ValueError, match="dataset is a DatasetDict; it must be a datasets.Dataset .for a DatasetDict, pass one split"
     ):
         evaluate_retention("base", "base", "base", logs, DatasetDict({"test": make_dataset()}))

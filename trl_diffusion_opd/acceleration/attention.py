@@ -13,18 +13,18 @@
 # limitations under the License.
 
 """
-diffusers' attention backends, chosen for a transformer and tried before it trains.
+Sets one of diffusers' attention backends on a transformer, and tries it before training.
 
-`set_attention_backend` tells a transformer's attention processors what to hand to diffusers' dispatcher. Processors that call
-PyTorch themselves have no place for a backend, and it passes them over in silence. A kernel finds out about devices, dtypes
-and masks when it is called, and some have no gradient. So one forward is run, and one backward of an attention.
+`set_attention_backend` of diffusers sets the backend on attention processors that use diffusers' dispatcher. It
+silently skips processors that call PyTorch themselves. A kernel checks devices, dtypes and masks only when it is
+called, and some kernels have no gradient. The trial therefore runs one forward, and one backward of a single attention
+layer.
 """
 
 import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -38,43 +38,40 @@ from .quantization import base_weight
 
 logger = logging.getLogger(__name__)
 
-_CHOICE = "_attention_backend"  # diffusers' name for it, of the processors that call the dispatcher
+_CHOICE = "_attention_backend"  # diffusers' attribute of processors that use its dispatcher
 
 
 def use_attention_backend(
-    network: ModelMixin, name: str, trial: Callable[[], Any], mixed_dtype: torch.dtype | None = None
+    network: ModelMixin, name: str, trial: Callable[[], object], mixed_dtype: torch.dtype | None = None
 ) -> Callable[[], None]:
     """
-    Sets a transformer's attention backend, and runs one forward with it to see that it works.
+    Sets a transformer's attention backend and runs one forward to check that it works.
 
-    The choice is kept in the transformer's attention processors, which copies of it take along; nothing else of the process
-    is changed.
+    Only the transformer's attention processors are changed. Copies of the transformer keep the choice.
 
     Args:
         network ([`~diffusers.ModelMixin`]): the transformer.
         name (`str`): a name that diffusers knows, such as `"flash"`.
         trial (`Callable`): runs one forward of the transformer.
-        mixed_dtype (`torch.dtype`, *optional*): of mixed precision, if the transformer will run in it.
+        mixed_dtype (`torch.dtype`, *optional*): the dtype of mixed precision, if the transformer will run in it.
 
     Returns:
-        `Callable`: sets what was set before.
+        `Callable`: restores the previous backends.
 
     Raises:
         [`ValueError`]: if the name is unknown, the backend cannot run here or passes no gradient, or the transformer's
-            attention does not go through diffusers' dispatcher. Then nothing is changed.
+            attention does not use diffusers' dispatcher. Nothing is changed then.
     """
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
         raise ValueError(f"attention_backend={name!r}: it is one of {', '.join(sorted(names))}.")
-    attentions: list[Any] = [
-        m for m in network.modules() if isinstance(m, Attention | MochiAttention | AttentionModuleMixin)
-    ]
+    attentions = [m for m in network.modules() if isinstance(m, Attention | MochiAttention | AttentionModuleMixin)]
     choosing = [module for module in attentions if _CHOICE in dir(module.processor)]
     silent = _processors([module for module in attentions if module not in choosing])
     if not choosing:
         raise ValueError(
             f"attention_backend={name!r} would do nothing: the attention of {type(network).__name__} "
-            f"({silent or 'no processors of diffusers'}) does not go through diffusers' dispatcher. Leave it unset."
+            f"({silent or 'no processors of diffusers'}) does not use diffusers' dispatcher. Leave it unset."
         )
     kept = [(module.processor, getattr(module.processor, _CHOICE)) for module in choosing]
 
@@ -88,7 +85,7 @@ def use_attention_backend(
     except (RuntimeError, ValueError, OSError) as error:  # a missing package, or a kernel that cannot be downloaded
         raise ValueError(f"attention_backend={name!r}: {_line(error)}") from error
     finally:
-        _AttentionBackendRegistry.set_active_backend(default)  # diffusers sets it for every model of the process
+        _AttentionBackendRegistry.set_active_backend(default)  # diffusers has set it for all models of the process
     weight = base_weight(network)
     try:
         has_gradient = _tried(choosing[0], trial, weight.device.type, mixed_dtype)
@@ -111,15 +108,17 @@ def use_attention_backend(
     return put_back
 
 
-def _processors(attentions: list[Any]) -> str:
+def _processors(attentions: list[nn.Module]) -> str:
     return ", ".join(sorted({type(module.processor).__name__ for module in attentions}))
 
 
-def _tried(attention: nn.Module, trial: Callable[[], Any], device_type: str, mixed_dtype: torch.dtype | None) -> bool:
-    """Runs the trial, and whether what `attention` computed within it passes a gradient to what it got."""
+def _tried(
+    attention: nn.Module, trial: Callable[[], object], device_type: str, mixed_dtype: torch.dtype | None
+) -> bool:
+    """Runs the trial. Returns whether the output of `attention` in it passes a gradient to its input."""
     gradients: list[Tensor | None] = []
 
-    def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def watch(module: nn.Module, args: tuple, kwargs: dict[str, object], output: object) -> None:
         if not gradients:
             gradients.append(_gradient(module, args, kwargs))
 
@@ -133,7 +132,7 @@ def _tried(attention: nn.Module, trial: Callable[[], Any], device_type: str, mix
 
 
 @torch.enable_grad()
-def _gradient(attention: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+def _gradient(attention: nn.Module, args: tuple, kwargs: dict[str, object]) -> Tensor | None:
     inputs = inspect.signature(attention.forward).bind(*args, **kwargs)
     name, x = next(iter(inputs.arguments.items()))
     inputs.arguments[name] = x.detach().requires_grad_()

@@ -12,35 +12,36 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Regional `torch.compile`: the repeated blocks of a transformer, in place."""
+"""Compiles the repeated blocks of a transformer in place (regional `torch.compile`)."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate.utils.other import is_repeated_blocks
 from torch import nn
 
 
-# Graphs of one class of block: with and without gradients, the student, the base, and a teacher's of each rank, each twice or
-# three times, since a transformer's first or last blocks often differ. The default of 8 is not enough for SD3 with one
-# teacher, and beyond the limit all blocks silently run uncompiled.
+# Maximum number of graphs for one class of block. There is one for each combination of: with or without gradients;
+# student, base or a teacher's LoRA rank; and two or three kinds of blocks, since a transformer's first or last blocks
+# often differ. PyTorch's default of 8 is too few for SD3 with one teacher, and beyond the limit all blocks silently
+# run uncompiled.
 RECOMPILE_LIMIT = 64
 
 
 def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str | None = None) -> None:
     """
-    Compiles the repeated blocks of a transformer where they are, so that parameters keep their names and wrappers put
-    around the model later still work. What is around the blocks is not compiled.
+    Compiles the repeated blocks of a transformer in place. Parameters keep their names, and the model can still be
+    wrapped later. The layers around the blocks are not compiled.
 
     Args:
         transformer (`nn.Module`): a transformer of diffusers, with its LoRAs if any.
         backend, mode (`str`, *optional*): as in `torch.compile`.
 
     Raises:
-        [`ValueError`]: if it has no repeated blocks.
+        [`ValueError`]: if the transformer has no repeated blocks.
     """
-    options: dict[str, Any] = {} if backend is None else {"backend": backend}
+    options: dict[str, str | int] = {} if backend is None else {"backend": backend}
     takes_limit = torch.__version__ >= "2.13"
     if takes_limit:
         options["recompile_limit"] = RECOMPILE_LIMIT
@@ -52,12 +53,13 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
 
 def _limit_recompiles(block: nn.Module) -> None:
     """
-    Our limit for a compiled block, where `torch.compile` has no argument for it. It is set around each call, since it is
-    looked up when a call compiles, in that call's thread, which with gradient checkpointing may be one of autograd's.
+    Sets [`RECOMPILE_LIMIT`] for a compiled block if `torch.compile` has no argument for it. PyTorch reads the limit in
+    the thread of the call that compiles, which may be autograd's with gradient checkpointing, so it is set around each
+    call.
     """
     compiled = cast(Callable, block._compiled_call_impl)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return compiled(*args, **kwargs)
 
@@ -66,10 +68,10 @@ def _limit_recompiles(block: nn.Module) -> None:
 
 def compilable_blocks(transformer: nn.Module) -> list[nn.Module]:
     """
-    What [`compile_blocks`] compiles.
+    Returns the blocks that [`compile_blocks`] compiles.
 
     Raises:
-        [`ValueError`]: if there is nothing.
+        [`ValueError`]: if there are none.
     """
     blocks = list(repeated_blocks(transformer))
     if not blocks:
@@ -80,7 +82,7 @@ def compilable_blocks(transformer: nn.Module) -> list[nn.Module]:
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of which a transformer mostly consists: the members of its outermost lists of equal modules."""
+    """Yields the blocks that make up most of a transformer: the members of its outermost lists of equal modules."""
     for child in module.children():
         if is_repeated_blocks(child):
             yield from child.children()

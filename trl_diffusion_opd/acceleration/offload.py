@@ -12,9 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Text encoders and VAE in host memory between uses."""
-
-from typing import Any
+"""Keeps text encoders and VAE in host memory (RAM) while they are not used."""
 
 import torch
 from accelerate import cpu_offload_with_hook
@@ -28,12 +26,12 @@ _OFFLOADED = ("text_encoder", "vae")
 
 class Offload:
     """
-    Keeps modules in host memory until they are called; accelerate's hooks then move them to the device, where they stay until
-    [`rest`].
+    Keeps modules in host memory until they are called. accelerate's hooks then move them to the device, where they
+    stay until `rest` is called.
 
     Args:
-        modules (`list[nn.Module]`): as [`offloaded`] returns them; there may be none.
-        device (`torch.device`): where they run.
+        modules (`list[nn.Module]`): the modules, from [`offloaded`]. The list may be empty.
+        device (`torch.device`): the device on which they run.
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device):
@@ -41,21 +39,20 @@ class Offload:
         self._hooks: list[UserCpuOffloadHook] = [cpu_offload_with_hook(m, device)[1] for m in self.modules]
 
     def rest(self) -> None:
-        """Moves them to host memory."""
+        """Moves the modules back to host memory."""
         for hook in self._hooks:
             hook.offload()
 
     def remove(self) -> None:
-        """Takes the hooks away."""
+        """Removes the hooks, so that the modules stay where they are."""
         for hook in self._hooks:
             hook.remove()
 
 
 def offloaded(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """What of a pipeline is not needed while its transformer runs."""
-    components: dict[str, Any] = pipeline.components
+    """Returns the modules of a pipeline that are not needed while its transformer runs: text encoders and VAE."""
     return [
         component
-        for name, component in components.items()
+        for name, component in pipeline.components.items()
         if name.startswith(_OFFLOADED) and isinstance(component, nn.Module)
     ]

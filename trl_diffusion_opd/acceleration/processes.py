@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a process does when another one of the same run has failed or gone."""
+"""Turns a failure of one process into an error on all of them, with a message that says what happened."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,22 +23,22 @@ from accelerate.utils import gather_object
 
 
 def communication_failed(error: BaseException) -> bool:
-    """Whether it was raised because processes could not talk to each other."""
-    # NCCL's errors have a class. Gloo's are plain RuntimeErrors that begin with the place in its source.
+    """Whether an error was raised because processes could not communicate."""
+    # NCCL's errors have a class. Gloo's are plain RuntimeErrors that name a file of its source.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 @contextmanager
 def lost_process_named(where: Callable[[], str], advice: Callable[[], str]) -> Iterator[None]:
     """
-    Within it a failed communication is raised as what it most often is: another process has gone.
+    Explains a failed communication in its block: most often another process has died.
 
     Args:
-        where (`Callable`): where in the training this is, as in "in update 3".
-        advice (`Callable`): what to do about it, a sentence.
+        where (`Callable`): returns where in the training this is, such as "in update 3".
+        advice (`Callable`): returns a sentence that says what to do.
 
     Raises:
-        [`RuntimeError`]: in place of the error of the communication, which is its cause.
+        [`RuntimeError`]: if communication fails. The original error is its cause.
     """
     try:
         yield
@@ -47,16 +47,18 @@ def lost_process_named(where: Callable[[], str], advice: Callable[[], str]) -> I
             raise
         raise RuntimeError(
             f"Process {dist.get_rank()} of {dist.get_world_size()} lost another process {where()}: that one was killed, "
-            "for example for want of memory, or stopped with an error of its own, which is in its own output. Training "
-            f"stops. {advice()}"
+            "for example because it ran out of memory, or it stopped with an error, which is in its own output. "
+            f"Training stops. {advice()}"
         ) from error
 
 
 @contextmanager
 def failing_together() -> Iterator[None]:
     """
-    Within it no process waits for another. What one of them raises there is raised by it, and an error that tells of it by all
-    others, so that all go on, or none: whoever catches it does not wait for processes that are elsewhere.
+    Makes all processes fail if its block fails on one of them, so that none waits for processes that have stopped.
+
+    The process whose block fails raises its own error; all others raise an error that quotes it. Processes must not
+    wait for one another inside the block.
 
     Raises:
         [`RuntimeError`]: if the block of another process has failed.

@@ -12,13 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Bases whose weights are quantised by bitsandbytes or by torchao: what may be trained on them, and what they hold."""
+"""
+Reads and checks bases whose weights are quantised by bitsandbytes or torchao, and says what can be trained on them.
+"""
 
 import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -32,13 +34,16 @@ from ..guards.redaction import shown
 
 
 Kind = Literal["4bit", "8bit", "torchao"]
+QuantizationConfig: TypeAlias = (
+    PipelineQuantizationConfig | QuantizationConfigMixin | None
+)  # what a base may be loaded with
 
-# Beyond it, the gradient that a layer passes on is another one than that of its weights.
+# Maximum relative error of the gradient that a layer passes to its input. Beyond it the gradient is wrong.
 _GRADIENT_ERROR = 0.05
 
 
 def weight_kind(weight: Tensor) -> Kind | None:
-    """By whom a weight is quantised: bitsandbytes in 4 or 8 bits, or torchao; `None` if it is not."""
+    """How a weight is quantised: by bitsandbytes in 4 or 8 bits, or by torchao; `None` if it is not quantised."""
     if type(weight).__module__.startswith("torchao."):
         return "torchao"
     kind = get_bnb_param_type(weight)
@@ -47,20 +52,22 @@ def weight_kind(weight: Tensor) -> Kind | None:
 
 
 def quantized_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers whose weights are quantised, by name: nothing else is, by either library."""
+    """
+    Yields name and layer of the linear layers with quantised weights. Both libraries quantise only linear layers.
+    """
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and weight_kind(module.weight) is not None:
             yield name, module
 
 
 def is_quantized(network: nn.Module) -> bool:
-    """Whether any weight of it is."""
+    """Whether any weight of the network is quantised."""
     return next(quantized_layers(network), None) is not None
 
 
 @torch.no_grad()
 def dequantized(layer: nn.Linear) -> Tensor:
-    """The weight that a linear layer, quantised or not, stands for: `(out_features, in_features)`, a floating dtype."""
+    """The weight of a linear layer, quantised or not, as floating point numbers: `(out_features, in_features)`."""
     weight: Any = layer.weight
     kind = weight_kind(weight)
     if kind is None:
@@ -71,7 +78,7 @@ def dequantized(layer: nn.Linear) -> Tensor:
 
 
 def base_weight(network: nn.Module) -> nn.Parameter:
-    """A weight of the network itself, of none of its LoRAs and no quantised layer, which says the dtype and the device."""
+    """A weight that shows the network's dtype and device: the first that is in no LoRA and no quantised layer."""
     return next(
         parameter
         for name, module in network.named_modules()
@@ -83,7 +90,7 @@ def base_weight(network: nn.Module) -> nn.Parameter:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, or those that one of torchao's consists of."""
+    """Yields the tensor itself, or the plain tensors that make up a torchao tensor."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor.detach()
         return
@@ -92,7 +99,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def scales(network: nn.Module) -> list[Tensor]:
-    """What bitsandbytes keeps of its weights beside them: scales and tables, which are neither parameters nor buffers."""
+    """The scales and tables of bitsandbytes' weights, which are neither parameters nor buffers of the network."""
     found: dict[int, Tensor] = {}
     layer: Any
     for _, layer in quantized_layers(network):
@@ -101,7 +108,7 @@ def scales(network: nn.Module) -> list[Tensor]:
             state = weight.quant_state
             states = [state] if state.state2 is None else [state, state.state2]
             tensors = [t for one in states for t in vars(one).values() if isinstance(t, Tensor)]
-        elif kind == "8bit":  # with the weight until the first forward, with the layer from then on
+        elif kind == "8bit":  # the weight holds them until the first forward, then the layer
             tensors = [t for t in (weight.SCB, layer.state.SCB) if t is not None]
         else:
             tensors = []
@@ -110,7 +117,7 @@ def scales(network: nn.Module) -> list[Tensor]:
 
 
 def described(network: nn.Module) -> str:
-    """How a network's weights are quantised, for people; empty if they are not."""
+    """How a network's weights are quantised, as text for messages; empty if they are not."""
     names = {
         "8bit": lambda weight: "8 bits",
         "4bit": lambda weight: weight.quant_type,
@@ -127,13 +134,13 @@ def described(network: nn.Module) -> str:
 # Loading
 
 
-def pipeline_config(config: Any) -> PipelineQuantizationConfig | None:
+def pipeline_config(config: QuantizationConfig) -> PipelineQuantizationConfig | None:
     """
-    What `DiffusionPipeline.from_pretrained` takes: a config for several components as it is, one of diffusers' for a model as
-    that of the transformer.
+    Converts a config to what `DiffusionPipeline.from_pretrained` takes. A pipeline's config is returned unchanged;
+    diffusers' config of one model is applied to the transformer.
 
     Raises:
-        [`ValueError`]: if it is neither, with what to write instead.
+        [`ValueError`]: if it is neither. The message says what to write instead.
     """
     if config is None or isinstance(config, PipelineQuantizationConfig):
         return config
@@ -143,18 +150,18 @@ def pipeline_config(config: Any) -> PipelineQuantizationConfig | None:
     raise ValueError(
         f"quantization_config is a {name}. Give diffusers' config of the transformer, such as "
         "diffusers.BitsAndBytesConfig(load_in_4bit=True, ...) or diffusers.TorchAoConfig(Int8WeightOnlyConfig()), or a "
-        "diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), in which those of text encoders are "
-        "transformers' configs."
+        "diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), which takes transformers' "
+        "configs for text encoders."
     )
 
 
 @contextmanager
 def failures_named(name: str, config: PipelineQuantizationConfig | None) -> Iterator[None]:
     """
-    Within it the base `name` is loaded with `config`.
+    Explains why the base `name` can't be loaded with `config` in its block.
 
     Raises:
-        [`ValueError`]: in place of what quantisers raise where they can't run, with what can.
+        [`ValueError`]: if the quantiser can't run here. The message says which one can.
     """
     try:
         yield
@@ -162,22 +169,22 @@ def failures_named(name: str, config: PipelineQuantizationConfig | None) -> Iter
         if config is None:
             raise
         raise ValueError(
-            f"The base {name!r} cannot be quantised: {shown(error, 500)} (By bitsandbytes diffusers quantises on a GPU only; torchao's "
-            "Int8WeightOnlyConfig works on a CPU too.)"
+            f"The base {name!r} cannot be quantised: {shown(error, 500)} (diffusers needs a GPU to quantise by "
+            "bitsandbytes; torchao's Int8WeightOnlyConfig works on a CPU too.)"
         ) from error
 
 
 def named_components(config: PipelineQuantizationConfig) -> list[str]:
-    """The components that a config names, if it names any."""
+    """The names of the components that a config quantises; empty if it names none."""
     return list(config.quant_mapping or config.components_to_quantize or ())
 
 
 def prepare(network: nn.Module) -> None:
     """
-    Makes a network whose weights bitsandbytes has quantised fit to be trained on in eval mode.
+    Prepares a network that bitsandbytes has quantised for training in eval mode.
 
-    On CPUs with AVX512-BF16 its 4-bit layers would rearrange their weights in the first forward without gradients, such as a
-    teacher's. What they compute from then on passes no gradient, and some shapes they refuse.
+    On CPUs with AVX512-BF16, its 4-bit layers would rearrange their weights in the first forward without gradients,
+    for example a teacher's. From then on they would pass no gradient and refuse some shapes.
     """
     for _, layer in quantized_layers(network):
         kind = weight_kind(layer.weight)
@@ -189,8 +196,8 @@ def prepare(network: nn.Module) -> None:
 
 def exempt_from_broadcast(model: nn.Module) -> None:
     """
-    Lets DDP wrap a model with torchao's weights: it sends the first process's weights to the others, as views, which these
-    do not have. All processes have read the same.
+    Lets DDP wrap a model with torchao's weights. DDP would send the first process's weights to the others as views,
+    which torchao's tensors don't support. It isn't needed, since all processes have loaded the same weights.
     """
     names = [f"{name}.weight" for name, layer in quantized_layers(model) if weight_kind(layer.weight) == "torchao"]
     if names:
@@ -198,7 +205,7 @@ def exempt_from_broadcast(model: nn.Module) -> None:
 
 
 class _Once(logging.Filter):
-    """Lets a message through once: bitsandbytes says at each forward of each 8-bit layer that it computes in float16."""
+    """Logs bitsandbytes' message that it computes in float16 once, not at each forward of each 8-bit layer."""
 
     said = False
 
@@ -216,12 +223,12 @@ _ONCE = _Once()
 
 
 def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[str]:
-    """What keeps a LoRA from being trained on a transformer, because of how it is quantised; nothing if it isn't."""
+    """Why nothing can be trained on a transformer because of how it is quantised; empty if it can."""
     method = transformer.__dict__.get("quantization_method")
     if method is not None and method not in ("bitsandbytes", "torchao"):
         return [
-            f"The base's transformer is quantised by {method.value}; a LoRA can be trained here on one that is quantised by "
-            "bitsandbytes or torchao."
+            f"The base's transformer is quantised by {method.value}. A LoRA can only be trained on one that is "
+            "quantised by bitsandbytes or torchao."
         ]
     first: dict[type, tuple[str, nn.Linear]] = {}
     for name, layer in quantized_layers(transformer):
@@ -235,26 +242,26 @@ def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[st
         ]
     if any(_is_rearranged(layer) for _, layer in quantized_layers(transformer)):
         return [
-            "bitsandbytes has rearranged the base's 4-bit weights to draw with them on this CPU, and they pass no gradient any "
-            "more. Load the pipeline again, and give it to the trainer before it draws."
+            "bitsandbytes has rearranged the base's 4-bit weights for inference on this CPU, so they pass no gradient "
+            "any more. Load the pipeline again, and give it to the trainer before you generate images with it."
         ]
     quantizer = transformer.__dict__.get("hf_quantizer")
     if quantizer is not None and not quantizer.is_trainable:
         how = type(quantizer.quantization_config.quant_type).__name__  # torchao's: bitsandbytes' are all trainable
         return [
-            f"Nothing can be trained on a base that is quantised by torchao's {how}, says diffusers. Use bitsandbytes, or "
-            "torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
+            f"diffusers cannot train on a base that is quantised by torchao's {how}. Use bitsandbytes, or torchao's "
+            "Int8WeightOnlyConfig or Float8WeightOnlyConfig."
         ]
     return [
-        f"The base is quantised ({described(layer)}) such that {name} passes no gradient, or a wrong one, to what is before "
-        "it. Quantise by bitsandbytes, or weights alone by torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
+        f"The base is quantised ({described(layer)}), and its layer {name} passes no gradient or a wrong one. "
+        "Quantise by bitsandbytes, or only the weights by torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
         for name, layer in first.values()
         if not _passes_gradient(layer)
     ]
 
 
 def _is_rearranged(layer: nn.Linear) -> bool:
-    # bitsandbytes' own way back (0.50.2) leaves scales transposed, and in bfloat16.
+    # bitsandbytes (0.50.2) cannot undo it: its own function leaves the scales transposed, and in bfloat16.
     weight: Any = layer.weight
     return weight_kind(weight) == "4bit" and bool(vars(weight.quant_state).get("packing_format_for_cpu"))
 
@@ -263,7 +270,7 @@ def _is_rearranged(layer: nn.Linear) -> bool:
 def _passes_gradient(layer: nn.Linear) -> bool:
     weight = dequantized(layer).float()
     generator = torch.Generator().manual_seed(0)
-    # Of two axes before the features, as in a transformer.
+    # Two axes before the features, as in a transformer.
     gradient, x = (torch.randn(1, 16, size, generator=generator).to(weight.device) for size in weight.shape)
     x = x.to(layer.weight.dtype if layer.weight.is_floating_point() else torch.float32).requires_grad_()
     # bitsandbytes' layers take on the dtype of their first inputs, and cast their bias to it.

@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Weights that FSDP2 or DeepSpeed's ZeRO-3 has split over the processes. Whatever is not split passes through."""
+"""
+Gathers, splits and saves weights that FSDP2 or DeepSpeed's ZeRO-3 has sharded over the processes. Tensors that are not
+sharded are returned unchanged.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,35 +28,40 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
 
+from ..guards.files import JSON
+
+
+_Zero3 = Any  # a parameter with the attributes that ZeRO-3 gives it
+
 
 def in_zero3(tensor: Tensor) -> bool:
-    """Whether it is a weight that ZeRO-3 has split. It is asked where DeepSpeed need not be installed."""
+    """Whether a tensor is a weight that ZeRO-3 has split. DeepSpeed need not be installed."""
     return "ds_tensor" in tensor.__dict__
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether it is a weight of which each process has a part."""
+    """Whether a tensor is a sharded weight: each process holds only a part of it."""
     return isinstance(tensor, DTensor) or in_zero3(tensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """
-    What this process has of a weight, to be read or changed in place. Call [`forget_gathered`] before it is changed.
+    This process's part of a weight, to read or change in place. Call [`forget_gathered`] before you change it.
 
-    ZeRO-3's is flat, with zeros behind it where the processes don't divide it.
+    With ZeRO-3 it is flat, and padded with zeros if the weight can't be divided equally.
     """
-    zero3: Any = tensor
+    zero3: _Zero3 = tensor
     return zero3.ds_tensor.data if in_zero3(tensor) else tensor.detach()
 
 
 def whole_shape(tensor: Tensor) -> Size:
     """The shape of the full tensor."""
-    zero3: Any = tensor
+    zero3: _Zero3 = tensor
     return zero3.ds_shape if in_zero3(tensor) else tensor.shape
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The full tensor, detached, where it is. All processes must call it."""
+    """The full tensor, detached, on its device. All processes must call this."""
     if in_zero3(tensor):
         from deepspeed.runtime.zero import GatheredParameters
 
@@ -65,24 +73,25 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """
-    Copies of the full tensors, on the CPU, ready for a file. All processes must call it.
+    Copies the full tensors to the CPU, ready to be saved. All processes must call this.
 
     Args:
-        tensors (`Mapping[str, Tensor]`)
-        keep (`bool`, *optional*, defaults to `True`): whether this process wants them. One that does not only takes part.
+        tensors (`Mapping[str, Tensor]`): names and tensors.
+        keep (`bool`, *optional*, defaults to `True`): whether this process needs the copies. With `False` it only
+            takes part in gathering, and the result is empty.
     """
     kept = {}
-    for name, tensor in tensors.items():  # one by one: a device never holds more than one of them whole
+    for name, tensor in tensors.items():  # one by one, so that a device holds at most one full tensor
         full = gathered(tensor)
         if keep:
-            # Under ZeRO-2 they are views into one long tensor, which a file refuses.
+            # With ZeRO-2 they are views into one long tensor, which safetensors refuses to save.
             kept[name] = full.to("cpu", copy=True).contiguous()
     return kept
 
 
 def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """This process's part of `tensor`, which all processes have as a whole, split as the weight `reference` is."""
-    zero3: Any = reference
+    """This process's part of a full `tensor`, split in the same way as the weight `reference`."""
+    zero3: _Zero3 = reference
     if in_zero3(reference) and tensor.shape == zero3.ds_shape:
         size, rank = zero3.ds_tensor.numel(), dist.get_rank(zero3.ds_process_group)
         own = tensor.detach().to(zero3.ds_tensor.device).flatten()[rank * size :][:size]
@@ -93,10 +102,10 @@ def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     return tensor
 
 
-def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, Any]:
+def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, JSON]:
     """
-    What `optimizer.state_dict()` is on one process that has the whole model: parameters by their numbers. All processes
-    must call it; those without `keep` get no tensors.
+    The optimizer's `state_dict()` with full tensors, as if one process held the whole model. All processes must call
+    this; those without `keep` get no tensors.
     """
     state = optimizer.state_dict()
     of_parameters = {
@@ -109,14 +118,14 @@ def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, 
     return {**state, "state": of_parameters}
 
 
-def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, JSON]) -> None:
     """
-    Restores what [`whole_optimizer_state`] returned, or a process's own `state_dict()`, split as the parameters are. Of the
-    tensors in `state` nothing is kept.
+    Restores the state that [`whole_optimizer_state`] returned, or a process's own `state_dict()`, and splits it like
+    the parameters. The tensors in `state` are copied.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def own(value: Any, parameter: Tensor) -> Any:
+    def own(value: object, parameter: Tensor) -> object:
         if not isinstance(value, Tensor):
             return value
         return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
@@ -135,42 +144,43 @@ def is_split(model: nn.Module) -> bool:
 
 def leave_precision_alone(plugin: FullyShardedDataParallelPlugin) -> None:
     """
-    Has FSDP2 split and gather the weights as they are. Call it before the model is split.
+    Keeps FSDP2 from changing dtypes. Call it before the model is split.
 
-    Under mixed precision accelerate has it cast every input of the network, the timesteps as well, its output and the
-    gradients to half precision. Here the network's stand-in decides what is computed in which precision.
+    With mixed precision, accelerate makes FSDP2 cast all inputs of the network (even timesteps), its output and the
+    gradients to half precision. In this package the wrapper that calls the network decides the precision of each
+    computation.
     """
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def leave_precision_to_the_model(config: dict[str, Any], model: nn.Module, device: device) -> None:
+def leave_precision_to_the_model(config: dict[str, JSON], model: nn.Module, device: device) -> None:
     """
-    The same of DeepSpeed. Call it before its engine is made.
+    Keeps DeepSpeed from changing dtypes. Call it before DeepSpeed's engine is created.
 
-    Under mixed precision it would round all weights to half precision, those of a LoRA as well, and sum gradients in it. Here
-    the forward is as accelerate has it on one process.
+    With mixed precision, DeepSpeed would round all weights (also a LoRA's) to half precision and sum gradients in it.
+    Instead the forward runs under autocast, as accelerate does it on one process.
 
     Args:
-        config (`dict`): DeepSpeed's settings, which are changed.
-        model (`nn.Module`): the student, whose forward is changed.
-        device (`torch.device`): where it is trained.
+        config (`dict`): DeepSpeed's settings, changed in place.
+        model (`nn.Module`): the student. Its forward is replaced.
+        device (`torch.device`): the device on which it is trained.
     """
     if config.get("bf16", {}).get("enabled"):
         config["bf16"]["enabled"] = False
-        forward: Any = autocast(device.type, bfloat16)(model.forward)
-        model.forward = convert_outputs_to_fp32(forward)
+        model.forward = convert_outputs_to_fp32(autocast(device.type, bfloat16)(model.forward))
 
 
 def forget_gathered(model: nn.Module) -> None:
     """
-    Call it before weights are read or changed other than by the optimizer, and not between a forward and its backward.
+    Frees gathered copies of weights. Call it before anything but the optimizer reads or changes weights, and never
+    between a forward and its backward.
 
-    After a forward without gradients FSDP2 leaves the root's weights gathered: they are whole tensors then, and a change of
-    them is lost, while one of the parts behind them is not seen by the next forward. ZeRO-3 does so with small weights.
+    After a forward without gradients, FSDP2 keeps the full tensors of the root's weights. A change to a full tensor
+    would be lost, and the next forward would not see a change to a part. ZeRO-3 keeps small weights in the same way.
     """
     for parameter in model.parameters():
         if in_zero3(parameter):
-            zero3: Any = parameter
+            zero3: _Zero3 = parameter
             zero3.partition()
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How good a completion was among those of its prompt: rewards to advantages, and what of them says nothing.
+"""Turns rewards into advantages: how much better a completion (an image) is than the others of its prompt.
 
-Rewards come as a matrix with a row a completion and a column a reward function, the completions of a prompt one after
-another. NaN stands for a reward that does not apply.
+Rewards are a matrix with one row a completion and one column a reward function. The completions of a prompt (a group)
+are consecutive rows. NaN marks a reward that does not apply.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import Tensor
 
 SCALINGS = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-# As in TRL: keeps a group of nearly equal rewards from being blown up.
+# As in TRL: bounds the advantages in a group of nearly equal rewards.
 _EPSILON = 1e-4
 
 
@@ -35,7 +35,7 @@ def weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         rewards (`Tensor` of shape `(n, k)`): NaN where a reward does not apply.
-        weights (`Tensor` of shape `(k,)`)
+        weights (`Tensor` of shape `(k,)`): weights of the rewards.
 
     Returns:
         `Tensor` of shape `(n,)`, float64.
@@ -52,28 +52,28 @@ def group_advantages(
     aggregation: str = "sum_then_normalize",
     clip: float = math.inf,
 ) -> Tensor:
-    """Advantages of completions over the others of their prompt, as TRL's GRPO computes them.
+    """Advantages of completions over the others of the same prompt, computed as in TRL's GRPO.
 
     Args:
         rewards (`Tensor` of shape `(n, k)`):
-            Rewards of `n / num_generations` prompts, NaN where a reward does not apply. NaNs are left out of sums, means and
-            deviations.
+            Rewards of `n / num_generations` prompts, NaN where a reward does not apply. Sums, means and deviations
+            ignore NaNs.
         weights (`Tensor` of shape `(k,)`):
             Weights of the rewards.
         num_generations (`int`):
             Completions of a prompt, a divisor of n.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            What the difference from the group's mean is divided by: the standard deviation of the `"group"`, that of the
-            whole `"batch"`, or nothing (`"none"`).
+            The divisor of the difference from the group's mean: the standard deviation of the `"group"`, that of the
+            whole `"batch"`, or 1 (`"none"`).
         aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            `"sum_then_normalize"`: weighted rewards are added, then normalised. `"normalize_then_sum"`: each reward is
-            normalised in its group, then they are weighted and added, and the sum is normalised over the batch
+            `"sum_then_normalize"`: adds the weighted rewards, then normalises the sum. `"normalize_then_sum"`:
+            normalises each reward in its group, adds them with their weights, and normalises the sum over the batch
             (arXiv 2601.05242); `scale_rewards` then has no effect.
         clip (`float`, *optional*):
-            The largest advantage, and with a minus the least. Without it none is clipped.
+            Advantages are clipped to `[-clip, clip]`. By default none is clipped.
 
     Returns:
-        `Tensor` of shape `(n,)`, float64. 0 for a completion that no reward applies to, and for one that is alone in its
+        `Tensor` of shape `(n,)`, float64. 0 for a completion to which no reward applies, and for one alone in its
         group.
 
     Raises:
@@ -86,7 +86,7 @@ def group_advantages(
     groups = _groups(rewards.double(), num_generations)
     if aggregation == "normalize_then_sum":
         each = (groups - groups.nanmean(1, keepdim=True)) / (_nanstd(groups, 1) + _EPSILON)
-        # A value alone in its group has no deviation: it adds nothing, and its completion is not left out for that.
+        # A value alone in its group has no deviation: it counts as 0, and the completion's other rewards still count.
         summed = weighted_rewards(each.flatten(0, 1).nan_to_num(0.0), weights)
         summed = summed.masked_fill(rewards.isnan().all(1), torch.nan)
         advantages = (summed - summed.nanmean()) / (_nanstd(summed, 0) + _EPSILON)
@@ -101,15 +101,15 @@ def group_advantages(
 
 
 def constant_groups(rewards: Tensor, num_generations: int) -> Tensor:
-    """Which groups have one value of a reward and so say nothing of what is better.
+    """Which groups have the same reward for every completion, so that nothing can be learned from them.
 
     Args:
         rewards (`Tensor` of shape `(n,)` or `(n, k)`): NaN where a reward does not apply.
         num_generations (`int`): completions of a prompt, a divisor of n.
 
     Returns:
-        `Tensor` of shape `(n / num_generations,)` or `(n / num_generations, k)`, bool. A group with less than two values counts
-        as constant.
+        `Tensor` of shape `(n / num_generations,)` or `(n / num_generations, k)`, bool. A group with fewer than two
+        values counts as constant.
     """
     std = _nanstd(_groups(rewards.double(), num_generations), 1).squeeze(1)
     return torch.isclose(std.nan_to_num(0.0), torch.zeros_like(std))
@@ -122,7 +122,7 @@ def _groups(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def _nanstd(values: Tensor, dim: int) -> Tensor:
-    """Standard deviation over `dim` (kept), with Bessel's correction, NaNs left out; NaN with less than two values."""
+    """Standard deviation over `dim` (kept), with Bessel's correction, ignoring NaNs; NaN for fewer than two values."""
     count = (~values.isnan()).sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
     return torch.where(count > 1, squares / (count - 1), torch.nan).sqrt()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the losses of flow models share: noised images, and the difference of two velocities."""
+"""The two formulas that the losses of flow models share: noised images, and the difference of two velocities."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,11 @@ from torch import Tensor
 
 def noised(x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
     """
-    The forward process: `x_t = (1 - t) x0 + t eps`, `t` from 0 (image) to 1 (noise): of all samples, or of shape `(B,)`.
+    The forward process `x_t = (1 - t) x0 + t eps`, with `t` from 0 (image) to 1 (noise).
+
+    Args:
+        x0, eps (`Tensor` of shape `(B, ...)`): images (latents) and noise.
+        t (`float` or `Tensor` of shape `(B,)`): one noise level for all samples, or one for each.
     """
     if isinstance(t, Tensor):
         t = t.to(x0.device, x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
@@ -28,9 +32,10 @@ def noised(x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
 
 
 def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:
-    """Mean over the latent dimensions of the squared difference of two velocities.
+    """The squared difference of two velocities, averaged over the latent dimensions.
 
-    `w_j` times this is the closed-form loss of a step (arXiv 2605.15055, Eqs. 11 and 12, per latent dimension).
+    The closed-form loss of step `j` is this times the step's weight `w_j` (arXiv 2605.15055, Eqs. 11 and 12, per
+    latent dimension).
 
     Args:
         v_student, v_teacher (`Tensor` of shape `(B, ...)`):
@@ -55,6 +60,6 @@ def velocity_difference(v_student: Tensor, v_teacher: Tensor) -> Tensor:
         raise ValueError(
             f"The student's velocity has shape {tuple(v_student.shape)}, the teacher's {tuple(v_teacher.shape)}."
         )
-    # Widened before the subtraction: in bfloat16 the difference of two close velocities is mostly rounding.
+    # Converted before the subtraction: in bfloat16 the difference of two close velocities is mostly rounding.
     dtype = torch.float64 if v_student.dtype == v_teacher.dtype == torch.float64 else torch.float32
     return v_student.to(dtype) - v_teacher.to(dtype)

@@ -12,15 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Losses of GRPO on the transitions of a walk.
+"""The losses of GRPO, computed on the steps (transitions) of a sampled trajectory.
 
-A step of a stochastic sampler is a draw from a Gaussian: `x' = mean + s z` with the mean linear in the velocity. Two
-networks at one state therefore differ by `c (v - v_old)` in the mean, and everything here is written in that difference
-and in the walk's own noise `z`. No log-probability is computed and then subtracted, so at equal velocities a ratio is 1
-exactly, in any precision.
+A step of a stochastic sampler draws from a Gaussian: `x' = mean + s z`, with a mean that is linear in the velocity. At
+the same state, the means of two networks differ by `c (v - v_old)`. Everything here is computed from that difference
+and from the noise `z` that the step added. Log-probabilities are never computed and subtracted, so equal velocities
+give a ratio of exactly 1 in any precision.
 
-Log-probabilities and KL divergences are per latent dimension (a mean, not a sum), as in the code of Flow-GRPO and DanceGRPO:
-the ratio is then the geometric mean of the dimensions' ratios and stays near 1 whatever the resolution.
+Log-probabilities and KL divergences are means over the latent dimensions, not sums, as in the code of Flow-GRPO and
+DanceGRPO. The ratio is then the geometric mean of the dimensions' ratios and stays near 1 at any resolution.
 """
 
 import torch
@@ -34,7 +34,7 @@ SDE_SAMPLERS = ("flow_sde", "dance_sde", "cps")
 
 
 def log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float, s: float) -> Tensor:
-    """Logarithm of the ratio of a transition's probabilities under two networks (Flow-GRPO, arXiv 2505.05470).
+    """The logarithm of the ratio of a step's probabilities under two networks (Flow-GRPO, arXiv 2505.05470).
 
     With `x' = mean_old + s z` and `d = c (v - v_old)`,
 
@@ -42,13 +42,13 @@ def log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float, s: float) -> Tensor
 
     Args:
         v (`Tensor` of shape `(B, ...)`):
-            Velocity of the network whose probability is the numerator, with gradient.
+            Velocity of the trained network (the numerator), with gradient.
         v_old (`Tensor` of the same shape):
             Velocity of the network that took the step.
         z (`Tensor` of the same shape):
-            The standard Gaussian noise with which it did.
+            The standard Gaussian noise of that step.
         c, s (`float`):
-            The step's row of the sampler table, `s` not 0.
+            The step's coefficients in the sampler table. `s` must not be 0.
 
     Returns:
         `Tensor` of shape `(B,)`, float32 (float64 if both velocities are): a mean over the latent dimensions.
@@ -65,8 +65,9 @@ def log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float, s: float) -> Tensor
 def normalized_log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float) -> Tensor:
     """The log-ratio of GRPO-Guard (arXiv 2510.22319, RatioNorm): `s (log_ratio + |d|² / (2 s²)) = <d, z>`.
 
-    The quadratic term pulls ratios below 1, so that clipping misses those of good samples; the factor `1 / s` gives each
-    step another spread. Without both, log-ratios have mean 0, and for equal mean differences the same spread at every step.
+    The quadratic term of `log_ratio` pulls ratios below 1, so clipping rarely acts on good samples. Its factor `1 / s`
+    gives every step a different spread. Without both, log-ratios have mean 0 and, for equal differences of the means,
+    the same spread at every step.
 
     Args:
         v, v_old, z, c: as in [`log_ratio`].
@@ -81,7 +82,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float) -> Tens
     """`-min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)`, to be minimised (Flow-GRPO, arXiv 2505.05470).
 
     Args:
-        ratio, advantages (`Tensor` of shape `(B,)`)
+        ratio, advantages (`Tensor` of shape `(B,)`): `r` and `A` of each sample.
         epsilon (`float`): positive.
 
     Returns:
@@ -91,7 +92,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, epsilon: float) -> Tens
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
-    """Where the clipping of [`clipped_surrogate`] takes the gradient away: `Tensor` of shape `(B,)`, bool."""
+    """Whether clipping in [`clipped_surrogate`] removes a sample's gradient: `Tensor` of shape `(B,)`, bool."""
     return ((ratio > 1 + epsilon) & (advantages > 0)) | ((ratio < 1 - epsilon) & (advantages < 0))
 
 
@@ -112,13 +113,15 @@ def grpo_loss(
     Args:
         loss_type (`str`):
             - `"flow_grpo"`: [`clipped_surrogate`] of the ratio of probabilities (arXiv 2505.05470).
-            - `"grpo_guard"`: of the normalised ratio, divided by the length of the step in noise level, by which the
-              gradients of a short step would otherwise be smaller than those of a long one (arXiv 2510.22319).
+            - `"grpo_guard"`: [`clipped_surrogate`] of the ratio from [`normalized_log_ratio`], divided by the step's
+              length in noise level; otherwise short steps would have smaller gradients than long ones (arXiv
+              2510.22319).
         v, v_old, z (`Tensor` of shape `(B, ...)`), c, s (`float`):
             As in [`log_ratio`].
-        advantages (`Tensor` of shape `(B,)`)
+        advantages (`Tensor` of shape `(B,)`):
+            Advantages of the samples.
         dt (`float`):
-            Difference of the step's noise levels, negative.
+            The next noise level minus the step's own, negative.
         epsilon (`float`):
             Ratios are clipped to `[1 - epsilon, 1 + epsilon]`.
 
@@ -138,16 +141,17 @@ def grpo_loss(
 
 
 def transition_kl(v: Tensor, v_base: Tensor, c: float, s: float) -> Tensor:
-    """KL divergence of two transitions from one state, `c² |v - v_base|² / (2 s²)`, per latent dimension.
+    """KL divergence of two networks' steps from the same state: `c² |v - v_base|² / (2 s²)`, per latent dimension.
 
-    Exact: the two Gaussians have the same variance (Flow-GRPO, arXiv 2505.05470).
+    It is exact, because the two Gaussians have the same variance (Flow-GRPO, arXiv 2505.05470).
 
     Args:
-        v (`Tensor` of shape `(B, ...)`): with gradient. v_base: the base model's, of the same shape.
-        c, s (`float`): the step's row of the sampler table, `s` not 0.
+        v (`Tensor` of shape `(B, ...)`): the student's velocity, with gradient.
+        v_base (`Tensor` of the same shape): the base model's velocity.
+        c, s (`float`): the step's coefficients in the sampler table. `s` must not be 0.
 
     Returns:
-        `Tensor` of shape `(B,)`, in nats a dimension.
+        `Tensor` of shape `(B,)`, in nats per dimension.
     """
     return c**2 / (2 * s**2) * velocity_gap_sq(v, v_base)
 

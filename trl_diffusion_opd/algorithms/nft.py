@@ -14,9 +14,10 @@
 
 """Reinforcement learning on the forward process (DiffusionNFT, arXiv 2509.16117).
 
-An old policy draws images `x0`. They are noised again, `x_t = (1 - t) x0 + t eps`, and at `x_t` the student is compared with
-the old policy: good images pull its velocity to `v = eps - x0`, bad ones push it away. No likelihood and no trajectory
-takes part, so any sampler may have drawn the images.
+The old policy, a slowly moving average of the student, draws images `x0`. They are noised again,
+`x_t = (1 - t) x0 + t eps`, and the student is compared with the old policy at `x_t`. A good image pulls the student's
+velocity toward `v = eps - x0`, a bad one pushes it away. The loss uses no likelihood and no trajectory, so any sampler
+may draw the images.
 """
 
 from collections.abc import Sequence
@@ -29,24 +30,24 @@ from torch import Tensor
 NFT_WEIGHTINGS = ("adaptive", "velocity")
 LEVEL_SAMPLINGS = ("grid", "uniform")
 
-# Least mean absolute error by which the adaptive weighting divides.
+# The smallest mean absolute error by which the adaptive weighting divides.
 _MIN_ERROR = 1e-5
 
 
 def optimality(advantages: Tensor, clip: float) -> Tensor:
     """
-    Probability with which an image counts as a good one: `r = 1/2 + 1/2 clip(A / clip, -1, 1)` (Algorithm 1).
+    The probability that an image counts as good: `r = 1/2 + 1/2 clip(A / clip, -1, 1)` (Algorithm 1).
 
-    In the paper `r = 1/2 + 1/2 clip((reward - mean of the group) / Z, -1, 1)`. With advantages in units of a standard
-    deviation, `Z` is `clip` of these.
+    The paper writes `r = 1/2 + 1/2 clip((reward - mean of the group) / Z, -1, 1)`. If advantages are in standard
+    deviations, its `Z` is `clip` standard deviations.
 
     Args:
-        advantages (`Tensor`): rewards less the mean of their group, in any unit.
-        clip (`float`): positive. An image with this advantage or a higher one is certainly good, and with its negative
-            certainly bad.
+        advantages (`Tensor`): rewards minus the mean of their group, in any unit.
+        clip (`float`): positive. An advantage of `clip` or more gives `r = 1` (good), one of `-clip` or less gives
+            `r = 0` (bad).
 
     Returns:
-        `Tensor` of the same shape, in `[0, 1]`; 1/2 for an image as good as its group's mean.
+        `Tensor` of the same shape, in `[0, 1]`; 1/2 for an image whose reward is its group's mean.
 
     Raises:
         ValueError: if `clip` is not positive.
@@ -58,8 +59,8 @@ def optimality(advantages: Tensor, clip: float) -> Tensor:
 
 def implicit_velocities(v_student: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """
-    Velocities of the implicit positive and negative policy (Theorem 3.2): `(1 - beta) v_old + beta v_student` and
-    `(1 + beta) v_old - beta v_student`, mirror images of each other about the old policy.
+    The velocities of the implicit positive and negative policy (Theorem 3.2): `(1 - beta) v_old + beta v_student` and
+    `(1 + beta) v_old - beta v_student`. They lie on opposite sides of `v_old`, at the same distance.
     """
     gap = beta * (v_student - v_old)
     return v_old + gap, v_old - gap
@@ -75,23 +76,24 @@ def nft_loss(
     weighting: str = "adaptive",
 ) -> Tensor:
     """
-    The loss of DiffusionNFT: `r w+ |v+ - v|² + (1 - r) w- |v- - v|²` (Theorem 3.2), averaged over the latent dimensions.
+    The loss of DiffusionNFT: `r w+ |v+ - v|² + (1 - r) w- |v- - v|²` (Theorem 3.2), averaged over the latent
+    dimensions.
 
     At `v_student = v_old` its gradient is that of flow matching on the image, times `beta (2 r - 1)`: toward images
-    that are better than their group's mean and away from those that are worse. The expected loss over all images of
-    the old policy, without weights, is least at `v_old + (2 / beta) Delta`, where `Delta = alpha (v_good - v_old)` points
-    to the velocity of the good images.
+    that are better than their group's mean, away from worse ones. The expected loss over all images of the old policy,
+    without weights, has its minimum at `v_old + (2 / beta) Delta`, where `Delta = alpha (v_good - v_old)` points to
+    the velocity of the good images.
 
     Args:
-        v_student (`Tensor` of shape `(B, ...)`): with gradient.
-        v_old (`Tensor` of the same shape): of the policy that drew the images, at the same states.
+        v_student (`Tensor` of shape `(B, ...)`): the student's velocity, with gradient.
+        v_old (`Tensor` of the same shape): velocity of the policy that drew the images, at the same states.
         target (`Tensor` of the same shape): `v = eps - x0`.
         t (`float`): noise level of the states.
-        optimality (`Tensor` of shape `(B,)`): `r`, in `[0, 1]`.
-        beta (`float`): the paper's, positive. The smaller, the further the optimum is from the old policy.
+        optimality (`Tensor` of shape `(B,)`): `r` from [`optimality`], in `[0, 1]`.
+        beta (`float`): the paper's beta, positive. A smaller value puts the optimum further from the old policy.
         weighting (`str`):
-            - `"adaptive"`: `|x - x0|² / sg(mean |x - x0|)` with `x = x_t - t v` for either policy, in place of
-              `w |v - target|²`: every image and level has errors of the same size.
+            - `"adaptive"`: replaces `w |v - target|²` by `|x - x0|² / sg(mean |x - x0|)`, with `x = x_t - t v` of
+              either policy, so that errors have the same size for every image and level.
             - `"velocity"`: `w = 1`.
 
     Returns:
@@ -122,7 +124,7 @@ def nft_loss(
 def _weighted_square(error: Tensor, t: float, weighting: str) -> Tensor:
     if weighting == "velocity":
         return error.square().flatten(1).mean(1)
-    # x - x0 = x_t - t v - x0 = -t (v - target): no difference of states, which would cancel.
+    # x - x0 = x_t - t v - x0 = -t (v - target). Subtracting the states themselves would lose digits.
     error = t * error.flatten(1)
     scale = error.detach().abs().mean(1).clamp(min=_MIN_ERROR)
     return error.square().mean(1) / scale
@@ -130,8 +132,9 @@ def _weighted_square(error: Tensor, t: float, weighting: str) -> Tensor:
 
 def old_policy_decay(updates: int, rate: float, maximum: float, start: int = 0) -> float:
     """
-    The share `eta_i = min(rate (i - start), maximum)` of itself that the old policy keeps after `i` updates of the
-    student, 0 up to `start`: `old = eta old + (1 - eta) student` (Algorithm 1 and Appendix C). At 0 it becomes the student.
+    The decay of the old policy after `i` updates of the student: `eta_i = min(rate (i - start), maximum)`, and 0 up to
+    `start`. The old policy becomes `eta old + (1 - eta) student` (Algorithm 1 and Appendix C), so at 0 it is the
+    student.
     """
     return min(rate * max(updates - start, 0), maximum)
 
@@ -141,18 +144,18 @@ def draw_levels(levels: Sequence[float], k: int, sampling: str, generator: np.ra
     Draws the noise levels at which images are trained.
 
     Args:
-        levels (`Sequence[float]` of length `N + 1`): the noise grid of the rollout, of which the last level is the image.
-        k (`int`): number of levels, for `"grid"` at most N.
+        levels (`Sequence[float]` of length `N + 1`): the noise grid of the rollout. Its last level is the image.
+        k (`int`): number of levels to draw, at most N for `"grid"`.
         sampling (`str`):
             - `"grid"`: k different levels of the grid, all equally likely.
-            - `"uniform"`: one in each k-th of (0, 1], uniform there.
-        generator (`numpy.random.Generator`): the same state draws the same levels.
+            - `"uniform"`: splits (0, 1] into k equal parts and draws one level uniformly from each.
+        generator (`numpy.random.Generator`): source of the randomness.
 
     Returns:
         `list[float]`: k levels in (0, 1], decreasing.
 
     Raises:
-        ValueError: for an unknown sampling, or if the grid has not k levels.
+        ValueError: for an unknown sampling, or if the grid has fewer than k levels.
     """
     if sampling not in LEVEL_SAMPLINGS:
         raise ValueError(f"Unknown sampling of noise levels {sampling!r}. Choose one of {', '.join(LEVEL_SAMPLINGS)}.")

@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The steps that are trained, their weights, and the losses.
+"""The losses of on-policy distillation: which steps are trained, with which weights.
 
-Student and teacher take the same kind of Gaussian step with the same variance, so whatever the sampler, the divergence
-at a state is a number `w_j` times the squared difference of their velocities. All losses here are of that form, or have
-it as their expectation.
+Student and teacher take Gaussian steps with the same variance. With every sampler, the divergence at a state is
+therefore a weight `w_j` times the squared difference of the two velocities. Every loss here has that form, or has it
+as its expectation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ WEIGHTINGS = ("kl", "released", "velocity", "x0")
 
 
 def step_weights(table: SamplerTable, levels: Tensor | Sequence[float], weighting: str) -> Tensor:
-    """Weights `w_j` of the squared velocity gap on each step.
+    """The weight `w_j` of the squared difference of velocities (the velocity gap), for each step.
 
     Args:
         table (`SamplerTable`):
@@ -42,16 +42,16 @@ def step_weights(table: SamplerTable, levels: Tensor | Sequence[float], weightin
         levels (`Tensor` or sequence of `float`, shape `(N + 1,)`):
             The noise levels of `table`.
         weighting (`str`):
-            - `"kl"`: `c² / (2 s²)` for a stochastic sampler, the KL divergence (arXiv 2605.15055, Eq. 11); `c² / 2` for a
-              deterministic one (Eq. 12). The second is not the limit of the first as the noise goes to 0.
+            - `"kl"`: `c² / (2 s²)` for a stochastic sampler, the KL divergence (arXiv 2605.15055, Eq. 11); `c² / 2`
+              for a deterministic one (Eq. 12). The second is not the limit of the first as the noise goes to 0.
             - `"released"`: what the paper's code computes. `c² / (2 g²)` for Flow-SDE, which is Eq. 11 times the step
               length; `"kl"` otherwise.
             - `"velocity"`: 1.
             - `"x0"`: `t²`, the squared error of the predicted image.
 
     Returns:
-        `Tensor` of shape `(N,)`, float64. Infinite where a stochastic sampler takes a step without noise and the weighting
-        is `"kl"` or `"released"`; `trained_steps` refuses to train such a step.
+        `Tensor` of shape `(N,)`, float64. With `"kl"` and `"released"`, a stochastic sampler's step without noise has
+        infinite weight; `trained_steps` refuses to train such a step.
 
     Raises:
         ValueError: for an unknown weighting, or if `levels` does not have one entry more than `table` has steps.
@@ -105,13 +105,13 @@ def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
 
 @dataclass(frozen=True, eq=False)
 class StepPlan:
-    """Which steps of a walk are trained, and what their squared velocity gaps weigh: the n first steps of the table.
+    """The trained steps of a walk (a sampled trajectory), which are its first n, and the weights of their losses.
 
     Args:
         table (`SamplerTable`):
             The whole walk, of N steps.
         weights, kl_weights (`Tensor` of shape `(n,)`, float64):
-            Weights of the trained steps in the loss, and in the KL that is reported.
+            Weights of the trained steps in the loss, and in the KL that is logged.
     """
 
     table: SamplerTable
@@ -120,7 +120,10 @@ class StepPlan:
 
     @classmethod
     def of(cls, table: SamplerTable, weighting: str, skip_last_steps: int) -> "StepPlan":
-        """The plan that trains all but the last steps. Raises `ValueError` as `step_weights` and `trained_steps` do."""
+        """
+        The plan that trains all steps but the last `skip_last_steps`. Raises `ValueError` like `step_weights` and
+        `trained_steps`.
+        """
         weights, kl_weights = (step_weights(table, table.levels, name) for name in (weighting, "kl"))
         n = len(trained_steps(weights, skip_last_steps))
         return cls(table, weights[:n], kl_weights[:n])
@@ -135,11 +138,14 @@ class StepPlan:
 
     @property
     def walked(self) -> SamplerTable:
-        """The walk up to the last trained step."""
+        """The part of the walk that ends with the last trained step."""
         return self.table.head(len(self))
 
     def draw(self, k: int | None, seed: Sequence[int]) -> dict[int, float]:
-        """`k` of the steps, or all, and the inverse of the probability of each: the same on every process with that `seed`."""
+        """
+        Draws the steps of an update: `k` steps, or all if `k` is `None`. Each is mapped to 1 / its probability. The
+        same `seed` gives the same steps on every process.
+        """
         if k is None:
             return dict.fromkeys(self.steps, 1.0)
         pi = inclusion_probabilities(self.weights, k)
@@ -147,7 +153,7 @@ class StepPlan:
         return {j: 1.0 / float(pi[j]) for j in systematic_sample(pi, u)}
 
     def expected_steps(self, k: int | None) -> tuple[float, float]:
-        """How many steps an update that draws `k` walks, on average, and how many of them it trains."""
+        """The average number of steps that an update walks if it draws `k`, and the number that it trains."""
         if k is None:
             return float(len(self)), float(len(self))
         pi = inclusion_probabilities(self.weights, k)
@@ -155,16 +161,19 @@ class StepPlan:
         return sum(max(steps) + 1 for steps in draws) / len(draws), float(k)
 
     def loss(self, gaps: Tensor, drawn: Mapping[int, float] | None = None) -> Tensor:
-        """Mean weighted squared gap of the trained steps: of all of them, or estimated from those that `draw` returned.
+        """The weighted mean of the squared velocity gaps of the trained steps, or an unbiased estimate from drawn
+        ones.
 
         Args:
-            gaps (`Tensor` of shape `(n,)`, or `(k,)` where `k` steps were drawn):
+            gaps (`Tensor` of shape `(n,)`, or `(k,)` if `k` steps were drawn):
                 Squared velocity gaps, in the order of the steps.
+            drawn (`Mapping[int, float]`, *optional*):
+                What `draw` returned, if steps were drawn.
         """
         return self._mean(self.weights, gaps, drawn)
 
     def kl(self, gaps: Tensor, drawn: Mapping[int, float] | None = None) -> Tensor:
-        """The same with the weights of the KL."""
+        """The same as `loss`, with the weights of the KL."""
         return self._mean(self.kl_weights, gaps, drawn)
 
     def _mean(self, weights: Tensor, gaps: Tensor, drawn: Mapping[int, float] | None) -> Tensor:
@@ -175,17 +184,19 @@ class StepPlan:
 
 
 def dominant_step(weights: Tensor) -> tuple[int, float]:
-    """The step with the largest weight and its share of the sum, in `[0, 1]`. `weights`: shape `(n,)`, finite, not all 0:
-    those of the trained steps."""
+    """
+    The step with the largest weight, and its share of the sum of weights, in `[0, 1]`. `weights` are those of the
+    trained steps: shape `(n,)`, finite, not all 0.
+    """
     step = int(weights.argmax())
     return step, float(weights[step] / weights.sum())
 
 
 def inclusion_probabilities(weights: Tensor, k: int) -> Tensor:
-    """Probabilities with which `k` of `n` steps are drawn: `min(1, alpha w_j)`, with `alpha` such that they sum to `k`.
+    """The probability `pi_j = min(1, alpha w_j)` of drawing each step, with `alpha` such that the sum is `k`.
 
-    A drawn step then carries the weight `w_j / pi_j`, which makes the loss unbiased and, as far as no `pi_j` is capped,
-    the same for every step.
+    A drawn step gets the weight `w_j / pi_j`. The loss is then unbiased, and all steps whose `pi_j` is below 1 have
+    the same weight.
 
     Args:
         weights (`Tensor` of shape `(n,)`):
@@ -216,17 +227,17 @@ def inclusion_probabilities(weights: Tensor, k: int) -> Tensor:
 
 
 def systematic_sample(pi: Tensor, u: float) -> list[int]:
-    """Draws steps with the given inclusion probabilities: `j` where `floor(C_j - u) > floor(C_{j-1} - u)`, `C` the
+    """Draws steps with the given probabilities: `j` if `floor(C_j - u) > floor(C_{j-1} - u)`, where `C` is the
     cumulative sum of `pi`.
 
     Args:
         pi (`Tensor` of shape `(n,)`):
             In `[0, 1]`, with an integer sum `k`, from `inclusion_probabilities`.
         u (`float`):
-            Uniform in `[0, 1)`. The same `u` gives the same steps, on every process.
+            Uniform in `[0, 1)`. The same `u` gives the same steps on every process.
 
     Returns:
-        `list[int]` of always exactly `k` distinct steps, ascending.
+        `list[int]` of exactly `k` different steps, ascending.
 
     Raises:
         ValueError: if `u` is outside `[0, 1)` or the sum of `pi` is not an integer.
@@ -236,8 +247,8 @@ def systematic_sample(pi: Tensor, u: float) -> list[int]:
     total = float(pi.sum())
     if abs(total - round(total)) > 1e-6:
         raise ValueError(f"Inclusion probabilities must sum to the number of steps to draw, got {total}.")
-    # A step of probability 1 shifts C by an integer, which moves no other one. Drawing the rest alone keeps the
-    # rounding of the cumulative sum from losing or repeating a step.
+    # A step of probability 1 shifts C by an integer and so does not affect the others. Drawing only the rest avoids
+    # that rounding in the cumulative sum loses or repeats a step.
     taken = [j for j, p in enumerate(pi.tolist()) if p >= 1]
     rest = [j for j, p in enumerate(pi.tolist()) if 0 < p < 1]
     missing = round(total) - len(taken)
@@ -251,28 +262,30 @@ def systematic_sample(pi: Tensor, u: float) -> list[int]:
 def policy_gradient_loss(
     v_student: Tensor, v_teacher: Tensor, z: Tensor | None, c: float, s: float, weight: float
 ) -> Tensor:
-    """REINFORCE on the log-ratio of student and teacher: an estimate of the closed form's gradient, for comparison.
+    """REINFORCE on the log-ratio of student and teacher. Its gradient estimates that of the closed form, for
+    comparison.
 
     With `x' = mean_S + s z`, the gradient of `KL(S, T)` is the expectation of `(log p_S(x') - log p_T(x')) grad log
-    p_S(x')` over the walk's own noise. Gaussian steps of equal variance make these, without cancellation,
+    p_S(x')` over the noise of the walk. For Gaussian steps of equal variance, and without cancellation,
 
         log p_S(x') - log p_T(x') = KL + (c / s) <v_S - v_T, z>,        grad log p_S(x') = grad (c / s) <z, v_S>.
 
-    The KL does not depend on the action and the score has mean 0, so subtracting it as a baseline changes no expectation.
-    The product, divided once by the d latent dimensions and scaled by `2 s² weight / c²` for weightings other than
-    the KL's own, has exactly the expected gradient of `weight * velocity_gap_sq(v_student, v_teacher)`. The variance
-    of its gradient is `d + 1` times the squared norm of that gradient (in the space of velocities, one state), where the
-    closed form has none. The value of the loss means nothing; only its gradient does.
+    The KL does not depend on `z` and the score has mean 0, so subtracting the KL as a baseline changes no expectation.
+    The product is divided once by the d latent dimensions and scaled by `2 s² weight / c²` (for other weightings than
+    the KL's). The expectation of its gradient is then exactly the gradient of
+    `weight * velocity_gap_sq(v_student, v_teacher)`. The variance of its gradient is `d + 1` times the squared norm of
+    that gradient (in the space of velocities, at one state); the closed form has variance 0. Only the gradient of this
+    loss has a meaning, not its value.
 
     Args:
         v_student (`Tensor` of shape `(B, ...)`):
-            With gradient.
+            The student's velocity, with gradient.
         v_teacher, z (`Tensor` of the same shape):
-            The teacher's velocity, and the noise with which the student's walk takes this very step; `None` without any.
+            The teacher's velocity, and the noise of this step in the student's walk (`None` if the step adds none).
         c, s (`float`):
-            The step's row of the sampler table, `c` with its sign.
+            The step's coefficients in the sampler table, `c` with its sign.
         weight (`float`):
-            The step's weight.
+            The step's weight, from `step_weights`.
 
     Returns:
         `Tensor` of shape `(B,)`, one value a sample.

@@ -13,12 +13,14 @@
 # limitations under the License.
 
 """
-The one loop along a trajectory, the noise it starts from and adds, and who draws with which seed.
+The loop that samples a trajectory (`walk`), the noise that it starts from and adds, and the seeds of all draws of a
+run.
 
-A seed is a list of words; the last one is the number of a sample or not there. Where there are others than seed, update, task and
-sample, one of these constants takes a place, so that no two draws of a run share their numbers:
+A seed is a list of numbers (words). The last is the number of a sample, except for draws that have no sample. The
+constants
+below mark what a seed is for, so that no two draws of a run use the same random numbers:
 
-| what is drawn | words |
+| what is drawn | words of the seed |
 |---|---|
 | noise of a walk in training, and noise and levels of fine-tuning | seed, update, task, sample |
 | images of evaluations and reports | `DRAWING`, seed, task, sample |
@@ -42,12 +44,12 @@ from torch import Tensor
 from .samplers import SamplerTable
 
 
-# No run has so many updates or tasks. Trainers of two methods never share a run, so they may share a word.
+# Larger than any number of updates or tasks. Two methods never share a run, so they may share a word.
 STEP_DRAW = FORWARD_NOISE = 2**32 - 1
 WINDOW_DRAW = LEVEL_DRAW = CACHE_DRAW = 2**32 - 2
 EVAL_DRAW = 2**32 - 3
 TASKS_DRAW = 2**32 - 4
-# It comes first, so it takes two words: no run has a seed and an update like these.
+# Comes first, so it is as long as two words: no run has this pair as its seed and update.
 DRAWING = 0xD1FF05ED_E7A15EED
 
 
@@ -57,20 +59,21 @@ def walk(
     table: SamplerTable,
     noise: list[torch.Generator] | None = None,
 ) -> Tensor:
-    """Walks from the first noise level of `table` to its last and keeps no state but the current one.
+    """Samples from the first noise level of `table` to its last. Keeps only the current state in memory.
 
     Args:
         velocity (`Callable`):
-            `velocity(j, x, z)` returns the velocity at step `j` and state `x`, detached, of `x`'s shape. `z`, of the same shape, is
-            the noise that the walk is about to add with this step, `None` where it adds none. It may run a backward pass of its
-            own: gradients are enabled or not inside it as they are around `walk`.
+            `velocity(j, x, z)` returns the velocity at step `j` and state `x`, detached, of `x`'s shape. `z`, of the
+            same
+            shape, is the noise that this step will add, or `None` if it adds none. The function may run a backward
+            pass: gradients are enabled in it if they are enabled around `walk`.
         x (`Tensor` of shape `(B, ...)`):
             State at `table.levels[0]`: for a grid that starts at 1, standard Gaussian noise.
         table (`SamplerTable`):
             The sampler. `table.head(n)` stops after `n` steps.
         noise (`list[torch.Generator]` of length `B`, *optional*):
-            What the noise of each sample is drawn from, as [`gaussian`] does, before the velocity of a step that adds some. Not
-            needed where `table` is deterministic.
+            One generator a sample, for [`gaussian`]. Noise is drawn only at steps that add some, before the velocity
+            is computed. Not needed if `table` is deterministic.
 
     Returns:
         `Tensor` of shape `(B, ...)`: the state at `table.levels[-1]`.
@@ -80,7 +83,8 @@ def walk(
     """
     if noise is None and not table.deterministic:
         raise ValueError(f"The sampler {table.name!r} adds noise, so `walk` needs `noise`.")
-    # Python floats: a float64 tensor would widen the state, and one on another device would make every step wait.
+    # Python floats: a float64 tensor would turn the state into float64, and one on another device would delay every
+    # step.
     a, c, b, s, levels = (column.tolist() for column in (table.a, table.c, table.b, table.s, table.levels))
     previous_x0 = None
     for j in range(len(table)):
@@ -98,18 +102,20 @@ def walk(
 
 
 def sample_generators(entropy: Sequence[int], indices: Iterable[int]) -> list[torch.Generator]:
-    """One CPU generator a sample, seeded by what the sample is and not by where or when it is computed.
+    """Returns one CPU generator a sample. The seed depends on which sample it is, not on where or when it is computed.
 
-    Noise then does not depend on the number of processes, the micro-batch size, or a resume, and no two samples share it.
+    The noise is therefore the same for any number of processes, any micro-batch size and after a resume, and no two
+    samples share it.
 
     Args:
         entropy (`Sequence[int]`):
-            What the samples have in common, not negative: seed, global step and index of the task in training.
+            The words of the seed that the samples share, not negative. In training: seed, global step, index of the
+            task.
         indices (`Iterable[int]`):
             Index of each sample in the task's batch over all processes, not negative.
 
     Returns:
-        `list[torch.Generator]`, one an index. Coordinates that differ only by zeros at their end count as the same, as
+        `list[torch.Generator]`, one an index. Seeds that differ only by zeros at their end are equal, as
         `numpy.random.SeedSequence` defines it.
     """
     return [
@@ -119,7 +125,7 @@ def sample_generators(entropy: Sequence[int], indices: Iterable[int]) -> list[to
 
 
 def gaussian(generators: list[torch.Generator], x: Tensor) -> Tensor:
-    """Standard Gaussian noise of `x`'s shape on `x`'s device, drawn in float32, row `i` from generator `i`.
+    """Standard Gaussian noise of `x`'s shape, on `x`'s device. Row `i` is drawn in float32 from generator `i`.
 
     Raises:
         ValueError: if there is not one generator a row.

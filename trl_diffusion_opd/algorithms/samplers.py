@@ -12,16 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Samplers as tables of coefficients.
+"""The samplers, each as a table of four coefficients a step.
 
-The noise level `t` goes from 1 (noise) to 0 (image) along `levels`. The network predicts the velocity `v = eps - x0` of
-`x = (1 - t) x0 + t eps`, so `x0 = x - t v` and `eps = x + (1 - t) v`. Every sampler here takes a Gaussian step whose
-mean is linear in `x` and `v`:
+The noise level `t` goes from 1 (noise) to 0 (image) along `levels`. The network predicts the velocity `v = eps - x0`
+of `x = (1 - t) x0 + t eps`, so `x0 = x - t v` and `eps = x + (1 - t) v`. A step of every sampler here is Gaussian,
+with a mean
+that is linear in `x` and `v`:
 
     x_{j+1} = a_j x_j + c_j v_j + b_j h_j + s_j z_j,    z_j ~ N(0, I),    h_j = x0 of the step before
 
-and is therefore four numbers a step. Two networks at the same state differ by `c_j (v_1 - v_2)` in the mean and by nothing
-else, which is all that the losses in `opd.py` need.
+At the same state, the steps of two networks differ only in their means, by `c_j (v_1 - v_2)`. The losses in `opd.py`
+need nothing else.
 """
 
 import math
@@ -36,19 +37,19 @@ SAMPLERS = ("ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm2m")
 STOCHASTIC_SAMPLERS = ("flow_sde", "dance_sde", "cps", "ddim")
 DEFAULT_NOISE_LEVEL = 0.7
 
-# Second order extrapolates the last change of x0 by r / 2, r the ratio of two steps in log-SNR; beyond that it
-# amplifies more than it corrects (r is 4.6 on step 8 of SD3's 10-step grid).
+# The second order extrapolates the last change of x0 by r / 2, where r is the ratio of two steps in log-SNR. With a
+# larger r it amplifies errors more than it corrects (r is 4.6 on step 8 of SD3's 10-step grid).
 MAX_DPM_STEP_RATIO = 2.0
 
 
 @dataclass(frozen=True, eq=False)
 class SamplerTable:
-    """The coefficients of a walk of N steps along `levels`.
+    """The coefficients of a walk (a sampled trajectory) of N steps along `levels`.
 
     Args:
         a, c, b, s (`Tensor` of shape `(N,)`, float64, on the CPU):
-            Factors of the state, the velocity, the previous step's x0, and the noise. `s` is the standard deviation of the
-            whole step: the square root of the step length is in it. `c` is negative.
+            Factors of the state, the velocity, the previous step's x0, and the noise. `s` is the standard deviation of
+            the whole step and includes the square root of the step length. `c` is negative.
         levels (`Tensor` of shape `(N + 1,)`, float64, on the CPU):
             Noise levels, strictly decreasing in `[0, 1]`.
         name (`str`):
@@ -71,36 +72,43 @@ class SamplerTable:
         return not bool((self.s != 0).any())
 
     def head(self, n: int) -> "SamplerTable":
-        """The first `n` steps, for a walk that stops early. Raises `ValueError` unless `0 <= n <= N`."""
+        """The table of the first `n` steps, for a walk that stops early. Raises `ValueError` unless `0 <= n <= N`."""
         if not 0 <= n <= len(self):
             raise ValueError(f"The walk has {len(self)} steps, so its first {n} cannot be taken.")
         return SamplerTable(self.a[:n], self.c[:n], self.b[:n], self.s[:n], self.levels[: n + 1], self.name)
 
 
 def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: float | None = None) -> SamplerTable:
-    """The coefficients of a sampler on a noise grid.
+    """Computes the coefficients of a sampler on a noise grid.
 
     Args:
         name (`str`):
-            - `"ode"`: Euler steps of the probability flow (arXiv 2605.15055, Eq. 12, its default).
-            - `"flow_sde"`: Flow-GRPO (arXiv 2505.05470), diffusion `g² = eta² t / (1 - t)`, which grows without bound
-              towards t = 1. On a first step where it would turn the state about (`a <= 0`: `eta² |dt| >= 2 (1 - t)`), `g²`
-              takes `levels[1]`, as on every grid that starts at 1. One that starts at 0.9 seldom needs it.
-            - `"dance_sde"`: DanceGRPO (arXiv 2505.07818), `g = eta`. A step that would amplify the noise it should
-              remove (`eta² |dt| > 2 t (t + t')`, at the end of a grid `eta² > 2 t`) is an ODE step.
+            - `"ode"`: Euler steps of the probability flow (arXiv 2605.15055, Eq. 12; the paper's default).
+            - `"flow_sde"`: Flow-GRPO (arXiv 2505.05470), with diffusion `g² = eta² t / (1 - t)`, which grows without
+              bound towards t = 1. If the first step would reverse the state's sign (`a <= 0`:
+              `eta² |dt| >= 2 (1 - t)`), its `g²` is computed at `levels[1]`. That is so on every grid that starts at
+              1, and rarely on one that starts at 0.9.
+            - `"dance_sde"`: DanceGRPO (arXiv 2505.07818), with `g = eta`. A step that would amplify the noise that it
+              should
+              remove (`eta² |dt| > 2 t (t + t')`; at the end of a grid `eta² > 2 t`) becomes an ODE step.
             - `"cps"`: coefficients-preserving sampling (arXiv 2509.05952).
-            - `"ddim"`: DDIM with its `eta` (arXiv 2010.02502), carried over to flow matching.
-            - `"dpm2m"`: DPM-Solver++ 2M (arXiv 2211.01095). First order, which is Euler, on the first step, after a
-              start at `t = 1`, on a step to 0, and where the log-SNR step is more than twice the one before.
+            - `"ddim"`: DDIM with its `eta` (arXiv 2010.02502), adapted to flow matching.
+            - `"dpm2m"`: DPM-Solver++ 2M (arXiv 2211.01095). Four kinds of steps are first order (Euler): the first
+              step, the one after a start at `t = 1`, a step to 0, and one whose log-SNR step is over twice the
+              previous one.
         levels (`Tensor` or sequence of `float`, shape `(N + 1,)`):
             Noise levels, strictly decreasing in `[0, 1]`. They need not start at 1.
         noise_level (`float`, *optional*):
-            Stochasticity `eta`: any value >= 0 for the two SDEs, `[0, 1]` for `"cps"` and `"ddim"`. `None` is 0.7 for
-            these. The same value means a different amount of noise in different samplers.
+            How much noise the sampler adds (`eta`): any value >= 0 for the two SDEs, `[0, 1]` for `"cps"` and
+                `"ddim"`.
+            Defaults to 0.7 for these four. The same value means different amounts of noise in different samplers.
+
+    Returns:
+        [`SamplerTable`]: the coefficients of N steps.
 
     Raises:
-        ValueError: for an unknown sampler, a grid that is not strictly decreasing in `[0, 1]`, a noise level out of range,
-            or any noise level with a sampler that has none.
+        ValueError: for an unknown sampler, a grid that is not strictly decreasing in `[0, 1]`, a noise level out of
+            range, or any noise level with a sampler that has none.
     """
     check_sampler(name)
     levels = _checked_levels(levels)
@@ -136,16 +144,17 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
 
 
 def sde_window(table: SamplerTable, steps: range) -> SamplerTable:
-    """The same walk with noise in some steps alone and Euler's ODE steps elsewhere (MixGRPO, arXiv 2507.21802).
+    """The same walk with noise only in a window of steps; the others become Euler's ODE steps (MixGRPO, arXiv
+    2507.21802).
 
     Args:
         table (`SamplerTable`):
-            A stochastic sampler.
+            The table of a stochastic sampler, of N steps.
         steps (`range`):
-            The steps that stay as they are, in `[0, N)`.
+            The window: the steps that keep their noise, in `[0, N)`.
 
     Raises:
-        ValueError: if `steps` is empty, is outside the walk or holds a step that adds no noise.
+        ValueError: if `steps` is empty, outside the walk, or contains a step that adds no noise.
     """
     n = len(table)
     if not (steps and 0 <= steps.start < steps.stop <= n):
@@ -176,8 +185,11 @@ def check_sampler(name: str) -> None:
 
 
 def default_skip_last_steps(sampler_name: str) -> int:
-    """Steps at the end of the walk that are not trained: 1 as in the paper's code, 2 where the last has no noise and the
-    one before it has almost none (`"cps"`, `"ddim"`). Raises `ValueError` for an unknown sampler."""
+    """
+    The number of last steps that are not trained by default. It is 1 as in the paper's code, and 2 for `"cps"` and
+    `"ddim"`, whose last step has no noise and the one before it almost none. Raises `ValueError` for an unknown
+    sampler.
+    """
     check_sampler(sampler_name)
     return 2 if sampler_name in ("cps", "ddim") else 1
 
@@ -194,12 +206,12 @@ def _clean_and_noise_step(t: Tensor, t_next: Tensor, kept_noise: Tensor) -> tupl
 
 
 def _dpm_step_ratio(levels: Tensor) -> Tensor:
-    """Ratio of each log-SNR step to the one before; 0 where the step is first order."""
+    """The ratio of each log-SNR step to the one before; 0 for a step of first order."""
     log_snr = (1 - levels).log() - levels.log()
     step = log_snr.diff()
     ratio = torch.zeros_like(step)
     ratio[1:] = step[1:] / step[:-1]
-    # The log-SNR is infinite at t = 1 and t = 0: a start at 1 gives 0, a step to 0 inf, and both in one nan.
+    # The log-SNR is infinite at t = 1 and t = 0: a start at 1 gives 0, a step to 0 gives inf, both together give nan.
     return torch.where(ratio <= MAX_DPM_STEP_RATIO, ratio, 0.0)
 
 
@@ -207,7 +219,7 @@ def _checked_levels(levels: Tensor | Sequence[float]) -> Tensor:
     levels = torch.as_tensor(levels, dtype=torch.float64, device="cpu").detach().clone()
     if levels.ndim != 1 or len(levels) < 2:
         raise ValueError(f"A noise grid is a list of two or more levels, got shape {tuple(levels.shape)}.")
-    # A nan fails every comparison, so it is refused here too.
+    # This refuses nan as well, since every comparison with it is false.
     if not bool((levels.diff() < 0).all() and levels[0] <= 1 and levels[-1] >= 0):
         raise ValueError(
             f"Noise levels must decrease strictly from at most 1 (noise) to at least 0 (image), got {levels.tolist()}. "
@@ -218,10 +230,10 @@ def _checked_levels(levels: Tensor | Sequence[float]) -> Tensor:
 
 def checked_noise_level(name: str, noise_level: float | None) -> float:
     """
-    The noise level (eta) that a sampler works with: 0 where it has no noise, the default where none is given.
+    The noise level (eta) that a sampler uses: 0 for a sampler without noise, the default if `noise_level` is `None`.
 
     Raises:
-        ValueError: if the sampler can't take it.
+        ValueError: if the sampler does not accept this noise level.
     """
     if name not in STOCHASTIC_SAMPLERS:
         if noise_level is not None:

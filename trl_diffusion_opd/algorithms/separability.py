@@ -13,16 +13,15 @@
 # limitations under the License.
 
 """
-How well the tasks can be told apart by their prompts, and whether that matters: the figures and what they mean.
+Measures whether prompts reveal their task, and how much the tasks' teachers disagree.
 
-A student sees the prompt and not the task. Where two tasks have the same kind of prompts and their teachers pull apart, the
-least loss is at the mean of the two, and the student keeps of each what the mean has of it.
+A student sees the prompt but not the task. If two tasks have the same kind of prompts and their teachers disagree, the
+loss is smallest at the mean of the two teachers, and the student learns only that mean.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,17 +29,18 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 
-# With fewer prompts a task the accuracy says little: two of 16 are an eighth of it.
+# With fewer prompts a task, the accuracy is too coarse: 2 prompts of 16 change it by an eighth.
 MIN_PROMPTS = 16
-# An accuracy below it, of which .5 is chance.
+# Below this accuracy, prompts count as alike. Chance is 0.5.
 _ALIKE = 0.75
-# A share of identical prompts from which on it matters.
+# From this share of identical prompts on, prompts count as alike.
 _IDENTICAL = 0.1
-# What varies by less of its size is constant: encoders in half precision round it differently in other company.
+# A feature that varies by less than this part of its size is constant: in half precision an encoder's rounding depends
+# on the other prompts of a batch.
 _SAME = 1e-3
-# At .5 a student of the mean loses a sixteenth of what the two teach: see `disagreement`.
+# From this disagreement on, teachers conflict: a student of their mean loses a sixteenth of what they teach.
 _APART = 0.5
-# Twenty tasks make 190 pairs.
+# Pairs that a warning lists: twenty tasks make 190.
 _SHOWN = 10
 _FOLDS = 5
 _SHRINKAGE = 0.1  # of the mean variance in the directions in which prompts vary
@@ -54,10 +54,12 @@ class Pair:
 
     Attributes:
         tasks: Their names.
-        identical: How many different prompts both have.
-        identical_share: What part of a task's rows these are, each counted by the task in which it is rarer; in [0, 1].
-        accuracy: Of telling the task of a prompt by its embedding, 0.5 is chance; `None` with too few prompts to say.
-        disagreement: See [`disagreement`]; `None` where it was not measured.
+        identical: Number of different prompts that both tasks contain.
+        identical_share: The share of these prompts in the tasks' rows, in [0, 1]. Each prompt counts with its share in
+            the task where it is rarer.
+        accuracy: How often a classifier finds the task from a prompt's embedding; 0.5 is chance. `None` for too few
+            prompts.
+        disagreement: How far the teachers are apart, see [`disagreement`]; `None` if it was not measured.
     """
 
     tasks: tuple[str, str]
@@ -68,16 +70,16 @@ class Pair:
 
     @property
     def alike(self) -> bool:
-        """Whether the prompts can't be told apart."""
+        """Whether the prompts of the two tasks can't be told apart."""
         return self.identical_share >= _IDENTICAL or (self.accuracy is not None and self.accuracy < _ALIKE)
 
     @property
     def in_conflict(self) -> bool:
-        """Whether, besides, the teachers pull apart."""
+        """Whether the prompts are alike and the teachers disagree."""
         return self.alike and self.disagreement is not None and self.disagreement >= _APART
 
-    def report(self) -> dict[str, Any]:
-        """The figures under their names, ready for JSON."""
+    def report(self) -> dict[str, list[str] | float | None]:
+        """The figures as a dict, ready for JSON."""
         return {
             "tasks": list(self.tasks),
             "identical_prompts": self.identical,
@@ -87,10 +89,12 @@ class Pair:
         }
 
     def findings(self) -> str:
-        """A conflict in words."""
+        """One line that describes the conflict."""
         found = []
         if self.accuracy is not None:
-            found.append(f"by their embeddings {self.accuracy:.0%} are told right, where 50% is chance")
+            found.append(
+                f"from a prompt's embedding the task is found {self.accuracy:.0%} of the time, and 50% is chance"
+            )
         if self.identical:
             found.append(f"{self.identical} prompts are in both, {self.identical_share:.1%} of the rows")
         one, other = (repr(task) for task in self.tasks)
@@ -98,7 +102,9 @@ class Pair:
 
 
 def conflict_warning(pairs: Sequence[Pair]) -> str | None:
-    """What will come of the conflicts among pairs of tasks, and what to do; `None` if there are none."""
+    """
+    A warning about pairs of tasks in conflict: what will happen and what to do. `None` if no pair is in conflict.
+    """
     conflicts = [pair for pair in pairs if pair.in_conflict]
     if not conflicts:
         return None
@@ -109,10 +115,10 @@ def conflict_warning(pairs: Sequence[Pair]) -> str | None:
         [
             "The prompts of these tasks can't be told apart, and their teachers disagree on the same states:",
             *shown,
-            "How far teachers are apart is in units of what they teach: 0 is the same, 1.41 has nothing in common. A student sees "
-            "the prompt and not the task, so it will learn the mean of such teachers and keep a part of each. Make the prompts say "
-            "which task they are of, such as by a word in front that is in all prompts of the task and in no other's, in training, "
-            "in evaluations and wherever the student is used.",
+            "The distance of teachers is relative to what they change in the base: 0 means equal, 1.41 nothing in "
+            "common. A student sees the prompt and not the task, so it will learn the mean of such teachers, which is "
+            "only a part of each. Make the prompts show their task: for example, put a word in front of all prompts "
+            "of one task and of no other, in training, in evaluations and wherever the student is used.",
         ]
     )
 
@@ -121,20 +127,20 @@ def conflict_warning(pairs: Sequence[Pair]) -> str | None:
 
 
 def prompt_counts(prompts: pa.Array) -> dict[str, pa.Array]:
-    """The different texts of an array of strings, `"values"`, and how often each is there, `"counts"`."""
+    """The different strings of an array (`"values"`) and how often each occurs (`"counts"`)."""
     counted = prompts.value_counts()
     return {"values": counted.field("values"), "counts": counted.field("counts")}
 
 
 def identical_prompts(one: Mapping[str, pa.Array], other: Mapping[str, pa.Array]) -> tuple[int, float]:
     """
-    How many different prompts two tasks share, and what part of their rows.
+    Counts the different prompts that two tasks share, and their share of the tasks' rows.
 
-    Both tasks have an equal part of an update, so a prompt that is a tenth of the rows of one task and a hundredth of the
-    other's is in conflict in a hundredth.
+    Both tasks have the same number of prompts in an update. If a prompt makes up 10% of one task's rows and 1% of the
+    other's, its share is therefore 1%.
 
     Args:
-        one (`dict`), other (`dict`): of each task, as [`prompt_counts`] returns it.
+        one (`dict`), other (`dict`): what [`prompt_counts`] returned for each task.
 
     Returns:
         `tuple[int, float]`: the number, and the share in [0, 1].
@@ -149,17 +155,17 @@ def identical_prompts(one: Mapping[str, pa.Array], other: Mapping[str, pa.Array]
 # Embeddings
 
 
-def prompt_features(embeddings: Any) -> np.ndarray:
+def prompt_features(embeddings: object) -> np.ndarray:
     """
-    One vector of what a pipeline's encoders make of one prompt.
+    Reduces the output of a pipeline's text encoders for one prompt to one vector.
 
-    Of every tensor the mean over all axes but the last: a pooled output stays as it is, a sequence becomes the mean of its
-    tokens, of whatever length it is. Tokens that a mask of the pipeline leaves out are left out. What is the same for any
-    prompt (position ids, the empty prompt's embedding) does no harm: [`told_apart`] drops it.
+    Each tensor is averaged over all axes but the last: a pooled output stays as it is, and a sequence of any length
+    becomes the mean of its tokens. Tokens that the pipeline masks are ignored. Features that are the same for every
+    prompt (position ids, the empty prompt's embedding) may be included: [`told_apart`] drops them.
 
     Args:
-        embeddings: What `encode_prompt` returned for a batch of this prompt: tensors and `None`, in tuples and lists of any
-            depth.
+        embeddings: The return value of `encode_prompt` for a batch with this prompt: tensors and `None`, in nested
+            tuples and lists.
 
     Returns:
         `np.ndarray` of shape `(features,)`, float64.
@@ -178,7 +184,7 @@ def prompt_features(embeddings: Any) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -188,20 +194,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def told_apart(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float | None:
     """
-    How often the task of a prompt is told right by which task's mean embedding is nearer, in cross-validation.
+    The cross-validated accuracy of a classifier that finds a prompt's task by the nearer mean embedding.
 
-    Distances are in units of the prompts' spread within their tasks, in every direction (linear discriminant analysis with a
-    covariance that is shrunken, since there are fewer prompts than features). In plain ones a word that all prompts of a task
-    have would be lost among what they say besides. Each fold's prompts are told by the means and the spread of the others; a
-    prompt of both tasks is in the same fold of both.
+    Distances are scaled, in every direction, by the spread of prompts within their tasks. This is linear discriminant
+    analysis with a shrunken covariance, since there are fewer prompts than features. Without the scaling, a word that
+    all prompts of a task share would be lost among their differences. Each fold is classified with the means and the
+    spread of the other folds. A prompt that is in both tasks is in the same fold of both.
 
     Args:
         one (`dict[str, np.ndarray]`), other (`dict[str, np.ndarray]`):
-            Features of a task's different prompts, of shape `(features,)`, as [`prompt_features`] returns them.
+            Each different prompt of a task with its features from [`prompt_features`], of shape `(features,)`.
 
     Returns:
-        `float`, *optional*: the mean of both tasks' shares of prompts that are told right, in [0, 1]. Chance is 0.5, also
-        where the tasks have different numbers of prompts. `None` with fewer than [`MIN_PROMPTS`] prompts of a task.
+        `float`, *optional*: the share of correctly classified prompts, averaged over the two tasks, in [0, 1]. Chance
+        is 0.5, even if the tasks have different numbers of prompts. `None` if a task has fewer than [`MIN_PROMPTS`]
+        prompts.
     """
     if min(len(one), len(other)) < MIN_PROMPTS:
         return None
@@ -225,15 +232,15 @@ def told_apart(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -
 
 
 def _nearer(x: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """For each row of `x` a number that is positive where the mean of `other` is nearer than that of `one`."""
+    """For each row of `x`, a number that is positive if the mean of `other` is nearer than that of `one`."""
     mean_one, mean_other = one.mean(0), other.mean(0)
     within = np.concatenate([one - mean_one, other - mean_other])
-    gram = within @ within.T  # as large as the prompts are many, where the covariance is as large as the features are
+    gram = within @ within.T  # (prompts, prompts): smaller than the covariance, which is (features, features)
     ridge = _SHRINKAGE * np.trace(gram) / len(gram) + np.finfo(float).tiny
     inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
     apart = mean_other - mean_one
     direction = apart - within.T @ (inverse @ (within @ apart))
-    # The mean of n prompts is off by its own noise, which would make the task with fewer the farther one.
+    # The mean of n prompts has a noise of its own, which would make the task with fewer prompts seem farther away.
     bias = ridge * np.sum(inverse * gram) / len(gram) * (1 / len(other) - 1 / len(one)) / 2
     return (x - (mean_one + mean_other) / 2) @ direction + bias
 
@@ -243,20 +250,22 @@ def _nearer(x: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def disagreement(apart: float, taught: tuple[float, float], size: float, rounding: float) -> float:
     """
-    How far two teachers are apart on the same states, in units of what they teach.
+    The distance of two teachers on the same states, relative to what they change in the base.
 
-    `|v_A - v_B|`, over the root mean square of `|v_A - v_base|` and `|v_B - v_base|`: 0 for the same velocities, the root of 2
-    for corrections of the base that have nothing in common, 2 for opposite ones. A student of the mean of the two misses each
-    by half of it, so a quarter of its square is lost of the squared correction.
+    It is `|v_A - v_B|` divided by the root mean square of `|v_A - v_base|` and `|v_B - v_base|`: 0 for equal
+    velocities, the square root of 2 for changes that have nothing in common, 2 for opposite ones. A student of the
+    teachers' mean differs from each by half the distance, so it loses a quarter of the squared distance from the
+    squared change.
 
     Args:
-        apart (`float`): mean of the squared difference of their velocities.
-        taught (`tuple[float, float]`): mean of the squared difference of each to the base's, at the teacher's guidance.
-        size (`float`): mean of the squared velocity.
-        rounding (`float`): relative difference of the velocities of two equal networks.
+        apart (`float`): mean squared difference of the teachers' velocities.
+        taught (`tuple[float, float]`): mean squared difference of each teacher's velocity from the base's, at the
+            teacher's guidance.
+        size (`float`): mean squared velocity.
+        rounding (`float`): relative difference of the velocities of two equal networks, caused by rounding.
 
     Returns:
-        `float`: not negative; infinite where two guidance scales of the base itself are compared.
+        `float`: not negative; infinite if the base itself is compared at two guidance scales.
     """
     if apart <= rounding**2 * size:
         return 0.0

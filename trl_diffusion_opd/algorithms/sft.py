@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Flow matching on images: noise levels, noised images and the loss (arXiv 2210.02747; the levels as in arXiv 2403.03206)."""
+"""
+The loss of flow matching on images (arXiv 2210.02747) and the noise levels at which it is computed (arXiv 2403.03206).
+"""
 
 import torch
 from torch import Tensor
@@ -25,15 +27,17 @@ TIMESTEP_DENSITIES = ("uniform", "logit_normal")
 
 def density_quantile(q: Tensor, density: str, logit_mean: float = 0.0, logit_std: float = 1.0) -> Tensor:
     """
-    Quantiles of the density from which timesteps are drawn, before the shift: of uniform `q` it makes draws.
+    The quantile function of the density from which timesteps are drawn, before the shift. Uniform `q` become draws
+    from it.
 
     Args:
         q (`Tensor`): in `[0, 1)`.
         density (`str`):
-            - `"uniform"`: all timesteps alike.
+            - `"uniform"`: all timesteps are equally likely.
             - `"logit_normal"`: `sigmoid(logit_mean + logit_std z)`, `z` standard normal (arXiv 2403.03206, Eq. 19).
-        logit_mean (`float`, *optional*, defaults to 0): towards noise if positive, towards images if negative.
-        logit_std (`float`, *optional*, defaults to 1): positive.
+        logit_mean (`float`, *optional*, defaults to 0): positive values shift draws towards noise, negative towards
+            images.
+        logit_std (`float`, *optional*, defaults to 1): the spread of the draws, positive.
 
     Returns:
         `Tensor` of `q`'s shape, float64, in `[0, 1]`.
@@ -51,11 +55,12 @@ def density_quantile(q: Tensor, density: str, logit_mean: float = 0.0, logit_std
 
 def shifted(u: Tensor, levels: Tensor) -> Tensor:
     """
-    Noise levels of timesteps on the pipeline's own schedule, whose shift is in its grid, by linear interpolation.
+    Shifts timesteps to noise levels of the pipeline's own schedule, by linear interpolation in its (shifted) noise
+    grid.
 
     Args:
         u (`Tensor`): timesteps from 0 (image) to 1 (noise), before the shift.
-        levels (`Tensor` of shape `(N + 1,)`): the pipeline's noise grid of many steps, decreasing.
+        levels (`Tensor` of shape `(N + 1,)`): a fine noise grid of the pipeline, decreasing.
 
     Returns:
         `Tensor` of `u`'s shape, float64.
@@ -68,14 +73,14 @@ def shifted(u: Tensor, levels: Tensor) -> Tensor:
 
 def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """
-    `|v - (eps - x0)|²`, a mean over the latent dimensions (arXiv 2210.02747, with `t` from image to noise).
+    `|v - (eps - x0)|²`, averaged over the latent dimensions (arXiv 2210.02747, with `t` from image to noise).
 
     Args:
         v (`Tensor` of shape `(B, ...)`): velocity at `noised(x0, eps, t)`, with gradient.
         x0, eps (`Tensor` of the same shape): images and noise.
 
     Returns:
-        `Tensor` of shape `(B,)`, one value a sample. Its least possible mean is not 0: many images and noises meet at a
-        state.
+        `Tensor` of shape `(B,)`, one value a sample. Its mean cannot reach 0, since different images and noises lead
+        to the same state.
     """
     return velocity_gap_sq(v, eps - x0)

@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Latents of images that teachers have drawn, kept in a folder: made once, gone on with when interrupted, read a row at a time."""
+"""
+Keeps the latents of images that teachers have drawn in a folder. An interrupted run continues where it stopped, and
+training reads one image at a time.
+"""
 
 import hashlib
 import json
@@ -28,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..guards.file_modes import give_usual_mode
+from ..guards.files import JSON, write_json
 
 
 INDEX_FILE = "index.json"
@@ -38,12 +42,12 @@ _KEY = "latents"
 @dataclass(frozen=True)
 class Shard:
     """
-    Consecutive images of one task.
+    A file with consecutive images of one task.
 
     Attributes:
         file (`str`): name of the file in the folder.
-        task (`str`)
-        numbers (`range`): numbers of its images among those of the task. Image `n` is of prompt `n // images_per_prompt`.
+        task (`str`): the task of all its images.
+        numbers (`range`): the images, counted within the task. Image `n` belongs to prompt `n // images_per_prompt`.
     """
 
     file: str
@@ -56,16 +60,16 @@ class LatentCache:
     A folder with an index (`index.json`: settings, prompts, files) and the latents in shards (safetensors, float32).
 
     Args:
-        folder (`str` or `Path`)
-        settings (`dict`): everything the images depend on besides their prompts, as JSON values.
-        prompts (`dict[str, list[str]]`): different prompts of each task, in an order.
-        images_per_prompt (`int`)
+        folder (`str` or `Path`): the folder, which need not exist yet.
+        settings (`dict`): everything that the images depend on besides their prompts, as JSON values.
+        prompts (`dict[str, list[str]]`): the different prompts of each task, in a fixed order.
+        images_per_prompt (`int`): number of images drawn for each prompt.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, JSON],
         prompts: Mapping[str, Sequence[str]],
         images_per_prompt: int,
     ):
@@ -83,7 +87,9 @@ class LatentCache:
         self._files: dict[str, Any] = {}
 
     def problems(self) -> list[str]:
-        """Why a folder that is there already can't be used, a sentence each."""
+        """
+        Why the folder can't be used, one sentence each; empty if it can. It may hold images of the same settings.
+        """
         path = self.folder / INDEX_FILE
         if not path.exists():
             if self.folder.is_dir() and any(self.folder.iterdir()):
@@ -102,7 +108,7 @@ class LatentCache:
         ]
 
     def start(self) -> None:
-        """Writes the index, once."""
+        """Writes the index, unless it exists."""
         path = self.folder / INDEX_FILE
         if path.exists():
             return
@@ -116,19 +122,19 @@ class LatentCache:
                 for shard in self.shards
             ],
         }
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_json(path, content, ensure_ascii=False)
 
     def missing(self) -> list[Shard]:
-        """Shards that are still to be made."""
+        """The shards that have not been written yet."""
         return [shard for shard in self.shards if not (self.folder / shard.file).exists()]
 
     def prompts_of(self, shard: Shard) -> list[str]:
         return [self.prompts[shard.task][number // self.images_per_prompt] for number in shard.numbers]
 
     def write(self, shard: Shard, latents: Tensor) -> None:
-        """Writes the latents of a shard, of shape `(len(shard.numbers), ...)`: all of them or, if killed, nothing."""
+        """
+        Writes the latents of a shard, of shape `(len(shard.numbers), ...)`. A killed process leaves no partial file.
+        """
         path = self.folder / shard.file
         unfinished = path.with_suffix(".unfinished")
         save_file({_KEY: latents.detach().to("cpu", torch.float32).contiguous()}, unfinished)

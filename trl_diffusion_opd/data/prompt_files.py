@@ -12,20 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts from files and from datasets on the Hub, with errors that name the file and the place in it."""
+"""Loads prompts from files and from datasets on the Hub. Its errors name the file and the place in it."""
 
 import codecs
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 
-# By the end of the name: the loader, and its arguments. A byte order mark at the beginning is not a part of the first prompt.
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+# Suffix of a file -> the loader of `datasets` and its arguments. utf-8-sig drops a byte order mark, which would
+# otherwise become a part of the first prompt.
+_FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -37,23 +38,31 @@ _BLOCK = 1 << 20
 
 
 def source_problem(option: str, source: str) -> str | None:
-    """What can be said against a source of prompts without reading it."""
+    """Says what is wrong with a source of prompts, without reading it; `None` if nothing is found."""
     is_known, is_there = _suffix(source) in _FORMATS, os.path.exists(source)
     if is_known and not is_there:
         return f"--{option}: there is no file {source!r}."
     if is_there and os.path.isdir(source):
         return f"--{option}: {source!r} is a folder. Name a file in it: one of {', '.join(_FORMATS)}."
     if is_there and not is_known:
-        return f"--{option}: {source!r} is none of {', '.join(_FORMATS)}."
+        return f"--{option}: {source!r} has none of the endings {', '.join(_FORMATS)}."
     return None
 
 
 def load_source(option: str, source: str) -> Dataset:
     """
-    The prompts of a file, or of a dataset on the Hub, `owner/name[:split]`, with the column `prompt`.
+    Loads the prompts of a file, or of a dataset on the Hub (`owner/name[:split]`).
+
+    Args:
+        option (`str`): the command line option that names the source, for messages.
+        source (`str`): the file or dataset.
+
+    Returns:
+        [`~datasets.Dataset`]: its column `text` is renamed to `prompt` if it has no column `prompt`.
 
     Raises:
-        [`ValueError`]: if a file is missing, of an unknown kind, empty, not in UTF-8, or broken; with where.
+        [`ValueError`]: if a file is missing, of an unknown kind, empty, not in UTF-8, or broken. The message says
+        where.
     """
     problem = source_problem(option, source)
     if problem is not None:
@@ -66,7 +75,7 @@ def load_source(option: str, source: str) -> Dataset:
         part = load_dataset(name, split=split or "train")
     if "prompt" not in part.column_names and "text" in part.column_names:
         part = part.rename_column("text", "prompt")
-    # Csv and parquet files may hold large strings, which are another type to datasets.
+    # CSV and parquet files may hold large strings, which are a different type to `datasets`.
     text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
     return part.cast(Features({**part.features, **text}))
 
@@ -75,13 +84,13 @@ def _suffix(source: str) -> str:
     return Path(source).suffix.lower()
 
 
-def _load_file(option: str, path: str, file_format: str, options: dict[str, Any]) -> Dataset:
+def _load_file(option: str, path: str, file_format: str, options: Mapping[str, str]) -> Dataset:
     if os.path.getsize(path) == 0:
         raise ValueError(f"--{option}: the file {path!r} is empty.")
     if file_format != "parquet":
         _check_utf8(option, path)
-    # Types are inferred from the first chunk. GenEval's metadata has lists of a text and a number in some rows, and
-    # fields that most rows lack.
+    # `datasets` infers types from the first chunk, so one chunk must be the whole file: in GenEval's metadata some
+    # rows have lists of a text and a number, or fields that most rows lack.
     whole = {"chunksize": os.path.getsize(path)} if file_format == "json" else {}
     try:
         return load_dataset(file_format, data_files=path, split="train", **options, **whole)

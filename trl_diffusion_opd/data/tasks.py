@@ -12,45 +12,55 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which prompts make up an update: every task has the same number of them, whatever the sizes of the prompt sets."""
+"""
+Checks datasets of prompts, and chooses the prompts of each update: the same number for every task, however many
+prompts a task has.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 from torch.utils.data import Sampler
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 
 
 # The one task of a dataset without a task column.
 SINGLE_TASK = "default"
-# Prompts that an encoder gets at a time.
+# Number of prompts that are encoded together (a "company").
 COMPANY = 8
-# Characters of a task's name.
+# Maximum number of characters in a task's name.
 LONGEST_TASK = 200
-# Rows that are Python objects at a time: whole columns of a million prompts would fill the memory.
+# Rows that are converted to Python objects at a time: a whole column of a million prompts would fill the memory.
 BATCH = 10_000
 
 
 def column_batches(dataset: Dataset, column: str) -> Iterator[pa.Array]:
-    """A column's values in order, some thousand at a time, as Arrow has them."""
+    """Yields a column's values in order, in Arrow arrays of [`BATCH`] rows."""
     for table in dataset.select_columns([column]).with_format("arrow").iter(BATCH):
         yield table[column].combine_chunks()
 
 
 def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
     """
-    Rows of each task.
+    Finds the rows of each task.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): the prompts.
+        task_column (`str`): the column with the tasks' names. Without it all rows belong to the task `"default"`.
 
     Returns:
-        `dict[str, np.ndarray]`: indices into `dataset`, tasks in order of their names, the same on every process.
+        `dict[str, np.ndarray]`: each task's indices into `dataset`. Tasks are sorted by name, so that every process
+        has the same order.
     """
     if task_column not in dataset.column_names:
         return {SINGLE_TASK: np.arange(len(dataset))}
-    # Python sees each batch's different names alone: a million rows one by one take longer than loading the model.
+    # Only each batch's different names become Python objects: looping over a million rows takes longer than loading
+    # the model.
     rows: dict[str, list[np.ndarray]] = {}
     start = 0
     for values in column_batches(dataset, task_column):
@@ -64,13 +74,13 @@ def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
     return {name: np.concatenate(rows[name]) for name in sorted(rows)}
 
 
-def task_of(row: Mapping[str, Any], task_column: str) -> str:
-    """The task of a row of such a dataset, as [`task_rows`] names it."""
+def task_of(row: Mapping[str, object], task_column: str) -> str:
+    """The task of a row, named as in [`task_rows`]."""
     return str(row[task_column]) if task_column in row else SINGLE_TASK
 
 
 def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]:
-    """What keeps `dataset` from being used as prompts, a sentence each."""
+    """Says what is wrong with a dataset of prompts, one sentence each. `name` is how messages call it."""
     columns = dataset.column_names
     if "prompt" not in columns:
         return [f"{name} has no column 'prompt'; its columns are {columns}. Rename yours with rename_column."]
@@ -88,7 +98,7 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     if unfit:
         row, prompt = unfit[0]
         problems.append(
-            f"{name} has {len(unfit)} prompt(s) that are no text, the first in row {row}: {_no_text(prompt)}"
+            f"{name} has {len(unfit)} prompt(s) that are not text, the first in row {row}: {_no_text(prompt)}"
         )
     if task_column in columns:
         bad, others, long = [], [], []
@@ -102,8 +112,9 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
         if long:
             row, task = long[0]
             problems.append(
-                f"{name} has {len(long)} row(s) whose task's name has more than {LONGEST_TASK} characters, the first in row {row}: "
-                f"'{shown(task, 80)}'. It stands in logs, files and cards: give the task a shorter one."
+                f"{name} has {len(long)} row(s) with a task name of more than {LONGEST_TASK} characters, the first in "
+                f"row {row}: '{shown(task, 80)}'. Names of tasks appear in logs, files and cards: choose a shorter "
+                "one."
             )
         if bad:
             problems.append(
@@ -112,32 +123,32 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
         if others:
             row, task = others[0]
             problems.append(
-                f"{name} has {len(others)} task(s) in '{task_column}' that are no names, the first in row {row}: {task!r:.80}. "
-                f"A task's name is text: dataset.cast_column('{task_column}', Value('string'))."
+                f"{name} has {len(others)} task(s) in '{task_column}' that are not text, the first in row {row}: "
+                f"{task!r:.80}. Convert them: dataset.cast_column('{task_column}', Value('string'))."
             )
     return problems
 
 
-def _no_text(prompt: Any) -> str:
-    """What a prompt is that is no text, and what to do."""
+def _no_text(prompt: object) -> str:
+    """Says what a prompt that is not text is instead, and what to do."""
     if _is_conversation(prompt):
         roles = ", ".join(str(message.get("role")) for message in prompt)
         return (
-            f"a conversation ({roles}). Of a conversation the text of a single user message is taken; this is not one. Write "
-            "what is to be drawn into 'prompt'."
+            f"a conversation ({roles}). A conversation can only be used if it is one user message with one text. "
+            "Write the text to draw into 'prompt'."
         )
     if isinstance(prompt, list):
-        return f"a list, {prompt!r:.80}. A row has one prompt: make a row of each."
+        return f"a list, {prompt!r:.80}. A row has one prompt: make one row for each."
     kind = "a number" if isinstance(prompt, int | float) else f"a {type(prompt).__name__}"
     return f"{kind}, {prompt!r:.80}. If another column has the texts, rename it with rename_column."
 
 
-def _is_conversation(prompt: Any) -> bool:
+def _is_conversation(prompt: object) -> TypeGuard[list[dict[str, JSON]]]:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
 
 
-def _plain_text(prompt: Any) -> str | None:
-    """A prompt's text: its own, or of a conversation that is one message of the user that of the message. `None` for others."""
+def _plain_text(prompt: object) -> str | None:
+    """The text of a prompt that is a string, or a conversation of one user message; `None` for others."""
     if isinstance(prompt, str):
         return prompt
     if not _is_conversation(prompt) or len(prompt) != 1 or prompt[0]["role"] != "user":
@@ -155,8 +166,10 @@ def _plain_text(prompt: Any) -> str | None:
 
 def plain_dataset(dataset: Any, task_column: str) -> Any:
     """
-    A dataset, or a dict of them, with prompts and tasks as text where it is clear which: TRL's datasets have conversations, of
-    which a single user message is a prompt, and a column of class labels has names. All else is given back as it is.
+    Converts the prompts and tasks of a dataset (or of a dict of datasets) to text where that is unambiguous.
+
+    TRL's datasets may hold conversations: one with a single user message becomes that message's text. Class labels
+    become their names. Everything else is returned unchanged.
     """
     if isinstance(dataset, dict):
         return {name: plain_dataset(part, task_column) for name, part in dataset.items()}
@@ -174,46 +187,46 @@ def plain_dataset(dataset: Any, task_column: str) -> Any:
     return dataset
 
 
-def _is_text(feature: Any) -> bool:
+def _is_text(feature: object) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def _with_column(dataset: Dataset, name: str, values: list[str | None]) -> Dataset:
     columns, other = dataset.column_names, "".join(dataset.column_names) + "_"
-    # First added: a dataset without any column has no rows.
+    # Added before the old column is removed: a dataset without columns would have no rows.
     added = dataset.add_column(other, pa.array(values, pa.string())).remove_columns(name)
     return added.rename_column(other, name).select_columns(columns)
 
 
-def _values(dataset: Dataset, column: str) -> Iterator[Any]:
+def _values(dataset: Dataset, column: str) -> Iterator[JSON]:
     if _is_text(dataset.features[column]):
         for batch in column_batches(dataset, column):
             yield from batch.to_pylist()
-    else:  # rows of several kinds are JSON to Arrow, which datasets decodes
+    else:  # Arrow holds rows of mixed types as JSON, which `datasets` decodes
         for part in dataset.select_columns([column]).with_format(None).iter(BATCH):
             yield from part[column]
 
 
 class TaskSampler(Sampler[int]):
     """
-    Indices in rounds: a round is one update, and every task has an equal part of it.
+    Samples indices of prompts in rounds. A round is one update, and every task has an equal part of it.
 
-    A round consists of micro-batches, each of one task and of `batch_size` prompts over all processes, in the order task
-    0, task 1, …, task 0, task 1, …, until every task has `rounds_of_tasks`. An epoch is one pass over the largest
-    task; smaller ones start over as often as it takes. Its length is a whole number of rounds.
+    A round consists of micro-batches. Each has `batch_size` prompts of one task over all processes, and the tasks take
+    turns: task 0, task 1, …, task 0, task 1, …, until every task had `micro_batches`. An epoch is one pass over the
+        largest task,
+    rounded up to whole rounds. Smaller tasks start over as often as needed.
 
-    For groups of completions a prompt is repeated within its round, one copy after another, so that a group may lie in
-    several micro-batches and on several processes. For several updates on the same completions a round is repeated as a
-    whole.
+    For groups of completions, a prompt is repeated within its round, one copy after another, so that a group may span
+    several micro-batches and processes. For several updates on the same completions, the whole round is repeated.
 
     Args:
-        rows (`list[np.ndarray]`): rows of each task.
+        rows (`list[np.ndarray]`): rows of each task, from [`task_rows`].
         batch_size (`int`): samples of a micro-batch over all processes.
         micro_batches (`int`): micro-batches of each task in a round.
-        seed (`int`)
-        repeats (`int`, *optional*, defaults to `1`): samples of each prompt in a round, a divisor of the task's samples in
-            it.
-        passes (`int`, *optional*, defaults to `1`): how often a round comes, one time after another.
+        seed (`int`): seed of the order of prompts.
+        repeats (`int`, *optional*, defaults to `1`): samples of each prompt in a round. Must divide the number of a
+            task's samples in a round.
+        passes (`int`, *optional*, defaults to `1`): how many times in a row each round is repeated.
     """
 
     def __init__(
@@ -249,14 +262,14 @@ class TaskSampler(Sampler[int]):
 
     def companies(self, number: int) -> Iterator[np.ndarray]:
         """
-        Rows whose prompts are encoded together, of all that are in a round of this epoch: at most [`COMPANY`], which follow
-        each other in their task's first pass of the first epoch.
+        Yields the groups of rows ("companies") whose prompts are encoded together, for all prompts of a round of this
+        epoch. A company has at most [`COMPANY`] rows, which are neighbours in the order of their task's first epoch.
 
-        They hang on data and seed alone. In the first pass an update's prompts are new and come in as few groups as can be;
-        later they are in the groups of then, and known.
+        Companies depend only on data and seed. In the first epoch a round's prompts are new and fill the fewest
+        possible companies. In later epochs they keep their companies, which have been encoded already.
 
         Args:
-            number (`int`): of the round in its epoch.
+            number (`int`): number of the round in its epoch.
         """
         size = self.batch_size * self.micro_batches // self.repeats
         for order, (first, place) in zip(self._orders(), self._placed_firsts(), strict=True):
@@ -267,8 +280,8 @@ class TaskSampler(Sampler[int]):
 
     def first_companies(self, rows: int) -> list[list[np.ndarray]]:
         """
-        Of each task, the companies of the rows that come first in its first epoch, a random part of them: at most `rows`, or
-        a company more.
+        For each task, the companies of the first `rows` rows in the order of its first epoch (a random part of the
+        task). The last company may go beyond `rows`.
         """
         return [
             [first[start : start + COMPANY] for start in range(0, min(rows, len(first)), COMPANY)]
@@ -276,14 +289,14 @@ class TaskSampler(Sampler[int]):
         ]
 
     def _placed_firsts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each task's rows in the order of its first pass, and what sorts them."""
+        """Each task's rows in the order of its first epoch, and the indices that sort them."""
         if self._first_passes is None:
             firsts = [self._order(task, 0, len(rows)) for task, rows in enumerate(self.rows)]
             self._first_passes = [(first, np.argsort(first)) for first in firsts]
         return self._first_passes
 
     def _rounds(self, order: list[np.ndarray]) -> Iterator[int]:
-        for i in range(self.rounds):  # an epoch of a million prompts as one list takes more memory than the prompts
+        for i in range(self.rounds):  # round by round: a list of a whole epoch could take more memory than the prompts
             # [micro-batch, task, sample]
             indices = np.stack([of_task[i] for of_task in order], axis=1).reshape(-1).tolist()
             for _ in range(self.passes):

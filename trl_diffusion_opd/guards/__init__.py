@@ -12,4 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What must not pass: secrets, strangers' markup, numbers that are not finite. Everything else may import these."""
+"""
+Checks at the edges of a run: secrets are removed, foreign text cannot act as markup, numbers must be finite. The
+lowest layer: every other module may import it.
+"""

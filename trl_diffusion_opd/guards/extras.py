@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run makes beside its result: pictures and reports. They may fail, and the run goes on."""
+"""Lets a run go on when one of its extras (a picture, a report) fails."""
 
 import logging
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 @contextmanager
 def extra(what: str, advice: str = "") -> Iterator[None]:
     """
-    Logs a warning, with the traceback, in place of an error in its block.
+    Turns any error in its block into a logged warning with the traceback.
 
-    By then hours may have been trained or drawn: whatever keeps a picture from being made must not take them along. Not for
-    blocks in which processes wait for one another, unless all of them fail alike.
+    A failed picture must not end a run that has trained for hours. Don't use it around a block in which processes wait
+    for one another, unless the error is the same on all of them.
 
     Args:
         what (`str`): what the block makes, for the message.
-        advice (`str`, *optional*): how to make it later.
+        advice (`str`, *optional*): how to make it later, also for the message.
     """
     try:
         yield

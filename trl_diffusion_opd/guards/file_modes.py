@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One mode for everything that a run writes."""
+"""Gives the files of a run the usual access mode."""
 
 import os
 from pathlib import Path
@@ -20,14 +20,15 @@ from pathlib import Path
 
 def give_usual_mode(folder: str | Path, *patterns: str) -> None:
     """
-    Gives files the mode that a new file has: what the umask leaves. safetensors makes its own readable to their owner alone,
-    so that of a folder for a group the weights could not be read.
+    Gives files the mode of a newly created file, which follows the umask.
+
+    safetensors makes its files readable for their owner only, so nobody else in a group could load the weights.
 
     Args:
-        folder (`str` or `Path`)
-        patterns (`str`): of their names.
+        folder (`str` or `Path`): the folder of the files.
+        patterns (`str`): glob patterns of their names.
     """
-    # There is no other way to ask for it. What another thread makes in between is its owner's alone.
+    # The umask can only be read by setting it. A file that another thread makes in between stays private.
     mask = os.umask(0o077)
     os.umask(mask)
     for pattern in patterns:

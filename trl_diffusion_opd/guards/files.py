@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Files of an output folder: names that fit every file system, and contents that are never seen in part."""
+"""Names files so that every file system takes them, and writes them so that no reader sees half a file."""
 
 import hashlib
 import json
@@ -22,17 +22,20 @@ from typing import Any
 from urllib.parse import quote
 
 
-# File systems take 255 bytes; a Chinese character is nine of them here.
+JSON = Any  # what JSON or YAML of somebody else's holds, of which nothing is known until it is looked at
+
+# In bytes. File systems allow 255. A quoted Chinese character has nine.
 _LONGEST_NAME = 200
-# What Windows takes for devices.
+# Names that Windows reserves for devices.
 _DEVICES = ("con", "prn", "aux", "nul", *(f"{kind}{n}" for kind in ("com", "lpt") for n in range(10)))
 
 
 def file_name(task: str) -> str:
     """
-    A name for a task's files, on any file system, and another one for every task.
+    Returns a file name for a task: valid on every file system, and different for different tasks.
 
-    A task may be called "a/b", ".." or "-f", or be longer than file names can be. Some file systems take "A" and "a" for one.
+    A task may be called "a/b", ".." or "-f", or be longer than a file name may be. Some file systems don't tell "A"
+    from "a".
     """
     content = task.encode("utf-8", "surrogatepass")
     name = quote(content, safe="").replace(".", "%2E").replace("~", "%7E")
@@ -40,28 +43,29 @@ def file_name(task: str) -> str:
         name = f"%2D{name[1:]}"
     if len(name) <= _LONGEST_NAME and task.lower() == task and task not in _DEVICES:
         return name
-    # A plus sign is in no name without a hash.
+    # `quote` leaves no plus sign, so this name can't equal one without a hash.
     return f"{name[: _LONGEST_NAME - 17]}+{hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def write_file(path: Path, content: str) -> None:
-    """Writes a text file that is never seen in part."""
+    """Writes a text file in one step: readers see all of it or nothing."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: Any, **options: Any) -> None:
+def write_json(path: Path, content: object, **options: Any) -> None:
     """
-    Writes a JSON file that is never seen in part.
+    Writes a JSON file in one step: readers see all of it or nothing.
 
     Args:
-        path (`Path`), content: what JSON can hold.
-        options: of `json.dumps`, indented by 2 if not said otherwise.
+        path (`Path`): the file.
+        content: any value that JSON can hold.
+        options: options of `json.dumps`. The default indent is 2.
     """
     write_file(path, json.dumps(content, **{"indent": 2, **options}) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds, `None` if there is none."""
+def read_json(path: Path) -> JSON:
+    """Returns the content of a JSON file, or `None` if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -12,13 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Nothing that is not finite is saved, pushed or scored."""
+"""Finds NaN and infinity in weights, images and options before they are saved, pushed or scored."""
 
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,8 +26,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity, in the part that this process has of them."""
+    """Names of the tensors that hold NaN or infinity. Of a sharded tensor, only this process's shard is checked."""
     names, finite = [], []
     for name, tensor in tensors:
         if tensor.is_floating_point():
@@ -36,7 +40,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
             finite.append(own.isfinite().all())
     if not finite:
         return []
-    # One wait for the device, not one a tensor.
+    # Waits for the device once, not once a tensor.
     flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
     return [name for name, flag in zip(names, flags, strict=True) if not flag]
 
@@ -44,22 +48,22 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 @contextmanager
 def finite_images() -> Iterator[None]:
     """
-    Within it pictures made of NaN are refused: a pipeline draws them black, and they would be scored.
+    Refuses images made of NaN inside its block. A pipeline would draw them black, and they would be scored.
 
     Raises:
-        [`FloatingPointError`]: when a pipeline turns a number that is not finite into a pixel.
+        [`FloatingPointError`]: when a pipeline turns NaN or infinity into a pixel.
     """
     with np.errstate(invalid="raise"):
         try:
             yield
         except FloatingPointError as error:
             raise FloatingPointError(
-                "The VAE computes numbers that are not finite, which would be black pixels. A VAE often needs more than "
-                "float16: try dtype='bfloat16' or 'float32'."
+                "The VAE computed NaN or infinity, which would become black pixels. Many VAEs need more than float16: try "
+                "dtype='bfloat16' or 'float32'."
             ) from error
 
 
-def infinite_options(options: Any) -> list[tuple[str, float]]:
-    """The options of a dataclass that are NaN or infinite, by their names."""
+def infinite_options(options: "DataclassInstance") -> list[tuple[str, float]]:
+    """Returns name and value of each option of a dataclass that is NaN or infinite."""
     values = {known.name: getattr(options, known.name) for known in fields(options)}
     return [(name, value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]

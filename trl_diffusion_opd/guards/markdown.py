@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-A stranger's text in Markdown: names of tasks, rewards and layers, and prompts. It is shown, and makes no heading, table,
-picture, link or HTML.
+Escapes text from others for Markdown: prompts, and names of tasks, rewards and layers. The text is shown as it is and
+cannot become a heading, table, picture, link or HTML.
 """
 
 import json
@@ -23,23 +23,24 @@ import re
 from .redaction import shown, visible
 
 
-# A card's cell may name all layers of a LoRA.
+# In characters: a cell of a model card may name all layers of a LoRA.
 _LONGEST = 1000
 
-# What acts within a line. A lone underscore between letters does nothing, and names have many.
+# Characters that mark something up within a line. An underscore between letters does not, and names have many.
 _ACTIVE = re.compile(r"([\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_]))")
-# Renderers make links and formulas of these without any brackets, and a backslash does not keep all of them from it.
+# Renderers turn these into links and formulas without any brackets, some even after a backslash.
 _SELF_ACTING = re.compile(r"://|www\.|@|\$|mailto:|xmpp:", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 def inline(text: object, in_table: bool = False) -> str:
     """
-    A text as Markdown within a line, not at its beginning, that shows it.
+    Returns Markdown that shows a text literally, for use within a line (not at its start).
 
     Args:
-        text: a string, or anything else by its `str`. Line breaks become spaces, and of a very long text the middle is cut.
-        in_table (`bool`, *optional*, defaults to `False`): whether it is for a cell of a table.
+        text: a string, or any object (its `str` is used). Line breaks become spaces. A very long text loses its
+            middle.
+        in_table (`bool`, *optional*, defaults to `False`): whether the text goes into a table's cell.
     """
     line = shown(" ".join(str(text).split()), _LONGEST)
     if _SELF_ACTING.search(line):
@@ -49,14 +50,14 @@ def inline(text: object, in_table: bool = False) -> str:
 
 
 def cell(text: object) -> str:
-    """A text as a cell of a table: see [`inline`]."""
+    """Returns a text as [`inline`] does, for a table's cell."""
     return inline(text, in_table=True)
 
 
 def code(text: object, in_table: bool = False) -> str:
     """
-    A text as code within a line, in which nothing acts. In a table its bars are broken bars: of a bar after a backslash
-    renderers differ.
+    Returns a text as a code span, in which no markup acts. In a table, `|` becomes a broken bar, since renderers
+    disagree on an escaped bar.
     """
     line = shown(" ".join(str(text).split()), _LONGEST)
     if in_table:
@@ -69,5 +70,5 @@ def code(text: object, in_table: bool = False) -> str:
 
 
 def literal(value: str | bool | int | float | None) -> str:
-    """A value as Python writes it, on one line, for code in a card."""
+    """Returns a value as Python code on one line, for examples in a model card."""
     return visible(json.dumps(value, ensure_ascii=False)) if isinstance(value, str) else repr(value)

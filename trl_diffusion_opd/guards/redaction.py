@@ -12,23 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What may be shown to others: values without secrets, and without what a path says of a machine and its user."""
+"""
+Prepares values and texts for others to see: removes secrets, shortens local paths to their last part, and makes
+control characters visible.
+"""
 
 import os
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import get_token
 
+from .files import JSON
 from .secret_text import SECRET, is_secret_name, without_secrets
 
 
-# They make no writing and turn no direction: scripts and emoji need them.
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+# Invisible but harmless: some scripts and emoji need them.
 _JOINERS = "\u200c\u200d"
-# They are paths even where they look like a Hub id: "outputs/demo".
+# Arguments that are paths even if they look like a Hub id, such as "outputs/demo".
 _PATH_ARGUMENTS = (
     "output_dir",
     "logging_dir",
@@ -39,16 +47,16 @@ _PATH_ARGUMENTS = (
 )
 
 
-def public_value(value: Any, secrets: Collection[str] = ()) -> Any:
+def public_value(value: object, secrets: Collection[str] = ()) -> JSON:
     """
-    A JSON value that says the same without secrets and local paths.
+    Returns a JSON value without secrets and local paths.
 
-    Entries of dicts whose name is that of a secret are left out. In strings, what looks like a secret, the credentials of
-    URLs and `secrets` are blotted out. A string that is a path becomes its last part. Other objects become the name of
-    their type.
+    Dict entries with the name of a secret (such as `api_key`) are left out. In strings, `secrets`, everything that
+    looks like a secret, and credentials in URLs are replaced. A string that is a path becomes its last part. Objects
+    that JSON cannot hold become the name of their type.
 
     Args:
-        value: what was configured.
+        value: a value of the configuration.
         secrets (`Collection[str]`, *optional*): strings that must not be shown.
     """
     if isinstance(value, dict):
@@ -67,7 +75,7 @@ def public_value(value: Any, secrets: Collection[str] = ()) -> Any:
 
 
 def public_text(text: str, secrets: Collection[str] = ()) -> str:
-    """A text in which `secrets`, and what looks like one, are blotted out."""
+    """Returns a text with `secrets`, and everything that looks like a secret, replaced by `<secret>`."""
     for secret in secrets:
         text = text.replace(secret, SECRET)
     return without_secrets(text)
@@ -81,16 +89,17 @@ def _without_paths(text: str) -> str:
 
 def shown(text: object, limit: int = 200) -> str:
     """
-    What a stranger wrote, as it may stand in a message: on one line, without control characters, and not long.
+    Returns a text from others in a form that is safe in a message: one line, no control characters, not long.
 
-    A line break, an escape sequence of a terminal or a mark that turns the direction of writing is shown as Python writes
-    it, such as `\\x1b`. Of bytes those that are no UTF-8 are replaced.
+    Line breaks, terminal escape sequences and marks that change the direction of writing are shown as Python writes
+    them, such as `\\x1b`. Bytes that are not UTF-8 are replaced.
 
     Args:
-        text: a string, bytes, or anything else by its `str`.
-        limit (`int`, *optional*, defaults to `200`): characters at most. Of a longer text the middle is `…`.
+        text: a string, bytes, or any object (its `str` is used).
+        limit (`int`, *optional*, defaults to `200`): maximum number of characters. The middle of a longer text becomes
+            `…`.
     """
-    # Cut before it is looked through, since a text may have a million characters. One has four bytes at most.
+    # Cut first: a text may have a million characters. A character has at most four bytes.
     if isinstance(text, bytes | bytearray):
         whole = bytes(text) if len(text) <= 8 * limit else bytes(text[: 4 * limit]) + bytes(text[-4 * limit :])
         text = whole.decode("utf-8", "replace")
@@ -106,11 +115,11 @@ def shown(text: object, limit: int = 200) -> str:
 
 def visible(text: str, keep: str = "") -> str:
     """
-    A text whose control characters, marks of direction and other characters that only act are shown as Python writes them.
+    Returns a text with its control characters, direction marks and other invisible characters as Python escapes.
 
     Args:
-        text (`str`)
-        keep (`str`, *optional*): characters that are left as they are, such as a line break.
+        text (`str`): any text.
+        keep (`str`, *optional*): characters to leave as they are, such as a line break.
     """
     if text.isprintable():
         return text
@@ -125,19 +134,19 @@ def _is_plain(character: str) -> bool:
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder without where it lies."""
+    """Returns the name of a file or folder without its parent folders."""
     return Path(path).expanduser().absolute().name
 
 
 def public_name(name_or_path: str | None) -> str | None:
-    """A model's Hub id as it is, a local folder as its name alone: paths of a machine don't belong into files."""
+    """Returns a Hub id unchanged and a local folder as its name, since saved files must not contain local paths."""
     if name_or_path is None or not os.path.isdir(name_or_path):
         return name_or_path
     return Path(name_or_path).resolve().name
 
 
-def public_arguments(args: Any) -> dict[str, Any]:
-    """The arguments as JSON values, without tokens, and with local paths reduced to their last part."""
+def public_arguments(args: "TrainingArguments") -> dict[str, JSON]:
+    """Returns the arguments as JSON values, without tokens, and with local paths shortened to their last part."""
     arguments = args.to_dict()
     for name in _PATH_ARGUMENTS:
         if isinstance(arguments.get(name), str):
@@ -145,6 +154,6 @@ def public_arguments(args: Any) -> dict[str, Any]:
     return public_value(arguments, known_tokens(args))
 
 
-def known_tokens(args: Any) -> list[str]:
-    """The tokens that this process uses, which must not be shown wherever they turn up."""
+def known_tokens(args: "TrainingArguments") -> list[str]:
+    """Returns the Hub tokens that this process uses. They must not be shown anywhere."""
     return [token for token in (args.hub_token, get_token()) if token]

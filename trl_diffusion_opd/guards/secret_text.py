@@ -12,14 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is taken for a secret: by the name of an entry, and by what a text looks like."""
+"""Recognises secrets, by the name of an entry or by the form of a text, and replaces them."""
 
 import re
 
 
 SECRET = "<secret>"
 
-# How the name of a secret ends, in small letters and without what is between its words.
+# Endings of names of secrets, in lower case and without separators between words.
 _ENDS = (
     *("token", "secret", "secrets", "password", "passwd", "passphrase", "authorization", "cookie"),
     *("credential", "credentials", "signature", "connectionstring"),
@@ -29,12 +29,12 @@ _ENDS = (
     ),
     *("accesskeyid", "secretkeyid"),
 )
-# Whole words alone, since others end like them: "design", "bypass".
+# These count only as whole words, since harmless words end like them: "design", "bypass".
 _WORDS = ("sig", "auth", "pwd", "pass", "jwt")
 _BETWEEN_WORDS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
 
-# What the tokens of services look like, wherever they are written. A digit is asked for where words could look alike. Every
-# look ahead has an end: a text may have a million characters.
+# Forms of well-known services' tokens. Where ordinary words could match, a digit is required. Every lookahead is
+# bounded, since a text may have a million characters.
 _TOKENS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_[A-Za-z0-9]{20,}"
@@ -62,21 +62,23 @@ _URL_QUERY = re.compile(
     r"([?&#;](?:[^=&#;\s]{0,64}?(?:token|key|secret|passw|signature|credential)[^=&#;\s]{0,64}|sig|auth|pwd|pass|jwt)=)[^&#;\s]+",
     re.IGNORECASE,
 )
-# name=value, and "name": "value" as JSON and Python have it.
+# name=value, and "name": "value" as in JSON and Python.
 _ASSIGNED = re.compile(r"(?<![\w-])([\w-]{2,64})(=)([^\s\"'&,;<>]+)")
 _QUOTED = re.compile(r"([\"'])([\w-]{2,64})(\1\s{0,9}:\s{0,9})([\"'])([^\"']+)")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an entry of this name holds a secret: `hub_token`, `apiKey`, `AWS_SECRET_ACCESS_KEY`, `sig`."""
+    """
+    Whether an entry with this name holds a secret, such as `hub_token`, `apiKey`, `AWS_SECRET_ACCESS_KEY` or `sig`.
+    """
     words = _BETWEEN_WORDS.sub(" ", name[-200:]).lower().split()
     return bool(words) and ("".join(words).endswith(_ENDS) or words[-1] in _WORDS)
 
 
 def without_secrets(text: str) -> str:
     """
-    A text in which tokens of known services, private keys, headers of authorization, credentials in URLs and values that are
-    given to the name of a secret are `<secret>`.
+    Replaces secrets in a text by `<secret>`: tokens of known services, private keys, authorization headers,
+    credentials in URLs, and values assigned to the name of a secret.
     """
     text = _PRIVATE_KEY.sub(SECRET, text)
     text = _URL_QUERY.sub(rf"\1{SECRET}", _URL_USER.sub("", text))

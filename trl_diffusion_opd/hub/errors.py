@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the Hub's errors mean to whoever asked for something, and which of them pass: for teachers, rewards, bases, pushes."""
+"""Explains the Hub's errors, repeats requests after temporary ones, and downloads files of repositories."""
 
 import logging
 import time
@@ -44,25 +44,25 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# What a library's call to the Hub can raise: diffusers wraps the Hub's errors in an OSError.
+# Errors that a library's call to the Hub can raise. diffusers wraps the Hub's errors in an OSError.
 ERRORS = (HfHubHTTPError, httpx2.TransportError, HFValidationError, OSError)
 _TRANSIENT = (429, 500, 502, 503, 504)
-# Seconds before the second, third and fourth attempt, if the Hub names no other. Its windows for rate limits are five
-# minutes long.
+# Seconds before the second, third and fourth attempt, unless the Hub asks for another wait. Its rate limits count
+# requests in windows of five minutes.
 _WAITS = (1.0, 4.0, 16.0)
 _LONGEST_WAIT = 300.0
 
 
 def retried(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """
-    Calls something that talks to the Hub, and again if it fails in a way that passes.
+    Calls a function that uses the Hub, and repeats the call after a temporary error.
 
-    huggingface_hub repeats transfers of files and some other requests by itself, but not the first request about a
-    repository or a token, nor the making of a repository, and a commit only where xet is used. So what is given here must
-    be right to repeat: `upload_folder` is, since it leaves out what is on the Hub already.
+    huggingface_hub itself repeats file transfers and some other requests. It does not repeat the first request about a
+    repository or a token, nor creating a repository, and repeats a commit only with xet. The function must be safe to
+    repeat: `upload_folder` is, since it skips files that are on the Hub already.
 
-    Rate limits (429, whose `Retry-After` is kept, up to 5 minutes), the Hub's own faults (500, 502, 503, 504) and broken
-    connections are tried four times. Everything else is raised at once.
+    The call is tried four times if the error is a rate limit (429; waits as `Retry-After` asks, up to 5 minutes), a
+    fault of the Hub (500, 502, 503, 504) or a broken connection. Other errors are raised at once.
     """
     for wait in _WAITS:
         try:
@@ -84,7 +84,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The Hub's own error below those that libraries made of it."""
+    """The Hub's own error, found in the chain of errors that libraries raised from it."""
     own = (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled)
     return next((cause for cause in _chain(error) if isinstance(cause, own)), error)
 
@@ -104,7 +104,7 @@ def _asked_wait(error: BaseException, default: float) -> float:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A server's own words, and where a token is no fit header, its.
+    # The text is the server's. If a token has characters that a header can't hold, the text contains the token.
     return quoted(public_text(lines[0]), 300).rstrip(".") if lines else type(error).__name__
 
 
@@ -113,12 +113,12 @@ def explained(
     shown: str, repo_id: str, revision: str | None = None, error_type: type[ValueError] = ValueError
 ) -> Iterator[None]:
     """
-    Turns an error of the Hub into one that says what to do. Errors that have nothing to do with it pass unchanged.
+    Turns an error of the Hub in its block into one that says what to do. Other errors are raised unchanged.
 
     Args:
-        shown (`str`): what the user asked for, as the message is to name it.
-        repo_id (`str`), revision (`str`, *optional*): where it was looked for.
-        error_type (`type`, *optional*, defaults to `ValueError`): the error that is raised.
+        shown (`str`): how the message names what the user asked for.
+        repo_id (`str`), revision (`str`, *optional*): the repository, and the branch, tag or commit in it.
+        error_type (`type`, *optional*, defaults to `ValueError`): the type of the error to raise.
     """
     try:
         yield
@@ -156,7 +156,7 @@ def _read_reason(error: BaseException, repo_id: str, revision: str | None) -> st
 
 
 def http_reason(error: BaseException) -> str:
-    """What went wrong with a request to the Hub, in a sentence without its full stop."""
+    """Says what went wrong with a request to the Hub, in a sentence without a full stop."""
     cause = _cause(error)
     if isinstance(cause, httpx2.TransportError):
         return f"the connection to the Hub failed ({type(cause).__name__}: {_first_line(cause)})"
@@ -174,7 +174,7 @@ def http_reason(error: BaseException) -> str:
     if status == 429:
         return "the Hub takes no more requests from you for some minutes (429). Try again later"
     if status in _TRANSIENT:
-        return f"the Hub itself has a fault ({status}). Try again later; https://status.huggingface.co"
+        return f"the Hub itself has a fault ({status}). Try again later, or see https://status.huggingface.co"
     return f"the Hub refused ({_first_line(cause)})"
 
 
@@ -186,10 +186,17 @@ def download(
     error_type: type[ValueError] = ValueError,
 ) -> Path:
     """
-    The folder of a repository's snapshot with the files that match `patterns`, named by its commit.
+    Downloads the files of a repository that match `patterns`.
+
+    Args:
+        shown (`str`), repo_id (`str`), revision (`str`, *optional*), error_type (`type`): as in [`explained`].
+        patterns (`list[str]`): glob patterns of the files.
+
+    Returns:
+        `Path`: the folder of the snapshot in the local cache. Its name is the commit.
 
     Raises:
-        `error_type`: if it cannot be had, with what to do about it.
+        `error_type`: if the download fails. The message says what to do.
     """
     reason = None if revision is None else way_out(revision)
     if reason is not None:
@@ -207,10 +214,11 @@ def listing(
     error_type: type[ValueError] = ValueError,
 ) -> list[str]:
     """
-    The files of a repository below `prefix`, relative to it; without a connection those that were downloaded to `folder`.
+    Lists the files of a repository whose path starts with `prefix`, without the prefix. Without a connection it lists
+    the files that are already in `folder`.
 
     Raises:
-        `error_type`: if the Hub refuses, with what to do about it.
+        `error_type`: if the Hub refuses. The message says what to do.
     """
     try:
         with explained(shown, repo_id, revision, error_type):

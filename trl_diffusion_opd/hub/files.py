@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The names of all files that a run writes into its output folder, and which of them are pushed."""
+"""The names of all files that a run writes to its output folder, and the list of those that are pushed to the Hub."""
 
 # The student
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -26,7 +26,7 @@ MANIFEST_FILE = "teacher_manifest.json"
 CARD_FILE = "README.md"
 MERGE_REPORT_FILE = "merge_report.json"
 
-# What a checkpoint has besides, and Trainer's own files
+# Only in checkpoints, beside Trainer's own files
 RAW_FILE = "student_raw.safetensors"
 OLD_POLICY_FILE = "old_policy.safetensors"
 GRID_FILE = "noise_grid.json"
@@ -36,13 +36,17 @@ SEAL_FILE = "complete"
 DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
 ZERO3_FILES = "global_step*/zero_pp_rank_*_model_states.pt"
 
-# Of the folder itself
+# Written by a stage of `trl-diffusion-opd stages`
+STAGE_FILE = "stage.json"
+FINISHED_FILE = "finished"
+
+# In the output folder itself
 LOCK_FILE = ".lock"
 COMPLETIONS_FOLDER = "completions"
 DRY_RUN_FOLDER = "dry_run"
 DRY_RUN_PICTURE = "dry_run.png"
 
-# An evaluation's
+# Written by an evaluation
 REPORT_FILE = "retention.json"
 SCORES_FILE = "retention_scores.json"
 TABLES_FILE = "retention.md"
@@ -53,9 +57,9 @@ RADAR_PICTURE = "radar.png"
 SAMPLES_PICTURE = "samples.png"
 CURVES_PICTURE = "curves.png"
 
-# By either of them a LoRA is known.
+# A folder with one of these files is a LoRA.
 LORA_FILES = (ADAPTER_CONFIG_FILE, LORA_FILE)
-# What a saved student consists of, which a checkpoint has as well.
+# The files of a saved student. A checkpoint has them as well.
 STUDENT_FILES = (
     *LORA_FILES,
     ADAPTER_FILE,
@@ -67,6 +71,6 @@ STUDENT_FILES = (
     GRID_FILE,
 )
 PICTURES = (RETENTION_PICTURE, RADAR_PICTURE, SAMPLES_PICTURE, CURVES_PICTURE)
-# Everything that is pushed. Not by exclusion: logs, optimizer states and whatever else lies in the folder may hold
-# tokens, paths and the name of the machine.
+# The only files that are pushed. This is a list of what to include, since logs, optimizer states and other files in
+# the folder may contain tokens, paths and the machine's name.
 PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, *PICTURES, f"{COMPLETIONS_FOLDER}/step_*.png")

@@ -12,17 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Names within a repository: folders, files and revisions that lead out of it are refused."""
+"""Checks that a path or a revision of a repository cannot lead out of the repository's folder."""
 
 
 def way_out(path: str) -> str | None:
     """
-    What in a path within a repository, or in a revision, could lead out of it, for a message; `None` where nothing does.
+    Says which part of a path within a repository (or of a revision) could lead out of it, for a message. Returns
+    `None` if the path is safe.
 
-    `a/../../b` of a snapshot would be a file of this machine, under the commit of somebody's repository.
+    In a downloaded snapshot, `a/../../b` would be some other file of this machine, recorded as a file of the
+    repository.
 
     Args:
-        path (`str`): parts with `/` between.
+        path (`str`): parts separated by `/`.
     """
     for part in path.split("/"):
         if part in ("", ".", ".."):

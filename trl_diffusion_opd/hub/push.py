@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What of a run goes to the Hub, and how."""
+"""Uploads students and checkpoints to the Hub: only files on the list of [`PUSHED_FILES`]."""
 
 import glob
 import logging
@@ -43,21 +43,22 @@ def push_folder(
     revision: str | None = None,
 ) -> CommitInfo:
     """
-    Uploads what [`PUSHED_FILES`] names of an output folder to a model repository that exists.
+    Uploads the files of an output folder that [`PUSHED_FILES`] lists to an existing model repository.
 
     Args:
-        folder (`str` or `Path`), repo_id (`str`)
-        commit_message (`str`, *optional*, defaults to `"Upload student"`)
-        token (`str`, *optional*): with write permission, by default the one you are logged in with.
-        revision (`str`, *optional*): branch to commit to.
+        folder (`str` or `Path`): the output folder.
+        repo_id (`str`): the repository, `owner/name`.
+        commit_message (`str`, *optional*, defaults to `"Upload student"`): the message of the commit.
+        token (`str`, *optional*): a token with write permission. By default the one you are logged in with.
+        revision (`str`, *optional*): the branch to commit to.
     """
     folder = Path(folder)
-    names = [path.relative_to(folder).as_posix() for path in _matching(folder, PUSHED_FILES)]
+    names = [path.relative_to(folder).as_posix() for path in matching_files(folder, PUSHED_FILES)]
     return retried(
         hf_api().upload_folder,
         repo_id=repo_id,
         folder_path=folder,
-        # By name: in the Hub's patterns a star also matches slashes, and "*.png" whatever lies in a subfolder.
+        # By exact name: in the Hub's patterns a star also matches slashes, so "*.png" would match in every subfolder.
         allow_patterns=[glob.escape(name) for name in names],
         commit_message=commit_message,
         token=token,
@@ -65,18 +66,21 @@ def push_folder(
     )
 
 
-def push(folder: str, repo_id: str, commit_message: str | None, blocking: bool, **options: Any) -> Any:
+def push(
+    folder: str, repo_id: str, commit_message: str | None, blocking: bool, **options: Any
+) -> CommitInfo | Future[CommitInfo]:
     """
-    Uploads a student that is saved, with its card and reports.
+    Uploads a saved student with its card and reports.
 
     Args:
         folder (`str`): the output folder.
-        repo_id (`str`), commit_message (`str`, *optional*)
+        repo_id (`str`): the repository, `owner/name`.
+        commit_message (`str`, *optional*): the message of the commit, by default `"End of training"`.
         blocking (`bool`): whether to return only when the upload is done.
         options: `token` and `revision` of [`push_folder`].
 
     Returns:
-        The [`~huggingface_hub.CommitInfo`], or with `blocking=False` a future of it.
+        The [`~huggingface_hub.CommitInfo`], or a future of it if `blocking=False`.
 
     Raises:
         [`PushError`]: if the upload fails.
@@ -93,10 +97,10 @@ def push(folder: str, repo_id: str, commit_message: str | None, blocking: bool, 
 @contextmanager
 def failure_explained(folder: str, repo_id: str) -> Iterator[None]:
     """
-    Says of what fails within it where the student lies, and how to push it later.
+    Turns a failed push in its block into an error that says where the student is saved and how to push it later.
 
     Raises:
-        [`PushError`]
+        [`PushError`]: if the block fails.
     """
     try:
         yield
@@ -106,27 +110,27 @@ def failure_explained(folder: str, repo_id: str) -> Iterator[None]:
 
 def _failure(folder: str, repo_id: str, error: BaseException) -> str:
     return (
-        f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost, it is saved in {folder!r} "
-        "with its card. Push it with trainer.push_to_hub(), or later with "
+        f"The student could not be pushed to {repo_id!r}: {http_reason(error)}. Nothing is lost: it is saved in "
+        f"{folder!r} with its card. Push it with trainer.push_to_hub(), or later with "
         f"`trl-diffusion-opd push {folder} {repo_id}`."
     )
 
 
 def is_due(strategy: str, in_progress: PushInProgress | None, wait: bool) -> bool:
     """
-    Whether a checkpoint is to be pushed: not with `"end"`, and not while the upload before it is under way.
+    Whether to push a checkpoint now: not with the strategy `"end"`, and not while the previous upload is running.
 
     Args:
-        strategy (`str`): `hub_strategy`.
-        in_progress ([`~transformers.utils.PushInProgress`], *optional*): what [`push_checkpoint`] returned last.
-        wait (`bool`): whether to wait for its end instead, as with `hub_always_push`.
+        strategy (`str`): the value of `hub_strategy`.
+        in_progress ([`~transformers.utils.PushInProgress`], *optional*): the last return value of [`push_checkpoint`].
+        wait (`bool`): whether to wait for the previous upload and then push, as with `hub_always_push`.
     """
     if strategy == HubStrategy.END:
         return False
     if in_progress is not None and not in_progress.is_done():
         if not wait:
             return False
-        in_progress.wait_until_done()  # it reads the files that are written next
+        in_progress.wait_until_done()  # it reads files that will be overwritten
     return True
 
 
@@ -134,18 +138,18 @@ def push_checkpoint(
     folder: Path, output_dir: str, repo_id: str, strategy: str, message: str, **options: Any
 ) -> PushInProgress:
     """
-    Uploads the student of a checkpoint in the background. A failure is a warning: training goes on.
+    Uploads the student of a checkpoint in the background. If that fails, a warning is logged and training goes on.
 
     Args:
         folder (`Path`): the checkpoint.
-        output_dir (`str`), repo_id (`str`)
-        strategy (`str`): `"every_save"` uploads the student. `"checkpoint"` adds the whole checkpoint, with its optimizer
-            state, as `last-checkpoint`, and `"all_checkpoints"` under its own name.
-        message (`str`): of the commit.
+        output_dir (`str`), repo_id (`str`): the output folder, and the repository to push it to.
+        strategy (`str`): `"every_save"` uploads the student. `"checkpoint"` also uploads the whole checkpoint, with
+            its optimizer state, as `last-checkpoint`; `"all_checkpoints"` does so under the checkpoint's own name.
+        message (`str`): the message of the commit.
         options: `token` and `revision`, as in [`push_folder`].
     """
-    # A copy, because saving again would gather sharded weights from all processes.
-    for path in _matching(folder, STUDENT_FILES):
+    # Copied, since saving again would have to gather sharded weights from all processes.
+    for path in matching_files(folder, STUDENT_FILES):
         shutil.copy(path, Path(output_dir) / path.name)
     run = hf_api().run_as_future  # one after another
     jobs = [run(push_folder, output_dir, repo_id, message, **options)]
@@ -164,15 +168,15 @@ def push_checkpoint(
                 ),
             )
         )
-    return PushInProgress(jobs)
+    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself gives it several
 
 
-def _report_failure(job: "Future[Any]", message: Callable[[BaseException], str]) -> None:
-    # Nobody asks these futures for their result: without this a student would silently not be there.
+def _report_failure(job: "Future[CommitInfo]", message: Callable[[BaseException], str]) -> None:
+    # Nobody reads these futures' results, so without this warning a missing student would go unnoticed.
     error = None if job.cancelled() else job.exception()
     if error is not None:
         logger.warning(message(error))
 
 
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+def matching_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})

@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The repository that a run pushes to: whether it may, and whether what lies there is its own."""
+"""
+Checks the repository that a run pushes to, before training: may the run write there, and would it overwrite anything?
+Also creates it.
+"""
 
 import json
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import get_token, hf_hub_download
@@ -24,6 +26,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import hf_api
 
+from ..guards.files import JSON
 from ..guards.redaction import last_part, public_name, shown
 from .errors import ERRORS, http_reason, retried
 from .files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LORA_FILES
@@ -33,11 +36,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".
 
 
 class PushError(RuntimeError):
-    """A student that could not be uploaded, with where it lies and how to upload it."""
+    """A student could not be uploaded. The message says where it is saved and how to upload it."""
 
 
 def repository_name(hub_model_id: str | None, output_dir: str | None) -> str:
-    """The repository that a run pushes to: the one that is named, else one with the name of its output folder."""
+    """The repository that a run pushes to: `hub_model_id` if given, else the name of the output folder."""
     return hub_model_id or last_part(output_dir or ".")
 
 
@@ -45,17 +48,17 @@ def repository_problems(
     name: str, base_name: str | None, transformer_class: str | None, token: str | None = None
 ) -> list[str]:
     """
-    What keeps a run from pushing, asked of the Hub before anything is trained: the token, the right to write, and what the
-    repository holds. Nothing is made or changed there.
+    Asks the Hub what would keep a run from pushing: the token, the right to write, and what the repository already
+    contains. Nothing is created or changed.
 
     Args:
-        name (`str`): of the repository, without an owner one of your own.
-        base_name (`str`, *optional*): the base's id or name, if it is known.
-        transformer_class (`str`, *optional*): class of the student if all its weights are trained, `None` for a LoRA.
+        name (`str`): the repository. Without an owner it is one of your own.
+        base_name (`str`, *optional*): the base's id or name, if known.
+        transformer_class (`str`, *optional*): the student's class if all its weights are trained, `None` for a LoRA.
         token (`str`, *optional*): by default the one you are logged in with.
 
     Returns:
-        `list[str]`: a sentence or two each, with what to do.
+        `list[str]`: the problems, with what to do. Empty if the run can push.
     """
     token = token or get_token()
     if token is None:
@@ -74,7 +77,7 @@ def repository_problems(
 def _repository_problems(name: str, token: str, base_name: str | None, transformer_class: str | None) -> list[str]:
     api = hf_api()
     account = retried(api.whoami, token)
-    # A token of another kind (OAuth, fine-grained) has no role: the check below asks for its right to write.
+    # Other kinds of tokens (OAuth, fine-grained) have no role. `auth_check` below asks whether they may write.
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return [
             "push_to_hub=True: your token may only read. Make one with write permission on "
@@ -85,8 +88,9 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
     owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in owners:
         return [
-            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, and your token to {account['name']!r}, who "
-            f"can push for {', '.join(owners)}. Choose one of them, or log in as its owner."
+            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, but your token belongs to "
+            f"{account['name']!r}, who can push for {', '.join(owners)}. Choose one of them, or log in as the "
+            "repository's owner."
         ]
     try:
         info = retried(api.model_info, repo_id, token=token)
@@ -100,7 +104,8 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
     try:
         retried(api.auth_check, repo_id, token=token, write=True)
     except HfHubHTTPError as error:
-        # A Hub of one's own may be older than this check: it then shows with the first push, which costs no checkpoint.
+        # A private Hub may not know this check. A missing right then shows at the first push, and no checkpoint is
+        # lost.
         if error.response.status_code in (401, 403):
             return [
                 f"hub_model_id={repo_id!r}: your token is not allowed to write there "
@@ -113,9 +118,9 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
 
 
 def _foreign_content(
-    repo_id: str, token: str, names: set[str], recorded: Any, base_name: str | None, transformer_class: str | None
+    repo_id: str, token: str, names: set[str], recorded: object, base_name: str | None, transformer_class: str | None
 ) -> str | None:
-    """What a repository holds that this student would be mixed with, or overwrite."""
+    """Names what a repository already contains that this student would overwrite or mix with; `None` if nothing."""
     if "model_index.json" in names:
         return "a whole pipeline"
     if names.intersection(LORA_FILES):
@@ -138,21 +143,21 @@ def _foreign_content(
     return f"other weights ({', '.join(map(shown, weights[:3]))})" if weights else None
 
 
-def _read_json(repo_id: str, token: str, name: str) -> dict[str, Any]:
+def _read_json(repo_id: str, token: str, name: str) -> dict[str, JSON]:
     path = retried(hf_hub_download, repo_id, name, token=token)
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 
 def _same_base(one: str, two: str) -> bool:
-    # A local copy is known by the name of its folder.
+    # A local copy of a base has only the name of its folder.
     if "/" in one and "/" in two:
         return one == two
     return one.split("/")[-1] == two.split("/")[-1]
 
 
 def pushed_kind(pipeline: DiffusionPipeline, is_lora: bool) -> tuple[str | None, str | None]:
-    """The base's name and the class of fully trained weights, which [`repository_problems`] compares."""
+    """The base's name and the class of fully trained weights (`None` for a LoRA), for [`repository_problems`]."""
     kind = None if is_lora else type(pipeline.components.get("transformer")).__name__
     return public_name(pipeline.config.get("_name_or_path")), kind
 
@@ -161,13 +166,13 @@ def make_repository(
     name: str, token: str | None = None, private: bool | None = None, revision: str | None = None
 ) -> str:
     """
-    Makes a repository, and the branch `revision` in it, if they are not there.
+    Creates a repository, and the branch `revision` in it, if they don't exist.
 
     Returns:
-        `str`: its name with its owner's.
+        `str`: the repository as `owner/name`.
 
     Raises:
-        [`PushError`]: if that is not possible.
+        [`PushError`]: if it can't be created.
     """
     api = hf_api()
     try:
@@ -175,5 +180,5 @@ def make_repository(
         if revision is not None and not revision.startswith("refs/"):
             retried(api.create_branch, repo_id, branch=revision, token=token, exist_ok=True)
     except ERRORS as error:
-        raise PushError(f"The repository {name!r} cannot be made: {http_reason(error)}.") from error
+        raise PushError(f"The repository {name!r} cannot be created: {http_reason(error)}.") from error
     return repo_id

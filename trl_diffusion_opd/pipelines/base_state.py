@@ -13,18 +13,17 @@
 # limitations under the License.
 
 """
-What a pipeline carries beside its weights. A base is plain: what its classes and configs say, and nothing around it.
+Checks that a pipeline is unmodified, as a base must be: exactly what its classes and configs say.
 
-LoRAs, fused projections, caches and other hooks of diffusers change what the transformer computes or which of its layers take part, and none of it
-is saved with a student. Here they are found, named, and it is said what undoes them. What changes neither is let through:
-gradient checkpointing, forward chunking, compiling in place, train mode, frozen weights, and on the VAE slicing,
-tiling, fused projections and layerwise casting.
+LoRAs, fused projections, caches and other hooks of diffusers change what the transformer computes or which layers it
+uses, and none of them is saved with a student. The problems found here name them and say how to undo them. Changes
+that affect neither are accepted: gradient checkpointing, forward chunking, compiling in place, train mode, frozen
+weights; and on the VAE slicing, tiling, fused projections and layerwise casting.
 """
 
 import logging
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
 
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -42,23 +41,24 @@ from ..guards.redaction import shown
 logger = logging.getLogger(__name__)
 
 _LOAD_AGAIN = "Load the pipeline again without it."
-# Names of diffusers' hooks, by how they begin.
+# How the names of diffusers' hooks begin.
 _OFFLOADING = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading")
 _CASTING = ("layerwise_casting", "peft_autocast_disable")
 _SPLITTING = ("cp_input", "cp_output")
 
 
 def carries_lora(pipeline: DiffusionPipeline) -> bool:
-    """Whether a component has adapter layers, active or not."""
+    """Whether a component of the pipeline has adapter layers (LoRAs), active or not."""
     return any(isinstance(m, BaseTunerLayer) for network in _networks(pipeline) for m in network.modules())
 
 
 def transformer_problems(transformer: nn.Module) -> list[str]:
     """
-    What keeps LoRAs on a transformer from doing what they say, a sentence each. It has none yet; nothing is changed.
+    Says why LoRAs would not work correctly on a transformer, one sentence each. Nothing is changed.
 
     Args:
-        transformer (`nn.Module`): of a pipeline. One that is not of diffusers' kind is not compared with its config.
+        transformer (`nn.Module`): a pipeline's transformer, without LoRAs. It is compared with its config only if it
+            is a diffusers model.
     """
     if isinstance(transformer, OptimizedModule):
         return [
@@ -77,8 +77,8 @@ def transformer_problems(transformer: nn.Module) -> list[str]:
         if not all(isinstance(module, AttentionModuleMixin) for module in fused):
             undo = f"{_LOAD_AGAIN} (Unfusing leaves the fused layers in a {type(transformer).__name__}.)"
         problems.append(
-            "The transformer's projections are fused (fuse_qkv_projections), so that its attention would pass by the LoRAs on "
-            f"to_q, to_k and to_v. {undo}"
+            "The transformer's projections are fused (fuse_qkv_projections), so its attention would ignore the LoRAs "
+            f"on to_q, to_k and to_v. {undo}"
         )
     elif isinstance(transformer, ModelMixin):
         problems += _foreign_parts(transformer)
@@ -86,7 +86,7 @@ def transformer_problems(transformer: nn.Module) -> list[str]:
 
 
 def placement_problems(pipeline: DiffusionPipeline) -> list[str]:
-    """What keeps the components of a pipeline from being moved to a device and staying there, a sentence each."""
+    """Says why the components of a pipeline can't be moved to a device and stay there, one sentence each."""
     networks = list(_networks(pipeline))
     problems = []
     if any("_hf_hook" in vars(module) for network in networks for module in network.modules()):
@@ -113,7 +113,7 @@ def _networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:
 
 
 def _diffusers_hooks(network: nn.Module) -> list[str]:
-    """Names of the hooks that diffusers has put around a network's modules. A registry may be there without any."""
+    """Names of diffusers' hooks on a network's modules. A module may have a registry without hooks."""
     registries = (vars(module).get("_diffusers_hook") for module in network.modules())
     return sorted({name for registry in registries if isinstance(registry, HookRegistry) for name in registry.hooks})
 
@@ -139,16 +139,17 @@ def _hook_problems(transformer: nn.Module) -> list[str]:
             f"{_LOAD_AGAIN[1:]}"
         )
     hooked = [name or "itself" for name, module in transformer.named_modules() if _has_hooks(module)]
-    if hooked:  # those that only watch, as wandb.watch(...) puts them on, do no harm
+    if hooked:  # only a warning: hooks that just watch, such as those of wandb.watch(...), do no harm
         logger.warning(
-            f"The transformer has forward or backward hooks (on {_some(hooked)}). They run for student and teachers alike, and are no "
-            "part of what is saved: one that changes what it sees is missing there. Its handle's .remove() takes it away."
+            f"The transformer has forward or backward hooks (on {_some(hooked)}). They run for student and teachers "
+            "alike but are not saved, so a student trained with a hook that changes values would miss it later. "
+            "Remove a hook with .remove() of its handle."
         )
     replaced = [name or "itself" for name, module in transformer.named_modules() if _has_other_forward(module)]
     if replaced:
         problems.append(
-            f"The transformer's forward was replaced (of {_some(replaced)}), and what is saved would run with the class's own. "
-            f"{_LOAD_AGAIN}"
+            f"The transformer's forward was replaced (of {_some(replaced)}), but a saved student would run with the "
+            f"class's own. {_LOAD_AGAIN}"
         )
     return problems
 
@@ -159,23 +160,26 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _has_other_forward(module: nn.Module) -> bool:
-    """Whether it has a forward that is not its class's, beside those of accelerate's and diffusers' hooks, which are told by name."""
+    """
+    Whether a module's forward is not its class's own. Those of accelerate's and diffusers' hooks don't count: other
+    problems name them.
+    """
     own = vars(module)
     if "forward" not in own or "_hf_hook" in own or _diffusers_hooks(module):
         return False
-    # Hooks that are taken away again leave the class's own behind, as an attribute of the module.
+    # Removed hooks leave the class's own forward as an attribute of the module.
     return not (isinstance(own["forward"], MethodType) and own["forward"].__func__ is type(module).forward)
 
 
-def _foreign_parts(transformer: Any) -> list[str]:
-    """What of a transformer is not what its config makes."""
+def _foreign_parts(transformer: ModelMixin) -> list[str]:
+    """Says in what a transformer differs from one that its config creates."""
     with init_empty_weights():
         plain = type(transformer).from_config(transformer.config)
     expected = dict(plain.named_modules())
     found = dict(transformer.named_modules())
-    # A quantised layer is of a class derived from the plain one's.
+    # A quantised layer's class is derived from the plain layer's.
     foreign = [name for name, m in found.items() if name not in expected or not isinstance(m, type(expected[name]))]
-    # A part that is optional is not a module where it is None.
+    # An optional part that is None is not a module.
     missing = [name for name in expected if name not in found]
     problems = []
     if any(name.endswith(".processor") for name in foreign):
@@ -186,8 +190,8 @@ def _foreign_parts(transformer: Any) -> list[str]:
     elif foreign or missing:
         named = f"has {_some(foreign)}" if foreign else f"lacks {_some(missing)}"
         problems.append(
-            f"The transformer is not what its config says: it {named}. What is saved could not be loaded on the base that others "
-            "have. Load the pipeline again, or save it with a config that fits."
+            f"The transformer does not match its config: it {named}. A saved student could not be loaded on the "
+            "original base. Load the pipeline again, or save it with a config that fits."
         )
     else:
         ours, theirs = _processors(found), _processors(expected)
@@ -196,14 +200,14 @@ def _foreign_parts(transformer: Any) -> list[str]:
             first = other[0]
             problems.append(
                 f"The transformer's attention processors were replaced ({_some(other)}: {type(ours[first]).__name__} in place of "
-                f"{type(theirs[first]).__name__}), which is no part of what is saved. Undo it with "
+                f"{type(theirs[first]).__name__}), and processors are not saved. Undo it with "
                 f"pipe.transformer.set_attn_processor({type(theirs[first]).__name__}()), or load the pipeline again."
             )
     return problems
 
 
-def _processors(modules: dict[str, nn.Module]) -> dict[str, Any]:
-    """What computes the attention of each module that leaves it to another object."""
+def _processors(modules: dict[str, nn.Module]) -> dict[str, object]:
+    """The attention processors of the modules that have one."""
     return {name: vars(module)["processor"] for name, module in modules.items() if "processor" in vars(module)}
 
 

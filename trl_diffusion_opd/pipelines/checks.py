@@ -12,18 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What keeps a pipeline, or an option of its `__call__`, from being used one step at a time."""
+"""Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
 from .images import pixels_a_latent
 
 
-# Their effect depends on the index within the loop, and here every step is the only one of its loop.
+# Options that depend on a step's index in the pipeline's loop. Here every step runs in a loop of its own.
 LOOP_INDEX_OPTIONS = (
     "skip_guidance_layers",
     "skip_layer_guidance_scale",
@@ -36,7 +35,7 @@ LOOP_INDEX_OPTIONS = (
     "guidance_start",
     "guidance_stop",
 )
-# What the walk decides.
+# Options that the trainer sets itself.
 MANAGED_OPTIONS = (
     "prompt",
     "num_inference_steps",
@@ -54,28 +53,37 @@ MANAGED_OPTIONS = (
 )
 
 
-def guidance_name(parameters: Mapping[str, Any]) -> str:
-    """What a pipeline with these parameters calls the scale of classifier-free guidance."""
+def guidance_name(parameters: Collection[str]) -> str:
+    """The name of the parameter for the scale of classifier-free guidance, in a pipeline with these parameters."""
     # In Flux and Qwen-Image `guidance_scale` is an embedding and `true_cfg_scale` is classifier-free guidance.
     return "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
 
 
 def option_problems(
     pipeline: DiffusionPipeline,
-    parameters: Mapping[str, Any],
-    options: Mapping[str, Any],
+    parameters: Collection[str],
+    options: Iterable[str],
     height: int | None,
     width: int | None,
     max_sequence_length: int | None,
 ) -> list[str]:
-    """What is wrong with arguments for the `__call__` of a pipeline that has these `parameters`."""
+    """
+    Says what is wrong with arguments for a pipeline's `__call__`, one sentence each.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): the pipeline.
+        parameters (`Mapping`): the parameters of its `__call__`.
+        options (`Mapping`): the `generation_kwargs`.
+        height, width (`int`, *optional*): size of the images in pixels.
+        max_sequence_length (`int`, *optional*): length of the text in tokens.
+    """
     name = type(pipeline).__name__
     problems = []
     for option in options:
         if option in LOOP_INDEX_OPTIONS:
             problems.append(
-                f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, and "
-                "training asks for one step at a time. Remove it."
+                f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, but training "
+                "runs one step at a time. Remove it."
             )
         elif option in MANAGED_OPTIONS or option == guidance_name(parameters):
             problems.append(f"generation_kwargs: {option!r} is set by the trainer's own arguments. Remove it.")
@@ -87,14 +95,14 @@ def option_problems(
     for side, size in (("height", height), ("width", width)):
         if size is not None and (size <= 0 or size % factor):
             problems.append(
-                f"{side}={size} is not a multiple of {factor}, the pixels that a latent of {name} stands for. "
+                f"{side}={size} is not a multiple of {factor}, the number of pixels per latent of {name}. "
                 f"Use {max(factor, round(size / factor) * factor)}."
             )
     return problems
 
 
 def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
-    """What keeps a pipeline from being one whose velocity can be asked for."""
+    """Says why velocities can't be computed with a pipeline, one sentence each."""
     name = type(pipeline).__name__
     scheduler = pipeline.components.get("scheduler")
     missing = [] if isinstance(pipeline.components.get("transformer"), nn.Module) else ["transformer"]
@@ -114,7 +122,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     return problems
 
 
-def _is_flow_matching(scheduler: Any) -> bool:
+def _is_flow_matching(scheduler: SchedulerMixin) -> bool:
     config = scheduler.config
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
         config.get("prediction_type") == "flow_prediction" and bool(config.get("use_flow_sigmas"))

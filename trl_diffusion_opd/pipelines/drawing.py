@@ -12,10 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Draws images with the deterministic sampler: the same image whatever process draws it."""
+"""Draws images with the deterministic sampler. An image is the same on whichever process it is drawn."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -32,7 +31,7 @@ Velocity = Callable[[Tensor, float, list[str]], Tensor]
 
 def draw_images(
     field: VelocityField,
-    transformer: Callable[..., Any],
+    transformer: Callable[..., tuple],
     prompts: list[str],
     *,
     entropy: Sequence[int],
@@ -42,25 +41,26 @@ def draw_images(
     on_batch: Callable[[list[int], list[Image]], None] | None = None,
 ) -> list[tuple[int, Image]]:
     """
-    Draws an image a prompt with the deterministic sampler.
+    Draws one image for each prompt with the deterministic sampler.
 
-    An image depends on `entropy` and on its number, and not on the batch or the process that it is drawn in, but for
-    rounding. Every process calls the transformer equally often; what that draws twice is dropped.
+    Except for rounding, an image depends only on `entropy` and on its position in `prompts`, not on its batch or
+    process. Every process calls the transformer the same number of times; images that are drawn twice for that are
+    dropped.
 
     Args:
-        field ([`VelocityField`]): the pipeline, with the noise grid to walk.
-        transformer (`Callable`): what is called in place of the pipeline's transformer.
-        prompts (`list[str]`): prompts of all processes.
-        entropy (`Sequence[int]`): what the images have in common, not negative: seed and task. Training's noise is
-            another one, whatever it is.
-        guidance_scale (`float`): scale of classifier-free guidance, 1 for none.
-        batch_size (`int`): images at a time on one process.
+        field ([`VelocityField`]): the pipeline, with the noise grid to use.
+        transformer (`Callable`): the model to call in place of the pipeline's transformer.
+        prompts (`list[str]`): the prompts of all processes.
+        entropy (`Sequence[int]`): the words of the seed that the images share, not negative: seed and task. The noise
+            never equals training's.
+        guidance_scale (`float`): scale of classifier-free guidance. 1 turns it off.
+        batch_size (`int`): number of images that a process draws at a time.
         process (`tuple[int, int]`, *optional*): index of this process and number of processes.
-        on_batch (`Callable`, *optional*): called as `on_batch(positions, images)` when a batch is drawn, so that it can be
-            scored while the next one is.
+        on_batch (`Callable`, *optional*): called as `on_batch(positions, images)` after each batch, so that it can be
+            scored while the next one is drawn.
 
     Returns:
-        `list[tuple[int, PIL.Image.Image]]`: position in `prompts` and image, of this process's share.
+        `list[tuple[int, PIL.Image.Image]]`: position in `prompts` and image, for this process's share of the prompts.
     """
 
     def velocity(x: Tensor, t: float, batch: list[str]) -> Tensor:
@@ -87,11 +87,11 @@ def draw_batch(
     Draws a batch of images.
 
     Args:
-        field ([`VelocityField`]): the pipeline, with the noise grid to walk.
-        velocity (`Callable`): `velocity(x, level, prompts)`.
-        prompts (`list[str]`): one an image.
+        field ([`VelocityField`]): the pipeline, with the noise grid to use.
+        velocity (`Callable`): `velocity(x, level, prompts)` returns the velocity.
+        prompts (`list[str]`): the prompt of each image.
         entropy (`Sequence[int]`): as in [`draw_images`].
-        numbers (`Sequence[int]`): the number of each image among those of the same entropy.
+        numbers (`Sequence[int]`): the number of each image. It completes the seed.
     """
     table = sampler_table("ode", field.levels)
     levels = table.levels.tolist()

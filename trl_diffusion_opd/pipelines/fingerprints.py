@@ -12,13 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What images and embeddings of a pipeline depend on, as hashes: kept ones of another hash are not used again."""
+"""
+Hashes of everything that a pipeline's images and embeddings depend on. Kept images and embeddings are reused only if
+the hash is the same.
+"""
 
 import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -26,15 +28,16 @@ import transformers
 import xxhash
 from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..acceleration.quantization import plain_tensors
+from ..guards.files import JSON
 
 
-# Of a component's config: who wrote it, and in what precision, which the weights tell.
+# Entries of a component's config that don't change its output, or that the weights show already (the precision).
 _UNIMPORTANT = ("architectures", "dtype", "torch_dtype", "transformers_version")
-# Settings of a component that say where it comes from, what its last call was (a tokenizer's), or what its weights say
-# themselves, and not what it does.
+# Settings of a component that don't change its embeddings: where it comes from, a tokenizer's last call, and what the
+# weights show already.
 _PASSING = (
     "_name_or_path",
     "name_or_path",
@@ -52,10 +55,10 @@ _PASSING = (
 
 def base_digest(pipeline: DiffusionPipeline) -> str:
     """
-    SHA-256 over everything of a pipeline that its images depend on: weights, configs and vocabularies of its components.
+    A SHA-256 digest of everything in a pipeline that affects its images: weights, configs and vocabularies.
 
-    It is taken from memory, so it is the same for a pipeline that was loaded here and for one that was handed in. Weights
-    in another precision are other weights.
+    It is computed from memory, so it does not matter how the pipeline was loaded. The same weights in another
+    precision have another digest.
     """
     hashed = hashlib.sha256(type(pipeline).__name__.encode())
     for name, component in sorted(pipeline.components.items()):
@@ -70,7 +73,7 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     return hashed.hexdigest()
 
 
-def _config(component: Any) -> dict[str, Any]:
+def _config(component: object) -> dict[str, JSON]:
     if isinstance(component, ConfigMixin):
         config = dict(component.config)
     elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
@@ -82,11 +85,11 @@ def _config(component: Any) -> dict[str, Any]:
 
 def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     """
-    A hash of all that a pipeline's embeddings depend on besides the prompt and the options of the call.
+    A hash of everything that a pipeline's text embeddings depend on besides the prompt and the options of the call.
 
-    Weights, buffers and config of its text encoders (whatever is no transformer, VAE or scheduler), the files of its
-    tokenizers, its own settings, the transformer's dtype, which some pipelines cast to, and the versions of diffusers and
-    transformers.
+    It includes the weights, buffers and config of its text encoders (all modules but transformer, VAE and scheduler),
+    the files of its tokenizers, its own settings, the transformer's dtype (some pipelines cast embeddings to it), and
+    the versions of diffusers and transformers.
 
     Returns:
         `str`: 32 hexadecimal digits.
@@ -111,13 +114,13 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def _add_module(digest: Any, module: nn.Module) -> None:
+def _add_module(digest: xxhash.xxh3_128, module: nn.Module) -> None:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             for part in plain_tensors(value):
                 digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
                 digest.update(bytes_of(part).numpy().data)
-    # What is not in the weights: number of heads, activations, which layer is taken.
+    # Facts that the weights don't show: number of heads, activations, which layer is used.
     if isinstance(module, PreTrainedModel):
         entries = module.config.to_dict()
     else:
@@ -125,8 +128,8 @@ def _add_module(digest: Any, module: nn.Module) -> None:
     digest.update(_settings(entries))
 
 
-def _add_files(digest: Any, component: Any) -> None:
-    """The files of a tokenizer or processor: their formats are as many as their classes."""
+def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | ProcessorMixin) -> None:
+    """Adds the files of a tokenizer or processor. Saving it covers all classes, whatever their formats."""
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
@@ -137,13 +140,13 @@ def _add_files(digest: Any, component: Any) -> None:
                 )
 
 
-def _settings(entries: Any) -> bytes:
-    """JSON of a component's settings, without those in `_PASSING`."""
+def _settings(entries: JSON) -> bytes:
+    """A component's settings as JSON, without those in `_PASSING`."""
     if isinstance(entries, dict):
         entries = {name: value for name, value in entries.items() if name not in _PASSING}
     return json.dumps(entries, sort_keys=True, default=str).encode()
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """What a tensor holds, on the CPU."""
+    """The bytes of a tensor, on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Latents to images and back, by a pipeline's own decoder and VAE."""
+"""Converts latents to images and back, with a pipeline's own decoder and VAE."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,16 +26,19 @@ from ..guards.finite import finite_images
 from .latent_map import LatentMap
 
 
-def decoded(x: Tensor, decode: Callable[[], Any]) -> Any:
+Images = Any  # a list of PIL's, an array or a tensor: as `output_type` says
+
+
+def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:
     """
-    The images that `decode` makes of latents.
+    Returns the images that `decode()` makes of the latents `x`.
 
     Raises:
-        [`FloatingPointError`]: if latents or pictures are not finite.
+        [`FloatingPointError`]: if latents or images contain NaN or infinity.
     """
     if bad := int((~x.isfinite()).flatten(1).any(1).sum()):
         raise FloatingPointError(
-            f"{bad} of {len(x)} pictures end in latents that are not finite: the model computes NaN."
+            f"{bad} of {len(x)} images have latents with NaN or infinity: the model computes NaN."
         )
     with finite_images():
         images = decode()
@@ -50,8 +53,11 @@ def encoded(
     size: tuple[int | None, int | None],
     device: torch.device,
 ) -> Tensor:
-    """Latents of images that are cut and resized to `size`, height and width, as the pipeline's loop has them at level 0."""
-    vae: Any = pipeline.components["vae"]
+    """
+    The latents of images, in the layout of the pipeline's loop at level 0. Images are first cropped and resized to
+    `size` (height, width).
+    """
+    vae = pipeline.components["vae"]
     pixels = (
         image_processor(pipeline)
         .preprocess([image.convert("RGB") for image in images], *size, resize_mode="crop")
@@ -62,19 +68,22 @@ def encoded(
 
 
 def encoder_problem(pipeline: DiffusionPipeline) -> str | None:
-    """What a pipeline lacks to encode images with."""
+    """Says what a pipeline lacks for encoding images; `None` if nothing."""
     if isinstance(pipeline.components.get("vae"), nn.Module) and image_processor(pipeline) is not None:
         return None
     return f"{type(pipeline).__name__} has no VAE with an image processor to encode images with."
 
 
 def pixels_a_latent(pipeline: DiffusionPipeline) -> int:
-    """Pixels a side that a latent stands for. Packed families count two latents a side here, as they must."""
+    """
+    Pixels per latent, along one side. Pipelines that pack 2 x 2 latents into one token count the pixels of a token,
+    since sizes must be multiples of that.
+    """
     processor = image_processor(pipeline)
     return 1 if processor is None else processor.config.vae_scale_factor
 
 
 def image_processor(pipeline: DiffusionPipeline) -> Any:
-    """What prepares a pipeline's images, if it has one."""
+    """The pipeline's processor of images (or videos), or `None`."""
     own = vars(pipeline)
     return own.get("image_processor", own.get("video_processor"))

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-How a pipeline's latents correspond to its VAE's, found by trial.
+Finds out how a pipeline converts its latents for the VAE, and inverts it, so that images can be encoded.
 
-Before it decodes, a pipeline unpacks its loop's latents, scales and shifts them, by one number, by numbers a channel, or by
-a batch norm's. Whatever it is: each number that the VAE gets is a number of the loop times a scale plus a shift. Decoding
-a few tensors of known numbers tells all three, and what is known can be inverted.
+Before decoding, a pipeline rearranges the latents of its loop, scales and shifts them: by one number, one number a
+channel, or those of a batch norm. In all cases each number that the VAE gets is one number of the loop times a scale,
+plus a shift. Decoding a few tensors of known numbers shows the positions, scales and shifts.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 
-_BASE = 16  # numbers below it are exact in every floating dtype, and survive being scaled and shifted
+_BASE = 16  # smaller whole numbers are exact in every floating dtype and can be recovered after scale and shift
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,10 @@ class LatentMap:
 
     Args:
         index (`Tensor` of shape `(n,)`, int64): a permutation.
-        scale, shift (`Tensor` of shape `(n,)`, float32)
-        shape (`tuple[int]`): of one sample in the loop.
-        vae_shape (`tuple[int]`): of one sample in the VAE.
-        name (`str`): the pipeline's, for messages.
+        scale, shift (`Tensor` of shape `(n,)`, float32): factor and offset of each number.
+        shape (`tuple[int]`): shape of one sample in the loop.
+        vae_shape (`tuple[int]`): shape of one sample in the VAE.
+        name (`str`): the pipeline's name, for messages.
     """
 
     index: Tensor
@@ -56,16 +56,16 @@ class LatentMap:
         Finds the map of a pipeline.
 
         Args:
-            to_vae (`Callable`): what the pipeline makes of latents before it decodes them.
-            example (`Tensor` of shape `(1, ...)`): latents of the loop, random ones.
-            name (`str`): the pipeline's, for messages.
+            to_vae (`Callable`): converts latents of the loop to those that the VAE gets, as the pipeline does.
+            example (`Tensor` of shape `(1, ...)`): random latents of the loop.
+            name (`str`): the pipeline's name, for messages.
 
         Raises:
-            [`ValueError`]: if what the pipeline does is not of this form.
+            [`ValueError`]: if the pipeline's conversion does not have this form.
         """
         refusal = ValueError(
             f"{name} prepares its latents for the VAE in a way that can't be inverted, so images can't be encoded for it. "
-            "Images that teachers generate can be trained on: they are latents from the start."
+            "You can train on images that teachers generate, since these are latents from the start."
         )
         x = example.detach().float()
         n = x.numel()
@@ -73,7 +73,7 @@ class LatentMap:
         scale = to_vae(torch.ones_like(x)).flatten() - shift
         if len(shift) != n or not bool((scale.isfinite() & (scale != 0)).all()):
             raise refusal
-        # The position of a number, digit by digit.
+        # Finds where each number goes: its position is sent through `to_vae` digit by digit.
         index, rest, place = torch.zeros_like(shift, dtype=torch.int64), torch.arange(n, device=x.device), 1
         while place < n:
             digit = (rest // place % _BASE).to(x.dtype).reshape(x.shape)
@@ -94,22 +94,22 @@ class LatentMap:
 
     def from_vae(self, latents: Tensor) -> Tensor:
         """
-        The loop's latents of those that the VAE has encoded.
+        Converts latents from the VAE's encoder to those of the pipeline's loop.
 
         Args:
-            latents (`Tensor` of shape `(B, *vae_shape)`)
+            latents (`Tensor` of shape `(B, *vae_shape)`): encoded images.
 
         Returns:
             `Tensor` of shape `(B, *shape)`, float32.
 
         Raises:
-            [`ValueError`]: if they are of another shape.
+            [`ValueError`]: if the latents have another shape.
         """
         if tuple(latents.shape[1:]) != self.vae_shape:
             raise ValueError(
                 f"The VAE of {self.name} encodes an image to shape {tuple(latents.shape[1:])} and decodes one of shape "
-                f"{self.vae_shape}. Set height and width to a size that it can do, and use_resolution_binning=False in "
-                "generation_kwargs where the pipeline has it."
+                f"{self.vae_shape}. Set height and width to a size that it supports, and use_resolution_binning=False "
+                "in generation_kwargs if the pipeline has it."
             )
         flat = (latents.float().flatten(1) - self.shift) / self.scale
         x = torch.empty_like(flat)

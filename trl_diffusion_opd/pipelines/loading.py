@@ -12,20 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A base pipeline: loading it, and, for work without a trainer, lending its transformer for LoRAs."""
+"""Loads a base pipeline, and lets code without a trainer put LoRAs on its transformer for a while."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..acceleration.quantization import failures_named, pipeline_config, prepare
+from ..acceleration.quantization import QuantizationConfig, failures_named, pipeline_config, prepare
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import explained, retried
 from ..problems import Problems
@@ -39,25 +40,27 @@ _WHOLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 def load_pipeline(
     model: str | DiffusionPipeline,
     dtype: str,
-    model_init_kwargs: Mapping[str, Any] | None = None,
-    quantization_config: Any = None,
+    model_init_kwargs: Mapping[str, JSON] | None = None,
+    quantization_config: QuantizationConfig = None,
 ) -> DiffusionPipeline:
     """
-    A base pipeline, loaded if it is given by name, fit to be trained on.
+    Returns a base pipeline that is ready for training. Loads it if it is given by name.
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]): a Hub id, a folder or a pipeline.
-        dtype (`str`): `"float32"`, `"bfloat16"` or `"float16"`.
-        model_init_kwargs (`dict`, *optional*): further arguments of `from_pretrained`, such as `revision` and `variant`.
-        quantization_config (*optional*): of diffusers.
+        dtype (`str`): dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
+        model_init_kwargs (`dict`, *optional*): further arguments of `from_pretrained`, such as `revision` and
+            `variant`.
+        quantization_config (*optional*): a quantisation config of diffusers, for the transformer or the whole
+        pipeline.
 
     Raises:
-        [`ValueError`]: if it cannot be loaded, with what to check.
+        [`ValueError`]: if it cannot be loaded. The message says what to check.
     """
     if not isinstance(model, str | DiffusionPipeline):
         raise ValueError(
-            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (of which the "
-            "trainer takes the transformer)."
+            f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (the "
+            "trainer uses its transformer)."
         )
     pipeline = _loaded(model, dtype, model_init_kwargs, quantization_config) if isinstance(model, str) else model
     transformer = pipeline.components.get("transformer")
@@ -67,7 +70,7 @@ def load_pipeline(
 
 
 def _loaded(
-    name: str, dtype: str, model_init_kwargs: Mapping[str, Any] | None, quantization_config: Any
+    name: str, dtype: str, model_init_kwargs: Mapping[str, JSON] | None, quantization_config: QuantizationConfig
 ) -> DiffusionPipeline:
     check_base_name(name)
     options = loading_options(dtype, model_init_kwargs)
@@ -87,10 +90,10 @@ def _loaded(
 
 def check_base_name(name: str) -> None:
     """
-    Refuses what holds a whole model in one file, in place of a folder of diffusers.
+    Refuses a single file of a whole model, and a folder that holds only such files. A base is a diffusers folder.
 
     Raises:
-        [`ValueError`]: with how to load it.
+        [`ValueError`]: if the name is such a file or folder. The message says how to load it.
     """
     path = Path(name)
     files = [path] if path.suffix in _WHOLE_FILES else []
@@ -101,15 +104,19 @@ def check_base_name(name: str) -> None:
             f"{name!r} is" if files == [path] else f"{name!r} has no model_index.json, and {files[0].name!r} in it is"
         )
         raise ValueError(
-            f"The base {where} a single file, and a base by name is a folder of diffusers or a Hub id. If it holds the whole "
-            f"model: pipe = StableDiffusion3Pipeline.from_single_file({str(files[0])!r}), or with the class of your model, "
-            "then pass pipe as the model, or pipe.save_pretrained(folder) and name that folder."
+            f"The base {where} a single file, but a base's name must be a diffusers folder or a Hub id. If the file "
+            f"holds the whole model: pipe = StableDiffusion3Pipeline.from_single_file({str(files[0])!r}), or the "
+            "class of your model. Then pass pipe as the model, or call pipe.save_pretrained(folder) and name that "
+            "folder."
         )
 
 
 @contextmanager
-def borrowed(pipeline: Any) -> Iterator[Any]:
-    """The pipeline's transformer to put LoRAs on, which are gone afterwards, also when a teacher cannot be loaded."""
+def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
+    """
+    Yields the pipeline's transformer, on which its block may put LoRAs. Afterwards they are removed and the pipeline
+    is as before, even after an error.
+    """
     transformer = pipeline.components.get("transformer")
     if isinstance(transformer, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
         raise ValueError(
@@ -129,7 +136,7 @@ def borrowed(pipeline: Any) -> Iterator[Any]:
     finally:
         if isinstance(transformer, nn.Module):
             recurse_remove_peft_layers(transformer)
-            # PEFT leaves it on the model, and load_lora_weights would take its names for adapters that are there.
+            # PEFT leaves its config on the model, and load_lora_weights would take its names for existing adapters.
             transformer.__dict__.pop("peft_config", None)
         for module, training in modes:
             module.training = training

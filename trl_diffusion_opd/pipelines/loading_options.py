@@ -12,25 +12,31 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""With what a base is loaded. Configs read this, so nothing here imports diffusers."""
+"""
+Checks and completes the arguments with which a base is loaded. Configs import this module, so it imports no diffusers.
+"""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+
+from ..guards.files import JSON
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def dtype_name(value: Any) -> str | None:
-    """The name of a dtype in which a base can be loaded, from `"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16`."""
+def dtype_name(value: object) -> str | None:
+    """
+    The name of a dtype for a base, such as `"bfloat16"` for `"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16`.
+    `None` if a base can't be loaded in it.
+    """
     name = str(value).removeprefix("torch.")
     return name if name in DTYPES else None
 
 
-def model_init_problems(options: Mapping[str, Any]) -> list[str]:
-    """What is refused of keyword arguments for `DiffusionPipeline.from_pretrained`."""
+def model_init_problems(options: Mapping[str, JSON]) -> list[str]:
+    """Says which keyword arguments for `DiffusionPipeline.from_pretrained` are refused and why, one sentence each."""
     problems = []
     for name in ("trust_remote_code", "custom_pipeline"):
         if options.get(name):
@@ -48,14 +54,14 @@ def model_init_problems(options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def loading_options(dtype: str, model_init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def loading_options(dtype: str, model_init_kwargs: Mapping[str, JSON] | None) -> dict[str, JSON]:
     """
-    Arguments of `DiffusionPipeline.from_pretrained`, which takes a dtype that is text for none.
+    Makes the arguments of `DiffusionPipeline.from_pretrained`, with dtypes as objects, since it ignores their names.
 
     Args:
-        dtype (`str`): of the base.
-        model_init_kwargs (`dict`, *optional*): further arguments. A `dtype` or `torch_dtype` of theirs counts where it has one
-            for each component.
+        dtype (`str`): the dtype of the base.
+        model_init_kwargs (`dict`, *optional*): further arguments. A `dtype` or `torch_dtype` in them replaces `dtype`
+            only if it is a dict with a dtype for each component.
     """
     options = dict(model_init_kwargs or {})
     named = [options.pop(name, None) for name in ("dtype", "torch_dtype")]

@@ -12,70 +12,75 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Text embeddings, encoded once: a cache around a pipeline's own `encode_prompt`."""
+"""A cache for a pipeline's own `encode_prompt`, so that each prompt is encoded once."""
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .prompt_store import PromptStore
+from .prompt_store import Encoded, PromptStore
 
 
-# Two prompts of different length: enough to see whether a batch of embeddings is the rows put together.
+# Two prompts of different length, for trials: they show whether the embeddings of a batch are those of its prompts put
+# together.
 _PROBES = ("a", "a b c")
-# Keys of what the trials found, in a store.
+# Keys of the trials' results in a store.
 _LAYOUT, _AXES, _PARTS, _SHORT = "layout", "axes", "parts", "short"
-# What pipelines call the argument that asks for the negative prompts' embeddings too.
+# The pipelines' argument that asks for the negative prompts' embeddings as well.
 _GUIDED = "do_classifier_free_guidance"
-# Guided and unguided calls of student and teachers on one micro-batch.
+# Enough for all calls of student and teachers, with and without guidance, on one micro-batch.
 _RECENT_BATCHES = 8
+
+_Layout = str | tuple["_Layout", ...] | None  # how the embeddings of prompts and of their batch belong together
 
 
 class PromptCache:
     """
-    Remembers what `encode_prompt` returned, one entry a prompt, the least recently used dropped beyond `max_bytes`.
+    Remembers the return values of `encode_prompt`, one entry a prompt. Beyond `max_bytes` it drops the entry that was
+    used longest ago.
 
-    Prompts are encoded one at a time, or in the company that [`set_companies`] says, so that an embedding depends on
-    nothing but its prompt and that: not on the batch, the number of processes or what was encoded before, without which
-    a resumed run could not repeat an uninterrupted one to the bit. Some encoders return things that are not rows (position
-    ids, layers first) or pad to the longest prompt of the batch; a trial at the first call finds them, and for those the
-    whole batch is encoded and kept as it is, a prompt that is several times in it once.
+    Prompts are encoded one at a time, or in the groups ("companies") of [`set_companies`]. An embedding then depends
+    only on its prompt and its company, not on the batch, the number of processes or earlier calls, so a resumed run
+    repeats an uninterrupted one to the bit. Some encoders return values that are not one row a prompt (position ids,
+    layers first), or pad to the longest prompt of the batch. A trial at the first call detects this. Their batches are
+    then encoded and kept as a whole, with repeated prompts only once.
 
-    What comes with every prompt under guidance, the embedding of the empty prompt, is encoded once, and the prompt as
-    without guidance: another trial finds which is which.
+    With guidance, an encoder also returns the embedding of the negative (often empty) prompt. Another trial finds out
+    which part that is, so that it is encoded once and prompts share their embeddings with calls without guidance.
 
     Args:
         max_bytes (`int`, *optional*, defaults to 2 GiB):
-            Bound of the embeddings kept in host memory.
+            Maximum size of the embeddings in host memory.
         store ([`PromptStore`], *optional*):
-            Where embeddings are looked for first and kept across runs. What it has takes no host memory.
+            Keeps embeddings on disk across runs, and is searched first. Its embeddings take no host memory.
     """
 
     def __init__(self, max_bytes: int = 2 * 1024**3, store: PromptStore | None = None):
         self.max_bytes = max_bytes
         self._store = store
-        self._entries: OrderedDict[tuple, Any] = OrderedDict()
-        self._recent: OrderedDict[tuple, Any] = OrderedDict()
+        self._entries: OrderedDict[tuple, Encoded] = OrderedDict()
+        self._recent: OrderedDict[tuple, Encoded] = OrderedDict()
         self._trials: dict[tuple, Any] = {}
         self._companies: dict[str, tuple[str, ...]] = {}
-        self._unasked: set[tuple] = set()  # those that came with others
+        self._unasked: set[tuple] = set()  # entries that were encoded only because a prompt of their company was
         self._bytes = 0
 
     def set_companies(self, companies: Iterable[Sequence[str]]) -> None:
         """
-        Says which prompts are encoded together from now on; all others are encoded alone.
+        Sets which prompts are encoded together from now on. All others are encoded alone.
 
-        An encoder may round a prompt differently in other company, so who is in it is part of what an embedding is kept
-        under. Each company should follow from the data alone.
+        An encoder may round a prompt's embedding differently in another batch, so the company is part of an
+        embedding's key. Companies should depend only on the data.
 
         Args:
-            companies (`Iterable[Sequence[str]]`): different prompts each. A prompt that is in several counts for the first.
+            companies (`Iterable[Sequence[str]]`): groups of different prompts. A prompt in several groups belongs to
+                the first.
         """
         self._recent.clear()
         self._companies = {}
@@ -84,8 +89,8 @@ class PromptCache:
                 self._companies.setdefault(prompt, tuple(company))
 
     @torch.no_grad()
-    def encode(self, encode_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What `encode_prompt(*args, **kwargs)` returns, from memory where it can be."""
+    def encode(self, encode_prompt: Callable[..., Encoded], *args: object, **kwargs: object) -> Encoded:
+        """Returns `encode_prompt(*args, **kwargs)`, from memory or the store if possible."""
         call = _Call(encode_prompt, _bind(encode_prompt, args, kwargs))
         device = call.arguments.get("device")
         key = (call.key, str(device))
@@ -96,7 +101,7 @@ class PromptCache:
         self._recent.move_to_end(key)
         return self._recent[key]
 
-    def _encode(self, call: "_Call") -> Any:
+    def _encode(self, call: "_Call") -> Encoded:
         if call.arguments.get(_GUIDED) is True and call.keyed:
             parts = self._trial(_PARTS, call, _try_parts)
             if parts is not None:
@@ -107,14 +112,14 @@ class PromptCache:
                 )
         return self._encode_batch(call)
 
-    def _encode_batch(self, call: "_Call") -> Any:
+    def _encode_batch(self, call: "_Call") -> Encoded:
         size = call.size
-        # One prompt is a batch as it is, and a pipeline that edits images may take no second prompt for its one image.
+        # One prompt needs no trial, and a pipeline that edits images may refuse a second prompt for its one image.
         layout = None
         if size > 1 or call.keyed and any(text in self._companies for text in call.texts.get("prompt", [])):
             layout = self._trial(_LAYOUT, call, _try_layout)
         rows = [self._row(call.row(i), layout) for i in range(size if layout is not None else 0)]
-        # CogView4 pads to the next 16 tokens of the longest: rows until a batch has prompts on both sides of 16.
+        # CogView4 pads to a multiple of 16 tokens: prompts are rows only if all of a batch need the same multiple.
         if layout is not None and _fit(rows, layout):
             return _join(rows, layout)
         distinct = list(dict.fromkeys(zip(*call.texts.values(), strict=True))) if size > 1 else []
@@ -129,8 +134,8 @@ class PromptCache:
                     )
         return self._remember(call)
 
-    def _row(self, call: "_Call", layout: Any) -> Any:
-        """The embedding of a call with one prompt, which was encoded alone or in its company."""
+    def _row(self, call: "_Call", layout: "_Layout") -> Encoded:
+        """The embedding of a call with one prompt, encoded alone or in its company."""
         company = self._companies.get(call.texts.get("prompt", [""])[0]) if call.keyed else None
         if company is None or len(company) == 1:
             return self._remember(call)
@@ -146,16 +151,17 @@ class PromptCache:
                 self._hold(other, value)
             self._unasked.update(other for other in rows if other in self._entries)
         elif key in self._unasked and key in self._entries and self._store is not None:
-            # A process writes what it was asked for, and others do the rest.
+            # A process writes only the prompts that it was asked for; other processes write the rest.
             held, kept = self._drop(key), self._store.read(key)
             row = self._keep(key, held, call) if kept is None else kept
         self._unasked.discard(key)
-        # Where the longest of the company decides how long the others are, they are not what they would be without it.
+        # If the longest prompt of a company sets the length of the others, their embeddings differ from those encoded
+        # alone.
         short = self._trial(_SHORT, call, lambda call: _to(call.with_prompts(_PROBES[:1])(), "cpu"))
         return row if _same_shapes(short, row, layout) else self._remember(call)
 
-    def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Any]) -> Any:
-        """What a trial found, for this kind of call."""
+    def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Encoded]) -> Encoded:
+        """The result of a trial for this kind of call: from memory, from the store, or by running it."""
         pattern = (kind, *call.options, *call.texts)
         if pattern not in self._trials:
             store = self._store if call.keyed else None
@@ -165,33 +171,33 @@ class PromptCache:
                 store.write(pattern, (self._trials[pattern],))
         return self._trials[pattern]
 
-    def _remember(self, call: "_Call") -> Any:
+    def _remember(self, call: "_Call") -> Encoded:
         found = self._find(call.key, call)
         return self._keep(call.key, _to(call(), "cpu"), call) if found is None else found
 
-    def _find(self, key: tuple, call: "_Call") -> Any:
+    def _find(self, key: tuple, call: "_Call") -> Encoded:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
         return self._store.read(key) if self._store is not None and call.keyed else None
 
-    def _keep(self, key: tuple, value: Any, call: "_Call") -> Any:
+    def _keep(self, key: tuple, value: Encoded, call: "_Call") -> Encoded:
         if self._store is not None and call.keyed and self._store.write(key, value):
             return value
         return self._hold(key, value)
 
-    def _hold(self, key: tuple, value: Any) -> Any:
+    def _hold(self, key: tuple, value: Encoded) -> Encoded:
         if key in self._entries:
             self._drop(key)
         last = next(reversed(self._entries.values())) if self._entries else None
-        # The empty prompt's embedding comes with every prompt of some families: keep one copy of it.
+        # Some families return the empty prompt's embedding with every prompt: keep one copy of it.
         self._entries[key] = value = _share(value, last)
         self._bytes += _nbytes(value)
         while self._bytes > self.max_bytes and len(self._entries) > 1:
             self._drop(next(iter(self._entries)))
         return value
 
-    def _drop(self, key: tuple) -> Any:
+    def _drop(self, key: tuple) -> Encoded:
         value = self._entries.pop(key)
         self._unasked.discard(key)
         self._bytes -= _nbytes(value)
@@ -203,15 +209,15 @@ class _Call:
     A call of `encode_prompt`.
 
     Attributes:
-        texts (`dict[str, list[str]]`): its arguments that have a text a prompt.
-        options (`tuple`): its plain arguments.
-        keyed (`bool`): whether these are all that there are: an image to edit is no part of the key, and may be another
+        texts (`dict[str, list[str]]`): the arguments that are lists of texts, one a prompt.
+        options (`tuple`): the arguments that are plain values.
+        keyed (`bool`): whether the key covers all arguments. It does not cover an image to edit, which may be another
             one in another run.
-        key (`tuple`): what it is remembered under.
-        size (`int`): number of its prompts.
+        key (`tuple`): the key of the call's entry.
+        size (`int`): the number of prompts.
     """
 
-    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]):
+    def __init__(self, function: Callable[..., Encoded], arguments: dict[str, Any]):
         self.function, self.arguments = function, arguments
         self.texts = {name: value for name, value in arguments.items() if _is_texts(value)}
         plain = [name for name, value in arguments.items() if _is_option(name, value)]
@@ -221,27 +227,29 @@ class _Call:
         sizes = {len(value) for value in self.texts.values()}
         self.size = sizes.pop() if len(sizes) == 1 else 1
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Encoded:
         copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image writes its template into the list
         return self.function(**{**self.arguments, **copies})
 
-    def with_arguments(self, changes: dict[str, Any]) -> "_Call":
+    def with_arguments(self, changes: Mapping[str, object]) -> "_Call":
         return _Call(self.function, {**self.arguments, **changes})
 
     def row(self, i: int) -> "_Call":
-        """The call with one of its prompts."""
+        """The same call with only prompt `i`."""
         return self.with_arguments({name: [value[i]] for name, value in self.texts.items()})
 
     def with_prompts(self, prompts: Sequence[str]) -> "_Call":
-        """The call of one prompt with these in its place."""
+        """The same call, of one prompt, with other prompts in its place."""
         own = {name for name, text in self.texts.items() if text == self.texts["prompt"] and not _is_negative(name)}
         return self.with_arguments(
             {name: list(prompts) if name in own else text * len(prompts) for name, text in self.texts.items()}
         )
 
 
-def _bind(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name. Python would make a method's signature anew at every step."""
+def _bind(function: Callable[..., Encoded], args: tuple, kwargs: dict[str, object]) -> dict[str, Any]:
+    """
+    The arguments of a call by name. Uses a cached signature, since Python would build a method's anew at every step.
+    """
     if not inspect.ismethod(function):
         return inspect.signature(function).bind(*args, **kwargs).arguments
     arguments = _signature(function.__func__).bind(function.__self__, *args, **kwargs).arguments
@@ -249,11 +257,11 @@ def _bind(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
 
 
 @cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
+def _signature(function: Callable[..., object]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
@@ -261,8 +269,8 @@ def _is_negative(name: str) -> bool:
     return name.startswith("negative")
 
 
-def _is_option(name: str, value: Any) -> bool:
-    # Whatever is neither text nor a plain value (an image to edit) comes from `generation_kwargs`, which are fixed.
+def _is_option(name: str, value: object) -> bool:
+    # Other values, such as an image to edit, come from `generation_kwargs`, which are the same for a whole run.
     if isinstance(value, (tuple, list)) and not _is_texts(value):  # Flux.2's layers of the encoder
         return all(_is_option(name, item) for item in value)
     return name != "device" and (value is None or isinstance(value, (str, int, float, bool, torch.dtype)))
@@ -273,15 +281,18 @@ def _key_of(texts: list[str]) -> str | tuple[str, ...]:
 
 
 def _apart(call: _Call) -> tuple[_Call, _Call]:
-    """A guided call's prompts without guidance, and its negative prompts, beside a probe."""
+    """
+    Splits a guided call in two: its prompts without guidance, and its negative prompts with a probe as the prompt.
+    """
     probes = {name: [_PROBES[0]] * len(text) for name, text in call.texts.items() if not _is_negative(name)}
     return call.with_arguments({_GUIDED: False}), call.with_arguments(probes)
 
 
-def _try_parts(call: _Call) -> Any:
+def _try_parts(call: _Call) -> tuple[str, ...] | None:
     """
-    Which part of a guided call's embeddings is the prompts' (`"prompt"`), the same as without guidance, and which is the
-    negative prompts' (`"negative"`), the same for any prompt: a tuple, or `None` where it can't be told apart.
+    Finds out which values of a guided call belong to the prompts (`"prompt"`: the same as without guidance) and which
+        to the
+    negative prompts (`"negative"`: the same for any prompt). Returns a tuple, or `None` if a value is neither.
     """
     names = [name for name in call.texts if not _is_negative(name)]
     guided = [call.row(0).with_arguments({name: [probe] for name in names}) for probe in _PROBES]
@@ -299,8 +310,8 @@ def _try_parts(call: _Call) -> Any:
     return tuple(parts)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Whether embeddings are the same to the bit."""
+def _equal(a: Encoded, b: Encoded) -> bool:
+    """Whether embeddings are equal to the bit."""
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, Tensor):
@@ -308,15 +319,15 @@ def _equal(a: Any, b: Any) -> bool:
     return a is None and b is None
 
 
-def _try_layout(call: _Call) -> Any:
+def _try_layout(call: _Call) -> _Layout:
     first, second = (call.with_arguments({name: [probe] for name in call.texts})() for probe in _PROBES)
     return _find_layout(first, second, call.with_arguments({name: list(_PROBES) for name in call.texts})())
 
 
-def _find_layout(first: Any, second: Any, both: Any) -> Any:
+def _find_layout(first: Encoded, second: Encoded, both: Encoded) -> _Layout:
     """
-    How two prompts' embeddings make up those of their batch: `"shared"` (the same for any prompt), `"rows"`, `"list"`, a
-    tuple of these, or `None` where they don't.
+    Finds out how the embeddings of two prompts form those of their batch: `"shared"` (equal for all prompts),
+    `"rows"`, `"list"`, a tuple of these, or `None` if they don't.
     """
     if isinstance(both, tuple):
         layouts = [_find_layout(*items) for items in zip(first, second, both, strict=True)]
@@ -333,16 +344,16 @@ def _find_layout(first: Any, second: Any, both: Any) -> Any:
     return None
 
 
-def _try_axes(call: _Call) -> Any:
+def _try_axes(call: _Call) -> _Layout:
     once, twice = (call.with_arguments({name: list(_PROBES) * n for name in call.texts})() for n in (1, 2))
     return _find_axes(once, twice)
 
 
-def _find_axes(once: Any, twice: Any) -> Any:
+def _find_axes(once: Encoded, twice: Encoded) -> _Layout:
     """
-    Where the prompts of a batch are in its embeddings, from those of a batch and of the batch twice over: the number of an
-    axis, `"shared"` (the same for any batch), `"list"`, `"nothing"`, a tuple of these, or `None` where they are nowhere to
-    be seen.
+    Finds out along which axis the prompts of a batch lie in its embeddings, by comparing a batch with the same batch
+    twice. Returns the number of the axis, `"shared"` (equal for any batch), `"list"`, `"nothing"`, a tuple of these,
+    or `None` if there is no such axis.
     """
     if isinstance(twice, tuple):
         axes = [_find_axes(*items) for items in zip(once, twice, strict=True)]
@@ -361,31 +372,31 @@ def _find_axes(once: Any, twice: Any) -> Any:
     return None
 
 
-def _as_tried(encoded: Any, axes: Any) -> bool:
-    """Whether there is nothing where the trial had nothing, of which it cannot be said where the prompts are."""
+def _as_tried(encoded: Encoded, axes: _Layout) -> bool:
+    """Whether every value that was `None` in the trial is `None`. For others the trial could not find the axis."""
     if isinstance(axes, tuple):
         return all(_as_tried(*items) for items in zip(encoded, axes, strict=True))
     return encoded is None or axes != "nothing"
 
 
-def _take(encoded: Any, axes: Any, numbers: list[int]) -> Any:
-    """The embeddings of the batch that has the prompts of these numbers of another."""
+def _take(encoded: Encoded, axes: str | tuple, numbers: list[int]) -> Encoded:
+    """The embeddings of a batch made of the prompts `numbers` of an encoded batch."""
     if isinstance(axes, tuple):
         return tuple(_take(part, of_part, numbers) for part, of_part in zip(encoded, axes, strict=True))
     if axes == "list":
         return [encoded[i] for i in numbers] if encoded else encoded
-    if encoded is None or axes == "shared":  # a mask is None where it would mask nothing (Qwen-Image)
+    if encoded is None or axes == "shared":  # a mask that would mask nothing is None (Qwen-Image)
         return encoded
     return encoded.index_select(int(axes), torch.tensor(numbers, device=encoded.device))
 
 
-def _fit(rows: list[Any], layout: Any) -> bool:
+def _fit(rows: list[Encoded], layout: _Layout) -> bool:
     if isinstance(layout, tuple):
         return all(_fit([row[i] for row in rows], part) for i, part in enumerate(layout))
     return layout != "rows" or len({row.shape[1:] for row in rows}) == 1
 
 
-def _join(rows: list[Any], layout: Any) -> Any:
+def _join(rows: list[Encoded], layout: _Layout) -> Encoded:
     if isinstance(layout, tuple):
         return tuple(_join([row[i] for row in rows], part) for i, part in enumerate(layout))
     if layout == "list":
@@ -393,8 +404,8 @@ def _join(rows: list[Any], layout: Any) -> Any:
     return torch.cat(rows) if layout == "rows" else rows[0]
 
 
-def _split(value: Any, layout: Any, size: int) -> list[Any]:
-    """The embeddings of each prompt of a batch: [`_join`] puts them together again."""
+def _split(value: Encoded, layout: _Layout, size: int) -> list[Encoded]:
+    """The embeddings of each prompt of a batch. [`_join`] is the inverse."""
     if isinstance(layout, tuple):
         columns = [_split(part, of_part, size) for part, of_part in zip(value, layout, strict=True)]
         return [tuple(column[i] for column in columns) for i in range(size)]
@@ -404,8 +415,8 @@ def _split(value: Any, layout: Any, size: int) -> list[Any]:
     return [row.clone() for row in value.split(1)] if layout == "rows" else [value] * size
 
 
-def _same_shapes(a: Any, b: Any, layout: Any) -> bool:
-    """Whether the embeddings of two prompts have the same shape, where those of a batch must."""
+def _same_shapes(a: Encoded, b: Encoded, layout: _Layout) -> bool:
+    """Whether the embeddings of two prompts have the same shape, except lists, which may have different ones."""
     if isinstance(layout, tuple):
         return all(_same_shapes(*parts) for parts in zip(a, b, layout, strict=True))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -413,14 +424,14 @@ def _same_shapes(a: Any, b: Any, layout: Any) -> bool:
     return layout == "list" or a is None and b is None
 
 
-def _close(a: Any, b: Any) -> bool:
+def _close(a: Encoded, b: Encoded) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        # Half-precision encoders round differently alone and in a batch.
+        # Encoders in half precision round a prompt differently alone and in a batch.
         return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
     return a is None and b is None
 
 
-def _to(value: Any, device: Any) -> Any:
+def _to(value: Encoded, device: str | torch.device | None) -> Encoded:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (list, tuple)):
@@ -428,7 +439,7 @@ def _to(value: Any, device: Any) -> Any:
     return value
 
 
-def _share(value: Any, last: Any) -> Any:
+def _share(value: Encoded, last: Encoded) -> Encoded:
     if isinstance(value, Tensor):
         same = isinstance(last, Tensor) and value.shape == last.shape and torch.equal(value, last)
         return last if same else value
@@ -437,7 +448,7 @@ def _share(value: Any, last: Any) -> Any:
     return value
 
 
-def _nbytes(value: Any) -> int:
+def _nbytes(value: Encoded) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     return sum(_nbytes(item) for item in value) if isinstance(value, (list, tuple)) else 0

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Text embeddings on disk: Arrow files in a folder, read through a memory map, shared by runs and processes."""
+"""Keeps text embeddings on disk, in Arrow files that runs and processes share and read through a memory map."""
 
 import json
 import logging
@@ -29,44 +29,49 @@ import torch
 import xxhash
 from torch import Tensor
 
+from ..guards.files import JSON
 from .fingerprints import bytes_of
 
 
 logger = logging.getLogger(__name__)
 
-# A row is one call of `encode_prompt`. Tensors go by the hash of their content: with guidance the empty prompt's
-# embedding comes with every prompt, and is written once.
+Encoded = Any  # what an `encode_prompt` returns: tensors, and lists and tuples of them, as the family has it
+_Row = dict[str, Any]  # columns of a row: its texts and hashes, and the tensor that was asked for
+
+# A row is one call of `encode_prompt`. Tensors are named by the hash of their content, so that the empty prompt's
+# embedding, which comes with every prompt under guidance, is written once.
 _SCHEMA = pa.schema(
     {
         "key": pa.string(),  # JSON of the call's texts and options
         "value": pa.string(),  # JSON of what it returned, tensors by their hashes
         "checksum": pa.string(),  # of these two
-        "hashes": pa.list_(pa.string()),  # of the tensors that this row brings
+        "hashes": pa.list_(pa.string()),  # of the tensors in this row
         "tensors": pa.list_(pa.large_binary()),  # their bytes: Arrow has no bfloat16
     }
 )
-_UNSEEN = 64 * 2**20  # bytes that a process writes at most before it looks at everybody's files again
-# What pyarrow raises for a file that is cut off, of another kind or gone.
+_UNSEEN = 64 * 2**20  # maximum bytes that a process writes before it measures all files again
+# Errors of pyarrow for a file that is truncated, of another kind or gone.
 _UNREADABLE = (OSError, EOFError, ValueError, pa.ArrowException)
 
 
 class PromptStore:
     """
-    What `encode_prompt` returned, kept across runs in a folder of Arrow files.
+    Keeps the return values of `encode_prompt` across runs, in a folder of Arrow files.
 
-    A process writes a file of its own (the stream format of `datasets`, which [`~datasets.Dataset.from_file`] opens) and
-    reads everybody's, also rows that another process has just written. A row is read through a memory map that is closed
-    again, so that memory does not grow with the store. Hashes of all that is read are checked: a damaged file is renamed
-    to `.damaged` with a warning, and its prompts are encoded anew. Of a file that was cut off the whole rows are used.
+    Each process writes one file (in the stream format of `datasets`, which [`~datasets.Dataset.from_file`] opens) and
+    reads the files of all processes, also rows that were just written. Each read opens and closes a memory map, so
+    memory does not grow with the store. Everything that is read is checked by its hash. A damaged file is renamed to
+    `.damaged` with a warning, and its prompts are encoded again. In a truncated file the complete rows are used.
 
     Args:
-        folder (`str` or `Path`): made where it does not exist.
-        fingerprint (`str`): of all that the embeddings depend on besides the call: see [`~fingerprints.encoder_fingerprint`]. Embeddings
-            of another fingerprint are not seen.
-        max_bytes (`int`): bound of all files in `folder`, whatever their fingerprint. Beyond it nothing more is written.
+        folder (`str` or `Path`): the folder. It is created if needed.
+        fingerprint (`str`): hash of everything that embeddings depend on besides the call, from
+            [`~fingerprints.encoder_fingerprint`]. Embeddings with another fingerprint are ignored.
+        max_bytes (`int`): maximum size of all files in `folder`, of any fingerprint. When it is reached, nothing more
+            is written.
 
     Raises:
-        [`ValueError`]: if the folder can't be written to.
+        [`ValueError`]: if the folder can't be created or written to.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str, max_bytes: int):
@@ -76,29 +81,29 @@ class PromptStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"prompt_cache_dir={str(folder)!r} is no folder that can be made: {error}") from error
+            raise ValueError(f"prompt_cache_dir={str(folder)!r} can't be created: {error}") from error
         if not os.access(self.folder, os.W_OK):
             raise ValueError(f"prompt_cache_dir={str(folder)!r} is not writable. Name another folder.")
         self._own = self.folder / f"{uuid.uuid4().hex}.arrow"
         self._file: BinaryIO | None = None
         self._stopped = False
-        self._free = 0  # bytes that may be written without another look at the files
-        self._rows: dict[bytes, tuple[Path, int]] = {}  # where a row begins, by its key's hash
-        self._tensors: dict[str, tuple[Path, int]] = {}  # the row that brings a tensor
-        self._ends: dict[Path, int] = {}  # how far a file is known
+        self._free = 0  # bytes that may be written before the files are measured again
+        self._rows: dict[bytes, tuple[Path, int]] = {}  # hash of a row's key -> where the row begins
+        self._tensors: dict[str, tuple[Path, int]] = {}  # hash of a tensor -> where its row begins
+        self._ends: dict[Path, int] = {}  # how far each file has been read
         self._refresh()
         for path, end in self._ends.items():
             if end < path.stat().st_size:
                 logger.warning(
                     f"Prompt cache: {path.name} ends in the middle of a row: the run that wrote it was stopped, or is "
-                    "writing it. Its whole rows are used; other prompts are encoded anew."
+                    "still writing. Its complete rows are used; other prompts are encoded again."
                 )
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, key: tuple) -> Any:
-        """What was written for `key`, tensors on the CPU, bit for bit; `None` if nothing was, or if it is damaged."""
+    def read(self, key: tuple) -> Encoded:
+        """The value that was written for `key`, bit for bit, with tensors on the CPU; `None` if missing or damaged."""
         text = json.dumps(key)
         name = _hash(text.encode())
         if name not in self._rows:
@@ -113,16 +118,16 @@ class PromptStore:
             return self._restore(json.loads(row["value"]))
         except _UNREADABLE as error:
             self._set_aside(path, error)
-        except KeyError:  # it has a tensor of a file that is gone
+        except KeyError:  # one of its tensors was in a file that is gone
             self._rows.pop(name, None)
         return None
 
-    def write(self, key: tuple, value: Any) -> bool:
+    def write(self, key: tuple, value: Encoded) -> bool:
         """
-        Keeps `value`: a tensor, string or `None`, or tuples and lists of them.
+        Writes `value` for `key`: a tensor, a string or `None`, or nested tuples and lists of these.
 
         Returns:
-            `bool`: whether it was written. Not where the store is full, the disk is, or `value` has other parts.
+            `bool`: whether it was written. `False` if the store or the disk is full, or if `value` has other parts.
         """
         if self._stopped or not _is_storable(value):
             return False
@@ -141,7 +146,7 @@ class PromptStore:
             self._stop(f"is full ({self.max_bytes} bytes, prompt_cache_max_size)")
             return False
         try:
-            if self._file is None:  # others see it with its header or not at all
+            if self._file is None:  # renamed into place, so that others never see a file without a header
                 header = self._own.with_suffix(".new")
                 header.write_bytes(_SCHEMA.serialize())
                 header.replace(self._own)
@@ -157,23 +162,23 @@ class PromptStore:
         return True
 
     def _has_room(self, size: int) -> bool:
-        """Whether `size` bytes may be written. It looks at the files where what it saw of them last leaves it in doubt."""
+        """Whether `size` bytes may be written. Measures the files only if the last measurement leaves that open."""
         if size > self._free:
             room = self.max_bytes - _size(self.root)
             if size > room:
                 return False
-            # The rest of it as long as others, who may be many, write as much.
+            # Only a part of the room, since many other processes may write as much before the next measurement.
             self._free = max(size, min(room // 64, _UNSEEN))
         self._free -= size
         return True
 
     def _stop(self, why: str) -> None:
-        # What was half written is the end of this file, and nothing may follow it.
+        # A half-written row must stay the end of this file.
         self._stopped = True
         logger.warning(f"Prompt cache: {self.root.name} {why}. Further prompts are encoded in every run.")
 
     def _refresh(self) -> None:
-        """Takes up rows that were written since the last time, by any process."""
+        """Reads the rows that any process has written since the last call."""
         for path in sorted(self.folder.glob("*.arrow")):
             if path == self._own:
                 continue
@@ -195,10 +200,10 @@ class PromptStore:
         if path.exists():
             path.replace(path.with_suffix(".damaged"))
             logger.warning(
-                f"Prompt cache: {path.name} is damaged ({error}) and was renamed to .damaged. Its prompts are encoded anew."
+                f"Prompt cache: {path.name} is damaged ({error}) and was renamed to .damaged. Its prompts are encoded again."
             )
 
-    def _restore(self, content: Any) -> Any:
+    def _restore(self, content: JSON) -> Encoded:
         if isinstance(content, dict) and "tensor" in content:
             return self._read_tensor(content["tensor"], content["dtype"], content["shape"])
         if isinstance(content, dict):
@@ -221,8 +226,10 @@ class PromptStore:
 # Rows
 
 
-def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-    """Begin, end and content (no tensors; none for the header) of the whole rows of a file from `start` on."""
+def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, _Row | None]]:
+    """
+    Yields begin, end and content (without tensors; `None` for the header) of a file's complete rows, from `start` on.
+    """
     if path.stat().st_size <= start:
         return
     with pa.memory_map(str(path)) as source:
@@ -233,7 +240,7 @@ def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any
             except (OSError, EOFError, pa.ArrowInvalid):
                 if start == 0:
                     raise
-                return  # its end, or a row that is being written or was cut off
+                return  # the end of the file, or a row that is unfinished or truncated
             row = None
             if start == 0:
                 if not pa.ipc.read_schema(message).equals(_SCHEMA):
@@ -244,19 +251,19 @@ def _read_rows(path: Path, start: int) -> Iterator[tuple[int, int, dict[str, Any
             start = source.tell()
 
 
-def _read_row(path: Path, offset: int, tensor: str | None = None) -> dict[str, Any]:
+def _read_row(path: Path, offset: int, tensor: str | None = None) -> _Row:
     with pa.memory_map(str(path)) as source:
         source.seek(offset)
         return _content(pa.ipc.read_message(source), tensor)
 
 
-def _content(message: Any, tensor: str | None = None) -> dict[str, Any]:
-    """Columns of a row, and the bytes of one of its tensors, copied out of the map."""
+def _content(message: pa.ipc.Message, tensor: str | None = None) -> _Row:
+    """The columns of a row, and the bytes of one of its tensors, copied out of the memory map."""
     batch = pa.ipc.read_record_batch(message, _SCHEMA)
-    batch.validate(full=True)  # Arrow follows offsets wherever they point
+    batch.validate(full=True)  # otherwise damaged offsets could point anywhere
     if len(batch) != 1:
         raise pa.ArrowInvalid(f"a row consists of {len(batch)}")
-    row = {name: batch[name][0].as_py() for name in ("key", "value", "checksum", "hashes")}
+    row: _Row = {name: batch[name][0].as_py() for name in ("key", "value", "checksum", "hashes")}
     if None in row.values() or len(row["hashes"]) != len(batch["tensors"][0]):
         raise pa.ArrowInvalid("a row is incomplete")
     if tensor is not None:
@@ -269,14 +276,14 @@ def _content(message: Any, tensor: str | None = None) -> dict[str, Any]:
 # Values
 
 
-def _is_storable(value: Any) -> bool:
+def _is_storable(value: Encoded) -> bool:
     if type(value) in (tuple, list):
         return all(_is_storable(item) for item in value)
     return value is None or type(value) in (Tensor, str)
 
 
-def _describe(value: Any, tensors: dict[str, bytes]) -> Any:
-    """The value as JSON, with its tensors put into `tensors` by their hashes."""
+def _describe(value: Encoded, tensors: dict[str, bytes]) -> JSON:
+    """The value as JSON. Its tensors are replaced by their hashes and put into `tensors`."""
     if isinstance(value, Tensor):
         data = bytes_of(value)
         dtype, shape = str(value.dtype).removeprefix("torch."), list(value.shape)

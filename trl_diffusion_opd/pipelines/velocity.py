@@ -13,33 +13,34 @@
 # limitations under the License.
 
 """
-The velocity of any flow-matching pipeline of diffusers, by asking the pipeline itself.
+Computes the velocity of any flow-matching pipeline of diffusers, by running one step of the pipeline itself.
 
-Every family encodes prompts, scales timesteps, lays out guidance and signs its output in a way of its own, and its
-pipeline's `__call__` knows all of it. So one step of that `__call__` is run on a shallow view of the pipeline, in which
-`prepare_latents` hands out our `x`, the transformer is one that we name, and the scheduler takes what arrives at `step`
-(the velocity after guidance, slicing and sign) and stops there. This file and `view.py` are the only ones that touch a
-pipeline's inside.
+Every model family encodes prompts, scales timesteps, arranges guidance and signs its output differently. Its
+pipeline's `__call__` knows how. [`VelocityField`] therefore runs one step of that `__call__` on a view (a shallow
+copy) of the pipeline with three replaced parts: `prepare_latents` returns our latents `x`, `transformer` calls the
+model we want, and the scheduler's `step` keeps what it gets (the velocity after guidance, slicing and sign) and stops
+the call. Only this file and `view.py` use a pipeline's internals.
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
+from ..guards.files import JSON
 from .checks import guidance_name, option_problems, pipeline_problems
-from .images import decoded, encoded, encoder_problem
+from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
-from .prompt_store import PromptStore
+from .prompt_store import Encoded, PromptStore
 from .view import (
     DecoderStandIn,
     PipelineView,
@@ -54,34 +55,36 @@ from .view import (
 
 class VelocityField:
     """
-    `v(x, t | prompts, guidance)` of a flow-matching pipeline, bit for bit what its own loop computes.
+    Computes `v(x, t | prompts, guidance)` of a flow-matching pipeline, bit for bit as in the pipeline's own loop.
 
-    Noise levels run from `t = 1` (noise) to `t = 0` (image), and `v` points from the image to the noise: `x0 = x - t v`.
-    The pipeline is never changed.
+    Noise levels run from `t = 1` (noise) to `t = 0` (image), and `v` points from the image to the noise:
+    `x0 = x - t v`. The pipeline is never changed.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             A pipeline with `transformer`, `encode_prompt`, `prepare_latents` and a flow-matching scheduler.
         num_inference_steps (`int`):
-            Steps of the noise grid, which the pipeline's own scheduler sets.
+            Number of steps of the noise grid. The pipeline's own scheduler makes the grid.
         height (`int`, *optional*), width (`int`, *optional*):
-            Size of the images in pixels, the pipeline's default if not given.
+            Size of the images in pixels. Defaults to the pipeline's.
         max_sequence_length (`int`, *optional*):
-            Length of the text in tokens, the pipeline's default if not given.
+            Length of the text in tokens. Defaults to the pipeline's.
         generation_kwargs (`dict`, *optional*):
-            Further arguments of the pipeline's `__call__`. Those that depend on the index within the loop are refused.
+            Further arguments of the pipeline's `__call__`. Options that depend on a step's index in the loop are
+            refused.
         prompt_store ([`PromptStore`], *optional*):
-            Where embeddings of prompts are kept across runs; they are kept in memory if not given.
+            Keeps embeddings of prompts on disk across runs. By default they are kept in memory.
 
     Attributes:
         levels (`torch.Tensor` of shape `(num_inference_steps + 1,)`, float64):
             The noise grid, decreasing, with a final 0.
         encoding (`Callable`):
-            Makes a context in which prompts and images are encoded, such as one that times it.
+            Returns a context manager in which prompts and images are encoded, for example to time it.
 
     Raises:
-        [`ValueError`]: if the pipeline is not a flow-matching one, lacks a part that is needed, or the size or an
-            option does not fit it. One message lists everything that is wrong.
+        [`ValueError`]: if the pipeline is not a flow-matching pipeline or lacks a needed part, or if the size or an
+        option
+            does not fit it. One message lists everything that is wrong.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class VelocityField:
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
-        generation_kwargs: dict[str, Any] | None = None,
+        generation_kwargs: Mapping[str, JSON] | None = None,
         prompt_store: PromptStore | None = None,
     ):
         self.pipeline = pipeline
@@ -114,37 +117,37 @@ class VelocityField:
         self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class: Any = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
         self._guidance_offset = 0.0
         self._latent_map: LatentMap | None = None
         self.set_grid(num_inference_steps)
 
     def set_grid(self, num_inference_steps: int) -> None:
-        """Reads the noise grid of that many steps from the pipeline's scheduler, as its `__call__` sets it."""
+        """Reads the noise grid with this number of steps from the pipeline's scheduler, as its `__call__` sets it."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         view = self._to_transformer([""], 1.0, scheduler, num_inference_steps)
-        # Flow-prediction solvers (Sana's) keep integer timesteps: only their levels are taken.
+        # Flow-prediction solvers (Sana's) have integer timesteps, so only their levels are used.
         self.levels = scheduler.sigmas.to("cpu", torch.float64)
         if len(self.levels) != num_inference_steps + 1:
             raise ValueError(
-                f"{type(scheduler).__name__} makes {len(self.levels) - 1} levels of {num_inference_steps} steps. Use a "
-                "FlowMatchEulerDiscreteScheduler, which makes one a step."
+                f"{type(scheduler).__name__} makes {len(self.levels) - 1} levels for {num_inference_steps} steps. Use "
+                "a FlowMatchEulerDiscreteScheduler, which makes one level a step."
             )
         timesteps = self.levels[:-1] * scheduler.config.num_train_timesteps
         own = scheduler.timesteps.to("cpu", torch.float64)
-        # CogView4 shifts the levels and shows its transformer the timesteps from before the shift.
+        # CogView4 shifts the levels but gives its transformer the timesteps from before the shift.
         self._shifted_apart = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not torch.allclose(
             own, timesteps
         )
         self._timesteps = torch.cat([own, own.new_zeros(1)])
-        # Z-Image and Krea 2 write guidance as v + s (v - v_empty): s is one less than everybody else's scale. Once this
-        # is known, a scale of 1 is no guidance there either, and stays known.
+        # Z-Image and Krea 2 write guidance as v + s (v - v_empty): their s is one less than other pipelines' scale, and
+        # s = 1 is guidance. The offset corrects this: a scale of 1 is then no guidance, so the next call adds nothing.
         named = self._guidance == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
         self._guidance_offset += float(named and view.do_classifier_free_guidance)
 
     def with_steps(self, num_inference_steps: int) -> "VelocityField":
-        """The same field on a grid of another number of steps; embeddings are shared."""
+        """A copy of this field with another number of steps. Both share the embeddings."""
         other = copy.copy(self)
         other.set_grid(num_inference_steps)
         return other
@@ -159,56 +162,59 @@ class VelocityField:
         t: float | Sequence[float],
         prompts: list[str],
         guidance_scale: float,
-        transformer: Callable[..., Any] | None = None,
+        transformer: Callable[..., tuple] | None = None,
         adapters: list[str] | None = None,
     ) -> Tensor:
         """
-        Velocity at `x`, after guidance.
+        Computes the velocity at `x`, after guidance.
 
         Args:
-            x (`torch.Tensor` of shape `(B, ...)`, float32): latents as the pipeline's loop has them (packed for some).
-            t (`float` or `Sequence[float]` of length `B`): noise level, in (0, 1], of all samples or of each.
-            prompts (`list[str]` of length `B`)
+            x (`torch.Tensor` of shape `(B, ...)`, float32): latents in the layout of the pipeline's loop (some pack
+                them).
+            t (`float` or `Sequence[float]` of length `B`): noise level in (0, 1], one for all samples or one for each.
+            prompts (`list[str]` of length `B`): the prompt of each sample.
             guidance_scale (`float`):
-                Scale of classifier-free guidance; 1 is none, also where the pipeline itself counts from 0.
-            transformer (`Callable`, *optional*): what is called in place of the pipeline's transformer.
+                Scale of classifier-free guidance. 1 turns it off, even if the pipeline itself counts from 0.
+            transformer (`Callable`, *optional*): the model to call in place of the pipeline's transformer.
             adapters (`list[str]` of length `B`, *optional*):
-                Which LoRA of a `PeftModel` each sample is for, `"__base__"` for none, in place of the active one for all.
+                The LoRA of a `PeftModel` for each sample, `"__base__"` for none. By default the active one is used for
+                all.
 
         Returns:
-            `torch.Tensor` of `x`'s shape, float32 (float64 where the model is).
+            `torch.Tensor` of `x`'s shape, float32 (float64 if the model is).
         """
         timesteps = None
         if isinstance(t, Sequence):
-            # A pipeline's loop has one level. What it shows the transformer at each of them is asked beforehand.
+            # A pipeline's loop has one level at a time. First ask which timesteps it gives the transformer at each
+            # level.
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
             timesteps, t = [shown[level] for level in t], t[0]
         stand_in = StandIn(transformer or self._base, self._base, timesteps, adapters)
         return self._velocity(x, t, prompts, guidance_scale, stand_in)
 
-    def one_forward(self, transformer: Callable[..., Any], batch_size: int) -> None:
+    def one_forward(self, transformer: Callable[..., tuple], batch_size: int) -> None:
         """
-        Runs a transformer once, at the first level.
+        Runs a transformer once, at the first noise level, to try it out.
 
         Args:
-            transformer (`Callable`)
-            batch_size (`int`): of two or more, prompts of different length take part: where a family pads a batch, its attention
-                has a mask.
+            transformer (`Callable`): the model to call.
+            batch_size (`int`): 2 or more runs two prompts of different length, so that families that pad a batch use a
+                mask.
         """
         prompts = ["a", "a b c"][: max(1, batch_size)]
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
-        """The timesteps that the pipeline gives its transformer for a batch at level `t`."""
+        """The timesteps that the pipeline gives its transformer for a batch at level `t`, one a row."""
         inputs = self._first_inputs(x, t, prompts, guidance_scale)
         return inputs[timestep_name(inputs)]
 
     def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
-        """What the pipeline gives its transformer in the first call at level `t`, by name."""
+        """The arguments, by name, of the pipeline's first call of its transformer at level `t`."""
         seen: list[dict[str, Any]] = []
 
-        def note(**inputs: Any) -> None:
+        def note(**inputs: Any) -> NoReturn:
             seen.append(inputs)
             raise Stop
 
@@ -223,14 +229,14 @@ class VelocityField:
         return at_least_float32(velocity)
 
     def _timestep(self, t: float) -> float:
-        """What the pipeline's loop calls the level `t`."""
+        """The timestep that the pipeline's loop uses for the level `t`."""
         if self._shifted_apart:
             return float(np.interp(t, self.levels.flip(0).numpy(), self._timesteps.flip(0).numpy()))
         return t * self._probe.config.num_train_timesteps
 
     def initial_latents(self, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
         """
-        The noise that the pipeline itself would start from, given `generator=generators`.
+        The noise from which the pipeline itself would start with `generator=generators`.
 
         Returns:
             `torch.Tensor` of shape `(B, ...)`, float32.
@@ -241,60 +247,62 @@ class VelocityField:
 
     def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
         """
-        Says which prompts are encoded together from now on, in calls of this field and of those of its `with_steps`; all
-        others are encoded alone. See [`PromptCache.set_companies`].
+        Sets which prompts are encoded together from now on, for this field and its `with_steps` copies. All other
+        prompts are encoded alone. See [`PromptCache.set_companies`].
         """
         self._cache.set_companies(companies)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str], guidance_scales: Iterable[float]) -> None:
         """
-        Encodes the prompts of a batch ahead of its calls, so that these find them encoded.
+        Encodes the prompts of a batch in advance, so that later calls need no text encoder.
 
         Args:
-            prompts (`list[str]`): of one batch: some pipelines' embeddings depend on the whole of it.
-            guidance_scales (`Iterable[float]`): of the calls to come.
+            prompts (`list[str]`): the prompts of one batch. In some pipelines embeddings depend on the whole batch.
+            guidance_scales (`Iterable[float]`): the guidance scales of the later calls.
         """
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
         for scale in guidance_scales:
             self._step(x, 1.0, prompts, scale, StandIn(stop, self._base))
 
     @torch.no_grad()
-    def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Any]]:
+    def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Encoded]]:
         """
-        What the pipeline's `encode_prompt` returns for each prompt as a batch of its own, in every call of it on the way to
-        the transformer. No transformer runs.
+        Yields the embeddings of each prompt, encoded as a batch of one. The transformer is not run.
 
         Args:
-            prompts (`Iterable[str]`)
-            guidance_scale (`float`): of the calls in which the embeddings are used.
+            prompts (`Iterable[str]`): the prompts.
+            guidance_scale (`float`): the guidance scale with which the embeddings will be used.
+
+        Yields:
+            `list`: what each call of the pipeline's `encode_prompt` for this prompt returned.
         """
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
         for prompt in prompts:
             yield self._step(x, 1.0, [prompt], guidance_scale, StandIn(stop, self._base)).encoded
 
     @torch.no_grad()
-    def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
+    def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Images:
         """
-        Images of final latents, decoded as the pipeline does: its loop is run with no step.
+        Decodes final latents to images as the pipeline does, by running its `__call__` with a loop of no steps.
 
         Args:
             x (`torch.Tensor` of shape `(B, ...)`): latents at level 0.
-            prompts (`list[str]` of length `B`)
+            prompts (`list[str]` of length `B`): the prompts of the images.
             output_type (`str`): as in the pipeline: `"pil"`, `"np"` in [0, 1], or `"pt"`.
 
         Raises:
-            [`FloatingPointError`]: if latents or pictures are not finite.
+            [`FloatingPointError`]: if latents or images contain NaN or infinity.
         """
         return decoded(x, lambda: self._end(x, prompts, output_type).images)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Image]) -> Tensor:
         """
-        Latents of images as the pipeline's loop has them at level 0: the inverse of [`decode`].
+        Encodes images to latents in the layout of the pipeline's loop at level 0. It is the inverse of [`decode`].
 
-        An image is cut to the aspect ratio of `height` and `width` around its centre, resized, and encoded by the
-        pipeline's own VAE, without the noise of a variational one.
+        Images are cropped around the centre to the aspect ratio of `height` and `width`, resized, and encoded by the
+        pipeline's VAE. A variational VAE adds no noise here.
 
         Args:
             images (`list[PIL.Image.Image]` of length `B`): of any size and mode.
@@ -313,18 +321,18 @@ class VelocityField:
 
     def check_encode(self) -> None:
         """
-        Encodes a grey image.
+        Encodes a grey image, to check that images can be encoded.
 
         Raises:
-            [`ValueError`]: if images of this pipeline can't be encoded, with the reason.
+            [`ValueError`]: if images can't be encoded for this pipeline. The message gives the reason.
         """
         if (problem := encoder_problem(self.pipeline)) is not None:
             raise ValueError(problem)
         self.encode([new_image("RGB", (self.width or 64, self.height or 64), "grey")])
 
     def _find_latent_map(self) -> LatentMap:
-        """How the VAE's latents lie and are scaled in the loop's: whatever the pipeline does to them before decoding."""
-        vae: Any = self.pipeline.components["vae"]
+        """Finds out how the pipeline rearranges and scales the loop's latents before decoding."""
+        vae = self.pipeline.components["vae"]
         generators = [torch.Generator().manual_seed(0)]
 
         def to_vae(x: Tensor) -> Tensor:
@@ -336,10 +344,13 @@ class VelocityField:
 
     def check_guidance(self, guidance_scale: float) -> None:
         """
-        Refuses a scale that the pipeline would take in silence and ignore, by counting the transformer's rows.
+        Refuses a guidance scale that the pipeline would silently ignore.
+
+        Guidance makes the pipeline give its transformer more rows a prompt, so the rows are compared with those at
+        scale 1.
 
         Raises:
-            [`ValueError`]: if the transformer sees as many rows as at scale 1.
+            [`ValueError`]: if the transformer gets as many rows as at scale 1.
         """
         if guidance_scale in self._working_scales:
             return
@@ -361,10 +372,11 @@ class VelocityField:
     @torch.no_grad()
     def check_rows(self, guidance_scale: float) -> None:
         """
-        Refuses a pipeline of which it cannot be told which sample a row of the transformer belongs to.
+        Refuses a pipeline that gives its transformer rows in an order from which a row's sample can't be known.
 
         Raises:
-            [`ValueError`]: if the rows are not sample after sample, once or, with guidance, several times over.
+            [`ValueError`]: if the rows are not in the order of the samples (with guidance several times in that
+            order).
         """
         prompts = ["", ""]
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
@@ -375,8 +387,8 @@ class VelocityField:
                 f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
             )
 
-    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
-        """The arguments of the pipeline's `__call__` that make images of these prompts at this scale, but for its steps."""
+    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, JSON]:
+        """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
         options = {"prompt": prompts, **self._options}
         if self._guidance in self._parameters:
             options[self._guidance] = guidance_scale - self._guidance_offset
@@ -392,11 +404,13 @@ class VelocityField:
         self,
         prompts: list[str],
         guidance_scale: float,
-        scheduler: Any,
+        scheduler: SchedulerMixin,
         num_inference_steps: int,
         generators: list[torch.Generator] | None = None,
     ) -> PipelineView:
-        """Runs the pipeline's `__call__` up to its transformer, when it has set its grid and prepared its latents."""
+        """
+        Runs the pipeline's `__call__` up to its transformer. By then it has set its grid and prepared its latents.
+        """
         view = self._view(StandIn(stop, self._base), scheduler)
         self._call(view, prompts, guidance_scale, num_inference_steps=num_inference_steps, generator=generators)
         view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
@@ -412,14 +426,19 @@ class VelocityField:
         self._call(view, prompts, guidance_scale)
         return view
 
-    def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: Any) -> PipelineView:
-        """Runs what comes after the pipeline's loop, from `x`."""
+    def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: object) -> PipelineView:
+        """Runs the part of the pipeline's `__call__` that follows its loop, on the latents `x`."""
         view = self._view(StandIn(stop, self._base), self._probe.at(None), x, prompts, decoding=not parts, **parts)
         self._call(view, prompts, 1.0, output_type=output_type)
         return view
 
     def _view(
-        self, transformer: StandIn, scheduler: Any, x: Tensor | None = None, prompts: Sequence[str] = (), **parts: Any
+        self,
+        transformer: StandIn,
+        scheduler: SchedulerMixin,
+        x: Tensor | None = None,
+        prompts: Sequence[str] = (),
+        **parts: object,
     ) -> PipelineView:
         if x is not None and len(x) != len(prompts):
             raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
@@ -434,14 +453,17 @@ class VelocityField:
             **{"decoding": False, **parts},
         )
 
-    def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: Any) -> None:
+    def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
         options = {"num_inference_steps": 1, "generator": None, "output_type": "latent", **how}
         options.update(self.call_options(prompts, guidance_scale), return_dict=False)
         with suppress(Stop):
             view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 
     def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
-        """What `prepare_latents` returns besides latents (ids, latents of an image to edit): one batch size, once."""
+        """
+        The other values that `prepare_latents` returns besides latents (ids, latents of an image to edit), and the
+        latents' dtype. They are computed once for each batch size.
+        """
         key = (len(prompts), next(self._base.parameters()).device)
         if key not in self._prepared:
             generators = [torch.Generator().manual_seed(0) for _ in prompts]
@@ -451,7 +473,7 @@ class VelocityField:
         return self._prepared[key]
 
 
-def _euler_config(scheduler: Any) -> dict[str, Any]:
+def _euler_config(scheduler: SchedulerMixin) -> Mapping[str, object]:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler.config
     return {"num_train_timesteps": scheduler.config.num_train_timesteps}

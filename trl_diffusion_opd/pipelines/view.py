@@ -13,16 +13,16 @@
 # limitations under the License.
 
 """
-A pipeline seen from inside its loop: the parts that stand in for its scheduler, its transformer and itself, so that its
-own `__call__` runs for one step at a state of ours. `velocity.py` puts them to work.
+Replacements for a pipeline's scheduler, transformer, VAE and the pipeline itself. With them, the pipeline's own
+`__call__` runs one step at latents that we choose. `velocity.py` uses them.
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -30,25 +30,29 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..acceleration.quantization import base_weight, dequantized
+from .images import Images
 from .prompt_cache import PromptCache
+from .prompt_store import Encoded
 
 
-_TIMESTEPS = ("timestep", "timesteps", "t")  # as transformers call them
+T = TypeVar("T")
+
+_TIMESTEPS = ("timestep", "timesteps", "t")  # names that transformers use for them
 
 
 class Stop(Exception):  # noqa: N818 (it is not an error)
-    """Leaves a pipeline's `__call__` once it has told what was asked."""
+    """Ends a pipeline's `__call__` as soon as the needed value is known."""
 
 
 class Probe(FlowMatchEulerDiscreteScheduler):
-    """Scheduler of a loop of one step (or none) that keeps the velocity which the pipeline hands to `step`."""
+    """A scheduler for a loop of one step (or none). It keeps the velocity that the pipeline passes to `step`."""
 
     level: float | None = None
     own_timestep: float = 0.0
     velocity: Tensor | None = None
 
     def at(self, level: float | None, own_timestep: float = 0.0) -> "Probe":
-        """One for a step at a level that the pipeline calls `own_timestep`, or for no step."""
+        """A copy for one step at `level`, whose timestep in the pipeline is `own_timestep`. `None` means no step."""
         probe = copy.copy(self)
         probe.level, probe.own_timestep = level, own_timestep
         return probe
@@ -56,10 +60,10 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
+        device: str | torch.device | None = None,
+        sigmas: object = None,
         mu: float | None = None,
-        timesteps: Any = None,
+        timesteps: object = None,
     ) -> None:
         levels = [] if self.level is None else [self.level]
         self.timesteps = torch.tensor([self.own_timestep for _ in levels], device=device)
@@ -67,36 +71,39 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> None:
+    def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
         self.velocity = model_output
         raise Stop
 
 
 class StandIn(nn.Module):
     """
-    Stands in for `pipeline.transformer`: calls the model that we name and answers everything else from the base.
+    Replaces `pipeline.transformer`: calls another model, and takes all attributes from the pipeline's own transformer.
 
-    A module, with its own `device` and `dtype`, since a pipeline asks those of its components; the model is not
-    registered, so that nobody finds its parameters twice. Precision is decided here and nowhere else: floating inputs
-    are cast to the weights' dtype, but never timesteps, guidance embeddings and position ids, which bfloat16 ruins; a
-    half-precision model runs under autocast, for its float32 LoRA, but for its output projection; out comes at least
-    float32.
+    It is a module with its own `device` and `dtype`, since a pipeline reads those of its components. The model is not
+    registered, so its parameters are not found twice.
+
+    The precision of the forward is decided only here. Floating inputs are cast to the weights' dtype, except
+    timesteps, guidance embeddings and position ids, which bfloat16 would distort. A half-precision model runs under
+    autocast, for its float32 LoRA, but its output projection runs in float32. The output is at least float32.
 
     Args:
-        model (`Callable`), base (`nn.Module`): what is called, and the pipeline's own.
-        timesteps (`list[torch.Tensor]`, *optional*): of each sample, where they are not all at the same level.
-        adapters (`list[str]`, *optional*): of each sample's LoRA, where they don't all have the active one.
+        model (`Callable`): the model to call.
+        base (`nn.Module`): the pipeline's own transformer.
+        timesteps (`list[torch.Tensor]`, *optional*): if samples have different noise levels, the whole batch's
+            timesteps at the level of each sample.
+        adapters (`list[str]`, *optional*): the LoRA of each sample, if not all use the active one.
     """
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., tuple],
         base: nn.Module,
         timesteps: list[Tensor] | None = None,
         adapters: list[str] | None = None,
     ):
         super().__init__()
-        # Under mixed precision FSDP2's student, trained in full, is float32 where its frozen base is not.
+        # With mixed precision, a fully trained student under FSDP2 is float32, but its frozen base is not.
         weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
         network: Any = type(base)
@@ -105,14 +112,14 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         if self.timesteps is not None:
             inputs[timestep_name(inputs)] = _rows_of(self.timesteps)
         inputs = {name: self._cast(name, value) for name, value in inputs.items()}
         if self.adapters is not None:
-            # With guidance there are several times as many rows as samples, as for timesteps.
+            # With guidance, the samples come several times in a row, as in `_rows_of`.
             rows = len(inputs[self.names[0]])
             inputs["adapter_names"] = [self.adapters[row % len(self.adapters)] for row in range(rows)]
         if self.dtype in (torch.bfloat16, torch.float16):
@@ -135,35 +142,36 @@ class StandIn(nn.Module):
 
 
 @cache
-def _input_names(network: Any) -> list[str]:
+def _input_names(network: type[nn.Module]) -> list[str]:
     return list(inspect.signature(network.forward).parameters)[1:]
 
 
-def timestep_name(inputs: dict[str, Any]) -> str:
-    """What a transformer calls its timesteps."""
+def timestep_name(inputs: Mapping[str, object]) -> str:
+    """The name of a transformer's argument for timesteps."""
     return next(name for name in _TIMESTEPS if name in inputs)
 
 
 def _rows_of(timesteps: list[Tensor]) -> Tensor:
     """
-    Timesteps of a batch of which sample `i` is at level `i`, from those of the whole batch at each of the levels. With
-    guidance there are several times as many rows as samples, sample after sample each time.
+    The timesteps of a batch whose samples have different levels. `timesteps[i]` are those of the whole batch at the
+    level of sample `i`. With guidance, a batch has several rows a sample: all samples in order, then again all
+    samples.
     """
     n, rows = len(timesteps), len(timesteps[0])
     if rows % n:
         raise ValueError(
-            f"{rows} timesteps don't belong to {n} samples: only one noise level a batch is possible here."
+            f"The pipeline makes {rows} timesteps for {n} samples, so all samples of a batch must have the same noise level."
         )
     return torch.stack([timesteps[row % n][row] for row in range(rows)])
 
 
 @contextmanager
-def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[None]:
+def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterator[None]:
     """
-    Computes the output projection in float32. Student and teacher differ by little, and what is rounded last of each is
-    all there in the difference, which guidance then multiplies.
+    Computes the output projection in float32 in its block. Student and teacher differ by little, so rounding their
+    outputs would dominate the difference, and guidance would multiply it.
     """
-    # A teacher may be a transformer of its own, or a LoRA on a frozen copy of the base: its own projection is meant.
+    # A teacher may be a separate transformer, or a LoRA on a frozen copy of the base: use its own projection.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
     projection = children.get("proj_out", dict(base.named_children()).get("proj_out"))
@@ -172,7 +180,7 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
         return
 
     def forward(x: Tensor) -> Tensor:
-        # FSDP2 has them whole within a forward alone.
+        # Read here, since FSDP2 gathers full weights only during a forward.
         weight, bias = dequantized(projection), projection.bias
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -182,8 +190,10 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
 
 
 @contextmanager
-def exchanged_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it a module computes `forward`; after it what it did before, also of a call within a call."""
+def exchanged_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
+    """
+    Replaces a module's forward by `forward` in its block, and restores the previous one afterwards. May be nested.
+    """
     outer = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -198,15 +208,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def stop(**kwargs: Any) -> None:
+def stop(**kwargs: object) -> NoReturn:
     raise Stop
 
 
 class DecoderStandIn(nn.Module):
     """
-    Stands in for `pipeline.vae`: keeps what the pipeline would have decoded, and answers everything else from the VAE.
+    Replaces `pipeline.vae`: keeps the latents that the pipeline would decode, and takes all attributes from the VAE.
 
-    Its `dtype` is float32, so that the pipeline does its arithmetic in it.
+    Its `dtype` is float32, so that the pipeline converts the latents in float32.
     """
 
     def __init__(self, vae: nn.Module):
@@ -216,52 +226,54 @@ class DecoderStandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["vae"], name)
 
-    def decode(self, latents: Tensor, *args: Any, **kwargs: Any) -> None:
+    def decode(self, latents: Tensor, *args: object, **kwargs: object) -> NoReturn:
         self.__dict__["latents"] = latents
         raise Stop
 
 
 class PipelineView(DiffusionPipeline):
-    """A pipeline whose latents, embeddings and device are ours."""
+    """A pipeline with our latents, our cache of embeddings and our device."""
 
     transformer: StandIn
     cache: PromptCache
     encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
-    prepared: Any
+    prepared: tuple
     decoding: bool
-    images: Any
-    encoded: list[Any]
+    images: Images
+    encoded: list[Encoded]
 
     @classmethod
-    def of(cls, pipeline: DiffusionPipeline, **parts: Any) -> Any:
-        """A view of a pipeline, with these parts in place of its own. Made without `__init__`, from its attributes."""
+    def of(cls, pipeline: DiffusionPipeline, **parts: object) -> Self:
+        """A shallow copy of a pipeline with these parts in place of its own. `__init__` is not called."""
         view = object.__new__(cls)
         view.__dict__.update({**vars(pipeline), "images": None, "encoded": [], **parts})
         return view
 
     @property
     def _execution_device(self) -> torch.device:
-        # diffusers takes the first component's device: an offloaded encoder would drag everything to the CPU.
+        # diffusers uses the first component's device: an offloaded text encoder would move everything to the CPU.
         return self.transformer.device
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
         with self.encoding():
             self.encoded.append(self.cache.encode(super().encode_prompt, *args, **kwargs))
         return self.encoded[-1]
 
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
         dtype, extras = self.prepared
-        # The decoder gets the dtype that the pipeline would have given it; the loop keeps ours.
+        # The decoder gets the dtype that the pipeline itself would use; the loop keeps ours.
         x = self.x.to(dtype) if self.decoding else self.x
         return (x, *extras) if extras else x
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """None: a loop of one step would make and close one at every step."""
+    def progress_bar(
+        self, iterable: Iterable[T] | None = None, total: int | None = None
+    ) -> Iterable[T] | AbstractContextManager[None]:
+        """No progress bar, since each step would open and close one."""
         return nullcontext() if iterable is None else iterable
 
     def maybe_free_model_hooks(self) -> None:
-        """Offloading is the trainer's business."""
+        """Does nothing, since the trainer offloads modules itself."""

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Floating-point operations of an update, and how many a device can do."""
+"""Counts the floating-point operations of an update, and measures how many the device can do a second."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,27 +22,27 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-# The parts of an update in which the network works. All calls of one of them cost the same.
+# The parts of an update in which the network runs. All calls of a part cost the same.
 NETWORK_PARTS = ("rollout", "teacher", "reference", "student", "backward")
 
 
 class FlopCount:
     """
-    Floating-point operations of a call of each part, counted while `counting` is true and zero before.
+    Counts the floating-point operations of each part of an update, while `counting` is true.
 
-    They are those of matrix products, convolutions and attention as PyTorch computes them; kernels of other packages
-    (attention backends, quantised products) are not seen.
+    It sees matrix products, convolutions and attention that PyTorch computes, but not kernels of other packages
+    (attention backends, quantised products).
     """
 
     def __init__(self) -> None:
         self.counting = False
         self._flops: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
-        self._within: list[int] = []  # of each open part, what its inner parts had
+        self._within: list[int] = []  # for each open part, the operations of its inner parts
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Counts what is computed within it, unless an inner part counts it."""
+        """Counts the operations in its block for `part`, without those of parts inside it."""
         if not self.counting:
             yield
             return
@@ -57,11 +57,12 @@ class FlopCount:
 
     def of_network(self, calls: Mapping[str, int], checkpointing: bool) -> float:
         """
-        What the network computes in an update, without what is computed twice.
+        The operations of the network in an update. The forward that gradient checkpointing repeats is not included.
 
         Args:
             calls (`dict[str, int]`): how often the update entered each part.
-            checkpointing (`bool`): whether a backward repeats the student's forward first.
+            checkpointing (`bool`): whether gradient checkpointing is on, so that a backward repeats the student's
+                forward.
         """
 
         def of(part: str) -> float:
@@ -72,7 +73,10 @@ class FlopCount:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096, repeats: int = 20) -> float:
-    """Floating-point operations a second of large square matrix products of CUDA device `device` in `dtype`: the most it does."""
+    """
+    Measures the most floating-point operations a second that a CUDA device reaches in `dtype`, in products of large
+    square matrices.
+    """
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     for _ in range(3):
         a @ b

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Where the time of an update goes, what it computes and what memory it takes, without making the device wait."""
+"""Measures the time of each part of an update, its arithmetic and its memory, without slowing down the device."""
 
 import sys
 import time
@@ -32,12 +32,13 @@ if sys.platform != "win32":
     import resource
 
 OTHER = "other"
+Instant = Any  # an event of CUDA, or seconds: all instants of a device are of one kind
 
 
-def instant(device: torch.device) -> Any:
+def instant(device: torch.device) -> Instant:
     """
-    This instant, for [`seconds_between`]: on CUDA an event in the stream, for which nothing waits; elsewhere the wall
-    clock's, once the device has done what it was given.
+    Marks this instant for [`seconds_between`]. On CUDA it is an event in the stream, and nothing waits for it. On
+    other devices it is the wall clock's time after the device has finished its work.
     """
     if device.type == "cuda":
         event = torch.cuda.Event(enable_timing=True)
@@ -48,25 +49,25 @@ def instant(device: torch.device) -> Any:
     return time.perf_counter()
 
 
-def seconds_between(begin: Any, end: Any) -> float:
-    """Seconds between two [`instant`]s. Waits for the second."""
+def seconds_between(begin: Instant, end: Instant) -> float:
+    """Seconds between two [`instant`]s. Waits until the second one has passed."""
     if isinstance(begin, torch.cuda.Event):
         end.synchronize()
         return begin.elapsed_time(end) / 1000
     return end - begin
 
 
-def _is_over(one: Any) -> bool:
+def _is_over(one: Instant) -> bool:
     return one.query() if isinstance(one, torch.cuda.Event) else True
 
 
 @dataclass
 class Update:
     """
-    What is known of an update.
+    Times of one update.
 
     Attributes:
-        seconds (`dict[str, float]`): by part. They add up to the update.
+        seconds (`dict[str, float]`): seconds of each part. Their sum is the time of the update.
         calls (`Counter[str]`): how often each part was entered.
     """
 
@@ -81,29 +82,29 @@ class Update:
 
 class UpdateClock:
     """
-    Seconds of an update by part.
+    Measures the seconds of each part of an update.
 
-    At every instant one part runs, the innermost: what is timed within another part is not counted there, and what is
-    timed in none is [`OTHER`]. So the parts add up to the update. The instants are [`instant`]s: on CUDA a part has the time
-    that the device spent on it or waited for it. Outside of an update nothing is timed.
+    Time counts for the innermost part that is open, or for [`OTHER`] if none is, so the parts add up to the update. On
+    CUDA, a part's time is the time that the device worked on it or waited for it. Nothing is timed outside of an
+    update.
 
     Args:
-        parts (`tuple[str, ...]`): the parts that there are, besides [`OTHER`]. An update has a time for each, 0 where it
-            did not occur.
-        device (`torch.device`)
+        parts (`tuple[str, ...]`): names of the parts, without [`OTHER`]. A part that an update does not enter has 0
+            seconds.
+        device (`torch.device`): the device that is timed.
     """
 
     def __init__(self, parts: tuple[str, ...], device: torch.device):
         self.parts = (*parts, OTHER)
         self._device = device
         self._open: list[str] = []  # the parts that run, the innermost last
-        self._marks: list[tuple[str, Any]] = []  # what ran from when
+        self._marks: list[tuple[str, Instant]] = []  # what ran from when
         self._calls: Counter[str] = Counter()
-        self._ended: deque[tuple[list[tuple[str, Any]], Counter[str]]] = deque()
+        self._ended: deque[tuple[list[tuple[str, Instant]], Counter[str]]] = deque()
         self._updates: list[Update] = []
 
     def start(self) -> None:
-        """Begins an update. One that was left unfinished is forgotten."""
+        """Begins an update. An unfinished one is dropped."""
         self._open, self._marks, self._calls = [OTHER], [], Counter()
         self._mark()
 
@@ -113,13 +114,13 @@ class UpdateClock:
             self._mark()
             self._ended.append((self._marks, self._calls))
             self._open = []
-        # The events of many updates would pile up where logs are rare.
+        # If logs are rare, the events of many updates would pile up.
         while self._ended and _is_over(self._ended[0][0][-1][1]):
             self._add_up()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """Within it `part` is timed."""
+        """Times its block as `part`."""
         if not self._open:
             yield
             return
@@ -133,14 +134,14 @@ class UpdateClock:
             self._mark()
 
     def go_on_with(self, part: str) -> None:
-        """From here on, what is timed in no other part is of `part`, to the end of the update."""
+        """Until the end of the update, time outside of other parts counts for `part` instead of [`OTHER`]."""
         if self._open:
             self._open[0] = part
             self._calls[part] += 1
             self._mark()
 
     def updates(self) -> list[Update]:
-        """The updates that have ended since the last call. Waits for a device that is still at one of them."""
+        """The updates that have ended since the last call. Waits until the device has finished them."""
         while self._ended:
             self._add_up()
         updates, self._updates = self._updates, []
@@ -158,7 +159,10 @@ class UpdateClock:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most that was allocated since its counter was reset, else the process's highest resident memory."""
+    """
+    The peak memory in bytes. On CUDA it is the peak of allocated memory since the counter's reset, elsewhere the
+    process's peak of resident memory.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -169,11 +173,12 @@ def peak_memory(device: torch.device) -> int:
 
 class UpdateCost:
     """
-    Seconds by part, samples a second, memory and, on CUDA, the use of the device's arithmetic: of one process's updates.
+    Measures the updates of one process: seconds of each part, samples a second, memory and, on CUDA, the share of the
+    device's arithmetic that is used (`mfu`).
 
     Args:
-        parts (`tuple[str, ...]`): as [`UpdateClock`] takes them.
-        device (`torch.device`)
+        parts (`tuple[str, ...]`): names of the parts, as in [`UpdateClock`].
+        device (`torch.device`): the device that is measured.
     """
 
     def __init__(self, parts: tuple[str, ...], device: torch.device):
@@ -188,27 +193,29 @@ class UpdateCost:
         Begins a run.
 
         Args:
-            flops_a_second (`float`): what `mfu` is a share of; 0 without one.
-            updates_a_round (`int`): one update in so many has what the others do not, such as a rollout.
+            flops_a_second (`float`): the device's floating-point operations a second, which are 100% of `mfu`. 0 turns
+                `mfu` off.
+            updates_a_round (`int`): number of updates in a round. One of them has extra parts, such as a rollout.
         """
         self._rate, self._updates_a_round, self._updates = flops_a_second, updates_a_round, 0
 
     def start(self) -> None:
-        """An update begins."""
+        """Call it when an update begins."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        # All updates of a round. Not the first of a run: compiled parts of the network would not be compiled meanwhile.
+        # Counts one whole round, without the first update of a run: counting would keep blocks from being compiled in
+        # it.
         self.flops.counting = self._rate > 0 and 1 <= self._updates <= self._updates_a_round
         self.clock.start()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Within it `name` is what the update does."""
+        """Measures its block as the part `name`."""
         with self.clock(name), self.flops(name):
             yield
 
     def stop(self) -> None:
-        """The update ends."""
+        """Call it when an update ends."""
         self.clock.stop()
         self.flops.counting = False
         self._updates += 1
@@ -216,11 +223,11 @@ class UpdateCost:
 
     def metrics(self, samples: int, checkpointing: bool) -> dict[str, float]:
         """
-        What is to be logged of the updates since the last call: means over them, but the peak of memory.
+        The metrics of the updates since the last call: means over the updates, and the peak of memory.
 
         Args:
-            samples (`int`): of an update, over all processes.
-            checkpointing (`bool`): as [`FlopCount.of_network`] takes it.
+            samples (`int`): number of samples in an update, over all processes.
+            checkpointing (`bool`): whether gradient checkpointing is on.
         """
         updates = self.clock.updates()
         if not updates:

@@ -17,13 +17,18 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 from torch import nn
 
 
-RewardFunc = Callable[..., Any]
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+
+RewardFunc = Callable[..., object]  # what it returns is checked when it is called
+Row = Mapping[str, Any]  # of a dataset: its columns by name, whatever they hold
 
 
 class Reward:
@@ -67,13 +72,13 @@ class Reward:
         prompts: Sequence[str],
         images: Sequence[Image],
         completions: Sequence[Image] | None = None,
-        trainer_state: Any = None,
-        **columns: Sequence[Any],
+        trainer_state: "TrainerState | None" = None,
+        **columns: Sequence[object],
     ) -> dict[str, list[float | None]]:
         """Everything that is to be logged of this reward, by name: a call's values and, where it has parts, theirs."""
         return {self.name: self(prompts, images, completions, trainer_state, **columns)}
 
-    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+    def why_not(self, prompt: str, columns: Row) -> str | None:
         """
         Why a sample can't be scored, `None` if it can.
 
@@ -87,8 +92,8 @@ class Reward:
         prompts: Sequence[str],
         images: Sequence[Image],
         completions: Sequence[Image] | None = None,
-        trainer_state: Any = None,
-        **columns: Sequence[Any],
+        trainer_state: "TrainerState | None" = None,
+        **columns: Sequence[object],
     ) -> list[float | None]:
         """
         Scores images.
@@ -101,7 +106,7 @@ class Reward:
         Returns:
             `list[float | None]`: a value an image, `None` where the reward does not apply.
         """
-        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
+        rows: list[Row] = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
         applicable = [i for i, row in enumerate(rows) if self.why_not(prompts[i], row) is None]
         scores: list[float | None] = [None] * len(images)
         for start in range(0, len(applicable), self.batch_size):
@@ -113,7 +118,7 @@ class Reward:
                 scores[i] = value
         return scores
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
         """Scores of RGB images that the reward applies to."""
         raise NotImplementedError
 
@@ -121,7 +126,7 @@ class Reward:
 def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | None:
     """What a reward function can be given, by name; `None` of one that is not written in Python."""
     # Every module takes anything, and hands it to its forward.
-    given: Any = function.forward if isinstance(function, nn.Module) else function
+    given = function.forward if isinstance(function, nn.Module) else function
     try:
         return inspect.signature(given).parameters
     except ValueError:
@@ -143,5 +148,5 @@ def reward_fingerprint(function: RewardFunc) -> str:
         return function.fingerprint
     if isinstance(function, functools.partial):
         return f"{reward_fingerprint(function.func)}{function.args}{sorted(function.keywords.items())}"
-    definition: Any = function if inspect.isroutine(function) else type(function)
+    definition = function if inspect.isroutine(function) else type(function)
     return f"{definition.__module__}:{definition.__qualname__}"

@@ -16,6 +16,7 @@
 
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -135,7 +136,7 @@ class _Connections:
         self._held: list[socket.socket] = []
         self._ended = False
 
-    def hold(self, event: str, info: dict[str, Any]) -> None:
+    def hold(self, event: str, info: Mapping[str, Any]) -> None:
         """What httpx calls at each step of a request, as its extension `trace`."""
         if not event.endswith("connect_tcp.complete"):
             return

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from transformers import CLIPImageProcessorPil
+from transformers.image_utils import SizeDict
 
 
 class CenterCropProcessor(CLIPImageProcessorPil):
@@ -28,7 +29,8 @@ class CenterCropProcessor(CLIPImageProcessorPil):
     Both resize alike: the shorter side to the size, the longer one to `int(size * long / short)`, by PIL.
     """
 
-    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+    # What transformers calls it with contradicts what its base class declares.
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
         """The middle of an image, `[channels, height, width]`. One that is smaller is padded as in transformers."""
         top, left = image.shape[-2] - size.height, image.shape[-1] - size.width
         if min(top, left) < 0:

@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The embedded tiny world: a 32 px `StableDiffusion3Pipeline`, three teachers that pull apart, prompts and verifiers.
+"""The tiny world, a complete example for demos and tests: a 32 px `StableDiffusion3Pipeline`, teachers for three
+tasks, prompts, and functions that score the images.
 
-Importing it loads numpy and PIL alone; the weights are ordinary folders to hand to diffusers and PEFT.
+Importing it loads only numpy and PIL. The weights are ordinary folders that diffusers and PEFT can load.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ TEACHERS = {task: str(_WEIGHTS / "teachers" / task) for task in TASKS}
 
 
 def render(spec: str, seed: int = 0, dusk: float | None = None) -> Image.Image:
-    """Draws the ground truth of one row of the dataset.
+    """Draws a correct image for one row of the dataset.
 
     Args:
         spec (`str`): the row's `spec` column.
-        seed (`int`, *optional*, defaults to 0): decides what the prompt leaves open.
-        dusk (`float`, *optional*): degree of styling in [0, 1]; 1 for style prompts and 0 for others if not given.
+        seed (`int`, *optional*, defaults to 0): seed of everything that the prompt leaves open, such as positions.
+        dusk (`float`, *optional*): degree of styling in [0, 1]. Defaults to 1 for style prompts and 0 for others.
     """
     import json
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prompts of the three tasks, their splits, and the scenes they describe."""
+"""Makes the prompts of the tiny world's three tasks, splits them, and turns each into a scene that can be drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SPLITS = ("train", "validation", "test")
 COUNTS = ("one", "two", "three")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-# Cells (first object, second object) a relation is drawn with: always side by side, never across the diagonal.
+# The cells of the first and the second object of each relation. They are neighbours, never diagonal.
 RELATION_CELLS = {
     "left of": ((0, 1), (2, 3)),
     "right of": ((1, 0), (3, 2)),
@@ -41,7 +41,7 @@ RELATION_CELLS = {
     "below": ((2, 0), (3, 1)),
 }
 
-# Prompts a split takes of each kind, in scenes: two prompts that ask for the same scene stay together.
+# Number of scenes of each kind in a split. All prompts for the same scene are in the same split.
 _TAKEN = {
     "count": {"validation": 4, "test": 8},
     "pair": {"validation": 5, "test": 12},
@@ -59,7 +59,7 @@ def _named(thing: tuple[str, str]) -> str:
 
 
 def to_prompt(spec: Spec) -> str:
-    """The prompt of a spec (the parsed `spec` column)."""
+    """The prompt of a spec. A spec is the parsed `spec` column: task, kind, objects, relation and word of a scene."""
     objects = [tuple(thing) for thing in spec["objects"]]
     if spec["kind"] == "letters":
         return f'the word "{spec["word"]}"'
@@ -83,7 +83,7 @@ def _spec(task: str, kind: str, objects: list[tuple[str, str]], relation: str = 
 
 
 def _scenes_by_kind() -> dict[str, list[list[Spec]]]:
-    """Every spec there is, by kind and grouped by scene."""
+    """All possible specs by kind, in groups that ask for the same scene."""
     things = list(itertools.product(COLORS, SHAPES))
     pairs = list(itertools.combinations(things, 2))
     return {
@@ -101,10 +101,10 @@ def _scenes_by_kind() -> dict[str, list[list[Spec]]]:
 
 
 def specs(split: str) -> list[Spec]:
-    """All specs of one split, in a fixed shuffled order. Splits are disjoint in scenes, hence in prompts.
+    """All specs of one split, in a fixed shuffled order. Two splits share no scene, and so no prompt.
 
     Raises:
-        `ValueError`: if `split` is none of `train`, `validation`, `test`.
+        `ValueError`: if `split` is not `train`, `validation` or `test`.
     """
     if split not in SPLITS:
         raise ValueError(f"There is no split {split!r} of the tiny world: use one of {', '.join(SPLITS)}.")
@@ -119,10 +119,10 @@ def specs(split: str) -> list[Spec]:
 
 
 def dataset(split: str = "train") -> Dataset:
-    """Prompts of one split with the columns `prompt`, `task` and `spec` (a JSON string, what the verifiers read).
+    """Prompts of one split with the columns `prompt`, `task` and `spec` (a JSON string that the verifiers read).
 
     Args:
-        split (`str`): `train`, `validation` or `test`; disjoint in prompts and in the scenes these ask for.
+        split (`str`): `train`, `validation` or `test`. Two splits share no prompt and no scene.
     """
     from datasets import Dataset
 
@@ -131,7 +131,10 @@ def dataset(split: str = "train") -> Dataset:
 
 
 def to_scene(spec: Spec, rng: np.random.Generator, dusk: float | None = None) -> Scene:
-    """A scene that fits a spec: free choices (the cells) are drawn from `rng`. `dusk` defaults to 1 for style, else 0."""
+    """
+    A scene that fits a spec. `rng` chooses the cells that the spec leaves open. `dusk` defaults to 1 for style, else
+    0.
+    """
     if spec["kind"] == "letters":
         return Scene(word=spec["word"], dusk=dusk or 0.0)
     objects = spec["objects"]
@@ -146,7 +149,7 @@ def to_scene(spec: Spec, rng: np.random.Generator, dusk: float | None = None) ->
 
 
 def corrupt(spec: Spec, rng: np.random.Generator) -> Spec:
-    """A compose spec with one attribute replaced: a count, a colour, a shape or a relation."""
+    """A spec of the task compose with one thing changed: a count, a colour, a shape or a relation."""
     changed = json.loads(json.dumps(spec))
     what = int(rng.integers(3 if spec["kind"] != "pair" else 2))
     if what == 2 and spec["kind"] == "relation":

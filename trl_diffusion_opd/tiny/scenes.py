@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the tiny world looks like: 32 x 32 px scenes of a 2 x 2 board, and how they are drawn."""
+"""Draws the scenes of the tiny world: 32 x 32 px images of a board with 2 x 2 cells."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 
 SIZE = 32
-CELL = 16  # the board is 2 x 2 cells, each 2 x 2 tokens of the transformer: small models place whole tokens best
+CELL = 16  # a cell is 2 x 2 tokens of the transformer: small models place whole tokens best
 SHAPE_SIZE = 11
 LETTER_WIDTH, LETTER_HEIGHT = 12, 20
 
@@ -37,7 +37,7 @@ COLORS = {
 SHAPES = ("ring", "square", "triangle")
 DUSK_TOP, DUSK_BOTTOM = np.array([96.0, 60.0, 150.0]), np.array([240.0, 140.0, 60.0])
 
-# Any two of these differ in at least two of the fifteen squares, so that a blurred letter cannot pass for another.
+# Any two letters differ in at least two of the fifteen squares, so that a blurred letter doesn't look like another.
 GLYPHS = {
     "A": "010 101 111 101 101",
     "C": "111 100 100 100 111",
@@ -53,7 +53,7 @@ GLYPHS = {
     "Z": "111 001 010 100 111",
 }
 LETTERS = tuple(GLYPHS)
-# Letters that no prompt asks for. A reader has to know them: an F is not a poor P.
+# Letters that no prompt asks for. The verifier must know them, or it would take an F for a blurred P.
 OTHER_GLYPHS = {
     "B": "110 101 110 101 110",
     "D": "110 101 101 101 110",
@@ -74,7 +74,9 @@ OTHER_GLYPHS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One object on the board: a colour, a shape and the cell it stands in (0 top left, 1 top right, 2, 3 below)."""
+    """
+    One object on the board: a colour, a shape and its cell (0 top left, 1 top right, 2 bottom left, 3 bottom right).
+    """
 
     color: str
     shape: str
@@ -83,7 +85,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows. `dusk` in [0, 1] is the degree of styling."""
+    """Everything that an image shows. `dusk` in [0, 1] is the degree of styling."""
 
     things: tuple[Thing, ...] = ()
     word: str = ""
@@ -121,9 +123,9 @@ def dusk() -> np.ndarray:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draw a scene; `rng` moves every object by a pixel. Returns an RGB image of 32 x 32 px."""
+    """Draws a scene as an RGB image of 32 x 32 px. `rng` moves every object by up to a pixel."""
     canvas = (1 - scene.dusk) * PLAIN + scene.dusk * dusk()
-    # A styled scene tints its objects as well, as evening light does.
+    # Styling tints the objects as well, like evening light.
     tint = 0.3 * scene.dusk
     light = dusk()
 

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Scores of an image by its pixels alone, given what the prompt asks for.
+"""The reward functions of the tiny world. They score an image from its pixels and from what its prompt asks for.
 
-Each task has two functions of the same signature, called by keyword with the dataset's columns: a verdict (0 or 1;
-for style the smooth score) for reports, and a graded version in [0, 1] for training. Images are RGB PIL images of
-32 x 32 px. A row of another task scores None ("does not apply").
+Each task has two functions with the same signature, called by keyword with the dataset's columns. One gives a verdict
+(0 or 1; for style a smooth score) for reports, the other a graded score in [0, 1] for training. Images are RGB PIL
+images of 32 x 32 px. A row of another task gets None ("does not apply").
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -46,7 +45,7 @@ from .scenes import (
 )
 
 
-# An object's pixels of its one colour, and its overlap with the shape's template, for a verdict.
+# For a verdict of 1: minimum share of pixels with the colour, overlap with the shape, correlation with the letter.
 COLOR_SHARE, SHAPE_OVERLAP, LETTER_MATCH = 0.75, 0.7, 0.75
 OBJECT_PIXELS, SPECK_PIXELS = 20, 8
 
@@ -61,7 +60,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def _templates(masks: dict[str, np.ndarray], height: int, width: int, rows: range, columns: range) -> np.ndarray:
-    """(names, offsets, height * width): every mask at every allowed place of a window."""
+    """Every mask at every allowed place in a window, as an array (names, places, height * width)."""
     placed = []
     for mask in masks.values():
         for top, left in itertools.product(rows, columns):
@@ -79,7 +78,7 @@ _LETTERS /= np.linalg.norm(_LETTERS, axis=2, keepdims=True)
 
 @dataclass
 class Found:
-    """What stands in one cell: the share of its pixels in each colour and the best overlap with each shape."""
+    """The content of one cell: the share of its pixels in each colour, and the best overlap with each shape."""
 
     cell: int
     shares: np.ndarray
@@ -88,8 +87,11 @@ class Found:
 
 
 def find_objects(image: Image.Image) -> list[Found]:
-    """The occupied cells of the board. A pixel belongs to an object when it is nearer to a colour than to the plain
-    ground on the line between the two (a blurred edge lies on it), or is off the lines of all colours."""
+    """
+    Finds the occupied cells of the board. Blurred edges have colours on the line between the ground and an object's
+    colour. A pixel belongs to an object if it is nearer to the colour than to the ground on that line, or far from all
+    these lines.
+    """
     offset = _pixels(image) - PLAIN
     along = offset @ _DIRECTIONS.T / _LENGTHS**2
     nearest = np.linalg.norm(offset[:, :, None] - np.clip(along, 0.0, 1.1)[..., None] * _DIRECTIONS, axis=3)
@@ -124,7 +126,7 @@ def _compose(image: Image.Image, spec: Spec) -> tuple[float, float]:
     colors, verdict, graded = list(COLORS), 0.0, 0.0
     exact = len(found) == len(wanted) and all(one.is_object for one in found)
     number = min(len(found), len(wanted))
-    # All ways to give found objects to wanted ones; at most 4 x 3 x 2.
+    # All ways to match found objects with wanted ones; at most 4 x 3 x 2.
     for places in itertools.permutations(range(max(len(found), len(wanted))), number):
         if len(found) >= len(wanted):
             pairs = [(want, found[place]) for want, place in zip(wanted, places, strict=True)]
@@ -147,12 +149,14 @@ def _compose(image: Image.Image, spec: Spec) -> tuple[float, float]:
 
 
 def match_letters(image: Image.Image) -> np.ndarray:
-    """(2, 26): the best correlation of each half of the image with each letter, in [-1, 1]. The order is that of
-    `scenes.LETTER_MASKS`: the letters that prompts ask for, then the others."""
+    """
+    The best correlation of each half of the image with each letter, in [-1, 1], as an array (2, 26). Letters are in
+    the order of `scenes.LETTER_MASKS`: first those that prompts ask for, then the others.
+    """
     darkness = (PLAIN.mean() - _pixels(image).mean(axis=2)) / (PLAIN.mean() - INK.mean())
     halves = np.stack([darkness[:, :CELL].ravel(), darkness[:, CELL:].ravel()])
     halves = halves - halves.mean(axis=1, keepdims=True)
-    # A blank half has no contrast: its correlations are 0, not noise divided by noise.
+    # A blank half has no contrast. The minimum makes its correlations 0 instead of noise divided by noise.
     norms = np.maximum(np.linalg.norm(halves, axis=1), 2.0)
     return np.einsum("lok,hk->hlo", _LETTERS, halves, optimize=True).max(axis=2) / norms[:, None]
 
@@ -169,7 +173,8 @@ def _letters(image: Image.Image, spec: Spec) -> tuple[float, float]:
 
 
 _DUSK = dusk()
-# The lattice between and around the cells, where no scene has an object: a quarter of the image that is all ground.
+# The lines between and around the cells, where no scene has an object: a quarter of the image that shows only the
+# ground.
 _GROUND = np.zeros((SIZE, SIZE), dtype=bool)
 _GROUND[[0, CELL - 1, CELL, SIZE - 1], :] = True
 _GROUND[:, [0, CELL - 1, CELL, SIZE - 1]] = True
@@ -193,33 +198,35 @@ def _score(task: str, version: int, images: list[Image.Image], spec: list[str]) 
     return scores
 
 
-def compose(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
-    """1 if exactly the asked objects are there, in colour, shape, number and relation, else 0."""
+def compose(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+    """1 if the image has exactly the objects of the prompt, with the right colours, shapes and relation, else 0."""
     return _score("compose", 0, images, spec)
 
 
-def compose_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
-    """Mean over objects of colour and overlap with the shape, missing and surplus ones counting 0; 60% of it where
-    the relation is wrong."""
+def compose_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+    """
+    The mean over objects of their scores for colour and shape. Missing and surplus objects count 0. A wrong relation
+    leaves 60% of it.
+    """
     return _score("compose", 1, images, spec)
 
 
-def letters(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
-    """1 if both letters are the best matching ones in their place and clear, else 0."""
+def letters(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+    """1 if both letters are clear and match best in their place, else 0."""
     return _score("letters", 0, images, spec)
 
 
-def letters_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
-    """Mean over letters of the correlation with the asked letter, from 0 at 0.4 to 1 at 0.9."""
+def letters_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+    """The mean over both letters of the correlation with the right letter, scaled from 0 at 0.4 to 1 at 0.9."""
     return _score("letters", 1, images, spec)
 
 
-def style(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
-    """Closeness of the ground to dusk (violet above, orange below), linear in the degree of styling."""
+def style(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+    """How close the ground is to dusk (violet above, orange below). Linear in the degree of styling."""
     return _score("style", 0, images, spec)
 
 
-def style_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def style_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """The same smooth score as `style`."""
     return _score("style", 1, images, spec)
 

@@ -16,9 +16,10 @@
 
 import logging
 import math
+import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,81 +28,55 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import base_weight
-from ..acceleration.sharding import leave_precision_alone, leave_precision_to_the_model
+from ..acceleration.quantization import QuantizationConfig, base_weight
+from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
-from ..data.tasks import TaskSampler
+from ..data.tasks import TaskSampler, plain_dataset
+from ..guards.files import JSON
 from ..models.average import average_line, lag_problem
+from ..models.merge import MergeReport
 from ..models.student import Student
+from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.trackers import use_public_trackers
+from ..reporting.completions import log_completions
+from ..reporting.model_card import MethodFacts
+from ..reporting.trackers import tensorboard_writers, use_public_trackers
 from ..rewards import RewardFuncs
+from ..rewards.base import Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .image_evaluator import Evaluations, ImageEvaluator, applicable_mean
+from .image_evaluator import ImageEvaluator, applicable_mean
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
+from .run_callback import RunCallback
 from .run_files import RunFiles
+from .teaching import place
 
 
 logger = logging.getLogger(__name__)
 
 
-class _StudentCallback(TrainerCallback):
-    """Tells the trainer where in a run it is."""
-
-    def __init__(self, trainer: "DiffusionTrainer"):
-        self.trainer = trainer
-        self._has_looked = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        checkpoint.restore_best(args.output_dir, state)
-        if state.global_step >= state.max_steps:
-            logger.warning(
-                f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
-                "max_steps (or num_train_epochs)."
-            )
-        self.trainer.begin_run()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not self._has_looked:
-            self._has_looked = True
-            self.trainer.warn_of_idle_weights()
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.end_update()
-
-
-class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     """
     Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
 
     A trainer derives from it and overrides [`prepare_method`] (what else it loads and refuses before the first step) and
     [`training_step`].
-
-    Args:
-        model, args, train_dataset, eval_dataset, reward_funcs, callbacks, optimizers, quantization_config, peft_config, teachers:
-            As the trainers take them.
 
     Attributes:
         tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and their parts in an update.
@@ -114,18 +89,19 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, what the student started from.
     """
 
-    loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # a task's share of the round is in the loss
     args: DiffusionConfig
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
     run: str
-    changes: list[dict[str, Any]] = []
+    changes: list[dict[str, JSON]] = []
     bank: TeacherBank | None = None
-    merge_report: Any = None
+    merge_report: MergeReport | None = None
     # What the seconds of an update are made of.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
+    _grid_at = -1  # the update of which images were last shown
 
     def __init__(
         self,
@@ -136,9 +112,9 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         reward_funcs: RewardFuncs | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfig = None,
         peft_config: PeftConfig | str | None = "default",
-        teachers: Any = None,
+        teachers: TeacherSpec | Mapping[str, TeacherSpec] | None = None,
     ):
         with ExitStack() as undo:  # whatever fails, the caller's pipeline is given back as it was
             parts = prepare(
@@ -185,12 +161,10 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
-        of_evaluations = field.with_steps(args.eval_num_inference_steps)
-        self.evaluator = ImageEvaluator(
-            of_evaluations, self.student, self.tasks, self.reward_funcs, args, self.accelerator
-        )
+        grid = field.with_steps(args.eval_num_inference_steps)
+        self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
         self.__dict__.update(parts.method)
-        self.add_callback(_StudentCallback(self))
+        self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
@@ -198,21 +172,14 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self.prompts = parts.train_dataset.select_columns(["prompt"])
-        self._prompts_digest: dict[str, Any] | None = None
+        self._prompts_digest: dict[str, JSON] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
         field.encoding = lambda: self._part("encoding")
         if self.bank is not None:
-            self._place_teachers(self.bank)
-
-    def _place_teachers(self, bank: TeacherBank) -> None:
-        bank.backbone.to(self.accelerator.device)
-        if self.args.torch_compile:
-            bank.backbone.compile(self.args.torch_compile_backend, self.args.torch_compile_mode)
-        # PEFT's switches flip requires_grad: by identity, no teacher may be among what is trained.
-        shared = {id(p) for p in bank.backbone.parameters()} & {id(p) for p in self.student.parameters()}
-        assert not shared, "a teacher's parameter is trainable"
+            compiling = (args.torch_compile_backend, args.torch_compile_mode) if args.torch_compile else None
+            place(self.bank, self.accelerator.device, self.student, compiling)
 
     # Hooks of the trainers
 
@@ -223,7 +190,11 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
+        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
+        return {}
+
+    def _card_fields(self) -> MethodFacts:
         """
         What the model card says of the method: `method`, `teachers`, `settings` and `no_walk` of [`CardFacts`]; all optional.
         """
@@ -277,7 +248,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
 
     # Trainer's hooks
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+    def _build_accelerator_args(self, **kwargs: object) -> dict[str, object]:
         # accelerate would compile the student alone, as a whole and as a wrapper. The blocks are compiled already, teachers' too.
         accelerator_args = super()._build_accelerator_args(**kwargs)
         return {name: value for name, value in accelerator_args.items() if name != "dynamo_plugin"}
@@ -309,16 +280,16 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         """Samples of a task in an update, over all processes."""
         return self.micro_batch_size * self.accelerator.num_processes * self.rounds.micro_batches
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
             self.control.should_training_stop = True
             return
         # accelerate does not forward set_epoch through the wrappers that sharding and resuming put around a sampler.
-        self._sampler.set_epoch(epoch)
+        self._sampler.set_epoch(kwargs["epoch"])
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        super()._run_epoch(*args, **kwargs)
 
-    def begin_run(self) -> None:
+    def _begin_run(self) -> None:
         """Shows where training starts. All processes call it."""
         self._say_average(self.state.max_steps)
         self._log_completions()
@@ -326,7 +297,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
             self._compare_tasks()
         self._begin_costs()
 
-    def end_update(self) -> None:
+    def _end_update(self) -> None:
         """Steps the moving average after an update, before it is evaluated or saved."""
         self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
@@ -352,7 +323,12 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         """What mixed precision computes in, if it is on."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: object = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """
         Trains, or goes on with a run that was interrupted. One run at a time trains into an output folder.
 
@@ -383,17 +359,18 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
-            return super().train(None if begun.folder is None else str(begun.folder), **kwargs)
+            folder = None if begun.folder is None else str(begun.folder)
+            return super().train(folder, trial, ignore_keys_for_eval)
 
-    def prompts_digest(self) -> dict[str, Any]:
+    def prompts_digest(self) -> dict[str, JSON]:
         """By task how many prompts are trained on, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
         return self._prompts_digest
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+        self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of an optimizer step. Trainer asks for all of them at once: an update begins here."""
         self._cost.start()
         with self._part("data"):
@@ -418,7 +395,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         companies = self._sampler.companies(a_round % self._sampler.rounds)
         return [list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])) for rows in companies]
 
-    def turn(self, number: int, rows: list[dict[str, Any]]) -> tuple[str, list[int]]:
+    def turn(self, number: int, rows: list[Row]) -> tuple[str, list[int]]:
         """Task of a round's micro-batch, and its samples' positions among the task's of this round: see [`Rounds.turn`]."""
         process = self.accelerator.process_index, self.accelerator.num_processes
         return self.rounds.turn(number, rows, self.micro_batch_size, self.state.global_step + 1, process)
@@ -434,7 +411,7 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
         with self._part("teacher"):
             return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Under fp16 an overflow is routine: the scaler skips the step and lowers its scale.
@@ -444,6 +421,81 @@ class DiffusionTrainer(Method, StudentPasses, Evaluations, RunFiles, _BaseTraine
                 "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
+
+        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
+
+        Returns:
+            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
+            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
+            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # names are of a dict's
+        if isinstance(dataset, Mapping):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset.")
+        dataset = plain_dataset(dataset, self.args.task_column)
+        start = time.time()
+        metrics, count = self.evaluator.evaluate(
+            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
+        )
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
+        self.log(metrics)
+        self._log_completions()  # the first log opens the trackers
+        self.offload.rest()
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _log_completions(self) -> None:
+        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
+        if not self.args.log_completions or self._grid_at == self.state.global_step:
+            return
+        self._grid_at = self.state.global_step
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()))
+        shown = self.evaluator.completions(dataset, self.state)
+        if self.accelerator.is_main_process:
+            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
+            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[nn.Module]:
+        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
+        with self.student.ema_weights():
+            yield self.student.model
+        self.offload.rest()
+
+    def pipeline(self, *args: object, **kwargs: object) -> Any:
+        """
+        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+
+        Raises:
+            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
+        """
+        if is_split(self.model):
+            raise RuntimeError(
+                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
+                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
+            )
+        with self.averaged_student(), torch.no_grad():
+            return self.base_pipeline(*args, **kwargs)
 
     # Logs
 

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..algorithms.opd import WEIGHTINGS
+from ..guards.files import JSON
 from .base_config import DiffusionConfig
 
 
@@ -96,7 +96,7 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=True, metadata={"help": "Whether to train on the student's own walk (the method) or its teacher's."}
     )
 
-    def retention_options(self) -> dict[str, Any]:
+    def retention_options(self) -> dict[str, JSON]:
         """The arguments of [`evaluate_retention`] that these settings decide."""
         return {
             "num_inference_steps": self.eval_num_inference_steps,

@@ -17,30 +17,21 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from diffusers import DiffusionPipeline
-from torch import nn
-from transformers import TrainerControl, TrainerState
-from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import speed_metrics
+from PIL.Image import Image
+from transformers import TrainerState
 
-from ..acceleration.offload import Offload
-from ..acceleration.sharding import is_split
-from ..data.tasks import plain_dataset, task_rows
+from ..data.tasks import task_rows
 from ..models.student import Student
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
-from ..reporting.completions import Completion, log_completions
-from ..reporting.trackers import tensorboard_writers
-from ..rewards import Scorer, reward_name
+from ..reporting.completions import Completion
+from ..rewards import RewardFunc, Scorer, reward_name
 from .base_config import DiffusionConfig
 
 
@@ -62,7 +53,7 @@ class ImageEvaluator:
         field: VelocityField,
         student: Student,
         tasks: list[str],
-        reward_funcs: Mapping[str, list[Callable[..., Any]]],
+        reward_funcs: Mapping[str, list[RewardFunc]],
         args: DiffusionConfig,
         accelerator: Accelerator,
     ):
@@ -83,8 +74,8 @@ class ImageEvaluator:
         task: str,
         rows: list[int],
         update: int = 0,
-        on_batch: Callable[[list[int], list[Any]], None] | None = None,
-    ) -> list[tuple[int, Any]]:
+        on_batch: Callable[[list[int], list[Image]], None] | None = None,
+    ) -> list[tuple[int, Image]]:
         """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them, with the weights as they are."""
         try:
             return draw_images(
@@ -149,7 +140,7 @@ class ImageEvaluator:
         """
         with self.monitor(task, state) as scorer:
 
-            def submit(positions: list[int], images: list[Any]) -> None:
+            def submit(positions: list[int], images: list[Image]) -> None:
                 scorer.submit([dataset[rows[i]] for i in positions], images)
 
             start = time.perf_counter()
@@ -180,102 +171,6 @@ class ImageEvaluator:
                     }
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         return [completion for _, _, completion in sorted(gather_object(shown), key=lambda item: item[:2])]
-
-
-class Evaluations:
-    """What [`DiffusionTrainer`] draws of its student. Of the trainer it uses what is declared here."""
-
-    args: DiffusionConfig
-    state: TrainerState
-    control: TrainerControl
-    callback_handler: CallbackHandler
-    accelerator: Accelerator
-    model: nn.Module
-    train_dataset: Any
-    eval_dataset: Any
-    student: Student
-    base_pipeline: DiffusionPipeline
-    offload: Offload
-    evaluator: ImageEvaluator
-    log: Callable[..., None]
-    _grid_at = -1  # the update of which images were last shown
-
-    def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
-        return {}
-
-    def evaluate(
-        self,
-        eval_dataset: str | Dataset | dict[str, Dataset] | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """
-        Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
-
-        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
-
-        Returns:
-            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
-            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
-            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, Mapping):
-            metrics: dict[str, float] = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if dataset is None:
-            raise ValueError("Evaluation needs an eval_dataset.")
-        dataset = plain_dataset(dataset, self.args.task_column)
-        start = time.time()
-        metrics, count = self.evaluator.evaluate(
-            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
-        )
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
-        self.log(metrics)
-        self._log_completions()  # the first log opens the trackers
-        self.offload.rest()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _log_completions(self) -> None:
-        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
-            return
-        self._grid_at = self.state.global_step
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        shown = self.evaluator.completions(dataset, self.state)
-        if self.accelerator.is_main_process:
-            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
-            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
-
-    @contextmanager
-    def averaged_student(self) -> Iterator[nn.Module]:
-        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
-        with self.student.ema_weights():
-            yield self.student.model
-        self.offload.rest()
-
-    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
-        """
-        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
-
-        Raises:
-            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
-        """
-        if is_split(self.model):
-            raise RuntimeError(
-                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
-                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
-            )
-        with self.averaged_student(), torch.no_grad():
-            return self.base_pipeline(*args, **kwargs)
 
 
 def gathered(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:

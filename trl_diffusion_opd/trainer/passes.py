@@ -130,7 +130,7 @@ class StudentPasses:
             )
         return everyone
 
-    def warn_of_idle_weights(self) -> None:
+    def _warn_of_idle_weights(self) -> None:
         """Says which of the trained weights take no part: the forward passes them by, or an operation has no gradient."""
         if (
             self.is_deepspeed_enabled or not self.accelerator.is_main_process
