@@ -67,6 +67,22 @@ def run_example(monkeypatch, name, *arguments):
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+def run_rl(monkeypatch, script, **options):
+    """Runs a script that trains a teacher by reward, with `base` and `prompts.jsonl` of this folder."""
+    settings = {
+        "model_name_or_path": "base",
+        **TINY_OPTIONS,
+        "eval_prompts": "draw=prompts.jsonl",
+        "output_dir": "teacher",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        **options,
+    }
+    run_example(monkeypatch, script, *command_line(settings))
+
+
 def run_opd(monkeypatch, base, *arguments, **options):
     """Runs `examples/opd_sd3.py` on a tiny base."""
     settings = {

@@ -11,12 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The reward server of the examples, run in the tests' own process."""
+"""The reward server of the examples, in the tests' own process and in one of its own."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
+
+from helpers.example_script import EXAMPLES
+from helpers.launching import surroundings
 
 
 @contextlib.contextmanager
@@ -32,3 +37,15 @@ def serving(
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextlib.contextmanager
+def started() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Starts the script with a reward that gives widths; its process, and the line in which it says its port."""
+    command = [sys.executable, str(EXAMPLES / "reward_server.py")]
+    command += ["--reward", "helpers.stub_reward:width", "--port", "0"]
+    with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, process.stdout.readline()
+        finally:
+            process.terminate()

@@ -100,9 +100,7 @@ def language_config(tokenizer: PreTrainedTokenizerFast, **options: Any) -> dict[
     sizes = dict(
         vocab_size=len(tokenizer),
         hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **tiny_sd3.LANGUAGE_MODEL,
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=2048,

@@ -58,6 +58,7 @@ TRANSFORMER = dict(
     pooled_projection_dim=16,
     pos_embed_max_size=16,
 )
+LANGUAGE_MODEL = dict(intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 
 
 def make_transformer(seed: int = 0, **config) -> SD3Transformer2DModel:
@@ -93,9 +94,7 @@ def clip(
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **LANGUAGE_MODEL,
         max_position_embeddings=77,
         projection_dim=8,
         hidden_act=hidden_act,

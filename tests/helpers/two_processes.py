@@ -21,7 +21,7 @@ from typing import Any
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.launching import Forks
-from helpers.opd_fixtures import AVERAGED, logged
+from helpers.opd_fixtures import AVERAGED, first_pixel, logged, make_dataset
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +35,8 @@ OPTIONS = dict(
     learning_rate=1e-2,
     **AVERAGED,
 )
+# Of three images and two processes one is drawn twice and counted once.
+SCORED = dict(reward_funcs=first_pixel, eval_dataset=make_dataset(count=3, draw=1))
 
 
 def fsdp_environment():

@@ -18,14 +18,11 @@ import io
 import json
 import logging
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
-from helpers.example_script import EXAMPLES, load_script
-from helpers.example_server import serving
-from helpers.launching import surroundings
+from helpers.example_script import load_script
+from helpers.example_server import serving, started
 from helpers.stub_server import Answer, StubServer, silent_server
 from PIL import Image
 
@@ -307,17 +304,7 @@ def test_the_examples_server_refuses(example, body, message):
 
 
 def test_the_examples_server_from_the_command_line(processes):
-    command = [
-        sys.executable,
-        str(EXAMPLES / "reward_server.py"),
-        "--reward",
-        "helpers.stub_reward:width",
-        "--port",
-        "0",
-    ]
-    with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
+    with started() as (_, line):
         assert line.startswith("width on port ")
         reward = RemoteReward(f"http://127.0.0.1:{line.split()[-1]}", name="width")
         assert reward(prompts=PROMPTS, images=IMAGES) == [3.0, 3.0, 3.0]
-        process.terminate()

@@ -22,17 +22,14 @@ import os
 import re
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from pathlib import Path
 
 import pytest
-from helpers.example_script import EXAMPLES, load_script
-from helpers.example_server import serving
-from helpers.launching import surroundings
+from helpers.example_script import load_script
+from helpers.example_server import serving, started
 from PIL import Image
 
 from trl_diffusion_opd.rewards import RemoteReward
@@ -355,23 +352,12 @@ def test_memory_stays_within_100_mb(processes):
         b'{"prompts": ["' + b"a b" * 5_000_000 + b'\\ud83d\\ude00"]}',
         large,
     ]
-    command = [
-        sys.executable,
-        str(EXAMPLES / "reward_server.py"),
-        "--reward",
-        "helpers.stub_reward:width",
-        "--port",
-        "0",
-    ]
-    with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            port = int(process.stdout.readline().split()[-1])
-            assert " 200 " in post(port, GOOD)
-            rest = megabytes("VmRSS")
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins here
-            with concurrent.futures.ThreadPoolExecutor(8) as threads:
-                texts = list(threads.map(lambda body: post(port, body), [*bad, *[large] * 5, *bad[:2]]))
-            assert {text.split()[1] for text in texts} == {"200", "400"}
-            assert megabytes("VmHWM") - rest < 105  # 100 MiB
-        finally:
-            process.terminate()
+    with started() as (process, line):
+        port = int(line.split()[-1])
+        assert " 200 " in post(port, GOOD)
+        rest = megabytes("VmRSS")
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins here
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            texts = list(threads.map(lambda body: post(port, body), [*bad, *[large] * 5, *bad[:2]]))
+        assert {text.split()[1] for text in texts} == {"200", "400"}
+        assert megabytes("VmHWM") - rest < 105  # 100 MiB

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import datasets
-from helpers.example_script import TINY_OPTIONS, command_line, run_example
+from helpers.example_script import run_rl
 from helpers.tiny_sd3 import make_pipeline
 
 
@@ -27,30 +27,23 @@ def test_multi_task_rl_from_the_command_line(tmp_path, monkeypatch, capsys):
     make_pipeline().save_pretrained("base")
     rows = [{"prompt": f"draw{i}", "target": i} for i in range(3)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        **TINY_OPTIONS,
-        "model_name_or_path": "base",
-        "prompts": ["draw=prompts.jsonl", "count=prompts.jsonl"],
-        "eval_prompts": "draw=prompts.jsonl",
-        "reward_funcs": [
+    run_rl(
+        monkeypatch,
+        "teacher_grpo_sd3.py",
+        prompts=["draw=prompts.jsonl", "count=prompts.jsonl"],
+        reward_funcs=[
             "draw=helpers.grpo_fixtures:brightness",
             "draw=helpers.opd_fixtures:first_pixel",
             "count=helpers.grpo_fixtures:brightness",
         ],
-        "reward_weights": [1.0, 0.0],
-        "output_dir": "teacher",
-        "guidance_scale": 1.0,
-        "num_inference_steps": 4,
-        "sde_window_size": 1,
-        "sde_window_range": [0, 2],
-        "loss_type": "grpo_guard",
-        "num_iterations": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-    }
-    run_example(monkeypatch, "teacher_grpo_sd3.py", *command_line(settings))
+        reward_weights=[1.0, 0.0],
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        sde_window_size=1,
+        sde_window_range=[0, 2],
+        loss_type="grpo_guard",
+        num_iterations=2,
+    )
     names = {path.name for path in Path("teacher").iterdir()}
     assert names >= {"adapter_config.json", "pytorch_lora_weights.safetensors", "curves.png", "README.md"}
     assert "draw: brightness x 1, first_pixel x 0" in Path("teacher/README.md").read_text()

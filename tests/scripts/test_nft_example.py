@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 import datasets
-from helpers.example_script import TINY_OPTIONS, command_line, run_example
+from helpers.example_script import run_rl
 from helpers.opd_fixtures import make_dataset
 from helpers.opd_fixtures import make_trainer as make_distillation
 from helpers.tiny_sd3 import make_pipeline
@@ -28,21 +28,14 @@ def test_a_teacher_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     make_pipeline().save_pretrained("base")
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"draw{i}"}) + "\n" for i in range(3)))
-    settings = {
-        **TINY_OPTIONS,
-        "model_name_or_path": "base",
-        "prompts": "draw=prompts.jsonl",
-        "eval_prompts": "draw=prompts.jsonl",
-        "reward_funcs": "draw=helpers.grpo_fixtures:brightness",
-        "output_dir": "teacher",
-        "num_inference_steps": 3,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "ema_update_interval": 1,
-    }
-    run_example(monkeypatch, "teacher_nft_sd3.py", *command_line(settings))
+    run_rl(
+        monkeypatch,
+        "teacher_nft_sd3.py",
+        prompts="draw=prompts.jsonl",
+        reward_funcs="draw=helpers.grpo_fixtures:brightness",
+        num_inference_steps=3,
+        ema_update_interval=1,
+    )
     names = {path.name for path in Path("teacher").iterdir()}
     assert names >= {"adapter_config.json", "pytorch_lora_weights.safetensors", "curves.png", "README.md"}
     assert "old_policy.safetensors" not in names
