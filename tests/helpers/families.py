@@ -124,9 +124,15 @@ def _sd3() -> DiffusionPipeline:
 
 
 # Of transformers after SD3's, and of those after Flux's, whose latents are packed.
-_HEADS: dict[str, Any] = dict(attention_head_dim=16, num_attention_heads=2)
 _LIKE_SD3: dict[str, Any] = dict(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2)
-_LIKE_FLUX: dict[str, Any] = dict(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, **_HEADS)
+_LIKE_FLUX: dict[str, Any] = dict(
+    patch_size=1,
+    in_channels=16,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=16,
+    num_attention_heads=2,
+)
 
 
 def _flux_transformer() -> diffusers.FluxTransformer2DModel:
@@ -190,13 +196,11 @@ def flux2_without_encoder() -> DiffusionPipeline:
 def _qwen_parts(vae_widths: list[int]) -> dict[str, Any]:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
+        attention_head_dim=16,
         joint_attention_dim=16,
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
-        **_HEADS,
+        **{**_LIKE_SD3, "in_channels": 16},  # packed
     )
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=1,
