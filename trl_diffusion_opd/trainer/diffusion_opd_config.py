@@ -80,10 +80,7 @@ class DiffusionOPDConfig(DiffusionConfig):
     )
     loss_weighting: str = field(
         default="kl",
-        metadata={
-            "help": "Weight of a step's squared velocity gap.",
-            "choices": list(WEIGHTINGS),
-        },
+        metadata={"help": "Weight of a step's squared velocity gap.", "choices": list(WEIGHTINGS)},
     )
     skip_last_steps: int | None = field(
         default=None, metadata={"help": "Steps at the end that are not trained. 1 if not set, 2 for cps and ddim."}

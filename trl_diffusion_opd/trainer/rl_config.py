@@ -70,10 +70,7 @@ class DiffusionRLConfig(DiffusionConfig):
     )
     scale_rewards: str = field(
         default="group",
-        metadata={
-            "help": "Standard deviation by which advantages are divided, if any.",
-            "choices": list(SCALINGS),
-        },
+        metadata={"help": "Standard deviation by which advantages are divided, if any.", "choices": list(SCALINGS)},
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
