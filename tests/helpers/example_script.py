@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The example scripts, run in the tests' own process as a user runs them."""
+"""Runs the example scripts with a user's command line, but in the tests' own process."""
 
 import runpy
 import sys
