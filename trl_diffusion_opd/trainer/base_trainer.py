@@ -190,6 +190,9 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)
 
+    def _before_training(self) -> None:
+        """What a training needs that takes long to make."""
+
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
         """Metrics of the method itself, such as its loss on the evaluation's prompts."""
         return {}
@@ -342,6 +345,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         Raises:
             [`ValueError`]: if the checkpoint is damaged, or is of a run that this one is not.
         """
+        self._before_training()
         with (
             one_run_at_a_time(self.args.output_dir, self.accelerator),
             lost_process_named(

@@ -24,7 +24,6 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 from ..acceleration.quantization import QuantizationConfig
 from ..algorithms.flow import noised
@@ -200,16 +199,10 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     # Images
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: object = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """As [`DiffusionTrainer.train`]. Before it, teachers draw the images that the cache lacks."""
+    def _before_training(self) -> None:
+        """Teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _fill_cache(self, cache: LatentCache) -> None:
         """Draws what the cache lacks. Every process calls the transformer equally often."""
