@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Tiny pipelines with random weights, one of each family of flow-matching models, with tokenizers and text encoders.
+Tiny pipelines with random weights, one for each family of flow-matching models, with tokenizers and text encoders.
 
-Everything here is what a user of diffusers would write down about a family from its own documentation, and none of it
-comes from the package: it is what the package is tested against.
+The facts about each family come from diffusers' documentation, not from the package, since the package is tested
+against them.
 """
 
 import zlib
@@ -425,7 +425,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all others.
+# Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all
+# others.
 TRAINED = [name for name, family in FAMILIES.items() if family.trainable and name != "qwen_image_edit"]
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tokenizers and text encoders of a few thousand weights, made from nothing: the text side of `families.py`."""
+"""Builds tiny tokenizers and text encoders for the pipelines of `families.py`."""
 
 import string
 from typing import Any
@@ -72,8 +72,8 @@ CHAT_TEMPLATE = (
 
 def language_tokenizer(bos: bool, padding_side: str = "right") -> PreTrainedTokenizerFast:
     """
-    Words of the templates as single tokens, anything else letter by letter, so that no two prompts are alike. Without a
-    first token of its own (Qwen has none), an empty prompt is empty.
+    Words of the templates as single tokens, anything else letter by letter, so that no two prompts are alike. Without
+    a first token of its own (Qwen has none), an empty prompt is empty.
     """
     pieces = [(token, 0.0) for token in SPECIAL] + [("\n", -1.0)]
     pieces += [(word, -1.0) for word in dict.fromkeys(WORDS)]

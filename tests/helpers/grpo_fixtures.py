@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny GRPO trainer in one call."""
+"""Makes a tiny GRPO trainer in one call."""
 
 from pathlib import Path
 from typing import Any

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny trainer in one call, and the parts it is made of."""
+"""Makes a tiny OPD trainer in one call, or its parts."""
 
 import gc
 from collections.abc import Callable

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the tests of two processes share: their settings, and how a script of `distributed/` is run and read."""
+"""Shared code for the tests with two processes: settings, and running a script of `distributed/`."""
 
 import json
 from pathlib import Path

@@ -194,7 +194,7 @@ def test_fingerprint_names_no_machine_and_tells_scorers_apart():
         ({"columns": "metadata"}, "columns='metadata' is a string; give a list of names"),
         (
             {"token_env": "NOT_SET_HERE"},
-            "the environment variable NOT_SET_HERE, which is to hold the token, is not set",
+            "the environment variable NOT_SET_HERE, which should hold the token, is not set",
         ),
         ({"batch_size": 0}, "batch_size=0, it must be at least 1"),
     ],

@@ -116,7 +116,7 @@ def test_parse_score(answer, expected):
     [
         (
             completion("I can't tell."),
-            "without a score from 1 to 5 behind 'Final Score:' for the prompt .*I can't tell",
+            "without a score from 1 to 5 after 'Final Score:' for the prompt .*I can't tell",
         ),
         (completion(None), "without a score from 1 to 5"),
         (completion("Final Score: 4.", "length"), "answered, cut off at max_tokens=1024, without a score"),

@@ -124,7 +124,7 @@ def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models)
         monkeypatch.setattr(plots, name, lambda *arguments: None)
     settings = settings_of(models, reward_funcs=[f"{task}=helpers.stub_reward:stuck" for task in TASKS])
     message = (
-        r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Look at what it waits"
+        r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Find out what it waits"
     )
     with pytest.raises(TimeoutError, match=message) as error:
         run(monkeypatch, settings, "--reward_timeout", "0.3")

@@ -484,7 +484,7 @@ TRAINER_PROBLEMS = [
     ({"reward_funcs": "no_such"}, "There is no reward 'no_such'"),
     (
         {"reward_funcs": with_target, "train_dataset": WITHOUT_TARGET},
-        r"train_dataset: reward 'with_target' needs the column\(s\) 'target'; there are \['prompt', 'task'\]",
+        r"train_dataset: reward 'with_target' needs the column\(s\) 'target', but the data has \['prompt', 'task'\]",
     ),
     ({"reward_funcs": Known()}, r"reward 'known' can't score (\d) of the \1 prompts of its task '(count|draw)'"),
     (

@@ -15,6 +15,7 @@
 """Supervised fine-tuning by flow matching, on images of a dataset or on images that teachers draw."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..acceleration.quantization import QuantizationConfig
 from ..algorithms.flow import noised
@@ -38,8 +40,7 @@ from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .diffusion_sft_config import DiffusionSFTConfig
@@ -199,10 +200,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     # Images
 
-    def _before_training(self) -> None:
-        """Teachers draw the images that the cache lacks."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As [`DiffusionTrainer.train`]. Before it, teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _fill_cache(self, cache: LatentCache) -> None:
         """Draws what the cache lacks. Every process calls the transformer equally often."""
