@@ -262,10 +262,10 @@ class TaskSampler(Sampler[int]):
     def companies(self, number: int) -> Iterator[np.ndarray]:
         """
         Yields the groups of rows ("companies") whose prompts are encoded together, for all prompts of a round of this
-        epoch. A company has at most [`COMPANY`] rows, which are neighbours in the order of their task's first epoch.
+        epoch. A company has at most [`COMPANY`] rows, which are neighbours in their task's first pass.
 
-        Companies depend only on data and seed. In the first epoch a round's prompts are new and fill the fewest
-        possible companies. In later epochs they keep their companies, which have been encoded already.
+        Companies depend only on data and seed. In the first pass over a task, a round's prompts are new and fill the
+        fewest possible companies. Later they keep their companies, which have been encoded already.
 
         Args:
             number (`int`): number of the round in its epoch.
@@ -279,8 +279,8 @@ class TaskSampler(Sampler[int]):
 
     def first_companies(self, rows: int) -> list[list[np.ndarray]]:
         """
-        For each task, the companies of the first `rows` rows in the order of its first epoch (a random part of the
-        task). The last company may go beyond `rows`.
+        For each task, the companies of the first `rows` rows of its first pass (a random part of the task). The last
+        company may go beyond `rows`.
         """
         return [
             [first[start : start + COMPANY] for start in range(0, min(rows, len(first)), COMPANY)]
@@ -288,7 +288,7 @@ class TaskSampler(Sampler[int]):
         ]
 
     def _placed_firsts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each task's rows in the order of its first epoch, and the indices that sort them."""
+        """Each task's rows in the order of its first pass, and the indices that sort them."""
         if self._first_passes is None:
             firsts = [self._order(task, 0, len(rows)) for task, rows in enumerate(self.rows)]
             self._first_passes = [(first, np.argsort(first)) for first in firsts]

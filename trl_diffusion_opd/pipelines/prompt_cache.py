@@ -207,7 +207,7 @@ class _Call:
     A call of `encode_prompt`.
 
     Attributes:
-        texts (`dict[str, list[str]]`): the arguments that are lists of texts, one a prompt.
+        texts (`dict[str, list[str]]`): the arguments that are lists of texts, one for each prompt.
         options (`tuple`): the arguments that are plain values.
         keyed (`bool`): whether the key covers all arguments. It does not cover an image to edit, which may be another
             one in another run.

@@ -205,7 +205,7 @@ class VelocityField:
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
-        """The timesteps that the pipeline gives its transformer for a batch at level `t`, one a row."""
+        """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
         inputs = self._first_inputs(x, t, prompts, guidance_scale)
         return inputs[timestep_name(inputs)]
 

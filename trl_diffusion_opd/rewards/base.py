@@ -98,10 +98,10 @@ class Reward:
         Args:
             prompts (`list[str]`), images (`list[PIL.Image.Image]`): the images, each with its prompt.
             completions, trainer_state: arguments that every reward function gets; not used here.
-            columns (`list`): other columns of the dataset, a value an image.
+            columns (`list`): other columns of the dataset, with one value for each image.
 
         Returns:
-            `list[float | None]`: a value an image, `None` where the reward does not apply.
+            `list[float | None]`: one score for each image, `None` where the reward does not apply.
         """
         rows = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
         applicable = [i for i, row in enumerate(rows) if self.why_not(prompts[i], row) is None]

@@ -52,8 +52,8 @@ class RewardLog:
     Values that reward functions log beside their scores, with `log_metric` and `log_extra` as in TRL's trainers.
 
     Attributes:
-        metrics (`dict[str, list[float]]`): the values of each metric, one a call.
-        extra (`dict[str, list]`): additional columns, with one value an image.
+        metrics (`dict[str, list[float]]`): the values of each metric, one for each call.
+        extra (`dict[str, list]`): additional columns, with one value for each image.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
