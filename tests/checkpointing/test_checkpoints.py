@@ -66,14 +66,14 @@ def test_a_seal_tells_of_every_bit(tmp_path):
     for position in (0, 2_500, 5_119):
         data[position] ^= 1
         (tmp_path / "in" / "weights").write_bytes(data)
-        assert damage(tmp_path) == ["in/weights is damaged: it is not what was saved."]
+        assert damage(tmp_path) == ["in/weights is damaged: its content has changed since it was saved."]
         assert damage(tmp_path, ["empty"]) == []
         data[position] ^= 1
     (tmp_path / "in" / "weights").write_bytes(data)
     (tmp_path / "empty").unlink()
-    assert damage(tmp_path) == ["empty is gone."]
+    assert damage(tmp_path) == ["empty is missing."]
     (tmp_path / "complete").write_text("")
-    assert damage(tmp_path) == ["complete, which says what the other files hold, is damaged."]
+    assert damage(tmp_path) == ["complete, which holds the hashes of the other files, is damaged."]
     assert run_of(tmp_path) is None
 
 
@@ -88,8 +88,8 @@ def test_a_flipped_bit_in_any_file_is_named(copied, teachers):
             trainer.train(resume_from_checkpoint=True)
         assert str(error.value).splitlines() == [
             "Can't resume from checkpoint-2:",
-            f"- {path.name} is damaged: it is not what was saved.",
-            f"- checkpoint-1 is the older one to go on from: resume_from_checkpoint={str(copied / 'checkpoint-1')!r}.",
+            f"- {path.name} is damaged: its content has changed since it was saved.",
+            f"- Go on from the older checkpoint-1: resume_from_checkpoint={str(copied / 'checkpoint-1')!r}.",
         ]
         path.write_bytes(kept)
     assert all(torch.equal(p, before[name]) for name, p in snapshot(trainer).items())
@@ -100,8 +100,10 @@ def test_a_damaged_manifest_is_named_before_the_teachers_are_loaded(copied, teac
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(ValueError) as error:
         make_trainer(copied, teachers, resume_from_checkpoint=True, **OPTIONS)
-    assert "- checkpoint-2: teacher_manifest.json is damaged: it is not what was saved." in str(error.value)
-    assert "checkpoint-1 is the older one to go on from" in str(error.value)
+    assert "- checkpoint-2: teacher_manifest.json is damaged: its content has changed since it was saved." in str(
+        error.value
+    )
+    assert "Go on from the older checkpoint-1" in str(error.value)
 
 
 # Whose folder it is
@@ -122,7 +124,7 @@ def test_a_new_run_sets_aside_what_another_has_left(copied, teachers, caplog):
     assert run_of(copied / "checkpoint-1") != left
     aside = copied / "earlier-run-1"
     assert {run_of(folder) for folder in checkpoints(aside)} == {left} and len(checkpoints(aside)) == 2
-    assert "(checkpoint-1, checkpoint-2). They are set aside in earlier-run-1." in caplog.text
+    assert "(checkpoint-1, checkpoint-2). They were moved to earlier-run-1." in caplog.text
     # It can still be gone on with, and what lies in the folder now is not this run's either.
     trainer = make_trainer(copied, teachers, **OPTIONS)
     trainer.train(resume_from_checkpoint=str(aside / "checkpoint-2"))
@@ -169,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_told_with_all_else(tmp_path, teacher
 def test_a_resume_says_what_has_changed_and_it_takes_effect(copied, teachers, capsys):
     make_trainer(copied, teachers, **OPTIONS).train(resume_from_checkpoint=True)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Goes on after update 2 of checkpoint-2." in said and "Changed since" not in said
+    assert "Resuming after update 2 from checkpoint-2." in said and "Changed since" not in said
 
     shutil.rmtree(copied / "checkpoint-3")
     changed = {**OPTIONS, "learning_rate": 1e-3, "weight_decay": 0.5, "guidance_scale": 2.0, "adam_beta2": 0.9}
@@ -211,7 +213,7 @@ def test_prompts_that_are_others_are_told(copied, teachers, capsys):
     [
         (
             {"optim": "sgd"},
-            "optim was 'adamw_torch_fused' and is 'sgd': the saved state is of no use to another optimizer.",
+            "optim was 'adamw_torch_fused' and is 'sgd': another optimizer cannot use the saved state.",
         ),
         ({"peft_config": student_lora(lora_alpha=32)}, "and is 32: the saved matrices would have another effect."),
     ],

@@ -172,7 +172,8 @@ def test_deepspeed_resumes_its_own_checkpoints_on_as_many_processes(tmp_path):
     assert deepspeed_problems(tmp_path, 2, stage=2) == []
     (problem,) = deepspeed_problems(tmp_path, 4, stage=2)
     assert problem == (
-        "it was saved by 2 processes under DeepSpeed, and this run has 4. DeepSpeed's checkpoints are resumed on as many."
+        "it was saved by 2 processes under DeepSpeed, but this run has 4. DeepSpeed's checkpoints need the same number of "
+        "processes."
     )
     (problem,) = deepspeed_problems(tmp_path, 2, stage=3)
     assert problem.startswith("it was not saved under ZeRO-3, which this run has")

@@ -46,8 +46,3 @@ def make_trainer(
     return DiffusionGRPOTrainer(
         pipeline or make_pipeline(), reward_funcs, args=make_config(output_dir, **options), **arguments
     )
-
-
-def logged(trainer: DiffusionGRPOTrainer, name: str) -> list[float]:
-    """A metric of every update that has it: those of a round are logged with its first update."""
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]

@@ -15,7 +15,8 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -92,3 +93,19 @@ class StubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+@contextmanager
+def silent_server() -> Iterator[StubServer]:
+    """One that closes a connection after ten seconds without an answer, or when the test has ended."""
+    release = threading.Event()
+
+    def answer(request: Request, n: int) -> Answer:
+        release.wait(10)
+        return Answer(cut=True)
+
+    with StubServer(answer) as server:
+        try:
+            yield server
+        finally:
+            release.set()

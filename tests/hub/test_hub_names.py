@@ -64,7 +64,7 @@ def test_ways_out(path, reason):
     ],
 )
 def test_teachers_by_their_short_form(spec):
-    with pytest.raises(ValueError, match="^Teacher 'someone/.*' is no file here, and on the Hub .* part|backslash"):
+    with pytest.raises(ValueError, match="^Teacher 'someone/.*' is no local file, and on the Hub .* part|backslash"):
         parse_teacher(spec)
 
 

@@ -270,9 +270,9 @@ def test_tracing_changes_no_bit_of_what_diffusers_converts(layout, dtype):
 
 
 ALPHAS = {
-    "zero": (0.0, "is 0.0; alpha is one number, finite and not 0"),
-    "NaN": (math.nan, "is nan; alpha is one number"),
-    "several": ([1.0, 2.0], r"is \[1.0, 2.0\]; alpha is one number"),
+    "zero": (0.0, "is 0.0; alpha must be one finite number, and not 0"),
+    "NaN": (math.nan, "is nan; alpha must be one finite number"),
+    "several": ([1.0, 2.0], r"is \[1.0, 2.0\]; alpha must be one finite number"),
     "negative": (-1.0, "is -1.0; a negative alpha cannot be converted"),  # diffusers would not come to an end
 }
 
@@ -335,7 +335,7 @@ def test_comfyui_keys_in_a_peft_folder_are_read(tmp_path):
     assert files.kind == "peft" and config.lora_alpha == config.r == RANK
     add_adapter(pipeline.transformer, "teacher", config, state)
     LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["to_q"]).save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=f"lora_alpha={2 * RANK} and r={RANK}, and its keys are not"):
+    with pytest.raises(TeacherError, match=f"lora_alpha={2 * RANK} and r={RANK}, but its keys are not"):
         read_lora(pipeline, TeacherConfig(str(tmp_path)))
 
 

@@ -237,7 +237,7 @@ def test_a_student_starts_from_the_merge(teachers, tmp_path, capsys):
         u, s, vh = np.linalg.svd(mean[name])
         assert np.abs(update[name] - u[:, :6] * s[:6] @ vh[:6]).max() < 1e-5
     assert 0 < trainer.merge_report.error < 1
-    assert f"of which its rank loses {trainer.merge_report.error:.1%}" in " ".join(capsys.readouterr().out.split())
+    assert f"Its rank loses {trainer.merge_report.error:.1%} of it." in " ".join(capsys.readouterr().out.split())
     # It trains, and the teachers don't.
     frozen = [p.detach().clone() for p in trainer.bank.backbone.parameters()]
     trainer.train()
@@ -302,25 +302,25 @@ def test_options_that_do_not_fit_are_told_at_once(teachers, tmp_path):
     ):
         assert expected in message
     assert "method='mean': it is one of svd, cat, linear, ties" in refusal(tmp_path, pair(teachers), method="mean")
-    assert "method='ties' needs the part of the numbers" in refusal(tmp_path, pair(teachers), method="ties")
+    assert "method='ties' needs the fraction of the numbers" in refusal(tmp_path, pair(teachers), method="ties")
     assert "PEFT sets it to the rank" in refusal(tmp_path, pair(teachers), method="cat", lora_alpha=3)
 
 
 def test_teachers_that_do_not_fit_are_refused(teachers, tmp_path):
     message = refusal(tmp_path, pair(teachers), method="linear")
-    assert "method='linear' needs teachers of one rank, and theirs are [[4], [3]]. Use 'svd'." in message
+    assert "method='linear' needs teachers of the same rank; theirs are [[4], [3]]. Use 'svd'." in message
     message = refusal(tmp_path, {"count": teachers["count"], "draw": "base"}, method="cat")
-    assert "method='cat' merges two LoRAs or more, and there is one. Use method='svd'." in message
+    assert "method='cat' merges two LoRAs or more, but there is only one. Use method='svd'." in message
     assert "There is nothing to merge: no teacher is a LoRA." in refusal(tmp_path, "base")
     make_transformer(seed=1).save_pretrained(tmp_path / "whole")
     message = refusal(tmp_path, {"count": teachers["count"], "draw": str(tmp_path / "whole")})
-    assert "The teacher of task 'draw', whole, is a whole transformer, and only LoRAs can be merged." in message
+    assert "The teacher of task 'draw', whole, is a whole transformer. Only LoRAs can be merged." in message
 
 
 def test_a_trainer_with_a_whole_teacher_is_refused(teachers, tmp_path):
     make_transformer(seed=1).save_pretrained(tmp_path / "whole")
     specs = {"count": teachers["count"], "draw": str(tmp_path / "whole")}
-    with pytest.raises(ValueError, match="only LoRAs can be merged"):
+    with pytest.raises(ValueError, match="Only LoRAs can be merged"):
         make_trainer(tmp_path / "out", specs, student_init="merge", peft_config=lora(), train_dataset=make_dataset())
 
 

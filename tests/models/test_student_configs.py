@@ -111,7 +111,7 @@ def test_patterns_whose_order_counts(tmp_path: Path, field: str) -> None:
     pipeline = make_pipeline()
     with pytest.raises(ValueError) as error:
         make_trainer(tmp_path, {"count": "base", "draw": "base"}, pipeline, peft_config=config)
-    assert f"{field} has both '{BLOCK}' and 'attn.to_q' for {BLOCK}. The first of them counts" in str(error.value)
+    assert f"{field} has two patterns for {BLOCK}, '{BLOCK}' and 'attn.to_q'. The first one counts" in str(error.value)
     # What was put on the layers to see this is gone again.
     assert "peft_config" not in vars(pipeline.transformer)
     assert torch.equal(forward(pipeline.transformer), forward(make_pipeline().transformer))
@@ -157,4 +157,4 @@ def test_layers_whose_lora_is_not_saved_as_two_matrices() -> None:
     assert layer_problems(adapted("linear")) == []
     [problem] = layer_problems(adapted("linear", "embedder"))
     assert "base_model.model.embedder.lora_embedding_A.default" in problem
-    assert "Name other layers in target_modules" in problem
+    assert "Name only layers in target_modules" in problem

@@ -62,7 +62,7 @@ def test_two_files_of_one_folder_are_two_teachers(lora, pipeline, tmp_path):
     )
     assert torch.equal(velocity(bank, bank.teachers["a"][0]), first)
     assert torch.equal(velocity(bank, bank.teachers["b"][0]), second)
-    with pytest.raises(ValueError, match=rf"lora: has several files \(b.safetensors, {NAMED}\). Say which one"):
+    with pytest.raises(ValueError, match=rf"lora: has several files \(b.safetensors, {NAMED}\). Name one"):
         make_bank(make_pipeline(), str(folder))
 
 
@@ -95,12 +95,12 @@ def test_parses_files(tmp_path):
     (tmp_path / "old.ckpt").touch()
     for spec, message in (
         (str(tmp_path / "old.ckpt"), "only .safetensors files are read"),
-        (str(tmp_path / "missing.safetensors"), "neither an existing folder .* nor a .safetensors file here"),
-        (f"lora/{NAMED}", "neither an existing folder .* nor a .safetensors file here"),
+        (str(tmp_path / "missing.safetensors"), "neither an existing folder .* nor an existing .safetensors file"),
+        (f"lora/{NAMED}", "neither an existing folder .* nor an existing .safetensors file"),
         (TeacherConfig(str(tmp_path / NAMED), revision="v1"), "is a file and takes no revision"),
         (
             TeacherConfig(f"owner/repo/{NAMED}", weight_name="b.safetensors"),
-            "names a file, and its config 'b.safetensors'",
+            "names a file, but weight_name is 'b.safetensors'",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -60,7 +60,7 @@ BROKEN_TENSORS = {
     "lora_A lost": (without("lora_A"), "lacks, such as transformer_blocks.0.attn.add_k_proj.lora_A.weight"),
     "left over": (
         with_key("base_model.model.transformer_blocks.9.attn.to_q.lora_A.weight"),
-        "the file has 1 tensors that its config or the base does not, such as transformer_blocks.9",
+        "the file has 1 tensors that its config or the base does not have, such as transformer_blocks.9",
     ),
     "other width": (
         with_value("to_q.lora_A", lambda value: value[:, :-1]),
@@ -91,10 +91,10 @@ def test_refuses_tensors(pipeline, tmp_path, label):
 
 
 BROKEN_CONFIGS = {
-    "modules_to_save": ({"modules_to_save": ["proj_out"]}, r"modules_to_save=\['proj_out'\], which goes beyond"),
+    "modules_to_save": ({"modules_to_save": ["proj_out"]}, r"modules_to_save=\['proj_out'\], which adds more"),
     "DoRA": ({"use_dora": True}, "is a DoRA"),
-    "bias": ({"bias": "all"}, "bias='all', which goes beyond"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias=True, which goes beyond"),
+    "bias": ({"bias": "all"}, "bias='all', which adds more"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias=True, which adds more"),
     "trainable tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices="),
     "type": ({"peft_type": "LOKR"}, "a PEFT adapter of type LOKR; only LORA"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "initialised with 'pissa_niter_4', which changes the base"),
@@ -105,7 +105,7 @@ BROKEN_CONFIGS = {
         "the file has 30 tensors that its config or the base does not",
     ),
     "other rank": ({"r": 8}, "its config gives another rank"),
-    "no alpha": ({"lora_alpha": 0}, "has an alpha of 0, which makes the teacher the base"),
+    "no alpha": ({"lora_alpha": 0}, "has an alpha of 0, with which those layers are the base"),
     "no alpha somewhere": ({"alpha_pattern": {"attn.to_q": 0}}, "has an alpha of 0"),
     "a broken pattern": (
         {"target_modules": "(to_q"},

@@ -410,7 +410,7 @@ def test_an_existing_folder_wins(tmp_path, monkeypatch):
         ("owner/repo@", "neither an existing folder"),
         ("owner//repo", "neither an existing folder"),
         (TeacherConfig("base", revision="v1"), '"base" is the base model itself and takes no revision'),
-        (TeacherConfig("owner/repo@v1", revision="v2"), "names revision 'v1' and its config 'v2'"),
+        (TeacherConfig("owner/repo@v1", revision="v2"), "names 'v1', but revision is 'v2'"),
     ],
 )
 def test_parse_teacher_refuses(spec, message):
@@ -478,7 +478,7 @@ def test_resume_refuses_another_teacher(tmp_path, changed):
         make_bank(make_pipeline(), {"ocr": str(folder)}, manifest=manifest)
     with pytest.raises(ValueError, match="base: not the teacher"):
         make_bank(make_pipeline(), {"ocr": "base"}, manifest=manifest)
-    with pytest.raises(ValueError, match=re.escape("{'ocr': 1} and is resumed with {'ocr': 2}")):
+    with pytest.raises(ValueError, match=re.escape("{'ocr': 1}, but is resumed with {'ocr': 2}")):
         make_bank(make_pipeline(), {"ocr": [str(tmp_path / "moved"), "base"]}, manifest=manifest)
 
 

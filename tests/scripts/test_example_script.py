@@ -174,11 +174,11 @@ REFUSED = {
     ),
     "options of no reward": (
         {"reward_kwargs": '{"ocr": {"batch_size": 2}}'},
-        "--reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+        "--reward_kwargs has options for ['ocr'], but --reward_funcs does not name them",
     ),
     "nothing to report": (
         {"test_prompts": "text=text.txt"},
-        "--test_prompts: tasks ['text'] have no reward to report. Name one in --reward_funcs.",
+        "--test_prompts: tasks ['text'] have no reward. Name one in --reward_funcs.",
     ),
     "not JSON": ({"reward_kwargs": "{ocr: 1}"}, "--reward_kwargs: '{ocr: 1}' is not a JSON object such as"),
     "an empty prompt to report": (

@@ -115,7 +115,7 @@ def test_no_option_is_lost_in_help(capsys):
 def test_unknown_commands_are_told_with_what_there_is(capsys):
     assert main.main(["evalute"]) == 2
     message = capsys.readouterr().err
-    assert "there is no command 'evalute'" in message and "Is 'evaluate' meant?" in message and "grpo" in message
+    assert "there is no command 'evalute'" in message and "Did you mean 'evaluate'?" in message and "grpo" in message
     assert main.main([]) == 0 and "commands:" in capsys.readouterr().out
     assert main.main(["--version"]) == 0 and capsys.readouterr().out.strip() == trl_diffusion_opd.__version__
 

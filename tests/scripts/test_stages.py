@@ -158,7 +158,7 @@ def test_names_are_checked(tmp_path):
     names = ["ocr", "a/b", "ocr", "..", "style"]
     message = refusal([Stage(name, never) for name in names], tmp_path)
     assert "the name 'ocr' is given to 2 stages" in message
-    assert "the name 'a/b' is not fit for a folder" in message and "the name '..'" in message
+    assert "the name 'a/b' can't be a folder's name" in message and "the name '..'" in message
     assert message.count("\n- ") == 3
     assert "there are none" in refusal([], tmp_path)
 
@@ -439,7 +439,7 @@ def test_what_a_later_stage_would_miss_is_told_before_the_first(tmp_path):
         "stage 'two': Reward 'nowhere:reward' cannot be imported",
         "stage 'two': There is no reward 'jpeg'.",
         "stage 'two': Reward 'remote' needs url",
-        "stage 'three': --reward_kwargs has options for ['ocr'], which no --reward_funcs names",
+        "stage 'three': --reward_kwargs has options for ['ocr'], but --reward_funcs does not name them",
         "stage 'four': Teacher './gone' is neither an existing folder nor",
         "stage 'four': empty: has no pytorch_lora_weights.safetensors.",
         "stage 'five': --teacher_guidance_scales: 'high' for task 'a' is not a number.",

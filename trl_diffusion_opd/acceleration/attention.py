@@ -25,7 +25,6 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -43,7 +42,7 @@ _CHOICE = "_attention_backend"  # diffusers' attribute of processors that use it
 
 
 def use_attention_backend(
-    network: ModelMixin, name: str, trial: Callable[[], Any], mixed_dtype: torch.dtype | None = None
+    network: ModelMixin, name: str, trial: Callable[[], object], mixed_dtype: torch.dtype | None = None
 ) -> Callable[[], None]:
     """
     Sets a transformer's attention backend and runs one forward to check that it works.
@@ -66,9 +65,7 @@ def use_attention_backend(
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
         raise ValueError(f"attention_backend={name!r}: it is one of {', '.join(sorted(names))}.")
-    attentions: list[Any] = [
-        m for m in network.modules() if isinstance(m, Attention | MochiAttention | AttentionModuleMixin)
-    ]
+    attentions = [m for m in network.modules() if isinstance(m, Attention | MochiAttention | AttentionModuleMixin)]
     choosing = [module for module in attentions if _CHOICE in dir(module.processor)]
     silent = _processors([module for module in attentions if module not in choosing])
     if not choosing:
@@ -111,15 +108,17 @@ def use_attention_backend(
     return put_back
 
 
-def _processors(attentions: list[Any]) -> str:
+def _processors(attentions: list[nn.Module]) -> str:
     return ", ".join(sorted({type(module.processor).__name__ for module in attentions}))
 
 
-def _tried(attention: nn.Module, trial: Callable[[], Any], device_type: str, mixed_dtype: torch.dtype | None) -> bool:
+def _tried(
+    attention: nn.Module, trial: Callable[[], object], device_type: str, mixed_dtype: torch.dtype | None
+) -> bool:
     """Runs the trial. Returns whether the output of `attention` in it passes a gradient to its input."""
     gradients: list[Tensor | None] = []
 
-    def watch(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def watch(module: nn.Module, args: tuple, kwargs: dict[str, object], output: object) -> None:
         if not gradients:
             gradients.append(_gradient(module, args, kwargs))
 
@@ -133,7 +132,7 @@ def _tried(attention: nn.Module, trial: Callable[[], Any], device_type: str, mix
 
 
 @torch.enable_grad()
-def _gradient(attention: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+def _gradient(attention: nn.Module, args: tuple, kwargs: dict[str, object]) -> Tensor | None:
     inputs = inspect.signature(attention.forward).bind(*args, **kwargs)
     name, x = next(iter(inputs.arguments.items()))
     inputs.arguments[name] = x.detach().requires_grad_()

@@ -15,7 +15,7 @@
 """Compiles the repeated blocks of a transformer in place (regional `torch.compile`)."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate.utils.other import is_repeated_blocks
@@ -41,7 +41,7 @@ def compile_blocks(transformer: nn.Module, backend: str | None = None, mode: str
     Raises:
         [`ValueError`]: if the transformer has no repeated blocks.
     """
-    options: dict[str, Any] = {} if backend is None else {"backend": backend}
+    options: dict[str, str | int] = {} if backend is None else {"backend": backend}
     takes_limit = torch.__version__ >= "2.13"
     if takes_limit:
         options["recompile_limit"] = RECOMPILE_LIMIT
@@ -59,7 +59,7 @@ def _limit_recompiles(block: nn.Module) -> None:
     """
     compiled = cast(Callable, block._compiled_call_impl)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return compiled(*args, **kwargs)
 

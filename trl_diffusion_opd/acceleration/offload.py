@@ -14,8 +14,6 @@
 
 """Keeps text encoders and VAE in host memory (RAM) while they are not used."""
 
-from typing import Any
-
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
@@ -53,9 +51,8 @@ class Offload:
 
 def offloaded(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """Returns the modules of a pipeline that are not needed while its transformer runs: text encoders and VAE."""
-    components: dict[str, Any] = pipeline.components
     return [
         component
-        for name, component in components.items()
+        for name, component in pipeline.components.items()
         if name.startswith(_OFFLOADED) and isinstance(component, nn.Module)
     ]

@@ -20,7 +20,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import PipelineQuantizationConfig
@@ -34,6 +34,9 @@ from ..guards.redaction import shown
 
 
 Kind = Literal["4bit", "8bit", "torchao"]
+QuantizationConfig: TypeAlias = (
+    PipelineQuantizationConfig | QuantizationConfigMixin | None
+)  # what a base may be loaded with
 
 # Maximum relative error of the gradient that a layer passes to its input. Beyond it the gradient is wrong.
 _GRADIENT_ERROR = 0.05
@@ -131,7 +134,7 @@ def described(network: nn.Module) -> str:
 # Loading
 
 
-def pipeline_config(config: Any) -> PipelineQuantizationConfig | None:
+def pipeline_config(config: QuantizationConfig) -> PipelineQuantizationConfig | None:
     """
     Converts a config to what `DiffusionPipeline.from_pretrained` takes. A pipeline's config is returned unchanged;
     diffusers' config of one model is applied to the transformer.

@@ -27,6 +27,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
+
+from ..guards.files import JSON
+
+
+_Zero3 = Any  # a parameter with the attributes that ZeRO-3 gives it
 
 
 def in_zero3(tensor: Tensor) -> bool:
@@ -45,13 +51,13 @@ def own_part(tensor: Tensor) -> Tensor:
 
     With ZeRO-3 it is flat, and padded with zeros if the weight can't be divided equally.
     """
-    zero3: Any = tensor
+    zero3: _Zero3 = tensor
     return zero3.ds_tensor.data if in_zero3(tensor) else tensor.detach()
 
 
 def whole_shape(tensor: Tensor) -> Size:
     """The shape of the full tensor."""
-    zero3: Any = tensor
+    zero3: _Zero3 = tensor
     return zero3.ds_shape if in_zero3(tensor) else tensor.shape
 
 
@@ -86,7 +92,7 @@ def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]
 
 def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     """This process's part of a full `tensor`, split in the same way as the weight `reference`."""
-    zero3: Any = reference
+    zero3: _Zero3 = reference
     if in_zero3(reference) and tensor.shape == zero3.ds_shape:
         size, rank = zero3.ds_tensor.numel(), dist.get_rank(zero3.ds_process_group)
         own = tensor.detach().to(zero3.ds_tensor.device).flatten()[rank * size :][:size]
@@ -97,7 +103,7 @@ def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     return tensor
 
 
-def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, Any]:
+def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> StateDict:
     """
     The optimizer's `state_dict()` with full tensors, as if one process held the whole model. All processes must call
     this; those without `keep` get no tensors.
@@ -113,14 +119,14 @@ def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, 
     return {**state, "state": of_parameters}
 
 
-def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def load_whole_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
     """
     Restores the state that [`whole_optimizer_state`] returned, or a process's own `state_dict()`, and splits it like
     the parameters. The tensors in `state` are copied.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def own(value: Any, parameter: Tensor) -> Any:
+    def own(value: object, parameter: Tensor) -> object:
         if not isinstance(value, Tensor):
             return value
         return (split_like(value, parameter) if value.shape == parameter.shape else value).clone()
@@ -148,7 +154,7 @@ def leave_precision_alone(plugin: FullyShardedDataParallelPlugin) -> None:
     plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
 
 
-def leave_precision_to_the_model(config: dict[str, Any], model: nn.Module, device: device) -> None:
+def leave_precision_to_the_model(config: dict[str, JSON], model: nn.Module, device: device) -> None:
     """
     Keeps DeepSpeed from changing dtypes. Call it before DeepSpeed's engine is created.
 
@@ -162,8 +168,7 @@ def leave_precision_to_the_model(config: dict[str, Any], model: nn.Module, devic
     """
     if config.get("bf16", {}).get("enabled"):
         config["bf16"]["enabled"] = False
-        forward: Any = autocast(device.type, bfloat16)(model.forward)
-        model.forward = convert_outputs_to_fp32(forward)
+        model.forward = convert_outputs_to_fp32(autocast(device.type, bfloat16)(model.forward))
 
 
 def forget_gathered(model: nn.Module) -> None:
@@ -176,7 +181,7 @@ def forget_gathered(model: nn.Module) -> None:
     """
     for parameter in model.parameters():
         if in_zero3(parameter):
-            zero3: Any = parameter
+            zero3: _Zero3 = parameter
             zero3.partition()
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -22,7 +22,6 @@ loss is smallest at the mean of the two teachers, and the student learns only th
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,7 +78,7 @@ class Pair:
         """Whether the prompts are alike and the teachers disagree."""
         return self.alike and self.disagreement is not None and self.disagreement >= _APART
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, list[str] | float | None]:
         """The figures as a dict, ready for JSON."""
         return {
             "tasks": list(self.tasks),
@@ -156,7 +155,7 @@ def identical_prompts(one: Mapping[str, pa.Array], other: Mapping[str, pa.Array]
 # Embeddings
 
 
-def prompt_features(embeddings: Any) -> np.ndarray:
+def prompt_features(embeddings: object) -> np.ndarray:
     """
     Reduces the output of a pipeline's text encoders for one prompt to one vector.
 
@@ -185,7 +184,7 @@ def prompt_features(embeddings: Any) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run leaves in its folder so that it can go on from there."""
+"""Checkpoints: saving them, checking that they are complete, resuming from them, and stopping a run safely."""

@@ -12,23 +12,26 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a checkpoint holds beyond Trainer's own files, when it counts as complete, and what a resume refuses."""
+"""
+Saves and resumes checkpoints: the files beyond Trainer's own, the mark of a complete checkpoint, the checks of a
+resume.
+"""
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -47,7 +50,7 @@ from ..hub.files import (
     ZERO3_FILES,
 )
 from ..problems import Problems
-from .resume import Change, record, recorded
+from .resume import Change, PromptsDigest, record, recorded
 from .run_folder import name_of_run, set_aside
 from .seal import damage, is_sealed, run_of, seal, update_of
 
@@ -60,17 +63,17 @@ def written(
     output_dir: str, update: int, run: str, should_save: bool, accelerator: Accelerator, size: Callable[[], int]
 ) -> Iterator[Path]:
     """
-    Within it all processes write a checkpoint, which is marked as complete at its end, when all of them have.
+    Context in which all processes write a checkpoint. On exit, when all have finished, it is marked as complete.
 
     Args:
-        output_dir (`str`), update (`int`), run (`str`): of which update and run it is.
-        should_save (`bool`): whether this process writes what all of them have.
+        output_dir (`str`), update (`int`), run (`str`): the run's folder, the number of updates done, the run's name.
+        should_save (`bool`): whether this process writes the files that all processes share.
         accelerator ([`~accelerate.Accelerator`])
-        size: the bytes of its tensors, asked for when there was no space for them.
+        size: Returns the bytes of the checkpoint's tensors. Called only for the message of an error.
 
     Raises:
-        [`OSError`]: if it cannot be written, for example on a full disk. Training then stops, and the older checkpoints are
-            as they were.
+        [`OSError`]: if it cannot be written, for example on a full disk. Training then stops; older checkpoints are
+            untouched.
     """
     folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{update}"
     try:
@@ -78,7 +81,7 @@ def written(
         accelerator.wait_for_everyone()
         if should_save:
             seal(folder, run, update)
-    # A full disk has many voices: torch.save's is "unexpected pos 64 vs 0".
+    # A full disk shows in several errors; torch.save's is a RuntimeError, "unexpected pos 64 vs 0".
     except (OSError, SafetensorError, RuntimeError) as error:
         if communication_failed(error):
             raise
@@ -94,17 +97,18 @@ def written(
 
 
 def tensor_bytes(weights: Sequence[Tensor], is_lora: bool, optimizer: torch.optim.Optimizer) -> int:
-    """What the tensors of a checkpoint take."""
-    states: list[Any] = [value for state in optimizer.state.values() for value in state.values()]
+    """Returns the size of a checkpoint's tensors in bytes."""
+    states = [value for state in optimizer.state.values() for value in state.values()]
     moments = sum(t.numel() * t.element_size() for t in states if isinstance(t, Tensor))
-    # The average in PEFT's format and in diffusers', or in diffusers' alone, and the weights as they are.
+    # The averaged weights (of a LoRA in PEFT's and in diffusers' format), and the raw ones.
     return (3 if is_lora else 2) * sum(w.numel() * w.element_size() for w in weights) + moments
 
 
 @contextmanager
 def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
     """
-    Within it Trainer deletes no older checkpoint: a process killed before the new one is complete leaves one more, not none.
+    Context in which Trainer deletes no older checkpoint. If the process is killed before the new one is complete, the
+    older ones are still there.
     """
     limit, args.save_total_limit = args.save_total_limit, None
     try:
@@ -114,31 +118,31 @@ def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
 
 
 def describe(
-    folder: Path, args: TrainingArguments, levels: Tensor, prompts: Mapping[str, Any], changes: Sequence[Any]
+    folder: Path, args: TrainingArguments, levels: Tensor, prompts: PromptsDigest, changes: Sequence[object]
 ) -> None:
     """
-    Writes into a checkpoint what a resume compares.
+    Writes the records into a checkpoint that a resume compares with its own settings.
 
     Args:
-        folder (`Path`): has Trainer's own files.
+        folder (`Path`): the checkpoint, with Trainer's own files.
         args ([`~transformers.TrainingArguments`])
         levels (`Tensor`): the noise grid.
         prompts (`dict`): as [`~resume.prompts_of`] returns it.
-        changes (`list[dict]`): what resumes have changed.
+        changes (`list[dict]`): settings that resumes have changed so far.
     """
     write_json(folder / GRID_FILE, {"levels": levels.tolist()}, sort_keys=True)
     write_json(folder / PROMPTS_FILE, prompts, sort_keys=True)
     if changes:
         write_json(folder / CHANGES_FILE, changes, sort_keys=True)
-    # A path of this machine, which would be pushed. The number of the best update is in the state as well.
+    # It is a path of this machine, and would be pushed. The state also has the number of the best update.
     state = json.loads((folder / TRAINER_STATE_NAME).read_text())
     write_json(folder / TRAINER_STATE_NAME, state | {"best_model_checkpoint": None}, sort_keys=True)
-    # Those that the student was saved with had no limit: see [`older_ones_kept`].
+    # Written again, since `older_ones_kept` had removed save_total_limit when the student was saved.
     write_json(folder / ARGUMENTS_FILE, public_arguments(args), sort_keys=True)
 
 
 def delete_older(args: TrainingArguments, state: TrainerState) -> None:
-    """Deletes checkpoints beyond `save_total_limit`."""
+    """Deletes the oldest checkpoints beyond `save_total_limit`."""
     rotate_checkpoints(
         output_dir=str(args.output_dir),
         save_total_limit=args.save_total_limit,
@@ -147,13 +151,13 @@ def delete_older(args: TrainingArguments, state: TrainerState) -> None:
 
 
 def last_complete(output_dir: str | Path | None) -> Path | None:
-    """The newest checkpoint of a run that was saved to its end."""
+    """Returns the newest complete checkpoint in a folder, or `None`."""
     complete = [folder for folder in checkpoints(output_dir) if is_sealed(folder)]
     return complete[-1] if complete else None
 
 
 def checkpoints(output_dir: str | Path | None) -> list[Path]:
-    """The checkpoints of a run, the newest last."""
+    """Returns the checkpoints in a folder, the newest last."""
     numbers = {
         folder: folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         for folder in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -162,31 +166,31 @@ def checkpoints(output_dir: str | Path | None) -> list[Path]:
 
 
 def resume_advice(output_dir: str | Path | None) -> str:
-    """What to do after a training that stopped."""
+    """Says how to go on after training stopped with an error."""
     last = last_complete(output_dir)
     if last is None:
-        return "There is no complete checkpoint: start again, with a smaller save_steps if less is to be lost."
+        return "There is no complete checkpoint. Start again; a smaller save_steps saves more often."
     return f"{last.name} is complete: start again with resume_from_checkpoint=True to go on from there."
 
 
 @dataclass(frozen=True)
 class Beginning:
     """
-    What a training begins from.
+    Where training starts: a new run, or a checkpoint.
 
     Attributes:
         folder (`Path`, *optional*): the checkpoint, `None` for a new run.
-        run (`str`): the run that it belongs to.
-        update (`int`): how many updates it has behind it.
-        changes (`list[Change]`): what has changed since.
-        record (`list[dict]`): what this and earlier resumes have changed, as it is kept.
+        run (`str`): name of the run that it belongs to.
+        update (`int`): number of updates done before.
+        changes (`list[Change]`): settings that differ from the checkpoint's.
+        record (`list[dict]`): settings that this and earlier resumes have changed, as checkpoints store them.
     """
 
     folder: Path | None
     run: str
     update: int
     changes: list[Change]
-    record: list[dict[str, Any]]
+    record: list[dict[str, object]]
 
 
 def begin(
@@ -197,24 +201,26 @@ def begin(
     compare: Callable[[Path], list[Change]],
 ) -> Beginning:
     """
-    What a training begins from. Checkpoints that it has nothing to do with are set aside: another run's, and those of later
-    updates than the one that it goes on from.
+    Finds where training starts. Checkpoints that this run does not continue (another run's, or later ones than the one
+    it resumes from) are moved aside.
 
     Args:
         output_dir (`str`, *optional*), resume_from_checkpoint (`str` or `bool`, *optional*), accelerator
-        check: what of a whole checkpoint does not fit this run, a sentence each.
-        compare: what has changed since a checkpoint.
+        check: Returns the problems of resuming from a complete checkpoint, a sentence each.
+        compare: Returns the settings that differ from a checkpoint's.
 
     Raises:
-        [`ValueError`]: on all processes, if there is none, or if it can't be gone on from. One message lists everything.
+        [`ValueError`]: on all processes, if the checkpoint does not exist or cannot be resumed from. One message lists
+            everything.
     """
     folder = last_complete(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if folder is None and resume_from_checkpoint is True:
         raise ValueError(
-            f"resume_from_checkpoint=True, and {output_dir} holds no complete checkpoint. Leave it out to begin a new run."
+            f"resume_from_checkpoint=True, but {output_dir} holds no complete checkpoint. Leave it out to begin a new "
+            "run."
         )
     resumed = Path(folder) if folder else None
-    found: list[Any] = [([], [])]
+    found: list[tuple[list[str], list[Change]]] = [([], [])]
     if resumed is not None and accelerator.is_main_process:
         found = [_looked_at(resumed, accelerator, check, compare)]
     if accelerator.num_processes > 1:
@@ -225,13 +231,14 @@ def begin(
     run = name_of_run(resumed, accelerator)
     update = 0 if resumed is None else update_of(resumed)
     others = []
-    if accelerator.is_main_process:  # which moves them
+    if accelerator.is_main_process:  # only this process moves them
         others = [one for one in checkpoints(output_dir) if run_of(one) != run or _number(one) > update]
     aside = set_aside(others, accelerator)
     if aside is not None:
         logger.warning(
-            f"{output_dir} holds checkpoints that this run does not go on from ({', '.join(one.name for one in others)}). They "
-            f"are set aside in {aside.name}. resume_from_checkpoint goes on from a checkpoint."
+            f"{output_dir} holds checkpoints that this run does not go on from "
+            f"({', '.join(one.name for one in others)}). They were moved to {aside.name}. To go on from one of them, "
+            "give it as resume_from_checkpoint."
         )
     kept = [] if resumed is None else recorded(resumed) + record(changes, update)
     return Beginning(resumed, run, update, changes, kept)
@@ -243,7 +250,7 @@ def _looked_at(
     check: Callable[[Path], list[str]],
     compare: Callable[[Path], list[Change]],
 ) -> tuple[list[str], list[Change]]:
-    """What keeps a run from going on from a checkpoint, and what has changed since."""
+    """Returns the problems of resuming from a checkpoint, and the settings that differ from its own."""
     if not folder.is_dir():
         return [f"there is no folder {str(folder)!r}."], []
     if not is_sealed(folder):
@@ -262,7 +269,9 @@ def _looked_at(
 
 
 def damage_problems(folder: Path, names: list[str] | None = None) -> list[str]:
-    """Which files of a sealed checkpoint, or of those named, are damaged, and which older one can be gone on from."""
+    """
+    Lists the damaged files of a complete checkpoint (all, or those in `names`), and the older one to resume from.
+    """
     damaged = damage(folder, names)
     return [*damaged, _older(folder)] if damaged else []
 
@@ -272,31 +281,31 @@ def _number(folder: Path) -> int:
 
 
 def _older(folder: Path) -> str:
-    """Which older checkpoint of the same run can be gone on from."""
+    """Says which older complete checkpoint can be resumed from."""
     beside = checkpoints(folder.parent)
     older = [one for one in beside[: beside.index(folder)] if is_sealed(one)] if folder in beside else []
     if not older:
         return "There is no older complete checkpoint."
-    return f"{older[-1].name} is the older one to go on from: resume_from_checkpoint={str(older[-1])!r}."
+    return f"Go on from the older {older[-1].name}: resume_from_checkpoint={str(older[-1])!r}."
 
 
 def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
-    """Puts back into a resumed run's state which checkpoint is the best: the saved state has no paths."""
+    """Sets the path of the best checkpoint in a resumed run's state, since saved states have no paths."""
     if state.best_model_checkpoint is None and state.best_global_step:
         best = Path(output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() else None
 
 
 def set_incomplete_aside(output_dir: str | Path | None, accelerator: Accelerator) -> None:
-    """Renames checkpoints that a killed process left half-written, so that none of them is resumed from."""
+    """Renames half-written checkpoints, which a killed process leaves, so that none is resumed from."""
     if accelerator.is_main_process and output_dir is not None:
         for folder in checkpoints(output_dir):
             if not is_sealed(folder):
                 aside = folder.with_name(f"incomplete-{folder.name}")
-                while aside.exists():  # killed at the same update before
+                while aside.exists():  # an earlier process was killed at the same update
                     aside = aside.with_name(f"{aside.name}-again")
                 logger.warning(
-                    f"{folder.name} was not saved to its end (no file '{SEAL_FILE}' in it) and is set aside as "
+                    f"{folder.name} was not saved to its end (it has no file '{SEAL_FILE}') and is set aside as "
                     f"{aside.name}."
                 )
                 folder.rename(aside)
@@ -304,7 +313,7 @@ def set_incomplete_aside(output_dir: str | Path | None, accelerator: Accelerator
 
 
 def grid_problems(folder: Path, levels: Tensor) -> list[str]:
-    """Whether the checkpoint was trained on the noise grid `levels`."""
+    """Refuses a checkpoint that was trained on another noise grid than `levels`."""
     saved = torch.tensor(json.loads((folder / GRID_FILE).read_text())["levels"], dtype=torch.float64)
     if saved.shape == levels.shape and torch.allclose(saved, levels, rtol=0, atol=1e-6):
         return []
@@ -316,28 +325,29 @@ def grid_problems(folder: Path, levels: Tensor) -> list[str]:
 
 
 def optimizer_problems(folder: Path) -> list[str]:
-    """Whether the checkpoint has its optimizer, without which Trainer would silently begin with a new one."""
+    """Refuses a checkpoint without its optimizer: Trainer would silently start with a new one."""
     if (folder / OPTIMIZER_NAME).exists():
         return []
     return [
         f"it has no optimizer ({OPTIMIZER_NAME}): it was saved with save_only_model=True, or under DeepSpeed, whose "
-        "checkpoints are resumed under DeepSpeed alone. Name a saved LoRA as student_init to begin anew with its weights."
+        "checkpoints are resumed under DeepSpeed alone. Name a saved LoRA as student_init to begin anew with its "
+        "weights."
     ]
 
 
 def deepspeed_problems(folder: Path, num_processes: int, stage: int) -> list[str]:
-    """Whether the checkpoint has an optimizer that DeepSpeed can load: its own, of as many processes and split alike."""
+    """Refuses a checkpoint whose optimizer is not DeepSpeed's, or was split among processes in another way."""
     saved = len(list(folder.glob(DEEPSPEED_FILES)))
     if saved == 0:
         return [
-            "it has no optimizer of DeepSpeed's: it was not saved under DeepSpeed, or with save_only_model=True. Resume "
-            "it without DeepSpeed, or name a saved LoRA as student_init to begin anew with its weights."
+            "it has no optimizer of DeepSpeed's: it was not saved under DeepSpeed, or with save_only_model=True. "
+            "Resume it without DeepSpeed, or name a saved LoRA as student_init to begin anew with its weights."
         ]
     problems = []
     if saved != num_processes:
         problems.append(
-            f"it was saved by {saved} processes under DeepSpeed, and this run has {num_processes}. DeepSpeed's checkpoints "
-            "are resumed on as many."
+            f"it was saved by {saved} processes under DeepSpeed, but this run has {num_processes}. DeepSpeed's "
+            "checkpoints need the same number of processes."
         )
     was_zero3 = any(folder.glob(ZERO3_FILES))
     if was_zero3 != (stage == 3):
@@ -349,10 +359,10 @@ def deepspeed_problems(folder: Path, num_processes: int, stage: int) -> list[str
     return problems
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str | Path, keep: bool) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, schedule: LRScheduler, folder: str | Path, keep: bool) -> None:
     """
-    Writes optimizer and schedule of split weights as Trainer writes them where they are whole, so that any number of
-    processes can go on from them. All processes call it, and those with `keep` write.
+    Writes optimizer and schedule of weights that are split among processes, in Trainer's format for whole weights. Any
+    number of processes can resume from it. All processes must call it; those with `keep` write.
     """
     state = whole_optimizer_state(optimizer, keep=keep)
     if keep:
@@ -360,9 +370,9 @@ def save_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str 
         torch.save(schedule.state_dict(), os.path.join(folder, SCHEDULER_NAME))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, schedule: Any, folder: str | Path) -> None:
-    """Restores for split weights what [`save_optimizer`] or Trainer wrote."""
-    # Mapped, not read: each process takes its part, and those of a machine share the pages.
+def load_optimizer(optimizer: torch.optim.Optimizer, schedule: LRScheduler, folder: str | Path) -> None:
+    """Loads optimizer and schedule for split weights, as [`save_optimizer`] or Trainer wrote them."""
+    # Memory-mapped: each process reads only its part, and the processes of a machine share the pages.
     state = torch.load(os.path.join(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
     load_whole_optimizer_state(optimizer, state)
     schedule.load_state_dict(torch.load(os.path.join(folder, SCHEDULER_NAME), map_location="cpu", weights_only=True))

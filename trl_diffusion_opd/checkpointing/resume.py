@@ -12,34 +12,36 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What has changed between a checkpoint and the run that goes on from it, and what becomes of each change."""
+"""Compares a run's settings with those of the checkpoint it resumes from, and says which changes are refused."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
+import numpy as np
 import torch
 import xxhash
 from accelerate.scheduler import AcceleratedScheduler
 from datasets import Dataset
 from peft import LoraConfig
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
+from ..guards.files import JSON
 from ..guards.redaction import public_arguments, shown
 from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, PROMPTS_FILE
 
 
-# What of a LoRA's config its saved matrices mean nothing without.
+# Fields of a LoRA's config that give its saved matrices their meaning.
 _OF_THE_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
-# What of an optimizer's group arguments set, besides the rate.
+# Entries of an optimizer's parameter group that training arguments set, besides the learning rate.
 _OF_A_GROUP = ("weight_decay", "betas", "eps")
 _OF_THE_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
 
-# Arguments that say where a run writes, what it shows and on which machine, and not what it learns.
+# Arguments that do not change what a run learns: where it writes, what it shows, the machine it is on.
 _WITHOUT_MEANING = (
     ("output_dir", "run_name", "project", "resume_from_checkpoint", "local_rank", "disable_tqdm", "debug")
     + (
@@ -67,19 +69,23 @@ _FAMILIES_WITHOUT_MEANING = (
 )
 
 
+PromptsDigest = dict[str, dict[str, int | str]]  # by task, how many there are and their hash
+Schedule: TypeAlias = LRScheduler | AcceleratedScheduler
+
+
 @dataclass(frozen=True)
 class Change:
     """
-    A setting that a run has otherwise than the checkpoint that it goes on from.
+    A setting that differs from the checkpoint's.
 
     Attributes:
-        name (`str`), then (`Any`), now (`Any`)
+        name (`str`), then, now: JSON values.
         refusal (`str`, *optional*): why the run can't go on with it.
     """
 
     name: str
-    then: Any
-    now: Any
+    then: object
+    now: object
     refusal: str | None = None
 
     def row(self) -> tuple[str, str, str]:
@@ -87,31 +93,31 @@ class Change:
 
 
 def changes_since(
-    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: Mapping[str, Any]
+    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: PromptsDigest
 ) -> list[Change]:
     """
-    What has changed since a checkpoint was saved: arguments, the student's LoRA and the prompts.
+    Lists what has changed since a checkpoint was saved: arguments, the student's LoRA, the prompts.
 
     Args:
-        folder (`Path`), args ([`~transformers.TrainingArguments`])
-        lora ([`~peft.LoraConfig`], *optional*): the student's, if it is one.
+        folder (`Path`), args ([`~transformers.TrainingArguments`]): the checkpoint, and this run's arguments.
+        lora ([`~peft.LoraConfig`], *optional*): the student's config, if the student is a LoRA.
         prompts (`dict`): as [`prompts_of`] returns it.
     """
     of_lora = [] if lora is None else lora_changes(folder, lora)
     return argument_changes(folder, args) + of_lora + prompt_changes(folder, prompts)
 
 
-def argument_changes(folder: Path, args: Any) -> list[Change]:
-    """The arguments that were others when the checkpoint was saved."""
-    then: dict[str, Any] = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-    now: dict[str, Any] = json.loads(json.dumps(public_arguments(args)))
+def argument_changes(folder: Path, args: TrainingArguments) -> list[Change]:
+    """Lists the arguments that have changed since the checkpoint was saved."""
+    then: dict[str, JSON] = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    now: dict[str, JSON] = json.loads(json.dumps(public_arguments(args)))
     changes = []
     for name in sorted(then.keys() & now.keys()):
         if then[name] == now[name] or name in _WITHOUT_MEANING or name.startswith(_FAMILIES_WITHOUT_MEANING):
             continue
         refusal = None
         if name == "optim":
-            refusal = "the saved state is of no use to another optimizer. Name a saved LoRA as student_init to begin anew with its weights."
+            refusal = "another optimizer cannot use the saved state. Name a saved LoRA as student_init to begin anew with its weights."
         elif name in _OF_THE_OPTIMIZER and args.deepspeed is not None:
             refusal = "DeepSpeed goes on with the optimizer that it has saved."
         elif name == "learning_rate" and now["lr_scheduler_type"] == "reduce_lr_on_plateau":
@@ -121,7 +127,7 @@ def argument_changes(folder: Path, args: Any) -> list[Change]:
 
 
 def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
-    """What of the student's LoRA was otherwise when the checkpoint was saved."""
+    """Lists what has changed in the student's LoRA config since the checkpoint was saved."""
     then = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
     now = json.loads(json.dumps({name: getattr(config, name) for name in _OF_THE_LORA}))
     refusal = (
@@ -134,15 +140,15 @@ def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
     ]
 
 
-def prompts_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
+def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> PromptsDigest:
     """
-    By task how many prompts there are and a hash of them, in their order.
+    Returns the number of prompts of each task, and a hash of them in their order.
 
     Args:
         dataset ([`~datasets.Dataset`])
-        rows (`dict[str, Sequence[int]]`): the rows of each task.
+        rows (`dict[str, np.ndarray]`): the rows of each task.
     """
-    found = {}
+    found: PromptsDigest = {}
     for task, numbers in rows.items():
         digest = xxhash.xxh3_64()
         for batch in dataset.select(numbers).select_columns(["prompt"]).iter(10_000):
@@ -151,8 +157,8 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def prompt_changes(folder: Path, now: Mapping[str, Any]) -> list[Change]:
-    """Whose tasks' prompts are others than when the checkpoint was saved."""
+def prompt_changes(folder: Path, now: PromptsDigest) -> list[Change]:
+    """Lists the tasks whose prompts have changed since the checkpoint was saved."""
     then = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
     return [
         Change(f"prompts of {task}", then.get(task, {}).get("prompts"), now.get(task, {}).get("prompts"))
@@ -161,35 +167,36 @@ def prompt_changes(folder: Path, now: Mapping[str, Any]) -> list[Change]:
     ]
 
 
-def recorded(folder: Path) -> list[dict[str, Any]]:
-    """The changes that resumes before the checkpoint have made."""
+def recorded(folder: Path) -> list[dict[str, object]]:
+    """Reads the changes that earlier resumes had made when the checkpoint was saved."""
     path = folder / CHANGES_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def record(changes: Sequence[Change], update: int) -> list[dict[str, Any]]:
-    """The changes of a resume after `update`, as they are kept."""
+def record(changes: Sequence[Change], update: int) -> list[dict[str, object]]:
+    """Describes the changes of a resume after `update`, in the form in which checkpoints store them."""
     return [{"after": update, **{k: v for k, v in asdict(one).items() if k != "refusal"}} for one in changes]
 
 
 class KeptSettings:
     """
-    The settings of an optimizer and its schedule, which loading their saved state replaces by those of then: a new learning
-    rate or weight decay would have no effect, while the arguments claim it.
+    Keeps the settings of an optimizer and its schedule while their saved state is loaded.
+
+    Loading replaces them by the checkpoint's, so a new learning rate or weight decay would have no effect.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Any):
-        # Not all that is in a group: some optimizers keep their state there.
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule):
+        # Not the whole group: some optimizers keep state in it.
         self.groups = [{k: group[k] for k in _OF_A_GROUP if k in group} for group in optimizer.param_groups]
         own = _unwrapped(schedule)
         self.base_rates = list(own.base_lrs) if isinstance(own, LambdaLR) else None
 
-    def restore(self, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        """Puts back what differs. Where the rate does, it is what the schedule makes of the new one."""
+    def restore(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+        """Restores the kept settings. A changed learning rate is passed through the schedule at its current step."""
         for group, kept in zip(optimizer.param_groups, self.groups, strict=True):
             group |= kept
         own = _unwrapped(schedule)
-        if self.base_rates is not None and own.base_lrs != self.base_rates:
+        if isinstance(own, LambdaLR) and self.base_rates is not None and own.base_lrs != self.base_rates:
             rates = [
                 base * factor(own.last_epoch) for base, factor in zip(self.base_rates, own.lr_lambdas, strict=True)
             ]
@@ -198,9 +205,9 @@ class KeptSettings:
             own.load_state_dict(own.state_dict() | {"base_lrs": list(self.base_rates), "_last_lr": rates})
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return "–" if value is None else shown(value, 40)
 
 
-def _unwrapped(schedule: Any) -> Any:
+def _unwrapped(schedule: Schedule) -> LRScheduler:
     return schedule.scheduler if isinstance(schedule, AcceleratedScheduler) else schedule

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A run and its output folder: one run writes in it at a time, and it goes on from its own checkpoints alone."""
+"""Guards a run's output folder: it is writable, only one run writes to it at a time, and runs are told apart."""
 
 import os
 import tempfile
@@ -34,9 +34,9 @@ _ASIDE = "earlier-run"
 
 
 def folder_problems(output_dir: str | None) -> list[str]:
-    """Whether files can be written where a run is to save, asked before it has trained anything."""
+    """Refuses an output folder that cannot be written to, before anything is trained."""
     folder = Path(output_dir or ".").absolute()
-    # A start that fails for another reason leaves no folder: the one that this one will be made in is asked.
+    # A start that fails for another reason must leave no folder, so the nearest existing parent is tried.
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -48,10 +48,11 @@ def folder_problems(output_dir: str | None) -> list[str]:
 @contextmanager
 def one_run_at_a_time(output_dir: str | None, accelerator: Accelerator) -> Iterator[None]:
     """
-    Within it no other run trains into the folder. The system lets go of the lock when the process ends, however it ends.
+    Context in which no other run can train into the folder. The system releases the lock when the process ends, even
+    if it is killed.
 
     Raises:
-        [`RuntimeError`]: on all processes, if another run does already.
+        [`RuntimeError`]: on all processes, if another run is training into the folder.
     """
     lock = FileLock(os.path.join(output_dir or ".", LOCK_FILE))
     held = [True]
@@ -64,8 +65,8 @@ def one_run_at_a_time(output_dir: str | None, accelerator: Accelerator) -> Itera
         broadcast_object_list(held)
     if not held[0]:
         raise RuntimeError(
-            f"Another run is training into {output_dir} and would delete this one's checkpoints, and this one its. Wait for its "
-            "end, or choose another output_dir."
+            f"Another run is training into {output_dir}. The two would delete each other's checkpoints. Wait until it "
+            "ends, or choose another output_dir."
         )
     try:
         yield
@@ -74,7 +75,7 @@ def one_run_at_a_time(output_dir: str | None, accelerator: Accelerator) -> Itera
 
 
 def name_of_run(resumed: Path | None, accelerator: Accelerator) -> str:
-    """The run that goes on from a checkpoint, or a new one. The same on all processes."""
+    """Returns the name of the run that `resumed` belongs to, or a new random name. It is the same on all processes."""
     name = [None if resumed is None else run_of(resumed)]
     if name[0] is None:
         name = [uuid.uuid4().hex]
@@ -86,10 +87,10 @@ def name_of_run(resumed: Path | None, accelerator: Accelerator) -> str:
 
 def set_aside(checkpoints: list[Path], accelerator: Accelerator) -> Path | None:
     """
-    Moves checkpoints that the run which begins has nothing to do with into a folder beside them. All processes call it.
+    Moves checkpoints of other runs into a new folder beside them. All processes must call it.
 
     Returns:
-        `Path`: the folder, on the main process; `None` if there was nothing to move.
+        `Path`: the folder, on the main process; `None` on others, or if there was nothing to move.
     """
     aside: Path | None = None
     if accelerator.is_main_process and checkpoints:

@@ -12,15 +12,18 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The last file of a checkpoint: it says that all others are there, what they hold, and of which run."""
+"""
+The seal: the last file of a checkpoint. It marks it as complete, and holds hashes of its files and the run's name.
+"""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import xxhash
 
+from ..guards.files import JSON
 from ..hub.files import SEAL_FILE
 
 
@@ -29,14 +32,14 @@ _CHUNK = 1 << 22
 
 def seal(folder: Path, run: str, update: int) -> None:
     """
-    Marks a checkpoint as complete, when everything else in it is on the disk: a power cut must not leave empty files.
+    Marks a checkpoint as complete, after all its other files are on the disk. A power cut must not leave empty files.
 
-    The hashes are against damage, not against forgery: XXH3 reads faster than a disk writes.
+    The hashes protect against damage, not against forgery. XXH3 is faster than any disk.
 
     Args:
         folder (`Path`): the checkpoint.
-        run (`str`): the run that it belongs to.
-        update (`int`): how many updates it has behind it.
+        run (`str`): name of the run that it belongs to.
+        update (`int`): number of updates done.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -58,13 +61,13 @@ def is_sealed(folder: Path) -> bool:
 
 
 def run_of(folder: Path) -> str | None:
-    """The run that a checkpoint belongs to; `None` if its seal can't be read."""
+    """Returns the name of the run that a checkpoint belongs to; `None` if its seal can't be read."""
     content = _read(folder)
     return None if content is None else content["run"]
 
 
 def update_of(folder: Path) -> int:
-    """How many updates an undamaged checkpoint has behind it."""
+    """Returns the number of updates that an undamaged checkpoint was saved after."""
     content = _read(folder)
     assert content is not None
     return content["update"]
@@ -72,39 +75,39 @@ def update_of(folder: Path) -> int:
 
 def damage(folder: Path, names: list[str] | None = None) -> list[str]:
     """
-    Which files of a sealed checkpoint are not what they were when it was sealed, a sentence each.
+    Lists the files of a sealed checkpoint that have changed or disappeared since, a sentence each.
 
     Args:
-        folder (`Path`)
-        names (`list[str]`, *optional*): those to look at, all if not given.
+        folder (`Path`): the checkpoint.
+        names (`list[str]`, *optional*): the files to look at; all by default.
     """
     content = _read(folder)
     if content is None:
-        return [f"{SEAL_FILE}, which says what the other files hold, is damaged."]
+        return [f"{SEAL_FILE}, which holds the hashes of the other files, is damaged."]
     found = []
     for name, digest in content["files"].items():
         path = folder / name
         if names is not None and name not in names:
             continue
         if not path.is_file():
-            found.append(f"{name} is gone.")
+            found.append(f"{name} is missing.")
             continue
         with open(path, "rb") as file:
             if _digest(file) != digest:
-                found.append(f"{name} is damaged: it is not what was saved.")
+                found.append(f"{name} is damaged: its content has changed since it was saved.")
     return found
 
 
-def _digest(file: Any) -> str:
+def _digest(file: BinaryIO) -> str:
     digest = xxhash.xxh3_128()
     while chunk := file.read(_CHUNK):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> dict[str, JSON] | None:
     try:
         content = json.loads((folder / SEAL_FILE).read_text(encoding="utf-8"))
         return content if {"run", "update", "files"} <= content.keys() else None
-    except (ValueError, AttributeError):  # no JSON, no text, or no object
+    except (ValueError, AttributeError):  # not text, not JSON, or no object
         return None

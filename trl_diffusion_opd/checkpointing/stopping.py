@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The end of a training that a signal asks for: the update is finished and a checkpoint is written first."""
+"""Stops training when a signal asks for it, after the current update is finished and a checkpoint is written."""
 
 import os
 import shlex
@@ -22,28 +22,29 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 _ASKED = (
-    b"\nStopping: the update is finished and a checkpoint is written. Ctrl-C once more ends at once, without one.\n"
+    b"\nStopping: first the update is finished and a checkpoint written. Ctrl-C again ends at once, without one.\n"
 )
 
 
 class StopRequest(TrainerCallback):
     """
-    Ctrl-C (SIGINT) and SIGTERM, which schedulers send, as a wish to stop: the training of all processes ends after the update
-    in which one of them was asked, with a checkpoint.
+    Ends training with a checkpoint on Ctrl-C (SIGINT) or on SIGTERM, which schedulers send.
+
+    If any process gets the signal, all processes stop after the current update.
 
     Args:
         accelerator ([`~accelerate.Accelerator`])
-        say: shows a line, at the end.
+        say: Prints the message at the end.
 
     Attributes:
-        stopped (`bool`): whether the checkpoint that is written is the last.
+        stopped (`bool`): whether training is ending, so that the next checkpoint is the last.
     """
 
     def __init__(self, accelerator: Accelerator, say: Callable[[str], None]):
@@ -55,7 +56,7 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it signals are wishes. In a thread other than the main one, which gets no signals, it does nothing."""
+        """Context in which the two signals ask for a stop. It does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -68,34 +69,34 @@ class StopRequest(TrainerCallback):
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker of a data loader, which the update still needs, until it is ended
+        if os.getpid() != self._process:  # a data loader's worker: the update still needs it, so it ignores Ctrl-C
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        # A launcher passes a Ctrl-C on as SIGTERM, which is no second one.
+        # A launcher passes Ctrl-C on as SIGTERM, which does not count as a second Ctrl-C.
         if number == signal.SIGINT and self._number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._number is None:
             self._number = number
             if self.accelerator.is_main_process:
-                os.write(2, _ASKED)  # not print: the signal may have come while something was printed
+                os.write(2, _ASKED)  # not print: the signal may have interrupted a print
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._look(control)
         if self.stopped:
-            control.should_evaluate = False  # a scheduler waits half a minute, and then kills
+            control.should_evaluate = False  # a scheduler kills the process after half a minute
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._look(control)
 
     def _look(self, control: TrainerControl) -> None:
         asked = self._number is not None
-        if self.accelerator.num_processes > 1:  # all of them, or none
+        if self.accelerator.num_processes > 1:  # all processes stop, or none
             if asked:
                 self.accelerator.set_trigger()
             asked = self.accelerator.check_trigger()
@@ -104,25 +105,25 @@ class StopRequest(TrainerCallback):
 
     def leave(self, update: int, output_dir: str | None) -> NoReturn:
         """
-        Ends the process when the checkpoint is there, and says how to go on.
+        Ends the process after the checkpoint is written, and says how to go on.
 
         Raises:
-            [`SystemExit`]: with the status that a shell gives a process which the signal ended.
+            [`SystemExit`]: with a shell's exit status for a process that the signal ended.
         """
-        number = signal.SIGTERM if self._number is None else self._number  # another process was asked
+        number = signal.SIGTERM if self._number is None else self._number  # None: another process got the signal
         if self.accelerator.is_main_process:
             self.say(
-                f"Stopped after update {update}, as asked ({signal.Signals(number).name}). checkpoint-{update} in {output_dir} is "
-                f"complete. To go on:\n  {command_to_go_on()}\nor trainer.train(resume_from_checkpoint=True)."
+                f"Stopped after update {update}, as asked ({signal.Signals(number).name}). checkpoint-{update} in "
+                f"{output_dir} is complete. To go on:\n  {command_to_go_on()}\nor trainer.train(resume_from_checkpoint=True)."
             )
         raise SystemExit(128 + number)
 
 
 def command_to_go_on() -> str:
-    """The command of this process, such that it resumes."""
+    """Returns this process's command line, with the option to resume."""
     words = [word for word in sys.argv if not word.startswith("--resume_from_checkpoint=")]
     if "--resume_from_checkpoint" in words:
         at = words.index("--resume_from_checkpoint")
         words[at : at + 2] = []
-    python = ["python"] if words[0].endswith(".py") else []  # the console script goes by its name
+    python = ["python"] if words[0].endswith(".py") else []  # the console script needs no "python"
     return shlex.join([*python, *words, "--resume_from_checkpoint", "True"])

@@ -69,7 +69,7 @@ class LatentCache:
     def __init__(
         self,
         folder: str | Path,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         prompts: Mapping[str, Sequence[str]],
         images_per_prompt: int,
     ):

@@ -16,8 +16,8 @@
 
 import codecs
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value, load_dataset
@@ -26,7 +26,7 @@ from datasets.exceptions import DatasetGenerationError
 
 # Suffix of a file -> the loader of `datasets` and its arguments. utf-8-sig drops a byte order mark, which would
 # otherwise become a part of the first prompt.
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+_FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig"}),
     ".json": ("json", {}),
     ".jsonl": ("json", {}),
@@ -84,7 +84,7 @@ def _suffix(source: str) -> str:
     return Path(source).suffix.lower()
 
 
-def _load_file(option: str, path: str, file_format: str, options: dict[str, Any]) -> Dataset:
+def _load_file(option: str, path: str, file_format: str, options: Mapping[str, str]) -> Dataset:
     if os.path.getsize(path) == 0:
         raise ValueError(f"--{option}: the file {path!r} is empty.")
     if file_format != "parquet":

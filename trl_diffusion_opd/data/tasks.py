@@ -18,13 +18,14 @@ prompts a task has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 from torch.utils.data import Sampler
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 
 
@@ -73,7 +74,7 @@ def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
     return {name: np.concatenate(rows[name]) for name in sorted(rows)}
 
 
-def task_of(row: Mapping[str, Any], task_column: str) -> str:
+def task_of(row: Mapping[str, object], task_column: str) -> str:
     """The task of a row, named as in [`task_rows`]."""
     return str(row[task_column]) if task_column in row else SINGLE_TASK
 
@@ -128,7 +129,7 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     return problems
 
 
-def _no_text(prompt: Any) -> str:
+def _no_text(prompt: object) -> str:
     """Says what a prompt that is not text is instead, and what to do."""
     if _is_conversation(prompt):
         roles = ", ".join(str(message.get("role")) for message in prompt)
@@ -142,11 +143,11 @@ def _no_text(prompt: Any) -> str:
     return f"{kind}, {prompt!r:.80}. If another column has the texts, rename it with rename_column."
 
 
-def _is_conversation(prompt: Any) -> bool:
+def _is_conversation(prompt: object) -> TypeGuard[list[dict[str, JSON]]]:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
 
 
-def _plain_text(prompt: Any) -> str | None:
+def _plain_text(prompt: object) -> str | None:
     """The text of a prompt that is a string, or a conversation of one user message; `None` for others."""
     if isinstance(prompt, str):
         return prompt
@@ -186,7 +187,7 @@ def plain_dataset(dataset: Any, task_column: str) -> Any:
     return dataset
 
 
-def _is_text(feature: Any) -> bool:
+def _is_text(feature: object) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
@@ -197,7 +198,7 @@ def _with_column(dataset: Dataset, name: str, values: list[str | None]) -> Datas
     return added.rename_column(other, name).select_columns(columns)
 
 
-def _values(dataset: Dataset, column: str) -> Iterator[Any]:
+def _values(dataset: Dataset, column: str) -> Iterator[JSON]:
     if _is_text(dataset.features[column]):
         for batch in column_batches(dataset, column):
             yield from batch.to_pylist()

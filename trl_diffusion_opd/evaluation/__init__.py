@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How much of its teachers' gains a student has: base, teachers and students on the same prompts with the same noise."""
+"""
+The retention report: how much of its teachers' gains over the base a student has. All models draw the same prompts
+with the same noise.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What an evaluation leaves behind: the report, its tables, pictures and the page of samples."""
+"""Writes the files of an evaluation: the report, its tables, its pictures, and the page of samples."""
 
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from jinja2 import Environment
@@ -34,24 +34,29 @@ from ..hub.files import (
     TABLES_FILE,
     TIMING_FILE,
 )
+from ..reporting.report import Report
 from .measure import Measured, Task
 from .retention import retention_table, scores_table
 from .store import Store
 
 
-# Images of fewer pixels a side are enlarged on the page.
+if TYPE_CHECKING:
+    from ..reporting.plots import SampleRow
+
+
+# Images with fewer pixels a side than this are enlarged on the page.
 _SMALL = 192
 
 
 def write_results(
-    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
+    store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int
 ) -> None:
     """
-    Writes `retention.json` (the report), `retention.md` (its tables), `retention_scores.json` (the score of every image),
-    `timing.json` (what this run took), `retention.png`, `radar.png` where there are three axes or more, and with samples
-    `samples.png` and the page `samples.html`.
+    Writes `retention.json` (the report), `retention.md` (its tables), `retention_scores.json` (the score of every
+    image), `timing.json` (the time that this run took), `retention.png`, `radar.png` if it has three axes or more, and
+    with samples `samples.png` and the page `samples.html`.
 
-    A picture or page that cannot be made is left out, with a warning.
+    A picture or page that cannot be made is left out with a warning.
     """
     from ..reporting import plots
 
@@ -59,7 +64,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REPORT_FILE, report, allow_nan=False)
     write_json(folder / SCORES_FILE, measured.scores, indent=None, allow_nan=False)
-    if measured.drawn or any(measured.seconds["rewards"].values()):  # not for a run that found everything done
+    if measured.drawn or any(measured.seconds["rewards"].values()):  # not if an earlier run had done everything
         write_json(folder / TIMING_FILE, {"seconds": measured.seconds, "images_drawn": measured.drawn})
     if (folder / "images").is_dir():
         write_json(folder / "images" / "index.json", _folders(store, measured))
@@ -78,7 +83,7 @@ def write_results(
 
 
 def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
-    """Where the images of each model for each task are, which the names of the folders don't say."""
+    """The folder of each model's images for each task. The folders' own names are digests."""
     folders: dict[str, dict[str, str]] = {}
     for (model, task), key in measured.keys.items():
         folder = store.path(key, task, 0).parent.relative_to(store.folder / "images")
@@ -87,8 +92,8 @@ def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
 
 
 def _sample_rows(
-    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
-) -> list[Any]:
+    store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int
+) -> "list[SampleRow]":
     """Each shown prompt with the images of the base, of its task's teacher and of the students."""
     from ..reporting.plots import SampleRow
 
@@ -104,15 +109,13 @@ def _sample_rows(
     return shown
 
 
-def _visible(value: Any) -> Any:
-    """Marks that turn the direction of writing would turn the page's."""
+def _visible(value: object) -> object:
+    """Replaces invisible marks in a text, such as those that would reverse the direction of the page's text."""
     return visible(value, keep="\n\t") if isinstance(value, str) else value
 
 
-def samples_page(
-    store: Store, report: Mapping[str, Any], measured: Measured, tasks: Mapping[str, Task], num_samples: int
-) -> str:
-    """Each shown prompt with the images of all models, under each every score that applies."""
+def samples_page(store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int) -> str:
+    """The page: each prompt with the images of all models, and under each image every score that applies."""
     shown = {
         task: [
             {
@@ -136,7 +139,7 @@ def samples_page(
         for task, part in tasks.items()
     }
     template = files("trl_diffusion_opd.reporting") / "templates" / PAGE_FILE
-    # Prompts and names are whatever a dataset holds.
+    # Prompts and names come from datasets, so they are escaped.
     environment = Environment(autoescape=True, finalize=_visible)
     page = environment.from_string(template.read_text(encoding="utf-8"))
     size = store.load(measured.keys["base", next(iter(tasks))], next(iter(tasks)), 0).size

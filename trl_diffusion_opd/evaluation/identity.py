@@ -12,36 +12,36 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What an image and a score depend on, as digests: stored ones of another digest are not used again."""
+"""Digests of everything that an image or a score depends on. A stored one is only reused if its digest is the same."""
 
 import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pickle import PicklingError
-from typing import Any
 
 from datasets.fingerprint import Hasher
 
 from ..rewards import Reward, RewardFunc
 
 
-def digest(*parts: Any) -> str:
+def digest(*parts: object) -> str:
     """A short digest of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def rows_digest(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Of the rows of a dataset, all columns."""
+def rows_digest(columns: Mapping[str, Sequence[object]]) -> str:
+    """A digest of a dataset's rows, all columns."""
     return Hasher.hash({name: list(values) for name, values in columns.items()})
 
 
 def reward_digest(function: RewardFunc) -> str | None:
     """
-    What a reward's scores depend on besides image and row; `None` if it can't be told, and it must score again.
+    A digest of everything but image and row that a reward's scores depend on. `None` if there is none; stored scores
+    are then not reused.
 
-    A reward of this package says it itself. Of another function it is its content and the source of its module, since a
-    function that can be imported is hashed by its name alone.
+    A reward of this package provides it. For another function it covers the function and its module's source, since an
+    importable function is hashed by its name alone.
     """
     if isinstance(function, Reward):
         return function.fingerprint
@@ -52,5 +52,5 @@ def reward_digest(function: RewardFunc) -> str | None:
     module = inspect.getmodule(function if inspect.isroutine(function) else type(function))
     try:
         return digest(content, inspect.getsource(module) if module is not None else None)
-    except (OSError, TypeError):  # typed in, or not written in Python
+    except (OSError, TypeError):  # no source: typed in at a prompt, or not written in Python
         return digest(content)

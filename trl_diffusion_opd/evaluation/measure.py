@@ -12,13 +12,16 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Draws and scores what is missing: a batch of one model for one task at a time, scored while the next one is drawn."""
+"""
+Draws and scores the images that are still missing. It works in batches of one model and one task; each batch is scored
+while the next one is drawn.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, tqdm
@@ -30,7 +33,7 @@ from ..acceleration.processes import failing_together
 from ..models.teachers import Role, TeacherBank, model_identity
 from ..pipelines.drawing import draw_batch
 from ..pipelines.velocity import VelocityField
-from ..rewards import RewardFunc, Scorer, reward_name
+from ..rewards import RewardFunc, Row, Scorer, reward_name
 from ..rewards.scoring import call_reward, score_names
 from .identity import digest, reward_digest, rows_digest
 from .retention import Scores
@@ -43,10 +46,10 @@ class Task:
     A task's part of the evaluation.
 
     Attributes:
-        index (`int`): its place among the tasks, which is a part of its noise.
-        prompts ([`~datasets.Dataset`]): its rows, which are taken in turn.
+        index (`int`): its place among the tasks. The noise depends on it.
+        prompts ([`~datasets.Dataset`]): its rows. If there are more images than rows, they are repeated in order.
         functions (`list` of reward functions): its own rewards.
-        others (`list` of reward functions): those of other tasks that score its images as well.
+        others (`list` of reward functions): other tasks' rewards that score its images too.
     """
 
     index: int
@@ -55,7 +58,7 @@ class Task:
     others: list[RewardFunc]
 
     def rows(self, numbers: range) -> dict[str, list[Any]]:
-        """Columns of the rows of images."""
+        """The dataset's rows for the images of these numbers, as columns."""
         return self.prompts[[n % len(self.prompts) for n in numbers]]
 
     def all_functions(self) -> list[RewardFunc]:
@@ -65,15 +68,15 @@ class Task:
 @dataclass(frozen=True)
 class Options:
     """
-    How much is measured.
+    How many images are drawn, how, and which are kept.
 
     Attributes:
         num_images (`int`): images a task.
-        batch_size (`int`): images at a time on a process.
-        seed (`int`): of the noise.
-        num_samples (`int`): the first images of each task that are kept in any case.
-        keep_images (`bool`): whether the others are kept too.
-        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; without it, for ever.
+        batch_size (`int`): images that a process draws at a time.
+        seed (`int`): seed of the noise.
+        num_samples (`int`): number of each task's first images that are always kept.
+        keep_images (`bool`): whether the other images are kept too.
+        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; `None` for no limit.
     """
 
     num_images: int
@@ -86,31 +89,38 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A weighted mean of networks, each at its own guidance, under every name that it is asked for by."""
+    """
+    A model to draw with: a weighted mean of networks, each with its own guidance scale, and all of the model's names.
+    """
 
     roles: list[Role]
     names: list[str]
 
 
+class _Seconds(TypedDict):
+    generation: float
+    rewards: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Measured:
     """
-    What an evaluation has found.
+    The results of an evaluation.
 
     Attributes:
-        scores (`dict`): `scores[model][task][reward]`, a value an image.
-        keys (`dict[tuple[str, str], str]`): where the images of a model for a task are stored, by the names of both.
-        seconds (`dict`): the time that this run took: `generation`, and `rewards` by name, summed over processes.
-        drawn (`int`): how many images were drawn.
+        scores (`dict`): `scores[model][task][reward]` is a list with one value for each image.
+        keys (`dict[tuple[str, str], str]`): key in the [`Store`] of a model's images for a task, by (model, task).
+        seconds (`dict`): seconds that this run took, summed over processes: `generation`, and `rewards` by name.
+        drawn (`int`): number of images that this run drew.
     """
 
     scores: Scores
     keys: dict[tuple[str, str], str]
-    seconds: dict[str, Any]
+    seconds: _Seconds
     drawn: int
 
     def told(self) -> str:
-        """What it took, as a line."""
+        """Says in one line how long it took."""
         taken = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds["rewards"].items())
         drawing = self.seconds["generation"]
         return f"{self.drawn} images were drawn in {drawing:.1f} s; scoring meanwhile took {taken}."
@@ -119,9 +129,9 @@ class Measured:
 @dataclass(frozen=True)
 class _Batch:
     """
-    Images of a model for a task that are drawn together, and for each reward those that it has yet to score.
+    Images of one model for one task that are drawn together, and for each reward the images that it must still score.
 
-    Which are drawn together does not depend on processes or interruptions, because rounding depends on it.
+    Rounding depends on which images are drawn together, so this does not depend on processes or interruptions.
     """
 
     task: str
@@ -134,14 +144,14 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Found:
-    """What there was before: digests of rewards by task and name, numbers of images by key, and scores."""
+    """Results of earlier runs: digests of rewards by task and name, numbers of stored images by key, and scores."""
 
     rewards: dict[tuple[str, str], str | None]
     images: dict[str, set[int]]
     scores: KnownScores
 
     def identity(self, key: str, task: str, function: RewardFunc, score: str) -> tuple[str, str, str]:
-        """Under which the scores of a task's images are kept."""
+        """The key under which the scores of a task's images are stored."""
         return key, score, self.rewards[task, reward_name(function)] or ""
 
     def unscored(self, key: str, task: str, function: RewardFunc, numbers: range) -> list[int]:
@@ -153,23 +163,23 @@ def measure(
     field: VelocityField,
     bank: TeacherBank,
     tasks: Mapping[str, Task],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     options: Options,
     store: Store | None,
 ) -> Measured:
     """
-    Scores of every model on every task. Call it on all processes; all of them return the same.
+    Scores every model on every task. Call it on all processes; all return the same.
 
     Args:
         field ([`VelocityField`]): the base, with the noise grid.
         bank ([`TeacherBank`]): all models, by name.
         tasks (`dict[str, Task]`)
-        settings (`dict`): what all images depend on besides model, prompt and noise, ready for JSON.
+        settings (`dict`): everything that all images depend on besides model, prompt and noise, ready for JSON.
         options ([`Options`])
-        store ([`Store`], *optional*): where images and scores are kept, and looked for first.
+        store ([`Store`], *optional*): where images and scores are kept. Those that are there already are reused.
 
     Raises:
-        [`TimeoutError`]: if a call took longer.
+        [`TimeoutError`]: if a call of a reward function took longer than `options.reward_timeout`.
     """
     state, num_images = PartialState(), options.num_images
     models = _distinct_models(bank)
@@ -181,11 +191,11 @@ def measure(
         for model in models
         for name in model.names
     }
-    # The main process looks for all: the others might see files that are written meanwhile.
+    # The main process looks for stored results on behalf of all: others might see files that are written meanwhile.
     found: _Found = broadcast_object_list([_find(tasks, keys, store) if state.is_main_process else None])[0]
     kept = 0 if store is None else num_images if options.keep_images else options.num_samples
     batches = _plan(tasks, models, keys, found, num_images, options.batch_size, kept)
-    # Each kind is shared out for itself: drawing takes longer than scoring again.
+    # Batches to draw and batches to score are divided among processes separately, since drawing takes longer.
     mine = [
         batch
         for is_drawn in (True, False)
@@ -216,7 +226,7 @@ def measure(
 
 
 def _distinct_models(bank: TeacherBank) -> list[Model]:
-    """No image is drawn twice: a model with several names, or the same files in two places, is drawn once."""
+    """Merges models that are the same (also equal files in two places) into one with several names, drawn once."""
     models: dict[str, Model] = {}
     for name, roles in bank.teachers.items():
         models.setdefault(digest(model_identity(roles)), Model(roles, [])).names.append(name)
@@ -248,7 +258,7 @@ def _plan(
     batch_size: int,
     kept: int,
 ) -> list[_Batch]:
-    """The batches in which an image or a score is missing. One that lacks an image is drawn as a whole."""
+    """Lists the batches in which an image or a score is missing. If one image is missing, the whole batch is drawn."""
     batches = []
     for task, part in tasks.items():
         for model in models:
@@ -266,10 +276,10 @@ def _plan(
 
 class _Worker:
     """
-    Draws and scores batches on this process, and keeps what it finds.
+    Draws and scores batches on this process, and stores the results.
 
     Attributes:
-        fresh (`dict`): the scores that it found.
+        fresh (`dict`): the new scores.
     """
 
     def __init__(
@@ -286,11 +296,11 @@ class _Worker:
         self.seed, self.store, self.kept = seed, store, kept
         self.fresh: KnownScores = {}
 
-    def work(self, batches: Sequence[_Batch], reward_timeout: float | None) -> dict[str, Any]:
-        """Returns the seconds that it took: `generation`, and `rewards` by name."""
+    def work(self, batches: Sequence[_Batch], reward_timeout: float | None) -> _Seconds:
+        """Works through the batches. Returns the seconds that it took: `generation`, and `rewards` by name."""
         generation = 0.0
         with ExitStack() as stack:
-            # One for each function, since after an interruption not all of them miss the same scores.
+            # One scorer for each function: after an interruption, functions may lack different scores.
             scorers = {
                 name: stack.enter_context(Scorer([function], None, reward_timeout, call=self.score))
                 for name, function in _functions(self.tasks).items()
@@ -302,7 +312,7 @@ class _Worker:
                     images = dict(zip(batch.numbers, self.draw(batch), strict=True))
                     generation += time.perf_counter() - start
                 else:
-                    assert self.store is not None  # without one everything is drawn
+                    assert self.store is not None  # without a store everything is drawn
                     images = {n: self.store.load(batch.key, batch.task, n) for n in missing}
                 columns = self.tasks[batch.task].rows(batch.numbers)
                 rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
@@ -330,10 +340,10 @@ class _Worker:
         return images
 
     def score(
-        self, function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: _Batch
+        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: _Batch
     ) -> dict[str, list[float | None]]:
-        """Calls a function and keeps its scores at once, in its thread."""
-        # The other functions have the same images, in threads of their own: what one does to them is not seen by the rest.
+        """Calls a reward function and stores its scores at once. Runs in the function's own thread."""
+        # Copies, since a function could change the images that other functions score in their threads.
         own = [image.copy() for image in images]
         try:
             scores = call_reward(function, rows, own)
@@ -341,7 +351,7 @@ class _Worker:
             if function not in self.tasks[batch.task].functions:
                 error.add_note(
                     f"Every reward scores the images of every task, here {reward_name(function)!r} those of task "
-                    f"{batch.task!r}. A function must return None for rows that it does not apply to, or set "
+                    f"{batch.task!r}. A function must return None for rows that it does not apply to. Or set "
                     "cross_task_rewards=False."
                 )
             raise
@@ -354,7 +364,7 @@ class _Worker:
         return scores
 
 
-def _total(seconds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _total(seconds: Sequence[_Seconds]) -> _Seconds:
     return {
         "generation": sum(one["generation"] for one in seconds),
         "rewards": {name: sum(one["rewards"][name] for one in seconds) for name in seconds[0]["rewards"]},

@@ -12,10 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a retention report after training would meet, met before it."""
+"""Finds problems of the retention report that follows training, before training starts."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from datasets import Dataset
 from torch import nn
@@ -28,18 +27,19 @@ from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
 
 
 def report_problems(
-    teachers: Mapping[str, Any],
+    teachers: Collection[str],
     reward_funcs: Mapping[str, Sequence[RewardFunc]],
     dataset: Dataset,
     task_column: str,
     name: str,
 ) -> list[str]:
     """
-    What keeps held-out prompts from being reported on, a sentence each.
+    Lists the problems of a report on held-out prompts, a sentence each.
 
     Args:
-        teachers (`dict`), reward_funcs (`dict`): teachers and reward functions by task. Those of other tasks don't matter.
-        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the prompts, and what they are called.
+        teachers (`dict`), reward_funcs (`dict`): teachers and reward functions by task. Further tasks are ignored.
+        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the prompts, the column of their tasks, and
+            the dataset's name in messages.
     """
     problems = dataset_problems(dataset, task_column, name)
     if problems:
@@ -49,10 +49,10 @@ def report_problems(
     unscored = [task for task in rows if not reward_funcs.get(task)]
     if untaught:
         problems.append(
-            f"{name}: tasks {untaught} have no teacher to compare with. Name one, or leave out their prompts."
+            f"{name}: tasks {untaught} have no teacher to compare with. Name a teacher, or leave out their prompts."
         )
     if unscored:
-        problems.append(f"{name}: tasks {unscored} have no reward to report. Name one in --reward_funcs.")
+        problems.append(f"{name}: tasks {unscored} have no reward. Name one in --reward_funcs.")
     return problems + reward_data_problems(reward_funcs, dataset, rows, name)
 
 
@@ -68,18 +68,18 @@ def rehearse_report(
     reward_timeout: float | None = None,
 ) -> None:
     """
-    Draws an image for the first prompt of each task with the student as it is, and has every reward score it, as the report
-    will: its own, and for what a teacher lost elsewhere those of other tasks. Each process does all of it.
+    Draws an image for the first prompt of each task with the untrained student, and has every reward score it. The
+    report does the same: rewards of other tasks show what a model lost there. Each process does all of it.
 
     Args:
-        field ([`VelocityField`]): with the report's noise grid.
-        student (`nn.Module`): before training.
+        field ([`VelocityField`]): the pipeline, with the report's noise grid.
+        student (`nn.Module`): the student before training.
         reward_funcs (`dict`): reward functions by task.
-        dataset ([`~datasets.Dataset`]), task_column (`str`): the report's prompts.
-        seed (`int`), guidance_scale (`float`), reward_timeout (`float`, *optional*): the report's.
+        dataset ([`~datasets.Dataset`]), task_column (`str`): the report's prompts, and the column of their tasks.
+        seed (`int`), guidance_scale (`float`), reward_timeout (`float`, *optional*): as in the report.
 
     Raises:
-        [`ValueError`]: if a reward can't score one of them, with its error as the cause.
+        [`ValueError`]: if a reward can't score an image, with its error as the cause.
     """
     every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
     for index, (task, rows) in enumerate(task_rows(dataset, task_column).items()):
@@ -94,7 +94,7 @@ def rehearse_report(
                     scorer.results()
             except Exception as error:
                 raise ValueError(
-                    f"The report at the end would fail: reward {name!r} can't score an image of task {task!r}, for the prompt "
-                    f"'{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every reward scores the images of all "
-                    "tasks, and returns None for rows that it does not apply to."
+                    f"The report at the end would fail: reward {name!r} can't score an image of task {task!r}, for "
+                    f"the prompt '{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every "
+                    "reward scores the images of all tasks. It must return None for rows that it does not apply to."
                 ) from error

@@ -12,37 +12,40 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The arithmetic of the retention report: means, paired bootstrap intervals, the table. It knows nothing of models."""
+"""Computes the retention report from scores: means, paired bootstrap intervals, tables. It needs no models."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..guards.markdown import cell, inline
+from ..reporting.report import Intervals, Kept, KeptOverall, Means, Report, TaskReport
 
 
-# A gain smaller than this is not divided by: the quotient would be noise.
+# If the teacher's gain is smaller than this, no retention is computed: the quotient would be noise.
 MIN_GAIN = 0.05
 NUM_RESAMPLES = 2000
 
-# scores[model][task][reward]: a value an image, None where the reward does not apply.
+# scores[model][task][reward] is a list with one value for each image, None where the reward does not apply.
 Scores = dict[str, dict[str, dict[str, list[float | None]]]]
 
 
 def resample_counts(num_images: int, entropy: Sequence[int], num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
-    """How often each image is in each bootstrap resample: `(num_resamples, num_images)`, rows sum to `num_images`."""
+    """
+    Draws how often each image is in each bootstrap resample: an array of shape `(num_resamples, num_images)` whose
+    rows sum to `num_images`.
+    """
     generator = np.random.default_rng(np.random.SeedSequence(list(entropy)))
     return generator.multinomial(num_images, np.full(num_images, 1 / num_images), size=num_resamples).astype(float)
 
 
 def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """
-    Means of the resamples, missing values left out.
+    Computes the means of the resamples, leaving out missing values.
 
     Args:
-        values (`np.ndarray` of shape `(..., num_images)`): scores, NaN where there is none. The same resample of images
-            goes to every row, so differences between rows are paired.
+        values (`np.ndarray` of shape `(..., num_images)`): the scores, NaN where there is none. Every row uses the
+            same resamples of images, so differences between rows are paired.
         counts (`np.ndarray` of shape `(num_resamples, num_images)`): as [`resample_counts`] makes it.
 
     Returns:
@@ -55,7 +58,7 @@ def resampled_means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """The 95% percentile interval; `None` if more than 2.5% of the values are undefined, for then it has no end."""
+    """The 95% percentile interval. `None` if more than 2.5% of the values are undefined: it would have no end."""
     undefined = np.isnan(values)
     if undefined.mean() > 0.025:
         return None
@@ -64,7 +67,7 @@ def interval(values: np.ndarray) -> list[float] | None:
 
 def retention_of(base: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     """
-    `(student - base) / (teacher - base)`, of means or of arrays of resampled means; NaN where the teacher has no gain.
+    `(student - base) / (teacher - base)` of means, or of arrays of resampled means. NaN where the teacher has no gain.
     """
     gain, kept = np.asarray(teacher - base, dtype=float), np.asarray(student - base, dtype=float)
     return np.divide(kept, gain, out=np.full(np.broadcast_shapes(kept.shape, gain.shape), np.nan), where=gain > 0)
@@ -76,35 +79,37 @@ def retention_report(
     students: Sequence[str],
     seed: int = 0,
     own: Mapping[str, Sequence[str]] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """
-    Makes the report of scores.
+    Makes the report from scores.
 
-    The first reward of a task is its score. Intervals are percentiles of a bootstrap that resamples the images of a task
+    The first reward of a task is its score. Intervals are percentiles of a bootstrap, which resamples a task's images
     jointly for base, teacher and student.
 
     Args:
-        scores (`dict`): `scores[model][task][reward]`, a value an image, `None` where the reward does not apply. It has a
-            model `"base"`.
-        teachers (`dict[str, str]`): the model that is the teacher of each task.
-        students (`Sequence[str]`): the models that are students. The first one is the report's.
-        seed (`int`, *optional*, defaults to 0): of the bootstrap.
-        own (`dict[str, Sequence[str]]`, *optional*): the rewards that are meant for each task, its score first; by default
-            the first of `scores`. The others show what a model does to images that they are not meant for.
+        scores (`dict`): `scores[model][task][reward]` is a list with one value for each image, `None` where the reward
+            does not apply. One of the models is `"base"`.
+        teachers (`dict[str, str]`): name of the model that is the teacher of each task.
+        students (`Sequence[str]`): names of the models that are students. The report's main entries are the first
+            one's.
+        seed (`int`, *optional*, defaults to 0): seed of the bootstrap.
+        own (`dict[str, Sequence[str]]`, *optional*): each task's own rewards, its score first. By default the first
+            reward in `scores`. Other tasks' rewards show what a model does to images that they are not meant for.
 
     Returns:
         `dict`, ready for JSON:
-        - `tasks`: for each task `reward` (its score) and `rewards` (its own), the means `base`, `teacher` and `student`, `retention` = (student - base) /
-          (teacher - base), and its interval `ci95`. Retention is not clipped. It and its interval are `None` where the
-          teacher's gain is less than 0.05, and the interval also where the bootstrap can't tell the gain from none.
-          With several students `students` has `student`, `retention` and `ci95` of each.
-        - `mean_retention`, `mean_ci95`: mean over the tasks that have a retention, and its interval.
+        - `tasks`: for each task `reward` (the name of its score), `rewards` (its own rewards), the mean scores `base`,
+          `teacher` and `student`, `retention` = (student - base) / (teacher - base), and its interval `ci95`.
+          Retention is not clipped. Retention and interval are `None` if the teacher's gain is less than 0.05; the
+          interval is also `None` if the bootstrap can't tell the gain from zero. With several students, `students` has
+          `student`, `retention` and `ci95` of each.
+        - `mean_retention`, `mean_ci95`: the mean over the tasks that have a retention, and its interval.
         - `num_images`: images a task; `seed`.
         - `scores`, `scores_ci95`: mean and interval of every reward for every model on every task.
     """
-    report: dict[str, Any] = {"tasks": {}}
-    means: dict[str, Any] = {model: {} for model in scores}
-    intervals: dict[str, Any] = {model: {} for model in scores}
+    reports: dict[str, TaskReport] = {}
+    means: Means = {model: {} for model in scores}
+    intervals: Intervals = {model: {} for model in scores}
     kept: dict[str, list[tuple[float, np.ndarray]]] = {student: [] for student in students}
     num_images = 0
     for index, (task, teacher) in enumerate(teachers.items()):
@@ -120,28 +125,35 @@ def retention_report(
             intervals[model][task] = {name: interval(m) for name, m in resampled[model].items()}
         reward = next(iter(scores["base"][task]))
         base, goal = means["base"][task][reward], means[teacher][task][reward]
-        entries: dict[str, Any] = {}
+        entries: dict[str, Kept] = {}
         for student in students:
             mine = means[student][task][reward]
             entries[student] = {"student": mine, "retention": None, "ci95": None}
-            if None not in (base, goal, mine) and goal - base >= MIN_GAIN:
+            if base is not None and goal is not None and mine is not None and goal - base >= MIN_GAIN:
                 sampled = retention_of(*(resampled[model][reward] for model in ("base", teacher, student)))
                 retention = (mine - base) / (goal - base)
-                entries[student] |= {"retention": retention, "ci95": interval(sampled)}
+                entries[student] = {"student": mine, "retention": retention, "ci95": interval(sampled)}
                 kept[student].append((retention, sampled))
         rewards = list(own[task]) if own is not None else [reward]
-        report["tasks"][task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal}
-        report["tasks"][task] |= entries[students[0]]
+        reports[task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal, **entries[students[0]]}
         if len(students) > 1:
-            report["tasks"][task]["students"] = entries
+            reports[task]["students"] = entries
     overall = {student: _overall(kept[student]) for student in students}
-    report |= overall[students[0]]
-    if len(students) > 1:
-        report["students"] = overall
-    return report | {"num_images": num_images, "seed": seed, "scores": means, "scores_ci95": intervals}
+    report: Report = {
+        "tasks": reports,
+        **overall[students[0]],
+        "students": overall,
+        "num_images": num_images,
+        "seed": seed,
+        "scores": means,
+        "scores_ci95": intervals,
+    }
+    if len(students) == 1:
+        del report["students"]
+    return report
 
 
-def _overall(kept: list[tuple[float, np.ndarray]]) -> dict[str, Any]:
+def _overall(kept: list[tuple[float, np.ndarray]]) -> KeptOverall:
     if not kept:
         return {"mean_retention": None, "mean_ci95": None}
     points, sampled = zip(*kept, strict=True)
@@ -152,8 +164,8 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def retention_table(report: Mapping[str, Any]) -> str:
-    """The report as a Markdown table: a row for each task and student, and the mean over tasks."""
+def retention_table(report: Report) -> str:
+    """The report as a Markdown table, with a row for each task and student and one for the mean over tasks."""
     several = "students" in report
     header = [
         "task",
@@ -178,9 +190,9 @@ def retention_table(report: Mapping[str, Any]) -> str:
     return _table(header, rows, to_the_left=("task", "reward", "model"))
 
 
-def scores_table(report: Mapping[str, Any]) -> str:
+def scores_table(report: Report) -> str:
     """
-    Every reward on every task for every model, as Markdown: a table a task, with 95% intervals.
+    All scores as Markdown: for each task a table of models and rewards, with 95% intervals.
 
     A task's own rewards are in bold. Rewards that apply to none of its images are left out.
     """
@@ -199,7 +211,7 @@ def scores_table(report: Mapping[str, Any]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], to_the_left: Sequence[str]) -> str:
-    """A Markdown table of Markdown cells, whose columns are aligned in plain text too."""
+    """Makes a Markdown table of Markdown cells. Its columns are aligned in plain text too."""
     cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     left = [name in to_the_left for name in header]

@@ -12,23 +12,27 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The evaluation from its arguments to its report."""
+"""Runs the retention evaluation, from its arguments to its report."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..acceleration.processes import failing_together
+from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
@@ -37,6 +41,7 @@ from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
+from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
 from .files import write_results
@@ -62,10 +67,10 @@ def evaluate_retention(
     height: int | None = None,
     width: int | None = None,
     max_sequence_length: int | None = None,
-    generation_kwargs: dict[str, Any] | None = None,
+    generation_kwargs: dict[str, object] | None = None,
     dtype: str | None = None,
-    quantization_config: Any = None,
-    model_init_kwargs: dict[str, Any] | None = None,
+    quantization_config: QuantizationConfig = None,
+    model_init_kwargs: dict[str, JSON] | None = None,
     task_column: str = "task",
     cross_task_rewards: bool = True,
     batch_size: int = 32,
@@ -74,74 +79,75 @@ def evaluate_retention(
     num_samples: int = 4,
     keep_images: bool = True,
     reward_timeout: float | None = 900.0,
-) -> dict[str, Any]:
+) -> Report:
     """
-    Measures how much of its teachers' gains a student has.
+    Measures how much of its teachers' gains over the base a student has.
 
-    The base, every teacher and every student draw images for the prompts of every task, with the same noise; the first
-    reward of a task is its score. The rewards of all tasks score the images of every task, so that what a teacher has lost
-    elsewhere is seen too. No image is drawn twice: a model with several roles is drawn once, and with `output_dir` what an
-    earlier or interrupted run has drawn and scored is used again. Scoring runs while the next images are drawn. Under
+    The base, every teacher and every student draw images for the prompts of every task, with the same noise. A task's
+    first reward is its score. The rewards of all tasks score the images of every task, which also shows what a model
+    lost on other tasks. No image is drawn twice: a model with several roles is drawn once, and with `output_dir` the
+    images and scores of an earlier or interrupted run are reused. Scoring runs while the next images are drawn. Under
     `accelerate launch` the processes share the work, and all of them return the report.
 
     Args:
         pipeline (`str` or [`~diffusers.DiffusionPipeline`]):
-            The base. A Hub id or folder is loaded on this process's device. A pipeline is used where it is and given back
-            as it was.
+            The base. A Hub id or folder is loaded onto this process's device. A pipeline stays on its device and is
+            unchanged afterwards.
         teachers (`str`, [`TeacherConfig`], a list of these, or a `dict` from task to any of them):
             As for [`DiffusionOPDTrainer`]. Several teachers of a task are evaluated as their weighted mean velocity.
         students (`str`, [`TeacherConfig`], or a `dict` from name to either):
-            What can be a teacher can be a student: a LoRA or a transformer. A single one is called `"student"`.
+            The trained models: LoRAs or transformers, given like teachers. A single one is called `"student"`.
         reward_funcs (name, function, `list` or `dict` from task to any of them):
             Rewards of each task.
         dataset ([`~datasets.Dataset`]):
-            Held-out prompts: columns `prompt` and `task`; others are passed to the reward functions.
+            Held-out prompts: columns `prompt` and `task`. Other columns are passed to the reward functions.
         num_images (`int`, *optional*, defaults to 512):
-            Images a task. Prompts are taken in turn, each time with noise of its own.
+            Images a task. If a task has fewer prompts, they are repeated with new noise.
         num_inference_steps (`int`, *optional*, defaults to 40):
             Steps of the deterministic sampler.
         guidance_scale (`float`, *optional*, defaults to 4.5):
-            Of the base and the students.
+            Guidance scale of the base and the students.
         teacher_guidance_scale (`float`, *optional*):
-            Of the teachers that name none of their own, `guidance_scale` if not given.
+            Guidance scale of teachers that name none of their own. `None` takes `guidance_scale`.
         height (`int`, *optional*), width (`int`, *optional*), max_sequence_length (`int`, *optional*),
         generation_kwargs (`dict`, *optional*):
             As in [`VelocityField`].
         dtype (`str`, *optional*):
-            Precision of a base that is given by name: `"float32"` (if not given), `"bfloat16"` or `"float16"`.
+            Precision of a base that is given by name: `"float32"` (the default), `"bfloat16"` or `"float16"`.
         quantization_config (*optional*):
-            How a base that is given by name is quantised, as for [`DiffusionOPDTrainer`].
+            How a base that is given by name is quantized, as for [`DiffusionOPDTrainer`].
         model_init_kwargs (`dict`, *optional*):
-            With what else a base that is given by name is loaded, such as `{"revision": ..., "variant": "fp16"}`: what it was
-            trained with.
+            Further arguments to load a base that is given by name, such as `{"revision": ..., "variant": "fp16"}`. Use
+            those of the training.
         task_column (`str`, *optional*, defaults to `"task"`):
             Column that names the task.
         cross_task_rewards (`bool`, *optional*, defaults to `True`):
-            Whether rewards also score the images of tasks that they are not assigned to. They must return `None` for rows
-            that they do not apply to, as the rewards of this package do; columns that a row has no value in are `None`.
+            Whether rewards also score the images of other tasks. They must return `None` for rows that they do not
+            apply to, as the rewards of this package do. Columns without a value in a row are `None`.
         batch_size (`int`, *optional*, defaults to 32):
-            Images at a time on each process.
+            Images that each process draws at a time.
         seed (`int`, *optional*, defaults to 0):
-            Of the noise and the bootstrap.
+            Seed of the noise and of the bootstrap.
         output_dir (`str` or `Path`, *optional*):
-            Where images and scores are kept, and the report with its tables and pictures is written.
+            Folder for images, scores, and the report with its tables and pictures. `None` keeps nothing on disk.
         num_samples (`int`, *optional*, defaults to 4):
             Prompts a task that are shown with their images.
         keep_images (`bool`, *optional*, defaults to `True`):
-            Whether all images are kept in `output_dir`. Without it only those that are shown: an interrupted run then still
-            goes on where it stopped, but a reward that is added later has to draw again.
+            Whether all images are kept in `output_dir`. `False` keeps only those that are shown. An interrupted run
+            can still be continued, but a reward that is added later needs all images drawn again.
         reward_timeout (`float`, *optional*, defaults to 900):
-            Seconds to wait for one call of a reward function; `None` for ever. Scores are what an evaluation is for, so it
-            then stops; with `output_dir` what has been drawn and scored is kept.
+            Seconds to wait for one call of a reward function; `None` for no limit. After that the evaluation stops.
+            With `output_dir`, finished images and scores are kept.
 
     Returns:
-        `dict`: as [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students' names.
+        `dict`: as [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students'
+            names.
 
     Raises:
-        [`ValueError`]: if anything of this cannot be used. One message lists all of it, before anything is drawn.
+        [`ValueError`]: if an argument cannot be used. One message lists all problems, before anything is drawn.
         [`TimeoutError`]: if a call of a reward function takes longer than `reward_timeout`.
     """
-    # Without `cpu`, processes that were launched on a machine without an accelerator would not know of each other.
+    # Without `cpu`, processes on a machine without an accelerator would not connect to each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     named = students if isinstance(students, Mapping) else {"student": students}
     dataset = plain_dataset(dataset, task_column) if isinstance(dataset, Dataset) else dataset
@@ -158,7 +164,7 @@ def evaluate_retention(
     grid: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
     with borrowed(base) as transformer:
-        settings: dict[str, Any] = {"base": None if store is None else _shared_digest(base)}
+        settings: dict[str, object] = {"base": None if store is None else _shared_digest(base)}
         with failing_together():
             field = VelocityField(base, **grid, generation_kwargs=generation_kwargs)
             scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
@@ -168,7 +174,7 @@ def evaluate_retention(
         measured = measure(field, bank, tasks, settings, options, store)
     own = {task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()}
     report = retention_report(measured.scores, {task: f"teacher/{task}" for task in rows}, list(named), seed, own)
-    with failing_together():  # whoever goes on finds the files
+    with failing_together():  # all processes wait until the files are written
         if state.is_main_process:
             logger.info(measured.told())
             if store is not None:
@@ -176,11 +182,11 @@ def evaluate_retention(
     return report
 
 
-def _dataset_problems(dataset: Any, task_column: str) -> Problems:
+def _dataset_problems(dataset: object, task_column: str) -> Problems:
     if isinstance(dataset, Dataset):
         return Problems(dataset_problems(dataset, task_column, "dataset"))
     kind = type(dataset).__name__
-    return Problems([f"dataset is a {kind}; it must be a datasets.Dataset, of a DatasetDict one split."])
+    return Problems([f"dataset is a {kind}; it must be a datasets.Dataset (for a DatasetDict, pass one split)."])
 
 
 def _models_and_rewards(
@@ -188,11 +194,11 @@ def _models_and_rewards(
     students: Mapping[str, str | TeacherConfig],
     reward_funcs: RewardFuncs,
     dataset: Dataset,
-    rows: Mapping[str, Any],
+    rows: Mapping[str, np.ndarray],
     guidance_scale: float,
     problems: Problems,
 ) -> tuple[dict[str, list[TeacherConfig]], dict[str, list[RewardFunc]]]:
-    """All models by their names in the report, and rewards by task. What does not fit is added to `problems`."""
+    """Returns all models by their names in the report, and rewards by task. Adds what does not fit to `problems`."""
     specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
     functions: dict[str, list[RewardFunc]] = {}
     if rows:
@@ -210,7 +216,10 @@ def _models_and_rewards(
 
 
 def _tasks(
-    dataset: Dataset, rows: Mapping[str, Any], functions: Mapping[str, list[RewardFunc]], cross_task_rewards: bool
+    dataset: Dataset,
+    rows: Mapping[str, np.ndarray],
+    functions: Mapping[str, list[RewardFunc]],
+    cross_task_rewards: bool,
 ) -> dict[str, Task]:
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     return {
@@ -227,10 +236,10 @@ def _tasks(
 def _loaded(
     pipeline: str | DiffusionPipeline,
     dtype: str | None,
-    model_init_kwargs: dict[str, Any] | None,
-    quantization_config: Any,
+    model_init_kwargs: dict[str, JSON] | None,
+    quantization_config: QuantizationConfig,
     device: torch.device,
-) -> Any:
+) -> DiffusionPipeline:
     if not isinstance(pipeline, str):
         return pipeline
     with failing_together():
@@ -238,7 +247,11 @@ def _loaded(
 
 
 def _bank(
-    field: VelocityField, transformer: Any, base: Any, specs: Mapping[str, list[TeacherConfig]], scale: float
+    field: VelocityField,
+    transformer: ModelMixin,
+    base: DiffusionPipeline,
+    specs: Mapping[str, list[TeacherConfig]],
+    scale: float,
 ) -> TeacherBank:
     bank = TeacherBank(Backbone(transformer), base, specs, scale)
     bank.backbone.to(transformer.device)
@@ -248,7 +261,7 @@ def _bank(
 
 
 def _shared_digest(base: DiffusionPipeline) -> str:
-    """The base's digest, which takes a while for a large one: one process computes it for all. Only what is kept needs it."""
+    """The base's digest, computed by one process for all: a large base takes a while."""
     return broadcast_object_list([base_digest(base) if PartialState().is_main_process else None])[0]
 
 
@@ -256,9 +269,9 @@ def _option_problems(
     options: Options,
     pipeline: str | DiffusionPipeline,
     dtype: str | None,
-    quantization_config: Any,
-    model_init_kwargs: dict[str, Any] | None,
-    students: Mapping[str, Any],
+    quantization_config: QuantizationConfig,
+    model_init_kwargs: dict[str, JSON] | None,
+    students: Collection[str],
 ) -> list[str]:
     problems = []
     for name, value, least in (
@@ -276,7 +289,7 @@ def _option_problems(
         problems.append("There is no student to evaluate.")
     taken = [name for name in students if name == "base" or name.startswith("teacher/")]
     if taken:
-        problems.append(f"A student is named {taken[0]!r}, which is the report's name for another model. Rename it.")
+        problems.append(f"A student is named {taken[0]!r}; in the report that name means another model. Rename it.")
     problems += timeout_problems(options.reward_timeout)
     for option, given in (("quantization_config", quantization_config), ("model_init_kwargs", model_init_kwargs)):
         if given and not isinstance(pipeline, str):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The images and scores of an evaluation on disk, so that it can be cut off at any time and go on."""
+"""Keeps the images and scores of an evaluation on disk, so that it can be interrupted at any time and continued."""
 
 import json
 import os
@@ -24,20 +24,20 @@ from PIL import Image
 from ..guards.files import file_name
 
 
-# Scores by image key, name of the score and digest of the reward, then by number of the image.
+# Scores by (key of the images, name of the score, digest of the reward), then by the image's number.
 KnownScores = dict[tuple[str, str, str], dict[int, float | None]]
 
 
 class Store:
     """
-    A folder with an image a file, `images/<key>/<task>/<number>.png`, and journals of scores, `scores/<process>.jsonl`.
+    A folder with images, `images/<key>/<task>/<number>.png`, and journals of scores, `scores/<process>.jsonl`.
 
-    A file is written under another name and then renamed, and the unfinished last line of a journal is passed over: what
-    is found is whole.
+    Only whole results are read: images are written under another name and then renamed, and an unfinished line of a
+    journal is skipped.
 
     Args:
         folder (`Path`): the output folder of the evaluation.
-        process_index (`int`): each process writes a journal of its own.
+        process_index (`int`): index of this process, which writes a journal of its own.
     """
 
     def __init__(self, folder: Path, process_index: int):
@@ -48,7 +48,7 @@ class Store:
         return self.folder / "images" / key / file_name(task) / f"{number:05d}.png"
 
     def numbers(self, key: str, task: str) -> set[int]:
-        """Numbers of the images that are there and whole."""
+        """Returns the numbers of the images that are there and readable to the end."""
         return {int(path.stem) for path in self.path(key, task, 0).parent.glob("[0-9]*.png") if _is_whole(path)}
 
     def load(self, key: str, task: str, number: int) -> Image.Image:
@@ -56,7 +56,7 @@ class Store:
             return image.convert("RGB")
 
     def save(self, key: str, task: str, images: Mapping[int, Image.Image]) -> None:
-        """Keeps images by number."""
+        """Saves images by number."""
         finished = []
         for number, image in images.items():
             path = self.path(key, task, number)
@@ -64,29 +64,29 @@ class Store:
             temporary = path.with_name(f".{path.stem}.tmp")  # no other process draws this image
             image.save(temporary, "PNG", compress_level=1)  # a quarter of the time for a tenth more bytes
             finished.append((temporary, path))
-        # Together at the end: a batch that was cut off is then hardly ever there in part.
+        # All are renamed at the end, so an interrupted batch is hardly ever there in part.
         for temporary, path in finished:
             os.replace(temporary, path)
 
     def scores(self) -> KnownScores:
-        """All scores of all runs in this folder, whatever number of processes they had."""
+        """Reads the scores of all earlier runs in this folder, from the journals of all processes."""
         known: KnownScores = {}
         for journal in sorted(self._journal.parent.glob("*.jsonl")):
             for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:  # the process was killed while it wrote this line
+                except json.JSONDecodeError:  # the process was killed while writing this line
                     continue
                 values = zip(entry["numbers"], entry["values"], strict=True)
                 known.setdefault((entry["images"], entry["score"], entry["reward"]), {}).update(values)
         return known
 
     def record(self, identity: tuple[str, str, str], values: Mapping[int, float | None]) -> None:
-        """Keeps scores of images by number. Threads may call it at the same time."""
+        """Appends scores of images, by number, to the journal. Threads may call it at the same time."""
         images, score, reward = identity
         entry = {"images": images, "score": score, "reward": reward, "numbers": list(values)}
         self._journal.parent.mkdir(parents=True, exist_ok=True)
-        # One write to the end of the file. It begins a line of its own, whatever a killed process has left there.
+        # One write at the end of the file, on a new line: a killed process may have left half a line.
         with open(self._journal, "ab", buffering=0) as file:
             file.write(f"\n{json.dumps({**entry, 'values': list(values.values())})}\n".encode())
 
@@ -95,7 +95,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with Image.open(path) as image:
             image.verify()  # reads to the end, without decoding
-    except (OSError, SyntaxError):  # a broken PNG is a SyntaxError to Pillow
+    except (OSError, SyntaxError):  # Pillow raises a SyntaxError for a broken PNG
         return False
     return True
 

@@ -22,6 +22,8 @@ from typing import Any
 from urllib.parse import quote
 
 
+JSON = Any  # what JSON or YAML of somebody else's holds, of which nothing is known until it is looked at
+
 # In bytes. File systems allow 255. A quoted Chinese character has nine.
 _LONGEST_NAME = 200
 # Names that Windows reserves for devices.
@@ -52,7 +54,7 @@ def write_file(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: Any, **options: Any) -> None:
+def write_json(path: Path, content: object, **options: Any) -> None:
     """
     Writes a JSON file in one step: readers see all of it or nothing.
 
@@ -64,6 +66,6 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_file(path, json.dumps(content, **{"indent": 2, **options}) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> JSON:
     """Returns the content of a JSON file, or `None` if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -18,12 +18,16 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -59,7 +63,7 @@ def finite_images() -> Iterator[None]:
             ) from error
 
 
-def infinite_options(options: Any) -> list[tuple[str, float]]:
+def infinite_options(options: "DataclassInstance") -> list[tuple[str, float]]:
     """Returns name and value of each option of a dataclass that is NaN or infinite."""
     values = {known.name: getattr(options, known.name) for known in fields(options)}
     return [(name, value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]

@@ -21,12 +21,17 @@ import os
 import unicodedata
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import get_token
 
+from .files import JSON
 from .secret_text import SECRET, is_secret_name, without_secrets
+
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 # Invisible but harmless: some scripts and emoji need them.
@@ -42,7 +47,7 @@ _PATH_ARGUMENTS = (
 )
 
 
-def public_value(value: Any, secrets: Collection[str] = ()) -> Any:
+def public_value(value: object, secrets: Collection[str] = ()) -> JSON:
     """
     Returns a JSON value without secrets and local paths.
 
@@ -140,7 +145,7 @@ def public_name(name_or_path: str | None) -> str | None:
     return Path(name_or_path).resolve().name
 
 
-def public_arguments(args: Any) -> dict[str, Any]:
+def public_arguments(args: "TrainingArguments") -> dict[str, JSON]:
     """Returns the arguments as JSON values, without tokens, and with local paths shortened to their last part."""
     arguments = args.to_dict()
     for name in _PATH_ARGUMENTS:
@@ -149,6 +154,6 @@ def public_arguments(args: Any) -> dict[str, Any]:
     return public_value(arguments, known_tokens(args))
 
 
-def known_tokens(args: Any) -> list[str]:
+def known_tokens(args: "TrainingArguments") -> list[str]:
     """Returns the Hub tokens that this process uses. They must not be shown anywhere."""
     return [token for token in (args.hub_token, get_token()) if token]

@@ -66,7 +66,9 @@ def push_folder(
     )
 
 
-def push(folder: str, repo_id: str, commit_message: str | None, blocking: bool, **options: Any) -> Any:
+def push(
+    folder: str, repo_id: str, commit_message: str | None, blocking: bool, **options: Any
+) -> CommitInfo | Future[CommitInfo]:
     """
     Uploads a saved student with its card and reports.
 
@@ -166,10 +168,10 @@ def push_checkpoint(
                 ),
             )
         )
-    return PushInProgress(jobs)
+    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself gives it several
 
 
-def _report_failure(job: "Future[Any]", message: Callable[[BaseException], str]) -> None:
+def _report_failure(job: "Future[CommitInfo]", message: Callable[[BaseException], str]) -> None:
     # Nobody reads these futures' results, so without this warning a missing student would go unnoticed.
     error = None if job.cancelled() else job.exception()
     if error is not None:

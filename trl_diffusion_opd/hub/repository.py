@@ -19,7 +19,6 @@ Also creates it.
 
 import json
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import get_token, hf_hub_download
@@ -27,6 +26,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import hf_api
 
+from ..guards.files import JSON
 from ..guards.redaction import last_part, public_name, shown
 from .errors import ERRORS, http_reason, retried
 from .files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LORA_FILES
@@ -118,7 +118,7 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
 
 
 def _foreign_content(
-    repo_id: str, token: str, names: set[str], recorded: Any, base_name: str | None, transformer_class: str | None
+    repo_id: str, token: str, names: set[str], recorded: object, base_name: str | None, transformer_class: str | None
 ) -> str | None:
     """Names what a repository already contains that this student would overwrite or mix with; `None` if nothing."""
     if "model_index.json" in names:
@@ -143,7 +143,7 @@ def _foreign_content(
     return f"other weights ({', '.join(map(shown, weights[:3]))})" if weights else None
 
 
-def _read_json(repo_id: str, token: str, name: str) -> dict[str, Any]:
+def _read_json(repo_id: str, token: str, name: str) -> dict[str, JSON]:
     path = retried(hf_hub_download, repo_id, name, token=token)
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}

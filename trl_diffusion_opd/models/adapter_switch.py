@@ -23,12 +23,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
-# The name under which compiled code finds whichever adapter is active, but for the first one.
+# The name under which compiled code finds the active adapter, unless it is the first one.
 _SHARED_NAME = "switched"
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Takes all of PEFT's layers out of a model, also where PEFT failed halfway through putting them in."""
+    """Removes all of PEFT's layers from a model, even if PEFT failed halfway through adding them."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             base = layer.get_base_layer()
@@ -43,10 +43,10 @@ def remove_adapters(model: nn.Module) -> None:
 
 class AdapterSwitch:
     """
-    Which adapter of a model is active. No parameter's `requires_grad` changes by a switch.
+    Chooses the active adapter of a model. A switch never changes `requires_grad`.
 
     Args:
-        model (`nn.Module`): with all the adapters that are switched between. One without any is left alone.
+        model (`nn.Module`): the model with all its adapters. A model without any is left alone.
         active (`str`, *optional*): the adapter to start with; `None` for none, which is the base.
 
     Attributes:
@@ -54,19 +54,19 @@ class AdapterSwitch:
     """
 
     def __init__(self, model: nn.Module, active: str | None):
-        # The list is what makes a switch cheap: PEFT's own walks over every module of the model.
+        # Keeping this list makes a switch cheap: PEFT's own switch walks over every module of the model.
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self._home = active
         self._shares_name = False
         self._activate(active)
-        # Layers that PEFT made just now are in training mode whatever the model is in.
+        # Layers that PEFT has just made are in training mode, even if the model is not.
         model.train(model.training)
 
     def _activate(self, adapter: str | None) -> None:
-        # Not set_adapter or disable_adapter: both change requires_grad, and the latter forgets that a parameter was frozen.
+        # Not set_adapter or disable_adapter: both change requires_grad, and the latter unfreezes frozen parameters.
         shares_name = self._shares_name and adapter != self._home
         for layer in self._layers:
-            # Past nn.Module's own way of setting attributes, which takes ten times as long.
+            # object.__setattr__ skips nn.Module's own, which takes ten times as long.
             if adapter is not None:
                 object.__setattr__(layer, "_active_adapter", [_SHARED_NAME if shares_name else adapter])
                 if shares_name:
@@ -76,17 +76,19 @@ class AdapterSwitch:
 
     def share_name(self) -> None:
         """
-        From now on all adapters but the first are active under one name, which is made to point to the one that is meant.
+        From now on, activates every adapter but the first under one shared name, which points to the chosen adapter.
 
-        Compiled code depends on the active adapter's name, its shapes and its scaling, but not on which weights these are: so
-        adapters of one rank and scaling share their code, instead of being compiled one by one. FSDP2 is not meant to
-        see one module under two names: don't use it there.
+        Compiled code depends on the active adapter's name, shapes and scaling, but not on its weights. Under one name,
+        adapters of the same rank and scaling share their compiled code. Don't use it with FSDP2, which does not expect
+        one module under two names.
         """
         self._shares_name = True
 
     @contextmanager
     def use(self, adapter: str | None) -> Iterator[None]:
-        """Within it `adapter` is active, and after it, also after an exception, what was before."""
+        """
+        Context in which `adapter` is active. Afterwards, also after an exception, the one before is active again.
+        """
         before = self.active
         self._activate(adapter)
         try:
@@ -97,10 +99,11 @@ class AdapterSwitch:
     @contextmanager
     def mixed(self, adapter: str) -> Iterator[None]:
         """
-        For a forward with PEFT's `adapter_names`, which it heeds only where some adapter is active: within it, `adapter` is.
+        Context for a forward with PEFT's `adapter_names` (one adapter a row). PEFT ignores that argument unless some
+        adapter is active, so `adapter` is made active.
 
-        After an exception nothing is left of the forward. PEFT would leave its hooks, and the next one would compute its rows
-        with these adapters.
+        After an exception, hooks that PEFT left on the layers are removed. Otherwise the next forward would still
+        compute its rows with these adapters.
         """
         known = [set(layer._forward_pre_hooks) for layer in self._layers]
         with self.use(adapter):

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The moving average of the trained weights: how far back it reaches."""
+"""The moving average of the trained weights: how it is updated, and how old the averaged weights are."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -24,23 +24,23 @@ from torch import nn
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-FOLLOWING = "auto"  # `ema_decay` of an average whose reach follows the length of the run
+FOLLOWING = "auto"  # the `ema_decay` whose averaging window grows with the length of the run
 
-# Mean age of the weights in an average that follows the run, as a share of the updates made so far. A longer one is smoother
-# and lags more: docs/source/average.md has what each costs.
+# With "auto": mean age of the averaged weights, as a share of the updates so far. A larger share is smoother and lags
+# more; docs/source/average.md compares them.
 MEAN_AGE = 0.005
 
-# An average that is older than this share of the run is still on its way when the run ends.
+# If the average is older than this share of the run, it has not caught up when the run ends.
 LAGGING_SHARE = 0.1
 
 
 def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None) -> "EMAModel | None":
     """
-    The average that `ema_decay` asks for, which starts as a copy of `parameters`.
+    Returns the average that `ema_decay` asks for, starting as a copy of `parameters`, or `None` without one.
 
-    With `"auto"` the decay of step n is `n / (n + γ)`, which is diffusers' warm-up with power 1 and no end. Weights of a late
-    update i then count about as `i^(γ - 1)`: the average reaches as far back in a long run as in a short one, measured in
-    lengths of the run (Karras et al. 2024, arXiv 2312.02696, Eq. 7).
+    With `"auto"` the decay of step n is `n / (n + γ)`: diffusers' warm-up with power 1, never ending. The weights of a
+    late update i then count about as `i^(γ - 1)`, so the average covers the same fraction of a long run as of a short
+    one (Karras et al. 2024, arXiv 2312.02696, Eq. 7).
     """
     from diffusers.training_utils import EMAModel  # here, since configs read this module and need no diffusers
 
@@ -53,28 +53,29 @@ def moving_average(parameters: Iterable[nn.Parameter], decay: float | str | None
 
 def step_number(decay: float | str | None, update: int, interval: int) -> int:
     """
-    The n that the decay of the average's step after update number `update` follows from.
+    Returns the n that sets the decay of the average's step after update number `update`.
 
-    Steps of the average are counted where it follows the run: it then reaches equally far back whatever the interval. With a
-    fixed decay updates are, or diffusers' warm-up `(1 + n) / (10 + n)` would last `interval` times as long.
+    With `"auto"`, n counts the steps of the average, so the interval does not change how far back it reaches. With a
+    fixed decay n counts updates: otherwise diffusers' warm-up `(1 + n) / (10 + n)` would last `interval` times as
+    long.
     """
     return update // interval if decay == FOLLOWING else update
 
 
-@cache  # it goes through all updates, and a start asks twice
+@cache  # it loops over all updates, and the start of a run asks twice
 def mean_age(decay: float | str | None, updates: int, interval: int) -> float:
-    """How many updates ago the averaged weights were made, on average, at the end of a run; 0 without an average."""
+    """The mean age of the averaged weights at the end of a run, in updates; 0 without an average."""
     average = moving_average([], decay)
     if average is None:
         return 0.0
-    age = 0.0  # of the average after its last step, at that step; it begins with the weights of update 0
+    age = 0.0  # the mean age right after the average's last step; it starts from the weights of update 0
     for update in range(interval, updates + 1, interval):
         age = average.get_decay(step_number(decay, update, interval)) * (age + interval)
     return age + updates % interval
 
 
 def average_line(decay: float | str | None, updates: int, interval: int) -> str:
-    """What is evaluated and saved, in a sentence for the start of a run."""
+    """Says in one sentence, for the start of a run, which weights are evaluated and saved."""
     if not decay:
         return "Evaluated and saved: the weights as they are (no moving average)."
     age = mean_age(decay, updates, interval)
@@ -85,19 +86,19 @@ def average_line(decay: float | str | None, updates: int, interval: int) -> str:
 
 
 def lag_problem(decay: float | str | None, updates: int, interval: int) -> str | None:
-    """A warning where the average is still near the weights of the start when the run ends."""
+    """Returns a warning if the average still lags far behind the weights when the run ends, else `None`."""
     age = mean_age(decay, updates, interval)
     if age <= LAGGING_SHARE * updates:
         return None
     return (
-        f"ema_decay={decay} every {interval} updates gives an average that is {age:.0f} updates old after {updates}: what is "
-        f"evaluated and saved lags behind what was trained. ema_decay='{FOLLOWING}' follows the run, 0 saves the weights as "
-        "they are."
+        f"ema_decay={decay} every {interval} updates gives an average that is {age:.0f} updates old after {updates}: "
+        f"the weights that are evaluated and saved lag behind. ema_decay='{FOLLOWING}' follows the run, 0 saves the "
+        "weights as they are."
     )
 
 
 def average_in_words(decay: float | str | None, interval: int) -> str:
-    """The average as a setting, for a model card."""
+    """Describes the average's settings for a model card."""
     if not decay:
         return "none"
     every = "every update" if interval == 1 else f"every {interval} updates"

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""One network and the roles that it plays: base, student, teachers, an old policy; and the networks that play one alone."""
+"""Holds the base network once and switches it between its roles: base, student, LoRA teachers, old policy."""
 
 from __future__ import annotations
 
@@ -34,18 +34,21 @@ BASE, STUDENT = "base", "student"
 
 class Backbone:
     """
-    Computes as the base, the student, or any of the LoRAs and networks that were added, without copies of the base.
+    Holds the base once and activates one LoRA on it at a time: the student's, a teacher's, or none (the base itself).
+
+    Models that are whole networks (a full teacher, a fully trained student) are kept beside it and chosen by the same
+    role names.
 
     Args:
         network (`nn.Module`, *optional*):
-            What LoRAs are added to: the `PeftModel` that holds the student's adapter, or the base, which the first LoRA wraps in
-            place and which is frozen. None where nobody computes with the base.
+            The network that LoRAs are added to: a `PeftModel` that holds the student's adapter, or the base. The base
+            is frozen, and the first LoRA wraps it in place. `None` if nobody computes with the base.
         student (`str`, *optional*):
-            The student's adapter, active outside of [`~Backbone.use`]; `None` without one.
+            Name of the student's adapter, which is active outside of [`~Backbone.use`]. `None` if there is none.
         whole_student (`nn.Module`, *optional*): a student that is trained in full, beside `network`.
 
     Attributes:
-        network (`nn.Module`, *optional*): the same, with what has been added.
+        network (`nn.Module`, *optional*): the given network with the LoRAs added since.
     """
 
     def __init__(
@@ -54,26 +57,30 @@ class Backbone:
         self.network = network
         self._home = student
         self._student = whole_student
-        # By role, each frozen: a network of its own, or None for a LoRA on `network`.
+        # By role, all frozen: a network of its own, or None for a LoRA on `network`.
         self._added: dict[str, nn.Module | None] = {}
         self._look_again()
 
     @classmethod
     def of(cls, student: nn.Module, with_base: bool = True) -> Backbone:
         """
-        The backbone of a student that is trained.
+        Makes the backbone of a student in training.
 
         Args:
-            student (`PeftModel` or `nn.Module`): the LoRA on its base, or a transformer that is trained in full.
-            with_base (`bool`, *optional*): whether anybody computes with the base, or with a LoRA on it. Beside full weights that
-                takes a frozen copy.
+            student (`PeftModel` or `nn.Module`): a base with the student's LoRA, or a transformer that is trained in
+                full.
+            with_base (`bool`, *optional*): whether the base, or a LoRA on it, is computed too. For a student that is
+                trained in full this takes a frozen copy of it.
         """
         if isinstance(student, PeftModel):
             return cls(student, STUDENT_ADAPTER)
         return cls(frozen_copy(student) if with_base else None, whole_student=student)
 
     def _look_again(self) -> None:
-        """After adapters have come or gone: PEFT leaves any of them active, and a new wrapper in training mode."""
+        """
+        Finds the adapters again after some were added or removed. PEFT leaves an arbitrary one active, and new
+        wrappers in training mode.
+        """
         if self.network is not None:
             self._switch = AdapterSwitch(self.network, self._home)
             if self._home is None:
@@ -87,7 +94,7 @@ class Backbone:
 
         Args:
             role (`str`), config (`LoraConfig`), weights (`dict[str, Tensor]`): as [`add_adapter`] takes them.
-            trainable (`bool`, *optional*): whether it gets the precision of what is trained, and not that of the base.
+            trainable (`bool`, *optional*): whether its weights get the student's precision instead of the base's.
         """
         assert self.network is not None
         try:
@@ -99,7 +106,7 @@ class Backbone:
             self._look_again()
 
     def add_network(self, role: str, network: nn.Module) -> None:
-        """Adds a frozen network of its own."""
+        """Adds a whole frozen network, which plays `role` alone."""
         self._added[role] = network
 
     @property
@@ -109,16 +116,16 @@ class Backbone:
 
     @property
     def active(self) -> str | None:
-        """The adapter of `network` that is active now; `None` for none, which is the base."""
+        """The active adapter of `network`; `None` if none is active, which is the base."""
         return self._switch.active
 
     @contextmanager
     def use(self, role: str) -> Iterator[nn.Module]:
         """
-        Yields the module that computes as `"base"`, as `"student"`, or as what was added under that name.
+        Yields the module that computes as `role`: `"base"`, `"student"`, or a name that was added.
 
-        Call it under `torch.no_grad()`. On exit, also by an exception, what was active before is active again: the student. No
-        parameter's `requires_grad` changes.
+        Call it under `torch.no_grad()`. On exit, also after an exception, the adapter that was active before (usually
+        the student's) is active again. `requires_grad` of the parameters never changes.
         """
         alone = self._student if role == STUDENT else self._added.get(role)
         if alone is not None:
@@ -130,13 +137,15 @@ class Backbone:
 
     @contextmanager
     def mixed(self, adapter: str) -> Iterator[nn.Module]:
-        """Yields the network for a forward with PEFT's `adapter_names`: see [`AdapterSwitch.mixed`]."""
+        """Yields the network for a forward in which rows use different adapters. See [`AdapterSwitch.mixed`]."""
         assert self.network is not None
         with self._switch.mixed(adapter):
             yield self.network
 
     def frozen(self) -> dict[str, list[nn.Parameter]]:
-        """By role the parameters that are not the student's, each once; without a student's adapter also the base's."""
+        """
+        Returns the frozen parameters of each role, each once. The base is among them if no student's adapter is on it.
+        """
         found: dict[str, list[nn.Parameter]] = {}
         if self._home is None and self.network is not None:
             found[BASE] = list(self.network.parameters())
@@ -148,20 +157,21 @@ class Backbone:
         return found
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All of [`~Backbone.frozen`]."""
+        """All parameters of [`~Backbone.frozen`]."""
         return (parameter for of_role in self.frozen().values() for parameter in of_role)
 
     def networks(self) -> list[nn.Module]:
-        """The transformers that are not the student's: those of their own, and without a student's adapter the base."""
+        """The networks other than the student's: the whole ones, and the base if no student's adapter is on it."""
         own = [network for network in self._added.values() if network is not None]
         return own if self._home is not None or self.base is None else [self.base, *own]
 
     def rounding(self, mixed: torch.dtype | None) -> float:
         """
-        What two equal networks differ by: the relative rounding of one number, a few times over the layers.
+        Estimates the relative difference between outputs of two equal networks: the rounding of one number, times 4
+        for the layers.
 
         Args:
-            mixed (`torch.dtype`, *optional*): what mixed precision computes in.
+            mixed (`torch.dtype`, *optional*): the dtype that mixed precision computes in.
         """
         assert self.network is not None
         frozen = (p.dtype for p in self.network.parameters() if not p.requires_grad)
@@ -169,13 +179,15 @@ class Backbone:
         return 4 * max(torch.finfo(dtype).eps for dtype in (weights, mixed) if dtype is not None)
 
     def to(self, device: torch.device | str) -> Backbone:
-        """Moves what the trainer does not: [`~Backbone.networks`] with their LoRAs."""
+        """Moves [`~Backbone.networks`] with their LoRAs to a device. The trainer moves the student itself."""
         for network in self.networks():
             network.to(device)
         return self
 
     def compile(self, backend: str | None = None, mode: str | None = None) -> Backbone:
-        """Compiles [`~Backbone.networks`] ([`~compilation.compile_blocks`]), so that switching does not compile again."""
+        """
+        Compiles [`~Backbone.networks`] with [`~compilation.compile_blocks`], so that switching does not recompile.
+        """
         if self.network is not None:
             self._switch.share_name()
         for network in self.networks():

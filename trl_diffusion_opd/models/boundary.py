@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The one place where whatever a stranger's files make the libraries raise becomes an error about that teacher."""
+"""Turns any error that a downloaded file causes in a library into an error that names the teacher."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,25 +20,25 @@ from ..guards.redaction import shown
 from .teacher_config import TeacherError
 
 
-# Of what a library said: some repeat a whole file.
+# The longest quote of a library's message, in characters: some repeat a whole file.
 _LONGEST = 500
 
 
 @contextmanager
 def strangers_files(explain: Callable[[str], str]) -> Iterator[None]:
     """
-    Within it a stranger's files are read.
+    Context in which files are read that someone else wrote.
 
     Args:
-        explain: Makes the message from the error's type and text, which come as one string.
+        explain: Makes the message from the error's type and text, given as one string.
 
     Raises:
-        TeacherError: In place of every other error, which is its cause.
+        TeacherError: In place of any other error, which becomes its cause.
     """
     try:
         yield
     except TeacherError:
         raise
-    except Exception as error:  # no list of what a library raises on what it was not written for is complete
+    except Exception as error:  # libraries raise all kinds of errors on broken files; no list of them is complete
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise TeacherError(explain(shown(said, _LONGEST))) from error

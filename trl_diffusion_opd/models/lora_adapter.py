@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A LoRA on a model: added strictly, and rescaled within itself."""
+"""Adds a LoRA to a model after checking every tensor, and rescales its factors against each other."""
 
 from __future__ import annotations
 
@@ -42,32 +42,32 @@ def add_adapter(
     trainable: bool = False,
 ) -> PeftModel:
     """
-    Adds a LoRA with its weights to a model, strictly.
+    Adds a LoRA and its weights to a model. Refuses it if any tensor is missing, left over or of another shape.
 
     Args:
         model (`PeftModel` or a bare transformer, which is then wrapped in place):
-            The base. The global random state is left as it was.
+            The base. The global random state does not change.
         name (`str`):
             Name of the new adapter.
         lora_config (`LoraConfig`), state_dict (`dict[str, torch.Tensor]`):
             As [`read_lora`] returns them.
         trainable (`bool`, *optional*, defaults to `False`):
             `False` keeps the adapter frozen in the dtype of the base, without dropout. `True` makes it trainable, in
-            float32 where the base is in half precision.
+            float32 if the base is in half precision.
 
     Returns:
-        The `PeftModel`. Which adapter is active afterwards is PEFT's choice; [`TeacherBank`] sets it right.
+        The `PeftModel`. PEFT leaves an arbitrary adapter active; [`Backbone`] corrects that.
 
     Raises:
-        TeacherError: If the config's targets and the tensors are not the same set, or shapes do not fit the base.
+        TeacherError: If the config's targets and the tensors differ, or a shape does not fit the base.
     """
     lora_config = copy.deepcopy(lora_config)
     lora_config.inference_mode = not trainable
-    lora_config.base_model_name_or_path = None  # as it is of every base here; PEFT warns of any other name
+    lora_config.base_model_name_or_path = None  # PEFT warns if it differs from the base's, which has none here
     if not trainable:
         lora_config.lora_dropout = 0.0
     peft_model: PeftModel
-    # PEFT initialises the new matrices before they are overwritten; that must not shift anyone's random numbers.
+    # PEFT draws random matrices that are then overwritten; that must not shift other random numbers.
     with ExitStack() as undo, torch.random.fork_rng(devices=[]):
         undo.callback(_discard, model, name)
         with strangers_files(lambda said: f"PEFT cannot use its LoRA config ({said})"):
@@ -88,12 +88,12 @@ def add_adapter(
     for parameter in adapter_parameters(peft_model, name):
         parameter.requires_grad_(trainable)
         if not trainable:
-            parameter.data = parameter.data.to(dtype)  # PEFT takes float32 where the base is in integers
+            parameter.data = parameter.data.to(dtype)  # PEFT uses float32 if the base is stored as integers
     return peft_model
 
 
 def _check_shapes(model: PeftModel, name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
-    # save_embedding_layers would look the base up on the Hub.
+    # Without save_embedding_layers=False PEFT looks the base up on the Hub.
     expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     problems = []
     if missing := sorted(set(expected) - set(state_dict)):
@@ -102,7 +102,8 @@ def _check_shapes(model: PeftModel, name: str, state_dict: Mapping[str, torch.Te
         )
     if unexpected := sorted(set(state_dict) - set(expected)):
         problems.append(
-            f"the file has {len(unexpected)} tensors that its config or the base does not, such as {_short(unexpected[0])}"
+            f"the file has {len(unexpected)} tensors that its config or the base does not have, such as "
+            f"{_short(unexpected[0])}"
         )
     for key in sorted(set(expected) & set(state_dict)):
         theirs, ours = tuple(state_dict[key].shape), tuple(expected[key].shape)
@@ -118,13 +119,13 @@ def _check_shapes(model: PeftModel, name: str, state_dict: Mapping[str, torch.Te
 
 
 def _discard(model: nn.Module, name: str) -> None:
-    """Undoes what there is of an adapter that cannot be used."""
+    """Removes an adapter that could not be added completely."""
     if not isinstance(model, PeftModel):
         remove_adapters(model)
         return
     if name in model.peft_config:
         model.delete_adapter(name)
-    for layer in model.modules():  # of an adapter that PEFT has forgotten after it failed
+    for layer in model.modules():  # after a failure PEFT may not list the adapter, though layers have it
         if isinstance(layer, BaseTunerLayer):
             layer.delete_adapter(name)
 
@@ -140,9 +141,8 @@ def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
 @contextmanager
 def rescaled_factors(model: nn.Module, name: str) -> Iterator[None]:
     """
-    Within it the adapter's factors are scaled against each other, which changes nothing but how the result is rounded.
-
-    Afterwards the weights are what they were, to the bit.
+    Context in which the adapter's A is multiplied and its B divided by 1.1. Their product is the same except for
+    rounding, so it shows how much rounding changes the result. Afterwards the weights are restored to the bit.
     """
     forget_gathered(model)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]

@@ -13,14 +13,14 @@
 # limitations under the License.
 
 """
-Which LoRA a student can be: one that consists of lora_A and lora_B alone.
+Checks that a student's LoRA consists of `lora_A` and `lora_B` alone.
 
-Its base must stay what all teachers stand on, it must be switched off as a whole, and `pipe.load_lora_weights` must read back all of
-it. What else PEFT offers changes the base, trains weights that are shared with the teachers, or is lost from the file.
+The teachers share the student's base, so a LoRA must not change it and must switch off completely, and
+`pipe.load_lora_weights` must read all of it back. PEFT's other options change the base, train weights shared with the
+teachers, or are lost in the saved file.
 """
 
 from dataclasses import fields
-from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -29,21 +29,21 @@ from peft.utils.other import get_pattern_key
 from .student import STUDENT_ADAPTER
 
 
-# Fields that may differ from their defaults; any other, of a newer PEFT too, is refused.
+# Fields that may differ from their defaults. All others, also those of newer PEFT versions, are refused.
 _SUPPORTED = {
-    # They say which layers have how much of a LoRA.
+    # Which layers have a LoRA, and of which rank and strength.
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "use_rslora", "init_lora_weights",
     # The trainer sets these itself.
     "lora_dropout", "task_type", "inference_mode",
-    # They say where a config is from.
+    # Where a config is from.
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
-    # For layers that are stored the other way round, of which no transformer here has one: PEFT resets it.
+    # For layers that are stored transposed. No transformer here has one, and PEFT resets the option.
     "fan_in_fan_out",
 }  # fmt: skip
 
-# Initialisations of lora_A and lora_B alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) move a part of the base's weights into the
-# LoRA, freeze one of the two (MiCA), or look at data that a trainer does not have (EVA).
+# Initialisations that set lora_A and lora_B alone. Others move a part of the base's weights into the LoRA (PiSSA,
+# OLoRA, CorDA, LoftQ, LoRA-GA), freeze one of the two (MiCA), or need data that a trainer does not have (EVA).
 _INITS = (True, False, "gaussian", "orthogonal")
 
 _INSTEAD = {
@@ -56,31 +56,33 @@ _INSTEAD = {
 
 
 def config_problems(config: LoraConfig) -> list[str]:
-    """What of a student's `peft_config` would not survive training, saving and loading in diffusers, a sentence each."""
+    """Lists what in a student's `peft_config` would not survive training, saving, and loading in diffusers."""
     if config.peft_type != PeftType.LORA:
         return [f"peft_config is a {type(config).__name__}; the student can be a LoRA or full weights."]
     problems = []
     plain = type(config)()
     for name in [field.name for field in fields(config)]:
-        value: Any = getattr(config, name)
+        value = getattr(config, name)
         # An empty list, dict or string says the same as None.
         if name in _SUPPORTED or (value or None) == (getattr(plain, name) or None):
             continue
         problems.append(
-            f"peft_config: {name}={value!r} goes beyond lora_A and lora_B: it would change what base and teachers compute, or be lost "
+            f"peft_config: {name}={value!r} goes beyond lora_A and lora_B: it would change what base and teachers "
+            "compute, or be lost "
             f"when the student is saved. Leave it out. {_INSTEAD.get(name, '')}".rstrip()
         )
     init = config.init_lora_weights
     if (init.lower() if isinstance(init, str) else init) not in _INITS:
         problems.append(
-            f"peft_config: init_lora_weights={init!r} changes the base's own weights, on which all teachers stand, or needs data that the "
-            'trainer does not have. Use True, "gaussian" or "orthogonal".'
+            f"peft_config: init_lora_weights={init!r} changes the base's own weights, which all teachers share, or "
+            "needs data "
+            'that the trainer does not have. Use True, "gaussian" or "orthogonal".'
         )
     return problems
 
 
 def layer_problems(model: PeftModel) -> list[str]:
-    """What of a student's LoRA would be another one in its file, once it is on its layers."""
+    """Lists what would differ between a student's LoRA on its layers and the file it is saved in."""
     problems = _pattern_problems(model)
     weights = get_peft_model_state_dict(model, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
     saved = {f"{name.removesuffix('.weight')}.{STUDENT_ADAPTER}.weight" for name in weights}
@@ -88,25 +90,25 @@ def layer_problems(model: PeftModel) -> list[str]:
     different = sorted(saved ^ trained)
     if different:
         problems.append(
-            f"peft_config: of {different[0]!r} and {len(different) - 1} more, what is trained is not what is saved. Name other layers in "
-            "target_modules: those that are nn.Linear or nn.Conv2d."
+            f"peft_config: {different[0]!r} and {len(different) - 1} more tensors are either trained and not saved, "
+            "or saved and not trained. Name only layers in target_modules that are nn.Linear or nn.Conv2d."
         )
     return problems
 
 
 def _pattern_problems(model: PeftModel) -> list[str]:
-    # The first pattern that fits a layer counts, and files have them sorted.
+    # The first pattern that matches a layer counts, and saving sorts them.
     network = model.get_base_model()
     layers = [name for name, module in network.named_modules() if isinstance(module, LoraLayer)]
     problems = []
     for field in ("rank_pattern", "alpha_pattern"):
-        pattern: dict[str, Any] = getattr(model.peft_config[STUDENT_ADAPTER], field)
+        pattern = getattr(model.peft_config[STUDENT_ADAPTER], field)
         for layer in layers:
             ours, theirs = get_pattern_key(list(pattern), layer), get_pattern_key(sorted(pattern), layer)
             if pattern.get(ours) != pattern.get(theirs):
                 problems.append(
-                    f"peft_config: {field} has both {ours!r} and {theirs!r} for {layer}. The first of them counts, and the order is "
-                    "lost when the student is saved. Give each layer one."
+                    f"peft_config: {field} has two patterns for {layer}, {ours!r} and {theirs!r}. The first one "
+                    "counts, but the order is lost when the student is saved. Let only one pattern match each layer."
                 )
                 break
     return problems

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading the files of a LoRA strictly: its matrices, and at which rank and scale they lie on which layers."""
+"""Reads a LoRA's files: its matrices, their layers, ranks and scales. Anything that would be dropped is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .teacher_config import TeacherConfig, TeacherError
 from .teacher_files import TeacherFiles, check_keys, find_files, parse_json, read_json
 
 
-# The keys of a PeftModel, which this package uses throughout; files may have them or not.
+# How the keys of a PeftModel begin. This package uses such keys throughout; files may have the prefix or not.
 PEFT_PREFIX = "base_model.model."
 
 
@@ -47,13 +47,13 @@ def read_lora(
 
     Args:
         pipeline (`DiffusionPipeline`):
-            The base. Its class knows how to convert the key layouts of other trainers.
+            The base. Its class converts the key layouts of other trainers.
         config ([`TeacherConfig`]):
             As `parse_teacher` returns it.
 
     Returns:
-        The `LoraConfig`, the tensors on the CPU in the file's own dtype under PEFT's keys
-        (`base_model.model.<module>.lora_A.weight`), and where they came from.
+        The `LoraConfig`; the tensors on the CPU, in the file's own dtype, under PEFT's keys
+        (`base_model.model.<module>.lora_A.weight`); and the [`~teacher_files.TeacherFiles`] they came from.
 
     Raises:
         TeacherError: If it is not a LoRA, is damaged, or holds what would be dropped (text encoders,
@@ -68,7 +68,7 @@ def read_lora(
 
 
 def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The part of [`read_lora`] after the files are found. Same results and errors."""
+    """Does the work of [`read_lora`] once the files are found. Same results and errors."""
     network: nn.Module = pipeline.components["transformer"]
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
         raw, metadata = _load(files)
@@ -85,7 +85,9 @@ def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[L
 
 
 class _Lora(NamedTuple):
-    """What a LoRA's files say: its matrices, and its options or, without any, the alphas that lie among the matrices."""
+    """
+    The content of a LoRA's files: its matrices and its options. Without options, alphas may lie among the tensors.
+    """
 
     config: LoraConfig | None
     tensors: dict[str, torch.Tensor]
@@ -93,7 +95,7 @@ class _Lora(NamedTuple):
 
 
 def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a LoRA's file, in a dtype that can be computed in, and its metadata."""
+    """Reads the tensors of a LoRA's file, in a dtype that can be computed with, and its metadata."""
     label = files.label
     path = files.folder / files.names[-1]
     try:
@@ -102,8 +104,9 @@ def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]
             check_keys(keys, f"{label}: {path.name}")
             if not any(LORA_KEY.search(key) or LYCORIS_KEY.search(key) or "lora" in key for key in keys):
                 raise TeacherError(
-                    f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are {some(keys)}). A "
-                    "whole transformer is given as the folder that save_pretrained() makes; one in a single file is loaded "
+                    f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are "
+                    f"{some(keys)}). "
+                    "For a whole transformer, give the folder that save_pretrained() makes. Load one in a single file "
                     "with from_single_file() first."
                 )
         raw = load_file(path, device="cpu")
@@ -114,20 +117,20 @@ def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]
             f"{label}: {path.name} also adapts text encoders ({some(encoders)}), which would be dropped: only the "
             "transformer is distilled. Use a teacher that was trained with frozen text encoders."
         )
-    # diffusers filters these keys out of a file with a warning; without them it is another adapter.
+    # diffusers drops these keys with a warning, which would make another adapter of it.
     if dora := [key for key in raw if "dora_scale" in key or "lora_magnitude_vector" in key]:
         raise TeacherError(
             f"{label}: is a DoRA ({some(dora)}), which is not supported. Merge it into a full transformer."
         )
-    # Nothing computes in 8 bits; bfloat16 holds all of their values.
+    # No layer computes with 8-bit floats. bfloat16 holds all of their values.
     raw = {k: v.bfloat16() if v.is_floating_point() and v.itemsize == 1 else v for k, v in raw.items()}
-    # Differences of zeros, as ComfyUI's extraction writes them for norms, change nothing.
+    # ComfyUI's extraction writes differences of zeros for norms. They change nothing.
     raw = {key: value for key, value in raw.items() if not DIFFERENCE_KEY.search(key) or value.any()}
     if other := [key for key in raw if not LORA_KEY.search(key)]:
         what = "LyCORIS's (LoKr, LoHa or OFT)" if any(LYCORIS_KEY.search(key) for key in other) else "no LoRA matrices"
         raise TeacherError(
-            f"{label}: {path.name} holds tensors that are {what} and would be dropped: {some(other)}. Merge the whole file into "
-            "its base with a program that knows it, and use the full transformer as the teacher."
+            f"{label}: {path.name} holds tensors that are {what} and would be dropped: {some(other)}. Merge the whole "
+            "file into its base with a program that knows it, and use the full transformer as the teacher."
         )
     whole = [key for key, value in raw.items() if not (value.is_floating_point() or key.endswith(".alpha"))]
     if whole:
@@ -148,12 +151,13 @@ def _read_peft(
         raise TeacherError(f"{label}: {some(twice)} is in it twice, with and without {PEFT_PREFIX!r} before it.")
     if layout_of(tensors) is None:
         return _Lora(config, tensors, {})
-    # Some trainers (diffusion-pipe) save PEFT's config beside ComfyUI's keys. Whoever reads such a file goes by its keys alone.
+    # Some trainers (diffusion-pipe) save PEFT's config beside ComfyUI's keys. Programs that read such a file use its
+    # keys and ignore the config.
     converted, alphas = convert(tensors, pipeline, label)
     if alphas or config.use_rslora or config.alpha_pattern or config.rank_pattern or config.lora_alpha != config.r:
         raise TeacherError(
-            f"{label}: its {CONFIG_NAME} is PEFT's, with lora_alpha={config.lora_alpha} and r={config.r}, and its keys are not: "
-            f"whether they were meant to be scaled is unclear. Save it with PEFT or diffusers."
+            f"{label}: its {CONFIG_NAME} is PEFT's, with lora_alpha={config.lora_alpha} and r={config.r}, but its "
+            f"keys are not PEFT's. It is unclear whether they are meant to be scaled. Save it with PEFT or diffusers."
         )
     return _Lora(None, converted, {})
 
@@ -165,7 +169,7 @@ def _read_diffusers(
     tensors, alphas = convert(raw, pipeline, label)
     stored = parse_json(metadata.get(LORA_ADAPTER_METADATA_KEY) or "{}", f"{label}: the metadata of {name}")
     if any(key.startswith("transformer.") for key in stored):
-        # The options of text encoders lie beside them.
+        # The metadata may also hold the options of text encoders.
         stored = {k.removeprefix("transformer."): v for k, v in stored.items() if k.startswith("transformer.")}
     if not stored:
         return _Lora(None, tensors, alphas)
@@ -191,16 +195,20 @@ def _check_tensors(files: TeacherFiles, tensors: dict[str, torch.Tensor]) -> Non
         ]
         if not matrices:
             raise TeacherError(f"{label}: holds no lora_{side} (its keys are like {some(list(tensors))})")
-        # Either side zero makes every product zero, and the teacher silently equal to the base.
+        # If either side is zero, every product is zero, and the teacher would silently be the base.
         if not any(value.any() for value in matrices):
             raise TeacherError(
-                f"{label}: every lora_{side} of {name} is zero, so this teacher is the base model. Was it saved before "
+                f"{label}: every lora_{side} of {name} is zero, so this teacher is the base model. Was it saved "
+                "before "
                 'training? If the base is meant, say "base".'
             )
 
 
 def infer_scales(tensors: dict[str, torch.Tensor], alphas: dict[str, float]) -> LoraScales:
-    """Rank from the shapes; alpha from its tensors, else the rank (scale 1), which is how diffusers reads such files."""
+    """
+    Takes each layer's rank from the shapes, and alpha from `alphas`, else the rank (scale 1). diffusers reads such
+    files the same way.
+    """
     shapes = matrix_shapes(tensors)
     ranks = {layer: shape[axis] for layer, sides in shapes.items() for _, shape, axis in sides if axis == 1}
     for layer, sides in shapes.items():

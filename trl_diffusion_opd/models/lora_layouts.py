@@ -11,14 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Layouts of LoRA files: the pipeline's own loader converts them, and what it would drop is found and refused by name."""
+"""Converts the key layouts of LoRA files with the pipeline's own loader, and refuses tensors that it would drop."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,15 +29,15 @@ from .boundary import strangers_files
 from .teacher_config import TeacherError
 
 
-# What stands behind a module's name in the keys of a LoRA's file, in any layout: its two matrices, and alpha.
+# The end of a key, after the module's name, in any layout: one of the two matrices, or alpha.
 _MATRIX = r"(lora_(embedding_)?[AB](\.(?!bias)\w+)?|lora_(down|up)|(\w+_)?lora(_linear_layer|\d)?\.(down|up))"
 LORA_KEY = re.compile(rf"\.({_MATRIX}(\.weight)?|alpha)$")
-# Other adapters, and differences of whole weights or biases that some programs save beside a LoRA.
+# Keys of other adapters, and of differences of whole weights or biases that some programs save beside a LoRA.
 LYCORIS_KEY = re.compile(r"\.(lokr|hada|oft|boft)_\w+$|\.(glora|[ab][12])\.weight$")
 DIFFERENCE_KEY = re.compile(r"\.diff(_[bm])?$")
-# What stands before it.
+# The start of a key, before the module's name.
 _PREFIX = re.compile(r"^((base_model\.model|diffusion_model|transformer)\.|(lora_unet|lora_transformer|lycoris)_)")
-# Layouts that some loader of diffusers reads and others don't: how to tell them, and what they are called.
+# Layouts that some of diffusers' loaders read and others don't: the pattern of their keys, and their name.
 _LAYOUTS = {
     r"^(lora_unet|lora_transformer|lycoris)_": "kohya's trainers (underscores for the dots of names)",
     r"\.lora_[AB]\.\w+\.weight$": "DiffSynth-Studio (an adapter's name behind lora_A and lora_B)",
@@ -50,14 +49,16 @@ _LAYOUTS = {
 
 
 class _Traced(torch.Tensor):
-    """A tensor that knows the keys of the file that its values come from; what is computed from it knows them too."""
+    """
+    A tensor that remembers from which keys of the file its values come. Tensors computed from it remember them too.
+    """
 
     sources: frozenset[str] = frozenset()
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
+        cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         if func is torch.Tensor.item:  # a number would not know: a tensor of one float64 computes the same
             func = torch.Tensor.double
         result = super().__torch_function__(func, types, args, kwargs)
@@ -67,7 +68,7 @@ class _Traced(torch.Tensor):
         return result
 
 
-def _traced(value: Any) -> Iterator[_Traced]:
+def _traced(value: object) -> Iterator[_Traced]:
     if isinstance(value, _Traced):
         yield value
     elif isinstance(value, list | tuple):
@@ -75,7 +76,7 @@ def _traced(value: Any) -> Iterator[_Traced]:
             yield from _traced(part)
 
 
-def _sources(value: Any) -> frozenset[str]:
+def _sources(value: object) -> frozenset[str]:
     return frozenset[str]().union(*(tensor.sources for tensor in _traced(value)))
 
 
@@ -83,33 +84,33 @@ def convert(
     raw: Mapping[str, Tensor], pipeline: DiffusionPipeline, label: str
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """
-    Brings a LoRA's tensors from any layout that the pipeline's own loader converts to the names of the transformer.
+    Renames a LoRA's tensors to the transformer's own names, from any layout that the pipeline's loader converts.
 
     Args:
-        raw (`dict[str, Tensor]`): the file.
+        raw (`dict[str, Tensor]`): the tensors of the file.
         pipeline (`DiffusionPipeline`): the base.
-        label (`str`): how messages call the file.
+        label (`str`): the teacher's name in messages.
 
     Returns:
-        Tensors (`<module>.lora_A.weight`) and alphas by module.
+        The tensors (`<module>.lora_A.weight`), and alpha by module.
 
     Raises:
-        TeacherError: If the layout is none of these, or a tensor of the file would be dropped.
+        TeacherError: If the loader cannot convert the layout, or would drop a tensor of the file.
     """
     _refuse_mixture(raw, label)
-    tensors: dict[str, Any] = {}
+    tensors: dict[str, _Traced] = {}
     for key, value in raw.items():
         tensors[key] = value.as_subclass(_Traced)
         tensors[key].sources = frozenset([key])
     alphas = _take_alphas(tensors, label)
     used = {key for key in raw if key not in tensors}
-    loader: Any = type(pipeline)  # the mixin's type has only a stub of what every family implements
+    loader = type(pipeline)
     if issubclass(loader, LoraBaseMixin):
-        # Converters fail in any way on what they were not written for.
+        # Converters raise all kinds of errors on layouts that they were not written for.
         with strangers_files(lambda said: f"{label}: {_describe(raw, pipeline, f' ({said})')}"):
             tensors = loader.lora_state_dict(tensors)
     if any(key.startswith("transformer.") for key in tensors):
-        # FLUX.1's converter leaves out the prefix of the layers outside the blocks.
+        # FLUX.1's converter omits the prefix of layers outside the blocks.
         ours = {name for name, _ in pipeline.components["transformer"].named_modules()}
         outside = [key for key in tensors if not key.startswith("transformer.")]
         if foreign := [key for key in outside if LORA_KEY.sub("", key) not in ours]:
@@ -124,29 +125,29 @@ def convert(
     used |= _sources([*tensors.values()])
     if dropped := [key for key in raw if key not in used and not _changes_nothing(key, raw)]:
         raise TeacherError(
-            f"{label}: {some(dropped)} would be dropped, for which {loader.__name__} has no place in a LoRA of its "
-            "transformer. Merge the whole file into its base with a program that knows it, and use the full transformer as "
-            "the teacher."
+            f"{label}: {some(dropped)} would be dropped: {loader.__name__} has no place for it in a LoRA of its "
+            "transformer. Merge the whole file into its base with a program that knows it, and use the full "
+            "transformer as the teacher."
         )
     return {key: value.as_subclass(Tensor) for key, value in tensors.items()}, alphas
 
 
 def _refuse_mixture(keys: Iterable[str], label: str) -> None:
-    """Converters cut a prefix from all keys, or drop those without it: what lacks it is named before."""
+    """Refuses files with several prefixes. Converters cut one prefix from all keys, or drop keys that lack it."""
     prefixes = {key: (_PREFIX.match(key) or [""])[0] for key in keys}
     most = Counter(prefixes.values()).most_common(1)[0][0]
     if most != "transformer." and (others := [key for key, prefix in prefixes.items() if prefix != most]):
         example = next(key for key, prefix in prefixes.items() if prefix == most)
         raise TeacherError(
-            f"{label}: is a mixture of layouts, {some(others)} beside {example} and the like, of which one would be dropped. Make "
-            "two files of it, or convert it to the layout of diffusers."
+            f"{label}: is a mixture of layouts, {some(others)} beside {example} and the like; one of them would be "
+            "dropped. Make two files of it, or convert it to the layout of diffusers."
         )
 
 
-def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
+def _take_alphas(tensors: dict[str, _Traced], label: str) -> dict[str, float]:
     """
-    Takes the alphas of diffusers' own layout out, because some of its loaders drop them when only the tensors are asked for.
-    Those of other layouts are folded into the tensors by the loaders, and stay.
+    Removes the alphas of diffusers' own layout from `tensors` and returns them by module: some of its loaders drop
+    them. The alphas of other layouts stay, since the loaders fold them into the matrices.
     """
     alphas = {}
     for key in [key for key in tensors if key.endswith(".alpha")]:
@@ -154,20 +155,22 @@ def _take_alphas(tensors: dict[str, Any], label: str) -> dict[str, float]:
         is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
         if not is_number or not torch.isfinite(value).all() or not value.any():
             raise TeacherError(
-                f"{label}: {key} is {value.tolist()}; alpha is one number, finite and not 0, which would make the teacher "
-                "the base."
+                f"{label}: {key} is {value.tolist()}; alpha must be one finite number, and not 0, which would make "
+                "the teacher the base."
             )
         module = key.removesuffix(".alpha")
         if not key.startswith("diffusion_model.") and f"{module}.lora_A.weight" in tensors:
             alphas[module.removeprefix("transformer.")] = value.item()
             del tensors[key]
-        elif value.item() < 0:  # diffusers' loaders don't come to an end with it
+        elif value.item() < 0:  # diffusers' loaders would loop forever
             raise TeacherError(f"{label}: {key} is {value.item()}; a negative alpha cannot be converted.")
     return alphas
 
 
 def _changes_nothing(key: str, raw: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor that the loader drops has no effect anyway: of a product that is zero, or an alpha that is the rank."""
+    """
+    Whether a dropped tensor has no effect anyway: its layer's product is zero, or it is an alpha equal to the rank.
+    """
     module = LORA_KEY.sub("", key)
     for a, b in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
         down, up = raw.get(f"{module}.{a}.weight"), raw.get(f"{module}.{b}.weight")
@@ -178,13 +181,13 @@ def _changes_nothing(key: str, raw: Mapping[str, Tensor]) -> bool:
 
 
 def layout_of(keys: Iterable[str]) -> str | None:
-    """The mark of a trainer's layout that shows in keys; `None` if they are plain (`<module>.lora_A.weight`)."""
+    """The key in `_LAYOUTS` of the layout that the keys have; `None` if they are plain (`<module>.lora_A.weight`)."""
     keys = list(keys)
     return next((mark for mark in _LAYOUTS if any(re.search(mark, key) for key in keys)), None)
 
 
 def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") -> str:
-    """The layout of a file that cannot be read, whether it names this base's layers, and what to do."""
+    """Says which layout an unreadable file has, whether it names this base's layers, and what to do."""
     keys = sorted(keys)
     transformer: nn.Module = pipeline.components["transformer"]
     ours = {name.replace(".", "_"): name for name, _ in transformer.named_modules() if name}
@@ -198,13 +201,13 @@ def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") 
         return f"{start}. Its alpha is in its adapter_config.json: put that beside it."
     if not named:
         return (
-            f"{start}, and name no layer of a {type(transformer).__name__}: it is for another base, or names the layers as its "
-            "trainer does. Convert it to the layout of diffusers with the tools of its trainer."
+            f"{start}, and name no layer of a {type(transformer).__name__}: it is for another base, or uses its "
+            "trainer's own names. Convert it to the layout of diffusers with the tools of its trainer."
         )
     side = "B" if re.search(r"(B|up)(\.\w+)?\.weight$", example) else "A"
     return f"{start}. Rename its keys: {example} to transformer.{named[example]}.lora_{side}.weight, and so on."
 
 
 def some(names: list[str]) -> str:
-    """A list of names, of which a long one is cut short, and so is each of them."""
+    """Joins names for a message. Long lists and long names are cut short."""
     return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,11 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Which layers a LoRA is for, and at which rank and scale: names and patterns of a stranger's config are replaced by the layers that its
-file has.
+Finds out which layers a downloaded LoRA is for, and their ranks and scales, and replaces its config's patterns by the
+names of these layers.
 
-PEFT matches such patterns as regular expressions, and allocates what the config asks for. So they are matched here before, within a
-second, and ranks are compared with the shapes of the file.
+PEFT matches the patterns as regular expressions and allocates the ranks that the config asks for, so a bad config
+could take all time or memory. Here the patterns are matched first, within a second, and ranks compared with the file's
+shapes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import regex
 from peft import LoraConfig
@@ -38,28 +39,30 @@ from .lora_layouts import some
 from .teacher_config import TeacherError
 
 
-# What a matrix's key ends with, behind the name of its layer.
+N = TypeVar("N", bound=float)  # a rank or an alpha
+
+# The end of a matrix's key, after the name of its layer.
 MATRIX = re.compile(r"\.lora_(embedding_)?([AB])(\.weight)?$")
 
-# For all patterns of a config together, in seconds: those of real files take milliseconds.
+# Time limit for all patterns of a config together, in seconds. Those of real files take milliseconds.
 _LONGEST = 1.0
-_LONGEST_PATTERN = 20_000  # characters, of a pattern that is more than names: reading it takes 15 us each
+_LONGEST_PATTERN = 20_000  # characters of a pattern that is not just names: each takes 15 us to read
 _MOST_PATTERNS = 10_000
-# Names alone, each whole and with escaped dots, as [`LoraScales.config`] writes them.
+# A pattern of names alone, with escaped dots, as [`LoraScales.config`] writes it.
 _NAME = r"(?:[\w-]|\\[.-])+"
 _NAMES = re.compile(rf"{_NAME}(\|{_NAME})*")
-_ALL_LINEAR = "all-linear"  # PEFT's name for them
+_ALL_LINEAR = "all-linear"  # PEFT's word for all linear layers
 
 
 @dataclass(frozen=True)
 class LoraScales:
     """
-    A LoRA layer by layer.
+    Rank and alpha of a LoRA, layer by layer.
 
     Attributes:
         ranks (`dict[str, int]`): rank by the layer's name.
         alphas (`dict[str, float]`): alpha of the same layers.
-        use_rslora (`bool`): whether alpha is divided by the square root of the rank, and not by the rank.
+        use_rslora (`bool`): whether alpha is divided by the square root of the rank instead of by the rank.
     """
 
     ranks: dict[str, int]
@@ -67,16 +70,16 @@ class LoraScales:
     use_rslora: bool = False
 
     def scale(self, layer: str) -> float:
-        """What a layer's product of matrices is multiplied by."""
+        """The factor of a layer's product `B A`."""
         rank = self.ranks[layer]
         return float(self.alphas[layer]) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def config(self, network: nn.Module) -> LoraConfig:
         """
-        PEFT's config of it, in which every layer that the base has is named.
+        Makes PEFT's config, which names each layer that the base has.
 
         Raises:
-            TeacherError: If the base has none.
+            TeacherError: If the base has none of the layers.
         """
         names = layer_names(network)
         ranks = {name: self.ranks[name] for name in names if name in self.ranks}
@@ -86,7 +89,7 @@ class LoraScales:
                 f"made for another base: this one has none of its layers, such as {some([*self.ranks])}"
             )
         rank, alpha = _usual(ranks), _usual(alphas)
-        # PEFT lets a name also mean everything that ends with it.
+        # To PEFT, a name also means every layer whose name ends with it.
         is_exact = not any(name not in ranks and ranks.keys() & {*_ends(name)} for name in names)
         return LoraConfig(
             r=rank,
@@ -98,24 +101,26 @@ class LoraScales:
         )
 
 
-def _usual(values: Mapping[str, Any]) -> Any:  # an alpha is an int to PEFT's types, and a float to its arithmetic
+def _usual(values: Mapping[str, N]) -> N:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _exact(values: Mapping[str, float], usual: float) -> dict[str, Any]:
-    """PEFT's pattern for what is not as usual: one key for each value, since PEFT tries all keys on all layers."""
-    layers: dict[float, list[str]] = {}
+def _exact(values: Mapping[str, N], usual: N) -> dict[str, N]:
+    """
+    PEFT's pattern for layers whose value differs from `usual`. One key a value: PEFT tries all keys on all layers.
+    """
+    layers: dict[N, list[str]] = {}
     for layer, value in sorted(values.items()):
         if value != usual:
             layers.setdefault(value, []).append(re.escape(layer))
-    # "^" keeps a name from meaning what ends with it.
+    # Without "^" a name would also mean every layer that ends with it.
     return {f"^{names[0]}" if len(names) == 1 else f"^({'|'.join(names)})": value for value, names in layers.items()}
 
 
 def layer_names(network: nn.Module) -> list[str]:
-    """The names of a network's modules, with or without LoRAs on it, but not of what is inside a LoRA's layer."""
+    """The names of a network's modules. LoRAs on it do not change them: modules inside a LoRA's layer are left out."""
     names, inside = [], ("",)
-    for name, module in network.named_modules():  # a module comes before what is in it
+    for name, module in network.named_modules():  # a module comes before its children
         if not name or (inside[0] and name.startswith(inside[0])):
             continue
         names.append(name)
@@ -126,7 +131,7 @@ def layer_names(network: nn.Module) -> list[str]:
 
 def resolve(config: LoraConfig, tensors: Mapping[str, Tensor], network: nn.Module) -> LoraScales:
     """
-    What a config says of the layers that a file has.
+    Finds the rank and alpha that a config gives each layer of a file.
 
     Args:
         config (`LoraConfig`): as [`~lora_options.read_options`] returns it.
@@ -134,7 +139,7 @@ def resolve(config: LoraConfig, tensors: Mapping[str, Tensor], network: nn.Modul
         network (`nn.Module`): the base, with or without LoRAs on it.
 
     Raises:
-        TeacherError: If the config is for other layers than the file has, gives other ranks, or has a pattern that cannot be matched.
+        TeacherError: If config and file differ in layers or ranks, or a pattern cannot be matched.
     """
     shapes = matrix_shapes(tensors)
     patterns = _Patterns()
@@ -145,33 +150,36 @@ def resolve(config: LoraConfig, tensors: Mapping[str, Tensor], network: nn.Modul
         raise TeacherError(
             f"its config asks for {2 * len(missing)} tensors that the file lacks, such as {missing[0]}.lora_A.weight"
         )
-    # A layer that the base does not have is for [`~lora_adapter.add_adapter`] to name.
+    # [`~lora_adapter.add_adapter`] refuses layers that the base does not have.
     more = [key for name, sides in sorted(shapes.items()) if name in there - asked for key, _, _ in sides]
     if more:
-        raise TeacherError(f"the file has {len(more)} tensors that its config or the base does not, such as {more[0]}")
+        raise TeacherError(
+            f"the file has {len(more)} tensors that its config or the base does not have, such as {more[0]}"
+        )
     ranks = patterns.values(config.rank_pattern, config.r, shapes)
     for name, sides in shapes.items():
         for key, shape, axis in sides:
             if name in there and shape[axis] != ranks[name]:
                 raise TeacherError(
-                    f"its config gives another rank: {key} is {shape} in the file, and rank {ranks[name]} is what the config says"
+                    f"its config gives another rank: {key} is {shape} in the file, and the config says rank "
+                    f"{ranks[name]}"
                 )
     return LoraScales(ranks, patterns.values(config.alpha_pattern, config.lora_alpha, shapes), config.use_rslora)
 
 
 def matrix_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[tuple[str, tuple[int, ...], int]]]:
-    """The matrices of each layer: key, shape, and which axis is the rank."""
+    """The matrices of each layer: for each its key, its shape, and the axis of the rank."""
     shapes: dict[str, list[tuple[str, tuple[int, ...], int]]] = {}
     for key, value in tensors.items():
         found = MATRIX.search(key)
         if found is None or value.ndim < 2:
-            raise TeacherError(f"{key} is of shape {tuple(value.shape)}, and no matrix of a LoRA")
+            raise TeacherError(f"{key}, of shape {tuple(value.shape)}, is no matrix of a LoRA")
         shapes.setdefault(key[: found.start()], []).append((key, tuple(value.shape), 0 if found[2] == "A" else 1))
     return shapes
 
 
 def _asked(config: LoraConfig, network: nn.Module, names: list[str], patterns: _Patterns) -> set[str]:
-    """The base's layers that a config is for, as PEFT reads it (`check_target_module_exists`)."""
+    """The base's layers that a config asks for, by PEFT's rules (`check_target_module_exists`)."""
     targets, excluded = config.target_modules, config.exclude_modules
     if isinstance(targets, str):
         asked = _linear(network) if targets.lower() == _ALL_LINEAR else patterns.whole(targets, names)
@@ -180,7 +188,7 @@ def _asked(config: LoraConfig, network: nn.Module, names: list[str], patterns: _
         chosen = config.layers_to_transform
         if chosen is not None:
             chosen = {chosen} if isinstance(chosen, int) else {*chosen}
-            # To PEFT the number of a block counts unless the layer has its whole name there.
+            # PEFT looks at the block's number, except for layers whose whole name is listed.
             asked = {name for name in asked if name in targets or _block(config.layers_pattern, name) in chosen}
     if excluded is None:
         return asked
@@ -193,7 +201,7 @@ def _ending(names: list[str], ends: Iterable[str]) -> set[str]:
 
 
 def _ends(name: str) -> list[str]:
-    """A name, and what stands behind each of its dots."""
+    """A name, and the part of it behind each of its dots."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
 
@@ -205,7 +213,7 @@ def _linear(network: nn.Module) -> set[str]:
 
 
 def _block(blocks: str | list[str] | None, name: str) -> int | None:
-    """The number of the block that a layer is in, of the lists of blocks of these names or of any."""
+    """The number of the block that a layer is in, looking only at block lists of the given names, if any are given."""
     if not blocks:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return int(found[1]) if found else None
@@ -226,19 +234,19 @@ def _among(names: Iterable[str], pattern: str) -> set[str]:
 
 
 class _Patterns:
-    """Matches a stranger's regular expressions, as PEFT does but all of them together within a second."""
+    """Matches untrusted regular expressions as PEFT does, with one time limit for all of them together."""
 
     def __init__(self) -> None:
         self._end = time.monotonic() + _LONGEST
 
     def whole(self, pattern: str, names: Iterable[str]) -> set[str]:
-        """The names that are the pattern's as a whole."""
+        """The names that the pattern matches as a whole."""
         if _NAMES.fullmatch(pattern):
             return _among(names, pattern)
         return self._matching(pattern, pattern, names)
 
-    def values(self, patterns: Mapping[str, Any], usual: Any, names: Iterable[str]) -> dict[str, Any]:
-        """What a table of patterns says of each name: the value of the first that it ends with, else the usual one."""
+    def values(self, patterns: Mapping[str, N], usual: N, names: Iterable[str]) -> dict[str, N]:
+        """For each name, the value of the first pattern that matches its end, else `usual`."""
         if len(patterns) > _MOST_PATTERNS:
             raise TeacherError(f"its config has {len(patterns)} patterns, more than any network has layers")
         values = dict.fromkeys(names, usual)
@@ -254,22 +262,22 @@ class _Patterns:
         return values
 
     def _matching(self, pattern: str, whole: str, names: Iterable[str]) -> set[str]:
-        # Repeats of repeats take for ever and counts are unrolled; no name of a layer needs either. In counts and in "[:" `regex` reads
-        # another thing than `re` does.
+        # Nested repeats can take forever and counts are unrolled; no layer's name needs either. `regex` also reads
+        # counts and "[:" differently from `re`.
         if re.search(r"\)[*+]|\{|\[:", pattern) or len(pattern) > _LONGEST_PATTERN:
             raise TeacherError(
-                f"the pattern {_shown(pattern)} of its config repeats a group, has a count or is very long, and is not matched. Name the "
-                "layers instead."
+                f"the pattern {_shown(pattern)} of its config repeats a group, has a count or is very long. Such "
+                "patterns are not matched. Name the layers instead."
             )
         try:
             self._left()
-            re.compile(whole)  # PEFT's language, of which `regex` knows more
+            re.compile(whole)  # PEFT uses `re`; `regex` would also accept patterns that `re` refuses
             compiled = regex.compile(whole)
             return {name for name in names if compiled.fullmatch(name, timeout=self._left())}
         except TimeoutError as error:
             raise TeacherError(
-                f"the patterns of its config, such as {_shown(pattern)}, take more than {_LONGEST:g} s to match. Name the layers "
-                "instead."
+                f"the patterns of its config, such as {_shown(pattern)}, take more than {_LONGEST:g} s to match. Name "
+                "the layers instead."
             ) from error
         except (re.error, regex.error) as error:
             raise TeacherError(

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How much a LoRA changes its base: a teacher's function is finite, and not the base's."""
+"""Checks how much a LoRA changes its base: its update must be finite, and neither negligible nor overwhelming."""
 
 import math
 from collections.abc import Mapping
@@ -26,27 +26,30 @@ from .lora_scales import LoraScales, layer_names, matrix_shapes
 from .teacher_config import TeacherError
 
 
-# Of a matrix: no product of two overflows float32, nor bfloat16.
+# The largest norm of a matrix: the product of two such matrices overflows neither float32 nor bfloat16.
 _LARGEST = math.sqrt(torch.finfo(torch.float32).max)
-# Of an update beside the weight that it is added to: below it float32 holds the weight alone, and above its inverse the update alone.
+# The smallest update, relative to its weight, that float32 can add: below this, adding it leaves the weight as it is.
+# Above the inverse, nothing of the weight is left.
 _RESOLUTION = torch.finfo(torch.float32).eps / 2
 
 
 @torch.no_grad()
 def check_update(scales: LoraScales, tensors: Mapping[str, Tensor], network: nn.Module) -> None:
     """
-    Checks that a LoRA's updates `scale B A` are finite and neither of no size, nor of any size beyond that of the base's weights.
+    Checks that a LoRA's updates `scale B A` are finite, and compares their size with the base's weights.
 
-    Sizes are Frobenius norms in float64, of matrices rounded to the base's dtype. A LoRA is the base if in no layer its update is
-    2^-24 of the weight; and it leaves nothing of the base if all of its updates together are more than 2^24 of all the weights.
+    Sizes are Frobenius norms in float64, of matrices rounded to the base's dtype. If no layer's update reaches 2^-24
+    of its weight, the LoRA is in effect the base. If all updates together are more than 2^24 times all weights,
+    nothing of the base is left.
 
     Args:
         scales (`LoraScales`): as [`~lora_scales.resolve`] returns it.
-        tensors (`dict[str, Tensor]`): the matrices, under `<layer>.lora_A.weight` and the like, finite in the file's dtype.
+        tensors (`dict[str, Tensor]`): the matrices, under `<layer>.lora_A.weight` and the like, finite in the file's
+            dtype.
         network (`nn.Module`): the base, with or without LoRAs on it.
 
     Raises:
-        TeacherError: If it is not so.
+        TeacherError: If an update is not finite, or too small or too large.
     """
     dtype = base_weight(network).dtype
     norms: dict[str, float] = {}
@@ -57,11 +60,11 @@ def check_update(scales: LoraScales, tensors: Mapping[str, Tensor], network: nn.
         for key, matrix in zip(keys, matrices, strict=True):
             if not float(torch.linalg.vector_norm(matrix)) < _LARGEST:
                 raise TeacherError(f"{key} has a norm beyond {_LARGEST:.2g}, or is infinite in the base's {dtype}")
-        # What is not of two matrices that fit each other, on a layer of the base, is for [`~lora_adapter.add_adapter`] to name.
+        # [`~lora_adapter.add_adapter`] refuses matrices that do not fit each other or the base.
         if layer in there and len(matrices) == 2 and matrices[0].shape[0] == matrices[1].shape[1]:
             norms[layer] = _product_norm(*matrices)
     updates = {layer: abs(scales.scale(layer)) * norm for layer, norm in norms.items()}
-    # Also before the product is scaled it has to be finite.
+    # The product has to be finite before it is scaled, too.
     total = math.hypot(*(max(updates[layer], norms[layer]) for layer in norms))
     weights, is_base, is_beyond = 0.0, bool(updates), bool(updates)
     for layer in sorted(updates, key=lambda name: -updates[name]):
@@ -71,17 +74,18 @@ def check_update(scales: LoraScales, tensors: Mapping[str, Tensor], network: nn.
         weights = math.hypot(weights, weight)
         is_base = is_base and not updates[layer] > _RESOLUTION * weight
         is_beyond = is_beyond and not total * _RESOLUTION <= weights
-        if not (is_base or is_beyond):  # after the first layer, but for a strange file: the base may be large
+        if not (is_base or is_beyond):  # usually after the first layer, which saves time on a large base
             return
     if is_base:
         raise TeacherError(
-            f"its updates (alpha times lora_B times lora_A) are less than 2^-24 of the base's weights in all of its {len(updates)} layers, "
+            "its updates (alpha times lora_B times lora_A) are less than 2^-24 of the base's weights in all of its "
+            f"{len(updates)} layers, "
             f'so this teacher is the base model: alpha is {_alphas(scales)}. If the base is meant, say "base".'
         )
     if is_beyond:
         raise TeacherError(
-            f"its updates (alpha times lora_B times lora_A) are more than 2^24 times the base's weights, of which nothing is left: "
-            f"alpha is {_alphas(scales)}."
+            "its updates (alpha times lora_B times lora_A) are more than 2^24 times the base's weights, so nothing "
+            f"of the base is left: alpha is {_alphas(scales)}."
         )
 
 
@@ -90,7 +94,7 @@ def _alphas(scales: LoraScales) -> str:
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
-    """Frobenius norm of `b @ a`, of `(m, r)` and `(r, n)`, by the smaller one of two matrices."""
+    """Frobenius norm of `b @ a`, of shapes `(m, r)` and `(r, n)`, through the smaller of two intermediate matrices."""
     if len(a) ** 2 > len(b) * a.shape[1]:
         return float(torch.linalg.vector_norm(b @ a))
     return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))

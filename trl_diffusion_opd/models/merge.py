@@ -13,18 +13,18 @@
 # limitations under the License.
 
 """
-Merges the teachers' LoRAs into one, without training: the baseline that asks whether a student needs to be trained at all.
+Merges the teachers' LoRAs into one without training: the baseline that a trained student should beat.
 
-What is averaged are the updates `dW = scaling B A` of the weights. The mean of several products `B A` is not the product of
-the means of `B` and `A`, and in general has the sum of their ranks; `"svd"` takes the best approximation of the student's rank.
+`"svd"` averages the weight updates `dW = scaling B A` and keeps the best approximation of the student's rank. (The
+mean of several products `B A` is not the product of the means of `B` and `A`; its rank is in general the sum of the
+ranks.)
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -45,27 +45,27 @@ from .teachers import TeacherBank
 
 logger = logging.getLogger(__name__)
 
-# PEFT's. Those without "_svd" combine the factors A and B by themselves, which is cheap and not a mean of updates.
+# PEFT's methods. Those without "_svd" combine the factors A and B separately: cheap, but not a mean of updates.
 _PEFT_METHODS = (
     "cat",
     "linear",
     *(name + end for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune") for end in ("", "_svd")),
 )
 METHODS = ("svd", *_PEFT_METHODS)
-_SINGULAR_VALUES_BELOW = 1e-12  # of the largest: rounding of float64, no direction
+_SINGULAR_VALUES_BELOW = 1e-12  # relative to the largest: smaller ones are float64's rounding
 
 
 @dataclass(frozen=True)
 class MergeReport:
     """
-    What a merge lost.
+    How far a merged LoRA is from the mean of the teachers' updates.
 
     Attributes:
         method (`str`): one of `METHODS`.
-        rank (`int`): of the merged LoRA.
-        error (`float`): norm of what separates the merged update from the weighted mean of the teachers' updates, over the
-            norm of that mean, over all layers. For `"svd"` it is the truncation error, the least that the rank allows.
-        layers (`dict[str, float]`): the same of each layer.
+        rank (`int`): rank of the merged LoRA.
+        error (`float`): relative error over all layers: the norm of (merged update - weighted mean of the teachers'
+            updates), divided by the norm of that mean. With `"svd"` it is the smallest error that the rank allows.
+        layers (`dict[str, float]`): the relative error of each layer.
     """
 
     method: str
@@ -76,15 +76,15 @@ class MergeReport:
 
 def truncated_svd(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """
-    The best approximation of `b @ a` of a rank, without forming the product.
+    Finds the best approximation of `b @ a` that has at most the given rank, without forming the product.
 
     Args:
-        b (`Tensor` of shape `(m, k)`), a (`Tensor` of shape `(k, n)`): float64.
-        rank (`int`)
+        b (`Tensor` of shape `(m, k)`), a (`Tensor` of shape `(k, n)`): the factors, float64.
+        rank (`int`): the largest rank.
 
     Returns:
-        Its factors, of shapes `(m, r)` and `(r, n)`, where `r <= rank` is smaller if the product's rank is, equal in norm; and
-        the squared norms of what is left out and of the whole product.
+        Two factors of equal norm, of shapes `(m, r)` and `(r, n)`, with `r <= rank` (smaller if the product's rank
+        is); then the squared norm of the part that is left out, and of the whole product.
     """
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
@@ -102,10 +102,11 @@ def truncated_svd(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
 
 def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = None) -> dict[str, float]:
     """
-    The share of each teacher's adapter in the mean: tasks count alike, or by `task_weights`; the base is an update of 0.
+    Computes each teacher's share in the mean. Tasks count equally, or by `task_weights`. The base counts as an update
+    of 0.
 
     Returns:
-        `dict[str, float]`: by the adapter's name. Their sum is 1, or less where the base is a teacher.
+        `dict[str, float]`: share by the adapter's name. The sum is 1, or less if the base is one of the teachers.
 
     Raises:
         [`ValueError`]: if a teacher is a whole transformer, or no teacher is a LoRA.
@@ -118,7 +119,8 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
             teacher = role.teacher
             if teacher.kind == "full":
                 raise ValueError(
-                    f"The teacher of task {task!r}, {teacher.source}, is a whole transformer, and only LoRAs can be merged."
+                    f"The teacher of task {task!r}, {teacher.source}, is a whole transformer. Only LoRAs can be "
+                    "merged."
                 )
             if teacher.kind == "lora":
                 share = task_share[task] / sum(task_share.values()) * role.weight
@@ -131,15 +133,15 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
 @torch.no_grad()
 def merge_adapters(model: PeftModel, weights: Mapping[str, float], target: str) -> MergeReport:
     """
-    Sets an adapter to the weighted sum of others' updates, truncated to its rank, by singular values.
+    Sets an adapter to the weighted sum of other adapters' updates, truncated to its rank by an SVD.
 
-    Where the sum's rank is smaller, the directions that are left keep `A` as it is and have `B` zero, so that they can be
+    If the sum's rank is smaller, the unused directions keep their `A` and get a `B` of zero, so that they can be
     trained.
 
     Args:
-        model (`PeftModel`): has all of these adapters.
-        weights (`dict[str, float]`): by the adapter's name.
-        target (`str`): the adapter that is set.
+        model (`PeftModel`): the model with all of these adapters.
+        weights (`dict[str, float]`): weight by the adapter's name.
+        target (`str`): the adapter to set.
 
     Raises:
         [`ValueError`]: if the target lacks a layer that another adapter has, or a layer is not linear.
@@ -148,7 +150,8 @@ def merge_adapters(model: PeftModel, weights: Mapping[str, float], target: str) 
     lacking = [name for name, layer in layers.items() if target not in layer.lora_A]
     if lacking:
         raise ValueError(
-            f"The student's LoRA has no place for {len(lacking)} of the layers that the teachers adapt, such as {lacking[0]}. "
+            f"The student's LoRA has no place for {len(lacking)} of the layers that the teachers adapt, such as "
+            f"{lacking[0]}. "
             "Name them in the target_modules of peft_config."
         )
     lost, whole = {}, {}
@@ -178,26 +181,27 @@ def merge_teachers(
     seed: int = 0,
 ) -> MergeReport:
     """
-    Merges teachers into one LoRA, and writes it as a trained student is written: for PEFT and for
-    `pipe.load_lora_weights(output_dir)`. `merge_report.json` beside it says how much was lost, layer by layer.
+    Merges teachers into one LoRA and saves it like a trained student: for PEFT and for
+    `pipe.load_lora_weights(output_dir)`. `merge_report.json` beside it says how much was lost in each layer.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            The base. It is given back as it was.
+            The base. It is unchanged afterwards.
         teachers (`str`, [`TeacherConfig`], a list of these, or a `dict` from task to any of them):
-            As for [`DiffusionOPDTrainer`], LoRAs or `"base"`.
-        output_dir (`str` or `Path`): made if it does not exist.
+            As for [`DiffusionOPDTrainer`], but only LoRAs or `"base"`.
+        output_dir (`str` or `Path`): where the LoRA is saved. Created if it does not exist.
         rank (`int`, *optional*, defaults to 32):
-            Of the merged LoRA, for `"svd"` and the methods that end with it. `"cat"` has the sum of the teachers' ranks,
-            the others their common rank.
-        lora_alpha (`int`, *optional*): for `"svd"`, twice the rank if not given. It does not change what is merged.
+            Rank of the merged LoRA, for `"svd"` and the methods that end in `"_svd"`. `"cat"` gives the sum of the
+            teachers' ranks, the others keep their common rank.
+        lora_alpha (`int`, *optional*): alpha of the merged LoRA, for `"svd"` only. `None` is twice the rank. It does
+            not change the result.
         method (`str`, *optional*, defaults to `"svd"`):
-            `"svd"`: the mean of the updates, as close as the rank allows. `"cat"`: the mean itself, of a larger rank. PEFT's
-            `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` and `"magnitude_prune"` combine the factors A and B each by
-            itself; with `"_svd"` they combine the updates.
-        weights (`dict[str, float]`, *optional*): of the tasks, 1 for those not named. Only their ratios count.
-        density (`float`, *optional*): part of the numbers that is kept, in (0, 1], for the methods that prune.
-        seed (`int`, *optional*, defaults to 0): of what `"dare_…"` drops.
+            `"svd"`: the mean of the updates, as close as the rank allows. `"cat"`: the exact mean, of a larger rank.
+            PEFT's `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` and `"magnitude_prune"` combine the factors A
+            and B separately; with `"_svd"` appended they combine the updates.
+        weights (`dict[str, float]`, *optional*): weights of the tasks; 1 for those not named. Only their ratios count.
+        density (`float`, *optional*): fraction of the numbers that pruning methods keep, in (0, 1].
+        seed (`int`, *optional*, defaults to 0): seed of the random choices of `"dare_…"`.
 
     Returns:
         [`MergeReport`]
@@ -220,7 +224,7 @@ def merge_teachers(
         assert isinstance(model, PeftModel)
         adapted = _layers(model, shares)
         if method == "svd":
-            # A list of whole names: PEFT shortens a long one to the shortest that means the same layers.
+            # A list of whole names. PEFT shortens a long list to fewer names that mean the same layers.
             config = LoraConfig(r=rank, lora_alpha=lora_alpha or 2 * rank, target_modules=list(adapted))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -236,7 +240,7 @@ def merge_teachers(
 
 
 def shares_by_task(bank: TeacherBank, task_weights: Mapping[str, float] | None) -> dict[str, float]:
-    """The part of each task in the mean."""
+    """Returns each task's share in the mean; the shares sum to 1."""
     given = task_weights or {}
     weights = {task: float(given.get(task, 1.0)) for task in bank.teachers}
     return {task: weight / sum(weights.values()) for task, weight in weights.items()}
@@ -256,7 +260,7 @@ def _option_problems(rank: int, lora_alpha: int | None, method: str, density: fl
     prunes = method not in ("svd", "cat", "linear")
     if prunes and (density is None or not 0 < density <= 1):
         problems.append(
-            f"density={density}: method={method!r} needs the part of the numbers that it keeps, in (0, 1]."
+            f"density={density}: method={method!r} needs the fraction of the numbers that it keeps, in (0, 1]."
         )
     if not prunes and density is not None:
         problems.append(f"density={density}: method={method!r} prunes nothing. Leave it unset.")
@@ -273,21 +277,21 @@ def _merge_by_peft(
     seed: int,
 ) -> MergeReport:
     if len(weights) < 2:
-        raise ValueError(f"method={method!r} merges two LoRAs or more, and there is one. Use method='svd'.")
+        raise ValueError(f"method={method!r} merges two LoRAs or more, but there is only one. Use method='svd'.")
     ranks = {name: sorted({layer.r[name] for layer in adapted.values() if name in layer.r}) for name in weights}
     if not (method == "cat" or method.endswith("_svd")) and len({r for values in ranks.values() for r in values}) > 1:
         raise ValueError(
-            f"method={method!r} needs teachers of one rank, and theirs are {[*ranks.values()]}. Use 'svd'"
+            f"method={method!r} needs teachers of the same rank; theirs are {[*ranks.values()]}. Use 'svd'"
             + (f" or '{method}_svd'." if method != "linear" else ".")
         )
     for name in weights:
-        config: Any = model.peft_config[name]
-        # Of one kind, which PEFT needs, and without what it would copy from the first to a merge that has no use for it.
+        config = model.peft_config[name]
+        # PEFT needs target_modules of one type, and would copy use_rslora from the first adapter to the merged one.
         config.target_modules = {layer for layer, module in adapted.items() if name in module.lora_A}
         config.use_rslora = False
-    # PEFT's disjoint mean divides by the number of teachers that agree, so weights of mean 1 make it one.
+    # PEFT's disjoint mean divides by the number of teachers that agree, so weights must have mean 1, not sum 1.
     factor = len(weights) if "ties" in method else 1
-    tuner: Any = model.base_model
+    tuner = model.base_model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tuner.add_weighted_adapter(
@@ -308,8 +312,8 @@ def _merge_by_peft(
     return _report(method, model.peft_config[STUDENT_ADAPTER], lost, whole)
 
 
-def _layers(model: PeftModel, adapters: Any) -> dict[str, LoraLayer]:
-    """The layers that have one of the adapters, by their name in the base."""
+def _layers(model: PeftModel, adapters: Collection[str]) -> dict[str, LoraLayer]:
+    """The layers that have at least one of the adapters, by their name in the base."""
     found = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -322,12 +326,15 @@ def _layers(model: PeftModel, adapters: Any) -> dict[str, LoraLayer]:
         if layer.lora_embedding_A or any(part.weight.ndim != 2 for part in layer.lora_A.values())
     ]
     if other:
-        raise ValueError(f"Only LoRAs of linear layers can be merged, and {other[0]} is another layer.")
+        raise ValueError(f"Only LoRAs of linear layers can be merged; {other[0]} is not linear.")
     return found
 
 
 def _stacked(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor] | None:
-    """`B` and `A` with `B @ A` the weighted sum of the adapters' updates, float64; `None` if the layer has none of them."""
+    """
+    Stacks factors so that `B @ A` is the weighted sum of the adapters' updates, in float64. `None` if the layer has
+    none of the adapters.
+    """
     present = [name for name in weights if name in layer.lora_A]
     if not present:
         return None
@@ -337,11 +344,11 @@ def _stacked(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Te
 
 
 def _norm_sq(b: Tensor, a: Tensor) -> float:
-    # Through QR: the trace of the factors' Gram matrices would cancel where the product is small.
+    # Through QR, since the trace of the Gram matrices loses all digits when the product is small.
     return float((torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T).square().sum())
 
 
-def _report(method: str, config: Any, lost: Mapping[str, float], whole: Mapping[str, float]) -> MergeReport:
+def _report(method: str, config: LoraConfig, lost: Mapping[str, float], whole: Mapping[str, float]) -> MergeReport:
     def relative(part: float, total: float) -> float:
         return math.sqrt(part / total) if total else 0.0
 
@@ -349,7 +356,7 @@ def _report(method: str, config: Any, lost: Mapping[str, float], whole: Mapping[
     report = MergeReport(method, config.r, relative(sum(lost.values()), sum(whole.values())), layers)
     worst = max(layers, key=lambda name: layers[name])
     logger.info(
-        f"Merged by {method} to rank {report.rank}: {report.error:.1%} of the mean update is lost, most in {shown(worst)} "
-        f"({layers[worst]:.1%})."
+        f"Merged by {method} to rank {report.rank}: {report.error:.1%} of the mean update is lost, most in "
+        f"{shown(worst)} ({layers[worst]:.1%})."
     )
     return report

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The policy that draws the images of DiffusionNFT: a frozen copy of the student, which follows it slowly."""
+"""The old policy of DiffusionNFT: a frozen copy of the student that follows it slowly and draws the images."""
 
 import os
 from collections.abc import Mapping
@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from ..acceleration.sharding import forget_gathered, gathered, is_part, own_part, split_like, whole
-from ..guards.file_modes import give_usual_mode
+from ..acceleration.sharding import forget_gathered, gathered, is_part, own_part, split_like
 from ..hub.files import OLD_POLICY_FILE
 from .backbone import Backbone
-from .student import STUDENT_ADAPTER, frozen_copy
+from .student import STUDENT_ADAPTER, frozen_copy, write_weights
 
 
 OLD = "old"
@@ -35,14 +34,14 @@ OLD = "old"
 
 class OldPolicy:
     """
-    A frozen copy of the student, weight by weight in the student's precision.
+    A frozen copy of the student's trained weights, in the student's precision.
 
-    Beside a LoRA it is one more adapter of the same base; a fully trained student is copied whole. [`Backbone.use`] computes
-    as it by the name of `OLD`.
+    If the student is a LoRA, the copy is one more adapter on the same base. A fully trained student is copied whole.
+    [`Backbone.use`] computes with the copy under the role name `OLD`.
 
     Args:
-        backbone ([`Backbone`]): the student's, to which it is added.
-        student ([`~peft.PeftModel`] or `nn.Module`): of which what is trained requires gradients.
+        backbone ([`Backbone`]): the student's backbone, to which the copy is added.
+        student ([`~peft.PeftModel`] or `nn.Module`): the student. Its trained weights require gradients.
     """
 
     def __init__(self, backbone: Backbone, student: nn.Module):
@@ -51,14 +50,15 @@ class OldPolicy:
         if isinstance(student, PeftModel):
             self._network: nn.Module = student
             weights = get_peft_model_state_dict(student, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
-            # As a trainable one it gets the student's precision: small moves would be lost in that of a half-precise base.
+            # Trainable gives it the student's precision: in a half-precision base's, small moves would be rounded
+            # away.
             backbone.add_adapter(OLD, student.peft_config[STUDENT_ADAPTER], weights, trainable=True)
         else:
             self._network = frozen_copy(student)
             backbone.add_network(OLD, self._network)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Its weights by the names of the student's. Not to be called between a forward and its backward."""
+        """Its weights, under the student's names. Don't call it between a forward and its backward."""
         forget_gathered(self._network)
         parameters = dict(self._network.named_parameters())
         if not self._is_lora:
@@ -67,18 +67,20 @@ class OldPolicy:
 
     @torch.no_grad()
     def follow(self, student: Mapping[str, nn.Parameter], decay: float) -> None:
-        """`old = decay old + (1 - decay) student` (arXiv 2509.16117, Algorithm 1); at 0 it is the student, to the bit."""
+        """
+        Sets `old = decay old + (1 - decay) student` (arXiv 2509.16117, Algorithm 1). With decay 0 it equals the
+        student to the bit.
+        """
         for name, parameter in self.named_parameters().items():
-            # The copy of a fully trained student is not split.
+            # The copy of a fully trained student is not split among processes.
             weight = own_part(student[name]) if is_part(parameter) else gathered(student[name])
             own_part(parameter).lerp_(weight, 1 - decay)
 
     def save(self, folder: str | Path, write: bool = True) -> None:
-        """Writes it into a checkpoint, of which it is a part as [`Student.save_state`]'s weights; of a saved student not."""
-        weights = whole(self.named_parameters(), keep=write)
-        if write:
-            save_file(weights, os.path.join(folder, OLD_POLICY_FILE), metadata={"format": "pt"})
-            give_usual_mode(folder, OLD_POLICY_FILE)
+        """
+        Writes it into a checkpoint, beside the weights of [`Student.save_state`]. A saved student does not contain it.
+        """
+        write_weights(self.named_parameters(), folder, OLD_POLICY_FILE, write)
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:

@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The trained part: which weights it is, their moving average, and the files in which it is saved."""
+"""The student: which weights are trained, their moving average, and the files they are saved in."""
 
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..acceleration.sharding import forget_gathered, own_part, split_like, whole, whole_shape
 from ..guards.file_modes import give_usual_mode
+from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
 from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
 from .average import moving_average, step_number
@@ -55,7 +56,7 @@ ATTENTION_TARGETS = (
 
 def default_lora_config(transformer: nn.Module) -> LoraConfig:
     """
-    The paper's LoRA (rank 32, alpha 64, gaussian, on the attention projections), where `transformer` has them.
+    Returns the paper's LoRA: rank 32, alpha 64, gaussian init, on those attention projections that `transformer` has.
 
     Raises:
         [`ValueError`]: if `transformer` has no layer of these names.
@@ -80,9 +81,9 @@ class Student:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline the model belongs to: it writes the LoRA file that it can load again.
         ema_decay (`float` or `str`, *optional*):
-            Decay of the average, `"auto"` for one that follows the run; `None` or 0 for none.
+            Decay of the average. `"auto"` adapts it to the length of the run; `None` or 0 keeps no average.
         ema_update_interval (`int`, *optional*, defaults to `1`):
-            Updates between two steps of the average.
+            The average takes a step every so many updates.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Student:
         self.ema = moving_average(self.parameters(), ema_decay)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name, in the model's order. Not to be called between a forward and its backward."""
+        """The trained parameters by name, in the model's order. Don't call it between a forward and its backward."""
         forget_gathered(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
@@ -109,11 +110,11 @@ class Student:
         return list(self.named_parameters().values())
 
     def _parts(self) -> list[Tensor]:
-        # What is averaged: elementwise, so that no process needs more than it has.
+        # The average is elementwise, so each process averages only the part of the weights that it holds.
         return [own_part(parameter) for parameter in self.parameters()]
 
     def named_states(self) -> Iterator[tuple[str, Tensor]]:
-        """What this process has of the weights and of their average."""
+        """Yields the part of the weights, and of their average, that this process holds."""
         for i, (name, parameter) in enumerate(self.named_parameters().items()):
             yield name, own_part(parameter).detach()
             if self.ema is not None:
@@ -121,7 +122,7 @@ class Student:
 
     @torch.no_grad()
     def update_ema(self, step: int) -> None:
-        """Takes the average's step after update number `step` (counted from 1), if it is due."""
+        """Moves the average toward the weights after update number `step` (counted from 1), if a step is due."""
         if self.ema is None or step % self.ema_update_interval:
             return
         self.ema.optimization_step = step_number(self.ema_decay, step, self.ema_update_interval)
@@ -129,13 +130,14 @@ class Student:
         self._split_average()
         parts = self._parts()
         self.ema.to(parts[0].device)
-        # Not EMAModel.step: it copies what requires no gradient, which a part does not, and has ZeRO-3 gather whole weights.
+        # Not EMAModel.step: it copies tensors that need no gradient, which is what parts look like, and it makes
+        # ZeRO-3 gather whole weights.
         for average, part in zip(self.ema.shadow_params, parts, strict=True):
             average.sub_((1 - decay) * (average - part))
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Within it the model has the averaged weights. It can be nested."""
+        """Context in which the model has the averaged weights. It can be nested."""
         if self.ema is None or self.ema.temp_stored_params is not None:
             yield
             return
@@ -148,27 +150,27 @@ class Student:
             self.ema.restore(self._parts())  # also forgets what was stored
 
     def _split_average(self) -> None:
-        # The average is made before training starts, which is when the weights are split.
+        # The average is made before the weights are split among processes at the start of training.
         if self.ema is not None:
             pairs = zip(self.ema.shadow_params, self.parameters(), strict=True)
             self.ema.shadow_params = [split_like(average, p) for average, p in pairs]
 
     def whole_weights(self, keep: bool = True) -> dict[str, Tensor]:
         """
-        What [`save`] needs of a model that training splits: the LoRA, or all weights and buffers. All processes must call it;
-        those without `keep` get nothing.
+        Gathers the weights that [`save`] writes when training splits the model: the LoRA, or all weights and buffers.
+        All processes must call it; those without `keep` get nothing.
         """
         trained = self.named_parameters()
         return whole(trained if self.is_lora else self.model.state_dict(keep_vars=True), keep)
 
     def save(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """
-        Writes the weights that the model has now: for a LoRA in PEFT's and in diffusers' format, each with alpha; for a
-        full student as a diffusers model.
+        Writes the model's current weights: a LoRA in PEFT's and in diffusers' format, each with alpha; a full student
+        as a diffusers model.
 
         Args:
-            folder (`str` or `Path`): made if it does not exist.
-            state_dict (`dict`, *optional*): what [`whole_weights`] returned, where training splits the model.
+            folder (`str` or `Path`): created if it does not exist.
+            state_dict (`dict`, *optional*): the result of [`whole_weights`], needed where training splits the model.
         """
         os.makedirs(folder, exist_ok=True)
         model: Any = self.model
@@ -179,7 +181,7 @@ class Student:
                 model.save_pretrained(folder)
                 give_usual_mode(folder, FULL_FILES)
                 return
-            # diffusers' own takes the weights from the model, which has parts of them.
+            # Not save_pretrained: it takes the weights from the model, which holds only parts of them.
             model.save_config(folder)
             config_file = Path(folder) / model.config_name
             config = json.loads(config_file.read_text()) | {"_class_name": self._class_name}
@@ -187,7 +189,7 @@ class Student:
             save_torch_state_dict(state_dict, folder, filename_pattern=_FULL_PATTERN, max_shard_size="10GB")
             give_usual_mode(folder, FULL_FILES)
             return
-        # Not PeftModel.save_pretrained: it writes all adapters, the teachers too, and a model card over ours.
+        # Not PeftModel.save_pretrained: it also writes the teachers' adapters, and overwrites our model card.
         weights = get_peft_model_state_dict(
             model, state_dict=state_dict, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False
         )
@@ -209,13 +211,10 @@ class Student:
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """
-        Writes the weights that training goes on from; the average is what [`save`] writes. All processes call it, and those
-        with `write` write.
+        Writes the raw weights, from which training resumes ([`save`] writes the averaged ones). All processes must
+        call it; those with `write` write.
         """
-        weights = whole(self.named_parameters(), keep=write)
-        if write:
-            save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
-            give_usual_mode(folder, RAW_FILE)
+        write_weights(self.named_parameters(), folder, RAW_FILE, write)
 
     @torch.no_grad()
     def load_state(self, folder: str | Path) -> None:
@@ -223,7 +222,7 @@ class Student:
         Restores weights and average from a checkpoint.
 
         Raises:
-            [`ValueError`]: if the checkpoint holds other parameters than the model trains.
+            [`ValueError`]: if the checkpoint's parameters are not those that the model trains.
         """
         self._take(load_file(os.path.join(folder, RAW_FILE)), self._parts(), folder)
         if self.ema is not None:
@@ -232,7 +231,7 @@ class Student:
 
     @torch.no_grad()
     def load_saved(self, folder: str | Path) -> None:
-        """Takes what [`save`] wrote as weights and as average."""
+        """Loads what [`save`] wrote, as the weights and as the average."""
         saved = self._read_saved(folder)
         self._take(saved, self._parts(), folder)
         if self.ema is not None:
@@ -241,7 +240,7 @@ class Student:
 
     def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
         if not self.is_lora:
-            # A large model is saved in several files, and with its buffers, which are not trained.
+            # A large model is saved in several files. They also hold buffers, which are not trained.
             files = sorted(Path(folder).glob(FULL_FILES))
             buffers = dict(self.model.named_buffers())
             return {name: w for file in files for name, w in load_file(file).items() if name not in buffers}
@@ -250,12 +249,13 @@ class Student:
         return {name.removesuffix(".weight") + suffix: w for name, w in saved.items()}
 
     def _take(self, source: dict[str, Tensor], targets: list[Tensor], folder: str | Path) -> None:
-        """Copies whole tensors by name into the parts of the weights or of their average."""
+        """Copies whole tensors into this process's parts of the weights, or of their average."""
         own = self.named_parameters()
         if source.keys() != own.keys() or any(w.shape != whole_shape(own[name]) for name, w in source.items()):
             differing = sorted(source.keys() ^ own.keys())[:3]
             raise ValueError(
-                f"{Path(folder).name} holds other weights than this student trains (differing: {shown(differing or 'shapes')}). "
+                f"{Path(folder).name} does not hold the weights that this student trains (differing: "
+                f"{shown(differing or 'shapes')}). "
                 "Resume with the peft_config that the run was started with."
             )
         for (name, parameter), target in zip(own.items(), targets, strict=True):
@@ -264,8 +264,10 @@ class Student:
 
 def _sort_metadata(path: Path) -> None:
     """
-    Puts the two entries of a file's metadata in order. safetensors writes them in the order of a hash map, so that the file of
-    equal weights had two hashes, by chance: a push saw a change, and a run another teacher.
+    Sorts the entries of a safetensors file's metadata, so that equal weights give equal files.
+
+    safetensors writes the entries in random order. The file's hash would then change by chance: a push would see a
+    change, and a run that uses the file as a teacher would see another teacher.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -277,8 +279,8 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(size))
 
 
-def _portable_metadata(config: LoraConfig) -> dict[str, Any]:
-    # Only what is set: the newest fields make an older PEFT, which reads this back, raise a TypeError.
+def _portable_metadata(config: LoraConfig) -> dict[str, JSON]:
+    # Only the fields that are set: an older PEFT that reads the file raises a TypeError on fields it does not know.
     fresh = LoraConfig().to_dict()
     targets = config.target_modules
     metadata = {
@@ -292,6 +294,17 @@ def _portable_metadata(config: LoraConfig) -> dict[str, Any]:
     return json.loads(json.dumps(metadata))
 
 
+def write_weights(parameters: Mapping[str, nn.Parameter], folder: str | Path, file: str, write: bool) -> None:
+    """Writes weights as they are. All processes must call it; those with `write` write."""
+    weights = whole(parameters, keep=write)
+    if write:
+        save_file(weights, os.path.join(folder, file), metadata={"format": "pt"})
+        give_usual_mode(folder, file)
+
+
 def frozen_copy(transformer: nn.Module) -> nn.Module:
-    """A frozen copy of the base for a fully trained student, on which LoRA teachers and the base itself are evaluated."""
+    """
+    Returns a frozen copy of `transformer`. Where the student is trained in full, LoRA teachers and the base itself are
+    computed on this copy.
+    """
     return copy.deepcopy(transformer).requires_grad_(False).eval()

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a user writes to name a teacher, and how it is read."""
+"""[`TeacherConfig`], and the short forms in which a user may name a teacher."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..problems import Problems
 
 
 class TeacherError(ValueError):
-    """A teacher that cannot be used, with what to do about it."""
+    """Raised for a teacher that cannot be used. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class TeacherConfig:
     Args:
         model_name_or_path (`str`):
             `"base"` (the base model itself), a local folder or `.safetensors` file, or a Hub id in the form
-            `owner/repo[/sub/folder][/file.safetensors][@revision]`. What exists here wins over a Hub id of the same spelling.
+            `owner/repo[/sub/folder][/file.safetensors][@revision]`. A local path that exists wins over a Hub id.
         subfolder (`str`, *optional*):
             Folder inside the repository or local folder that holds the teacher.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         weight_name (`str`, *optional*):
-            Name of a LoRA's file (`.safetensors`), where its folder has several.
+            Name of the LoRA's file (`.safetensors`). Needed if its folder has several.
         guidance_scale (`float`, *optional*):
-            Classifier-free guidance scale, 0 or larger, at which this teacher is evaluated. `None` is the trainer's
+            Classifier-free guidance scale, 0 or larger, that this teacher is run with. `None` takes the trainer's
             `teacher_guidance_scale`.
         weight (`float`, *optional*, defaults to `1.0`):
-            Share of this teacher in the target of a task that has several: the target is the weighted mean of their
-            velocities. The weights of a task are normalised to sum 1.
+            Share of this teacher in the target of a task that has several. The target is the weighted mean of their
+            velocities; a task's weights are normalised to sum to 1.
 
     Raises:
-        ValueError: If a number is out of range, or the name is empty, or the revision or file name makes no sense.
+        ValueError: If a number is out of range, the name is empty, or the subfolder, revision or file name is invalid.
     """
 
     model_name_or_path: str
@@ -91,38 +91,38 @@ class TeacherConfig:
 
 
 def local_folder(config: TeacherConfig) -> Path | None:
-    """The existing local folder that a teacher's name means, or `None` when it is to be looked for on the Hub."""
+    """The local folder that a teacher's name means, or `None` if there is none, so that it must be on the Hub."""
     path = _path(config.model_name_or_path)
     return path if path is not None and path.is_dir() else None
 
 
 def _path(name: str) -> Path | None:
-    """What exists here by that name, or `None`."""
+    """The local file or folder of that name, or `None`."""
     try:
         path = Path(name).expanduser()
         return path if path.exists() else None
-    except (PermissionError, RuntimeError) as error:  # what may not be looked at, or a user whose home is unknown
+    except (PermissionError, RuntimeError) as error:  # RuntimeError: "~user" of an unknown user
         raise TeacherError(
             f"Teacher '{shown(name)}' cannot be looked for ({type(error).__name__}: {error})"
         ) from error
-    except OSError:  # a name is too long for a file system
+    except OSError:  # the name is too long for a file system
         return None
 
 
 def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     """
-    Reads a teacher's short form: `"base"`, an existing folder or `.safetensors` file, or
+    Parses a teacher's short form: `"base"`, an existing folder or `.safetensors` file, or
     `owner/repo[/sub/folder][/file.safetensors][@revision]`.
 
     Args:
         spec (`str` or [`TeacherConfig`]):
-            A string, or a config whose `model_name_or_path` may itself be such a string.
+            A short form, or a config whose `model_name_or_path` may itself be a short form.
 
     Returns:
         [`TeacherConfig`] whose `model_name_or_path` is `"base"`, an existing folder or `owner/repo`.
 
     Raises:
-        ValueError: If the string is none of these, or names a subfolder, file or revision that the config contradicts.
+        ValueError: If the string has none of these forms, or its file or revision contradicts the config's.
     """
     config = TeacherConfig(spec) if isinstance(spec, str) else spec
     name = config.model_name_or_path
@@ -146,17 +146,18 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     called = f"'{shown(name)}'"
     if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
         raise ValueError(
-            f"Teacher {called} is neither an existing folder nor of the form owner/repo[/sub/folder][/file.safetensors]"
-            '[@revision], nor a .safetensors file here. Check the path, or say "base" for the base model.'
+            f"Teacher {called} is neither an existing folder nor of the form "
+            "owner/repo[/sub/folder][/file.safetensors]"
+            '[@revision], nor an existing .safetensors file. Check the path, or say "base" for the base model.'
         )
     for part in (path, *([revision] if at else [])):
         reason = way_out(part)
         if reason is not None:
-            raise ValueError(f"Teacher {called} is no file here, and on the Hub {reason}.")
+            raise ValueError(f"Teacher {called} is no local file, and on the Hub {reason}.")
     if weight_name and config.weight_name not in (None, weight_name):
-        raise ValueError(f"Teacher {called} names a file, and its config {config.weight_name!r}: give one.")
+        raise ValueError(f"Teacher {called} names a file, but weight_name is {config.weight_name!r}: give only one.")
     if revision and config.revision not in (None, revision):
-        raise ValueError(f"Teacher {called} names revision {revision!r} and its config {config.revision!r}: give one.")
+        raise ValueError(f"Teacher {called} names {revision!r}, but revision is {config.revision!r}: give only one.")
     subfolder = "/".join([*parts[2:], *([config.subfolder.strip("/")] if config.subfolder else [])])
     return replace(
         config,
@@ -174,11 +175,11 @@ def normalize_teachers(
     teachers: TeacherSpec | Mapping[str, TeacherSpec], tasks: Sequence[str]
 ) -> dict[str, list[TeacherConfig]]:
     """
-    Gives every task its teachers, with weights that sum to 1.
+    Assigns teachers to every task, with weights that sum to 1.
 
     Args:
         teachers (`str`, [`TeacherConfig`], a list of them, or a `dict` from task to any of these):
-            Without a dict the same teachers serve every task.
+            The teachers. Without a dict, the same ones serve every task.
         tasks (`Sequence[str]`):
             The tasks that occur in the data.
 
@@ -187,7 +188,7 @@ def normalize_teachers(
 
     Raises:
         ValueError: If a task has no teacher, a teacher's task has no prompts, a list is empty, or a teacher cannot be
-            read. One message names all of it.
+            parsed. One message lists all problems.
     """
     problems: list[str] = []
     if isinstance(teachers, Mapping):

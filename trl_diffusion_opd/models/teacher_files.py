@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Finding the files of a teacher, locally or on the Hub."""
+"""Finds the files of a teacher, locally or on the Hub, and downloads no more than needed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils import CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from .boundary import strangers_files
@@ -34,22 +35,22 @@ from .lora_layouts import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
 
 
-# Configs of real models have kilobytes, and indices of the largest a few megabytes.
+# In bytes. Configs of real models have kilobytes, and the indices of the largest models a few megabytes.
 _LONGEST_JSON = 16 * 2**20
-# Of the tensors of a file: the largest networks have some thousands, with names of up to a hundred characters.
+# Limits for a file's tensors. The largest networks have a few thousand, with names of up to a hundred characters.
 _MOST_TENSORS, _LONGEST_KEY = 10_000, 500
 
 
 @dataclass(frozen=True)
 class TeacherFiles:
     """
-    Where a teacher lies and where it came from.
+    The files of a teacher, and where they came from.
 
     Attributes:
         kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole transformer.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
-        source: Hub id or the name of the local folder; never a path.
+        source: Hub id, or the name of the local folder but never its path.
         subfolder: As given by the user.
         revision: Commit on the Hub; `None` for a local folder.
     """
@@ -63,20 +64,20 @@ class TeacherFiles:
 
     @property
     def label(self) -> str:
-        """How messages call this teacher."""
-        # A file that is not named as its kind's always are.
+        """The teacher's name in messages."""
+        # The file is named only if it does not have diffusers' usual name.
         name = self.names[0] if self.kind == "diffusers" and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
         return "/".join(filter(None, (self.source, self.subfolder, name)))
 
     @property
     def shown(self) -> str:
-        """How messages call its files."""
+        """The files' names in messages."""
         return " and ".join(self.names) if len(self.names) < 3 else "its files"
 
     def sha256(self) -> str:
         """
-        SHA-256 over the teacher's files: of a single file its own hash (the one the Hub shows), of several that of the
-        listing `sha256sum` would print, because a LoRA's alpha lies in its config and belongs to the teacher.
+        SHA-256 over the teacher's files. A single file gives its own hash, which the Hub shows too. Several files give
+        the hash of the listing that `sha256sum` prints; the config is included, since it holds a LoRA's alpha.
         """
         digests = []
         for name in self.names:
@@ -90,16 +91,17 @@ class TeacherFiles:
 
 def find_files(config: TeacherConfig) -> TeacherFiles:
     """
-    Resolves a parsed teacher (not `"base"`) to local files, downloading what is needed and no more.
+    Resolves a parsed teacher (not `"base"`) to local files. Downloads only the files that are needed.
 
     Raises:
-        TeacherError: If the folder, repository, revision or files do not exist, cannot be reached or read, or are pickles.
+        TeacherError: If the folder, repository, revision or files do not exist, cannot be reached or read, or are
+            pickles.
     """
     local = local_folder(config)
     shown = _shown(config) if local is None else local.resolve().name
     with strangers_files(lambda said: f"{shown}: its files cannot be read ({said})"):
         files = _find(config)
-        for name in files.names:  # safetensors calls a file that may not be read one that does not exist
+        for name in files.names:  # safetensors reports a file without read permission as missing
             with open(files.folder / name, "rb"):
                 pass
         return files
@@ -116,7 +118,7 @@ def _find(config: TeacherConfig) -> TeacherFiles:
             raise TeacherError(f"{source}: there is no folder {config.subfolder!r} in it")
     else:
         source = config.model_name_or_path
-        # Configs first: they decide which of a repository's often very large weights are this teacher's.
+        # Configs first: they tell which of a repository's weights, often very large, are needed.
         indices = [CONFIG_NAME, "model_index.json", "config.json", SAFE_WEIGHTS_INDEX_NAME]
         configs = indices + [f"transformer/{name}" for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
         snapshot = _download(config, config.revision, [prefix + name for name in configs])
@@ -125,7 +127,7 @@ def _find(config: TeacherConfig) -> TeacherFiles:
 
     kind: Literal["peft", "diffusers", "full"] = "diffusers"
     names: tuple[str, ...]
-    # The weights of a PEFT folder or a transformer are these with the config beside them, also where they are named.
+    # If weight_name is the usual weights file of a PEFT folder or a transformer, the config beside it counts too.
     if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
         kind, names = "peft", (CONFIG_NAME, PEFT_WEIGHTS_NAME)
     elif any((folder / name).is_file() for name in ("model_index.json", "config.json")) and config.weight_name in (
@@ -148,14 +150,16 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise TeacherError(
-                f"{label}: holds {', '.join(pickles)} but no {', '.join(missing)}. Pickled weights are not read; convert "
+                f"{label}: holds {', '.join(pickles)} but no {', '.join(missing)}. Pickled weights are not read; "
+                "convert "
                 'them where you trust them: safetensors.torch.save_file(torch.load("'
                 f'{pickles[0]}", weights_only=True), "{missing[0]}")'
             )
         raise TeacherError(
-            f"{label}: has no {', '.join(missing)}. A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), a "
-            f"LoRA's file ({LORA_WEIGHT_NAME_SAFE}, a folder's only other one, or weight_name=), a transformer (config.json) or "
-            "a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and the revision."
+            f"{label}: has no {', '.join(missing)}. A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), "
+            f"a LoRA's file ({LORA_WEIGHT_NAME_SAFE}, the folder's only file, or weight_name=), a transformer "
+            "(config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
+            "the revision."
         )
     return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
 
@@ -165,14 +169,14 @@ def _shards(index: Path, label: str) -> list[str]:
     if not (isinstance(shards, dict) and shards and all(isinstance(name, str) for name in shards.values())):
         raise TeacherError(f"{label}: {index.name} has no weight_map, which says in which file each weight is")
     names = sorted(set(shards.values()))
-    # Beside the index, and no pattern, which would fetch other files too.
+    # Only files beside the index, and no wildcards, which would download other files too.
     if foreign := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:
         raise TeacherError(f"{label}: {index.name} names {some(foreign)}; a .safetensors file beside it is needed")
     return names
 
 
 def _lora_file(config: TeacherConfig, revision: str | None, folder: Path, prefix: str, label: str) -> str:
-    """The name of the LoRA's file in a folder: diffusers' own, else that of the only `.safetensors` file there."""
+    """The name of the LoRA's file in a folder: diffusers' usual name, else the only `.safetensors` file there."""
     is_local = local_folder(config) is not None
     if not is_local:
         _download(config, revision, [prefix + LORA_WEIGHT_NAME_SAFE])
@@ -185,7 +189,7 @@ def _lora_file(config: TeacherConfig, revision: str | None, folder: Path, prefix
     names = sorted(name for name in there if name.endswith(".safetensors") and "/" not in name)
     if len(names) > 1:
         raise TeacherError(
-            f"{label}: has several files ({some(names)}). Say which one: name it at the end of the path, or with weight_name=."
+            f"{label}: has several files ({some(names)}). Name one at the end of the path, or with weight_name=."
         )
     return names[0] if names else LORA_WEIGHT_NAME_SAFE
 
@@ -200,10 +204,11 @@ def _download(config: TeacherConfig, revision: str | None, names: list[str]) -> 
 
 def check_keys(keys: list[str], what: str) -> None:
     """
-    Refuses what no network has, before anything is done with each of a file's keys.
+    Refuses files with more or longer keys than any network has, before the keys are processed. `what` is the file's
+    name in messages.
 
     Raises:
-        TeacherError: If they are too many or one of them is too long. `what` is how messages call the file.
+        TeacherError: If there are too many keys, or one is too long.
     """
     if len(keys) > _MOST_TENSORS:
         raise TeacherError(f"{what} has {len(keys)} tensors, more than any network")
@@ -212,20 +217,20 @@ def check_keys(keys: list[str], what: str) -> None:
         raise TeacherError(f"{what} has a tensor with a name of {len(longest)} characters: {shown(longest, 80)}")
 
 
-def read_json(path: Path, label: str) -> dict[str, Any]:
+def read_json(path: Path, label: str) -> dict[str, JSON]:
     """
-    The JSON object in a file.
+    Reads the JSON object in a file.
 
     Raises:
-        TeacherError: If it is something else, or longer than any config.
+        TeacherError: If the file is no JSON object, or is longer than any config.
     """
     with open(path, "rb") as file:
         text = file.read(_LONGEST_JSON + 1)
     return parse_json(text, f"{label}: {path.name}")
 
 
-def parse_json(text: str | bytes, what: str) -> dict[str, Any]:
-    """The JSON object in a text, which messages call `what`. Raises as [`read_json`]."""
+def parse_json(text: str | bytes, what: str) -> dict[str, JSON]:
+    """Parses a JSON object from a text. `what` is its name in messages. Raises as [`read_json`]."""
     if len(text) > _LONGEST_JSON:
         raise TeacherError(f"{what} has more than {_LONGEST_JSON // 2**20} MB, which no config has")
     try:

@@ -11,14 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The frozen teachers: adapters beside the student's on one base, the base itself, or whole transformers."""
+"""Loads the frozen teachers (LoRAs on the shared base, the base itself, or whole transformers) and runs them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
@@ -31,12 +31,12 @@ from .backbone import BASE, Backbone
 from .boundary import strangers_files
 from .lora_adapter import add_adapter, rescaled_factors
 from .lora_files import read_lora, read_lora_files
-from .teacher_config import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
+from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
 from .teacher_files import find_files
 from .whole_transformer import read_transformer
 
 
-# PEFT's name for a row without an adapter.
+# PEFT's name, in `adapter_names`, for a row without an adapter.
 _NO_ADAPTER = "__base__"
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "TeacherBank",
     "TeacherConfig",
     "TeacherError",
+    "TeacherSpec",
     "add_adapter",
     "normalize_teachers",
     "parse_teacher",
@@ -53,18 +54,47 @@ __all__ = [
 ]
 
 
+class TeacherEntry(TypedDict):
+    """A teacher as a manifest records it."""
+
+    source: str
+    subfolder: str | None
+    revision: str | None
+    sha256: str | None
+    kind: str
+    rank: int | None
+    guidance_scale: float
+    weight: float
+
+
+class TeacherRow(TypedDict):
+    """A role in the table at the start."""
+
+    task: str
+    teacher: str
+    kind: str
+    rank: int | None
+    guidance_scale: float
+    weight: float
+    revision: str | None
+    sha256: str | None
+
+
+Manifest = dict[str, list[TeacherEntry]]  # by task
+
+
 @dataclass(frozen=True)
 class Teacher:
     """
-    What was loaded.
+    A loaded teacher.
 
     Attributes:
-        name: The role of a [`Backbone`] that computes its velocity: `"teacher_0"`, ... or `"base"`.
+        name: Its role in the [`Backbone`]: `"teacher_0"`, ... or `"base"`.
         kind: `"base"`, `"lora"` or `"full"`.
-        source: Hub id or name of the local folder, never a path; `"base"` for the base.
-        revision: Commit on the Hub, if it is from there.
+        source: Hub id, or the name of the local folder but never its path; `"base"` for the base.
+        revision: Commit on the Hub; `None` for a local teacher.
         sha256: Hash over its files; `None` for the base.
-        rank: Rank of a LoRA (of most of its layers).
+        rank: Rank of most layers of a LoRA; `None` for other teachers.
     """
 
     name: str
@@ -81,12 +111,12 @@ THE_BASE = Teacher(BASE, "base", source="base")
 @dataclass(frozen=True)
 class Role:
     """
-    A teacher's part in a task's target. Roles with the same source share the teacher, and its weights.
+    A teacher's part in one task's target. Several roles can share one loaded teacher.
 
     Attributes:
-        teacher: Who plays it.
-        config: What the user asked for.
-        guidance_scale: Classifier-free guidance scale to evaluate it at.
+        teacher: The loaded teacher.
+        config: The user's [`TeacherConfig`].
+        guidance_scale: Classifier-free guidance scale that the teacher is run with.
         weight: Share in the task's target; the weights of a task sum to 1.
     """
 
@@ -97,7 +127,7 @@ class Role:
 
     @property
     def label(self) -> str:
-        """The teacher's source and folder, for people."""
+        """The teacher's source and folder, for tables and messages."""
         return "/".join(filter(None, (self.teacher.source, self.config.subfolder)))
 
 
@@ -109,21 +139,21 @@ class TeacherBank:
         backbone ([`Backbone`]):
             The base, with the student's adapter if there is one.
         pipeline (`DiffusionPipeline`):
-            The base; its class converts diffusers' LoRA layouts.
+            The base's pipeline. Its class converts diffusers' LoRA layouts.
         teachers (`dict[str, list[TeacherConfig]]`):
-            As [`normalize_teachers`] returns it.
+            Teachers of each task, as [`normalize_teachers`] returns them.
         default_guidance_scale (`float`):
             Guidance scale of teachers that name none.
         manifest (`dict`, *optional*):
-            A checkpoint's [`~TeacherBank.manifest`]. Hub teachers are loaded at the commits in it, and a teacher with
+            A checkpoint's [`~TeacherBank.manifest`]. Hub teachers are then loaded at its commits, and a teacher with
             another hash is refused.
         batched (`bool`, *optional*, defaults to `False`):
-            Whether the teachers of a task that are LoRAs, or the base, at the same guidance scale share a forward, with as
-            many copies of the batch as there are teachers.
+            Whether a task's teachers are computed in one forward, on one copy of the batch for each. This holds for
+            LoRAs and the base with the same guidance scale.
 
     Attributes:
-        teachers (`dict[str, list[Role]]`): The teachers of each task in their roles.
-        batched (`bool`), backbone ([`Backbone`]): As given.
+        teachers (`dict[str, list[Role]]`): each task's teachers, as roles.
+        batched (`bool`), backbone ([`Backbone`]): as given.
 
     Raises:
         ValueError: If any teacher cannot be used. One message lists all of them.
@@ -135,7 +165,7 @@ class TeacherBank:
         pipeline: DiffusionPipeline,
         teachers: Mapping[str, list[TeacherConfig]],
         default_guidance_scale: float,
-        manifest: Mapping[str, Any] | None = None,
+        manifest: Manifest | None = None,
         batched: bool = False,
     ) -> None:
         self.backbone = backbone
@@ -187,15 +217,15 @@ class TeacherBank:
         return loaded[key]
 
     def use(self, role: Role | None) -> AbstractContextManager[nn.Module]:
-        """Yields the module that computes a role's velocity; `None` is the base. See [`Backbone.use`]."""
+        """Context that yields the module of a role (the base for `None`). See [`Backbone.use`]."""
         return self.backbone.use(BASE if role is None else role.teacher.name)
 
     def mean_velocity(
         self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float, prompts: list[str]
     ) -> Tensor:
         """
-        Weighted mean velocity of teachers, each at its own guidance, at `x` of shape `(B, ...)`. Call it under
-        `torch.no_grad()`.
+        Computes the weighted mean velocity of teachers at `x` of shape `(B, ...)`, each with its own guidance scale.
+        Call it under `torch.no_grad()`.
         """
         mean = torch.zeros_like(x)
         for group in self.forwards(roles):
@@ -204,21 +234,23 @@ class TeacherBank:
         return mean
 
     def forwards(self, roles: Sequence[Role]) -> list[list[Role]]:
-        """The roles by the forward that computes them: one each, or several on one network at one guidance scale."""
+        """Groups the roles by forward: one role each, or if `batched` all on one network with one guidance scale."""
         if not self.batched:
             return [[role] for role in roles]
         groups: dict[tuple[float, str | None], dict[str, Role]] = {}
         for role in roles:
             name = role.teacher.name
             group = groups.setdefault((role.guidance_scale, name if role.teacher.kind == "full" else None), {})
-            weight = group[name].weight if name in group else 0.0  # one that is named twice
+            weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
         return [[*group.values()] for group in groups.values()]
 
     def _velocities(
         self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float, prompts: list[str]
     ) -> Sequence[Tensor]:
-        """Velocity of each role of a forward, at `x` of shape `(B, ...)`, from as many copies of it as there are roles."""
+        """
+        Computes each role's velocity at `x` of shape `(B, ...)` in one forward, on one copy of `x` for each role.
+        """
         n, scale = len(group), group[0].guidance_scale
         if n == 1:
             with self.use(group[0]) as network:
@@ -232,10 +264,10 @@ class TeacherBank:
     @torch.no_grad()
     def check_batched(self, field: VelocityField) -> None:
         """
-        Computes one sample's velocities of all teachers that share a forward.
+        Tries the shared forwards on one sample.
 
         Raises:
-            [`ValueError`]: if they cannot share it, with the reason for each task.
+            [`ValueError`]: if teachers cannot share a forward, with the reason for each task.
         """
         problems = []
         for task, roles in self.teachers.items():
@@ -254,8 +286,10 @@ class TeacherBank:
         if problems:
             raise ValueError("\n".join(problems))
 
-    def manifest(self) -> dict[str, list[dict[str, Any]]]:
-        """What a checkpoint records of the teachers: task to a list of entries, ready for JSON, without local paths."""
+    def manifest(self) -> Manifest:
+        """
+        Describes the teachers for a checkpoint: for each task a list of entries, ready for JSON, without local paths.
+        """
         return {
             task: [
                 {
@@ -273,8 +307,8 @@ class TeacherBank:
             for task, roles in self.teachers.items()
         }
 
-    def summary(self) -> list[dict[str, Any]]:
-        """One row a role, for the table at the start."""
+    def summary(self) -> list[TeacherRow]:
+        """Rows of the table of teachers at the start, one a role."""
         return [
             {
                 "task": task,
@@ -291,34 +325,33 @@ class TeacherBank:
         ]
 
 
-def _compare_with_manifest(
-    teachers: Mapping[str, list[TeacherConfig]], manifest: Mapping[str, Any] | None
-) -> list[str]:
+def _compare_with_manifest(teachers: Mapping[str, list[TeacherConfig]], manifest: Manifest | None) -> list[str]:
     if manifest is None:
         return []
     ours, theirs = ({task: len(entries) for task, entries in roles.items()} for roles in (teachers, manifest))
     if ours == theirs:
         return []
-    return [f"the checkpoint was trained with teachers (number by task) {theirs} and is resumed with {ours}"]
+    return [f"the checkpoint was trained with teachers (number by task) {theirs}, but is resumed with {ours}"]
 
 
-def _pin(config: TeacherConfig, recorded: Mapping[str, Any] | None) -> TeacherConfig:
-    """The commit that the checkpoint recorded, where the same repository is named again."""
+def _pin(config: TeacherConfig, recorded: TeacherEntry | None) -> TeacherConfig:
+    """Sets the commit that the checkpoint recorded, if the config names the same repository."""
     if recorded is None or recorded["revision"] is None or local_folder(config) is not None:
         return config
     same = recorded["source"] == config.model_name_or_path and recorded["subfolder"] == config.subfolder
     return replace(config, revision=recorded["revision"]) if same else config
 
 
-def _check_recorded(teacher: Teacher, recorded: Mapping[str, Any] | None) -> None:
+def _check_recorded(teacher: Teacher, recorded: TeacherEntry | None) -> None:
     # The hash decides, not the name: a teacher may have moved, or come from the Hub where it was a folder before.
     if recorded is not None and recorded["sha256"] != teacher.sha256:
         raise TeacherError(
-            f"{teacher.source}: not the teacher that the checkpoint was trained with, which was {recorded['source']} with "
-            f"sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or start a new run."
+            f"{teacher.source}: not the teacher that the checkpoint was trained with, which was "
+            f"{recorded['source']} with sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or "
+            "start a new run."
         )
 
 
-def model_identity(roles: Sequence[Role]) -> list[list[Any]]:
-    """What tells a model from others on the same base: files, guidance and weight of each of its networks."""
+def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
+    """Identifies a model among others on the same base, by files, guidance and weight of each of its networks."""
     return [[role.teacher.kind, role.teacher.sha256, role.guidance_scale, role.weight] for role in roles]

@@ -11,14 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Reading a whole transformer as a teacher, strictly."""
+"""Reads a whole transformer as a teacher. Anything that does not fit the base exactly is refused."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
+from ..guards.files import JSON
 from .boundary import strangers_files
 from .lora_layouts import some
 from .teacher_config import TeacherError
@@ -35,7 +35,7 @@ from .teacher_files import TeacherFiles, check_keys, read_json
 
 _QUANTIZATION = "quantization_config"
 _METHODS = ("bitsandbytes", "torchao")
-# Of the weights beside the base's, as of a LoRA's update: see `lora_update.py`.
+# The largest norm of its weights relative to the base's; the same limit as in `lora_update.py`.
 _BEYOND = 2.0**24
 
 
@@ -44,7 +44,7 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     Loads a whole transformer, frozen, in the dtype of the base and on its device.
 
     Raises:
-        TeacherError: If its class or config differs from the base's, or a weight is missing, left over, of another
+        TeacherError: If its class or config differs from the base's, or if a weight is missing, left over, of another
             shape or type, or not finite.
     """
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
@@ -53,15 +53,15 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
 
 def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     label = files.label
-    cls: Any = type(base)  # the config half of a diffusers model is not in ModelMixin's type
+    cls = type(base)
     stored = read_json(files.folder / "config.json", label)
     if stored.get("_class_name") != cls.__name__:
         raise TeacherError(
-            f"{label}: its config.json is of class {str(stored.get('_class_name'))[:80]!r} and the base's transformer is a "
-            f"{cls.__name__!r}. A full teacher needs the class of the base."
+            f"{label}: its config.json is of class {str(stored.get('_class_name'))[:80]!r}, but the base's "
+            f"transformer is a {cls.__name__!r}. A full teacher needs the class of the base."
         )
     ours = json.loads(base.to_json_string())
-    # Before anything of its sizes is built. What it leaves open the class fills in, as for an older config.json.
+    # Compared before a model of its sizes is built. Fields that it lacks get the class's defaults, as in old configs.
     _compare({key: value for key, value in stored.items() if value is not None and key in ours}, ours, label)
     with torch.device("meta"):
         empty = cls.from_config(dict(stored))
@@ -69,7 +69,9 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
     quantized = stored.get(_QUANTIZATION)
     if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") in _METHODS):
-        raise TeacherError(f"{label}: is quantised by {_short(quantized)}; bitsandbytes and torchao are known here")
+        raise TeacherError(
+            f"{label}: is quantized by {_short(quantized)}; only bitsandbytes and torchao are supported"
+        )
     if quantized is None:
         _check_headers(files, empty.state_dict())
     try:
@@ -82,7 +84,7 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(
             f"{label}: its weights do not fit its config: { {key: value[:3] for key, value in wrong.items()} }"
         )
-    # Buffers too: SD3's table of positions is one, and is in the file.
+    # Buffers too: SD3's table of positions is one, and it is saved in the file.
     if bad := [key for key, value in [*model.named_parameters(), *model.named_buffers()] if not _is_finite(value)]:
         raise TeacherError(f"{label}: holds NaN or infinite values in {some(bad)}")
     size = _norm(model)
@@ -90,25 +92,28 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(f"{label}: all of its weights are zero")
     if size > _BEYOND and size > _BEYOND * _norm(base):
         raise TeacherError(
-            f"{label}: its weights are more than 2^24 times those of the base, and what they compute is not finite"
+            f"{label}: its weights are more than 2^24 times those of the base, so its outputs are not finite"
         )
     return model.to(base.device).requires_grad_(False).eval()
 
 
-def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], label: str) -> None:
-    # The base may be quantized where the teacher is not; what it computes is the same.
+def _compare(theirs: Mapping[str, JSON], ours: Mapping[str, JSON], label: str) -> None:
+    # The base may be quantized while the teacher is not: they are the same network.
     names = sorted(key for key in theirs if not key.startswith("_") and key != _QUANTIZATION)
     if differing := [key for key in names if ours.get(key) != theirs[key]]:
         shown = ", ".join(f"{key} {_short(theirs[key])} (base {_short(ours.get(key))})" for key in differing[:8])
         raise TeacherError(f"{label}: made for another base: {shown}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return repr(value)[:80]
 
 
 def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) -> None:
-    """Each weight in one file, the one that the index says, and floats where the base has floats: loading casts whatever is there."""
+    """
+    Checks that each weight is in one file, the one that the index names, and is a float where the base's is. Loading
+    would cast anything.
+    """
     held: dict[str, str] = {}
     for name in files.names[1:]:
         try:
@@ -120,7 +125,7 @@ def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) ->
             raise TeacherError(f"{files.label}: {name} is not a readable safetensors file ({error})") from error
         if twice := [key for key in keys if key in held]:
             raise TeacherError(
-                f"{files.label}: {some(twice)} is in {held[twice[0]]} and in {name}; which one counts is unclear"
+                f"{files.label}: {some(twice)} is in {held[twice[0]]} and in {name}; it is unclear which one counts"
             )
         held |= dict.fromkeys(keys, name)
         floats = [key for key in keys if key in expected and expected[key].is_floating_point()]
@@ -133,12 +138,12 @@ def _check_headers(files: TeacherFiles, expected: Mapping[str, torch.Tensor]) ->
         said = read_json(index, files.label)["weight_map"]
         if wrong := sorted(key for key in {*said, *held} if said.get(key) != held.get(key)):
             raise TeacherError(
-                f"{files.label}: {index.name} is of other files: it does not say where {some(wrong)} is"
+                f"{files.label}: {index.name} does not fit the files: it does not say where {some(wrong)} is"
             )
 
 
 def _norm(network: nn.Module) -> float:
-    """Norm of a network's own weights, without LoRAs and what is quantised."""
+    """Norm of a network's own weights, leaving out LoRAs and quantized weights."""
     own = [p for name, p in network.named_parameters() if "lora_" not in name]
     weights = [weight for weight in own if weight.is_floating_point() and weight_kind(weight) is None]
     return math.hypot(*(float(torch.linalg.vector_norm(w.detach(), dtype=torch.float32)) for w in weights))

@@ -24,7 +24,6 @@ weights; and on the VAE slicing, tiling, fused projections and layerwise casting
 import logging
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
 
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
@@ -172,7 +171,7 @@ def _has_other_forward(module: nn.Module) -> bool:
     return not (isinstance(own["forward"], MethodType) and own["forward"].__func__ is type(module).forward)
 
 
-def _foreign_parts(transformer: Any) -> list[str]:
+def _foreign_parts(transformer: ModelMixin) -> list[str]:
     """Says in what a transformer differs from one that its config creates."""
     with init_empty_weights():
         plain = type(transformer).from_config(transformer.config)
@@ -207,7 +206,7 @@ def _foreign_parts(transformer: Any) -> list[str]:
     return problems
 
 
-def _processors(modules: dict[str, nn.Module]) -> dict[str, Any]:
+def _processors(modules: dict[str, nn.Module]) -> dict[str, object]:
     """The attention processors of the modules that have one."""
     return {name: vars(module)["processor"] for name, module in modules.items() if "processor" in vars(module)}
 

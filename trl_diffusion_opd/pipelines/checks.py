@@ -14,10 +14,9 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
 from .images import pixels_a_latent
@@ -54,7 +53,7 @@ MANAGED_OPTIONS = (
 )
 
 
-def guidance_name(parameters: Mapping[str, Any]) -> str:
+def guidance_name(parameters: Collection[str]) -> str:
     """The name of the parameter for the scale of classifier-free guidance, in a pipeline with these parameters."""
     # In Flux and Qwen-Image `guidance_scale` is an embedding and `true_cfg_scale` is classifier-free guidance.
     return "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
@@ -62,8 +61,8 @@ def guidance_name(parameters: Mapping[str, Any]) -> str:
 
 def option_problems(
     pipeline: DiffusionPipeline,
-    parameters: Mapping[str, Any],
-    options: Mapping[str, Any],
+    parameters: Collection[str],
+    options: Iterable[str],
     height: int | None,
     width: int | None,
     max_sequence_length: int | None,
@@ -123,7 +122,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     return problems
 
 
-def _is_flow_matching(scheduler: Any) -> bool:
+def _is_flow_matching(scheduler: SchedulerMixin) -> bool:
     config = scheduler.config
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
         config.get("prediction_type") == "flow_prediction" and bool(config.get("use_flow_sigmas"))

@@ -15,7 +15,6 @@
 """Draws images with the deterministic sampler. An image is the same on whichever process it is drawn."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -32,7 +31,7 @@ Velocity = Callable[[Tensor, float, list[str]], Tensor]
 
 def draw_images(
     field: VelocityField,
-    transformer: Callable[..., Any],
+    transformer: Callable[..., tuple],
     prompts: list[str],
     *,
     entropy: Sequence[int],

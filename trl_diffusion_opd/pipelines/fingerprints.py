@@ -21,7 +21,6 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -29,7 +28,7 @@ import transformers
 import xxhash
 from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..acceleration.quantization import plain_tensors
 
@@ -73,7 +72,7 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     return hashed.hexdigest()
 
 
-def _config(component: Any) -> dict[str, Any]:
+def _config(component: object) -> dict[str, object]:
     if isinstance(component, ConfigMixin):
         config = dict(component.config)
     elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
@@ -114,7 +113,7 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     return digest.hexdigest()
 
 
-def _add_module(digest: Any, module: nn.Module) -> None:
+def _add_module(digest: xxhash.xxh3_128, module: nn.Module) -> None:
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
             for part in plain_tensors(value):
@@ -128,7 +127,7 @@ def _add_module(digest: Any, module: nn.Module) -> None:
     digest.update(_settings(entries))
 
 
-def _add_files(digest: Any, component: Any) -> None:
+def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Adds the files of a tokenizer or processor. Saving it covers all classes, whatever their formats."""
     with tempfile.TemporaryDirectory() as folder:
         component.save_pretrained(folder)
@@ -140,7 +139,7 @@ def _add_files(digest: Any, component: Any) -> None:
                 )
 
 
-def _settings(entries: Any) -> bytes:
+def _settings(entries: object) -> bytes:
     """A component's settings as JSON, without those in `_PASSING`."""
     if isinstance(entries, dict):
         entries = {name: value for name, value in entries.items() if name not in _PASSING}

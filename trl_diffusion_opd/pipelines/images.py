@@ -26,7 +26,10 @@ from ..guards.finite import finite_images
 from .latent_map import LatentMap
 
 
-def decoded(x: Tensor, decode: Callable[[], Any]) -> Any:
+Images = Any  # a list of PIL's, an array or a tensor: as `output_type` says
+
+
+def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:
     """
     Returns the images that `decode()` makes of the latents `x`.
 
@@ -54,7 +57,7 @@ def encoded(
     The latents of images, in the layout of the pipeline's loop at level 0. Images are first cropped and resized to
     `size` (height, width).
     """
-    vae: Any = pipeline.components["vae"]
+    vae = pipeline.components["vae"]
     pixels = (
         image_processor(pipeline)
         .preprocess([image.convert("RGB") for image in images], *size, resize_mode="crop")

@@ -17,15 +17,16 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..acceleration.quantization import failures_named, pipeline_config, prepare
+from ..acceleration.quantization import QuantizationConfig, failures_named, pipeline_config, prepare
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import explained, retried
 from ..problems import Problems
@@ -39,8 +40,8 @@ _WHOLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 def load_pipeline(
     model: str | DiffusionPipeline,
     dtype: str,
-    model_init_kwargs: Mapping[str, Any] | None = None,
-    quantization_config: Any = None,
+    model_init_kwargs: Mapping[str, JSON] | None = None,
+    quantization_config: QuantizationConfig = None,
 ) -> DiffusionPipeline:
     """
     Returns a base pipeline that is ready for training. Loads it if it is given by name.
@@ -69,7 +70,7 @@ def load_pipeline(
 
 
 def _loaded(
-    name: str, dtype: str, model_init_kwargs: Mapping[str, Any] | None, quantization_config: Any
+    name: str, dtype: str, model_init_kwargs: Mapping[str, JSON] | None, quantization_config: QuantizationConfig
 ) -> DiffusionPipeline:
     check_base_name(name)
     options = loading_options(dtype, model_init_kwargs)
@@ -111,7 +112,7 @@ def check_base_name(name: str) -> None:
 
 
 @contextmanager
-def borrowed(pipeline: Any) -> Iterator[Any]:
+def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
     """
     Yields the pipeline's transformer, on which its block may put LoRAs. Afterwards they are removed and the pipeline
     is as before, even after an error.

@@ -17,15 +17,16 @@ Checks and completes the arguments with which a base is loaded. Configs import t
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
+
+from ..guards.files import JSON
 
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def dtype_name(value: Any) -> str | None:
+def dtype_name(value: object) -> str | None:
     """
     The name of a dtype for a base, such as `"bfloat16"` for `"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16`.
     `None` if a base can't be loaded in it.
@@ -34,7 +35,7 @@ def dtype_name(value: Any) -> str | None:
     return name if name in DTYPES else None
 
 
-def model_init_problems(options: Mapping[str, Any]) -> list[str]:
+def model_init_problems(options: Mapping[str, JSON]) -> list[str]:
     """Says which keyword arguments for `DiffusionPipeline.from_pretrained` are refused and why, one sentence each."""
     problems = []
     for name in ("trust_remote_code", "custom_pipeline"):
@@ -53,7 +54,7 @@ def model_init_problems(options: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def loading_options(dtype: str, model_init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def loading_options(dtype: str, model_init_kwargs: Mapping[str, JSON] | None) -> dict[str, JSON]:
     """
     Makes the arguments of `DiffusionPipeline.from_pretrained`, with dtypes as objects, since it ignores their names.
 

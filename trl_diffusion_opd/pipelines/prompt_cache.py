@@ -16,15 +16,15 @@
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .prompt_store import PromptStore
+from .prompt_store import Encoded, PromptStore
 
 
 # Two prompts of different length, for trials: they show whether the embeddings of a batch are those of its prompts put
@@ -36,6 +36,8 @@ _LAYOUT, _AXES, _PARTS, _SHORT = "layout", "axes", "parts", "short"
 _GUIDED = "do_classifier_free_guidance"
 # Enough for all calls of student and teachers, with and without guidance, on one micro-batch.
 _RECENT_BATCHES = 8
+
+_Layout = str | tuple["_Layout", ...] | None  # how the embeddings of prompts and of their batch belong together
 
 
 class PromptCache:
@@ -62,8 +64,8 @@ class PromptCache:
     def __init__(self, max_bytes: int = 2 * 1024**3, store: PromptStore | None = None):
         self.max_bytes = max_bytes
         self._store = store
-        self._entries: OrderedDict[tuple, Any] = OrderedDict()
-        self._recent: OrderedDict[tuple, Any] = OrderedDict()
+        self._entries: OrderedDict[tuple, Encoded] = OrderedDict()
+        self._recent: OrderedDict[tuple, Encoded] = OrderedDict()
         self._trials: dict[tuple, Any] = {}
         self._companies: dict[str, tuple[str, ...]] = {}
         self._unasked: set[tuple] = set()  # entries that were encoded only because a prompt of their company was
@@ -87,7 +89,7 @@ class PromptCache:
                 self._companies.setdefault(prompt, tuple(company))
 
     @torch.no_grad()
-    def encode(self, encode_prompt: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def encode(self, encode_prompt: Callable[..., Encoded], *args: object, **kwargs: object) -> Encoded:
         """Returns `encode_prompt(*args, **kwargs)`, from memory or the store if possible."""
         call = _Call(encode_prompt, _bind(encode_prompt, args, kwargs))
         device = call.arguments.get("device")
@@ -99,7 +101,7 @@ class PromptCache:
         self._recent.move_to_end(key)
         return self._recent[key]
 
-    def _encode(self, call: "_Call") -> Any:
+    def _encode(self, call: "_Call") -> Encoded:
         if call.arguments.get(_GUIDED) is True and call.keyed:
             parts = self._trial(_PARTS, call, _try_parts)
             if parts is not None:
@@ -110,7 +112,7 @@ class PromptCache:
                 )
         return self._encode_batch(call)
 
-    def _encode_batch(self, call: "_Call") -> Any:
+    def _encode_batch(self, call: "_Call") -> Encoded:
         size = call.size
         # One prompt needs no trial, and a pipeline that edits images may refuse a second prompt for its one image.
         layout = None
@@ -132,7 +134,7 @@ class PromptCache:
                     )
         return self._remember(call)
 
-    def _row(self, call: "_Call", layout: Any) -> Any:
+    def _row(self, call: "_Call", layout: "_Layout") -> Encoded:
         """The embedding of a call with one prompt, encoded alone or in its company."""
         company = self._companies.get(call.texts.get("prompt", [""])[0]) if call.keyed else None
         if company is None or len(company) == 1:
@@ -158,7 +160,7 @@ class PromptCache:
         short = self._trial(_SHORT, call, lambda call: _to(call.with_prompts(_PROBES[:1])(), "cpu"))
         return row if _same_shapes(short, row, layout) else self._remember(call)
 
-    def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Any]) -> Any:
+    def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Encoded]) -> Encoded:
         """The result of a trial for this kind of call: from memory, from the store, or by running it."""
         pattern = (kind, *call.options, *call.texts)
         if pattern not in self._trials:
@@ -169,22 +171,22 @@ class PromptCache:
                 store.write(pattern, (self._trials[pattern],))
         return self._trials[pattern]
 
-    def _remember(self, call: "_Call") -> Any:
+    def _remember(self, call: "_Call") -> Encoded:
         found = self._find(call.key, call)
         return self._keep(call.key, _to(call(), "cpu"), call) if found is None else found
 
-    def _find(self, key: tuple, call: "_Call") -> Any:
+    def _find(self, key: tuple, call: "_Call") -> Encoded:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
         return self._store.read(key) if self._store is not None and call.keyed else None
 
-    def _keep(self, key: tuple, value: Any, call: "_Call") -> Any:
+    def _keep(self, key: tuple, value: Encoded, call: "_Call") -> Encoded:
         if self._store is not None and call.keyed and self._store.write(key, value):
             return value
         return self._hold(key, value)
 
-    def _hold(self, key: tuple, value: Any) -> Any:
+    def _hold(self, key: tuple, value: Encoded) -> Encoded:
         if key in self._entries:
             self._drop(key)
         last = next(reversed(self._entries.values())) if self._entries else None
@@ -195,7 +197,7 @@ class PromptCache:
             self._drop(next(iter(self._entries)))
         return value
 
-    def _drop(self, key: tuple) -> Any:
+    def _drop(self, key: tuple) -> Encoded:
         value = self._entries.pop(key)
         self._unasked.discard(key)
         self._bytes -= _nbytes(value)
@@ -215,7 +217,7 @@ class _Call:
         size (`int`): the number of prompts.
     """
 
-    def __init__(self, function: Callable[..., Any], arguments: dict[str, Any]):
+    def __init__(self, function: Callable[..., Encoded], arguments: dict[str, Any]):
         self.function, self.arguments = function, arguments
         self.texts = {name: value for name, value in arguments.items() if _is_texts(value)}
         plain = [name for name, value in arguments.items() if _is_option(name, value)]
@@ -225,11 +227,11 @@ class _Call:
         sizes = {len(value) for value in self.texts.values()}
         self.size = sizes.pop() if len(sizes) == 1 else 1
 
-    def __call__(self) -> Any:
-        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image changes the list in place
+    def __call__(self) -> Encoded:
+        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image writes its template into the list
         return self.function(**{**self.arguments, **copies})
 
-    def with_arguments(self, changes: dict[str, Any]) -> "_Call":
+    def with_arguments(self, changes: Mapping[str, object]) -> "_Call":
         return _Call(self.function, {**self.arguments, **changes})
 
     def row(self, i: int) -> "_Call":
@@ -244,7 +246,7 @@ class _Call:
         )
 
 
-def _bind(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind(function: Callable[..., Encoded], args: tuple, kwargs: dict[str, object]) -> dict[str, Any]:
     """
     The arguments of a call by name. Uses a cached signature, since Python would build a method's anew at every step.
     """
@@ -255,11 +257,11 @@ def _bind(function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> 
 
 
 @cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
+def _signature(function: Callable[..., object]) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _is_texts(value: Any) -> bool:
+def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
@@ -267,7 +269,7 @@ def _is_negative(name: str) -> bool:
     return name.startswith("negative")
 
 
-def _is_option(name: str, value: Any) -> bool:
+def _is_option(name: str, value: object) -> bool:
     # Other values, such as an image to edit, come from `generation_kwargs`, which are the same for a whole run.
     if isinstance(value, (tuple, list)) and not _is_texts(value):  # Flux.2's layers of the encoder
         return all(_is_option(name, item) for item in value)
@@ -286,7 +288,7 @@ def _apart(call: _Call) -> tuple[_Call, _Call]:
     return call.with_arguments({_GUIDED: False}), call.with_arguments(probes)
 
 
-def _try_parts(call: _Call) -> Any:
+def _try_parts(call: _Call) -> tuple[str, ...] | None:
     """
     Finds out which values of a guided call belong to the prompts (`"prompt"`: the same as without guidance) and which
         to the
@@ -308,7 +310,7 @@ def _try_parts(call: _Call) -> Any:
     return tuple(parts)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Encoded, b: Encoded) -> bool:
     """Whether embeddings are equal to the bit."""
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
@@ -317,12 +319,12 @@ def _equal(a: Any, b: Any) -> bool:
     return a is None and b is None
 
 
-def _try_layout(call: _Call) -> Any:
+def _try_layout(call: _Call) -> _Layout:
     first, second = (call.with_arguments({name: [probe] for name in call.texts})() for probe in _PROBES)
     return _find_layout(first, second, call.with_arguments({name: list(_PROBES) for name in call.texts})())
 
 
-def _find_layout(first: Any, second: Any, both: Any) -> Any:
+def _find_layout(first: Encoded, second: Encoded, both: Encoded) -> _Layout:
     """
     Finds out how the embeddings of two prompts form those of their batch: `"shared"` (equal for all prompts),
     `"rows"`, `"list"`, a tuple of these, or `None` if they don't.
@@ -342,12 +344,12 @@ def _find_layout(first: Any, second: Any, both: Any) -> Any:
     return None
 
 
-def _try_axes(call: _Call) -> Any:
+def _try_axes(call: _Call) -> _Layout:
     once, twice = (call.with_arguments({name: list(_PROBES) * n for name in call.texts})() for n in (1, 2))
     return _find_axes(once, twice)
 
 
-def _find_axes(once: Any, twice: Any) -> Any:
+def _find_axes(once: Encoded, twice: Encoded) -> _Layout:
     """
     Finds out along which axis the prompts of a batch lie in its embeddings, by comparing a batch with the same batch
     twice. Returns the number of the axis, `"shared"` (equal for any batch), `"list"`, `"nothing"`, a tuple of these,
@@ -370,14 +372,14 @@ def _find_axes(once: Any, twice: Any) -> Any:
     return None
 
 
-def _as_tried(encoded: Any, axes: Any) -> bool:
+def _as_tried(encoded: Encoded, axes: _Layout) -> bool:
     """Whether every value that was `None` in the trial is `None`. For others the trial could not find the axis."""
     if isinstance(axes, tuple):
         return all(_as_tried(*items) for items in zip(encoded, axes, strict=True))
     return encoded is None or axes != "nothing"
 
 
-def _take(encoded: Any, axes: Any, numbers: list[int]) -> Any:
+def _take(encoded: Encoded, axes: str | tuple, numbers: list[int]) -> Encoded:
     """The embeddings of a batch made of the prompts `numbers` of an encoded batch."""
     if isinstance(axes, tuple):
         return tuple(_take(part, of_part, numbers) for part, of_part in zip(encoded, axes, strict=True))
@@ -388,13 +390,13 @@ def _take(encoded: Any, axes: Any, numbers: list[int]) -> Any:
     return encoded.index_select(int(axes), torch.tensor(numbers, device=encoded.device))
 
 
-def _fit(rows: list[Any], layout: Any) -> bool:
+def _fit(rows: list[Encoded], layout: _Layout) -> bool:
     if isinstance(layout, tuple):
         return all(_fit([row[i] for row in rows], part) for i, part in enumerate(layout))
     return layout != "rows" or len({row.shape[1:] for row in rows}) == 1
 
 
-def _join(rows: list[Any], layout: Any) -> Any:
+def _join(rows: list[Encoded], layout: _Layout) -> Encoded:
     if isinstance(layout, tuple):
         return tuple(_join([row[i] for row in rows], part) for i, part in enumerate(layout))
     if layout == "list":
@@ -402,7 +404,7 @@ def _join(rows: list[Any], layout: Any) -> Any:
     return torch.cat(rows) if layout == "rows" else rows[0]
 
 
-def _split(value: Any, layout: Any, size: int) -> list[Any]:
+def _split(value: Encoded, layout: _Layout, size: int) -> list[Encoded]:
     """The embeddings of each prompt of a batch. [`_join`] is the inverse."""
     if isinstance(layout, tuple):
         columns = [_split(part, of_part, size) for part, of_part in zip(value, layout, strict=True)]
@@ -413,7 +415,7 @@ def _split(value: Any, layout: Any, size: int) -> list[Any]:
     return [row.clone() for row in value.split(1)] if layout == "rows" else [value] * size
 
 
-def _same_shapes(a: Any, b: Any, layout: Any) -> bool:
+def _same_shapes(a: Encoded, b: Encoded, layout: _Layout) -> bool:
     """Whether the embeddings of two prompts have the same shape, except lists, which may have different ones."""
     if isinstance(layout, tuple):
         return all(_same_shapes(*parts) for parts in zip(a, b, layout, strict=True))
@@ -422,14 +424,14 @@ def _same_shapes(a: Any, b: Any, layout: Any) -> bool:
     return layout == "list" or a is None and b is None
 
 
-def _close(a: Any, b: Any) -> bool:
+def _close(a: Encoded, b: Encoded) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         # Encoders in half precision round a prompt differently alone and in a batch.
         return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2)
     return a is None and b is None
 
 
-def _to(value: Any, device: Any) -> Any:
+def _to(value: Encoded, device: str | torch.device | None) -> Encoded:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, (list, tuple)):
@@ -437,7 +439,7 @@ def _to(value: Any, device: Any) -> Any:
     return value
 
 
-def _share(value: Any, last: Any) -> Any:
+def _share(value: Encoded, last: Encoded) -> Encoded:
     if isinstance(value, Tensor):
         same = isinstance(last, Tensor) and value.shape == last.shape and torch.equal(value, last)
         return last if same else value
@@ -446,7 +448,7 @@ def _share(value: Any, last: Any) -> Any:
     return value
 
 
-def _nbytes(value: Any) -> int:
+def _nbytes(value: Encoded) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     return sum(_nbytes(item) for item in value) if isinstance(value, (list, tuple)) else 0

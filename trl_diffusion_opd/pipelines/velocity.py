@@ -24,22 +24,22 @@ the call. Only this file and `view.py` use a pipeline's internals.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
 from .checks import guidance_name, option_problems, pipeline_problems
-from .images import decoded, encoded, encoder_problem
+from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
-from .prompt_store import PromptStore
+from .prompt_store import Encoded, PromptStore
 from .view import (
     DecoderStandIn,
     PipelineView,
@@ -94,7 +94,7 @@ class VelocityField:
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
-        generation_kwargs: dict[str, Any] | None = None,
+        generation_kwargs: Mapping[str, object] | None = None,
         prompt_store: PromptStore | None = None,
     ):
         self.pipeline = pipeline
@@ -116,7 +116,7 @@ class VelocityField:
         self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class: Any = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
         self._guidance_offset = 0.0
         self._latent_map: LatentMap | None = None
@@ -161,7 +161,7 @@ class VelocityField:
         t: float | Sequence[float],
         prompts: list[str],
         guidance_scale: float,
-        transformer: Callable[..., Any] | None = None,
+        transformer: Callable[..., tuple] | None = None,
         adapters: list[str] | None = None,
     ) -> Tensor:
         """
@@ -191,7 +191,7 @@ class VelocityField:
         stand_in = StandIn(transformer or self._base, self._base, timesteps, adapters)
         return self._velocity(x, t, prompts, guidance_scale, stand_in)
 
-    def one_forward(self, transformer: Callable[..., Any], batch_size: int) -> None:
+    def one_forward(self, transformer: Callable[..., tuple], batch_size: int) -> None:
         """
         Runs a transformer once, at the first noise level, to try it out.
 
@@ -213,7 +213,7 @@ class VelocityField:
         """The arguments, by name, of the pipeline's first call of its transformer at level `t`."""
         seen: list[dict[str, Any]] = []
 
-        def note(**inputs: Any) -> None:
+        def note(**inputs: Any) -> NoReturn:
             seen.append(inputs)
             raise Stop
 
@@ -265,7 +265,7 @@ class VelocityField:
             self._step(x, 1.0, prompts, scale, StandIn(stop, self._base))
 
     @torch.no_grad()
-    def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Any]]:
+    def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Encoded]]:
         """
         Yields the embeddings of each prompt, encoded as a batch of one. The transformer is not run.
 
@@ -281,7 +281,7 @@ class VelocityField:
             yield self._step(x, 1.0, [prompt], guidance_scale, StandIn(stop, self._base)).encoded
 
     @torch.no_grad()
-    def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Any:
+    def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Images:
         """
         Decodes final latents to images as the pipeline does, by running its `__call__` with a loop of no steps.
 
@@ -331,7 +331,7 @@ class VelocityField:
 
     def _find_latent_map(self) -> LatentMap:
         """Finds out how the pipeline rearranges and scales the loop's latents before decoding."""
-        vae: Any = self.pipeline.components["vae"]
+        vae = self.pipeline.components["vae"]
         generators = [torch.Generator().manual_seed(0)]
 
         def to_vae(x: Tensor) -> Tensor:
@@ -386,7 +386,7 @@ class VelocityField:
                 f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
             )
 
-    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
         options = {"prompt": prompts, **self._options}
         if self._guidance in self._parameters:
@@ -403,7 +403,7 @@ class VelocityField:
         self,
         prompts: list[str],
         guidance_scale: float,
-        scheduler: Any,
+        scheduler: SchedulerMixin,
         num_inference_steps: int,
         generators: list[torch.Generator] | None = None,
     ) -> PipelineView:
@@ -425,14 +425,19 @@ class VelocityField:
         self._call(view, prompts, guidance_scale)
         return view
 
-    def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: Any) -> PipelineView:
+    def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: object) -> PipelineView:
         """Runs the part of the pipeline's `__call__` that follows its loop, on the latents `x`."""
         view = self._view(StandIn(stop, self._base), self._probe.at(None), x, prompts, decoding=not parts, **parts)
         self._call(view, prompts, 1.0, output_type=output_type)
         return view
 
     def _view(
-        self, transformer: StandIn, scheduler: Any, x: Tensor | None = None, prompts: Sequence[str] = (), **parts: Any
+        self,
+        transformer: StandIn,
+        scheduler: SchedulerMixin,
+        x: Tensor | None = None,
+        prompts: Sequence[str] = (),
+        **parts: object,
     ) -> PipelineView:
         if x is not None and len(x) != len(prompts):
             raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
@@ -447,7 +452,7 @@ class VelocityField:
             **{"decoding": False, **parts},
         )
 
-    def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: Any) -> None:
+    def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
         options = {"num_inference_steps": 1, "generator": None, "output_type": "latent", **how}
         options.update(self.call_options(prompts, guidance_scale), return_dict=False)
         with suppress(Stop):
@@ -467,7 +472,7 @@ class VelocityField:
         return self._prepared[key]
 
 
-def _euler_config(scheduler: Any) -> dict[str, Any]:
+def _euler_config(scheduler: SchedulerMixin) -> Mapping[str, object]:
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return scheduler.config
     return {"num_train_timesteps": scheduler.config.num_train_timesteps}

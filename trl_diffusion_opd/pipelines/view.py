@@ -19,10 +19,10 @@ Replacements for a pipeline's scheduler, transformer, VAE and the pipeline itsel
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -30,8 +30,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..acceleration.quantization import base_weight, dequantized
+from .images import Images
 from .prompt_cache import PromptCache
+from .prompt_store import Encoded
 
+
+T = TypeVar("T")
 
 _TIMESTEPS = ("timestep", "timesteps", "t")  # names that transformers use for them
 
@@ -56,10 +60,10 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
+        device: str | torch.device | None = None,
+        sigmas: object = None,
         mu: float | None = None,
-        timesteps: Any = None,
+        timesteps: object = None,
     ) -> None:
         levels = [] if self.level is None else [self.level]
         self.timesteps = torch.tensor([self.own_timestep for _ in levels], device=device)
@@ -67,7 +71,7 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> None:
+    def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
         self.velocity = model_output
         raise Stop
 
@@ -93,7 +97,7 @@ class StandIn(nn.Module):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., tuple],
         base: nn.Module,
         timesteps: list[Tensor] | None = None,
         adapters: list[str] | None = None,
@@ -108,7 +112,7 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         if self.timesteps is not None:
@@ -138,11 +142,11 @@ class StandIn(nn.Module):
 
 
 @cache
-def _input_names(network: Any) -> list[str]:
+def _input_names(network: type[nn.Module]) -> list[str]:
     return list(inspect.signature(network.forward).parameters)[1:]
 
 
-def timestep_name(inputs: dict[str, Any]) -> str:
+def timestep_name(inputs: Mapping[str, object]) -> str:
     """The name of a transformer's argument for timesteps."""
     return next(name for name in _TIMESTEPS if name in inputs)
 
@@ -163,7 +167,7 @@ def _rows_of(timesteps: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[None]:
+def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterator[None]:
     """
     Computes the output projection in float32 in its block. Student and teacher differ by little, so rounding their
     outputs would dominate the difference, and guidance would multiply it.
@@ -187,7 +191,7 @@ def _float32_projection(model: Callable[..., Any], base: nn.Module) -> Iterator[
 
 
 @contextmanager
-def exchanged_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def exchanged_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """
     Replaces a module's forward by `forward` in its block, and restores the previous one afterwards. May be nested.
     """
@@ -205,7 +209,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def stop(**kwargs: Any) -> None:
+def stop(**kwargs: object) -> NoReturn:
     raise Stop
 
 
@@ -223,7 +227,7 @@ class DecoderStandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["vae"], name)
 
-    def decode(self, latents: Tensor, *args: Any, **kwargs: Any) -> None:
+    def decode(self, latents: Tensor, *args: object, **kwargs: object) -> NoReturn:
         self.__dict__["latents"] = latents
         raise Stop
 
@@ -235,13 +239,13 @@ class PipelineView(DiffusionPipeline):
     cache: PromptCache
     encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
-    prepared: Any
+    prepared: tuple
     decoding: bool
-    images: Any
-    encoded: list[Any]
+    images: Images
+    encoded: list[Encoded]
 
     @classmethod
-    def of(cls, pipeline: DiffusionPipeline, **parts: Any) -> Any:
+    def of(cls, pipeline: DiffusionPipeline, **parts: object) -> Self:
         """A shallow copy of a pipeline with these parts in place of its own. `__init__` is not called."""
         view = object.__new__(cls)
         view.__dict__.update({**vars(pipeline), "images": None, "encoded": [], **parts})
@@ -252,12 +256,12 @@ class PipelineView(DiffusionPipeline):
         # diffusers uses the first component's device: an offloaded text encoder would move everything to the CPU.
         return self.transformer.device
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
         with self.encoding():
             self.encoded.append(self.cache.encode(super().encode_prompt, *args, **kwargs))
         return self.encoded[-1]
 
-    def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+    def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
@@ -266,7 +270,9 @@ class PipelineView(DiffusionPipeline):
         x = self.x.to(dtype) if self.decoding else self.x
         return (x, *extras) if extras else x
 
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    def progress_bar(
+        self, iterable: Iterable[T] | None = None, total: int | None = None
+    ) -> Iterable[T] | AbstractContextManager[None]:
         """No progress bar, since each step would open and close one."""
         return nullcontext() if iterable is None else iterable
 

@@ -16,21 +16,33 @@
 Estimates the peak memory of a forward and backward from tensor shapes. No memory is allocated and no network runs.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..acceleration.quantization import base_weight, plain_tensors, quantized_layers, weight_kind
 from ..pipelines.view import StandIn, exchanged_forward
+
+
+T = TypeVar("T")
+Velocity = Tensor | list[Tensor]  # of a batch, which some families keep apart
+
+
+class MemoryRow(TypedDict):
+    """A part of an estimate: dtypes, bytes, and how they are known."""
+
+    dtype: str
+    bytes: int
+    how: str
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -52,7 +64,9 @@ class Live(TorchDispatchMode):
         """Leaves out tensors that existed before. Otherwise their views would count as new tensors."""
         self._sizes |= {tensor.untyped_storage()._cdata: 0 for tensor in tensors}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor) or is_traceable_wrapper_subclass(tensor):
@@ -84,27 +98,46 @@ def optimizer_step_bytes(optimizer: torch.optim.Optimizer, weight: nn.Parameter)
 
 
 # Functions with large outputs that autocast computes in float32 on CUDA, but not on the CPU.
-_FLOAT32_ON_CUDA = (
-    nn.functional.layer_norm,
-    nn.functional.group_norm,
-    nn.functional.softmax,
-    torch.softmax,
-    Tensor.softmax,
+_FLOAT32_ON_CUDA: tuple[tuple[object, str], ...] = (
+    (nn.functional, "layer_norm"),
+    (nn.functional, "group_norm"),
+    (nn.functional, "softmax"),
+    (torch, "softmax"),
+    (Tensor, "softmax"),
 )
 
 
-class _AsOnCuda(TorchFunctionMode):
-    """Makes autocast on the CPU use float32 for the same functions as on CUDA."""
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """
+    Makes autocast on the CPU use float32 for the same functions as on CUDA.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_float32, (args, kwargs))
-        return func(*args, **(kwargs or {}))
+    The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
+    """
+
+    def of(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def float32(*args: object, **kwargs: object) -> object:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map(_float32, (args, kwargs))
+            return function(*args, **kwargs)
+
+        return float32
+
+    with ExitStack() as stack:
+        for owner, name in _FLOAT32_ON_CUDA:
+            original = getattr(owner, name)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, original)
+            else:  # a tensor's is inherited
+                stack.callback(delattr, owner, name)
+            setattr(owner, name, of(original))
+        yield
 
 
-def _float32(value: Any) -> Any:
-    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-    return value.float() if half else value
+def _float32(value: object) -> object:
+    half = (torch.bfloat16, torch.float16)
+    return value.float() if isinstance(value, Tensor) and value.dtype in half else value
 
 
 class _Dequantizing(torch.autograd.Function):
@@ -161,19 +194,19 @@ class _Step(nn.Module):
         self.model: nn.Module = model
         self.__dict__["base"] = base  # not registered: `functional_call` would restore shared weights twice, as shapes
 
-    def forward(self, calls: Sequence[Mapping[str, Any]], backward: bool, live: Live) -> Any:
+    def forward(self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live) -> list[Velocity]:
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
                 # Tensor.backward would turn off the TorchFunctionMode, which repeated forwards need.
-                torch.autograd.backward(torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum())
+                torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum().backward()
         return velocities
 
 
 def step_bytes(
     model: nn.Module,
     base: nn.Module,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     *,
     device_type: str = "cuda",
     precision: torch.dtype | None = None,
@@ -196,15 +229,15 @@ def step_bytes(
 def pass_in_shapes(
     model: nn.Module,
     base: nn.Module,
-    calls: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, object]],
     device_type: str,
     precision: torch.dtype | None,
     backward: bool,
-) -> tuple[int, Any]:
-    """Returns the bytes as [`step_bytes`] does, and the velocities, which have shapes but no values."""
+) -> tuple[int, list[Velocity]]:
+    """As [`step_bytes`], and the velocities, of which there are shapes alone."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def fake(value: Any) -> Any:
+    def fake(value: T) -> T | Tensor:
         # Always on the CPU, whose fused attention stands for the GPU's: the GPU's kernels would need a GPU.
         if not isinstance(value, Tensor):
             return value
@@ -229,7 +262,7 @@ def pass_in_shapes(
         modes.enter_context(shapes)
         modes.enter_context(_kernels_in_shapes([layer for _, layer in quantized]))
         if device_type == "cuda":
-            modes.enter_context(_AsOnCuda())
+            modes.enter_context(_as_on_cuda())
         if precision is not None:
             modes.enter_context(torch.autocast("cpu", precision))
         velocities = functional_call(step, state, (inputs, backward, live))

@@ -32,9 +32,10 @@ if sys.platform != "win32":
     import resource
 
 OTHER = "other"
+Instant = Any  # an event of CUDA, or seconds: all instants of a device are of one kind
 
 
-def instant(device: torch.device) -> Any:
+def instant(device: torch.device) -> Instant:
     """
     Marks this instant for [`seconds_between`]. On CUDA it is an event in the stream, and nothing waits for it. On
     other devices it is the wall clock's time after the device has finished its work.
@@ -48,7 +49,7 @@ def instant(device: torch.device) -> Any:
     return time.perf_counter()
 
 
-def seconds_between(begin: Any, end: Any) -> float:
+def seconds_between(begin: Instant, end: Instant) -> float:
     """Seconds between two [`instant`]s. Waits until the second one has passed."""
     if isinstance(begin, torch.cuda.Event):
         end.synchronize()
@@ -56,7 +57,7 @@ def seconds_between(begin: Any, end: Any) -> float:
     return end - begin
 
 
-def _is_over(one: Any) -> bool:
+def _is_over(one: Instant) -> bool:
     return one.query() if isinstance(one, torch.cuda.Event) else True
 
 
@@ -96,10 +97,10 @@ class UpdateClock:
     def __init__(self, parts: tuple[str, ...], device: torch.device):
         self.parts = (*parts, OTHER)
         self._device = device
-        self._open: list[str] = []  # the open parts, the innermost last
-        self._marks: list[tuple[str, Any]] = []  # each part that ran, and from when
+        self._open: list[str] = []  # the parts that run, the innermost last
+        self._marks: list[tuple[str, Instant]] = []  # what ran from when
         self._calls: Counter[str] = Counter()
-        self._ended: deque[tuple[list[tuple[str, Any]], Counter[str]]] = deque()
+        self._ended: deque[tuple[list[tuple[str, Instant]], Counter[str]]] = deque()
         self._updates: list[Update] = []
 
     def start(self) -> None:

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run shows: tables, pictures, cards, trackers."""
+"""Shows a run to people: console tables, pictures, model cards, trackers."""

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 
-"""What the cards of students and of teachers share: metadata, licence, results, how they are rendered and saved."""
+"""Shared parts of the students' and the teachers' model cards: metadata, licence, results, rendering and saving."""
 
 import os
 import re
@@ -34,6 +34,7 @@ from transformers.utils.hub import hf_api
 from ..guards.markdown import cell, code, inline, literal
 from ..guards.redaction import public_text, public_value, shown
 from ..hub.files import CARD_FILE
+from .report import Report
 
 
 _SHOWN_PACKAGES = ("trl", "diffusers", "peft", "transformers", "torch", "datasets")
@@ -42,7 +43,7 @@ _TASK = "text-to-image"
 
 def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
     path = str(files(__package__) / "templates" / template)
-    # Names of tasks, rewards, layers and teachers are strangers', and the card is for all to see.
+    # Names of tasks, rewards, layers and teachers can hold anything, and cards are public. So all text is escaped.
     shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
     return ModelCard.from_template(data, template_path=path, versions=_versions(), **shows, **fields)
 
@@ -51,16 +52,16 @@ def _public(show: Callable[..., str]) -> Callable[..., str]:
     return lambda value: show(public_text(value) if isinstance(value, str) else value)
 
 
-@cache  # it takes some 50 ms, and a card is written with every checkpoint
+@cache  # takes some 50 ms, and a card is written with every checkpoint
 def _versions() -> dict[str, str]:
     found = {}
-    with suppress(PackageNotFoundError):  # a checkout that is on the path, and not installed
+    with suppress(PackageNotFoundError):  # a checkout that is on the path but not installed
         found["trl-diffusion-opd"] = version("trl-diffusion-opd")
     return found | {name: version(name) for name in _SHOWN_PACKAGES}
 
 
 def save(card: ModelCard, folder: Path) -> None:
-    # In one move: an upload in the background may be reading the card.
+    # Replaced at once: an upload in the background may be reading the card.
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{CARD_FILE}"
     card.save(unfinished)
@@ -93,7 +94,7 @@ def card_data(
 
 
 def _base_license(base_id: str) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` as the base's own card has them."""
+    """Reads `license`, `license_name` and `license_link` from the base's own card on the Hub."""
     try:
         card = hf_api().model_info(base_id, timeout=10).card_data
     except (HfHubHTTPError, httpx2.TransportError, OfflineModeIsEnabled):
@@ -106,7 +107,7 @@ def _base_license(base_id: str) -> dict[str, str]:
 
 
 def results_of(
-    report: Mapping[str, Any],
+    report: Report,
     datasets: list[str],
     task: str,
     metric: str,
@@ -120,7 +121,7 @@ def results_of(
     result = EvalResult(
         task_type=_TASK,
         task_name=f"Text to image: {task}",
-        # Held-out prompts are usually files; the Hub wants a name all the same.
+        # The Hub requires a name, although held-out prompts are usually files.
         dataset_type=datasets[0] if len(datasets) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "-", task),
         dataset_name=f"held-out prompts of {task}",
         dataset_config=task,
@@ -142,7 +143,7 @@ def as_list(value: str | list[str] | None) -> list[str]:
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it can be a repository on the Hub and is no file or folder here."""
+    """Returns `name` if it can be a Hub repository and is no local file or folder, else `None`."""
     if not name or os.path.exists(name):
         return None
     try:
@@ -152,9 +153,9 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def literals(options: Mapping[str, Any], secrets: list[str]) -> dict[str, str]:
-    """Those of `options` that can be written as Python literals, as such."""
+def literals(options: Mapping[str, object], secrets: list[str]) -> dict[str, str]:
+    """Writes options as Python literals. Options that have none are left out."""
     plain = {name: value for name, value in options.items() if isinstance(value, (str, bool, int, float))}
-    # A prompt is no path, even if it looks like one.
+    # A prompt is never redacted as a path, even if it looks like one.
     public = {name: value if name == "prompt" else public_value(value, secrets) for name, value in plain.items()}
     return {name: literal(value) for name, value in public.items()}

@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The student's images for fixed prompts, once an evaluation: in files, in the console and in the trackers."""
+"""Logs the student's images for fixed prompts after each evaluation: to files, to the console, and to trackers."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
@@ -29,6 +30,10 @@ from pyarrow.parquet import write_table
 from ..guards.markdown import cell
 from ..hub.files import COMPLETIONS_FOLDER
 from .console import print_completions, reward_cell
+
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 TABLE_NAME = "completions"
@@ -51,15 +56,15 @@ class Completion:
     Attributes:
         prompt (`str`), task (`str`)
         image (`PIL.Image.Image`)
-        rewards (`dict[str, float | None]`): the image's own scores, by the name of the reward.
-        columns (`dict`): what the rewards logged of it by `log_extra`.
+        rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
+        columns (`dict`): values that rewards logged for the image with `log_extra`.
     """
 
     prompt: str
     task: str
     image: Image.Image
     rewards: dict[str, float | None]
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, object] = field(default_factory=dict)
 
 
 def log_completions(
@@ -67,21 +72,22 @@ def log_completions(
     output_dir: str | Path,
     step: int,
     report_to: Sequence[str],
-    writers: Sequence[Any],
+    writers: Sequence["SummaryWriter"],
 ) -> None:
     """
-    Shows images of the student: a table with a row an image, and a picture with a row a task.
+    Logs images of the student as a table with one row an image, and as a picture with one row a task.
 
-    Both are saved in `completions/` in the output folder, the table as `completions_{global_step}.parquet` with the columns
-    `step`, `prompt`, `task`, `image`, one a reward and those that rewards logged by `log_extra`, the picture as `step_{global_step}.png`. The trackers in `report_to`
-    that show pictures (tensorboard, wandb, trackio) get them at the current update, as `completions` and
-    `completions_grid`. The rewards are also printed. Call it on the main process.
+    Both are saved in `completions/` in the output folder. The table is `completions_{global_step}.parquet`, with the
+    columns `step`, `prompt`, `task`, `image`, one for each reward, and those that rewards logged with `log_extra`. The
+    picture is `step_{global_step}.png`. Trackers in `report_to` that can show pictures (tensorboard, wandb, trackio)
+    get both at the current update, as `completions` and `completions_grid`. Rewards are also printed. Call it on the
+    main process.
 
     Args:
         completions (`list[Completion]`): images of one size, in the order in which they are shown.
-        output_dir (`str` or `Path`), step (`int`): of the run, and the current update.
-        report_to (`list[str]`): the trackers' names.
-        writers (`list`): TensorBoard's, as [`~trackers.tensorboard_writers`] finds them.
+        output_dir (`str` or `Path`), step (`int`): the run's output folder, and the current update.
+        report_to (`list[str]`): names of the trackers.
+        writers (`list`): TensorBoard's writers, as [`~trackers.tensorboard_writers`] finds them.
     """
     if not completions:
         return
@@ -98,7 +104,7 @@ def log_completions(
 
 
 def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
-    """A value an image by the name of the reward, `None` where the task has no such reward."""
+    """For each reward, by name, one value for each image; `None` if the image's task has no such reward."""
     names = dict.fromkeys(name for completion in completions for name in completion.rewards)
     # A reward may have the name of one of our columns.
     return {
@@ -108,7 +114,7 @@ def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float |
 
 
 def _extra_columns(completions: Sequence[Completion]) -> dict[str, list[str | None]]:
-    """What the rewards logged, as text: `None` where an image has none of it."""
+    """The columns that rewards logged, as text; `None` if an image has no value."""
     names = dict.fromkeys(name for completion in completions for name in completion.columns)
     return {
         f"extra_{name}"
@@ -148,7 +154,7 @@ def _picture(completions: Sequence[Completion]) -> Image.Image:
     columns = max(map(len, rows.values()))
     blank = Image.new("RGB", (width, height), "white")
     cells = [image for images in rows.values() for image in images + [blank] * (columns - len(images))]
-    # Nearest: what is seen are the pixels that were generated, not a blur between them.
+    # Nearest shows the pixels that were generated, without a blur between them.
     cells = [cell.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST) for cell in cells]
     return make_image_grid(cells, rows=len(rows), cols=columns)
 
@@ -160,12 +166,14 @@ def _send(
     picture: Image.Image,
     step: int,
     report_to: Sequence[str],
-    writers: Sequence[Any],
+    writers: Sequence["SummaryWriter"],
 ) -> None:
     tasks = dict.fromkeys(completion.task for completion in completions)
 
-    def media(tracker: Any) -> dict[str, Any]:
-        """Table and picture in the classes of wandb or trackio, which have the same names, with the update as x axis."""
+    def media(tracker: ModuleType) -> dict[str, object]:
+        """
+        Table and picture as objects of wandb or trackio, whose classes have the same names. The update is the x axis.
+        """
         images = [tracker.Image(completion.image) for completion in completions]
         rows = [
             [completion.prompt, completion.task, image, *values]

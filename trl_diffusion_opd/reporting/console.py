@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The tables that a run shows in the console."""
+"""Prints the tables of a run to the console."""
 
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,33 +27,40 @@ from torch import nn
 from ..algorithms.opd import StepPlan, dominant_step
 from ..algorithms.samplers import SamplerTable
 from ..algorithms.separability import Pair
+from ..guards.files import JSON
 from ..guards.redaction import shown, visible
+from ..profiling.memory import MemoryRow
+
+
+if TYPE_CHECKING:
+    from ..models.teachers import TeacherRow
 
 
 logger = logging.getLogger(__name__)
 
-# A weighting that puts more than this on one step trains that step and little else.
+# Warn if one step has more than this share of the weight: little else is then trained.
 _DOMINANT_SHARE = 0.9
-# Twenty tasks make 190 pairs.
+# Rows of the table of task pairs: twenty tasks would make 190.
 _SHOWN_PAIRS = 10
-# Of a text in the console: more than a prompt that an encoder takes has.
+# The longest text shown, in characters: longer than any prompt that an encoder takes.
 _LONGEST_TEXT = 4000
 
 
-def print_teachers(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int], lost: float | None) -> None:
+def print_teachers(rows: Sequence["TeacherRow"], prompts: Mapping[str, int], lost: float | None) -> None:
     """
-    Shows tasks and teachers.
+    Prints tasks and teachers.
 
     Args:
-        rows (`list[dict]`): a teacher each, as [`TeacherBank.summary`] returns them.
-        prompts (`dict[str, int]`): number of prompts by task.
-        lost (`float`, *optional*): what the student's rank loses of the mean of the teachers' LoRAs, if it starts from it.
+        rows (`list[dict]`): one for each teacher, as [`TeacherBank.summary`] returns them.
+        prompts (`dict[str, int]`): number of prompts of each task.
+        lost (`float`, *optional*): for a student that starts from the mean of its teachers' LoRAs, the relative error
+            of that start, which its rank causes.
     """
     console = _console()
     teachers = Table(title="Tasks and teachers")
     for column in ("task", "prompts", "teacher", "kind", "guidance"):
         teachers.add_column(column, overflow="fold")
-    for column in ("revision", "sha256"):  # cut in the middle they are of no use
+    for column in ("revision", "sha256"):  # useless if a narrow console cuts them
         teachers.add_column(column, no_wrap=True, min_width=8)
     for row in rows:
         name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
@@ -62,11 +69,11 @@ def print_teachers(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, int]
         teachers.add_row(row["task"], *("-" if cell is None else str(cell) for cell in cells))
     console.print(teachers)
     if lost is not None:
-        console.print(f"The student starts from the mean of its teachers' LoRAs, of which its rank loses {lost:.1%}.")
+        console.print(f"The student starts from the mean of its teachers' LoRAs. Its rank loses {lost:.1%} of it.")
 
 
 def print_steps(plan: StepPlan, weighting: str) -> None:
-    """Shows the steps of a walk with their weights, and warns if one of them has nearly all."""
+    """Prints the denoising steps with their weights, and warns if one of them has nearly all of the weight."""
     weights = plan.weights
     steps = Table(title=f"Steps of {plan.table.name}, weighting {weighting}")
     for column in ("step", "level", "weight", "share"):
@@ -85,7 +92,7 @@ def print_steps(plan: StepPlan, weighting: str) -> None:
 
 
 def print_trained(parameters: Iterable[nn.Parameter]) -> None:
-    """Shows how many parameters are trained."""
+    """Prints the number of trained parameters."""
     print_line(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
 
 
@@ -94,9 +101,9 @@ def print_line(text: str) -> None:
 
 
 def print_resume(checkpoint: str, update: int, changes: Sequence[tuple[str, str, str]]) -> None:
-    """Shows where a run goes on, and what has changed since: a setting, what it was and what it is."""
+    """Prints where a run resumes, and the changed settings, each as (name, value then, value now)."""
     console = _console()
-    console.print(f"Goes on after update {update} of {checkpoint}.")
+    console.print(f"Resuming after update {update} from {checkpoint}.")
     if changes:
         table = Table(title=f"Changed since update {update}, with effect from update {update + 1} on")
         for column in ("setting", "then", "now"):
@@ -110,12 +117,13 @@ def print_rewards(
     prompts: Mapping[str, int], rewards: Mapping[str, Mapping[str, float]], of_a_round: int, num_generations: int
 ) -> None:
     """
-    Shows tasks and rewards.
+    Prints tasks and rewards.
 
     Args:
-        prompts (`dict[str, int]`): number of prompts by task.
-        rewards (`dict[str, dict[str, float]]`): by task the weights of its rewards by name.
-        of_a_round (`int`): prompts of a task in a round. num_generations (`int`): completions of each.
+        prompts (`dict[str, int]`): number of prompts of each task.
+        rewards (`dict[str, dict[str, float]]`): for each task the weights of its rewards, by name.
+        of_a_round (`int`): prompts of a task in one round.
+        num_generations (`int`): images drawn for each prompt.
     """
     table = Table(title=f"Tasks and rewards, {num_generations} completions a prompt")
     for column in ("task", "prompts", "prompts a round", "reward", "weight"):
@@ -130,11 +138,12 @@ def print_rewards(
 
 def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None:
     """
-    Shows the steps of a walk that may have noise and be trained.
+    Prints the denoising steps, and which of them may have noise and be trained.
 
     Args:
-        table ([`SamplerTable`]): the walk as it were if all steps had noise.
-        steps (`range`), window_size (`int`): where noise may be, and in how many consecutive steps it is.
+        table ([`SamplerTable`]): the sampler's table if every step had noise.
+        steps (`range`), window_size (`int`): steps that may have noise, and the number of consecutive ones that have
+            it.
     """
     shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
     for column in ("step", "level", "noise"):
@@ -145,7 +154,7 @@ def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None
 
 
 def print_tasks(images: Mapping[str, int]) -> None:
-    """Shows how many images are trained on for which task."""
+    """Prints the number of training images of each task."""
     tasks = Table(title="Tasks")
     for column in ("task", "images"):
         tasks.add_column(column)
@@ -156,10 +165,10 @@ def print_tasks(images: Mapping[str, int]) -> None:
 
 def print_pairs(pairs: Sequence[Pair]) -> None:
     """
-    Shows how well tasks with different teachers can be told apart by their prompts.
+    Prints how well tasks with different teachers can be told apart by their prompts.
 
     Args:
-        pairs (`list[Pair]`): those that are told apart worst first. Of many, these are shown.
+        pairs (`list[Pair]`): pairs of tasks, the most alike first. Of many pairs, only the first are printed.
     """
     if not pairs:
         return
@@ -178,11 +187,12 @@ def print_completions(
     prompts: Sequence[tuple[str, str]], rewards: Mapping[str, Sequence[float | None]], step: int
 ) -> None:
     """
-    Shows prompts and rewards of images of the student.
+    Prints prompts and rewards of the student's images.
 
     Args:
-        prompts (`list[tuple[str, str]]`): prompt and task of each. step (`int`)
-        rewards (`dict[str, list[float | None]]`): a value an image, by the name of the reward.
+        prompts (`list[tuple[str, str]]`): prompt and task of each image.
+        rewards (`dict[str, list[float | None]]`): for each reward, by name, a value for each image.
+        step (`int`): the current update.
     """
     table = Table(title=f"Images at update {step}")
     for column in ("prompt", "task"):
@@ -195,16 +205,16 @@ def print_completions(
 
 
 def reward_cell(value: float | None) -> str:
-    """A reward as text, `-` where it does not apply."""
+    """A reward as text; `-` if it does not apply."""
     return "-" if value is None else f"{value:.3f}"
 
 
-def print_dry_run(report: Mapping[str, Any], device: str) -> None:
+def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
     """
-    Shows what [`~dry_run.dry_run`] found.
+    Prints the report of [`~dry_run.dry_run`].
 
     Args:
-        report (`dict`): as it returns it.
+        report (`dict`): the report.
         device (`str`): kind of the device that it ran on.
     """
     console = _console()
@@ -223,18 +233,19 @@ def print_dry_run(report: Mapping[str, Any], device: str) -> None:
     scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
     _print_scores(console, "One image of each model", "model", scored)
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
-        "updates. Estimated from single forwards and one forward with backward on a micro-batch of each task, times the "
-        "steps of an update; without optimizer, encoding of prompts, evaluations and checkpoints."
+        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"{report['updates']} "
+        "updates. This is the time of single forwards and one backward on a micro-batch of each task, times the "
+        "number of steps. It leaves out the optimizer, encoding of prompts, evaluations and checkpoints."
     )
 
 
-def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
+def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:
     """
-    Shows what [`~dry_run_rl.dry_run`] found.
+    Prints the report of [`~dry_run_rl.dry_run`].
 
     Args:
-        report (`dict`): as it returns it.
+        report (`dict`): the report.
         device (`str`): kind of the device that it ran on.
     """
     console = _console()
@@ -262,17 +273,20 @@ def print_rl_dry_run(report: Mapping[str, Any], device: str) -> None:
     scored = {task: figures["images"] for task, figures in report["tasks"].items()}
     _print_scores(console, "Images of the first prompts", "image", scored)
     console.print(
-        f"Network: {report['forwards_per_update']:,.0f} samples forward and {report['backwards_per_update']:,} of them "
-        f"backward an update, {report['forwards']:,} and {report['backwards']:,} in {report['updates']} updates, over all "
-        "processes. Guidance shows each sample twice."
+        f"Network: an update takes {report['forwards_per_update']:,.0f} samples forward and "
+        f"{report['backwards_per_update']:,} of them backward; {report['updates']} updates take "
+        f"{report['forwards']:,} and {report['backwards']:,}. This is over "
+        "all processes. With guidance the network computes each sample twice."
     )
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for {report['updates']} "
-        "updates. From one round and the loss of a micro-batch of each task; without optimizer, evaluations and checkpoints."
+        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"{report['updates']} "
+        "updates. This is the time of one round and of the loss on a micro-batch of each task. It leaves out the "
+        "optimizer, evaluations and checkpoints."
     )
 
 
-def _print_memory(console: Console, rows: Mapping[str, Mapping[str, Any]], device: str) -> None:
+def _print_memory(console: Console, rows: Mapping[str, MemoryRow], device: str) -> None:
     memory = Table(title=f"Memory of one process ({device}), estimated, without sharding")
     for column in ("", "dtype", "GiB", "how"):
         memory.add_column(column, justify="right" if column == "GiB" else "left")
@@ -284,7 +298,7 @@ def _print_memory(console: Console, rows: Mapping[str, Mapping[str, Any]], devic
 def _print_scores(
     console: Console, title: str, column: str, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
 ) -> None:
-    """A row an image and reward: by task, by caption and by name of the reward."""
+    """Prints `scored[task][caption][reward]`, one row for each score."""
     images = Table(title=title)
     for name in ("task", column, "reward", "score"):
         images.add_column(name, overflow="fold")
@@ -302,7 +316,10 @@ def _duration(seconds: float) -> str:
 
 
 class _Console(Console):
-    """Rich shows every string by `render_str`. Prompts and names may hold what a terminal would act on."""
+    """
+    A console that replaces invisible characters: prompts and names may hold some that a terminal would act on. Rich
+    passes every string through `render_str`.
+    """
 
     def render_str(self, text: str, **options: Any) -> Text:
         text = visible(text, keep="\n\t") if len(text) <= _LONGEST_TEXT else shown(text, _LONGEST_TEXT)
@@ -310,5 +327,5 @@ class _Console(Console):
 
 
 def _console() -> Console:
-    # Brackets in prompts and names of tasks are no markup.
+    # No markup: brackets in prompts and names of tasks are plain text.
     return _Console(markup=False, highlight=False, emoji=False)

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 
-"""The model card of a student, from what its trainer knows of it."""
+"""Writes the model card of a student."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
@@ -34,10 +34,12 @@ from ..guards.redaction import known_tokens, last_part, public_name
 from ..hub.files import CURVES_PICTURE, RADAR_PICTURE, REPORT_FILE, RETENTION_PICTURE, SAMPLES_PICTURE
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
+from ..models.teachers import Manifest
 from .cards import as_list, card_data, hub_id, literals, render, results_of, save
+from .report import Report
 
 
-# In the order in which a reader meets them.
+# The pictures of the card and their captions, in the card's order.
 _PICTURES = {
     SAMPLES_PICTURE: "The same prompts and noise: base, teacher, student",
     RETENTION_PICTURE: "Score of the base, the teachers and this student on each task",
@@ -46,29 +48,38 @@ _PICTURES = {
 }
 
 
+class MethodFacts(TypedDict, total=False):
+    """What a method adds to the card: see [`CardFacts`]."""
+
+    method: str
+    teachers: Manifest
+    settings: dict[str, str]
+    no_walk: bool
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """
-    What the card of a student says, besides what its folder holds.
+    The facts in a student's card that are not read from its folder.
 
     Attributes:
-        trainer_name (`str`), paper (`dict`): of the method, as TRL's trainers have them.
-        tags (`list[str]`): of the method.
+        trainer_name (`str`), paper (`dict`): name and paper of the method, in the form of TRL's trainers.
+        tags (`list[str]`): tags of the method.
         args ([`~transformers.TrainingArguments`]), state ([`~transformers.TrainerState`])
         pipeline ([`~diffusers.DiffusionPipeline`]): the base.
         model (`nn.Module`): the student, a PeftModel or the transformer.
-        tasks (`list[str]`)
+        tasks (`list[str]`): the tasks, in order.
         repository (`str`, *optional*): Hub id where the student is or will be.
-        call_options (`dict`): the pipeline's arguments for an image as in the evaluation.
-        changes (`list[dict]`): what resumes have changed.
+        call_options (`dict`): arguments of the pipeline for an image as in the evaluation.
+        changes (`list[dict]`): settings that resumes have changed.
         method (`str`, *optional*): a sentence on how the student learned.
-        teachers (`dict`): by task, as the manifest has them.
-        settings (`dict`): of the method.
-        no_walk (`bool`): whether training has no sampler.
+        teachers (`dict`): teachers of each task, as the manifest lists them.
+        settings (`dict`): further settings of the method, for the table.
+        no_walk (`bool`): whether the method trains without a sampler.
     """
 
     trainer_name: str
-    paper: Mapping[str, Any]
+    paper: Mapping[str, str]
     tags: Sequence[str]
     args: Any
     state: TrainerState
@@ -76,11 +87,11 @@ class CardFacts:
     model: nn.Module
     tasks: Sequence[str]
     repository: str | None
-    call_options: Mapping[str, Any]
-    changes: Sequence[Mapping[str, Any]] = ()
+    call_options: Mapping[str, object]
+    changes: Sequence[Mapping[str, object]] = ()
     method: str | None = None
-    teachers: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    teachers: Manifest = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     no_walk: bool = False
 
 
@@ -94,13 +105,13 @@ def write_model_card(
     """
     Writes the model card `README.md` of a student into its folder.
 
-    It shows the report `retention.json` and the pictures of it, if the folder has them. The licence is the base's own, as the
-    base's card on the Hub names it; where that can't be read, none is named.
+    If the folder has the report `retention.json` and its pictures, the card shows them. The licence is copied from the
+    base's card on the Hub; if that can't be read, the card names none.
 
     Args:
         folder (`str` or `Path`): the output folder.
-        facts ([`CardFacts`])
-        model_name (`str`, *optional*): the title, by default the name of the repository or the output folder.
+        facts ([`CardFacts`]): the card's other content.
+        model_name (`str`, *optional*): the title. By default, the name of the repository or of the output folder.
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
         tags (`str` or `list[str]`, *optional*): tags besides the method's own.
     """
@@ -141,8 +152,8 @@ def write_model_card(
     save(card, folder)
 
 
-def student_results(report: Mapping[str, Any], datasets: list[str]) -> list[EvalResult]:
-    """The student's score and retention on each task of a retention report, for the `model-index`."""
+def student_results(report: Report, datasets: list[str]) -> list[EvalResult]:
+    """The student's score and retention on each task of a report, as results for the `model-index`."""
     results = []
     for task, row in report["tasks"].items():
         results += results_of(report, datasets, task, row["reward"], row["reward"], row["student"], None)
@@ -154,18 +165,21 @@ def student_results(report: Mapping[str, Any], datasets: list[str]) -> list[Eval
 
 
 def _kind(facts: CardFacts) -> str:
-    """How the student is loaded: as a LoRA by diffusers, by PEFT where the pipeline has no loader, or as a whole."""
+    """
+    How the student is loaded: `"lora"` by diffusers, `"peft"` if the pipeline cannot load LoRAs, or `"full"` for a
+    whole transformer.
+    """
     if not isinstance(facts.model, PeftModel):
         return "full"
     return "lora" if isinstance(facts.pipeline, LoraBaseMixin) else "peft"
 
 
-def _settings(facts: CardFacts) -> dict[str, Any]:
+def _settings(facts: CardFacts) -> dict[str, object]:
     args, plain = facts.args, facts.args.to_dict()  # enums as their values
-    transformer: Any = facts.pipeline.components["transformer"]
+    transformer = facts.pipeline.components["transformer"]
     quantized = described(transformer)
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
-    settings = {
+    settings: dict[str, object] = {
         "updates": facts.state.global_step,
         "prompts an update": f"{samples} ({', '.join(facts.tasks)} in equal parts)",
         "resolution": f"{args.width} x {args.height}",
@@ -200,7 +214,8 @@ def _hardware(device: torch.device, processes: int) -> str:
 
 def training_seconds(log_history: list[dict[str, float]]) -> float | None:
     """
-    Time of all updates that the logs tell of, also over resumes: each log has the mean time of an update since the last.
+    The time of all logged updates, also across resumes. Each log entry has the mean time of an update since the entry
+    before.
     """
     seconds, last = 0.0, 0
     for entry in log_history:

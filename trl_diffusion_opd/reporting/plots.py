@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The pictures of a run: bars of the retention report, images side by side, and curves of training."""
+"""Draws the pictures of a run: bars and radar of the retention report, images side by side, training curves."""
 
 import logging
 import re
@@ -33,10 +33,12 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL.Image import Image, Resampling
 
+from .report import Report
+
 
 logger = logging.getLogger(__name__)
 
-# The colours of Okabe and Ito, which people with any colour vision can tell apart.
+# The colours of Okabe and Ito, which colour-blind people can tell apart too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 _BASE = "#8C8C8C"
 _STUDENT = "#000000"
@@ -48,17 +50,17 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "savefig.dpi": 150,
-    # Prompts and names are shown as they are: what is between two dollar signs is no formula.
+    # Prompts and names are shown as they are: text between two dollar signs is no formula.
     "text.parse_math": False,
     "text.usetex": False,
 }
-# matplotlib refuses pictures of 2^16 pixels and more a side. Inches.
+# The largest width or height, in inches. matplotlib refuses pictures of 2^16 pixels a side or more.
 _LARGEST = 400.0
-# A longer prompt is cut: its rows would leave no place for the images. The page of samples has all of it.
+# Longer prompts are cut, or they would leave no room for the images. The page of samples has them in full.
 _PROMPT_LINES = 4
 _TASKS_A_BAND, _IMAGES_A_BAND = 3, 15
 MIN_RADAR_AXES = 3
-# Where the worst model lies on each axis: in the middle, all axes would meet in one point.
+# The worst model's distance from the centre on each axis. At the centre itself, all axes would meet.
 _RADAR_FLOOR = 0.25
 
 
@@ -69,7 +71,7 @@ class SampleRow:
 
     Args:
         task (`str`), prompt (`str`)
-        images (`dict[str, PIL.Image.Image]`): by the label of the model, in the order in which they are shown.
+        images (`dict[str, PIL.Image.Image]`): images by the model's label, in the order in which they are shown.
         scores (`dict[str, float | None]`): the reward of each image, by the same labels.
     """
 
@@ -79,11 +81,11 @@ class SampleRow:
     scores: Mapping[str, float | None]
 
 
-def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
+def plot_retention(report: Report, path: str | Path) -> None:
     """
-    Bars of base, each teacher and each student on every task, with intervals, as [`retention_report`] returns them.
+    Draws bars with intervals of base, teachers and students on every task, from the report of [`retention_report`].
 
-    A task's own teacher is drawn in full colour, the others pale. A student's bar carries its retention.
+    A task's own teacher has full colour, the other teachers are pale. The number on a student's bar is its retention.
     """
     tasks, scores = report["tasks"], report["scores"]
     teachers = [name for name in scores if name.startswith("teacher/")]
@@ -134,8 +136,8 @@ def plot_retention(report: Mapping[str, Any], path: str | Path) -> None:
         _save(figure, path)
 
 
-def radar_axes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each task with each of its own rewards that has a mean for every model."""
+def radar_axes(report: Report) -> list[tuple[str, str]]:
+    """Lists the radar's axes: each task with each of its own rewards for which every model has a mean."""
     return [
         (task, reward)
         for task, entry in report["tasks"].items()
@@ -144,13 +146,13 @@ def radar_axes(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
+def plot_radar(report: Report, path: str | Path) -> None:
     """
-    All models on all tasks at a glance, as in Figure 1 of DiffusionOPD
-    ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)), from what [`retention_report`] returns.
+    Draws a radar chart of all models on all tasks, as in Figure 1 of DiffusionOPD
+    ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)), from the report of [`retention_report`].
 
-    There is an axis for each of a task's own rewards, of at least three. On each the worst model is on the inner ring and
-    the best one on the outer, whose value the label says: rewards have different units.
+    Each reward of a task is an axis; there must be at least three. Rewards have different units, so each axis runs
+    from the worst model (inner ring) to the best one (outer ring). Its label says the best value.
     """
     axes_names, scores = radar_axes(report), report["scores"]
     values = np.array([[of_model[task][reward] for task, reward in axes_names] for of_model in scores.values()])
@@ -169,7 +171,7 @@ def plot_radar(report: Mapping[str, Any], path: str | Path) -> None:
             is_teacher, is_student = name.startswith("teacher/"), name != "base" and not name.startswith("teacher/")
             line = {"linewidth": 2.2 if is_student else 1.5, "linestyle": (0, (4, 1.5)) if is_teacher else "-"}
             closed = np.append(angles, angles[0]), np.append(radius, radius[0])
-            # Students on top: they are what one looks for.
+            # Students are on top, since readers look for them.
             handles += axes.plot(
                 *closed, color=color, marker="o", markersize=4, label=_label(name), zorder=3 + is_student, **line
             )
@@ -202,8 +204,8 @@ def _value(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def _model_colors(report: Mapping[str, Any]) -> dict[str, str]:
-    """Grey for the base, black for the first student, and colours that everyone can tell apart."""
+def _model_colors(report: Report) -> dict[str, str]:
+    """The colour of each model: grey for the base, black for the first student, distinct colours for the others."""
     names = list(report["scores"])
     teachers = [name for name in names if name.startswith("teacher/")]
     students = [name for name in names if name != "base" and name not in teachers]
@@ -228,7 +230,7 @@ def _label(name: str) -> str:
 
 
 def _legend(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    # matplotlib leaves out labels that begin with "_" where they belong to what is drawn, so they are given apart.
+    # Labels are given separately, since matplotlib leaves out an artist's label if it begins with "_".
     figure.legend(handles, labels, loc="outside right upper")
 
 
@@ -238,9 +240,10 @@ def _cycle(count: int, start: int = 0) -> list[str]:
 
 def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
     """
-    Images side by side: a row a prompt, a column a model, tasks next to each other, and under each image its score.
+    Draws images side by side: a row for each prompt, a column for each model, tasks beside each other. The score is
+    under each image.
 
-    Small images are enlarged by whole pixels. All rows have the same models.
+    Small images are enlarged by a whole factor. All rows must have the same models.
     """
     by_task: dict[str, list[SampleRow]] = {}
     for row in rows:
@@ -279,15 +282,15 @@ def _enlarged(image: Image, size: int = 256) -> Image:
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Resampling.NEAREST)
 
 
-def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """
-    Loss, KL of each task, and rewards of each task in training and in evaluation against updates.
+    Draws training curves against updates: the loss, and each task's KL and rewards (in training and in evaluation).
 
-    Without any of these, as after fewer updates than `logging_steps`, nothing is written but a line in the log.
+    If nothing of this was logged, for example in a run shorter than `logging_steps`, it only logs a warning.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
-        path (`str` or `Path`): the PNG to write. Panels without data are left out.
+        path (`str` or `Path`): the PNG file to write. Panels without data are left out.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for entry in log_history:
@@ -319,9 +322,11 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
     ]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
-        logger.warning("No curves are drawn: nothing was logged but the end, as in a run shorter than logging_steps.")
+        logger.warning(
+            "No curves are drawn: nothing was logged before the end. Is the run shorter than logging_steps?"
+        )
         return
-    # A logarithmic axis writes its powers of ten as formulas.
+    # parse_math, since a logarithmic axis writes its powers of ten as formulas.
     with rc_context({**STYLE, "text.parse_math": True}):
         figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.3), layout="constrained")
         for axes, (title, lines, logarithmic) in zip(
@@ -353,7 +358,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> N
 _STYLES = ("-", "--", ":", "-.")
 
 
-def _save(figure: Figure, path: str | Path, **options: Any) -> None:
-    # Figure and canvas without pyplot: no window, no global state, whatever backend the user has chosen.
+def _save(figure: Figure, path: str | Path, bbox_inches: str | None = None) -> None:
+    # Without pyplot there is no window and no global state, and the user's backend does not matter.
     FigureCanvasAgg(figure)
-    figure.savefig(str(path), format="png", **options)
+    figure.savefig(str(path), format="png", bbox_inches=bbox_inches)

@@ -13,12 +13,11 @@
 # limitations under the License.
 
 
-"""The model card of a teacher, from its folder."""
+"""Writes the model card of a teacher into its folder."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult
 
@@ -28,6 +27,7 @@ from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
 from ..models.teacher_config import TeacherConfig
 from ..models.teacher_files import find_files
 from .cards import as_list, card_data, hub_id, literals, render, results_of, save
+from .report import Report
 
 
 def write_teacher_card(
@@ -35,9 +35,9 @@ def write_teacher_card(
     base: str,
     task: str,
     guidance_scale: float,
-    call_options: Mapping[str, Any],
+    call_options: Mapping[str, object],
     *,
-    report: Mapping[str, Any] | str | Path | None = None,
+    report: Report | str | Path | None = None,
     repository: str | None = None,
     subfolder: str | None = None,
     method: str | None = None,
@@ -46,35 +46,36 @@ def write_teacher_card(
     dtype: str = "float32",
 ) -> Path:
     """
-    Writes the model card of a teacher, a LoRA in PEFT's or in diffusers' format, as `README.md` into its folder.
+    Writes the model card `README.md` of a teacher into its folder. The teacher is a LoRA in PEFT's or diffusers'
+    format.
 
     Args:
         folder (`str` or `Path`): the teacher's folder.
         base (`str`): the base, a Hub id or a folder, of which only the name is shown.
         task (`str`): what it teaches.
         guidance_scale (`float`): scale of classifier-free guidance at which it is to be asked, 1 for none.
-        call_options (`dict[str, Any]`):
+        call_options (`dict`):
             Arguments of the pipeline for an image as in its evaluation, `prompt` first: steps, resolution, and guidance by
             the name that the pipeline has for it.
         report (`dict`, `str` or `Path`, *optional*):
-            A retention report that it was a teacher in, or the file of one. Its scores on all tasks are shown.
+            A retention report in which it was a teacher, or the report's file. The card shows its scores on all tasks.
         repository (`str`, *optional*): Hub id where the folder is or will be.
         subfolder (`str`, *optional*): folder in the repository.
         method (`str`, *optional*): a sentence on how it was trained.
         datasets (`str` or `list[str]`, *optional*): Hub ids of its training data.
         tags (`str` or `list[str]`, *optional*): tags besides `diffusion-opd`, `teacher` and `lora`.
-        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the base in the code of the card.
+        dtype (`str`, *optional*, defaults to `"float32"`): dtype of the base in the card's code.
 
     Returns:
         `Path`: the card's file.
 
     Raises:
-        [`ValueError`]: if the folder holds no LoRA, or the report knows no teacher of the task.
+        [`ValueError`]: if the folder holds no LoRA, or the report has no such task.
     """
     folder = Path(folder)
     found = find_files(TeacherConfig(str(folder)))
     if found.kind == "full":
-        raise ValueError(f"{found.label}: a LoRA is needed here, and this is a whole transformer.")
+        raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole transformer.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
     if content is not None and task not in content["tasks"]:
         raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
@@ -117,16 +118,16 @@ def write_teacher_card(
     return folder / CARD_FILE
 
 
-def _teacher_results(report: Mapping[str, Any], task: str, datasets: list[str]) -> list[EvalResult]:
+def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:
     row = report["tasks"][task]
     return results_of(report, datasets, task, row["reward"], row["reward"], row["teacher"], None)
 
 
-def _teacher_scores(report: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
-    """The teacher beside the base on every task: what it gained, and what it lost elsewhere."""
+def _teacher_scores(report: Report, task: str) -> list[dict[str, object]]:
+    """Scores of base and teacher on every task. They show the gain on its own task, and losses on others."""
     own = report.get("scores", {}).get(f"teacher/{task}", {})
     intervals = report.get("scores_ci95", {}).get(f"teacher/{task}", {})
-    rows = []
+    rows: list[dict[str, object]] = []
     for other, row in report["tasks"].items():
         reward = row["reward"]
         score = row["teacher"] if other == task else own.get(other, {}).get(reward)

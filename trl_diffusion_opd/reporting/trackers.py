@@ -13,8 +13,9 @@
 # limitations under the License.
 
 """
-The callbacks of TensorBoard, Weights & Biases and Trackio, with two changes: everything has the update as its step, and
-nothing names a token, a local path or the machine. What they show besides scalars is in `completions.py`.
+Callbacks for TensorBoard, Weights & Biases and Trackio that differ from Transformers' in two ways: everything is
+logged with the update as its step, and no token, local path or machine name is sent. Images are logged in
+`completions.py`.
 """
 
 import copy
@@ -22,7 +23,7 @@ import logging
 import os
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from huggingface_hub.utils import httpx
@@ -36,13 +37,17 @@ from ..guards.redaction import public_arguments
 from ..models.student import STUDENT_ADAPTER
 
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
 logger = logging.getLogger(__name__)
 
 
 def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
-    """Puts the callbacks of this file, in their places, for those that Trainer has made of `report_to`."""
+    """Replaces, in the list, the trackers' callbacks that Trainer made for `report_to` by those of this file."""
     for i, callback in enumerate(callbacks):
-        # A subclass is the user's own, who knows what it shows.
+        # Only the exact class: a subclass is the user's own and stays.
         if type(callback) is TensorBoardCallback:
             callbacks[i] = _TensorBoard(callback.tb_writer)
         elif type(callback) is WandbCallback:
@@ -51,21 +56,21 @@ def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
             callbacks[i] = _Trackio()
 
 
-def tensorboard_writers(callbacks: Sequence[TrainerCallback]) -> list[Any]:
-    """The open writers of TensorBoard's callbacks."""
+def tensorboard_writers(callbacks: Sequence[TrainerCallback]) -> "list[SummaryWriter]":
+    """Returns the open writers of TensorBoard's callbacks."""
     writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
     return [writer for writer in writers if writer is not None]
 
 
 class _ShownModel(nn.Module):
-    """A model as trackers see it. Its own config has the folder that it was loaded from."""
+    """Shows a model to trackers without its own config, which names the folder that it was loaded from."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.config: dict[str, Any] = {}
+        self.config: dict[str, object] = {}
         if isinstance(model, PeftModel):
-            lora: Any = model.peft_config[STUDENT_ADAPTER]
+            lora = model.peft_config[STUDENT_ADAPTER]
             targets = lora.target_modules
             shown = targets if isinstance(targets, str) else sorted(targets or ())
             self.config = {"lora_r": lora.r, "lora_alpha": lora.lora_alpha, "lora_target_modules": shown}
@@ -74,7 +79,7 @@ class _ShownModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def _shown_arguments(args: TrainingArguments) -> Any:
+def _shown_arguments(args: TrainingArguments) -> TrainingArguments:
     shown: Any = copy.copy(args)
     public = public_arguments(args)
     shown.to_dict = lambda: public
@@ -85,26 +90,26 @@ class _TensorBoard(TensorBoardCallback):
     logging_dir: str | None
 
     def _init_summary_writer(self, args: TrainingArguments) -> None:
-        if self.logging_dir is None:  # the default has the name of the machine
+        if self.logging_dir is None:  # the default contains the machine's name
             self.logging_dir = os.path.join(args.output_dir or ".", "runs", f"{datetime.now():%b%d_%H-%M-%S}")
-        # So has the name of the file, and no option changes it.
+        # The file's name contains it too, and no option changes that.
         with patch("socket.gethostname", return_value="run"):
             super()._init_summary_writer(args)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if not state.is_world_process_zero:
             return
         if self.tb_writer is None:
             self._init_summary_writer(args)
-        # Without the model, whose config is expected to be a language model's.
+        # Without the model: TensorBoard's callback expects a language model's config.
         super().on_train_begin(_shown_arguments(args), state, control)
 
 
 class _Wandb(WandbCallback):
-    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: Any) -> None:
-        # It would send host, user, paths and the command line. Who wants that sets these, or starts the run.
+    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: object) -> None:
+        # Otherwise wandb sends host, user, paths and the command line. A user who wants that sets these variables.
         os.environ.setdefault("WANDB__DISABLE_META", "true")
         os.environ.setdefault("WANDB_HOST", "trainer")
         super().setup(_shown_arguments(args), state, _ShownModel(model), **kwargs)
@@ -115,13 +120,13 @@ class _Trackio(TrackioCallback):
         super().__init__()
         self._run_name: str | None = None
 
-    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: Any) -> None:
+    def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: object) -> None:
         shown = _shown_arguments(args)
-        # The run ends with training: an evaluation after it goes on with the same one.
+        # The run ends with training. A later evaluation must reopen the same run.
         shown.run_name = self._run_name or args.run_name
         super().setup(shown, state, _ShownModel(model), **kwargs)
         run = self._trackio.context_vars.current_run.get()
-        self._run_name = run and run.name  # none on other processes
+        self._run_name = run and run.name  # only the main process has a run
 
     def on_log(
         self,
@@ -129,20 +134,25 @@ class _Trackio(TrackioCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         if not self._initialized:
             self.setup(args, state, model)
         if state.is_world_process_zero:
-            # Trackio's own counter, which it would take for the step, counts calls.
+            # Without a step Trackio uses its own counter, which counts calls.
             step = state.global_step
             self._trackio.log({**rewrite_logs(logs), "train/global_step": step}, step=step)
 
     def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: object = None,
+        **kwargs: object,
     ) -> None:
-        # It syncs the project to a Space of its own, on every push of a checkpoint.
+        # On every push of a checkpoint it also syncs the project to a Space of its own.
         try:
             super().on_push_begin(args, state, control, model, **kwargs)
         except (OSError, ValueError, httpx.HTTPError) as error:

@@ -24,7 +24,7 @@ import importlib
 from typing import Any
 
 from .assignment import RewardFuncs, reward_data_problems, rewards_by_task
-from .base import Reward, RewardFunc, reward_fingerprint, reward_name
+from .base import Reward, RewardFunc, Row, reward_fingerprint, reward_name
 from .combined import CombinedReward, check_reward, load_reward
 from .names import REWARDS, reward_class
 from .scoring import Scorer, score
@@ -44,6 +44,7 @@ __all__ = [
     "Reward",
     "RewardFunc",
     "RewardFuncs",
+    "Row",
     "Scorer",
     "check_reward",
     "load_reward",

@@ -16,7 +16,6 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -59,7 +58,7 @@ def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> d
     for task in tasks:
         entry = given.get(task, [])
         for item in entry if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]:
-            function: Any = item
+            function: RewardFunc | str = item
             if isinstance(item, str):
                 try:
                     loaded[item] = loaded[item] if item in loaded else load_reward(item)

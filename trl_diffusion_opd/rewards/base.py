@@ -17,13 +17,18 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 from torch import nn
 
 
-RewardFunc = Callable[..., Any]
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+
+RewardFunc = Callable[..., object]  # what it returns is checked when it is called
+Row = Mapping[str, Any]  # of a dataset: its columns by name, whatever they hold
 
 
 class Reward:
@@ -67,15 +72,15 @@ class Reward:
         prompts: Sequence[str],
         images: Sequence[Image],
         completions: Sequence[Image] | None = None,
-        trainer_state: Any = None,
-        **columns: Sequence[Any],
+        trainer_state: "TrainerState | None" = None,
+        **columns: Sequence[object],
     ) -> dict[str, list[float | None]]:
         """
         All scores to log, by name: those of the reward itself and, if it has components, those of the components.
         """
         return {self.name: self(prompts, images, completions, trainer_state, **columns)}
 
-    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+    def why_not(self, prompt: str, columns: Row) -> str | None:
         """
         Says why a sample can't be scored; `None` if it can.
 
@@ -89,8 +94,8 @@ class Reward:
         prompts: Sequence[str],
         images: Sequence[Image],
         completions: Sequence[Image] | None = None,
-        trainer_state: Any = None,
-        **columns: Sequence[Any],
+        trainer_state: "TrainerState | None" = None,
+        **columns: Sequence[object],
     ) -> list[float | None]:
         """
         Scores images.
@@ -103,7 +108,7 @@ class Reward:
         Returns:
             `list[float | None]`: one score for each image, `None` where the reward does not apply.
         """
-        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
+        rows: list[Row] = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
         applicable = [i for i, row in enumerate(rows) if self.why_not(prompts[i], row) is None]
         scores: list[float | None] = [None] * len(images)
         for start in range(0, len(applicable), self.batch_size):
@@ -115,7 +120,7 @@ class Reward:
                 scores[i] = value
         return scores
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
         """Scores a batch of RGB images to which the reward applies. `rows` are their other columns."""
         raise NotImplementedError
 
@@ -123,7 +128,7 @@ class Reward:
 def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | None:
     """The parameters of a reward function by name; `None` if it has no signature (not written in Python)."""
     # A module accepts anything and passes it to its forward.
-    given: Any = function.forward if isinstance(function, nn.Module) else function
+    given = function.forward if isinstance(function, nn.Module) else function
     try:
         return inspect.signature(given).parameters
     except ValueError:
@@ -147,5 +152,5 @@ def reward_fingerprint(function: RewardFunc) -> str:
         return function.fingerprint
     if isinstance(function, functools.partial):
         return f"{reward_fingerprint(function.func)}{function.args}{sorted(function.keywords.items())}"
-    definition: Any = function if inspect.isroutine(function) else type(function)
+    definition = function if inspect.isroutine(function) else type(function)
     return f"{definition.__module__}:{definition.__qualname__}"

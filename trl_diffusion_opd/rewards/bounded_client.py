@@ -16,6 +16,7 @@
 
 import socket
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -137,7 +138,7 @@ class _Connections:
         self._held: list[socket.socket] = []
         self._ended = False
 
-    def hold(self, event: str, info: dict[str, Any]) -> None:
+    def hold(self, event: str, info: Mapping[str, Any]) -> None:
         """The `trace` extension of httpx, which calls it at each step of a request. Keeps new connections."""
         if not event.endswith("connect_tcp.complete"):
             return

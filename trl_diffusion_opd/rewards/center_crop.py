@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from transformers import CLIPImageProcessorPil
+from transformers.image_utils import SizeDict
 
 
 class CenterCropProcessor(CLIPImageProcessorPil):
@@ -30,7 +31,8 @@ class CenterCropProcessor(CLIPImageProcessorPil):
     Both resize in the same way with PIL: the shorter side to the size, the longer side to `int(size * long / short)`.
     """
 
-    def center_crop(self, image: np.ndarray, size: Any, **kwargs: Any) -> np.ndarray:
+    # transformers passes a `SizeDict` here, although its base class declares another type.
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
         """The centre of an image, `[channels, height, width]`. A smaller image is padded as in transformers."""
         top, left = image.shape[-2] - size.height, image.shape[-1] - size.width
         if min(top, left) < 0:

@@ -17,13 +17,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from .base import Reward, RewardFunc, reward_fingerprint, reward_name
+from .base import Reward, RewardFunc, Row, reward_fingerprint, reward_name
 from .names import check_named, load_named
 from .scoring import Scores, call_reward
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 # Divisors from the published code of Flow-GRPO and DiffusionNFT: 26 for PickScore (about 22), 5 for UnifiedReward (1
@@ -66,7 +70,7 @@ class CombinedReward(Reward):
         rewards: Mapping[str | RewardFunc, float],
         name: str = "combined",
         scales: Mapping[str, float] | None = None,
-        reward_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        reward_kwargs: Mapping[str, Mapping[str, object]] | None = None,
     ):
         scales, reward_kwargs = scales or {}, reward_kwargs or {}
         super().__init__()
@@ -130,7 +134,7 @@ class CombinedReward(Reward):
     def score_names(self) -> tuple[str, ...]:
         return (self.name, *(f"{self.name}/{key}" for key in self.components))
 
-    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+    def why_not(self, prompt: str, columns: Row) -> str | None:
         for key, component in self.components.items():
             reason = component.why_not(prompt, columns) if isinstance(component, Reward) else None
             if reason is not None:
@@ -142,18 +146,18 @@ class CombinedReward(Reward):
         prompts: Sequence[str],
         images: Sequence[Image],
         completions: Sequence[Image] | None = None,
-        trainer_state: Any = None,
-        **columns: Sequence[Any],
+        trainer_state: "TrainerState | None" = None,
+        **columns: Sequence[object],
     ) -> list[float | None]:
-        return self.named_scores(prompts, images, trainer_state=trainer_state, **columns)[self.name]
+        return self.named_scores(prompts, images, completions, trainer_state, **columns)[self.name]
 
     def named_scores(
         self,
         prompts: Sequence[str],
         images: Sequence[Image],
         completions: Sequence[Image] | None = None,
-        trainer_state: Any = None,
-        **columns: Sequence[Any],
+        trainer_state: "TrainerState | None" = None,
+        **columns: Sequence[object],
     ) -> Scores:
         """The sum under the reward's name, and the components' unscaled scores as `name/component`."""
         rows = [

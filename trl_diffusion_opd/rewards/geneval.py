@@ -18,7 +18,6 @@ The reward of GenEval: whether an image shows the objects of its prompt in the r
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,8 @@ from transformers import (
     Mask2FormerImageProcessorPil,
 )
 
+from ..guards.files import JSON
+from .base import Row
 from .center_crop import CenterCropProcessor
 from .clip import CLIP_MODEL_FILES, CLIP_OPTIONAL_FILES, CLIP_PROCESSOR_FILES
 from .geneval_rules import (
@@ -113,7 +114,7 @@ class GenEval(ModelReward):
         clip: str = "openai/clip-vit-large-patch14",
         clip_revision: str | None = None,
         graded: bool = False,
-        thresholds: Thresholds | Mapping[str, Any] = PUBLISHED,
+        thresholds: Thresholds | Mapping[str, JSON] = PUBLISHED,
         detector_size: int = 800,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "float32",
@@ -143,20 +144,20 @@ class GenEval(ModelReward):
     def fingerprint(self) -> str:
         return f"{super().fingerprint} torchvision crop graded={self.graded} detector_size={self.detector_size} {self.thresholds}"
 
-    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+    def why_not(self, prompt: str, columns: Row) -> str | None:
         try:
             parse_metadata(columns, self._names)
         except MetadataError as error:
             return str(error)
         return None
 
-    def _score(self, prompts: list[str], images: list[Image.Image], rows: list[dict[str, Any]]) -> list[float]:
+    def _score(self, prompts: list[str], images: list[Image.Image], rows: list[Row]) -> list[float]:
         return [
             self._judge(image, detections, row)
             for image, detections, row in zip(images, self.detect(images), rows, strict=True)
         ]
 
-    def _judge(self, image: Image.Image, detections: Sequence[Detection], row: Mapping[str, Any]) -> float:
+    def _judge(self, image: Image.Image, detections: Sequence[Detection], row: Row) -> float:
         metadata = parse_metadata(row, self._names)
         objects = kept_objects(detections, metadata.tag, self.thresholds)
         rule = partial_score if self.graded else is_correct

@@ -22,9 +22,11 @@ All functions are pure. Thresholds and rules are those of the published evaluati
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from ..guards.files import JSON
+from .base import Row
 
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -117,7 +119,7 @@ PUBLISHED = Thresholds()
 ColorsOf = Callable[[Sequence[Detection]], Sequence[str]]
 
 
-def parse_metadata(columns: Mapping[str, Any], classes: Collection[str] | None = None) -> Metadata:
+def parse_metadata(columns: Row, classes: Collection[str] | None = None) -> Metadata:
     """
     Reads the metadata of a dataset's row.
 
@@ -151,7 +153,7 @@ def parse_metadata(columns: Mapping[str, Any], classes: Collection[str] | None =
     return Metadata(str(tag), include, exclude)
 
 
-def _decoded(value: Any, name: str) -> Any:
+def _decoded(value: JSON, name: str) -> JSON:
     # A tag is a plain string, not JSON.
     if not isinstance(value, str) or name == "tag":
         return value
@@ -161,7 +163,7 @@ def _decoded(value: Any, name: str) -> Any:
         raise MetadataError(f"its {name!r} is not valid JSON ({error})") from error
 
 
-def _clauses(value: Any, name: str, classes: Collection[str] | None, problems: list[str]) -> tuple[Clause, ...]:
+def _clauses(value: JSON, name: str, classes: Collection[str] | None, problems: list[str]) -> tuple[Clause, ...]:
     if value is None:
         return ()
     if (
@@ -187,7 +189,7 @@ def _clauses(value: Any, name: str, classes: Collection[str] | None, problems: l
     return tuple(clauses)
 
 
-def _position(value: Any, where: str, index: int, problems: list[str]) -> tuple[str, int] | None:
+def _position(value: JSON, where: str, index: int, problems: list[str]) -> tuple[str, int] | None:
     if value is None:
         return None
     try:

@@ -105,9 +105,10 @@ class ImageReward(ModelReward):
         parts = split_parts(files, read_tensors(files, filename))
         vision_config = _vision_config(files, parts["visual_encoder"])
         text_config = _text_config(files.folder / "med_config.json", vision_config.hidden_size)
+        side = vision_config.image_size
+        assert isinstance(side, int)  # of a square, as the file has it
         self.image_processor = CenterCropProcessor(
-            size={"shortest_edge": vision_config.image_size},
-            crop_size={"height": vision_config.image_size, "width": vision_config.image_size},
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
         self.vision_model = self._placed(
             load_pretrained(BlipVisionModel, files, vision_config, _renamed(parts["visual_encoder"]))

@@ -15,11 +15,10 @@
 """How well an image compresses: a reward without a model, for trying out a setup."""
 
 import io
-from typing import Any
 
 from PIL.Image import Image
 
-from .base import Reward
+from .base import Reward, Row
 
 
 class JPEGCompressibility(Reward):
@@ -36,7 +35,7 @@ class JPEGCompressibility(Reward):
     name = "jpeg_compressibility"
     bounds = (None, 0.0)
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> list[float]:
+    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> list[float]:
         return [-_jpeg_bytes(image) / 1000 for image in images]
 
 

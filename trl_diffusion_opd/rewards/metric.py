@@ -15,8 +15,7 @@
 """Makes metrics of the `evaluate` library from reward functions."""
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import datasets
 import evaluate
@@ -67,7 +66,7 @@ class RewardMetric(evaluate.Metric):
             ),
         )
 
-    def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> None:
+    def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Sequence[object]) -> None:
         """
         Adds images for [`compute`] to score.
 
@@ -78,14 +77,14 @@ class RewardMetric(evaluate.Metric):
         self._check({"prompts": prompts, "images": images, **columns})
         super().add_batch(prompts=prompts, images=[_bare(image) for image in images], **columns)
 
-    def add(self, *, prompts: str, images: Image, **columns: Any) -> None:
+    def add(self, *, prompts: str, images: Image, **columns: object) -> None:
         """
         Adds one image. The arguments have the names of [`add_batch`], as `evaluate.combine` requires.
         """
         self._check({"prompts": prompts, "images": images, **columns})
         super().add(prompts=prompts, images=_bare(images), **columns)
 
-    def compute(self, **inputs: Any) -> dict[str, Any]:
+    def compute(self, **inputs: object) -> dict[str, float | list[float | None] | None]:
         """
         Scores the images that were added, or the `prompts`, `images` and columns given here.
 
@@ -96,22 +95,24 @@ class RewardMetric(evaluate.Metric):
             raise ValueError(f"Metric {self.name!r} has nothing to compute: add prompts and images first.")
         return super().compute(**inputs)
 
-    def _check(self, given: dict[str, Any]) -> None:
+    def _check(self, given: Mapping[str, object]) -> None:
         missing = [name for name in self.features if given.get(name) is None]
         if missing:
             raise ValueError(f"Metric {self.name!r} needs {list(self.features)}, but {missing} are missing.")
 
-    def _enforce_nested_string_type(self, schema: Any, obj: Any) -> Any:
+    def _enforce_nested_string_type(self, schema: object, obj: object) -> object:
         """
         As in `evaluate`, but accepts `None`: with several tasks, a column may have no value in the rows of others.
         """
         return None if obj is None else super()._enforce_nested_string_type(schema, obj)
 
-    def _compute(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Any) -> dict[str, Any]:
+    def _compute(
+        self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Sequence[object]
+    ) -> dict[str, float | list[float | None] | None]:
         # evaluate.combine gives every metric the columns of all of them.
         own = {name: values for name, values in columns.items() if name in self.features}
         rows = [{"prompt": prompt, **{name: own[name][i] for name in own}} for i, prompt in enumerate(prompts)]
-        result: dict[str, Any] = {}
+        result: dict[str, float | list[float | None] | None] = {}
         for name, values in score([self.reward], rows, images).items():
             applicable = [value for value in values if value is not None]
             result[name] = statistics.fmean(applicable) if applicable else None

@@ -23,7 +23,6 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -126,7 +125,7 @@ def read_tensors(files: ModelFiles, name: str) -> dict[str, torch.Tensor]:
         [`ValueError`]: if the file is damaged, or holds anything but tensors by name.
     """
     path = files.folder / name
-    content: Any
+    content: object
     try:
         if path.suffix == ".safetensors":
             content = load_file(path)

@@ -15,19 +15,21 @@
 """The base class of rewards that run a model, and strict loading of such models."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..guards.redaction import shown
-from .base import Reward
+from .base import Reward, Row
 from .model_files import ModelFiles, check_loaded
 
+
+M = TypeVar("M", bound=nn.Module)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,11 +69,11 @@ class ModelReward(Reward):
         """Name, repositories with their commits, and dtype."""
         return f"{self.name} {self.identity} {str(self.dtype).removeprefix('torch.')}"
 
-    def _placed(self, model: nn.Module, dtype: torch.dtype | None = None) -> Any:
+    def _placed(self, model: M, dtype: torch.dtype | None = None) -> M:
         """Moves a model to this reward's device and dtype (or the given one), without dropout and gradients."""
         return model.to(self.device, dtype or self.dtype).eval().requires_grad_(False)
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> list[float]:
+    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> list[float]:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             return self._predict(prompts, images).float().tolist()
 
@@ -91,7 +93,7 @@ def parse_dtype(reward: str, dtype: str | torch.dtype) -> torch.dtype:
 def load_pretrained(
     model_class: type[PreTrainedModel],
     files: ModelFiles,
-    config: Any = None,
+    config: PretrainedConfig | None = None,
     tensors: dict[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> Any:
@@ -110,7 +112,7 @@ def load_pretrained(
         [`ValueError`]: if weights are missing, unexpected or of another shape.
     """
     try:
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             files.folder if tensors is None else None,
             config=config,
             state_dict=tensors,
@@ -122,6 +124,7 @@ def load_pretrained(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{files.shown}: cannot be loaded: {shown(error, 500)}") from error
+    model, info = loaded
     check_loaded(
         files,
         info["missing_keys"],

@@ -19,9 +19,10 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .base import RewardFunc
+from .base import Reward, RewardFunc
 
 
 # Name of a reward (and of its module) -> its class. Imported on first use: most need transformers, some an extra.
@@ -39,7 +40,7 @@ REWARDS = {
 }
 
 
-def load_named(spec: str, **options: Any) -> RewardFunc:
+def load_named(spec: str, **options: object) -> RewardFunc:
     """Loads a reward function by a single name or import path. See [`load_reward`]."""
     if spec in REWARDS:
         reward = reward_class(spec)
@@ -51,7 +52,7 @@ def load_named(spec: str, **options: Any) -> RewardFunc:
     return found
 
 
-def check_named(spec: str, **options: Any) -> None:
+def check_named(spec: str, **options: object) -> None:
     """Checks a reward like [`load_named`], but without loading weights."""
     if spec in REWARDS:
         _check_options(spec, reward_class(spec), options)
@@ -59,7 +60,7 @@ def check_named(spec: str, **options: Any) -> None:
         _imported(spec, options)
 
 
-def _imported(spec: str, options: dict[str, Any]) -> Any:
+def _imported(spec: str, options: Mapping[str, object]) -> Any:
     """Imports the function or class of an import path, and checks the options for it."""
     module, colon, name = spec.partition(":")
     if not colon:
@@ -77,8 +78,7 @@ def _imported(spec: str, options: dict[str, Any]) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module)
-        found = functools.reduce(getattr, name.split("."), found)
+        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"Reward {spec!r} cannot be imported: {error}. Modules are searched in the working folder, "
@@ -93,7 +93,7 @@ def _imported(spec: str, options: dict[str, Any]) -> Any:
     return found
 
 
-def _check_options(spec: str, reward: Any, options: dict[str, Any]) -> None:
+def _check_options(spec: str, reward: RewardFunc, options: Mapping[str, object]) -> None:
     parameters = inspect.signature(reward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     missing = [
@@ -114,6 +114,6 @@ def _check_options(spec: str, reward: Any, options: dict[str, Any]) -> None:
         raise ValueError(f"Reward {spec!r} has no options {unknown}; it has {list(parameters)}.")
 
 
-def reward_class(name: str) -> Any:
+def reward_class(name: str) -> Callable[..., Reward]:
     """The class of a named reward."""
     return getattr(importlib.import_module(f".{name}", __package__), REWARDS[name])

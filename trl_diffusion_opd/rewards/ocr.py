@@ -16,14 +16,14 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .base import Reward
+from .base import Reward, Row
 
 
 try:
@@ -123,7 +123,7 @@ class OCR(Reward):
     def fingerprint(self) -> str:
         return f"{self.name} size={self.size} rapidocr={version('rapidocr')}"
 
-    def why_not(self, prompt: str, columns: Mapping[str, Any]) -> str | None:
+    def why_not(self, prompt: str, columns: Row) -> str | None:
         target = quoted_text(prompt)
         if target is None:
             return 'it quotes no text to look for; write it as in: a sign that says "OPEN"'
@@ -142,7 +142,7 @@ class OCR(Reward):
         output: Any = self._engine(pixels, use_cls=False, text_score=min_confidence)
         return "".join(output.txts or ())
 
-    def _score(self, prompts: list[str], images: list[Image.Image], rows: list[dict[str, Any]]) -> list[float]:
+    def _score(self, prompts: list[str], images: list[Image.Image], rows: list[Row]) -> list[float]:
         return [self._score_one(prompt, image) for prompt, image in zip(prompts, images, strict=True)]
 
     def _score_one(self, prompt: str, image: Image.Image) -> float:

@@ -26,14 +26,14 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import httpx2
 from PIL.Image import Image
 
 from ..guards.redaction import shown
-from .base import Reward
+from .base import Reward, Row
 from .bounded_client import BoundedClient, RefusedAnswerError
 
 
@@ -131,14 +131,14 @@ class RemoteReward(Reward):
         """Contains a hash of the address: another address is another scorer, but it may name a private machine."""
         return f"{self.name}:{address_hash(self.url)}:{','.join(self.columns)}"
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
         encoded = [png_base64(image) for image in images]
         scores: list[float | None] = []
         for part in _parts([len(data) for data in encoded]):
             scores += self._score_part(prompts[part], encoded[part], rows[part])
         return scores
 
-    def _score_part(self, prompts: list[str], encoded: list[str], rows: list[dict[str, Any]]) -> list[float | None]:
+    def _score_part(self, prompts: list[str], encoded: list[str], rows: list[Row]) -> list[float | None]:
         body = {
             "prompts": prompts,
             "images": encoded,
@@ -257,7 +257,7 @@ def _parts(sizes: Sequence[int]) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -22,18 +22,23 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from PIL.Image import Image
 
 from ..guards.redaction import shown
-from .base import Reward, RewardFunc, parameters_of, reward_name
+from .base import Reward, RewardFunc, Row, parameters_of, reward_name
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +49,7 @@ OnTimeout = Literal["raise", "none"]
 _MAX_PENDING = 2
 
 Scores = dict[str, list[float | None]]
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,12 +63,12 @@ class RewardLog:
     """
 
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    extra: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    extra: dict[str, list[object]] = field(default_factory=lambda: defaultdict(list))
 
     def log_metric(self, name: str, value: float) -> None:
         self.metrics[name].append(float(value))
 
-    def log_extra(self, column: str, values: list[Any]) -> None:
+    def log_extra(self, column: str, values: list[object]) -> None:
         self.extra[column].extend(values)
 
 
@@ -72,9 +78,9 @@ _LOG: contextvars.ContextVar[RewardLog | None] = contextvars.ContextVar("reward_
 
 def score(
     functions: Sequence[RewardFunc],
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
     images: Sequence[Image],
-    trainer_state: Any = None,
+    trainer_state: "TrainerState | None" = None,
 ) -> Scores:
     """
     Scores images, one function after another, without gradients.
@@ -148,11 +154,11 @@ class Scorer:
     def __init__(
         self,
         functions: Sequence[RewardFunc],
-        trainer_state: Any = None,
+        trainer_state: "TrainerState | None" = None,
         timeout: float | None = None,
         on_timeout: OnTimeout = "raise",
         task: str | None = None,
-        call: Callable[[RewardFunc, Sequence[Mapping[str, Any]], Sequence[Image], Any], Scores] | None = None,
+        call: Callable[[RewardFunc, Sequence[Row], Sequence[Image], Any], Scores] | None = None,
     ):
         self.functions = _by_name(functions)
         self.timeout = timeout
@@ -184,13 +190,13 @@ class Scorer:
             if name not in self._hung:
                 thread.join(self.timeout)
 
-    def submit(self, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: Any = None) -> None:
+    def submit(self, rows: Sequence[Row], images: Sequence[Image], batch: object = None) -> None:
         """Gives a batch to the functions. First waits while too many batches are being scored."""
         while len(self._pending) >= _MAX_PENDING:
             self._collect()
         futures = {
             name: self._threads[name].submit(
-                contextvars.copy_context().run, self._timed, name, list(rows), list(images), batch
+                partial(contextvars.copy_context().run, self._timed, name, list(rows), list(images), batch)
             )
             for name in self.functions
             if name not in self._hung
@@ -239,7 +245,7 @@ class Scorer:
     def _too_long(message: str) -> TimeoutError:
         return TimeoutError(f"{message} Find out what it waits for, or give it more time.")
 
-    def _timed(self, name: str, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], batch: Any) -> Scores:
+    def _timed(self, name: str, rows: Sequence[Row], images: Sequence[Image], batch: object) -> Scores:
         start = time.perf_counter()
         _LOG.set(self.log)  # only in the context of this call
         try:
@@ -252,7 +258,7 @@ class Scorer:
 
 @torch.no_grad()  # here, since each thread has its own gradient mode
 def call_reward(
-    function: RewardFunc, rows: Sequence[Mapping[str, Any]], images: Sequence[Image], trainer_state: Any = None
+    function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], trainer_state: "TrainerState | None" = None
 ) -> Scores:
     """
     Calls one reward function by keyword and checks what it returns.
@@ -273,18 +279,16 @@ def call_reward(
         "trainer_state": trainer_state,
         **{name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
     }
-    values: Any
-    if isinstance(function, Reward):
-        values = function.named_scores(**given)
-    else:
-        values = function(**_taken(function, given))
+    values: Any = (
+        function.named_scores(**given) if isinstance(function, Reward) else function(**_taken(function, given))
+    )
     if inspect.isawaitable(values):
         values = _wait_for(values)
     named = values if isinstance(function, Reward) else {reward_name(function): values}
     return {name: _checked(name, of_name, rows) for name, of_name in named.items()}
 
 
-def _taken(function: RewardFunc, given: Mapping[str, Any]) -> dict[str, Any]:
+def _taken(function: RewardFunc, given: Mapping[str, object]) -> dict[str, object]:
     """The arguments for a function: those that it has a parameter for, or all if it takes any columns."""
     parameters = parameters_of(function)
     if parameters is None:
@@ -321,7 +325,7 @@ def score_names(function: RewardFunc) -> tuple[str, ...]:
     return function.score_names if isinstance(function, Reward) else (reward_name(function),)
 
 
-def _checked(name: str, values: Any, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+def _checked(name: str, values: Any, rows: Sequence[Row]) -> list[float | None]:
     try:
         values = list(values)
     except TypeError:
@@ -351,8 +355,8 @@ def _number(name: str, value: Any, prompt: str) -> float | None:
     return number
 
 
-def _wait_for(awaitable: Any) -> Any:
-    async def result() -> Any:
+def _wait_for(awaitable: Awaitable[T]) -> T:
+    async def result() -> T:
         return await awaitable
 
     try:
@@ -372,13 +376,13 @@ class _Thread:
     """
 
     def __init__(self, name: str):
-        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Future[Scores], Callable[[], Scores]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=_device(), name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        self._calls.put((future, lambda: function(*args)))
+    def submit(self, call: Callable[[], Scores]) -> "Future[Scores]":
+        future: Future[Scores] = Future()
+        self._calls.put((future, call))
         return future
 
     def stop(self) -> None:

@@ -21,12 +21,11 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from PIL.Image import Image
 
 from ..guards.redaction import shown
-from .base import Reward
+from .base import Reward, Row
 from .bounded_client import BoundedClient, RefusedAnswerError
 from .remote import (
     OnError,
@@ -172,7 +171,7 @@ class UnifiedReward(Reward):
         question = hashlib.sha256(self.question.encode()).hexdigest()[:16]
         return f"{self.name}:{address_hash(self.base_url)}:{self.model}:{question}:{self.max_tokens}"
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[dict[str, Any]]) -> Sequence[float | None]:
+    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
         # Threads, since the client's async form needs an event loop, and a notebook already runs one in this thread.
         with ThreadPoolExecutor(self.max_concurrency) as threads:
             return list(threads.map(self._score_one, prompts, images))

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The commands."""
+"""The commands of the console script `trl-diffusion-opd`."""

@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the commands take beyond a trainer's configuration. Lists are given as `--option task=value task=value …`."""
+"""
+The commands' arguments beyond a trainer's config, and how they are read. Lists are `--option task=value task=value …`.
+"""
 
 import json
 import os
@@ -20,15 +22,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, concatenate_datasets
 
 from .. import trainer
 from ..data.prompt_files import load_source, source_problem
 from ..data.tasks import plain_dataset
+from ..guards.files import JSON
 from ..models.teacher_config import TeacherConfig
 from ..rewards import RewardFunc, check_reward, load_reward
+
+
+if TYPE_CHECKING:
+    from ..acceleration.quantization import QuantizationConfig
+    from ..trainer.base_config import DiffusionConfig
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -37,25 +45,26 @@ PACKAGE = Path(__file__).parents[1]
 @dataclass(kw_only=True)
 class QuantizationArguments:
     """
-    How the base's transformer is quantised, by the names of TRL's `ModelConfig` for bitsandbytes. Its compute dtype is `--dtype`.
+    How the base's transformer is quantized. The options for bitsandbytes have the names of TRL's `ModelConfig`. Layers
+    compute in `--dtype`.
 
     Args:
         load_in_4bit (`bool`, *optional*, defaults to `False`), load_in_8bit (`bool`, *optional*, defaults to `False`):
-            by bitsandbytes.
-        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): `"nf4"` or `"fp4"`.
-        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): quantise the scales of 4 bits too.
-        torchao_quant_type (`str`, *optional*): by torchao: `"int8_weight_only"` or `"float8_weight_only"`.
+            quantize to 4 or 8 bits with bitsandbytes.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): format of 4-bit weights, `"nf4"` or `"fp4"`.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): quantize the scales of 4-bit weights too.
+        torchao_quant_type (`str`, *optional*): quantize with torchao: `"int8_weight_only"` or `"float8_weight_only"`.
     """
 
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base to 4 bits by bitsandbytes."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bits by bitsandbytes."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base to 4 bits with bitsandbytes."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base to 8 bits with bitsandbytes."})
     bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "Numbers of the 4 bits.", "choices": ["nf4", "fp4"]}
+        default="nf4", metadata={"help": "Format of 4-bit weights.", "choices": ["nf4", "fp4"]}
     )
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the scales of the 4 bits too."})
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of 4-bit weights too."})
     torchao_quant_type: str | None = field(
         default=None,
-        metadata={"help": "Quantise the base by torchao.", "choices": ["int8_weight_only", "float8_weight_only"]},
+        metadata={"help": "Quantize the base with torchao.", "choices": ["int8_weight_only", "float8_weight_only"]},
     )
 
     def __post_init__(self) -> None:
@@ -67,8 +76,10 @@ class QuantizationArguments:
             if find_spec(library) is None:
                 raise ValueError(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
 
-    def quantization_config(self, dtype: str) -> Any:
-        """The config of diffusers for the transformer, `None` without quantisation. `dtype` is what layers compute in."""
+    def quantization_config(self, dtype: str) -> "QuantizationConfig":
+        """
+        Makes diffusers' quantization config, or `None` without quantization. `dtype` is the layers' compute dtype.
+        """
 
         from diffusers import BitsAndBytesConfig, TorchAoConfig
 
@@ -85,42 +96,48 @@ class QuantizationArguments:
             return None
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        quant_type: Any = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
+        quant_type = {"int8_weight_only": Int8WeightOnlyConfig, "float8_weight_only": Float8WeightOnlyConfig}
         return TorchAoConfig(quant_type[self.torchao_quant_type]())
 
 
 @dataclass(kw_only=True)
 class ScriptArguments(QuantizationArguments):
     """
-    What every training command takes beyond its trainer's configuration.
+    Arguments of every training command beyond its trainer's config.
 
     Args:
         model_name_or_path (`str`): the base, a Hub id or a folder.
-        prompts (`list[str]`): `task=source`: a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
+        prompts (`list[str]`): `task=source`. A source is a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv,
+            tsv or parquet file.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
-        reward_funcs (`list[str]`, *optional*): `task=name` of a reward of the package, or `task=package.module:function`. A
-            task that is named several times has several rewards.
+        reward_funcs (`list[str]`, *optional*): `task=name` of a reward of the package, or
+            `task=package.module:function`. Name a task several times to give it several rewards.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
-        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): the LoRA.
-        lora_target_modules (`list[str]`, *optional*): its layers, the attention projections if not given.
+        lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): rank and alpha
+            of the LoRA.
+        lora_target_modules (`list[str]`, *optional*): layers of the LoRA. By default, the attention projections.
     """
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
     prompts: list[str] = field(
         metadata={"help": "task=source …: a Hub dataset, or a text, jsonl, csv, tsv, parquet file."}
     )
-    eval_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, evaluated while training."})
+    eval_prompts: list[str] | None = field(
+        default=None, metadata={"help": "task=source …, evaluated during training."}
+    )
     reward_funcs: list[str] | None = field(
         default=None, metadata={"help": "task=name …: a reward of the package, or package.module:function"}
     )
-    reward_kwargs: dict[str, Any] | str | None = field(
+    reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
     full_finetuning: bool = field(default=False, metadata={"help": "Train all weights instead of a LoRA."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the LoRA."})
     lora_alpha: int = field(default=64, metadata={"help": "Alpha of the LoRA."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Layers of the LoRA."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers of the LoRA; attention if not set."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,21 +145,21 @@ class ScriptArguments(QuantizationArguments):
             self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
 
     def rewards(self) -> dict[str, list[RewardFunc]]:
-        """The reward functions by task, loaded."""
+        """Loads the reward functions of each task."""
         return load_rewards(self.reward_funcs, self.options_of_rewards())
 
-    def options_of_rewards(self) -> dict[str, Any]:
-        """The arguments of named rewards, by name."""
+    def options_of_rewards(self) -> dict[str, dict[str, JSON]]:
+        """Returns the arguments of named rewards, by name."""
         assert not isinstance(self.reward_kwargs, str)  # strings are parsed
         return self.reward_kwargs or {}
 
-    def for_trainer(self, args: Any, reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
+    def for_trainer(self, args: "DiffusionConfig", reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
         """
-        The arguments of a trainer, but for its teachers.
+        Makes the arguments of a trainer, except for its teachers.
 
         Args:
-            args ([`DiffusionConfig`])
-            reward_funcs (`dict`): those of [`~ScriptArguments.rewards`].
+            args ([`DiffusionConfig`]): the trainer's config.
+            reward_funcs (`dict`): as [`~ScriptArguments.rewards`] returns them.
         """
         from peft import LoraConfig
 
@@ -168,32 +185,37 @@ class ScriptArguments(QuantizationArguments):
 @dataclass(kw_only=True)
 class TaughtArguments(ScriptArguments):
     """
-    What a command with teachers takes; see [`ScriptArguments`] for the rest.
+    Arguments of a command with teachers. The others are in [`ScriptArguments`].
 
     Args:
         teachers (`list[str]`, *optional*): `task=spec`, where a spec is `base`, a folder or
-            `owner/repo[/sub/folder][@revision]`. A task that is named several times is taught by the mean of its teachers.
-        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from the others.
+            `owner/repo[/sub/folder][@revision]`. Name a task several times to have it taught by the mean of several
+            teachers.
+        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers with another scale than
+            `teacher_guidance_scale`.
     """
 
     teachers: list[str] | None = field(
         default=None, metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"}
     )
-    teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
+    teacher_guidance_scales: list[str] | None = field(
+        default=None, metadata={"help": "task=scale … for teachers with another scale than teacher_guidance_scale."}
+    )
 
-    def teachers_by_task(self) -> dict[str, Any]:
-        """Lists of [`TeacherConfig`] by task, none where none are given."""
+    def teachers_by_task(self) -> dict[str, list[TeacherConfig]]:
+        """Makes the [`TeacherConfig`]s of each task; an empty dict if none are given."""
         return load_teachers(self.teachers or [], self.teacher_guidance_scales)
 
 
 @dataclass(kw_only=True)
 class TeacherScriptArguments(ScriptArguments):
     """
-    What a command that trains by reward takes; see [`ScriptArguments`] for the rest.
+    Arguments of a command that trains by reward. The others are in [`ScriptArguments`].
 
     Args:
-        reward_funcs (`list[str]`): as there. The weights of a task's rewards are `--reward_weights`.
-        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and stop.
+        reward_funcs (`list[str]`): as there, but required. `--reward_weights` sets the weights of a task's rewards.
+        dry_run (`bool`, *optional*, defaults to `False`): draw and score a round, show what the run would do, and
+            stop.
     """
 
     reward_funcs: list[str] = field(
@@ -205,7 +227,7 @@ class TeacherScriptArguments(ScriptArguments):
 
 
 def packaged(path: str) -> str:
-    """A path that begins with `trl_diffusion_opd/` and is not here is looked for in the installed package."""
+    """Looks up a path in the installed package if it begins with `trl_diffusion_opd/` and does not exist locally."""
     inside = PACKAGE.parent / path
     return (
         str(inside) if path.startswith(f"{PACKAGE.name}/") and not os.path.exists(path) and inside.exists() else path
@@ -214,35 +236,35 @@ def packaged(path: str) -> str:
 
 def config_path(option: str, name: str, folder: str = "configs") -> str:
     """
-    The path of a YAML file, given as such or as the name of one that comes with the package.
+    Finds a YAML file by its path, or by its name in the package.
 
     Args:
-        option (`str`), name (`str`)
-        folder (`str`, *optional*, defaults to `"configs"`): where the package has them.
+        option (`str`), name (`str`): the option, for messages, and its value.
+        folder (`str`, *optional*, defaults to `"configs"`): the package's folder to look in.
 
     Raises:
-        [`ValueError`]: if there is neither, with the names that there are.
+        [`ValueError`]: if there is neither. The message lists the package's names.
     """
     if os.path.isfile(name):
         return name
     known = {path.stem: path for path in (PACKAGE / folder).glob("*.yaml")}
     if name not in known:
         raise ValueError(
-            f"--{option}: there is no file {name!r}, and the package has none of that name. It has "
+            f"--{option}: there is no file {name!r}, and the package has no config of that name. It has "
             f"{', '.join(sorted(known))}."
         )
     return str(known[name])
 
 
 def configs() -> list[type]:
-    """The configs of all trainers."""
+    """Returns the config classes of all trainers."""
     names = [name for name in trainer.__all__ if name.endswith("Config")]
     found = [getattr(trainer, name) for name in names]
-    return [one for one in found if not one.__subclasses__()]  # what others share is no trainer's
+    return [one for one in found if not one.__subclasses__()]  # not the shared base classes
 
 
-def json_object(option: str, text: str) -> dict[str, Any]:
-    """An option that is given as JSON."""
+def json_object(option: str, text: str) -> dict[str, JSON]:
+    """Parses an option that is given as a JSON object."""
     reason = ""
     try:
         value = json.loads(text)
@@ -256,12 +278,12 @@ def json_object(option: str, text: str) -> dict[str, Any]:
     return value
 
 
-# `task=value` strings. A YAML file may have a mapping in their place, from task to a value or a list of them.
-OfTasks = list[str] | Mapping[str, Any]
+# `task=value` strings. A YAML file may have a mapping instead, from task to a value or a list of values.
+OfTasks = list[str] | Mapping[str, JSON]
 
 
 def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> dict[str, list[str]]:
-    """Values by task. `what` is how messages call the form of one string."""
+    """Groups `task=value` strings by task. `what` is the form of a string in messages."""
     if isinstance(values, Mapping):
         given = {str(task): value if isinstance(value, list) else [value] for task, value in values.items()}
         unset = [task for task, of_task in given.items() if not of_task or None in of_task]
@@ -269,7 +291,7 @@ def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> di
             raise ValueError(f"--{option}: task {unset[0]!r} has no value.")
         return {task: [str(value) for value in of_task] for task, of_task in given.items()}
     result: dict[str, list[str]] = {}
-    for value in [values] if isinstance(values, str) else values or []:  # a YAML file may have one without a list
+    for value in [values] if isinstance(values, str) else values or []:  # YAML may have a single value without a list
         if isinstance(value, Mapping):  # "- task: value"
             for task, of_task in by_task(option, value).items():
                 result.setdefault(task, []).extend(of_task)
@@ -282,7 +304,7 @@ def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> di
 
 
 def source_problems(option: str, values: OfTasks | None) -> list[str]:
-    """What can be said against sources of prompts without reading them."""
+    """Lists problems of prompt sources that can be found without reading them."""
     try:
         sources = by_task(option, values)
     except ValueError as error:
@@ -292,7 +314,7 @@ def source_problems(option: str, values: OfTasks | None) -> list[str]:
 
 
 def load_prompts(option: str, values: OfTasks | None, task_column: str) -> Dataset | None:
-    """One dataset of all tasks' sources, with the column `prompt` and the task's name in `task_column`."""
+    """Loads all tasks' sources into one dataset, with the column `prompt` and the task's name in `task_column`."""
     parts = []
     for task, sources in by_task(option, values).items():
         for source in sources:
@@ -307,7 +329,7 @@ def load_prompts(option: str, values: OfTasks | None, task_column: str) -> Datas
 
 
 def load_tasks(option: str, values: OfTasks, task_column: str) -> Dataset:
-    """As [`load_prompts`], or from one source alone, which then has a column that names the tasks."""
+    """Loads prompts as [`load_prompts`], or from one source that has a column with the task's name."""
     single = _single(values)
     if single is None or "=" in single:
         dataset = load_prompts(option, values, task_column)
@@ -323,14 +345,14 @@ def load_tasks(option: str, values: OfTasks, task_column: str) -> Dataset:
 
 
 def _single(values: OfTasks) -> str | None:
-    """The one value of a list that has no more, or of a YAML file that has it without a list."""
+    """Returns the value if there is exactly one (a YAML file may give it without a list), else `None`."""
     if isinstance(values, str):
         return values
     return values[0] if not isinstance(values, Mapping) and len(values) == 1 and isinstance(values[0], str) else None
 
 
 def load_scales(values: OfTasks | None, tasks: Collection[str]) -> dict[str, float]:
-    """Guidance scales by task."""
+    """Reads the guidance scales by task."""
     option, scales = "teacher_guidance_scales", {}
     for task, given in by_task(option, values).items():
         if task not in tasks:
@@ -343,7 +365,7 @@ def load_scales(values: OfTasks | None, tasks: Collection[str]) -> dict[str, flo
 
 
 def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[TeacherConfig]]:
-    """Teachers by task, with the guidance scales of `--teacher_guidance_scales`."""
+    """Makes each task's teachers, with the guidance scales of `--teacher_guidance_scales`."""
     specs = by_task("teachers", values)
     of_task = load_scales(scales, specs)
     return {
@@ -353,7 +375,7 @@ def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[Tea
 
 
 def load_students(option: str, values: OfTasks) -> dict[str, str]:
-    """Students by name: one alone needs none."""
+    """Reads the students by name. A single one may have no name, and is then called `student`."""
     single = _single(values)
     if single is not None and (os.path.exists(single) or "=" not in single):
         return {"student": packaged(single)}
@@ -364,9 +386,9 @@ def load_students(option: str, values: OfTasks) -> dict[str, str]:
     return {name: packaged(specs[0]) for name, specs in students.items()}
 
 
-def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> dict[str, list[RewardFunc]]:
+def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, JSON]]) -> dict[str, list[RewardFunc]]:
     """
-    Reward functions by task. A reward that several tasks name is loaded once.
+    Loads the reward functions of each task. A reward that several tasks name is loaded once.
 
     Args:
         values (`list[str]`, *optional*): `task=name`.
@@ -377,8 +399,8 @@ def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]
     return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
 
 
-def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What [`load_rewards`] would refuse, without loading weights."""
+def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, JSON]]) -> list[str]:
+    """Lists what [`load_rewards`] would refuse, without loading weights."""
     try:
         _, names = _reward_names(values, options)
     except ValueError as error:
@@ -393,12 +415,14 @@ def reward_problems(values: OfTasks | None, options: Mapping[str, Mapping[str, A
 
 
 def _reward_names(
-    values: OfTasks | None, options: Mapping[str, Mapping[str, Any]]
+    values: OfTasks | None, options: Mapping[str, Mapping[str, JSON]]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Names of rewards by task, and each of them once."""
+    """Returns the names of rewards by task, and a list of the distinct names."""
     specs = by_task("reward_funcs", values)
     names = list(dict.fromkeys(name for of_task in specs.values() for name in of_task))
     unused = sorted(options.keys() - set(names))
     if unused:
-        raise ValueError(f"--reward_kwargs has options for {unused}, which no --reward_funcs names; it has {names}.")
+        raise ValueError(
+            f"--reward_kwargs has options for {unused}, but --reward_funcs does not name them. It has {names}."
+        )
     return specs, names

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a bug report needs: versions and devices, and nothing that says whose machine it is."""
+"""Prints versions and devices for a bug report, and nothing that identifies the machine."""
 
 import argparse
 import platform
@@ -37,7 +37,7 @@ _PACKAGES = (
 
 
 def report() -> str:
-    """One line for each of them."""
+    """Returns the report, one line for each package, device and extra."""
     lines = {name: _version(name) for name in _PACKAGES}
     lines |= {"python": platform.python_version(), "platform": platform.platform(), "GPUs": _devices()}
     for extra, packages in _extras().items():
@@ -67,7 +67,7 @@ def _devices() -> str:
 
 
 def _extras() -> dict[str, list[str]]:
-    """Packages by the extra that brings them, but for what only the package's developers need."""
+    """The packages of each extra, except those for developers."""
     extras: dict[str, list[str]] = {}
     for requirement in requires(_DISTRIBUTION) or []:
         found = re.fullmatch(r"([\w.-]+)[^;]*;\s*extra == [\"']([\w-]+)[\"']", requirement)

@@ -28,18 +28,19 @@ trl-diffusion-opd evaluate \
     --output_dir outputs/evaluation
 ```
 
-All options can stand in a YAML file that `--config` names. What an earlier run has left in
-the output folder is used again, so a run that was interrupted goes on, and a student or a reward can be added.
+All options can also be in a YAML file that `--config` names. Images and scores of an earlier run in the output folder
+are
+reused: an interrupted run continues, and students or rewards can be added later.
 """
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate import PartialState
 
 from ..evaluation.retention import retention_table, scores_table
 from ..evaluation.run import evaluate_retention
+from ..guards.files import JSON
 from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers, packaged
 from .parser import parse
 from .training import show_warnings
@@ -48,25 +49,27 @@ from .training import show_warnings
 @dataclass
 class EvaluationArguments:
     """
-    Arguments of the evaluation. Lists are given as `task=value task=value …`; see [`evaluate_retention`] for the others.
+    Arguments of the command. Lists are given as `task=value task=value …`. The others are those of
+    [`evaluate_retention`].
 
     Args:
         base (`str`): the base, a Hub id or a folder.
         teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
         student (`list[str]`): `name=spec` of each student, or the spec of a single one.
         reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`.
-        dataset (`list[str]`): `task=source` of the prompts, or one source with a column that names the task. A source is a
-            Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
-        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers that differ from `guidance_scale`.
-        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as
-            `{"remote": {"url": "http://..."}}`.
-        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
+        dataset (`list[str]`): `task=source` of the prompts, or one source with a column that names the task. A source
+            is a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
+        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers with another scale than
+            `guidance_scale`.
+        reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
+        model_init_kwargs (`dict`, *optional*): further arguments to load the base, such as
+            `{"revision": "...", "variant": "fp16"}`.
         task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
     """
 
     base: str = field(metadata={"help": "The base: a Hub id or a folder."})
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
-    student: list[str] = field(metadata={"help": "name=spec …, or the spec of a single one."})
+    student: list[str] = field(metadata={"help": "name=spec …, or the spec of a single student."})
     reward_funcs: list[str] = field(
         metadata={"help": "task=name …: a reward of the package, or package.module:function"}
     )
@@ -74,7 +77,7 @@ class EvaluationArguments:
         metadata={"help": "task=source …, or one Hub dataset or file with a column that names the task."}
     )
     teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
-    reward_kwargs: dict[str, Any] | str | None = field(
+    reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
@@ -87,20 +90,20 @@ class EvaluationArguments:
     height: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
     width: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "Length of the text in tokens."})
-    generation_kwargs: dict[str, Any] | str | None = field(
+    generation_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
     )
     dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})
-    batch_size: int = field(default=32, metadata={"help": "Images at a time on each process."})
-    seed: int = field(default=0, metadata={"help": "Of the noise and the bootstrap."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where images, scores and the report are kept."})
+    batch_size: int = field(default=32, metadata={"help": "Images that each process draws at a time."})
+    seed: int = field(default=0, metadata={"help": "Seed of the noise and of the bootstrap."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for images, scores and the report."})
     num_samples: int = field(default=4, metadata={"help": "Prompts a task that are shown with their images."})
     keep_images: bool = field(default=True, metadata={"help": "Whether to keep the images that are not shown."})
     reward_timeout: float | None = field(
-        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function. None for ever."}
+        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function; None for no limit."}
     )
 
     def __post_init__(self) -> None:
@@ -116,7 +119,7 @@ ARGUMENTS = (EvaluationArguments,)
 
 def main(args: EvaluationArguments) -> None:
     show_warnings()
-    logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # what it took
+    logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # to show the time taken
     reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
     model_init_kwargs = args.model_init_kwargs or {}
     assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed

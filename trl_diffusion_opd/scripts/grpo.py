@@ -24,7 +24,7 @@ ARGUMENTS = (TeacherScriptArguments, DiffusionGRPOConfig)
 
 
 def main(script_args: TeacherScriptArguments, training_args: DiffusionGRPOConfig) -> None:
-    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    # Imported here, so that --help and errors in the arguments show sooner.
     from ..trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
 
     train_by_reward(DiffusionGRPOTrainer, script_args, training_args)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How a command is started on the devices that there are, by the launcher of accelerate."""
+"""Starts a command on all devices through accelerate's launcher."""
 
 import os
 import subprocess
@@ -26,16 +26,19 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from .arguments import config_path
 
 
-# Run as a module, it runs a command in its own process, and leaves the launcher's options to the launcher.
+# The module that the launcher starts. It runs a command in its own process and ignores the launcher's options.
 MODULE = "trl_diffusion_opd.scripts.main"
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
-    The words that are the launcher's, and those that are not.
+    Splits words of a command line into options of accelerate's launcher and others.
 
     Args:
-        words (`list[str]`): what no option of a command has claimed.
+        words (`list[str]`): the words that belong to no option of the command.
+
+    Returns:
+        The launcher's words, then the others.
 
     Raises:
         [`ValueError`]: if `--accelerate_config` names no config.
@@ -52,7 +55,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if name == "--accelerate_config":
             given = [value, *option[1:]] if equals else option[1:]
             if len(given) != 1:
-                raise ValueError(f"--accelerate_config takes one name or file, and has {given}.")
+                raise ValueError(f"--accelerate_config takes one name or file, but has {given}.")
             ours += ["--config_file", config_path("accelerate_config", given[0], "accelerate_configs")]
         elif _is_launchers(option):
             ours += option
@@ -64,13 +67,13 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _is_launchers(option: Sequence[str]) -> bool:
     if not option[0].startswith("-"):
         return False
-    # The parser takes the first word that is no option's for the script.
+    # The parser takes the first word that belongs to no option as the script.
     known, unknown = launch_command_parser().parse_known_args([*option, MODULE])
     return not unknown and known.training_script == MODULE
 
 
 def needs_launcher(words: Sequence[str]) -> bool:
-    """Whether something of the launcher's is asked for, by options or by `accelerate config`, or there are several devices."""
+    """Whether to use the launcher: it got options, `accelerate config` was run, or there are several devices."""
     return bool(words) or os.path.isfile(default_config_file) or torch.accelerator.device_count() > 1
 
 
@@ -80,13 +83,13 @@ def launch(words: Sequence[str], command: str, arguments: Sequence[str]) -> None
 
     Args:
         words (`list[str]`): options of the launcher.
-        command (`str`), arguments (`list[str]`): what is run, on every process.
+        command (`str`), arguments (`list[str]`): the command and its arguments, the same for every process.
 
     Raises:
-        [`SystemExit`]: with its exit status, if it fails.
+        [`SystemExit`]: if the command fails, with its exit status.
     """
     given = launch_command_parser().parse_args([*words, "--module", MODULE, command, *arguments])
     try:
         launch_command(given)
-    except subprocess.CalledProcessError as error:  # it has said why
+    except subprocess.CalledProcessError as error:  # the command has printed the reason
         sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)

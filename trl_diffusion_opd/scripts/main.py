@@ -15,9 +15,10 @@
 """
 The console script: `trl-diffusion-opd COMMAND …`.
 
-Where there is something to launch, a command is started through accelerate: by `--accelerate_config` and other options of
-`accelerate launch`, by a configuration of `accelerate config`, or on several devices. Otherwise it runs in this process. So it
-does, too, as `python -m trl_diffusion_opd.scripts.main COMMAND …`, which is what the launcher starts.
+A training command is started through accelerate if the command line has `--accelerate_config` or other options of
+`accelerate launch`, if `accelerate config` has written a configuration, or if there are several devices. Otherwise it
+runs in this process. `python -m trl_diffusion_opd.scripts.main COMMAND …` always runs in its own process; accelerate
+starts it that way.
 """
 
 import difflib
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 
 
 PROG = "trl-diffusion-opd"
-# What nobody waits for: no command is imported before it is run.
+# No command is imported before it is run, so that `--help` is fast.
 COMMANDS = {
     "opd": "Distil teachers into one student (DiffusionOPD).",
     "grpo": "Train a teacher by reinforcement learning (Flow-GRPO, GRPO-Guard).",
@@ -43,7 +44,7 @@ _IN_ONE_PROCESS = ("merge", "push", "env")
 
 
 def usage() -> str:
-    """What `--help` prints."""
+    """Returns the text of `--help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {what}" for name, what in COMMANDS.items()]
     head = f"usage: {PROG} COMMAND [options]\n\ncommands:"
@@ -55,14 +56,14 @@ def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int
     Runs a command.
 
     Args:
-        arguments (`list[str]`, *optional*): the command and its options, those of the process if not given.
+        arguments (`list[str]`, *optional*): the command and its options. By default, those of the process.
         may_launch (`bool`, *optional*, defaults to `True`): whether it may be started through accelerate.
 
     Returns:
         `int`: the exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    sys.argv[0] = PROG  # in messages that repeat the command
+    sys.argv[0] = PROG  # for messages that repeat the command
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int
     name, *given = words
     if name not in COMMANDS:
         alike = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Is {alike[0]!r} meant?" if alike else ""
+        hint = f" Did you mean {alike[0]!r}?" if alike else ""
         print(f"{PROG}: there is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         return 2
     module = importlib.import_module(f".{name}", __package__)

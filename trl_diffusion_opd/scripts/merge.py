@@ -24,8 +24,8 @@ trl-diffusion-opd merge \
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.merge import METHODS, merge_teachers
 from ..pipelines.loading import load_pipeline
@@ -37,30 +37,33 @@ from .parser import parse
 @dataclass
 class MergeArguments:
     """
-    Arguments of the command; see [`merge_teachers`].
+    Arguments of the command. The others are those of [`merge_teachers`].
 
     Args:
         base (`str`): the base, a Hub id or a folder.
         teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
         output_dir (`str`): where the merged LoRA is written.
-        weights (`list[str]`, *optional*): `task=weight`, 1 for tasks that are not named.
+        weights (`list[str]`, *optional*): `task=weight`; 1 for tasks that are not named.
         dtype (`str`, *optional*, defaults to `"float32"`): precision in which base and teachers are loaded.
-        model_init_kwargs (`dict`, *optional*): with what the base is loaded, such as `{"revision": "...", "variant": "fp16"}`.
+        model_init_kwargs (`dict`, *optional*): further arguments to load the base, such as
+            `{"revision": "...", "variant": "fp16"}`.
     """
 
     base: str = field(metadata={"help": "The base: a Hub id or a folder."})
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
     output_dir: str = field(metadata={"help": "Where the merged LoRA is written."})
     rank: int = field(default=32, metadata={"help": "Rank of the merged LoRA."})
-    lora_alpha: int | None = field(default=None, metadata={"help": "Its alpha for svd, twice the rank if not set."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Alpha, for svd; twice the rank if not set."})
     method: str = field(default="svd", metadata={"help": "How the updates are combined.", "choices": list(METHODS)})
-    weights: list[str] | None = field(default=None, metadata={"help": "task=weight …, 1 for tasks not named."})
-    density: float | None = field(default=None, metadata={"help": "Part of the numbers that pruning methods keep."})
-    seed: int = field(default=0, metadata={"help": "Of what dare drops."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the base.", "choices": ["float32", "bfloat16", "float16"]}
+    weights: list[str] | None = field(default=None, metadata={"help": "task=weight …; 1 for tasks not named."})
+    density: float | None = field(
+        default=None, metadata={"help": "Fraction of the numbers that pruning methods keep."}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    seed: int = field(default=0, metadata={"help": "Seed of the random choices of dare."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Precision of the base.", "choices": ["float32", "bfloat16", "float16"]}
+    )
+    model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
     )
 
@@ -97,8 +100,8 @@ def main(arguments: MergeArguments) -> None:
     )
     worst = max(report.layers, key=lambda name: report.layers[name])
     print(
-        f"{arguments.output_dir}: rank {report.rank} by {report.method}, {report.error:.2%} from the mean of the updates, "
-        f"at most {report.layers[worst]:.2%} in {shown(worst)}."
+        f"{arguments.output_dir}: rank {report.rank} by {report.method}, {report.error:.2%} from the mean of the "
+        f"updates, with the most, {report.layers[worst]:.2%}, in {shown(worst)}."
     )
 
 

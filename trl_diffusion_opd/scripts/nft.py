@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains a teacher by reinforcement learning on the forward process, DiffusionNFT."""
+"""Trains a teacher by reinforcement learning on the forward process (DiffusionNFT)."""
 
 from ..trainer.diffusion_nft_config import DiffusionNFTConfig
 from .arguments import TeacherScriptArguments
@@ -24,7 +24,7 @@ ARGUMENTS = (TeacherScriptArguments, DiffusionNFTConfig)
 
 
 def main(script_args: TeacherScriptArguments, training_args: DiffusionNFTConfig) -> None:
-    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    # Imported here, so that --help and errors in the arguments show sooner.
     from ..trainer.diffusion_nft_trainer import DiffusionNFTTrainer
 
     train_by_reward(DiffusionNFTTrainer, script_args, training_args)

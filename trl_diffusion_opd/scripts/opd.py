@@ -28,18 +28,22 @@ from .training import publish, show_warnings, train
 @dataclass(kw_only=True)
 class OPDScriptArguments(TaughtArguments):
     """
-    What the command takes beyond [`DiffusionOPDConfig`]; see [`TaughtArguments`] and [`ScriptArguments`] for the rest.
+    Arguments of the command beyond [`DiffusionOPDConfig`]. The others are in [`TaughtArguments`] and
+    [`ScriptArguments`].
 
     Args:
-        teachers (`list[str]`): as there.
-        test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts; with them and a reward for each task
-            the retention report is made at the end.
+        teachers (`list[str]`): as in [`TaughtArguments`], but required.
+        test_prompts (`list[str]`, *optional*): `task=source` of held-out prompts. With them, and a reward for each
+            task, the retention report is made at the end.
         num_test_images (`int`, *optional*, defaults to `128`): images a task in the report.
-        dry_run (`bool`, *optional*, defaults to `False`): show what the run would do, with an image of every model, and stop.
+        dry_run (`bool`, *optional*, defaults to `False`): show what the run would do, with an image of every model,
+            and stop.
     """
 
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
-    test_prompts: list[str] | None = field(default=None, metadata={"help": "task=source …, held out for the report."})
+    test_prompts: list[str] | None = field(
+        default=None, metadata={"help": "task=source …: held-out prompts for the retention report at the end."}
+    )
     num_test_images: int = field(default=128, metadata={"help": "Images a task in the retention report."})
     dry_run: bool = field(
         default=False, metadata={"help": "Show what the run would do, with an image of every model, and stop."}
@@ -54,7 +58,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     teachers, rewards = script_args.teachers_by_task(), script_args.rewards()
     test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
     tested: Collection[str] = []
-    if test_dataset is not None:  # what the report at the end would refuse
+    if test_dataset is not None:  # refuse now what the report at the end would refuse
         from ..evaluation import report_problems
 
         problems = report_problems(teachers, rewards, test_dataset, training_args.task_column, "--test_prompts")
@@ -62,14 +66,14 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
             problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
         if problems:
             raise ValueError("\n".join(problems))
-        tested = task_rows(test_dataset, training_args.task_column)  # not each task need be
+        tested = task_rows(test_dataset, training_args.task_column)  # may be fewer than the trained tasks
 
-    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    # Imported here, so that --help and errors in the arguments show sooner.
     from ..evaluation import evaluate_retention, rehearse_report, retention_table
     from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer
 
     if script_args.dry_run:
-        training_args.push_to_hub = False  # with it the trainer makes the repository
+        training_args.push_to_hub = False  # or the trainer would make the repository
     arguments = script_args.for_trainer(training_args, rewards)
     trainer = DiffusionOPDTrainer(teachers=teachers, **arguments)
     if script_args.dry_run:
@@ -91,7 +95,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     train(trainer)
     report = None
     if test_dataset is not None:
-        with extra("The retention report", "`trl-diffusion-opd evaluate` makes it of the saved student."):
+        with extra("The retention report", "`trl-diffusion-opd evaluate` makes it from the saved student."):
             report = evaluate_retention(
                 arguments["model"],
                 {task: teachers[task] for task in tested},

@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The parser of the commands: TRL's, with a config by its name, help in groups, and a remedy for what it does not know."""
+"""
+The commands' parser: TRL's, plus configs by name, help in groups, and a suggestion for each unknown option.
+"""
 
 import argparse
 import copy
@@ -29,7 +31,8 @@ from ..trainer.option_checks import unknown_option
 from .arguments import PACKAGE, QuantizationArguments, config_path, configs
 
 
-# Not options of any class: TRL's parser reads the first before it parses, `launching` takes the others.
+# Options that are fields of no dataclass. TRL's parser reads --config before it parses; `launching` takes the
+# launcher's.
 _OF_THE_COMMAND = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
 _OPTIONS = (
     _OF_THE_COMMAND.add_argument("-h", "--help", action="help", help="Show this and exit."),
@@ -39,10 +42,10 @@ _OPTIONS = (
 )
 _LAUNCHER_OPTIONS = (
     _OF_THE_COMMAND.add_argument(
-        "--accelerate_config", metavar="NAME|FILE", help="How to launch: cpu, multi_gpu, fsdp2, … or a file."
+        "--accelerate_config", metavar="NAME|FILE", help="How to launch: cpu, multi_gpu, fsdp2, … or a YAML file."
     ),
     _OF_THE_COMMAND.add_argument(
-        "--num_processes", metavar="N", help="This, and all other options of `accelerate launch`, are passed on to it."
+        "--num_processes", metavar="N", help="Number of processes. Other options of `accelerate launch` work too."
     ),
 )
 
@@ -51,7 +54,7 @@ _COMMAND, _QUANTIZATION, _INHERITED = "options", "quantization of the base", "tr
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling of an option, and no default where there is none."""
+    """Shows one spelling of each option, and no default if it is None."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
@@ -66,21 +69,24 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class CommandParser(TrlParser):
     """
-    A parser for dataclasses.
+    Parses a command line into dataclasses.
 
     Args:
         dataclass_types (`tuple[type, ...]`): the command's arguments, then its trainer's config if it has one.
-        prog (`str`, *optional*): how messages call the command.
-        launched (`bool`, *optional*, defaults to `False`): whether help names the launcher's options.
+        prog (`str`, *optional*): the command's name in messages.
+        launched (`bool`, *optional*, defaults to `False`): whether help lists the launcher's options.
     """
+
+    dataclass_types: list[Any]
 
     def __init__(self, dataclass_types: Sequence[type], prog: str | None = None, launched: bool = False):
         usage = "%(prog)s [--config NAME|FILE] [options]"
-        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)
+        # To TRL the type of a dataclass is one of its own.
+        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
         self.options_of_the_command = (*_OPTIONS, *_LAUNCHER_OPTIONS) if launched else _OPTIONS
 
     def unclaimed(self, arguments: Sequence[str]) -> list[str]:
-        """The words of a command line and of its `--config` that belong to no option. No dataclass is made."""
+        """Returns the words of a command line and of its `--config` that belong to no option. Makes no dataclass."""
         words = config_by_name(arguments)
         found: list[str] = []
         if "--config" in words:
@@ -88,16 +94,16 @@ class CommandParser(TrlParser):
             with open(words[at + 1], encoding="utf-8") as file:
                 content = yaml.safe_load(file)
             words[at : at + 2] = []
-            if isinstance(content, dict):  # else the parser itself says what is wrong, when it reads the file
+            if isinstance(content, dict):  # otherwise the parser itself says what is wrong, when it reads the file
                 found = self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
         return found + self.parse_known_args(words)[1]
 
     def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """The dataclasses, and then the words that belong to none of them."""
+        """Returns the dataclasses, then the list of words that belong to none of them."""
         return self.parse_args_and_config(config_by_name(arguments), return_remaining_strings=True)
 
     def format_help(self) -> str:
-        """The command's own options first, and last what transformers' `TrainingArguments` has."""
+        """Lists the command's own options first, and those of transformers' `TrainingArguments` last."""
         groups: dict[str, list[argparse.Action]] = {title: [] for title in self._titles()}
         for action in self._actions:
             if action.dest != "help":
@@ -112,7 +118,7 @@ class CommandParser(TrlParser):
         return formatter.format_help()
 
     def _titles(self) -> list[str]:
-        """Of all groups, in their order."""
+        """The titles of all groups, in their order."""
         owners = [owner for given in self.dataclass_types[1:] for owner in given.__mro__ if _is_ours(owner)]
         return [_COMMAND, *(owner.__name__ for owner in owners), _QUANTIZATION, _INHERITED]
 
@@ -129,7 +135,7 @@ def _is_ours(owner: type) -> bool:
 
 
 def config_by_name(arguments: Sequence[str]) -> list[str]:
-    """The words of a command line, with the path of `--config` where it is a name."""
+    """Returns the words of a command line, with the name after `--config` replaced by its path."""
     words = list(arguments)
     joined = [at for at, word in enumerate(words) if word.startswith("--config=")]
     for at in joined[::-1]:
@@ -144,14 +150,14 @@ def config_by_name(arguments: Sequence[str]) -> list[str]:
 
 def parse(dataclass_types: Sequence[type], arguments: Sequence[str] | None = None) -> tuple[Any, ...]:
     """
-    The arguments of a command and the config of its trainer, from the command line and from `--config`.
+    Reads a command's arguments and its trainer's config from the command line and from `--config`.
 
     Args:
         dataclass_types (`tuple[type, ...]`): the command's arguments, then its trainer's config if it has one.
-        arguments (`list[str]`, *optional*): those of the process if not given.
+        arguments (`list[str]`, *optional*): the words. By default, those of the process.
 
     Raises:
-        [`ValueError`]: for an option that none of them has, with the trainer's config that does.
+        [`ValueError`]: for an option that none of them has. The message names another trainer's config that has it.
     """
     *parsed, rest = CommandParser(dataclass_types).read(sys.argv[1:] if arguments is None else arguments)
     refuse(dataclass_types, rest)
@@ -160,8 +166,10 @@ def parse(dataclass_types: Sequence[type], arguments: Sequence[str] | None = Non
 
 def refuse(dataclass_types: Sequence[type], words: Sequence[str]) -> None:
     """
+    Refuses words that belong to no option.
+
     Raises:
-        [`ValueError`]: if there are words, which belong to no option of these dataclasses.
+        [`ValueError`]: if there are any.
     """
     unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
     problems = [unknown_option(dataclass_types[-1], name, configs(), dataclass_types[0]) for name in unknown]

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Uploads the output folder of a run that has ended.
+Uploads the student of a finished run to the Hub.
 
 ```bash
 trl-diffusion-opd push sd35-opd me/sd35-opd
@@ -34,12 +34,12 @@ from ..hub.push import push_folder
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="trl-diffusion-opd push", description="Uploads the student of a run that has ended to the Hub."
+        prog="trl-diffusion-opd push", description="Uploads the student of a finished run to the Hub."
     )
     parser.add_argument("folder", help="output folder of the run")
-    parser.add_argument("repo_id", help="owner/name, made if it is not there")
+    parser.add_argument("repo_id", help="owner/name of the repository, created if it does not exist")
     parser.add_argument("--revision", help="branch to commit to")
-    parser.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     options = parser.parse_args(arguments)
     if not any(os.path.exists(os.path.join(options.folder, name)) for name in (*LORA_FILES, CONFIG_FILE)):
         parser.error(f"there is no student in {options.folder}")

@@ -13,9 +13,10 @@
 # limitations under the License.
 
 """
-Fine-tunes by flow matching, on images of a dataset or, with teachers, on images that they draw for prompts.
+Fine-tunes by flow matching, on the images of a dataset or, with `--teachers`, on images that teachers draw for
+prompts.
 
-Without `--teachers` the sources of `--prompts` have a column of images.
+Without `--teachers`, the sources of `--prompts` must have a column of images.
 """
 
 from ..trainer.diffusion_sft_config import DiffusionSFTConfig
@@ -29,7 +30,7 @@ ARGUMENTS = (TaughtArguments, DiffusionSFTConfig)
 
 def main(script_args: TaughtArguments, training_args: DiffusionSFTConfig) -> None:
     show_warnings()
-    # Imported here, so that --help and what is wrong with the arguments are there sooner.
+    # Imported here, so that --help and errors in the arguments show sooner.
     from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
 
     teachers = script_args.teachers_by_task() or None

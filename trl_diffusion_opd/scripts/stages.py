@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Runs trainers one after another, each from the LoRA of the one before: the cascade that on-policy distillation is compared
-with, one task's training at a time.
+Runs trainers one after another, each starting from the LoRA of the stage before. Such a cascade, one task at a time,
+is the baseline of on-policy distillation.
 
 ```bash
 trl-diffusion-opd stages --stages cascade.yaml
@@ -22,7 +22,7 @@ trl-diffusion-opd stages --stages cascade.yaml
 
 ```yaml
 output_dir: outputs/cascade
-shared:                       # of every stage, which can give its own
+shared:                       # for every stage; a stage's own values win
   model_name_or_path: stabilityai/stable-diffusion-3.5-medium
   config: {dtype: bfloat16, save_strategy: steps, save_steps: 50}
 stages:
@@ -38,13 +38,13 @@ stages:
     config: {max_steps: 300, sampler: flow_sde}
 ```
 
-With `from_base: true` a stage starts from the base instead, so teachers and the student that they teach are one file too: the
-student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`, which follow where `--output_dir` puts the
-run elsewhere. `config_file` takes what a stage does not give from the config of a command, by its path or by its name in the
-package.
+With `from_base: true` a stage starts from the base instead. So one file can also train teachers and then the student
+that they teach: the student's stage names their folders, `teachers: [geneval=outputs/cascade/geneval, …]`. If
+`--output_dir` moves the run elsewhere, these folders move too. `config_file` names a command's config (a path, or a
+name in the package) for values that a stage does not give.
 
-Run again after an interruption, it goes on: finished stages are skipped, an unfinished one resumes from its last checkpoint,
-and the result is the same.
+If the run is interrupted, start it again: finished stages are skipped, and an unfinished one resumes from its last
+checkpoint. The result is the same.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from accelerate import PartialState
@@ -62,13 +62,13 @@ from accelerate.utils import release_memory
 
 from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
-from ..guards.files import write_json
+from ..guards.files import JSON, write_json
 from ..hub.files import ADAPTER_FILE, FINISHED_FILE, STAGE_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
 from ..problems import Problems
 from ..trainer.option_checks import unknown_option
-from .arguments import TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
+from .arguments import OfTasks, TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
 from .parser import parse
 
 
@@ -86,19 +86,19 @@ class Stage:
     One stage.
 
     Args:
-        name (`str`): its folder in the output folder.
+        name (`str`): name of the stage, and of its folder in the output folder.
         make_trainer (`Callable`):
-            `make_trainer(output_dir, student_init)` makes the trainer; `student_init` is the folder of the LoRA of the stage
-            before, `None` for the first and where it starts from the base. Its config must write its checkpoints to
-            `output_dir`.
-        settings (`dict`, *optional*): JSON values that say what the stage does. With others a stage is not gone on with.
-        from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
+            `make_trainer(output_dir, student_init)` makes the trainer. `student_init` is the folder with the LoRA of
+            the stage before, or `None` to start from the base. The trainer must write its checkpoints to `output_dir`.
+        settings (`dict`, *optional*): JSON values that describe the stage. A folder of a stage with other settings is
+            refused.
+        from_base (`bool`, *optional*, defaults to `False`): start from the base instead of the stage before.
         teachers (`list[str]`, *optional*): names of earlier stages whose LoRAs it reads.
     """
 
     name: str
     make_trainer: "Callable[[Path, str | None], DiffusionTrainer]"
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, JSON] = field(default_factory=dict)
     from_base: bool = False
     teachers: Sequence[str] = ()
 
@@ -108,20 +108,20 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
     Runs the stages that are not finished yet.
 
     Args:
-        stages (`list[Stage]`): in this order.
-        output_dir (`str` or `Path`): has a folder for each stage, with its checkpoints and its LoRA.
+        stages (`list[Stage]`): the stages, in their order.
+        output_dir (`str` or `Path`): gets a folder for each stage, with its checkpoints and its LoRA.
 
     Returns:
         `Path`: the folder of the last stage, with the final LoRA.
 
     Raises:
-        [`ValueError`]: before anything is run, if names are missing, unfit or used twice, or a folder holds a stage of other
-            settings or with another beginning. One message lists everything.
+        [`ValueError`]: before anything is run, if a name is missing, invalid or used twice, or if a folder holds a
+            stage with other settings or another start. One message lists everything.
     """
     output_dir = Path(output_dir)
     Problems(_name_problems(stages) or _folder_problems(stages, output_dir)).raise_under("The stages can't be run")
     state = PartialState()
-    state.wait_for_everyone()  # nobody writes while another checks
+    state.wait_for_everyone()  # no process writes while another still checks
     for stage, before in zip(stages, _beginnings(stages), strict=True):
         folder = output_dir / stage.name
         if not (folder / FINISHED_FILE).exists():
@@ -136,7 +136,7 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
 
 
 def _beginnings(stages: Sequence[Stage]) -> list[str | None]:
-    """For each stage the name of the one whose LoRA it goes on with."""
+    """For each stage the name of the stage whose LoRA it starts from; `None` for the base."""
     names = [None, *(stage.name for stage in stages)]
     return [None if stage.from_base else before for stage, before in zip(stages, names, strict=False)]
 
@@ -159,12 +159,12 @@ def _name_problems(stages: Sequence[Stage]) -> list[str]:
     names = [stage.name for stage in stages]
     problems = [] if names else ["there are none."]
     problems += [
-        f"the name {name!r} is not fit for a folder: use letters, digits, '-', '_' and '.'."
+        f"the name {name!r} can't be a folder's name: use letters, digits, '-', '_' and '.'."
         for name in names
         if not _NAME.fullmatch(name)
     ]
     problems += [
-        f"the name {name!r} is given to {names.count(name)} stages, and each has a folder of its name. Rename all but one."
+        f"the name {name!r} is given to {names.count(name)} stages, but each needs its own folder. Rename all but one."
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
@@ -178,7 +178,7 @@ def _name_problems(stages: Sequence[Stage]) -> list[str]:
 
 
 def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
-    """What in the output folder does not belong to these stages."""
+    """Lists the stages in the output folder that were begun with other settings or another start than these."""
     problems: list[str] = []
     for stage, before in zip(stages, _beginnings(stages), strict=True):
         folder = output_dir / stage.name
@@ -194,13 +194,13 @@ def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
             problems.append(f"stage {stage.name!r} was begun with other settings ({', '.join(differing)}). {remedy}")
         elif unfinished or recorded != _record(stage, before, output_dir):
             problems.append(
-                f"stage {stage.name!r} was begun from another LoRA than {' and '.join(map(repr, needed)) or 'the base'} "
-                f"now has. {remedy}"
+                f"stage {stage.name!r} was begun from another LoRA than "
+                f"{' and '.join(map(repr, needed)) or 'the base'} has now. {remedy}"
             )
     return problems
 
 
-def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, Any]:
+def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, JSON]:
     """The settings of a stage, and the hashes of the LoRAs that it reads."""
     return {
         "settings": json.loads(json.dumps(stage.settings)),
@@ -214,7 +214,7 @@ def _digest(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, JSON] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -224,19 +224,19 @@ def _read(path: Path) -> dict[str, Any] | None:
 @dataclass(kw_only=True)
 class StageSpec(TaughtArguments):
     """
-    A stage as a file describes it: the arguments of its trainer's command, see [`TaughtArguments`], and some of its own. A LoRA
-    that is given is that of a stage from the base; the others go on with it.
+    A stage in a file: the arguments of its trainer's command ([`TaughtArguments`]), and these. The LoRA arguments
+    apply to stages that start from the base; the others continue the LoRA of the stage before.
 
     Args:
-        name (`str`): its folder in the output folder.
+        name (`str`): name of the stage, and of its folder in the output folder.
         trainer (`str`): `"opd"`, `"grpo"`, `"nft"` or `"sft"`.
         config (`dict`): fields of the trainer's config.
-        from_base (`bool`, *optional*, defaults to `False`): start from the base and not from the stage before.
+        from_base (`bool`, *optional*, defaults to `False`): start from the base instead of the stage before.
     """
 
     name: str
     trainer: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, JSON] = field(default_factory=dict)
     from_base: bool = False
 
     def stage(self, output_dir: str) -> Stage:
@@ -246,7 +246,7 @@ class StageSpec(TaughtArguments):
         return Stage(self.name, self.make_trainer, settings, self.from_base, teachers)
 
     def problems(self, output_dir: str) -> list[str]:
-        """What can be said against it before it is run, without loading weights or asking the Hub."""
+        """Lists problems that can be found before it is run, without loading weights or asking the Hub."""
         problems = [
             f for option in ("prompts", "eval_prompts") for f in source_problems(option, getattr(self, option))
         ]
@@ -258,8 +258,8 @@ class StageSpec(TaughtArguments):
             return [*problems, *str(error).replace("\n- ", " ").splitlines()]
         if args.ema_decay and 0 < args.max_steps < args.ema_update_interval:
             problems.append(
-                f"config: max_steps={args.max_steps} is less than ema_update_interval={args.ema_update_interval}, and the "
-                "average, which is what is saved, would be the LoRA of before. Leave out ema_update_interval."
+                f"config: max_steps={args.max_steps} is less than ema_update_interval={args.ema_update_interval}: the "
+                "average, which is saved, would still be the LoRA of the start. Leave out ema_update_interval."
             )
         return problems
 
@@ -270,7 +270,7 @@ class StageSpec(TaughtArguments):
             return [str(error)]
         problems = []
         for config in (config for of_task in by_name.values() for config in of_task):
-            if _stage_of(config.model_name_or_path, output_dir) is None:  # else an earlier stage makes it
+            if _stage_of(config.model_name_or_path, output_dir) is None:  # otherwise an earlier stage makes it
                 try:
                     parsed = parse_teacher(config)
                     if parsed.model_name_or_path != "base" and local_folder(parsed) is not None:
@@ -281,8 +281,10 @@ class StageSpec(TaughtArguments):
 
     def make_config(self, output_dir: Path, student_init: str | None) -> "DiffusionConfig":
         """
+        Makes the trainer's config.
+
         Raises:
-            [`ValueError`]: if the config refuses its values, or has no field of a name.
+            [`ValueError`]: if the config refuses a value, or has no field of a given name.
         """
         options = {**self.config, "output_dir": str(output_dir)}
         if student_init is not None:
@@ -298,13 +300,13 @@ class StageSpec(TaughtArguments):
     def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
         args = self.make_config(output_dir, student_init)
         trainer_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Trainer")
-        arguments: dict[str, Any] = {"teachers": self.teachers_by_task()} if self.teachers else {}
+        arguments = {"teachers": self.teachers_by_task()} if self.teachers else {}
         return trainer_class(**self.for_trainer(args, self.rewards()), **arguments)
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
 _OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales"}
-# Of a command alone: a stage has no use for them.
+# Arguments of commands that a stage ignores.
 _OF_COMMANDS = {"output_dir", "test_prompts", "num_test_images", "dry_run"}
 
 
@@ -314,15 +316,15 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
 
     Args:
         path (`str` or `Path`): a YAML file, or the name of one in the package.
-        output_dir (`str`, *optional*): an output folder other than the file's. Teachers that the file has in its own output
-            folder are then in this one.
+        output_dir (`str`, *optional*): an output folder instead of the file's. Teachers in the file's output folder
+            are then looked for in this one.
 
     Returns:
         The stages and the output folder.
 
     Raises:
-        [`ValueError`]: with everything in the file that is wrong, and the prompt files, rewards and local teachers of all
-            stages that cannot be found.
+        [`ValueError`]: if anything in the file is wrong, or a prompt file, reward or local teacher cannot be found.
+            One message lists everything, for all stages.
     """
     path = config_path("stages", str(path), "stage_configs")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -346,7 +348,7 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
         if not found:
             moved = [_moved(teacher, written, Path(output_dir)) for teacher in merged.get("teachers") or []]
             spec = StageSpec(**{**merged, "teachers": moved or None})
-            found = spec.problems(output_dir)  # of all stages before the first is run, not hours later
+            found = spec.problems(output_dir)  # all stages are checked before the first is run, not hours later
             if not found:
                 stages.append(spec.stage(output_dir))
         problems += [f"stage {merged.get('name', i + 1)!r}: {problem}" for problem in found]
@@ -354,27 +356,27 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
     return stages, output_dir
 
 
-def _values(option: str, given: Any) -> list[str] | None:
-    """`task=value` strings, also of a mapping from task to values."""
+def _values(option: str, given: OfTasks | None) -> list[str] | None:
+    """Makes `task=value` strings of a mapping from task to values. A list stays as it is."""
     if given is None or isinstance(given, list):
         return given
     return [f"{task}={value}" for task, values in by_task(option, given).items() for value in values]
 
 
 def _stage_of(teacher: str, output_dir: Path) -> str | None:
-    """The name of the stage in whose folder a teacher is."""
+    """The name of the stage that makes a teacher, if the teacher lies directly in the output folder."""
     return Path(teacher).name if Path(teacher).parent == output_dir else None
 
 
 def _moved(teacher: str, written: Path, output_dir: Path) -> str:
-    """`task=spec`, with the folder of a stage where this run has it."""
+    """Moves a teacher's `task=spec` from the file's output folder to this run's, if a stage makes the teacher."""
     task, equals, spec = teacher.partition("=")
     stage = _stage_of(spec, written)
     return teacher if stage is None else f"{task}{equals}{output_dir / stage}"
 
 
-def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What a stage gives, else what is shared, else what is in its `config_file`."""
+def _merge(shared: dict[str, JSON], given: dict[str, JSON]) -> dict[str, JSON]:
+    """Merges a stage's own values, the shared ones, and those of its `config_file`. The first to give a value wins."""
     merged = {**shared, **given}
     config = {**(shared.get("config") or {}), **(given.get("config") or {})}
     path = merged.pop("config_file", None)
@@ -386,13 +388,13 @@ def _merge(shared: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {**merged, "config": config}
 
 
-def _spec_problems(given: dict[str, Any], from_base: bool) -> list[str]:
+def _spec_problems(given: dict[str, JSON], from_base: bool) -> list[str]:
     missing = [name for name in ("name", "trainer", "model_name_or_path", "prompts") if not given.get(name)]
     problems = [f"{', '.join(missing)} must be given."] if missing else []
-    problems += [f"{name!r} is none of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]
+    problems += [f"{name!r} is not one of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]
     trainer, config = given.get("trainer"), given["config"]
     if trainer is not None and trainer not in _TRAINERS:
-        problems.append(f"trainer={trainer!r}: it is one of {', '.join(_TRAINERS)}.")
+        problems.append(f"trainer={trainer!r}: it must be one of {', '.join(_TRAINERS)}.")
     if trainer == "opd" and not given.get("teachers"):
         problems.append("trainer='opd' needs teachers.")
     if trainer in ("grpo", "nft") and given.get("teachers"):
@@ -411,13 +413,13 @@ class StagesArguments:
 
     Args:
         stages (`str`): a YAML file, or the name of one in the package.
-        output_dir (`str`, *optional*): an output folder other than the file's.
+        output_dir (`str`, *optional*): an output folder instead of the file's.
     """
 
     stages: str = field(
         metadata={"help": "YAML with output_dir, shared and stages, or the name of one in the package."}
     )
-    output_dir: str | None = field(default=None, metadata={"help": "An output folder other than the file's."})
+    output_dir: str | None = field(default=None, metadata={"help": "An output folder instead of the file's."})
 
 
 ARGUMENTS = (StagesArguments,)

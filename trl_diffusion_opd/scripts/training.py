@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the training commands have in common: from a trainer to a student in its folder, with its picture and card."""
+"""Shared steps of the training commands: train, save the student with its curves, write its card, push."""
 
 import logging
 from pathlib import Path
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def show_warnings() -> None:
-    """Shows what the package logs, as a command's own lines."""
+    """Prints the package's log messages on the console."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 
 
 def train(trainer: "DiffusionTrainer") -> None:
-    """Trains, and saves the student with the curves of its training."""
+    """Trains, and saves the student with a picture of its training curves."""
     from ..reporting.plots import plot_curves
 
     args = trainer.args
@@ -45,7 +45,7 @@ def train(trainer: "DiffusionTrainer") -> None:
 
 
 def publish(trainer: "DiffusionTrainer") -> None:
-    """Writes the model card, pushes if that is asked for, and ends the trackers."""
+    """Writes the model card, pushes if `push_to_hub` is set, and ends the trackers."""
     with extra("The model card"):
         trainer.create_model_card()
     if trainer.args.push_to_hub:
@@ -58,10 +58,10 @@ def train_by_reward(
     script_args: "TeacherScriptArguments",
     training_args: "DiffusionRLConfig",
 ) -> None:
-    """Trains a teacher, from the arguments of its command."""
+    """Runs a command that trains a teacher by reward."""
     show_warnings()
     if script_args.dry_run:
-        training_args.push_to_hub = False  # with it the trainer makes the repository
+        training_args.push_to_hub = False  # or the trainer would make the repository
     trainer = trainer_class(**script_args.for_trainer(training_args, script_args.rewards()))
     if script_args.dry_run:
         trainer.dry_run()

@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -199,12 +198,12 @@ def _score(task: str, version: int, images: list[Image.Image], spec: list[str]) 
     return scores
 
 
-def compose(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def compose(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """1 if the image has exactly the objects of the prompt, with the right colours, shapes and relation, else 0."""
     return _score("compose", 0, images, spec)
 
 
-def compose_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def compose_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """
     The mean over objects of their scores for colour and shape. Missing and surplus objects count 0. A wrong relation
     leaves 60% of it.
@@ -212,22 +211,22 @@ def compose_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list
     return _score("compose", 1, images, spec)
 
 
-def letters(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def letters(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """1 if both letters are clear and match best in their place, else 0."""
     return _score("letters", 0, images, spec)
 
 
-def letters_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def letters_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """The mean over both letters of the correlation with the right letter, scaled from 0 at 0.4 to 1 at 0.9."""
     return _score("letters", 1, images, spec)
 
 
-def style(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def style(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """How close the ground is to dusk (violet above, orange below). Linear in the degree of styling."""
     return _score("style", 0, images, spec)
 
 
-def style_graded(images: list[Image.Image], spec: list[str], **_: Any) -> list[float | None]:
+def style_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
     """The same smooth score as `style`."""
     return _score("style", 1, images, spec)
 

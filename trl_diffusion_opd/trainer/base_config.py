@@ -16,7 +16,7 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from datasets.utils.py_utils import convert_file_size_to_int
@@ -25,6 +25,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
+from ..guards.files import JSON
 from ..guards.finite import infinite_options
 from ..models.average import FOLLOWING
 from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
@@ -45,7 +46,7 @@ class DiffusionConfig(_BaseConfig):
     Parameters:
         > Parameters that control the model
 
-        model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+        model_init_kwargs (`str` or `dict`, *optional*):
             Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a string, such as
             `revision` and `variant`. The report loads the base with them too. A `dtype` of theirs is this config's.
         dtype (`str`, *optional*, defaults to `"float32"`):
@@ -78,14 +79,14 @@ class DiffusionConfig(_BaseConfig):
             Size of the images in pixels.
         max_sequence_length (`int`, *optional*):
             Length of the encoded prompts in tokens, the pipeline's default if not set.
-        generation_kwargs (`str` or `dict[str, Any]`, *optional*):
+        generation_kwargs (`str` or `dict`, *optional*):
             Further arguments of the pipeline's `__call__`.
 
         > Parameters that control the tasks
 
         task_column (`str`, *optional*, defaults to `"task"`):
             Column of the dataset that names a prompt's task. Not needed where there is one task.
-        task_weights (`str` or `dict[str, Any]`, *optional*):
+        task_weights (`str` or `dict`, *optional*):
             Weights of the tasks' losses, 1 for those not named. They don't change how often a task is sampled.
         gradient_accumulation_steps (`int`, *optional*):
             Micro-batches an update, a multiple of the number of tasks, since every task has its share of each update.
@@ -140,13 +141,16 @@ class DiffusionConfig(_BaseConfig):
     > - `remove_unused_columns`: Defaults to `False` instead of `True`.
     """
 
+    if TYPE_CHECKING:
+        output_dir: str = ""  # never None: `TrainingArguments` sets one where none is given
+
     _VALID_DICT_FIELDS = _BaseConfig._VALID_DICT_FIELDS + ["model_init_kwargs", "generation_kwargs", "task_weights"]
 
     # Defaults that differ from TrainingArguments
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Kept False: other columns of the dataset go to the reward functions."}
     )
 
@@ -155,15 +159,12 @@ class DiffusionConfig(_BaseConfig):
     )
 
     # Parameters that control the model
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
     )
     dtype: str = field(
         default="float32",
-        metadata={
-            "help": "Dtype of the frozen base model. A LoRA stays float32.",
-            "choices": list(DTYPES),
-        },
+        metadata={"help": "Dtype of the frozen base model. A LoRA stays float32.", "choices": list(DTYPES)},
     )
 
     offload_encoders: bool = field(
@@ -183,10 +184,7 @@ class DiffusionConfig(_BaseConfig):
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
     sampler: str = field(
         default="ode",
-        metadata={
-            "help": "Sampler of the training rollout.",
-            "choices": list(SAMPLERS),
-        },
+        metadata={"help": "Sampler of the training rollout.", "choices": list(SAMPLERS)},
     )
     noise_level: float | None = field(
         default=None, metadata={"help": "Stochasticity (eta) of the sampler. 0.7 if not set; none for ode and dpm2m."}
@@ -197,16 +195,16 @@ class DiffusionConfig(_BaseConfig):
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Length of the encoded prompts in tokens. The pipeline's default if not set."}
     )
-    generation_kwargs: dict[str, Any] | str | None = field(
+    generation_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's `__call__`."}
     )
 
     # Parameters that control the tasks
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names a prompt's task."})
-    task_weights: dict[str, Any] | str | None = field(
+    task_weights: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for those not named."}
     )
-    gradient_accumulation_steps: int | None = field(
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]  # rounds set it before Trainer is
         default=None,
         metadata={"help": "Micro-batches an update, a multiple of the number of tasks, which is the default."},
     )
@@ -242,7 +240,7 @@ class DiffusionConfig(_BaseConfig):
     )
     num_completions_to_print: int = field(default=4, metadata={"help": "Prompts a task of which images are logged."})
 
-    def __new__(cls, *args: Any, **options: Any) -> "DiffusionConfig":
+    def __new__(cls, *args: object, **options: object) -> "DiffusionConfig":
         # Before Python says no more than that an argument is unexpected.
         problems = [unknown_option(cls, name) for name in options.keys() - {known.name for known in fields(cls)}]
         if problems:
@@ -253,7 +251,7 @@ class DiffusionConfig(_BaseConfig):
         # TRL takes bf16 on any machine and TrainingArguments then refuses a CPU. A laptop should just work.
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
-        given: dict[str, Any] = self.__dict__
+        given = self.__dict__
         if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
             given["resume_from_checkpoint"] = True
         if given["hub_token"] is not None:  # read from a file: as a header, a line break is an error that names it

@@ -30,29 +30,30 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import base_weight
+from ..acceleration.quantization import QuantizationConfig, base_weight
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
 from ..models.average import average_line, lag_problem
+from ..models.merge import MergeReport
 from ..models.student import Student
-from ..models.teachers import TeacherBank
+from ..models.teachers import TeacherBank, TeacherSpec
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.completions import log_completions
+from ..reporting.model_card import MethodFacts
 from ..reporting.trackers import tensorboard_writers, use_public_trackers
-from ..rewards import RewardFuncs
+from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator, applicable_mean
@@ -84,15 +85,14 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, what the student started from.
     """
 
-    loss_is_scaled_for_ga = True  # a task's share of the round is in the loss
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # a task's share of the round is in the loss
     args: DiffusionConfig
     # How often a prompt comes in a round, and a round in an epoch.
     repeats, passes = 1, 1
     # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
-    run: str
-    changes: list[dict[str, Any]] = []
+    changes: list[dict[str, object]] = []
     bank: TeacherBank | None = None
-    merge_report: Any = None
+    merge_report: MergeReport | None = None
     # What the seconds of an update are made of.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
@@ -107,9 +107,9 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         reward_funcs: RewardFuncs | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfig = None,
         peft_config: PeftConfig | str | None = "default",
-        teachers: Any = None,
+        teachers: TeacherSpec | Mapping[str, TeacherSpec] | None = None,
     ):
         with ExitStack() as undo:  # whatever fails, the caller's pipeline is given back as it was
             parts = prepare(
@@ -167,7 +167,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self.prompts = parts.train_dataset.select_columns(["prompt"])
-        self._prompts_digest: dict[str, Any] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
@@ -189,7 +188,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """Metrics of the method itself, such as its loss on the evaluation's prompts."""
         return {}
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _card_fields(self) -> MethodFacts:
         """
         What the model card says of the method: `method`, `teachers`, `settings` and `no_walk` of [`CardFacts`]; all optional.
         """
@@ -243,7 +242,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     # Trainer's hooks
 
-    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+    def _build_accelerator_args(self, **kwargs: object) -> dict[str, object]:
         # accelerate would compile the student alone, as a whole and as a wrapper. The blocks are compiled already, teachers' too.
         accelerator_args = super()._build_accelerator_args(**kwargs)
         return {name: value for name, value in accelerator_args.items() if name != "dynamo_plugin"}
@@ -275,14 +274,14 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """Samples of a task in an update, over all processes."""
         return self.micro_batch_size * self.accelerator.num_processes * self.rounds.micro_batches
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
             self.control.should_training_stop = True
             return
         # accelerate does not forward set_epoch through the wrappers that sharding and resuming put around a sampler.
-        self._sampler.set_epoch(epoch)
+        self._sampler.set_epoch(kwargs["epoch"])
         self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def _begin_run(self) -> None:
         """Shows where training starts. All processes call it."""
@@ -318,7 +317,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """What mixed precision computes in, if it is on."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains, or goes on with a run that was interrupted. One run at a time trains into an output folder.
 
@@ -349,17 +348,11 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
-            return super().train(None if begun.folder is None else str(begun.folder), **kwargs)
-
-    def prompts_digest(self) -> dict[str, Any]:
-        """By task how many prompts are trained on, and a hash of them."""
-        if self._prompts_digest is None:
-            self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
-        return self._prompts_digest
+            return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+        self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of an optimizer step. Trainer asks for all of them at once: an update begins here."""
         self._cost.start()
         with self._part("data"):
@@ -384,7 +377,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         companies = self._sampler.companies(a_round % self._sampler.rounds)
         return [list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])) for rows in companies]
 
-    def turn(self, number: int, rows: list[dict[str, Any]]) -> tuple[str, list[int]]:
+    def turn(self, number: int, rows: list[Row]) -> tuple[str, list[int]]:
         """Task of a round's micro-batch, and its samples' positions among the task's of this round: see [`Rounds.turn`]."""
         process = self.accelerator.process_index, self.accelerator.num_processes
         return self.rounds.turn(number, rows, self.micro_batch_size, self.state.global_step + 1, process)
@@ -394,13 +387,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         if self._micro_step == 0:
             self._cost.clock.go_on_with("optimizer")
 
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """Weighted mean velocity of the task's teachers, each at its own guidance."""
-        assert self.bank is not None
-        with self._part("teacher"):
-            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # Under fp16 an overflow is routine: the scaler skips the step and lowers its scale.
@@ -431,7 +418,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # names are of a dict's
         if isinstance(dataset, Mapping):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():
@@ -471,7 +458,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             yield self.student.model
         self.offload.rest()
 
-    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+    def pipeline(self, *args: object, **kwargs: object) -> Any:
         """
         The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
 

@@ -16,17 +16,19 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from accelerate import ParallelismConfig
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..acceleration.compilation import compilable_blocks
 from ..acceleration.quantization import (
+    QuantizationConfig,
     is_quantized,
     named_components,
     pipeline_config,
@@ -43,7 +45,10 @@ from .base_config import DiffusionConfig
 
 
 def loading_problems(
-    model: str | DiffusionPipeline, pipeline: DiffusionPipeline, args: DiffusionConfig, quantization_config: Any
+    model: str | DiffusionPipeline,
+    pipeline: DiffusionPipeline,
+    args: DiffusionConfig,
+    quantization_config: QuantizationConfig,
 ) -> list[str]:
     """What of the options with which `pipeline` should have been loaded has no effect."""
     if isinstance(model, DiffusionPipeline):
@@ -103,7 +108,7 @@ def model_problems(
     return problems + quantization_problems(transformer, full_weights=peft_config is None)
 
 
-def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
+def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]:
     """What of `args` and of the launcher's settings, which are in the environment, can't be had together."""
     problems = Problems()
     is_module = isinstance(transformer, nn.Module)
@@ -123,7 +128,9 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
             "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds it."
         )
-    if is_deepspeed and (args.fp16 or args.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True):
+    if args.deepspeed_plugin is not None and (
+        args.fp16 or args.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True
+    ):
         problems.append(
             "fp16 is not supported under DeepSpeed, which would round the trained weights to it. Set bf16, or train in "
             "float32, in the launcher's settings (mixed_precision) and in the arguments."
@@ -145,8 +152,9 @@ def launch_problems(transformer: Any, args: DiffusionConfig) -> list[str]:
 
 def loader_problems(args: DiffusionConfig) -> list[str]:
     """What of `args` would have the data loader hand out other rows than a round consists of, or in another order."""
-    problems = []
+    problems: list[str] = []
     loader, world = args.accelerator_config, args.world_size
+    assert isinstance(loader, AcceleratorConfig)  # which the config has made of a dict or a file
     if loader.split_batches and world > 1:
         size = args.per_device_train_batch_size
         problems.append(
@@ -179,7 +187,7 @@ def loader_problems(args: DiffusionConfig) -> list[str]:
     return problems
 
 
-def training_data_problems(dataset: Any, task_column: str) -> list[str]:
+def training_data_problems(dataset: object, task_column: str) -> list[str]:
     """What keeps `dataset` from being trained on."""
     if not isinstance(dataset, Dataset):
         kind = "None" if dataset is None else f"a {type(dataset).__name__}"
@@ -194,7 +202,7 @@ def training_data_problems(dataset: Any, task_column: str) -> list[str]:
     return dataset_problems(dataset, task_column, "train_dataset")
 
 
-def evaluation_data_problems(eval_dataset: Any, task_column: str, tasks: list[str]) -> list[str]:
+def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:
     """What keeps `eval_dataset`, a dataset or a dict of them, from being evaluated on by a run that trains `tasks`."""
     problems = []
     datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
@@ -213,7 +221,7 @@ def evaluation_data_problems(eval_dataset: Any, task_column: str, tasks: list[st
 
 
 def scored_data_problems(
-    functions: Mapping[str, Sequence[RewardFunc]], train_dataset: Any, eval_dataset: Any, task_column: str
+    functions: Mapping[str, Sequence[RewardFunc]], train_dataset: object, eval_dataset: object, task_column: str
 ) -> list[str]:
     """What of the prompts whose images are scored, the evaluation's or without one the training's, can't be scored."""
     scored = {"train_dataset": train_dataset} if eval_dataset is None else {"eval_dataset": eval_dataset}

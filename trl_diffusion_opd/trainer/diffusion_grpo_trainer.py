@@ -17,7 +17,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from ..algorithms.samplers import SamplerTable, sampler_table, sde_window
 from ..models.backbone import BASE, Backbone
 from ..problems import Problems
 from ..reporting import console as tables
+from ..reporting.model_card import MethodFacts
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .preparation import Parts
 from .rl_round import Rollout
@@ -117,7 +117,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
     @classmethod
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
         super().prepare_method(parts, problems)
-        args: Any = parts.args
+        args = parts.args
+        assert isinstance(args, DiffusionGRPOConfig)
         parts.method["window_size"] = args.sde_window_size or len(args.sde_range())
         if args.beta > 0:
             parts.method["backbone"] = equip(parts, Backbone.of(parts.student), problems)
@@ -199,7 +200,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         n = len(rollout.record)
         return torch.tensor(loss, device=figures.device) * n * (self.rounds.share(rollout.task) / n)
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _card_fields(self) -> MethodFacts:
         args, fields = self.args, super()._card_fields()
         noisy = f"{self.window_size} of {args.num_inference_steps}"
         fields["method"] = (

@@ -72,18 +72,12 @@ class DiffusionNFTConfig(DiffusionRLConfig):
     # Defaults that differ from DiffusionRLConfig
     sampler: str = field(
         default="dpm2m",
-        metadata={
-            "help": "Sampler of the training rollout.",
-            "choices": list(SAMPLERS),
-        },
+        metadata={"help": "Sampler of the training rollout.", "choices": list(SAMPLERS)},
     )
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance scale. 1.0 for none."})
     scale_rewards: str = field(
         default="batch",
-        metadata={
-            "help": "Standard deviation by which advantages are divided, if any.",
-            "choices": list(SCALINGS),
-        },
+        metadata={"help": "Standard deviation by which advantages are divided, if any.", "choices": list(SCALINGS)},
     )
 
     # Parameters that control the objective

@@ -17,7 +17,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +30,7 @@ from ..algorithms.samplers import SamplerTable, sampler_table
 from ..models.backbone import BASE, Backbone
 from ..models.old_policy import OLD, OLD_POLICY_FILE, OldPolicy
 from ..problems import Problems
+from ..reporting.model_card import MethodFacts
 from .diffusion_nft_config import DiffusionNFTConfig
 from .preparation import Parts
 from .rl_round import Rollout
@@ -44,7 +44,7 @@ class _OldPolicyCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.global_step % self.trainer.args.num_iterations == 0:
             self.trainer.follow()
@@ -118,7 +118,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     @classmethod
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
         super().prepare_method(parts, problems)
-        args: Any = parts.args
+        args = parts.args
+        assert isinstance(args, DiffusionNFTConfig)
         with problems.collect():
             parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
         backbone = parts.method["backbone"] = Backbone.of(parts.student, with_base=args.beta > 0)
@@ -134,7 +135,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     # Training
 
-    def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, Any]:
+    def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, None]:
         """Images of the old policy. Of the walk nothing is kept."""
         levels = self.table.levels.tolist()
         x = self.velocity_field.initial_latents(prompts, generators)
@@ -221,7 +222,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             problems.append(f"it has no old policy ({OLD_POLICY_FILE}), so it is not of a {type(self).__name__}.")
         return problems
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _card_fields(self) -> MethodFacts:
         args, fields = self.args, super()._card_fields()
         fields["method"] = (
             "An old policy drew groups of images, which were scored and noised again; the student learned by flow "

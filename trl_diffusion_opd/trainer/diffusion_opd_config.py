@@ -13,9 +13,9 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..algorithms.opd import WEIGHTINGS
+from ..guards.files import JSON
 from .base_config import DiffusionConfig
 
 
@@ -80,10 +80,7 @@ class DiffusionOPDConfig(DiffusionConfig):
     )
     loss_weighting: str = field(
         default="kl",
-        metadata={
-            "help": "Weight of a step's squared velocity gap.",
-            "choices": list(WEIGHTINGS),
-        },
+        metadata={"help": "Weight of a step's squared velocity gap.", "choices": list(WEIGHTINGS)},
     )
     skip_last_steps: int | None = field(
         default=None, metadata={"help": "Steps at the end that are not trained. 1 if not set, 2 for cps and ddim."}
@@ -96,7 +93,7 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=True, metadata={"help": "Whether to train on the student's own walk (the method) or its teacher's."}
     )
 
-    def retention_options(self) -> dict[str, Any]:
+    def retention_options(self) -> dict[str, JSON]:
         """The arguments of [`evaluate_retention`] that these settings decide."""
         return {
             "num_inference_steps": self.eval_num_inference_steps,

@@ -16,7 +16,7 @@
 
 import logging
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -26,11 +26,13 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..acceleration.quantization import QuantizationConfig
 from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.opd import StepPlan, policy_gradient_loss
 from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
 from ..algorithms.samplers import default_skip_last_steps, sampler_table
 from ..data.tasks import task_rows
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.backbone import STUDENT
 from ..models.lora_adapter import rescaled_factors
@@ -39,8 +41,10 @@ from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank
 from ..problems import Problems
 from ..reporting import console as tables
-from ..rewards import RewardFuncs
+from ..reporting.model_card import MethodFacts
+from ..rewards import RewardFuncs, Row
 from . import dry_run
+from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .preparation import Parts
@@ -115,14 +119,14 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        teachers: TeacherSpec | dict[str, TeacherSpec],
+        teachers: TeacherSpec | Mapping[str, TeacherSpec],
         reward_funcs: RewardFuncs | None = None,
         args: DiffusionOPDConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfig = None,
         peft_config: PeftConfig | str | None = "default",
     ):
         super().__init__(
@@ -142,7 +146,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     @classmethod
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        args: Any = parts.args
+        args = parts.args
+        assert isinstance(args, DiffusionOPDConfig)
         with problems.collect():
             table = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
             skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
@@ -163,7 +168,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             tables.print_steps(self.plan, self.args.loss_weighting)
             tables.print_trained(self.student.parameters())
 
-    def dry_run(self) -> dict[str, Any]:
+    def dry_run(self) -> dict[str, JSON]:
         """
         What a run would do, without one: an update's worth of forwards, and an image of the base, of each teacher and of the
         student, so that a wrong LoRA or a wrong guidance scale is seen before the run.
@@ -179,8 +184,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     # Training
 
-    def training_step(
-        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    # Trainer's inputs are a dict of tensors.
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: list[Row], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
         Walks the trajectory of one task's prompts once. At every trained step: the teacher's velocity, the student's, the
@@ -193,7 +199,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         steps = self._drawn_steps()
         last = max(steps)
         share = self.rounds.share(task) / len(self.plan)
-        unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
 
@@ -204,7 +209,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     if not self.args.on_policy:
                         return self._target(task, x, t, prompts)
                     with self._part("rollout"):
-                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, unwrapped)
+                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
             with torch.no_grad():
                 target = self._target(task, x, t, prompts)
                 if j == last:
@@ -314,7 +319,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
 
     @classmethod
-    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
+    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
         return ["loss", *(f"kl/{task}" for task in task_rows(dataset, args.task_column))]
 
     def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
@@ -332,7 +337,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         gap = self.accelerator.gather(torch.stack(gaps)[None]).cpu().double().mean(0)
         return float(self.plan.loss(gap)), float(self.plan.kl(gap))
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _card_fields(self) -> MethodFacts:
         args = self.args
         drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
         return {

@@ -25,7 +25,9 @@ from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
+from ..acceleration.quantization import QuantizationConfig
 from ..algorithms.flow import noised
 from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import SamplerTable, sampler_table
@@ -37,7 +39,9 @@ from ..models.teachers import model_identity
 from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
-from ..rewards import RewardFuncs
+from ..reporting.model_card import MethodFacts
+from ..rewards import RewardFuncs, Row
+from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .diffusion_sft_config import DiffusionSFTConfig
 from .preparation import Parts
@@ -112,14 +116,14 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     def __init__(
         self,
         model: str | DiffusionPipeline,
-        teachers: TeacherSpec | dict[str, TeacherSpec] | None = None,
+        teachers: TeacherSpec | Mapping[str, TeacherSpec] | None = None,
         reward_funcs: RewardFuncs | None = None,
         args: DiffusionSFTConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfig = None,
         peft_config: PeftConfig | str | None = "default",
     ):
         super().__init__(
@@ -139,13 +143,15 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     @classmethod
     def look_at_base(cls, parts: Parts) -> None:
-        args: Any = parts.args
+        args = parts.args
+        assert isinstance(args, DiffusionSFTConfig)
         if parts.given_teachers is not None and args.teacher_cache_dir is not None:
             parts.method["_base_digest"] = base_digest(parts.pipeline)
 
     @classmethod
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        args: Any = parts.args
+        args = parts.args
+        assert isinstance(args, DiffusionSFTConfig)
         dataset, column = parts.train_dataset, args.image_column
         features = dataset.features if isinstance(dataset, Dataset) else {}
         if parts.given_teachers is None:
@@ -165,8 +171,9 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             problems += [f"teacher_cache_dir: {problem}" for problem in cache.problems()]
 
     @classmethod
-    def _prepare_images(cls, parts: Parts, features: Mapping[str, Any], problems: Problems) -> None:
-        args: Any = parts.args
+    def _prepare_images(cls, parts: Parts, features: Mapping[str, object], problems: Problems) -> None:
+        args = parts.args
+        assert isinstance(args, DiffusionSFTConfig)
         column = args.image_column
         if args.teacher_cache_dir is not None:
             problems.append(
@@ -193,11 +200,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     # Images
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As [`DiffusionTrainer.train`]. Before it, teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _fill_cache(self, cache: LatentCache) -> None:
         """Draws what the cache lacks. Every process calls the transformer equally often."""
@@ -229,7 +236,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         levels = self.table.levels.tolist()
         return walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
 
-    def _latents(self, task: str, rows: Sequence[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+    def _latents(self, task: str, rows: Sequence[Row], generators: list[torch.Generator]) -> Tensor:
         prompts = [row["prompt"] for row in rows]
         if self.bank is None:
             return self.velocity_field.encode([row[self.args.image_column] for row in rows])
@@ -242,8 +249,9 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     # Training
 
-    def training_step(
-        self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: Tensor | int | None = None
+    # Trainer's inputs are a dict of tensors.
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: list[Row], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Noises one task's images, each to a level of its own, and trains the velocity there."""
         self._in_eval_mode(model)
@@ -313,11 +321,12 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         return {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **losses}
 
     @classmethod
-    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
+    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
+        assert isinstance(args, DiffusionSFTConfig)
         tasks = task_rows(dataset, args.task_column) if _has_images(dataset, args, with_teachers) else {}
         return ["loss", *(f"loss/{task}" for task in tasks)] if tasks else []
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _card_fields(self) -> MethodFacts:
         args = self.args
         density = args.timestep_density
         if density == "logit_normal":
@@ -341,7 +350,8 @@ def _has_images(dataset: Dataset, args: DiffusionSFTConfig, with_teachers: bool)
 
 
 def _make_cache(parts: Parts) -> LatentCache:
-    args: Any = parts.args
+    args = parts.args
+    assert isinstance(args, DiffusionSFTConfig) and args.teacher_cache_dir is not None
     prompts = parts.train_dataset["prompt"][:]
     of_task = {task: list(dict.fromkeys(prompts[row] for row in rows)) for task, rows in parts.rounds.rows.items()}
     settings = {

@@ -17,7 +17,6 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -28,10 +27,13 @@ from ..algorithms.opd import StepPlan
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.tasks import task_rows
+from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
 from ..models.teachers import TeacherBank
 from ..reporting import console as tables
+from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
+from .diffusion_opd_config import DiffusionOPDConfig
 from .dry_run_shared import (
     Clock,
     Peak,
@@ -49,7 +51,7 @@ from .dry_run_shared import (
 logger = logging.getLogger(__name__)
 
 
-def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dict[str, Any]:
+def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dict[str, JSON]:
     """
     Shows what `trainer.train()` would do, without training: see [`DiffusionOPDTrainer.dry_run`].
 
@@ -71,6 +73,7 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
         - `"warnings"`: a sentence each.
     """
+    assert isinstance(trainer.args, DiffusionOPDConfig)
     sampler = trainer.make_sampler()
     batches = first_update(trainer, sampler)
     tasks, costs, activations = {}, [], []
@@ -115,10 +118,10 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
 @torch.no_grad()
 def _walk(
     trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, prompts: list[str], positions: list[int]
-) -> tuple[dict[str, Any], dict[str, float]]:
+) -> tuple[dict[str, JSON], dict[str, float]]:
     """What the walk shows of a task, and the seconds of a forward of `"student"`, `"teachers"` and `"base"`."""
-    args: Any = trainer.args
-    field, roles, levels = trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
+    args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
+    assert isinstance(args, DiffusionOPDConfig)
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
     clock = Clock(trainer.accelerator.device)
     # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
@@ -150,8 +153,7 @@ def _walk(
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
-    x = field.initial_latents(prompts, generators)
-    walk(velocity, x, plan.walked, generators)
+    walk(velocity, field.initial_latents(prompts, generators), plan.walked, generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
@@ -200,7 +202,9 @@ def _forward_backward(
 # Time
 
 
-def update_seconds(args: Any, plan: StepPlan, micro_batches: int, costs: list[dict[str, float]]) -> float:
+def update_seconds(
+    args: DiffusionOPDConfig, plan: StepPlan, micro_batches: int, costs: list[dict[str, float]]
+) -> float:
     """
     Seconds of an update: what the steps of its walks cost.
 
@@ -217,7 +221,7 @@ def update_seconds(args: Any, plan: StepPlan, micro_batches: int, costs: list[di
     return seconds * micro_batches
 
 
-def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
+def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
     return [
         f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
         f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right LoRA?"
@@ -232,10 +236,10 @@ def _warnings(tasks: dict[str, dict[str, Any]]) -> list[str]:
 
 def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
     """For each task the first row that is evaluated and, by a caption, the images of the models, all from the same noise."""
-    evaluated: Any = trainer.eval_dataset
+    evaluated = trainer.eval_dataset
     if isinstance(evaluated, Mapping):
         evaluated = next(iter(evaluated.values()))
-    firsts: dict[str, dict[str, Any]] = {}  # an evaluation need not have every task
+    firsts: dict[str, Row] = {}  # an evaluation need not have every task
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}

@@ -17,7 +17,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -25,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..data.tasks import TaskSampler
+from ..guards.files import JSON
 from ..reporting import console as tables
+from ..rewards.base import Row
 from ..rewards.scoring import score_names
 from .base_trainer import DiffusionTrainer
 from .dry_run_shared import (
@@ -57,10 +58,10 @@ Losses = list[Callable[[], tuple[Tensor, Tensor]]]
 
 def dry_run(
     trainer: DiffusionTrainer,
-    roll_out: Callable[[list[list[dict[str, Any]]]], Round],
+    roll_out: Callable[[list[list[Row]]], Round],
     losses: Callable[[nn.Module, Rollout], Losses],
     frozen: list[nn.Module],
-) -> dict[str, Any]:
+) -> dict[str, JSON]:
     """
     Shows what `trainer.train()` would do, without training: see [`DiffusionRLTrainer.dry_run`].
 
@@ -113,7 +114,7 @@ def dry_run(
     return report
 
 
-def _show(trainer: DiffusionTrainer, report: dict[str, Any], pictures: Pictures, warnings: Iterable[str]) -> None:
+def _show(trainer: DiffusionTrainer, report: dict[str, JSON], pictures: Pictures, warnings: Iterable[str]) -> None:
     """Adds the scores of the pictures to the report, and prints it, on the main process."""
     if trainer.accelerator.is_main_process:
         for warning in warnings:
@@ -128,7 +129,7 @@ def _show(trainer: DiffusionTrainer, report: dict[str, Any], pictures: Pictures,
 
 def _cost(
     trainer: DiffusionTrainer, sampler: TaskSampler, clock: Clock, of_round: Forwards, of_losses: Forwards
-) -> dict[str, Any]:
+) -> dict[str, JSON]:
     """Seconds and samples of an update and of the run, from one round and the losses of a micro-batch of each task."""
     passes, processes = trainer.passes, trainer.accelerator.num_processes
     micro_batches, updates = trainer.rounds.micro_batches, number_of_updates(trainer, sampler)
@@ -185,7 +186,7 @@ def _below(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items() if name.startswith(f"{prefix}/")}
 
 
-def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, Any]]:
+def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, JSON]]:
     """A round's figures by task."""
     completions = trainer.samples_of_task
     figures = {}
@@ -202,7 +203,7 @@ def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, An
     return figures
 
 
-def _draw(trainer: DiffusionTrainer, rollouts: list[Rollout], batches: list[list[dict[str, Any]]]) -> Pictures:
+def _draw(trainer: DiffusionTrainer, rollouts: list[Rollout], batches: list[list[Row]]) -> Pictures:
     """For each task's first prompt what an evaluation draws, and completions of its group as they were scored."""
     scale = trainer.args.evaluation_guidance
     shown = min(_SHOWN, trainer.repeats, trainer.micro_batch_size)

@@ -37,7 +37,9 @@ from ..guards.files import file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
 from ..pipelines.drawing import draw_images
 from ..pipelines.view import exchanged_forward
-from ..profiling.timing import instant, seconds_between
+from ..profiling.memory import MemoryRow
+from ..profiling.timing import Instant, instant, seconds_between
+from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .image_evaluator import ImageEvaluator
 from .memory_estimate import estimate_memory
@@ -72,7 +74,7 @@ def as_in_training(trainer: DiffusionTrainer) -> Iterator[nn.Module]:
         trained.activation_checkpointing_enable()  # as Trainer does when training begins
     forward = model.forward
 
-    def call(*args: Any, **inputs: Any) -> Any:
+    def call(*args: object, **inputs: object) -> object:
         with trainer.accelerator.autocast():
             return forward(*args, **inputs)
 
@@ -88,7 +90,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.calls: dict[str, list[tuple[Any, Any]]] = {}
+        self.calls: dict[str, list[tuple[Instant, Instant]]] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -113,7 +115,7 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
     """Counts what the networks see meanwhile. LoRAs of one network are that network."""
     count = Forwards()
 
-    def hook(module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
         first = list(inspect.signature(type(module).forward).parameters)[1]
         rows = len(inputs[first])
         count.forwards += rows
@@ -162,7 +164,7 @@ class Peak:
         return self.bytes - sum(gradient.nbytes for gradient in gradients if gradient is not None)
 
 
-def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, what: str) -> dict[str, dict[str, Any]]:
+def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, what: str) -> dict[str, MemoryRow]:
     """
     [`estimate_memory`] for the trainer's device, without sharding.
 
@@ -185,7 +187,7 @@ def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, w
 # Pictures
 
 # By task: the row of the data, and the images by caption.
-Pictures = dict[str, tuple[dict[str, Any], dict[str, Image.Image]]]
+Pictures = dict[str, tuple[Row, dict[str, Image.Image]]]
 
 
 def draw(evaluator: ImageEvaluator, module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:

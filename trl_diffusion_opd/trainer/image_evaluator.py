@@ -18,12 +18,12 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from PIL.Image import Image
 from transformers import TrainerState
 
 from ..data.tasks import task_rows
@@ -31,7 +31,7 @@ from ..models.student import Student
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion
-from ..rewards import Scorer, reward_name
+from ..rewards import RewardFunc, Scorer, reward_name
 from .base_config import DiffusionConfig
 
 
@@ -53,7 +53,7 @@ class ImageEvaluator:
         field: VelocityField,
         student: Student,
         tasks: list[str],
-        reward_funcs: Mapping[str, list[Callable[..., Any]]],
+        reward_funcs: Mapping[str, list[RewardFunc]],
         args: DiffusionConfig,
         accelerator: Accelerator,
     ):
@@ -74,8 +74,8 @@ class ImageEvaluator:
         task: str,
         rows: list[int],
         update: int = 0,
-        on_batch: Callable[[list[int], list[Any]], None] | None = None,
-    ) -> list[tuple[int, Any]]:
+        on_batch: Callable[[list[int], list[Image]], None] | None = None,
+    ) -> list[tuple[int, Image]]:
         """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them, with the weights as they are."""
         try:
             return draw_images(
@@ -140,7 +140,7 @@ class ImageEvaluator:
         """
         with self.monitor(task, state) as scorer:
 
-            def submit(positions: list[int], images: list[Any]) -> None:
+            def submit(positions: list[int], images: list[Image]) -> None:
                 scorer.submit([dataset[rows[i]] for i in positions], images)
 
             start = time.perf_counter()

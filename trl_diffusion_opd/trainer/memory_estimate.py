@@ -17,7 +17,6 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -28,7 +27,7 @@ from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
 from ..acceleration.quantization import plain_tensors, scales
-from ..profiling.memory import bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
+from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
 from .base_trainer import DiffusionTrainer
 
 
@@ -40,7 +39,7 @@ _PROBE = 1024
 
 def estimate_memory(
     trainer: DiffusionTrainer, *, device_type: str | None = None, shards: int = 1
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, MemoryRow]:
     """
     The peak memory of training by part, in bytes, on one process's device.
 
@@ -95,17 +94,16 @@ def estimate_memory(
     }
 
 
-def _row(size: int, dtypes: set[torch.dtype], how: str) -> dict[str, Any]:
+def _row(size: int, dtypes: set[torch.dtype], how: str) -> MemoryRow:
     return {"dtype": ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)), "bytes": size, "how": how}
 
 
-def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, MemoryRow], dict[str, MemoryRow]]:
     """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
     student, frozen = trainer.student.parameters(), trainer.frozen_parts()
     taken = {id(tensor) for tensor in itertools.chain(student, *frozen.values())}
-    components: dict[str, Any] = trainer.base_pipeline.components
     rows, elsewhere = {}, {}
-    for name, component in components.items():
+    for name, component in trainer.base_pipeline.components.items():
         if not isinstance(component, nn.Module):
             continue
         own = [*component.parameters(), *component.buffers(), *scales(component)]
@@ -121,12 +119,12 @@ def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, dict[str, Any]], dict
     return rows, elsewhere
 
 
-def _row_of(tensors: Sequence[Tensor], how: str) -> dict[str, Any]:
+def _row_of(tensors: Sequence[Tensor], how: str) -> MemoryRow:
     return _row(sum(map(bytes_of, tensors)), {part.dtype for t in tensors for part in plain_tensors(t)}, how)
 
 
 def _gathered(trainer: DiffusionTrainer) -> int:
-    transformer: Any = trainer.base_pipeline.components["transformer"]
+    transformer = trainer.base_pipeline.components["transformer"]
     blocks = [sum(bytes_of(p) for p in block.parameters()) for block in repeated_blocks(transformer)]
     return sum(bytes_of(p) for p in transformer.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
 
@@ -152,7 +150,7 @@ def optimizer_bytes(trainer: DiffusionTrainer) -> tuple[float, float]:
 
 def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) -> int | None:
     """The activations' part of [`estimate_memory`]; `None` where a network cannot be followed by shapes alone."""
-    base: Any = trainer.base_pipeline.components["transformer"]
+    base = trainer.base_pipeline.components["transformer"]
     args = trainer.args
     model = trainer.student.model
     checkpointing = base.is_gradient_checkpointing
@@ -180,9 +178,9 @@ def _of_scale(
     precision, field, data = trainer.mixed_dtype, trainer.velocity_field, trainer.train_dataset
     longest = max(data[: min(len(data), _LOOKED_AT)]["prompt"], key=len)
     prompts = [longest] * trainer.args.train_batch_size
-    calls: list[dict[str, Any]] = []
+    calls: list[dict[str, object]] = []
 
-    def network(**inputs: Any) -> Any:
+    def network(**inputs: object) -> tuple:
         # Some pipelines guide with a call each for prompt and empty prompt: an answer lets them come to the second.
         calls.append(inputs)
         _, (velocity,) = pass_in_shapes(model, base, [inputs], device_type, precision, backward=False)

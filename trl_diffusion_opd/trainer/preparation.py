@@ -30,6 +30,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
@@ -37,7 +38,7 @@ from transformers import set_seed
 from ..acceleration.attention import use_attention_backend
 from ..acceleration.compilation import compile_blocks, repeated_blocks
 from ..acceleration.offload import Offload, offloaded
-from ..acceleration.quantization import exempt_from_broadcast
+from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
 from ..data.tasks import plain_dataset, task_rows
 from ..models.adapter_switch import remove_adapters
@@ -45,13 +46,13 @@ from ..models.lora_adapter import add_adapter
 from ..models.lora_config import layer_problems
 from ..models.lora_files import read_lora
 from ..models.student import STUDENT_ADAPTER, default_lora_config
-from ..models.teacher_config import TeacherError, parse_teacher
+from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
-from ..rewards import RewardFuncs, rewards_by_task
+from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (
@@ -89,26 +90,26 @@ class Parts:
     args: DiffusionConfig
     pipeline: DiffusionPipeline
     undo: ExitStack
-    train_dataset: Any
-    eval_dataset: Any
+    train_dataset: Dataset
+    eval_dataset: Dataset | Mapping[str, Dataset] | None
     rounds: Rounds
     offload: Offload
     given_rewards: RewardFuncs | None = None
-    given_teachers: Any = None
-    reward_funcs: dict[str, list[Callable[..., Any]]] = field(default_factory=dict)
+    given_teachers: TeacherSpec | Mapping[str, TeacherSpec] | None = None
+    reward_funcs: dict[str, list[RewardFunc]] = field(default_factory=dict)
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def transformer(self) -> Any:
+    def transformer(self) -> ModelMixin:
         return self.pipeline.components.get("transformer")
 
     def modules(self) -> Iterator[nn.Module]:
         """The pipeline's networks."""
         return (component for component in self.pipeline.components.values() if isinstance(component, nn.Module))
 
-    def use_attention_backend(self, network: Any, as_student: bool = False) -> Callable[[], None] | None:
+    def use_attention_backend(self, network: nn.Module, as_student: bool = False) -> Callable[[], None] | None:
         """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
         args = self.args
         if args.attention_backend is None:
@@ -125,7 +126,7 @@ class Method:
     config_class: ClassVar[type[DiffusionConfig]]
 
     @classmethod
-    def method_metrics(cls, dataset: Dataset, args: Any, with_teachers: bool) -> list[str]:
+    def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
         """Names of what the trainer's `_evaluate_method` returns for a dataset, without prefix."""
         return []
 
@@ -147,8 +148,8 @@ def prepare(
     train_dataset: Dataset | None,
     eval_dataset: Dataset | Mapping[str, Dataset] | None,
     reward_funcs: RewardFuncs | None,
-    teachers: Any,
-    quantization_config: Any,
+    teachers: TeacherSpec | Mapping[str, TeacherSpec] | None,
+    quantization_config: QuantizationConfig,
     peft_config: PeftConfig | str | None,
 ) -> Parts:
     """
@@ -210,9 +211,9 @@ def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: Diffus
 def _load(
     model: str | DiffusionPipeline,
     args: DiffusionConfig,
-    train_dataset: Any,
-    eval_dataset: Any,
-    quantization_config: Any,
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | Mapping[str, Dataset] | None,
+    quantization_config: QuantizationConfig,
     undo: ExitStack,
 ) -> Parts:
     """The pipeline, loaded if it is given by name, and nothing done to it."""
@@ -372,7 +373,7 @@ def _restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def _without_student(transformer: Any) -> Callable[[], None]:
+def _without_student(transformer: nn.Module) -> Callable[[], None]:
     """What takes the student, and all that was made of it, out of the pipeline's transformer."""
 
     def remove() -> None:

@@ -70,10 +70,7 @@ class DiffusionRLConfig(DiffusionConfig):
     )
     scale_rewards: str = field(
         default="group",
-        metadata={
-            "help": "Standard deviation by which advantages are divided, if any.",
-            "choices": list(SCALINGS),
-        },
+        metadata={"help": "Standard deviation by which advantages are divided, if any.", "choices": list(SCALINGS)},
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
@@ -111,7 +108,7 @@ class DiffusionRLConfig(DiffusionConfig):
 
     def _partial_round_problems(self) -> list[str]:
         n, problems = self.num_iterations, []
-        given = {"max_steps": self.max_steps} if self.max_steps > 0 else {}
+        given: dict[str, float] = {"max_steps": self.max_steps} if self.max_steps > 0 else {}
         if self.save_strategy == "steps":
             given["save_steps"] = self.save_steps
         for name, steps in given.items():

@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -31,13 +30,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..acceleration.quantization import QuantizationConfig
 from ..algorithms.advantages import constant_groups, group_advantages, weighted_rewards
 from ..algorithms.rollout import sample_generators
+from ..guards.files import JSON
 from ..models.backbone import BASE, Backbone
 from ..models.old_policy import OLD
 from ..problems import Problems
 from ..reporting import console as tables
-from ..rewards import RewardFuncs, Scorer, reward_name
+from ..reporting.model_card import MethodFacts
+from ..rewards import RewardFuncs, Row, Scorer, reward_name
 from . import dry_run_rl
 from .base_trainer import DiffusionTrainer
 from .checks import scored_data_problems
@@ -81,7 +83,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfig = None,
         peft_config: PeftConfig | str | None = "default",
     ):
         super().__init__(
@@ -98,7 +100,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     # Hooks of the trainers
 
-    def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, Any]:
+    def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, object]:
         """
         Walks from noise to completions with the student as it is. Called without gradients.
 
@@ -135,7 +137,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     @classmethod
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        args: Any = parts.args
+        args = parts.args
+        assert isinstance(args, DiffusionRLConfig)
         unrewarded = [task for task, functions in parts.reward_funcs.items() if not functions]
         if parts.given_rewards is None:
             problems.append("reward_funcs is missing: the rewards are what is trained for.")
@@ -165,7 +168,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             tables.print_rewards(self.rounds.counts, rewards, of_a_round, self.repeats)
             tables.print_trained(self.student.parameters())
 
-    def dry_run(self) -> dict[str, Any]:
+    def dry_run(self) -> dict[str, JSON]:
         """
         What a run would do, without one: the first round is drawn and scored, and one micro-batch of each task goes forward
         and backward.
@@ -185,14 +188,14 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return [] if self.backbone is None else self.backbone.networks()
 
     def frozen_parts(self) -> dict[str, list[nn.Parameter]]:
-        frozen: dict[str, Any] = {} if self.backbone is None else self.backbone.frozen()
+        frozen = {} if self.backbone is None else self.backbone.frozen()
         return {{BASE: "frozen base", OLD: "old policy"}[role]: weights for role, weights in frozen.items()}
 
     # Rounds
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
+        self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
+    ) -> tuple[list[Rollout], Tensor | int | None]:
         """
         The micro-batches of an optimizer step: completions, where the loader has prompts.
 
@@ -216,7 +219,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 )
         return self._rollouts if batches else [], num_items
 
-    def training_step(
+    # Trainer's inputs are a dict of tensors.
+    def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Rollout, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         self._in_eval_mode(model)
@@ -230,12 +234,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self._end_micro_batch()
         return mean
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: object) -> int:
         """Trainer would look for a language model's inputs in a rollout. Not counted, as in the other trainers here."""
         return 0
 
     @torch.no_grad()
-    def roll_out(self, batches: list[list[dict[str, Any]]]) -> Round:
+    def roll_out(self, batches: list[list[Row]]) -> Round:
         """Draws and scores the completions of a round, task by task, each scored while the next ones are drawn."""
         self.student.model.eval()
         rollouts: dict[int, Rollout] = {}
@@ -303,7 +307,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for rollout in rollouts:
             rollout.advantages = advantages[rollout.positions].to(rollout.latents.device, torch.float32)
 
-    def _check_drawn_groups(self, task: str, rows: list[tuple[Any, ...]]) -> None:
+    def _check_drawn_groups(self, task: str, rows: list[tuple]) -> None:
         """
         Completions are compared within their group, which their positions tell: each group must be of one prompt.
 
@@ -345,7 +349,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             )
         return problems
 
-    def _card_fields(self) -> dict[str, Any]:
+    def _card_fields(self) -> MethodFacts:
         args = self.args
         rewards = {
             task: ", ".join(f"{name} x {self.reward_weights[name]:g}" for name in map(reward_name, functions))
@@ -367,7 +371,8 @@ def _std(values: Tensor) -> float:
 
 def _reward_weights(parts: Parts, problems: Problems) -> dict[str, float]:
     """By the name of the reward, in the order in which they were given."""
-    args: Any = parts.args
+    args = parts.args
+    assert isinstance(args, DiffusionRLConfig)
     tasks = parts.given_rewards if isinstance(parts.given_rewards, Mapping) else parts.rounds.tasks
     functions = [function for task in tasks for function in parts.reward_funcs.get(task, [])]
     names = list(dict.fromkeys(map(reward_name, functions)))

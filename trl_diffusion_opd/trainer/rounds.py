@@ -16,12 +16,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..data.tasks import TaskSampler, task_of
 from ..problems import Problems
+from ..rewards.base import Row
 from .base_config import DiffusionConfig
 
 
@@ -91,7 +91,7 @@ class Rounds:
         )
 
     def turn(
-        self, number: int, rows: Sequence[Mapping[str, Any]], size: int, update: int, process: tuple[int, int]
+        self, number: int, rows: Sequence[Row], size: int, update: int, process: tuple[int, int]
     ) -> tuple[str, list[int]]:
         """
         Task of a round's micro-batch, and its samples' positions among the task's samples of this round.

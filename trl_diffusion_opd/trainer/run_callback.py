@@ -16,7 +16,6 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -42,7 +41,7 @@ class RunCallback(TrainerCallback):
         self._end_update = end_update
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         restore_best(args.output_dir, state)
         if state.global_step >= state.max_steps:
@@ -53,13 +52,13 @@ class RunCallback(TrainerCallback):
         self._begin()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self._first_gradients is not None:
             self._first_gradients()
             self._first_gradients = None
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self._end_update()

@@ -18,15 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import SaveStrategy
+from transformers.utils.hub import PushInProgress
 
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import Change, KeptSettings, changes_since
+from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
 from ..checkpointing.stopping import StopRequest
 from ..guards.files import write_json
 from ..guards.finite import not_finite
@@ -37,10 +41,11 @@ from ..hub.repository import PushError, make_repository, repository_name
 from ..models.student import STUDENT_ADAPTER, Student
 from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
-from ..reporting.model_card import CardFacts, write_model_card
+from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
 from .base_config import DiffusionConfig
 from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
+from .rounds import Rounds
 from .teaching import manifest_problems
 
 
@@ -54,17 +59,26 @@ class RunFiles(_Behind):
     """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Of the trainer it uses what is declared here."""
 
     args: DiffusionConfig
+    model: nn.Module
+    train_dataset: Dataset
+    eval_dataset: Dataset | dict[str, Dataset] | None
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
     run: str
     base_pipeline: DiffusionPipeline
     velocity_field: VelocityField
     bank: TeacherBank | None
-    prompts_digest: Callable[[], dict[str, Any]]
+    prompts: Dataset
+    rounds: Rounds
+    _prompts_digest: PromptsDigest | None = None
     _stop: StopRequest
     student: Student
     evaluator: ImageEvaluator
     tasks: list[str]
-    changes: list[dict[str, Any]]
-    _card_fields: Callable[[], dict[str, Any]]
+    changes: list[dict[str, object]]
+    hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
+    push_in_progress: PushInProgress | None  # type: ignore[assignment]
+    _card_fields: Callable[[], MethodFacts]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -114,7 +128,7 @@ class RunFiles(_Behind):
         """Restores what [`_save_state`] wrote."""
         self.student.load_state(folder)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self._refuse_what_is_not_finite()
         args, saves = self.args, self.args.should_save
         saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
@@ -138,8 +152,8 @@ class RunFiles(_Behind):
         return checkpoint.tensor_bytes(self.student.parameters(), self.student.is_lora, self.optimizer)
 
     def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, Any]:
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         # Under DeepSpeed Trainer has its engine load its own files, and leaves it at that.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
@@ -176,12 +190,20 @@ class RunFiles(_Behind):
         lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
         return changes_since(folder, self.args, lora, self.prompts_digest())
 
+    def prompts_digest(self) -> PromptsDigest:
+        """By task how many prompts are trained on, and a hash of them."""
+        if self._prompts_digest is None:
+            self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
+        return self._prompts_digest
+
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         self.student.load_saved(self.state.best_model_checkpoint)
 
     # Card and Hub
 
-    def create_model_card(
+    # As TRL's, which is not Trainer's.
+    def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
@@ -235,6 +257,7 @@ class RunFiles(_Behind):
         self.callback_handler.on_push_begin(args, state, self.control)
         by_epoch = args.save_strategy == SaveStrategy.EPOCH
         at = f"epoch {int(state.epoch or 0)}" if by_epoch else f"step {state.global_step}"
+        assert self.hub_model_id is not None  # `init_hf_repo` has made it
         self.push_in_progress = hub.push_checkpoint(
             folder,
             args.output_dir,
@@ -288,6 +311,7 @@ class RunFiles(_Behind):
                     raise PushError(" ".join(problems).rstrip("."))
                 self.init_hf_repo(token, private)
             self.create_model_card(**kwargs)  # which names the repository
+        assert self.hub_model_id is not None
         return hub.push(
             folder, self.hub_model_id, commit_message, blocking, token=token, revision=revision or args.hub_revision
         )

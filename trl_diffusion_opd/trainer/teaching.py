@@ -17,7 +17,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,7 +29,7 @@ from ..models.backbone import Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
 from ..models.student import STUDENT_ADAPTER, Student
 from ..models.teacher_config import normalize_teachers
-from ..models.teachers import TeacherBank
+from ..models.teachers import Manifest, TeacherBank
 from ..problems import Problems
 from .base_config import MERGE, DiffusionConfig
 from .preparation import Parts
@@ -54,6 +53,7 @@ def load_teachers(parts: Parts, problems: Problems, default_scale: float | None,
         )
     with problems.collect():
         specs = parts.given_teachers
+        assert specs is not None  # a trainer without teachers does not call this
         # Where the data cannot tell the tasks, the teachers are still looked at.
         named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
         bank = TeacherBank(
@@ -95,7 +95,7 @@ def place(
     assert not shared, "a teacher's parameter is trainable"
 
 
-def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
+def _recorded_manifest(args: DiffusionConfig) -> Manifest | None:
     named: str | bool | None = args.resume_from_checkpoint
     found = last_complete(args.output_dir) if named is True else named
     folder = Path(found) if found else None
@@ -107,7 +107,7 @@ def _recorded_manifest(args: DiffusionConfig) -> dict[str, Any] | None:
     return json.loads((folder / MANIFEST_FILE).read_text())
 
 
-def manifest_problems(folder: Path, ours: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+def manifest_problems(folder: Path, ours: Manifest) -> list[str]:
     """Whether a checkpoint was trained with the teachers of this run's manifest, which is empty without teachers."""
     path = folder / MANIFEST_FILE
     recorded = json.loads(path.read_text()) if path.exists() else {}

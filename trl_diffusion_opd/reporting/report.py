@@ -1,0 +1,57 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The retention report as a type: `retention_report` makes it, `retention.json` holds it, tables, pictures and cards show it."""
+
+from typing import NotRequired, TypedDict
+
+
+Means = dict[str, dict[str, dict[str, float | None]]]  # by model, task and reward
+Intervals = dict[str, dict[str, dict[str, list[float] | None]]]
+
+
+class Kept(TypedDict):
+    """What a student has kept of a teacher's gain."""
+
+    student: float | None
+    retention: float | None
+    ci95: list[float] | None
+
+
+class KeptOverall(TypedDict):
+    """The mean over the tasks that have a retention."""
+
+    mean_retention: float | None
+    mean_ci95: list[float] | None
+
+
+class TaskReport(Kept):
+    """A task of the report, with what the first student has kept."""
+
+    reward: str
+    rewards: list[str]
+    base: float | None
+    teacher: float | None
+    students: NotRequired[dict[str, Kept]]  # of several
+
+
+class Report(KeptOverall):
+    """The report."""
+
+    tasks: dict[str, TaskReport]
+    num_images: int
+    seed: int
+    scores: Means
+    scores_ci95: Intervals
+    students: NotRequired[dict[str, KeptOverall]]  # of several
