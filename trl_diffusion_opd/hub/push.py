@@ -168,7 +168,7 @@ def push_checkpoint(
                 ),
             )
         )
-    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself gives it several
+    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself passes a list
 
 
 def _report_failure(job: "Future[CommitInfo]", message: Callable[[BaseException], str]) -> None:

@@ -26,7 +26,7 @@ from ..guards.finite import finite_images
 from .latent_map import LatentMap
 
 
-Images = Any  # a list of PIL's, an array or a tensor: as `output_type` says
+Images = Any  # a list of PIL images, an array or a tensor, depending on `output_type`
 
 
 def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:

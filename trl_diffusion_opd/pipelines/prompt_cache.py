@@ -37,7 +37,7 @@ _GUIDED = "do_classifier_free_guidance"
 # Enough for all calls of student and teachers, with and without guidance, on one micro-batch.
 _RECENT_BATCHES = 8
 
-_Layout = str | tuple["_Layout", ...] | None  # how the embeddings of prompts and of their batch belong together
+_Layout = str | tuple["_Layout", ...] | None  # how a batch's embeddings are made up of its prompts'
 
 
 class PromptCache:
@@ -228,7 +228,7 @@ class _Call:
         self.size = sizes.pop() if len(sizes) == 1 else 1
 
     def __call__(self) -> Encoded:
-        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image writes its template into the list
+        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image changes the list in place
         return self.function(**{**self.arguments, **copies})
 
     def with_arguments(self, changes: Mapping[str, object]) -> "_Call":

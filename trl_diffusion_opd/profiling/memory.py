@@ -34,11 +34,11 @@ from ..pipelines.view import StandIn, exchanged_forward
 
 
 T = TypeVar("T")
-Velocity = Tensor | list[Tensor]  # of a batch, which some families keep apart
+Velocity = Tensor | list[Tensor]  # of a batch: some families return a list with one tensor a sample
 
 
 class MemoryRow(TypedDict):
-    """A part of an estimate: dtypes, bytes, and how they are known."""
+    """A part of an estimate: its dtypes, its bytes, and how they were computed."""
 
     dtype: str
     bytes: int
@@ -112,7 +112,8 @@ def _as_on_cuda() -> Iterator[None]:
     """
     Makes autocast on the CPU use float32 for the same functions as on CUDA.
 
-    The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
+    It replaces the functions. A `TorchFunctionMode` would be off during `backward`, where checkpointing repeats
+    forwards.
     """
 
     def of(function: Callable) -> Callable:
@@ -129,7 +130,7 @@ def _as_on_cuda() -> Iterator[None]:
             original = getattr(owner, name)
             if name in vars(owner):
                 stack.callback(setattr, owner, name, original)
-            else:  # a tensor's is inherited
+            else:  # Tensor inherits its softmax
                 stack.callback(delattr, owner, name)
             setattr(owner, name, of(original))
         yield
@@ -234,7 +235,7 @@ def pass_in_shapes(
     precision: torch.dtype | None,
     backward: bool,
 ) -> tuple[int, list[Velocity]]:
-    """As [`step_bytes`], and the velocities, of which there are shapes alone."""
+    """Returns the bytes as [`step_bytes`] does, and the velocities, which have shapes but no values."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(value: T) -> T | Tensor:

@@ -32,7 +32,7 @@ if sys.platform != "win32":
     import resource
 
 OTHER = "other"
-Instant = Any  # an event of CUDA, or seconds: all instants of a device are of one kind
+Instant = Any  # a CUDA event, or seconds: all instants of a device have the same type
 
 
 def instant(device: torch.device) -> Instant:
@@ -97,8 +97,8 @@ class UpdateClock:
     def __init__(self, parts: tuple[str, ...], device: torch.device):
         self.parts = (*parts, OTHER)
         self._device = device
-        self._open: list[str] = []  # the parts that run, the innermost last
-        self._marks: list[tuple[str, Instant]] = []  # what ran from when
+        self._open: list[str] = []  # the open parts, the innermost last
+        self._marks: list[tuple[str, Instant]] = []  # each part that ran, and from when
         self._calls: Counter[str] = Counter()
         self._ended: deque[tuple[list[tuple[str, Instant]], Counter[str]]] = deque()
         self._updates: list[Update] = []

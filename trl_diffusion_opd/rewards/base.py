@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 
-RewardFunc = Callable[..., object]  # what it returns is checked when it is called
-Row = Mapping[str, Any]  # of a dataset: its columns by name, whatever they hold
+RewardFunc = Callable[..., object]  # its return value is checked at each call
+Row = Mapping[str, Any]  # a row of a dataset: the values of its columns by name
 
 
 class Reward:
