@@ -199,7 +199,6 @@ class _Step(nn.Module):
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
-                # Tensor.backward would turn off the TorchFunctionMode, which repeated forwards need.
                 torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum().backward()
         return velocities
 
