@@ -47,15 +47,10 @@ def column_batches(dataset: Dataset, column: str) -> Iterator[pa.Array]:
 
 def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
     """
-    Finds the rows of each task.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): the prompts.
-        task_column (`str`): the column with the tasks' names. Without it all rows belong to the task `"default"`.
+    Finds the rows of each task. Without a task column, all rows belong to the task `"default"`.
 
     Returns:
-        `dict[str, np.ndarray]`: each task's indices into `dataset`. Tasks are sorted by name, so that every process
-        has the same order.
+        `dict[str, np.ndarray]`: each task's indices into `dataset`. Tasks are sorted by name on every process.
     """
     if task_column not in dataset.column_names:
         return {SINGLE_TASK: np.arange(len(dataset))}
@@ -213,8 +208,7 @@ class TaskSampler(Sampler[int]):
 
     A round consists of micro-batches. Each has `batch_size` prompts of one task over all processes, and the tasks take
     turns: task 0, task 1, …, task 0, task 1, …, until every task had `micro_batches`. An epoch is one pass over the
-        largest task,
-    rounded up to whole rounds. Smaller tasks start over as often as needed.
+    largest task, rounded up to whole rounds. Smaller tasks start over as often as needed.
 
     For groups of completions, a prompt is repeated within its round, one copy after another, so that a group may span
     several micro-batches and processes. For several updates on the same completions, the whole round is repeated.

@@ -291,8 +291,7 @@ def _apart(call: _Call) -> tuple[_Call, _Call]:
 def _try_parts(call: _Call) -> tuple[str, ...] | None:
     """
     Finds out which values of a guided call belong to the prompts (`"prompt"`: the same as without guidance) and which
-        to the
-    negative prompts (`"negative"`: the same for any prompt). Returns a tuple, or `None` if a value is neither.
+    to the negative prompts (`"negative"`: the same for any prompt). Returns a tuple, or `None` if a value is neither.
     """
     names = [name for name in call.texts if not _is_negative(name)]
     guided = [call.row(0).with_arguments({name: [probe] for name in names}) for probe in _PROBES]

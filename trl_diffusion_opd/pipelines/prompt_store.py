@@ -167,7 +167,7 @@ class PromptStore:
             room = self.max_bytes - _size(self.root)
             if size > room:
                 return False
-            # Only a part of the room, since many other processes may write as much before the next measurement.
+            # A part of the room, since many other processes may write as much before the next measurement.
             self._free = max(size, min(room // 64, _UNSEEN))
         self._free -= size
         return True

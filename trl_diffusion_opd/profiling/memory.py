@@ -110,10 +110,8 @@ _FLOAT32_ON_CUDA: tuple[tuple[object, str], ...] = (
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """
-    Makes autocast on the CPU use float32 for the same functions as on CUDA.
-
-    It replaces the functions. A `TorchFunctionMode` would be off during `backward`, where checkpointing repeats
-    forwards.
+    Replaces functions so that autocast on the CPU uses float32 where it does on CUDA. A `TorchFunctionMode` would be
+    off in `backward`, where checkpointing repeats forwards.
     """
 
     def of(function: Callable) -> Callable:

@@ -193,9 +193,8 @@ class UpdateCost:
         Begins a run.
 
         Args:
-            flops_a_second (`float`): the device's floating-point operations a second, which are 100% of `mfu`. 0 turns
-                `mfu` off.
-            updates_a_round (`int`): number of updates in a round. One of them has extra parts, such as a rollout.
+            flops_a_second (`float`): operations a second that count as 100% of `mfu`. 0 turns `mfu` off.
+            updates_a_round (`int`): updates in a round. One of them has extra parts, such as a rollout.
         """
         self._rate, self._updates_a_round, self._updates = flops_a_second, updates_a_round, 0
 
