@@ -78,7 +78,7 @@ def test_a_typo_is_in_the_one_message(teachers, tmp_path):
     assert (
         "There will be eval_reward, eval_count/red, eval_draw/red, eval_loss, eval_kl/count, eval_kl/draw, " in message
     )
-    assert "task_weights names tasks ['nowhere']" in message and message.count("\n") == 2
+    assert "task_weights has a weight for task 'nowhere'" in message and message.count("\n") == 2
 
 
 class TestProblems:

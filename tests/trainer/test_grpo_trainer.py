@@ -355,8 +355,8 @@ def test_a_constant_reward_is_named_once(tmp_path, caplog):
     trainer = make_trainer(tmp_path, rewards, max_steps=3, reward_weights=[1.0, 1.0, 0.0])
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    (message,) = [record.message for record in caplog.records if "had one value in every group" in record.message]
-    assert "Reward 'always_one' had one value in every group of update 1" in message
+    (message,) = [record.message for record in caplog.records if "got the same reward from" in record.message]
+    assert "In update 1 every image of each prompt got the same reward from 'always_one'" in message
     assert logged(trainer, "frac_reward_zero_std") == [0.5] * 3
 
 
