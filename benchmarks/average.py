@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from datasets import disable_progress_bars
 from diffusers import DiffusionPipeline
+from run_settings import QUIET, TINY
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import (
@@ -57,19 +58,14 @@ from measure import generate  # noqa: E402
 LENGTHS = (10, 30, 60, 300, 3000)
 # Name: mean age as a share of the run, or decay and interval.
 AVERAGES: dict[str, float | tuple[float, int]] = {"0.5%": 0.005, "1%": 0.01, "2%": 0.02, "0.9 / 8": (0.9, 8)}
-SHARED = dict(
-    height=32,
-    width=32,
-    max_sequence_length=12,
-    guidance_scale=1.0,
-    gradient_checkpointing=False,
-    report_to="none",
-    save_strategy="no",
-    use_cpu=True,
-    disable_tqdm=True,
-    logging_strategy="no",
-    ema_decay=None,
-)
+SHARED = {
+    **TINY,
+    **QUIET,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "logging_strategy": "no",
+    "ema_decay": None,
+}
 
 
 def trainer_of(method: str, updates: int, folder: str) -> Any:

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from run_settings import ONE_UPDATE
 from step_cost import allocated, one_pass, save_random_lora, seconds_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,11 +67,7 @@ def make_trainer(folder: Path, latents: int, tasks: int, teachers: int) -> Diffu
         num_inference_steps=2,
         per_device_train_batch_size=1,
         gradient_checkpointing=False,
-        max_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=10**9,
+        **ONE_UPDATE,
     )
     rows = [{"prompt": "two red circles", "task": task} for task in specs for _ in range(4)]
     trainer = DiffusionOPDTrainer(pipeline, specs, args=args, train_dataset=Dataset.from_list(rows))

@@ -36,6 +36,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from run_settings import QUIET, TINY
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,9 +121,7 @@ def make_trainer(
         ema_decay=None,
         max_steps=1,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **QUIET,
         **options,
     )
     rows = Dataset.from_list([{"prompt": prompt, "task": TASK} for prompt in prompts])
@@ -203,7 +202,7 @@ def tiny_world(guidance_scale: float, batch_size: int, folder: Path) -> list[Mea
     (folder / "teacher").mkdir()
     teacher = combine(tiny.TEACHERS[TASK], tiny.TEACHERS[OTHER], folder / "teacher")
     prompts = [row["prompt"] for row in tiny.dataset("train") if row["task"] == TASK][:batch_size]
-    options = dict(height=32, width=32, max_sequence_length=12, guidance_scale=guidance_scale, num_inference_steps=10)
+    options = {**TINY, "guidance_scale": guidance_scale, "num_inference_steps": 10}
     return [
         make_trainer(
             DiffusionPipeline.from_pretrained(tiny.BASE),

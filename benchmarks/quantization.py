@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig, TorchAoConfig
 from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
+from run_settings import QUIET, TINY
 from scaling_shapes import MODELS
 from torch import nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -64,18 +65,13 @@ def measure(way: str, updates: int) -> dict[str, float]:
             args=DiffusionOPDConfig(
                 folder,
                 dtype="float32" if way == "float32" else "bfloat16",
-                height=32,
-                width=32,
-                max_sequence_length=12,
-                guidance_scale=1.0,
+                **TINY,
+                **QUIET,
                 per_device_train_batch_size=4,
                 max_steps=updates,
                 learning_rate=1e-3,
                 ema_decay=None,
                 logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
             ),
             train_dataset=tiny.dataset("train"),
             quantization_config=config_of(way),

@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageFilter, ImageStat
+from run_settings import TINY
 
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.rewards import RemoteReward, Reward, Scorer, score
@@ -156,11 +157,8 @@ def main() -> None:
     def draw(rows: Rows) -> list[Image.Image]:
         return pipeline(
             [row["prompt"] for row in rows],
-            height=32,
-            width=32,
             num_inference_steps=10,
-            guidance_scale=1.0,
-            max_sequence_length=12,
+            **TINY,
             generator=[torch.Generator().manual_seed(row["seed"]) for row in rows],
         ).images
 

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from run_settings import ONE_UPDATE, TINY
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, tiny
@@ -82,17 +83,11 @@ def measure(folder: str) -> dict[str, float]:
             tiny.TEACHERS,
             args=DiffusionOPDConfig(
                 output_dir,
-                height=32,
-                width=32,
-                max_sequence_length=12,
-                guidance_scale=1.0,
+                **TINY,
+                **ONE_UPDATE,
                 num_inference_steps=5,
                 num_trained_timesteps=1,
                 per_device_train_batch_size=2,
-                max_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
                 use_cpu=True,
             ),
             train_dataset=dataset,

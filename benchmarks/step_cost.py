@@ -45,6 +45,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
+from run_settings import ONE_UPDATE
 from torch import Tensor
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, estimate_memory, tiny
@@ -158,11 +159,7 @@ def make_trainer(size: str, folder: Path, dtype: str = "float32", **options: Any
         width=settings["pixels"],
         max_sequence_length=settings.get("max_sequence_length", 12),
         dtype=dtype,
-        max_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=10**9,
+        **ONE_UPDATE,
         **options,
     )
     trainer = DiffusionOPDTrainer(pipeline, teachers, args=args, train_dataset=Dataset.from_list(rows))

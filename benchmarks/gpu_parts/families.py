@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from run_settings import QUIET
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, VelocityField
 
@@ -94,10 +95,8 @@ def make_trainer(family: Family, device: str, folder: Path) -> DiffusionOPDTrain
         dtype="float32",
         bf16=False,
         gradient_checkpointing=False,
-        save_strategy="no",
-        report_to="none",
         logging_steps=1,
-        disable_tqdm=True,
+        **QUIET,
         use_cpu=device == "cpu",
     )
     rows = Dataset.from_list([{"prompt": family.prompts[0], "task": "a"}])

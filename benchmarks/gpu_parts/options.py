@@ -37,6 +37,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 import step_cost  # noqa: E402
 import teachers_in_one_forward  # noqa: E402
 from helpers.families import FAMILIES  # noqa: E402
+from run_settings import ONE_UPDATE  # noqa: E402
 
 
 # Fields of the config that an update reads when it runs, so that one trainer does for all of them. Two of the five trained
@@ -147,11 +148,7 @@ def flux_trainer(
         num_inference_steps=3,
         per_device_train_batch_size=1,
         dtype="float32" if report.small else "bfloat16",
-        max_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=10**9,
+        **ONE_UPDATE,
         use_cpu=report.small,
         **{"gradient_checkpointing": False, **options},
     )

@@ -40,6 +40,7 @@ from .report import ROOT, Report
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import step_cost  # noqa: E402
+from run_settings import ONE_UPDATE  # noqa: E402
 
 
 WAYS: dict[str, Any] = {
@@ -93,11 +94,7 @@ def make_trainer(
         dtype=dtype,
         bf16=dtype == "bfloat16",
         gradient_checkpointing=False,
-        max_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=10**9,
+        **ONE_UPDATE,
         use_cpu=report.small,
         **options,
     )

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from run_settings import QUIET, TINY
 from safetensors.torch import load_file
 
 from trl_diffusion_opd import (
@@ -41,7 +42,6 @@ from trl_diffusion_opd import (
 from .report import Report
 
 
-SIZE: dict[str, Any] = dict(height=32, width=32, max_sequence_length=12)
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", "bf16": False},
     "bf16": {"dtype": "bfloat16", "bf16": True},
@@ -60,17 +60,14 @@ def brightness(images: list[Any], **columns: Any) -> list[float]:
 def settings(folder: Path, device: str, **options: Any) -> dict[str, Any]:
     common = dict(
         output_dir=str(folder),
-        **SIZE,
-        guidance_scale=1.0,
+        **TINY,
+        **QUIET,
         num_inference_steps=4,
         per_device_train_batch_size=4,
         max_steps=2,
         learning_rate=1e-3,
         gradient_checkpointing=False,
         logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=device == "cpu",
         # A LoRA whose factors are given: those of a new one are random, and other ones on another machine.
         student_init=tiny.TEACHERS["compose"],
@@ -179,7 +176,7 @@ def saved_student(device: str) -> dict[str, Any]:
         trainer = opd(Path(folder), device, ema_decay=None, learning_rate=1e-2)
         trainer.train()
         trainer.save_model()
-        options: dict[str, Any] = dict(SIZE, num_inference_steps=6, guidance_scale=1.0, output_type="pt")
+        options: dict[str, Any] = dict(TINY, num_inference_steps=6, output_type="pt")
         prompt = 'the word "CJ"'
         own = trainer.pipeline(prompt, generator=torch.Generator().manual_seed(0), **options).images
         plain = DiffusionPipeline.from_pretrained(tiny.BASE).to(device)
@@ -206,9 +203,8 @@ def evaluation(device: str, small: bool) -> dict[str, Any]:
             rows,
             num_images=4 if small else 32,
             num_inference_steps=6,
-            guidance_scale=1.0,
             batch_size=16,
-            **SIZE,
+            **TINY,
         )
         scores[place] = {who: report["tasks"]["letters"][who] for who in ("base", "teacher")}
     here, there = scores[device], scores["cpu"]

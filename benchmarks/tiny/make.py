@@ -11,15 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Makes the tiny world's base from nothing: `python benchmarks/tiny/make.py --output_dir weights`.
+"""Trains the tiny world's base from scratch: `python benchmarks/tiny/make.py --output_dir weights`.
 
-Stages in order (all of them unless `--stages` names some): `vae`, `base`, `check`. Each reads what the ones before it left
-in the output folder.
+It runs the stages `vae`, `base` and `check` in this order, or those that `--stages` names. A stage reads the results
+of earlier stages from the output folder.
 
-The teachers are made from the packaged base by reinforcement learning: they are the first three stages of
-`accelerate launch examples/two_stage_tiny.py`, with the settings in `examples/stages/tiny_two_stage.yaml`. A teacher is
-the `adapter_config.json` and `adapter_model.safetensors` of its stage's folder. The stage `check` measures those in
-`teachers/<task>` of the output folder, the packaged ones with `--output_dir trl_diffusion_opd/tiny/weights`.
+The teachers are trained from the packaged base by reinforcement learning, in the first three stages of
+`accelerate launch examples/two_stage_tiny.py` with the settings in `examples/stages/tiny_two_stage.yaml`. A teacher
+consists of `adapter_config.json` and `adapter_model.safetensors` in its stage's folder. The stage `check` measures the
+teachers in `teachers/<task>` of the output folder. For the packaged ones use
+`--output_dir trl_diffusion_opd/tiny/weights`.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ def _latents(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
 def make_vae(folder: Path) -> None:
     torch.manual_seed(0)
     vae = modules.vae()
-    # The base's styling is mostly slight: full styling, which the style teacher draws, is added.
+    # The base is mostly styled slightly. Fully styled pictures, as the style teacher draws them, are added.
     images = [base_pictures(6000, seed=1).images, styled_pictures(1000, seed=2).images]
     make_training.train_vae(vae, np.concatenate(images), VAE_STEPS)
     vae.save_pretrained(folder / "vae")
 
 
 def round_trip(vae: AutoencoderKL, task: str, seed: int = 5) -> float:
-    """Mean verdict of ground truths of the held-out prompts after the VAE has encoded and decoded them."""
+    """The mean verdict on correct images of the held-out prompts after the VAE has encoded and decoded them."""
     chosen = [spec for spec in specs("test") if spec["task"] == task]
     rng = np.random.default_rng(seed)
     images = np.stack([np.asarray(draw(to_scene(spec, rng), rng)) for spec in chosen])
@@ -78,7 +79,7 @@ def round_trip(vae: AutoencoderKL, task: str, seed: int = 5) -> float:
 
 
 def _forget_paths(folder: Path) -> None:
-    """Takes out of all configs where their models were loaded from: a path of one machine."""
+    """Removes from all configs the local path from which their models were loaded."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
         if config.pop("_name_or_path", None) is not None:
@@ -94,7 +95,7 @@ def make_base(folder: Path) -> None:
         pipeline.save_pretrained(folder / "base")
         print(f"base at {step}: {task_scores(pipeline, 'validation', num_images=192)}", flush=True)
 
-    # Letters and style are learned in the first phase; compose needs longer, and gets most of the second.
+    # Letters and style are learned in the first phase. Compose takes longer and gets most of the second phase.
     pictures = base_pictures(24000, seed=3, wrong_compose=0.45)
     latents = _latents(vae, pictures.images)
     make_training.train_base(pipeline, pictures.prompts, latents, 4500, stop_at=3000, on_progress=on_progress)
@@ -107,8 +108,8 @@ def make_base(folder: Path) -> None:
 
 
 def check(folder: Path, num_images: int = 512) -> dict[str, dict[str, float]]:
-    """Prints and returns the mean verdicts on held-out prompts, {"base" or a teacher: {task: mean}}, of the base and of
-    the teachers that the folder has."""
+    """Measures the base and the folder's teachers on held-out prompts. Prints the mean verdicts and returns them as
+    {"base" or a teacher: {task: mean}}."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder / "base")
     for task in TASKS:
         print(f"{task}: ground truths through the VAE score {round_trip(pipeline.vae, task):.3f}")

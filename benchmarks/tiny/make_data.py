@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The pictures and captions the tiny base is trained on, made once before training."""
+"""Makes the pictures and captions on which the tiny base is trained."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from trl_diffusion_opd.tiny.prompts import SPLITS, TASKS, Spec, corrupt, specs, 
 from trl_diffusion_opd.tiny.scenes import LETTERS, draw
 
 
-# How often the base is shown a picture that its caption does not describe. This, and not a lack of capacity, is
-# what the base gets wrong: it then draws every prompt rightly for some noise and wrongly for other noise, which is
-# what training by rewards can lift.
+# How often a training picture does not match its caption. The base's mistakes come from this, not from a lack of
+# capacity: it draws each prompt correctly from some noise and wrongly from other noise. Training with rewards can
+# improve that.
 WRONG_COMPOSE = 0.35
 WRONG_LETTER = 0.28
 BASE_DUSK = (1.0, 2.4)  # the base's degree of styling: Beta(1, 2.4), mean 0.29
@@ -40,7 +40,7 @@ class Pictures:
 
 
 def _sampled_specs(task: str, splits: tuple[str, ...], number: int, rng: np.random.Generator) -> list[Spec]:
-    # Kinds of compose prompts count alike, however many prompts of each there are.
+    # All kinds of compose prompts are equally likely, however many prompts of a kind there are.
     groups: dict[str, list[Spec]] = {}
     for split in splits:
         for spec in specs(split):
@@ -62,9 +62,9 @@ def base_pictures(
     shares: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3),
     wrong_compose: float = WRONG_COMPOSE,
 ) -> Pictures:
-    """What the base learns from: all prompts of the world, captions partly wrong, styling of a random degree.
+    """The base's training data: prompts of all splits, with some wrong captions and a random degree of styling.
 
-    `shares` are those of the tasks, in the order of `TASKS`.
+    `shares` are the tasks' shares of the pictures, in the order of `TASKS`.
     """
     rng = np.random.default_rng(seed)
     prompts, images = [], []
@@ -83,7 +83,7 @@ def base_pictures(
 
 
 def styled_pictures(number: int, seed: int) -> Pictures:
-    """Paintings of the train prompts, at full degree of styling."""
+    """Fully styled pictures of the train split's style prompts."""
     rng = np.random.default_rng(seed)
     chosen = _sampled_specs("style", ("train",), number, rng)
     images = [np.asarray(draw(to_scene(spec, rng), rng)) for spec in chosen]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The picture of the tiny world's page: ground truths, and what base and teachers draw for the same prompts and noise."""
+"""Draws the picture for the tiny world's page: correct images, and those of base and teachers for the same prompts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def _prompts(per_task: int) -> list[dict[str, str]]:
 
 
 def draw_picture(path: Path, per_task: int = 4) -> None:
-    """One column a held-out prompt, `per_task` of each task; one row a model; ground truths on top."""
+    """Draws one column for each held-out prompt (`per_task` of each task) and one row for each model. The first row
+    has correct images."""
     rows = _prompts(per_task)
     prompts = [row["prompt"] for row in rows]
     pipeline = StableDiffusion3Pipeline.from_pretrained(BASE)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The two trainings behind the tiny world's base: its VAE, and its transformer with the text encoders."""
+"""Trains the two parts of the tiny world's base: the VAE, and the transformer together with the text encoders."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from modules import MAX_TOKENS
 from trl_diffusion_opd.tiny.scenes import SIZE
 
 
-EMPTY_CAPTIONS = 0.1  # so that classifier-free guidance works
+EMPTY_CAPTIONS = 0.1  # share of empty captions, which classifier-free guidance needs
 
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
-    """uint8 (N, 32, 32, 3) to float (N, 3, 32, 32) in [-1, 1]."""
+    """Converts uint8 (N, 32, 32, 3) to float (N, 3, 32, 32) in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -46,7 +46,7 @@ def cosine(step: int, steps: int, warmup: int = 100) -> float:
 
 
 class Progress:
-    """Prints a smoothed loss every so often."""
+    """Prints the mean loss of every `every` steps."""
 
     def __init__(self, name: str, steps: int, every: int = 100) -> None:
         self.name, self.steps, self.every = name, steps, every
@@ -72,7 +72,7 @@ def _optimizer(
 
 
 def train_vae(vae: AutoencoderKL, images: np.ndarray, steps: int, batch_size: int = 32, seed: int = 0) -> None:
-    """Trains in place, then sets the config's shift and scale so that latents have mean 0 and deviation 1."""
+    """Trains a VAE in place. Then sets its config's shift and scale so that latents have mean 0 and deviation 1."""
     data, generator = to_tensor(images), torch.Generator().manual_seed(seed)
     optimizer, schedule = _optimizer(vae.parameters(), 2e-3, steps)
     progress = Progress("vae", steps)
@@ -97,13 +97,13 @@ def train_vae(vae: AutoencoderKL, images: np.ndarray, steps: int, batch_size: in
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
-    """Raw latents (N, 8, 8, 8), the posterior's mean, before shift and scale."""
+    """The posterior's mean as latents (N, 8, 8, 8), before shift and scale."""
     data = to_tensor(images)
     return torch.cat([vae.encode(part).latent_dist.mean for part in data.split(256)])
 
 
 def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pipeline's own prompt and pooled embeddings, (N, 24, 128) and (N, 128); differentiable."""
+    """The pipeline's prompt embeddings (N, 24, 128) and pooled embeddings (N, 128). They have gradients."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
         prompt=prompts,
         prompt_2=prompts,
@@ -115,8 +115,8 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tu
 
 
 def _noise_levels(number: int, shift: float, generator: torch.Generator) -> torch.Tensor:
-    """Levels in (0, 1): half logit-normal, half uniform (the first step of a walk, at 1, needs training too), shifted
-    as the scheduler shifts its grid."""
+    """Draws noise levels in (0, 1), shifted like the scheduler's grid. Half are logit-normal and half uniform, since
+    the first step of a walk, at level 1, needs training too."""
     level = torch.sigmoid(torch.randn(number, generator=generator))
     uniform = torch.rand(number, generator=generator)
     level = torch.where(torch.rand(number, generator=generator) < 0.5, level, uniform)
@@ -154,17 +154,17 @@ def train_base(
     stop_at: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Flow matching of transformer and text encoders together, in place; the weights left behind are the average.
+    """Trains transformer and text encoders together by flow matching, in place. At the end they have averaged weights.
 
     Args:
-        latents (`torch.Tensor` of shape `(N, 8, 8, 8)`): shifted and scaled, one a prompt.
-        stop_at (`int`, *optional*): leave the schedule of `steps` early, after this many.
-        on_progress (`Callable`, *optional*): called every 1000 steps, with the averaged weights in place.
+        latents (`torch.Tensor` of shape `(N, 8, 8, 8)`): the latents of each prompt's picture, shifted and scaled.
+        stop_at (`int`, *optional*): stop after this number of steps, before the end of the schedule of `steps`.
+        on_progress (`Callable`, *optional*): called every 1000 steps, while the weights are the averaged ones.
     """
     generator = torch.Generator().manual_seed(seed)
     modules = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    # The third encoder has one table under two names.
+    # The third encoder has one embedding table under two names.
     parameters = list({id(parameter): parameter for parameter in parameters}.values())
     optimizer, schedule = _optimizer(parameters, 1e-3, steps, weight_decay=1e-3)
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Scores of the tiny models on prompts: the matrix of base and teachers against tasks."""
+"""Draws images with the tiny models and scores them by task."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def generate(
     guidance_scale: float = 1.0,
     batch_size: int = 64,
 ) -> list[Image.Image]:
-    """Images of plain ODE sampling on the scheduler's own grid; image i has noise of its own from (seed, i)."""
+    """Draws images by plain ODE sampling on the scheduler's own grid. The noise of image i depends on (seed, i)."""
     pipeline.set_progress_bar_config(disable=True)
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
@@ -60,7 +60,7 @@ def task_scores(
     guidance_scale: float = 1.0,
     tasks: Sequence[str] = TASKS,
 ) -> dict[str, float]:
-    """Mean verdict of each task over `num_images` images, the split's prompts taken in turn."""
+    """The mean verdict of each task over `num_images` images, which cycle through the split's prompts."""
     prompts, scores = dataset(split), {}
     for task in tasks:
         rows = prompts.filter(lambda row, task=task: row["task"] == task)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The parts of the tiny pipeline with fresh weights: a `StableDiffusion3Pipeline` of under three million parameters."""
+"""Builds the untrained tiny pipeline: a `StableDiffusion3Pipeline` with less than three million parameters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trl_diffusion_opd.tiny.scenes import COLORS, SHAPES
 
 
 WIDTH = 128
-MAX_TOKENS = 12  # text tokens dominate the cost: 24 of them (CLIP's 12 and T5's 12) beside 16 of the image
+MAX_TOKENS = 12  # few, since text tokens dominate the cost: 24 of them (CLIP's 12 and T5's 12) beside 16 of the image
 WORDS = (
     *COUNTS,
     *COLORS,
@@ -46,13 +46,13 @@ WORDS = (
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """One token a word of the world, one a character for everything else."""
+    """A tokenizer with one token for each word of the tiny world, and one for each character of other words."""
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     for character in string.ascii_lowercase + string.digits + "\"'.,!?-":
         vocab[character] = len(vocab)
         vocab[character + "</w>"] = len(vocab)
     merges: list[tuple[str, str]] = []
-    # Words are built from their tail: no word's merges can then break up another's letters halfway, save a common tail.
+    # Words are merged from their end, so that merges of one word don't split another word, except in a common ending.
     for word in WORDS:
         tail = word[-1] + "</w>"
         for character in reversed(word[:-1]):
@@ -64,7 +64,7 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer with the same words; letters in capitals keep their own pieces."""
+    """A unigram tokenizer with the same words. Capital letters are pieces of their own."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     pieces += [("▁" + word, -1.0) for word in ("a", *WORDS)]
     pieces += [(character, -4.0) for character in string.ascii_letters + string.digits + "\"'.,!?-"]
@@ -106,7 +106,7 @@ def _clip(vocab_size: int) -> CLIPTextModelWithProjection:
 
 
 def pipeline(autoencoder: AutoencoderKL) -> StableDiffusion3Pipeline:
-    """The whole pipeline around a VAE, every other part with fresh weights from the global torch generator."""
+    """A pipeline with the given VAE. All other parts get new weights from torch's global generator."""
     tokenizer, tokenizer_3 = clip_tokenizer(), t5_tokenizer()
     t5 = T5Config(
         vocab_size=len(tokenizer_3),

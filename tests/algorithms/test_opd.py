@@ -226,10 +226,15 @@ def test_policy_gradient_variance(name, j, weighting, d):
     assert noise_to_signal(grad, exact) == pytest.approx(d + 1, rel=0.03)
 
 
+def far_transition(d):
+    """As `transition`, with a teacher that is a hundred times as far from the student."""
+    c, s, weight, v_student, v_teacher, exact = transition("flow_sde", 6, "kl", d)
+    return c, s, weight, v_student, v_student + 100 * (v_teacher - v_student), 100 * exact
+
+
 def test_the_baseline_is_what_keeps_the_variance_from_growing_with_the_kl():
     d = 8
-    c, s, weight, v_student, v_teacher, exact = transition("flow_sde", 6, "kl", d)
-    v_teacher, exact = v_student + 100 * (v_teacher - v_student), 100 * exact
+    c, s, weight, v_student, v_teacher, exact = far_transition(d)
     kl = d * (weight * velocity_gap_sq(v_student, v_teacher)).item()
     assert kl > 0.5
 
@@ -248,8 +253,7 @@ def test_the_baseline_is_what_keeps_the_variance_from_growing_with_the_kl():
 def test_a_detached_kl_as_advantage_teaches_nothing():
     """Why `loss_type` has no such form: the KL of a state does not depend on the action, so it moves no probability."""
     d = 16
-    c, s, weight, v_student, v_teacher, exact = transition("flow_sde", 6, "kl", d)
-    v_teacher, exact = v_student + 100 * (v_teacher - v_student), 100 * exact
+    c, s, weight, v_student, v_teacher, exact = far_transition(d)
 
     def detached(student, teacher, z):
         kl = (weight * velocity_gap_sq(student, teacher)).detach()

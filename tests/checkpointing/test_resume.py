@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.opd_fixtures import StopAt, make_trainer, snapshot, student_lora, train_losses
+from helpers.opd_fixtures import STATEFUL, StopAt, make_trainer, snapshot, student_lora, train_losses
 from safetensors.torch import load_file, save_file
 
 from trl_diffusion_opd.checkpointing import checkpoint
@@ -30,16 +30,7 @@ from trl_diffusion_opd.models.student import Student
 
 # Epochs of two updates (6 prompts, 4 an update), so that stops at 2 and 3 are at the end and in the middle of one.
 UPDATES = 5
-OPTIONS = dict(
-    max_steps=UPDATES,
-    gradient_accumulation_steps=4,
-    sampler="flow_sde",
-    num_trained_timesteps=2,
-    ema_decay=0.9,
-    ema_update_interval=2,
-    learning_rate=1e-2,
-    lr_scheduler_type="cosine",
-)
+OPTIONS = dict(max_steps=UPDATES, gradient_accumulation_steps=4, **STATEFUL)
 
 
 @pytest.fixture(scope="module")

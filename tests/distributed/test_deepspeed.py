@@ -22,8 +22,9 @@ from pathlib import Path
 import pytest
 from diffusers import SD3Transformer2DModel
 from helpers.launching import free_port
-from helpers.opd_fixtures import relative_difference
-from helpers.split_runs import MAKE, UPDATES, state_of
+from helpers.opd_fixtures import logged, relative_difference
+from helpers.split_runs import UPDATES, state_of, trained_alone
+from helpers.two_processes import reports_in, weights_in
 from safetensors.torch import load_file
 
 
@@ -55,7 +56,7 @@ def two(tmp_path_factory, teachers, processes):
             folder = tmp_path_factory.mktemp(f"zero{stage}")
             (folder / "scenario.json").write_text(json.dumps(teachers))
             launch(stage, folder)
-            trained[stage] = folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+            trained[stage] = folder, reports_in(folder)
         return trained[stage]
 
     return run
@@ -63,20 +64,7 @@ def two(tmp_path_factory, teachers, processes):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, teachers):
-    """The runs on one process, by name."""
-    trained = {}
-
-    def run(name):
-        if name not in trained:
-            trained[name] = MAKE[name](tmp_path_factory.mktemp(name), teachers, per_device_train_batch_size=4)
-            trained[name].train()
-        return trained[name]
-
-    return run
-
-
-def logged(log, name):
-    return [entry[name] for entry in log if "loss" in entry and name in entry]
+    return trained_alone(tmp_path_factory.mktemp("alone"), teachers)
 
 
 EXACT = [(stage, name) for stage, names in RUNS.items() for name in names if name != "half"]
@@ -90,7 +78,7 @@ def test_two_processes_give_what_one_gives(stage, name, two, alone):
         theirs = logged(trainer.state.log_history, metric)
         assert len(theirs) == UPDATES
         assert logged(reports[0][name]["log"], metric) == pytest.approx(theirs, rel=1e-5), metric
-    weights = [load_file(folder / f"{name}_{rank}.safetensors") for rank in (0, 1)]
+    weights = weights_in(folder, name)
     assert relative_difference(weights[0], state_of(trainer)) < 1e-5
     assert relative_difference(weights[1], weights[0]) == 0
 

@@ -13,21 +13,17 @@
 # limitations under the License.
 """Two processes compute what one does, reduce every gradient once an update, and stop together."""
 
-import json
-
 import pytest
 import torch
 from helpers.opd_fixtures import (
     first_pixel,
-    make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
     train_losses,
 )
 from helpers.sft_fixtures import sft_trainer
-from helpers.two_processes import OPTIONS, UPDATES, losses
+from helpers.two_processes import OPTIONS, SCORED, UPDATES, losses, trained_by_two
 from safetensors.torch import load_file
 
 
@@ -35,27 +31,17 @@ TUNING = dict(max_steps=2, gradient_accumulation_steps=4, learning_rate=1e-2, nu
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
-    return {**one_each, "count": [*one_each.values(), "base"]}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, teachers, processes):
+def two(tmp_path_factory, mixed_teachers, processes):
     """Reports and tensors of both ranks, with two prompts each at a time and a task's teachers in one forward."""
-    folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
-    (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "tuning": TUNING}))
-    processes.run_script("train.py", folder)
-    reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    tensors = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
-    return reports, tensors, folder
+    scenario = {"teachers": mixed_teachers, "options": options, "tuning": TUNING}
+    return trained_by_two(processes, tmp_path_factory.mktemp("two"), "train.py", scenario)
 
 
 def run_alone(folder, teachers, batch_size, accumulation):
     """The same prompts an update on one process, and the latents that it starts from."""
     options = {**OPTIONS, "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    trainer, latents = make_trainer(folder, teachers, **options), []
+    trainer, latents = make_trainer(folder, teachers, reward_funcs=first_pixel, **options), []
     draw = trainer.velocity_field.initial_latents
     trainer.velocity_field.initial_latents = lambda *inputs: latents.append(draw(*inputs)) or latents[-1]
     trainer.train()
@@ -63,8 +49,8 @@ def run_alone(folder, teachers, batch_size, accumulation):
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, teachers):
-    return run_alone(tmp_path_factory.mktemp("one"), teachers, batch_size=4, accumulation=4)
+def one(tmp_path_factory, mixed_teachers):
+    return run_alone(tmp_path_factory.mktemp("one"), mixed_teachers, batch_size=4, accumulation=4)
 
 
 def test_two_processes_give_what_one_gives(two, one):
@@ -81,8 +67,8 @@ def test_two_processes_give_what_one_gives(two, one):
     assert relative_difference(weights[1], weights[0]) == 0
 
 
-def test_micro_batches_of_another_size_give_the_same(one, tmp_path, teachers):
-    trainer, _ = run_alone(tmp_path, teachers, batch_size=2, accumulation=8)
+def test_micro_batches_of_another_size_give_the_same(one, tmp_path, mixed_teachers):
+    trainer, _ = run_alone(tmp_path, mixed_teachers, batch_size=2, accumulation=8)
     assert train_losses(trainer) == pytest.approx(train_losses(one[0]), rel=1e-5)
     assert relative_difference(snapshot(trainer), snapshot(one[0])) < 1e-5
 
@@ -102,12 +88,9 @@ def test_gradients_are_reduced_once_an_update(two):
         assert report["tuning_reduced_bytes"] == [4 * report["trained_parameters"]] * TUNING["max_steps"] + [0]
 
 
-def test_evaluation_is_the_same(two, one, teachers):
+def test_evaluation_is_the_same(two, one):
     reports = two[0]
-    trainer, _ = one
-    trainer.reward_funcs = {task: [first_pixel] for task in trainer.tasks}
-    metrics = trainer.evaluate(make_dataset(count=3, draw=1))
-    # Of three images and two processes one is drawn twice and counted once.
+    metrics = one[0].evaluate(SCORED["eval_dataset"])
     for name in ("eval_count/first_pixel", "eval_draw/first_pixel", "eval_reward"):
         values = [report["metrics"][name] for report in reports]
         assert values[0] == values[1] == pytest.approx(metrics[name], abs=0.5)
@@ -120,10 +103,10 @@ def test_two_processes_resume_exactly(two):
     assert {"rng_state_0.pth", "rng_state_1.pth", "complete"} <= files
 
 
-def test_fine_tuning_on_images_of_teachers_is_the_same(two, tmp_path, teachers):
+def test_fine_tuning_on_images_of_teachers_is_the_same(two, tmp_path, mixed_teachers):
     reports, _, folder = two
     options = {**TUNING, "per_device_train_batch_size": 4, "teacher_cache_dir": str(tmp_path / "images")}
-    trainer = sft_trainer(tmp_path / "out", teachers, **options)
+    trainer = sft_trainer(tmp_path / "out", mixed_teachers, **options)
     trainer.train()
     for name in ("loss", "loss/draw", "grad_norm"):
         ours, theirs = (

@@ -16,7 +16,7 @@
 import json
 
 import pytest
-from helpers.opd_fixtures import StopAt, make_trainer, relative_difference, snapshot, train_losses
+from helpers.opd_fixtures import AVERAGED, STATEFUL, StopAt, make_trainer, relative_difference, snapshot, train_losses
 from helpers.two_processes import losses
 from safetensors.torch import load_file
 
@@ -26,12 +26,7 @@ UPDATES, STOP = 5, 3
 OPTIONS = dict(
     max_steps=UPDATES,
     gradient_accumulation_steps=4,
-    sampler="flow_sde",
-    num_trained_timesteps=2,
-    learning_rate=1e-2,
-    lr_scheduler_type="cosine",
-    ema_decay=0.9,
-    ema_update_interval=1,
+    **{**STATEFUL, **AVERAGED},
 )
 ONE, TWO = ({**OPTIONS, "per_device_train_batch_size": size} for size in (4, 2))  # the same prompts an update
 

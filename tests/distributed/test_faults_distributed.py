@@ -18,23 +18,19 @@ import signal
 import time
 
 import pytest
+from helpers import two_processes
 from helpers.launching import TESTS, as_script, launched
 from helpers.opd_fixtures import make_trainer, relative_difference, snapshot, train_losses
-from helpers.two_processes import losses
 from safetensors.torch import load_file
 
 
-OPTIONS = dict(
-    max_steps=4,
-    gradient_accumulation_steps=4,
-    sampler="flow_sde",
-    learning_rate=1e-2,
-    ema_decay=0.9,
-    ema_update_interval=1,
-    save_strategy="steps",
-    save_steps=1,
-    save_total_limit=1,
-)
+OPTIONS = {
+    **two_processes.OPTIONS,
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 1,
+}
 LOST = "Process 0 of 2 lost another process in update "
 GO_ON = "checkpoint-2 is complete: start again with resume_from_checkpoint=True to go on from there."
 
@@ -65,7 +61,7 @@ def test_killed_in_an_update_and_gone_on_with(folder, teachers, processes):
     through.train()
     for rank in (0, 1):
         assert relative_difference(load_file(folder / f"rank_{rank}.safetensors"), snapshot(through)) < 1e-5
-    ours = losses(json.loads((folder / "rank_0.json").read_text()))
+    ours = two_processes.losses(json.loads((folder / "rank_0.json").read_text()))
     assert len(ours) == 4 and ours == pytest.approx(train_losses(through), rel=1e-5)
 
 

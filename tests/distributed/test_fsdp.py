@@ -13,14 +13,9 @@
 # limitations under the License.
 """Two processes that split the model between them (FSDP2) compute what one computes, and save adapters alone."""
 
-import json
-
 import pytest
 import torch
 from helpers.opd_fixtures import (
-    first_pixel,
-    make_dataset,
-    make_teachers,
     make_trainer,
     relative_difference,
     snapshot,
@@ -28,35 +23,25 @@ from helpers.opd_fixtures import (
 )
 from helpers.split_runs import TARGETS
 from helpers.tiny_sd3 import make_pipeline
-from helpers.two_processes import OPTIONS, UPDATES, fsdp_environment
+from helpers.two_processes import OPTIONS, SCORED, UPDATES, fsdp_environment, trained_by_two
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory):
-    one_each = make_teachers(tmp_path_factory.mktemp("teachers"))
-    return {**one_each, "count": [*one_each.values(), "base"]}
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory, teachers, processes):
+def two(tmp_path_factory, mixed_teachers, processes):
     """Reports and weights of both ranks, with two prompts each at a time and a task's teachers in one forward."""
-    folder = tmp_path_factory.mktemp("two")
     options = {**OPTIONS, "per_device_train_batch_size": 2, "batch_teachers": True}
-    (folder / "scenario.json").write_text(json.dumps({"teachers": teachers, "options": options, "targets": TARGETS}))
-    processes.run_script("train_fsdp.py", folder, environment=fsdp_environment())
-    reports = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    weights = [load_file(folder / f"rank_{rank}.safetensors") for rank in (0, 1)]
-    return reports, weights, folder
+    scenario = {"teachers": mixed_teachers, "options": options, "targets": TARGETS}
+    folder = tmp_path_factory.mktemp("two")
+    return trained_by_two(processes, folder, "train_fsdp.py", scenario, fsdp_environment())
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, teachers):
+def one(tmp_path_factory, mixed_teachers):
     trainer = make_trainer(
         tmp_path_factory.mktemp("one"),
-        teachers,
-        reward_funcs=first_pixel,
-        eval_dataset=make_dataset(count=3, draw=1),
+        mixed_teachers,
+        **SCORED,
         peft_config=student_lora(target_modules=TARGETS),
         per_device_train_batch_size=4,
         per_device_eval_batch_size=2,

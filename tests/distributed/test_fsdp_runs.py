@@ -18,9 +18,9 @@ import json
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from helpers.opd_fixtures import StopAt, make_trainer, relative_difference, train_losses
-from helpers.split_runs import MAKE, RESUMED, STOP, UPDATES, state_of
-from helpers.two_processes import fsdp_environment
+from helpers.opd_fixtures import StopAt, logged, make_trainer, relative_difference, train_losses
+from helpers.split_runs import MAKE, RESUMED, STOP, UPDATES, state_of, trained_alone
+from helpers.two_processes import fsdp_environment, reports_in, weights_in
 from safetensors.torch import load_file
 
 from trl_diffusion_opd.acceleration.sharding import load_whole_optimizer_state, whole_optimizer_state
@@ -44,25 +44,12 @@ def folder(tmp_path_factory, teachers, processes):
 
 @pytest.fixture(scope="module")
 def reports(folder):
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    return reports_in(folder)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, teachers):
-    """The runs on one process, by name, each trained when it is first asked for."""
-    trained = {}
-
-    def run(name):
-        if name not in trained:
-            trained[name] = MAKE[name](tmp_path_factory.mktemp(name), teachers, per_device_train_batch_size=4)
-            trained[name].train()
-        return trained[name]
-
-    return run
-
-
-def logged(log, name):
-    return [entry[name] for entry in log if "loss" in entry and name in entry]
+    return trained_alone(tmp_path_factory.mktemp("alone"), teachers)
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -77,7 +64,7 @@ def test_split_training_gives_what_one_process_gives(name, reports, folder, alon
             assert len(theirs) == updates
             if report is reports[0]:
                 assert logged(report[name]["log"], metric) == pytest.approx(theirs, rel=1e-5), metric
-    weights = [load_file(folder / f"{name}_{rank}.safetensors") for rank in (0, 1)]
+    weights = weights_in(folder, name)
     assert relative_difference(weights[0], state_of(trainer)) < 1e-5
     assert relative_difference(weights[1], weights[0]) == 0
 

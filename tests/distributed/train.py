@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers.opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, snapshot
+from helpers.opd_fixtures import StopAt, make_trainer, snapshot
 from helpers.sft_fixtures import sft_trainer
+from helpers.two_processes import SCORED
 from reduced import CountReducedBytes
 from safetensors.torch import save_file
 
@@ -33,8 +34,7 @@ def main(folder: Path) -> None:
         folder / "through",
         teachers,
         callbacks=[counter],
-        reward_funcs=first_pixel,
-        eval_dataset=make_dataset(count=3, draw=1),
+        **SCORED,
         **options,
     )
     counter.trainer = trainer

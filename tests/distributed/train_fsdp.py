@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
-from helpers.opd_fixtures import StopAt, first_pixel, make_dataset, make_trainer, student_lora
+from helpers.opd_fixtures import StopAt, make_trainer, student_lora
+from helpers.two_processes import SCORED
 from reduced import CountScatteredBytes
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
@@ -37,8 +38,7 @@ def main(folder: Path) -> None:
         folder / "through",
         teachers,
         callbacks=[counter],
-        reward_funcs=first_pixel,
-        eval_dataset=make_dataset(count=3, draw=1),
+        **SCORED,
         peft_config=student_lora(target_modules=scenario["targets"]),
         per_device_eval_batch_size=1,
         eval_strategy="steps",

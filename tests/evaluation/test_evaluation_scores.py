@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers.tiny_sd3 import make_lora, make_pipeline
+from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline
 
 from trl_diffusion_opd.evaluation import evaluate_retention
 from trl_diffusion_opd.rewards import CombinedReward, score
@@ -70,9 +70,7 @@ class Seen:
 def report(tmp_path, rewards, **options):
     pipeline = make_pipeline()
     make_lora(pipeline, tmp_path / "student", seed=1)
-    settings = dict(
-        num_inference_steps=2, height=16, width=16, max_sequence_length=16, guidance_scale=1.0, num_images=5
-    )
+    settings = dict(num_inference_steps=2, **SIZE, guidance_scale=1.0, num_images=5)
     return evaluate_retention(
         pipeline,
         "base",

@@ -12,11 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from helpers.example_script import load_script
 
 from trl_diffusion_opd.evaluation.retention import (
     interval,
@@ -154,10 +152,7 @@ class TestReport:
 
 class TestBenchmark:
     def test_summary_over_seeds_is_the_brute_force_one(self):
-        path = Path(__file__).parents[2] / "benchmarks" / "retention.py"
-        spec = importlib.util.spec_from_file_location("retention_benchmark", path)
-        benchmark = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(benchmark)
+        benchmark = load_script("benchmarks/retention.py")
         reports, n = {}, 50
         for seed in range(3):
             scores = {m: {"a": of["a"], "b": of["a"]} for m, of in make_scores(n, seed).items()}

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Rounding that is the same on every processor, for tests of what half precision does."""
+"""Rounds to half precision in the same way on every processor, for tests of half precision."""
 
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 aten = torch.ops.aten
-# Their results depend on the order of a sum or on how a function is approximated, and so on the processor. Everything else
-# that a network computes (sums and products of two numbers, casts, copies) is rounded as IEEE 754 says, everywhere alike.
+# Their results depend on the order of a sum or on how a function is approximated, and so on the processor. Everything
+# else that a network computes (sums and products of two numbers, casts, copies) is rounded as IEEE 754 says,
+# everywhere alike.
 INEXACT = {
     *(aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward),
     *(aten.sum, aten.mean, aten.pow, aten.sqrt, aten.rsqrt, aten.exp, aten.sin, aten.cos, aten.tanh, aten.sigmoid),
@@ -54,8 +55,8 @@ class AlikeRounding(TorchDispatchMode):
     Computes what depends on the processor in float64 and rounds the result to the precision it is asked for in.
 
     So a network in bfloat16 rounds after every layer as it always does, and the figures are the same to the last digit
-    whatever kernels, vector units or number of threads a machine has. Normal random numbers are its own, since PyTorch's
-    differ in their last bit from processor to processor.
+    whatever kernels, vector units or number of threads a machine has. Normal random numbers are its own, since
+    PyTorch's differ in their last bit from processor to processor.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:

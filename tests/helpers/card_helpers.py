@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""As much of a trainer as cards and pushes need, and what is asked of a card."""
+"""A stand-in for a trainer, with only what cards and pushes need, and checks of a card's content."""
 
 import re
 from pathlib import Path

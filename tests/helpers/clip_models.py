@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""CLIP models of a few hundred weights in the formats of the Hub, and what they compute, written out in float64."""
+"""Tiny CLIP models in the Hub's formats, and the scores that they should compute, written out in float64."""
 
 import math
 import string
@@ -64,8 +64,8 @@ def make_processor(folder: Path) -> None:
 
 def make_images(count: int = 4) -> list[Image.Image]:
     """
-    Smooth noise of several sizes and shapes. Scaled to `SIZE`, the first two have a margin of 11 pixels, whose middle begins
-    at the fifth or at the sixth, by the rule.
+    Smooth noise of several sizes and shapes. Scaled to `SIZE`, the first two have a margin of 11 pixels, whose middle
+    begins at the fifth or at the sixth, by the rule.
     """
     rng = np.random.default_rng(0)
     sizes = [(41, 24), (24, 41), (30, 30), (16, 16)]
@@ -82,8 +82,8 @@ def token_ids(prompt: str) -> list[int]:
 
 def cropped(image: Image.Image, size: int = SIZE, rule: str = "torchvision") -> Image.Image:
     """
-    Shorter side to `size`, bicubic; the middle. As torchvision's `Resize` and `CenterCrop` for PIL images do it, or with the
-    crop of `"transformers"`.
+    Shorter side to `size`, bicubic; the middle. As torchvision's `Resize` and `CenterCrop` for PIL images do it, or
+    with the crop of `"transformers"`.
     """
     width, height = image.size
     new = [int(size * side / min(image.size)) for side in (width, height)]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the tests of the dry runs look at."""
+"""Shared code for the tests of dry runs."""
 
 from pathlib import Path
 

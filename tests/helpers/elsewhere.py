@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-An accelerator that no machine lacks: the `meta` device, on which a tensor has a shape and no values.
+Uses the `meta` device, whose tensors have shapes but no values, as an accelerator that every machine has.
 
-What a GPU refuses is an error there too: an operation on tensors of two devices. Besides it is told what a GPU takes, but
-slowly, and Apple's not at all: float64 on the device, and every wait, where the host asks the device for a value.
+As on a GPU, an operation on tensors of two devices is an error. These helpers also report what is slow on GPUs and
+impossible on Apple's: float64 on the device, and waits, where the host reads a value from the device.
 """
 
 import dataclasses
@@ -50,7 +50,8 @@ _INDEXING = (_ATEN.index.Tensor, _ATEN.index_put_.default, _ATEN._index_put_impl
 
 class Accelerator(TorchDispatchMode):
     """
-    Within it the device's tensors behave as a GPU's, and whatever a value is asked of answers with zeros, after a wait.
+    Within it the device's tensors behave as a GPU's, and whatever a value is asked of answers with zeros, after a
+    wait.
 
     Attributes:
         waits (`list[str]`): the places of this package, or else of another, where the host waited for the device.
@@ -106,7 +107,9 @@ def _is_wide(tensor: Tensor) -> bool:
 
 
 def place() -> tuple[str, bool]:
-    """The innermost line of the package that is being run, and whether it is one of diffusers' networks that it runs."""
+    """
+    The innermost line of the package that is being run, and whether it is one of diffusers' networks that it runs.
+    """
     frame: Any = sys._getframe(2)
     in_network = False
     while frame is not None:

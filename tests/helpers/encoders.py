@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Encoders of prompts whose embeddings are known, in every layout that pipelines have."""
+"""Fake prompt encoders with known embeddings, in every layout that pipelines use."""
 
 import torch
 

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Tiny pipelines with random weights, one of each family of flow-matching models, with tokenizers and text encoders.
+Tiny pipelines with random weights, one for each family of flow-matching models, with tokenizers and text encoders.
 
-Everything here is what a user of diffusers would write down about a family from its own documentation, and none of it
-comes from the package: it is what the package is tested against.
+The facts about each family come from diffusers' documentation, not from the package, since the package is tested
+against them.
 """
 
 import zlib
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from helpers import families_text as text
+from helpers.tiny_sd3 import TRANSFORMER, make_vae, numbered, vae_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
@@ -109,68 +110,38 @@ def _fill_zeros(module: nn.Module) -> None:
             parameter.data.normal_(std=0.2, generator=generator)
 
 
-def _numbered(*parts: dict[str, Any]) -> dict[str, Any]:
-    """Components of several encoders: text_encoder, tokenizer, text_encoder_2, tokenizer_2, …"""
-    suffixes = ("", "_2", "_3", "_4")
-    return {
-        name + suffix: value for part, suffix in zip(parts, suffixes, strict=False) for name, value in part.items()
-    }
-
-
-def _vae(latent_channels: int = 4, blocks: int = 2) -> diffusers.AutoencoderKL:
-    return diffusers.AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(4,) * blocks,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.06,
-        scaling_factor=1.5,
-    )
-
-
 def _dynamic_euler(**options: Any) -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
 
 
 def _sd3() -> DiffusionPipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        pos_embed_max_size=16,
-    )
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=diffusers.SD3Transformer2DModel(**TRANSFORMER),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(),
-        **_numbered(text.clip(), text.clip(), text.t5()),
+        vae=make_vae((4, 4)),
+        **numbered(text.clip(), text.clip(), text.t5()),
     )
+
+
+# Of transformers after SD3's, and of those after Flux's, whose latents are packed.
+_LIKE_SD3: dict[str, Any] = dict(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2)
+_LIKE_FLUX: dict[str, Any] = dict(
+    patch_size=1,
+    in_channels=16,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=16,
+    num_attention_heads=2,
+)
 
 
 def _flux_transformer() -> diffusers.FluxTransformer2DModel:
     return diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         pooled_projection_dim=8,
         axes_dims_rope=[4, 4, 8],
         guidance_embeds=True,
+        **_LIKE_FLUX,
     )
 
 
@@ -178,38 +149,22 @@ def _flux(pipeline_class: type[DiffusionPipeline] = diffusers.FluxPipeline) -> D
     return pipeline_class(
         transformer=_flux_transformer(),
         scheduler=_dynamic_euler(),
-        vae=_vae(),
-        **_numbered(text.clip(projection=False), text.t5()),
+        vae=make_vae((4, 4)),
+        **numbered(text.clip(projection=False), text.t5()),
     )
 
 
 def flux2_klein(is_distilled: bool = False) -> DiffusionPipeline:
     transformer = diffusers.Flux2Transformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=48,
         timestep_guidance_channels=32,
         axes_dims_rope=[4, 4, 4, 4],
         guidance_embeds=False,
-    )
-    vae = diffusers.AutoencoderKLFlux2(
-        sample_size=32,
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        **_LIKE_FLUX,
     )
     return diffusers.Flux2KleinPipeline(
         transformer=transformer,
-        vae=vae,
+        vae=diffusers.AutoencoderKLFlux2(**vae_config((4, 4))),
         scheduler=_dynamic_euler(),
         is_distilled=is_distilled,
         **text.qwen3(causal=True),
@@ -241,14 +196,11 @@ def flux2_without_encoder() -> DiffusionPipeline:
 def _qwen_parts(vae_widths: list[int]) -> dict[str, Any]:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
         attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
+        **{**_LIKE_SD3, "in_channels": 16},  # packed
     )
     vae = diffusers.AutoencoderKLQwenImage(
         base_dim=1,
@@ -293,7 +245,7 @@ def _z_image() -> DiffusionPipeline:
     )
     return diffusers.ZImagePipeline(
         transformer=transformer,
-        vae=_vae(),
+        vae=make_vae((4, 4)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         **text.qwen3(causal=False),
     )
@@ -302,16 +254,13 @@ def _z_image() -> DiffusionPipeline:
 def _sana() -> DiffusionPipeline:
     transformer = diffusers.SanaTransformer2DModel(
         patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
         attention_head_dim=16,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
         cross_attention_dim=32,
         caption_channels=16,
         sample_size=32,
+        **_LIKE_SD3,
     )
     blocks: dict[str, Any] = dict(latent_channels=4, attention_head_dim=2, scaling_factor=0.4)
     for side in ("encoder", "decoder"):
@@ -350,7 +299,7 @@ def _lumina2() -> DiffusionPipeline:
     )
     # The pipeline takes a VAE of factor 8 for granted.
     return diffusers.Lumina2Pipeline(
-        transformer=transformer, vae=_vae(blocks=4), scheduler=_dynamic_euler(), **text.gemma2()
+        transformer=transformer, vae=make_vae((4,) * 4), scheduler=_dynamic_euler(), **text.gemma2()
     )
 
 
@@ -373,9 +322,9 @@ def _hidream() -> DiffusionPipeline:
     )
     pipeline = diffusers.HiDreamImagePipeline(
         transformer=transformer,
-        vae=_vae(),
+        vae=make_vae((4, 4)),
         scheduler=_dynamic_euler(),
-        **_numbered(text.clip(), text.clip(), text.t5(), text.llama()),
+        **numbered(text.clip(), text.clip(), text.t5(), text.llama()),
     )
     pipeline.default_sample_size = 8  # the pipeline scales every size to this area, 1024 x 1024 as it is
     return pipeline
@@ -383,35 +332,29 @@ def _hidream() -> DiffusionPipeline:
 
 def _chroma() -> DiffusionPipeline:
     transformer = diffusers.ChromaTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
         joint_attention_dim=16,
         axes_dims_rope=[4, 4, 8],
         approximator_hidden_dim=32,
         approximator_layers=1,
         approximator_num_channels=16,
+        **_LIKE_FLUX,
     )
-    return diffusers.ChromaPipeline(transformer=transformer, vae=_vae(), scheduler=_dynamic_euler(), **text.t5())
+    return diffusers.ChromaPipeline(
+        transformer=transformer, vae=make_vae((4, 4)), scheduler=_dynamic_euler(), **text.t5()
+    )
 
 
 def _wan() -> DiffusionPipeline:
     transformer = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
         text_dim=16,
         freq_dim=32,
         ffn_dim=32,
-        num_layers=2,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=32,
+        **_LIKE_SD3,
     )
     vae = diffusers.AutoencoderKLWan(
         base_dim=4,
@@ -433,17 +376,14 @@ def _wan() -> DiffusionPipeline:
 def _cogview4() -> DiffusionPipeline:
     transformer = diffusers.CogView4Transformer2DModel(
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
         attention_head_dim=8,
-        num_attention_heads=2,
         text_embed_dim=16,
         time_embed_dim=8,
         condition_dim=4,
+        **_LIKE_SD3,
     )
     scheduler = _dynamic_euler(base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear")
-    return diffusers.CogView4Pipeline(transformer=transformer, vae=_vae(), scheduler=scheduler, **text.glm())
+    return diffusers.CogView4Pipeline(transformer=transformer, vae=make_vae((4, 4)), scheduler=scheduler, **text.glm())
 
 
 _PICTURE = Image.fromarray((np.random.default_rng(0).random((16, 16, 3)) * 255).astype("uint8"))
@@ -485,7 +425,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all others.
+# Qwen-Image-Edit differs from Qwen-Image and Kontext in nothing that the trainer sees, and takes as long as all
+# others.
 TRAINED = [name for name, family in FAMILIES.items() if family.trainable and name != "qwen_image_edit"]
 
 

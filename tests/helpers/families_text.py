@@ -12,20 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tokenizers and text encoders of a few thousand weights, made from nothing: the text side of `families.py`."""
+"""Builds tiny tokenizers and text encoders for the pipelines of `families.py`."""
 
 import string
 from typing import Any
 
+from helpers import tiny_sd3
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import Sequence, Split
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
     GlmConfig,
@@ -39,10 +38,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
-    T5Config,
     T5EncoderModel,
-    T5Tokenizer,
-    UMT5Config,
     UMT5EncoderModel,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -76,8 +72,8 @@ CHAT_TEMPLATE = (
 
 def language_tokenizer(bos: bool, padding_side: str = "right") -> PreTrainedTokenizerFast:
     """
-    Words of the templates as single tokens, anything else letter by letter, so that no two prompts are alike. Without a
-    first token of its own (Qwen has none), an empty prompt is empty.
+    Words of the templates as single tokens, anything else letter by letter, so that no two prompts are alike. Without
+    a first token of its own (Qwen has none), an empty prompt is empty.
     """
     pieces = [(token, 0.0) for token in SPECIAL] + [("\n", -1.0)]
     pieces += [(word, -1.0) for word in dict.fromkeys(WORDS)]
@@ -104,9 +100,7 @@ def language_config(tokenizer: PreTrainedTokenizerFast, **options: Any) -> dict[
     sizes = dict(
         vocab_size=len(tokenizer),
         hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **tiny_sd3.LANGUAGE_MODEL,
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=2048,
@@ -117,39 +111,15 @@ def language_config(tokenizer: PreTrainedTokenizerFast, **options: Any) -> dict[
     return {**sizes, **options}
 
 
-def clip(projection: bool = True, max_length: int = 77) -> dict[str, Any]:
+def clip(projection: bool = True) -> dict[str, Any]:
     """`text_encoder` and `tokenizer`; 8 dimensions."""
-    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    for character in CHARACTERS:
-        for suffix in ("", "</w>"):
-            vocab[character + suffix] = len(vocab)
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=max_length)
-    config = CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=max_length,
-        projection_dim=8,
-        hidden_act="gelu",
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
     model = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return {"text_encoder": model(config).eval(), "tokenizer": tokenizer}
+    return tiny_sd3.clip(CHARACTERS, hidden_act="gelu", model=model)
 
 
 def t5(multilingual: bool = False) -> dict[str, Any]:
     """`text_encoder` and `tokenizer`; 16 dimensions."""
-    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0)]
-    tokenizer = T5Tokenizer(vocab=[*specials, *((c, -2.0) for c in CHARACTERS)], extra_ids=0)
-    sizes: dict[str, Any] = dict(
-        vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
-    model = UMT5EncoderModel(UMT5Config(**sizes)) if multilingual else T5EncoderModel(T5Config(**sizes))
-    return {"text_encoder": model.eval(), "tokenizer": tokenizer}
+    return tiny_sd3.t5(CHARACTERS, UMT5EncoderModel if multilingual else T5EncoderModel)
 
 
 def qwen3(causal: bool) -> dict[str, Any]:

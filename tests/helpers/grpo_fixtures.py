@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny GRPO trainer in one call."""
+"""Makes a tiny GRPO trainer in one call."""
 
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,3 @@ def make_trainer(
     return DiffusionGRPOTrainer(
         pipeline or make_pipeline(), reward_funcs, args=make_config(output_dir, **options), **arguments
     )
-
-
-def logged(trainer: DiffusionGRPOTrainer, name: str) -> list[float]:
-    """A metric of every update that has it: those of a round are logged with its first update."""
-    return [entry[name] for entry in trainer.state.log_history if "loss" in entry and name in entry]

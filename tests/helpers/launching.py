@@ -12,12 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The processes that tests start: by `accelerate launch`, as users do, or forked.
+Starts processes for tests: with `accelerate launch`, as users do, or by forking.
 
-A new process takes some eight seconds of CPU to import torch, transformers and diffusers, a forked one none. It is a
-process of its own all the same, with its own gloo, its own exit status and its own death by a signal.
+A new process needs about eight seconds of CPU to import torch, transformers and diffusers. A forked one needs none,
+and is still a separate process with its own gloo and exit status, which a signal can kill.
 
-A test or a fixture that starts a process asks for the fixture `processes` of `conftest.py`.
+A test or a fixture that starts a process must use the fixture `processes` of `conftest.py`.
 """
 
 import multiprocessing
@@ -67,14 +67,17 @@ def launcher(folder: Path) -> list[str]:
     """The command of `accelerate launch` for two processes, to which a script (or `-m` and a module) is added."""
     (folder / "launch.yaml").write_text(LAUNCH)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    # Where one process fails, the launcher ends the others when it looks next: not before they have said why they stop.
+    # Where one process fails, the launcher ends the others when it looks next: not before they have said why they
+    # stop.
     return [*command, "--monitor_interval", "5", "--main_process_port", str(free_port())]
 
 
 def launched(
     script: str, folder: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script of `distributed/` on two processes, with a folder that it reads and writes, and returns how it ended."""
+    """
+    Runs a script of `distributed/` on two processes, with a folder that it reads and writes, and returns how it ended.
+    """
     command = [*launcher(folder), str(TESTS / "distributed" / script), str(folder), *arguments]
     return subprocess.run(command, env=surroundings(environment), capture_output=True, text=True, timeout=600)
 
@@ -94,8 +97,8 @@ class Forks:
     """
     A process that has imported what the tests import and has computed nothing, and forks others when it is asked to.
 
-    What it forks is as a new process is: it knows nothing of the tests before. The tests' own process would not do, also
-    because PyTorch, where it sees a GPU, cannot compute gradients in what is forked after it has computed any.
+    What it forks is as a new process is: it knows nothing of the tests before. The tests' own process would not do,
+    also because PyTorch, where it sees a GPU, cannot compute gradients in what is forked after it has computed any.
     """
 
     def __init__(self) -> None:

@@ -12,11 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-A Hub on 127.0.0.1 that keeps everything in memory: what huggingface_hub asks for to create, upload to and download from
-repositories, with faults on demand.
+A fake Hub on 127.0.0.1 that keeps everything in memory. It answers the requests of huggingface_hub for creating
+repositories, uploading and downloading, and makes faults on demand.
 
-Large files go the LFS way (HF_HUB_DISABLE_XET=1) or, with a folder as xet store, the way real clients upload. HF_ENDPOINT
-and HF_HUB_DISABLE_XET are read when huggingface_hub is imported: set them before, as conftest.py does.
+Large files use LFS (HF_HUB_DISABLE_XET=1) or, with a folder as xet store, xet like real clients. Set HF_ENDPOINT and
+HF_HUB_DISABLE_XET before huggingface_hub is imported, as conftest.py does.
 """
 
 import base64
@@ -65,7 +65,10 @@ class Commit:
 
 @dataclass
 class Repository:
-    """`kind` is model, dataset or space; a private one is shown to `TOKEN` alone, a gated one shows its name and its card."""
+    """
+    `kind` is model, dataset or space; a private one is shown to `TOKEN` alone, a gated one shows its name and its
+    card.
+    """
 
     kind: str = "model"
     private: bool = False
@@ -86,8 +89,8 @@ class Repository:
 @dataclass
 class Fault:
     """
-    What the next `times` requests that match get instead of an answer: an HTTP status, or with status 0 a connection that
-    is cut in the middle of the request's body.
+    What the next `times` requests that match get instead of an answer: an HTTP status, or with status 0 a connection
+    that is cut in the middle of the request's body.
     """
 
     pattern: str
@@ -98,8 +101,8 @@ class Fault:
 
 class LoopbackHub:
     """
-    Serves from a thread while it is entered. Everyone may read what is public; `TOKEN` may write as `USER`, `READ_TOKEN` may
-    not.
+    Serves from a thread while it is entered. Everyone may read what is public; `TOKEN` may write as `USER`,
+    `READ_TOKEN` may not.
 
     Args:
         xet_store (`Path`, *optional*): folder that clients use as the store of large files.

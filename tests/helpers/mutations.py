@@ -12,10 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Teachers as strangers may give them: sound ones with something changed, drawn by seed.
+Changes (mutates) files of valid teachers, drawn by a seed, to test what happens to bad files.
 
-Each mutation says what is right: `"refuse"`, `"same"` (the sound one's function), or `"reference"` (what the library that the format is
-of makes of it; where that fails, the sound one's function). All three may be refused, but for a few that have to load.
+Each mutation says which outcome is right: `"refuse"`, `"same"` (the teacher computes the same as before), or
+`"reference"` (it computes the same as in the library of its format; if that fails, the same as before). Refusing is
+always right, except for a few mutations that must load.
 """
 
 import copy

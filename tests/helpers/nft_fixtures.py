@@ -11,7 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny NFT trainer in one call, and its update as the paper writes it, against the transformer's own forward."""
+"""Makes a tiny NFT trainer in one call, and computes its update as the paper writes it, with the transformer's own
+forward."""
 
 import copy
 from collections import Counter, defaultdict
@@ -53,7 +54,9 @@ class Judge:
 
 
 def make_trainer(output_dir: str | Path, pipeline: Any = None, **options: Any) -> DiffusionNFTTrainer:
-    """A trainer of the tiny pipeline with groups of 2. `options` are arguments of the trainer or fields of its config."""
+    """
+    A trainer of the tiny pipeline with groups of 2. `options` are arguments of the trainer or fields of its config.
+    """
     arguments = {"train_dataset": make_dataset(), "peft_config": student_lora(), "reward_funcs": brightness}
     arguments |= {name: options.pop(name) for name in TRAINER_ARGUMENTS if name in options}
     settings = {**TINY_SETTINGS, "sampler": "ode", "num_generations": 2}

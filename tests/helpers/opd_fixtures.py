@@ -11,16 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A tiny trainer in one call, and the parts it is made of."""
+"""Makes a tiny OPD trainer in one call, or its parts."""
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
-from helpers.tiny_sd3 import ATTENTION, make_lora, make_pipeline
+from helpers.tiny_sd3 import ATTENTION, SIZE, make_lora, make_pipeline
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -40,10 +42,8 @@ TRAINER_ARGUMENTS = (
     "peft_config",
 )
 # What every trainer is given in these tests.
-TINY_SETTINGS = dict(
-    height=16,
-    width=16,
-    max_sequence_length=16,
+TINY_SETTINGS: dict[str, Any] = dict(
+    **SIZE,
     num_inference_steps=4,
     eval_num_inference_steps=3,
     guidance_scale=1.0,
@@ -57,6 +57,17 @@ TINY_SETTINGS = dict(
     report_to="none",
     disable_tqdm=True,
     use_cpu=True,
+)
+# Further settings. An average that changes with every update:
+AVERAGED = dict(ema_decay=0.9, ema_update_interval=1)
+# What an uninterrupted run and a resumed one can differ in: noise, steps that are drawn, an average, a schedule.
+STATEFUL = dict(
+    sampler="flow_sde",
+    num_trained_timesteps=2,
+    ema_decay=0.9,
+    ema_update_interval=2,
+    learning_rate=1e-2,
+    lr_scheduler_type="cosine",
 )
 
 
@@ -81,6 +92,15 @@ def student_lora(**options: Any) -> LoraConfig:
 
 def make_config(output_dir: str | Path, **options: Any) -> DiffusionOPDConfig:
     return DiffusionOPDConfig(str(output_dir), **{**TINY_SETTINGS, **options})
+
+
+def only_problem(config: Callable[..., object], **options: Any) -> str:
+    """What a config says against options in which it finds one problem."""
+    with pytest.raises(ValueError) as error:
+        config("out", **options)
+    head, problem = str(error.value).splitlines()
+    assert head == f"{config.__name__}:" and problem.startswith("- ")
+    return problem
 
 
 def make_trainer(
@@ -137,9 +157,14 @@ def relative_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
     return (difference / sum(float(t.double().square().sum()) for t in theirs.values())) ** 0.5
 
 
+def logged(log: list[dict[str, Any]], name: str) -> list[float]:
+    """A metric of every update that has it: those of a round of training by reward are logged with its first update."""
+    return [entry[name] for entry in log if "loss" in entry and name in entry]
+
+
 def train_losses(trainer: DiffusionOPDTrainer) -> list[float]:
     """The logged loss of every update."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer.state.log_history, "loss")
 
 
 def measured(trainer: Any, prompts: list[str]) -> int:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Pages in Markdown, taken apart: their prose, their headings, their code blocks."""
+"""Splits Markdown pages into prose, headings and code blocks."""
 
 import re
 from dataclasses import dataclass

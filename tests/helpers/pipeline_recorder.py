@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A scheduler that keeps what a pipeline's own loop does."""
+"""A scheduler that records every step of a pipeline's own loop."""
 
 from typing import Any
 

@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The tiny pipeline, quantised, and the same in float32, with weights that are dequantised by other code than the package's."""
+"""
+The tiny pipeline, quantised, and its float32 reference, whose weights are dequantised without the package's code.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ NF4 = (
     + (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 )
 KINDS = ("nf4", "nf4 nested", "int8", "torchao int8", "torchao float8")
-# Their inputs have 16 features here, and bitsandbytes' kernel for CPUs is wrong for rows shorter than a block, which is 64.
+# Their inputs have 16 features here, and bitsandbytes' kernel for CPUs is wrong for rows shorter than a block, which
+# is 64.
 NARROW = ["context_embedder", "time_text_embed"]
 
 
@@ -108,7 +111,9 @@ class Int8Inputs(nn.Linear):
 
 @torch.no_grad()
 def dequantized(quantized: nn.Module, kind: str, into: nn.Module) -> nn.Module:
-    """`into`, a float32 network of the same layers, with the weights of `quantised`, and its rounding of inputs if any."""
+    """
+    `into`, a float32 network of the same layers, with the weights of `quantised`, and its rounding of inputs if any.
+    """
     layers = dict(into.named_modules())
     for name, layer in quantized.named_modules():
         if isinstance(layer, nn.Linear) and type(layer.weight) is not nn.Parameter:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A server on 127.0.0.1 below HTTP: a test writes what goes over its connections, byte by byte if need be."""
+"""A TCP server on 127.0.0.1 without HTTP: a test writes every byte of its answers."""
 
 import socket
 import threading

@@ -11,15 +11,16 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The runs that are trained once under FSDP2 and once on one process: every method, and a student trained in full."""
+"""The runs that are trained both under FSDP2 and on one process, for comparison: all methods, and full fine-tuning."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from helpers import grpo_fixtures, nft_fixtures
-from helpers.opd_fixtures import make_trainer, student_lora
+from helpers.opd_fixtures import AVERAGED, make_trainer, student_lora
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import ATTENTION, make_pipeline
 from torch import Tensor
@@ -35,8 +36,7 @@ COMMON = dict(
     gradient_accumulation_steps=4,
     learning_rate=1e-3,
     lr_scheduler_type="cosine",
-    ema_decay=0.9,
-    ema_update_interval=1,
+    **AVERAGED,
 )
 REWARDED = dict(beta=0.1, num_generations=4)
 
@@ -96,6 +96,18 @@ MAKE: dict[str, Callable[..., Any]] = {
 }
 # What has a state of its own goes through a checkpoint as well, from one process and to one.
 RESUMED = ("opd", "full", "nft")
+
+
+def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:
+    """The runs on one process, by name, each trained when it is first asked for."""
+
+    @functools.cache
+    def run(name: str) -> Any:
+        trainer = MAKE[name](folder / name, teachers, per_device_train_batch_size=4)
+        trainer.train()
+        return trainer
+
+    return run
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""An HTTP server on 127.0.0.1 whose answers a test decides."""
+"""An HTTP server on 127.0.0.1 whose answers a test chooses."""
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -92,3 +93,19 @@ class StubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+@contextmanager
+def silent_server() -> Iterator[StubServer]:
+    """One that closes a connection after ten seconds without an answer, or when the test has ended."""
+    release = threading.Event()
+
+    def answer(request: Request, n: int) -> Answer:
+        release.wait(10)
+        return Answer(cut=True)
+
+    with StubServer(answer) as server:
+        try:
+            yield server
+        finally:
+            release.set()

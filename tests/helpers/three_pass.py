@@ -11,9 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The update as published code computes it: roll out, ask the teachers, then one loss over everything and one backward.
+"""A reference for the OPD update, computed as in published code: a rollout, then the teachers, then one loss and
+backward.
 
-Written against the transformer's own forward: it shares with the package nothing but the samplers' coefficients.
+It calls the transformer's own forward and uses nothing of the package but the samplers' coefficients.
 """
 
 from dataclasses import dataclass, field

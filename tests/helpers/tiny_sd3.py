@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A complete Stable Diffusion 3 pipeline of a few thousand random weights, built offline, and LoRAs for it."""
+"""Builds a complete Stable Diffusion 3 pipeline with a few thousand random weights, offline, and LoRAs for it."""
 
 import copy
 import string
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -31,7 +31,6 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -44,76 +43,97 @@ ATTENTION = [
 _CHARACTERS = string.ascii_lowercase + string.digits + ".,!?'-"
 
 
+# Of images, and of the text in tokens.
+SIZE: dict[str, int] = dict(height=16, width=16, max_sequence_length=16)
+TRANSFORMER = dict(
+    sample_size=8,
+    patch_size=2,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    caption_projection_dim=16,
+    joint_attention_dim=16,
+    pooled_projection_dim=16,
+    pos_embed_max_size=16,
+)
+LANGUAGE_MODEL = dict(intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
 def make_transformer(seed: int = 0, **config) -> SD3Transformer2DModel:
-    options = dict(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        pos_embed_max_size=16,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SD3Transformer2DModel(**{**options, **config}).eval()
+        return SD3Transformer2DModel(**{**TRANSFORMER, **config}).eval()
 
 
-def _clip() -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
-    words = ["<|startoftext|>", "<|endoftext|>", *(c + end for c in _CHARACTERS for end in ("", "</w>"))]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+def vae_config(widths: tuple[int, ...], latent_channels: int = 4) -> dict[str, Any]:
+    """Of an autoencoder that has one layer a block."""
+    return dict(
+        sample_size=32,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def make_vae(widths: tuple[int, ...], latent_channels: int = 4) -> AutoencoderKL:
+    return AutoencoderKL(**vae_config(widths, latent_channels), shift_factor=0.06, scaling_factor=1.5).eval()
+
+
+def clip(
+    characters: str, hidden_act: str = "quick_gelu", model: type[Any] = CLIPTextModelWithProjection
+) -> dict[str, Any]:
+    """`text_encoder` and `tokenizer`, with a token a character; 8 dimensions."""
+    words = ["<|startoftext|>", "<|endoftext|>", *(c + end for c in characters for end in ("", "</w>"))]
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **LANGUAGE_MODEL,
         max_position_embeddings=77,
         projection_dim=8,
+        hidden_act=hidden_act,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
     )
-    return tokenizer, CLIPTextModelWithProjection(config).eval()
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    return {"text_encoder": model(config).eval(), "tokenizer": tokenizer}
+
+
+def t5(characters: str, model: type[Any] = T5EncoderModel) -> dict[str, Any]:
+    """`text_encoder` and `tokenizer`, with a token a character; 16 dimensions."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in characters)]
+    config = model.config_class(
+        vocab_size=len(pieces), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return {"text_encoder": model(config).eval(), "tokenizer": T5Tokenizer(vocab=pieces, extra_ids=0)}
+
+
+def numbered(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Components of several encoders: text_encoder, tokenizer, text_encoder_2, tokenizer_2, …"""
+    suffixes = ("", "_2", "_3", "_4")
+    return {
+        name + suffix: value for part, suffix in zip(parts, suffixes, strict=False) for name, value in part.items()
+    }
 
 
 def make_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """Latents (4, h/2, w/2), prompts of lower-case letters and digits; images of 16x16 are enough."""
+    """Latents (4, h/2, w/2), prompts of lower-case letters and digits; images of `SIZE` are enough."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer, text_encoder = _clip()
-        tokenizer_2, text_encoder_2 = _clip()
-        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in _CHARACTERS)]
-        t5_config = T5Config(
-            vocab_size=len(pieces), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
-        )
-        text_encoder_3 = T5EncoderModel(t5_config).eval()
-        vae = AutoencoderKL(
-            sample_size=32,
-            block_out_channels=(4, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=1,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.06,
-            scaling_factor=1.5,
-        ).eval()
+        encoders = numbered(clip(_CHARACTERS), clip(_CHARACTERS), t5(_CHARACTERS))
+        vae = make_vae((4, 8))
     pipeline = StableDiffusion3Pipeline(
         transformer=make_transformer(seed),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=tokenizer_2,
-        text_encoder_3=text_encoder_3,
-        tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0),
+        **encoders,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

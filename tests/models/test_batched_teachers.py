@@ -34,7 +34,7 @@ from helpers.opd_fixtures import (
 )
 from helpers.sft_fixtures import sft_trainer
 from helpers.teachers_helpers import make_bank
-from helpers.tiny_sd3 import make_lora, make_pipeline
+from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline
 from peft import LoraConfig, get_peft_model
 
 from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
@@ -171,7 +171,7 @@ def test_teachers_of_another_scale_and_full_ones_have_their_own_forwards(tmp_pat
         [(names[two], 2.0), (names[three], 2.0)],
         [(names[one], 1.0)],
     ]
-    field = VelocityField(pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16)
+    field = VelocityField(pipeline, num_inference_steps=2, **SIZE)
     x = field.initial_latents(["a", "b"], [torch.Generator().manual_seed(i) for i in range(2)])
     rows.clear()
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_a_base_in_half_precision(tmp_path: Path, lora_dtype: torch.dtype) -> No
     for name, parameter in bank.backbone.network.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(lora_dtype)
-    field = VelocityField(pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16)
+    field = VelocityField(pipeline, num_inference_steps=2, **SIZE)
     x = field.initial_latents(["a", "b"], [torch.Generator().manual_seed(i) for i in range(2)])
     group = bank.forwards(bank.teachers["task"])[0]
     with torch.no_grad():
@@ -320,7 +320,7 @@ class TestRefusals:
     def test_rows_in_another_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int]) -> None:
         pipeline = make_pipeline()
         bank = make_bank(pipeline, {"task": list(several(tmp_path)["count"])}, batched=True)
-        field = VelocityField(pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16)
+        field = VelocityField(pipeline, num_inference_steps=2, **SIZE)
         bank.check_batched(field)
         forward = StandIn.forward
 

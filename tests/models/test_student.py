@@ -17,7 +17,8 @@ import re
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from helpers.families import FAMILIES
 from helpers.tiny_sd3 import ATTENTION, forward, make_lora, make_pipeline, make_transformer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
@@ -73,17 +74,7 @@ def equal(ours, theirs):
 
 def test_default_targets():
     attention = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
-    flux = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(2, 2, 4),
-    )
-    for transformer in (make_transformer(), flux):
+    for transformer in (make_transformer(), FAMILIES["flux"].build().transformer):
         config = default_lora_config(transformer)
         assert (config.r, config.lora_alpha, config.init_lora_weights) == (32, 64, "gaussian")
         assert config.target_modules == attention

@@ -25,6 +25,7 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, Family, flux2_klein, flux2_without_encoder
 from helpers.pipeline_recorder import STEPS, Recorder, recorder
+from helpers.tiny_sd3 import SIZE
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -158,9 +159,7 @@ def test_guidance_that_a_pipeline_ignores_is_refused(build: Callable[[], Diffusi
     # A distilled Klein drops the scale, FLUX.2 feeds it to its transformer as an embedding.
     pipeline = build()
     options = {"text_encoder_out_layers": (1, 2, 3)} if pipeline.components["text_encoder"] is not None else {}
-    velocity = VelocityField(
-        pipeline, num_inference_steps=2, height=16, width=16, max_sequence_length=16, generation_kwargs=options
-    )
+    velocity = VelocityField(pipeline, num_inference_steps=2, **SIZE, generation_kwargs=options)
     velocity.check_guidance(1.0)
     with pytest.raises(ValueError, match="guidance_scale=4.0 does nothing"):
         velocity.check_guidance(4.0)

@@ -405,7 +405,8 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch, kind):
         folder.touch()
     else:
         monkeypatch.setattr("trl_diffusion_opd.pipelines.prompt_store.os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="prompt_cache_dir='.*store' is no"):
+    reason = {"a file": "can't be created: ", "not writable": "is not writable. Name another folder"}[kind]
+    with pytest.raises(ValueError, match=f"prompt_cache_dir='.*store' {reason}"):
         make_store(folder)
 
 

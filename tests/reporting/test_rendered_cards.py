@@ -15,16 +15,14 @@
 """The cards in model_cards/: in step with their templates, valid, and with code and commands that run."""
 
 import copy
-import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from helpers.card_helpers import REPORT, code_of, read_card, run_code, shown_lora, stand_in, write_card
+from helpers.example_script import load_script
 from helpers.tiny_sd3 import make_pipeline
 from huggingface_hub import ModelCard
 from peft import get_peft_model
@@ -43,14 +41,6 @@ RECIPE = CARDS / "sd35-medium-opd.md"
 STUDENT, TEACHER = CARDS / "tiny-student.md", CARDS / "tiny-teacher-compose.md"
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def _without_versions(card: str) -> str:
     return re.sub(r"(?m)^- ([\w-]+) \d\S*$", r"- \1", card)
 
@@ -67,7 +57,7 @@ def test_valid_and_complete(path, hub):
 
 
 def test_the_teachers_card_is_the_templates():
-    rendered = _load(CARDS / "render.py").teacher_card(CARDS / "tiny-report.json")
+    rendered = load_script("model_cards/render.py").teacher_card(CARDS / "tiny-report.json")
     assert _without_versions(rendered) == _without_versions(TEACHER.read_text())
 
 

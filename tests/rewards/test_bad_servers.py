@@ -398,10 +398,10 @@ def test_shown(text, expected):
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://a:b/", "http://a/\x1b[31m", "http://" + "a" * 10**5])
 def test_an_address_that_cannot_be_read(url):
-    with pytest.raises(ValueError, match="url is no address that can be read"):
+    with pytest.raises(ValueError, match="url is not a valid address"):
         RemoteReward(url)
 
 
 def test_a_deadline_must_end():
-    with pytest.raises(ValueError, match="timeout=inf: it must be a positive number of seconds, and not infinite"):
+    with pytest.raises(ValueError, match="timeout=inf: it must be a positive, finite number of seconds"):
         remote("http://127.0.0.1:1", timeout=float("inf"))

@@ -314,17 +314,15 @@ class TestRefusals:
 
         part, key = ("model", "filename") if reward_class is HPSv2 else ("head", "head_filename")
         torch.save({"state_dict": Attack()}, tmp_path / "bad.pt")
-        with pytest.raises(
-            ValueError, match=f"'{reward_class.name}': .*bad.pt is a pickle that holds more than tensors"
-        ):
+        with pytest.raises(ValueError, match=f"'{reward_class.name}': .*bad.pt is not a file of tensors only"):
             local(reward_class, folders, **{part: str(tmp_path), key: "bad.pt"})
         assert not (tmp_path / "attacked").exists()
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", "cannot be read, it is damaged or incomplete|is a pickle that holds more than tensors, or none"),
-            (b"PK\x03\x04 not a zip", "cannot be read, it is damaged or incomplete"),
+            (b"", "cannot be read. It is damaged or incomplete|is not a file of tensors only"),
+            (b"PK\x03\x04 not a zip", "cannot be read. It is damaged or incomplete"),
             ([1, 2], "must hold tensors by name"),
             ({"epoch": 3}, "must hold tensors by name"),
         ],
@@ -373,7 +371,7 @@ class TestRefusals:
     def test_a_default_head_that_is_another(self, folders, hub, tmp_path):
         torch.save(folders.head_weights, tmp_path / "openai-clip_aesthetic-predictor.pt")
         hub.add_folder("birder-project/aesthetic-predictor", tmp_path)
-        with pytest.raises(ValueError, match="is not the predictor of LAION any more: its SHA-256 is"):
+        with pytest.raises(ValueError, match="is not LAION's predictor any more: its SHA-256 is"):
             Aesthetic(str(folders.clip))
 
     def test_arguments(self, folders):

@@ -316,7 +316,7 @@ class TestMetadata:
             ({"include": ["cat"]}, "'include' is not a list of objects"),
             ({"include": [{"count": 1}]}, r"include\[0\] has no 'class'"),
             ({"include": [{"class": "unicorn", "count": 1}]}, "the detector knows no class 'unicorn'"),
-            ({"include": [{"class": "cat", "count": 0}]}, "count 0 is not a whole number from 1 on"),
+            ({"include": [{"class": "cat", "count": 0}]}, "count 0 is not a whole number of at least 1"),
             ({"include": [{"class": "cat", "count": True}]}, "count True is not"),
             ({"include": [{"class": "cat"}]}, "count None is not"),
             ({"include": [{"class": "cat", "count": 1, "color": "teal"}]}, "color 'teal' is none of red, orange"),

@@ -12,15 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import importlib.util
 import itertools
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 from datasets import Dataset
+from helpers.example_script import load_script
 from PIL import Image
 
 from trl_diffusion_opd import tiny
@@ -35,11 +34,7 @@ def reward() -> OCR:
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "ocr_reward.py"
-    spec = importlib.util.spec_from_file_location("ocr_reward_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/ocr_reward.py")
 
 
 def sign(text: str) -> str:

@@ -14,27 +14,22 @@
 
 import base64
 import datetime
-import importlib.util
 import io
 import json
 import logging
 import socket
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
-from helpers.launching import surroundings
-from helpers.stub_server import Answer, StubServer
+from helpers.example_script import load_script
+from helpers.example_server import serving, started
+from helpers.stub_server import Answer, StubServer, silent_server
 from PIL import Image
 
 from trl_diffusion_opd.rewards import RemoteReward, RemoteRewardError, load_reward, reward_data_problems, score
 from trl_diffusion_opd.rewards import remote as remote_module
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_server.py"
 PROMPTS = ["a cat", "two cats", "three cats"]
 IMAGES = [Image.new("RGB", (3, 2), (10 * i, 20, 30)) for i in range(3)]
 ROWS = [{"prompt": prompt, "level": {"n": i}} for i, prompt in enumerate(PROMPTS)]
@@ -150,18 +145,11 @@ def test_nobody_there():
 
 
 def test_an_answer_that_does_not_come():
-    release = threading.Event()
-
-    def slow(request, n):
-        release.wait(10)
-        return Answer(cut=True)
-
-    with StubServer(slow) as server:
+    with silent_server() as server:
         start = time.perf_counter()
         with pytest.raises(RemoteRewardError, match="cannot be reached: .*timed out"):
             RemoteReward(server.url, timeout=0.1, max_retries=1)(prompts=PROMPTS, images=IMAGES)
         assert time.perf_counter() - start < 8  # two tries, and not the ten seconds of an answer
-        release.set()
     assert len(server.requests) == 2
 
 
@@ -206,7 +194,7 @@ def test_fingerprint_names_no_machine_and_tells_scorers_apart():
         ({"columns": "metadata"}, "columns='metadata' is a string; give a list of names"),
         (
             {"token_env": "NOT_SET_HERE"},
-            "the environment variable NOT_SET_HERE, which is to hold the token, is not set",
+            "the environment variable NOT_SET_HERE, which should hold the token, is not set",
         ),
         ({"batch_size": 0}, "batch_size=0, it must be at least 1"),
     ],
@@ -267,20 +255,14 @@ def brightness(prompts, images, level, **columns):
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/reward_server.py")
 
 
 @pytest.fixture
 def served(example, monkeypatch):
     monkeypatch.setenv("SERVER_TOKEN", "abc")
-    with example.RewardServer(("127.0.0.1", 0), brightness, "SERVER_TOKEN") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serving(example, brightness, "SERVER_TOKEN") as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_the_examples_server_gives_the_scores_of_a_direct_call(served):
@@ -322,10 +304,7 @@ def test_the_examples_server_refuses(example, body, message):
 
 
 def test_the_examples_server_from_the_command_line(processes):
-    command = [sys.executable, str(EXAMPLE), "--reward", "helpers.stub_reward:width", "--port", "0"]
-    with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
+    with started() as (_, line):
         assert line.startswith("width on port ")
         reward = RemoteReward(f"http://127.0.0.1:{line.split()[-1]}", name="width")
         assert reward(prompts=PROMPTS, images=IMAGES) == [3.0, 3.0, 3.0]
-        process.terminate()

@@ -212,7 +212,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="Metric 'spec' has nothing to compute: add prompts and images first"):
         metric.compute()
     with pytest.raises(
-        ValueError, match=r"Metric 'spec' lacks \['target'\]; it needs \['prompts', 'images', 'target'\]"
+        ValueError, match=r"Metric 'spec' needs \['prompts', 'images', 'target'\], but \['target'\] are missing"
     ):
         metric.add_batch(prompts=PROMPTS, images=IMAGES)
     with pytest.raises(ValueError, match=r"Metric 'spec' lacks \['images', 'target'\]"):

@@ -16,49 +16,28 @@
 import base64
 import concurrent.futures
 import contextlib
-import importlib.util
 import io
 import json
 import os
 import re
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
 from pathlib import Path
 
 import pytest
-from helpers.launching import surroundings
+from helpers.example_script import load_script
+from helpers.example_server import serving, started
 from PIL import Image
 
 from trl_diffusion_opd.rewards import RemoteReward
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "reward_server.py"
-
-
 @pytest.fixture
 def example():
-    """A module of its own, whose limits a test may change."""
-    spec = importlib.util.spec_from_file_location("reward_server", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def serving(example, reward, token_env=None):
-    with example.RewardServer(("127.0.0.1", 0), reward, token_env) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
+    return load_script("examples/reward_server.py")
 
 
 def width(images, **columns):
@@ -373,16 +352,12 @@ def test_memory_stays_within_100_mb(processes):
         b'{"prompts": ["' + b"a b" * 5_000_000 + b'\\ud83d\\ude00"]}',
         large,
     ]
-    command = [sys.executable, str(EXAMPLE), "--reward", "helpers.stub_reward:width", "--port", "0"]
-    with subprocess.Popen(command, env=surroundings(), stdout=subprocess.PIPE, text=True) as process:
-        try:
-            port = int(process.stdout.readline().split()[-1])
-            assert " 200 " in post(port, GOOD)
-            rest = megabytes("VmRSS")
-            Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins here
-            with concurrent.futures.ThreadPoolExecutor(8) as threads:
-                texts = list(threads.map(lambda body: post(port, body), [*bad, *[large] * 5, *bad[:2]]))
-            assert {text.split()[1] for text in texts} == {"200", "400"}
-            assert megabytes("VmHWM") - rest < 105  # 100 MiB
-        finally:
-            process.terminate()
+    with started() as (process, line):
+        port = int(line.split()[-1])
+        assert " 200 " in post(port, GOOD)
+        rest = megabytes("VmRSS")
+        Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins here
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            texts = list(threads.map(lambda body: post(port, body), [*bad, *[large] * 5, *bad[:2]]))
+        assert {text.split()[1] for text in texts} == {"200", "400"}
+        assert megabytes("VmHWM") - rest < 105  # 100 MiB

@@ -116,14 +116,21 @@ def test_the_program_exits(processes):
     assert result.returncode == 0 and "{'never': [None, None]}" in result.stdout
 
 
-@pytest.mark.slow
-def test_training_goes_on_without_a_monitored_reward(tmp_path, caplog):
+@pytest.fixture
+def stuck():
+    """A reward that gives no scores before the test has ended."""
     release = threading.Event()
 
     def stuck(prompts, **columns):
         release.wait(60)
         return [0.0] * len(prompts)
 
+    yield stuck
+    release.set()
+
+
+@pytest.mark.slow
+def test_training_goes_on_without_a_monitored_reward(stuck, tmp_path, caplog):
     data = make_dataset(count=2, draw=1)
     trainer = make_trainer(
         tmp_path / "out",
@@ -135,7 +142,6 @@ def test_training_goes_on_without_a_monitored_reward(tmp_path, caplog):
         reward_timeout=0.2,
     )
     trainer.train()
-    release.set()
     metrics = next(entry for entry in trainer.state.log_history if "eval_draw/quick" in entry)
     assert trainer.state.global_step == 1
     assert metrics["eval_draw/quick"] == 1.0 and math.isnan(metrics["eval_count/stuck"])
@@ -143,13 +149,7 @@ def test_training_goes_on_without_a_monitored_reward(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_a_dry_run_goes_on_without_a_monitored_reward(tmp_path, caplog):
-    release = threading.Event()
-
-    def stuck(prompts, **columns):
-        release.wait(60)
-        return [0.0] * len(prompts)
-
+def test_a_dry_run_goes_on_without_a_monitored_reward(stuck, tmp_path, caplog):
     trainer = make_trainer(
         tmp_path / "out",
         make_teachers(tmp_path),
@@ -158,7 +158,6 @@ def test_a_dry_run_goes_on_without_a_monitored_reward(tmp_path, caplog):
         reward_timeout=0.2,
     )
     tasks = trainer.dry_run()["tasks"]
-    release.set()
     assert {score for of_image in tasks["count"]["rewards"].values() for score in of_image.values()} == {None}
     assert {score for of_image in tasks["draw"]["rewards"].values() for score in of_image.values()} == {1.0}
     assert "Reward 'stuck' has given no scores for 3 images of task 'count' in 0.2 seconds" in caplog.text

@@ -137,7 +137,7 @@ def test_a_torch_module():
     dataset = Dataset.from_list(ROWS)
     assert reward_data_problems({"count": [reward]}, dataset, {"count": np.arange(2)}, "data") == []
     (problem,) = reward_data_problems({"count": [PixelModel()]}, dataset, {"count": np.arange(2)}, "data")
-    assert problem.startswith("data: reward 'PixelModel' needs the column(s) 'pixel_values'; there are")
+    assert problem.startswith("data: reward 'PixelModel' needs the column(s) 'pixel_values', but the data has")
 
 
 def test_classes():
@@ -156,7 +156,7 @@ def test_modules_of_the_working_folder(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # a script's, which has its own folder
     with pytest.raises(
-        ValueError, match="cannot be imported: No module named 'rewards_of_the_folder'. Modules are looked for in the"
+        ValueError, match="cannot be imported: No module named 'rewards_of_the_folder'. Modules are searched in the"
     ):
         load_reward("rewards_of_the_folder:score")
     monkeypatch.chdir(tmp_path)
@@ -216,8 +216,8 @@ def test_a_wrong_number_of_values_is_refused(count):
         ([float("inf"), 0.5], "returned inf for the prompt 'a cat'. It must return a finite number, or None"),
         (["0.5", 1], "returned '0.5' for the prompt 'a cat'. It must return a finite number, or None"),
         ([[0.5], [1]], "returned .0.5. for the prompt 'a cat'. It must return a finite number"),
-        (None, "'reward' returned None. It must return a list with a value an image"),
-        (0.5, "'reward' returned 0.5. It must return a list with a value an image"),
+        (None, "'reward' returned None. It must return a list with one value for each image"),
+        (0.5, "'reward' returned 0.5. It must return a list with one value for each image"),
     ],
 )
 def test_what_is_no_number_is_refused(returned, message):
@@ -314,7 +314,7 @@ def test_by_task_refuses_everything_at_once():
     assert str(error.value).splitlines() == [
         "reward_funcs: no prompts for task 'c'; the data has ['a', 'b'].",
         "reward_funcs: 3 of task 'b' is neither a name nor a function.",
-        "reward_funcs: task 'a' has two functions named 'red'; their metrics would be one. Rename one.",
+        "reward_funcs: task 'a' has two functions named 'red', which would share a metric. Rename one.",
     ]
 
 

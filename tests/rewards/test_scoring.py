@@ -192,7 +192,9 @@ def test_two_functions_of_one_name():
 
     other.__name__ = "number"
     for use in (Scorer, lambda functions: score(functions, BATCHES[0], generate(BATCHES[0]))):
-        with pytest.raises(ValueError, match=r"Two reward functions of \['number', 'red', 'number'\] have one name"):
+        with pytest.raises(
+            ValueError, match=r"Two of the reward functions \['number', 'red', 'number'\] have the same name"
+        ):
             use([number, red, other])
 
 

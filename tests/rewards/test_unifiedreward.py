@@ -19,7 +19,7 @@ import sys
 import threading
 
 import pytest
-from helpers.stub_server import Answer, StubServer
+from helpers.stub_server import Answer, StubServer, silent_server
 from PIL import Image
 
 from trl_diffusion_opd.rewards import RemoteRewardError, UnifiedReward, load_reward, score
@@ -116,7 +116,7 @@ def test_parse_score(answer, expected):
     [
         (
             completion("I can't tell."),
-            "without a score from 1 to 5 behind 'Final Score:' for the prompt .*I can't tell",
+            "without a score from 1 to 5 after 'Final Score:' for the prompt .*I can't tell",
         ),
         (completion(None), "without a score from 1 to 5"),
         (completion("Final Score: 4.", "length"), "answered, cut off at max_tokens=1024, without a score"),
@@ -151,16 +151,9 @@ def test_the_client_tries_again():
 
 
 def test_an_answer_that_does_not_come():
-    release = threading.Event()
-
-    def slow(request, n):
-        release.wait(10)
-        return Answer(cut=True)
-
-    with StubServer(slow) as server:
+    with silent_server() as server:
         with pytest.raises(RemoteRewardError, match="cannot be asked: Request timed out"):
             UnifiedReward(server.url, timeout=0.1, max_retries=1)(prompts=PROMPTS[:1], images=IMAGES[:1])
-        release.set()
     assert len(server.requests) == 2
 
 

@@ -15,21 +15,19 @@
 """The example script of the baselines, run as a user runs it, and the stage files of the examples."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import yaml
+from helpers.example_script import run_example
 from safetensors.torch import load_file
 
 from trl_diffusion_opd.scripts import stages
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "baselines_tiny.py"
 STAGE_FILES = sorted((ROOT / "examples" / "stages").glob("*.yaml"))
 TRAINED = {"opd", "multi-task", "merge-opd", "off-policy", "policy-gradient", "sft"}
 
@@ -58,8 +56,7 @@ def shortened(folder):
 
 def run(monkeypatch, folder, output_dir, *arguments):
     given = [*shortened(folder), "--output_dir", output_dir, "--num_test_images", 2, *arguments]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, given)])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_example(monkeypatch, "baselines_tiny.py", *given)
 
 
 def weights(folder):

@@ -24,6 +24,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from helpers.example_script import command_line
 from helpers.launching import launcher, surroundings
 from helpers.stub_reward import brightness, redness
 from helpers.tiny_sd3 import make_lora, make_pipeline
@@ -81,15 +82,8 @@ def settings_of(models, **options):
     }
 
 
-def arguments_of(settings):
-    given = []
-    for name, value in settings.items():
-        given += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return given
-
-
 def run(monkeypatch, settings, *arguments):
-    monkeypatch.setattr(sys, "argv", [MODULE, *arguments_of(settings), *arguments])
+    monkeypatch.setattr(sys, "argv", [MODULE, *command_line(settings), *arguments])
     runpy.run_module(MODULE, run_name="__main__")
 
 
@@ -130,7 +124,7 @@ def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models)
         monkeypatch.setattr(plots, name, lambda *arguments: None)
     settings = settings_of(models, reward_funcs=[f"{task}=helpers.stub_reward:stuck" for task in TASKS])
     message = (
-        r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Look at what it waits"
+        r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Find out what it waits"
     )
     with pytest.raises(TimeoutError, match=message) as error:
         run(monkeypatch, settings, "--reward_timeout", "0.3")
@@ -272,7 +266,7 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
 
 def test_on_two_processes(models, processes):
     settings = settings_of(models, num_images=4, batch_size=2, guidance_scale=1.0)
-    command = [*launcher(Path.cwd()), "-m", MODULE, *arguments_of(settings)]
+    command = [*launcher(Path.cwd()), "-m", MODULE, *command_line(settings)]
     result = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("## text") == 1  # one process prints

@@ -14,15 +14,11 @@
 """The example script of GRPO, run as a user runs it: two tasks, one with two rewards."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import datasets
+from helpers.example_script import run_rl
 from helpers.tiny_sd3 import make_pipeline
-
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "teacher_grpo_sd3.py"
 
 
 def test_multi_task_rl_from_the_command_line(tmp_path, monkeypatch, capsys):
@@ -31,39 +27,23 @@ def test_multi_task_rl_from_the_command_line(tmp_path, monkeypatch, capsys):
     make_pipeline().save_pretrained("base")
     rows = [{"prompt": f"draw{i}", "target": i} for i in range(3)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model_name_or_path": "base",
-        "prompts": "draw=prompts.jsonl count=prompts.jsonl",
-        "eval_prompts": "draw=prompts.jsonl",
-        "reward_funcs": "draw=helpers.grpo_fixtures:brightness draw=helpers.opd_fixtures:first_pixel count=helpers.grpo_fixtures:brightness",
-        "reward_weights": "1.0 0.0",
-        "output_dir": "teacher",
-        "height": 16,
-        "width": 16,
-        "max_sequence_length": 16,
-        "guidance_scale": 1.0,
-        "num_inference_steps": 4,
-        "sde_window_size": 1,
-        "sde_window_range": "0 2",
-        "loss_type": "grpo_guard",
-        "num_iterations": 2,
-        "eval_num_inference_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "lora_r": 2,
-        "gradient_checkpointing": "false",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": "true",
-        "dataloader_pin_memory": "false",
-    }
-    given = [word for name, value in settings.items() for word in (f"--{name}", *str(value).split())]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_rl(
+        monkeypatch,
+        "teacher_grpo_sd3.py",
+        prompts=["draw=prompts.jsonl", "count=prompts.jsonl"],
+        reward_funcs=[
+            "draw=helpers.grpo_fixtures:brightness",
+            "draw=helpers.opd_fixtures:first_pixel",
+            "count=helpers.grpo_fixtures:brightness",
+        ],
+        reward_weights=[1.0, 0.0],
+        guidance_scale=1.0,
+        num_inference_steps=4,
+        sde_window_size=1,
+        sde_window_range=[0, 2],
+        loss_type="grpo_guard",
+        num_iterations=2,
+    )
     names = {path.name for path in Path("teacher").iterdir()}
     assert names >= {"adapter_config.json", "pytorch_lora_weights.safetensors", "curves.png", "README.md"}
     assert "draw: brightness x 1, first_pixel x 0" in Path("teacher/README.md").read_text()

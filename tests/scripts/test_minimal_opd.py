@@ -14,29 +14,26 @@
 
 """The page without a trainer: it computes the trainer's gradient, and it runs."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.example_script import load_script
+from helpers.opd_fixtures import make_config
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, VelocityField, tiny
+from trl_diffusion_opd import DiffusionOPDTrainer, VelocityField, tiny
 from trl_diffusion_opd.algorithms.rollout import sample_generators
 
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "minimal_opd.py"
 SIZE = {"height": 32, "width": 32, "max_sequence_length": 12}
 
 
 @pytest.fixture(scope="module")
 def page() -> Any:
-    spec = importlib.util.spec_from_file_location("minimal_opd", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/minimal_opd.py")
 
 
 class Gradients(TrainerCallback):
@@ -58,20 +55,8 @@ def test_its_gradient_is_the_trainers(page: Any, tmp_path: Path) -> None:
 
     lora = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=page.ATTENTION)
     recorded = Gradients()
-    args = DiffusionOPDConfig(
-        str(tmp_path),
-        **SIZE,
-        num_inference_steps=5,
-        guidance_scale=1.0,
-        max_steps=1,
-        per_device_train_batch_size=3,
-        max_grad_norm=0.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        seed=3,
+    args = make_config(
+        tmp_path, **SIZE, num_inference_steps=5, per_device_train_batch_size=3, max_grad_norm=0.0, bf16=False, seed=3
     )
     trainer = Watched(
         tiny.BASE,

@@ -14,17 +14,13 @@
 """The script that trains a teacher by DiffusionNFT, run as a user runs it; what it saves is a teacher."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import datasets
+from helpers.example_script import run_rl
 from helpers.opd_fixtures import make_dataset
 from helpers.opd_fixtures import make_trainer as make_distillation
 from helpers.tiny_sd3 import make_pipeline
-
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "teacher_nft_sd3.py"
 
 
 def test_a_teacher_from_the_command_line(tmp_path, monkeypatch):
@@ -32,34 +28,14 @@ def test_a_teacher_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     make_pipeline().save_pretrained("base")
     Path("prompts.jsonl").write_text("".join(json.dumps({"prompt": f"draw{i}"}) + "\n" for i in range(3)))
-    settings = {
-        "model_name_or_path": "base",
-        "prompts": "draw=prompts.jsonl",
-        "eval_prompts": "draw=prompts.jsonl",
-        "reward_funcs": "draw=helpers.grpo_fixtures:brightness",
-        "output_dir": "teacher",
-        "height": 16,
-        "width": 16,
-        "max_sequence_length": 16,
-        "num_inference_steps": 3,
-        "eval_num_inference_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "max_steps": 2,
-        "lora_r": 2,
-        "ema_update_interval": 1,
-        "gradient_checkpointing": "false",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": "true",
-        "dataloader_pin_memory": "false",
-    }
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_rl(
+        monkeypatch,
+        "teacher_nft_sd3.py",
+        prompts="draw=prompts.jsonl",
+        reward_funcs="draw=helpers.grpo_fixtures:brightness",
+        num_inference_steps=3,
+        ema_update_interval=1,
+    )
     names = {path.name for path in Path("teacher").iterdir()}
     assert names >= {"adapter_config.json", "pytorch_lora_weights.safetensors", "curves.png", "README.md"}
     assert "old_policy.safetensors" not in names

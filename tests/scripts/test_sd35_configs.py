@@ -15,12 +15,11 @@
 """The configs for Stable Diffusion 3.5: the released settings, and a run with each of them, on a tiny base instead."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
+from helpers.example_script import command_line, run_example
 from helpers.tiny_sd3 import make_lora, make_pipeline
 
 from trl_diffusion_opd.scripts import arguments as cli
@@ -29,7 +28,6 @@ from trl_diffusion_opd.scripts.parser import parse
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "opd_sd3.py"
 CONFIGS = {name: ROOT / "examples" / "configs" / f"sd35_{name}.yaml" for name in ("24gb", "80gb")}
 TASKS = ("aesthetic", "ocr", "geneval")
 
@@ -76,6 +74,7 @@ def test_a_run_on_a_tiny_base(name, tmp_path, monkeypatch):
         make_lora(make_pipeline(), tmp_path / task, seed=seed)
     small = {
         "model_name_or_path": tmp_path / "base",
+        "teachers": [f"{task}={tmp_path / task}" for task in TASKS],
         "height": 16,
         "width": 16,
         "max_sequence_length": 16,
@@ -88,10 +87,7 @@ def test_a_run_on_a_tiny_base(name, tmp_path, monkeypatch):
         "use_cpu": "true",
         "dataloader_pin_memory": "false",
     }
-    given = [str(part) for option, value in small.items() for part in (f"--{option}", value)]
-    given += ["--teachers", *(f"{task}={tmp_path / task}" for task in TASKS)]
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--config", str(CONFIGS[name]), *given])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    run_example(monkeypatch, "opd_sd3.py", "--config", CONFIGS[name], *command_line(small))
     out = tmp_path / "outputs" / "sd35"
     assert (out / "pytorch_lora_weights.safetensors").exists() and list((out / "completions").glob("step_*.png"))
     manifest = json.loads((out / "teacher_manifest.json").read_text())

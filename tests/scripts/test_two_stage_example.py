@@ -16,15 +16,14 @@
 
 import json
 import os
-import runpy
 import signal
-import sys
 import time
 from pathlib import Path
 
 import datasets
 import pytest
 import yaml
+from helpers.example_script import command_line, run_example
 from helpers.launching import as_script
 
 from trl_diffusion_opd import DiffusionGRPOTrainer, DiffusionOPDTrainer, tiny
@@ -72,10 +71,8 @@ def shortened(folder: Path, **changes) -> Path:
 
 def run(stages: Path, output_dir: Path, **options) -> None:
     options = {"stages": stages, "output_dir": output_dir, "num_test_images": 3, **options}
-    given = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), *given])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_example(patch, SCRIPT.name, *command_line(options))
 
 
 def results(folder: Path) -> dict[str, bytes]:

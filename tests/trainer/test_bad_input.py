@@ -292,7 +292,7 @@ def test_rewards(tmp_path):
         tmp_path,
         "reward_funcs: no prompts for task 'anatomy'; the data has ['count', 'ocr', 'style'].",
         "reward_funcs: task 'ocr' has 'red' twice.",
-        "reward_funcs: tasks 'ocr' and 'style' have two functions named 'red'; their metrics would be one. Rename one.",
+        "reward_funcs: tasks 'ocr' and 'style' have two functions named 'red', which would share a metric. Rename one.",
         reward_funcs={"anatomy": red, "ocr": [red, red], "style": functools.partial(red)},
     )
 
@@ -305,7 +305,8 @@ def test_a_reward_that_returns_too_little(tmp_path):
         tmp_path, reward_funcs=lazy, eval_dataset=TRAIN, options={"num_eval_images": 2, "num_inference_steps": 2}
     )
     with pytest.raises(
-        ValueError, match="Reward function 'lazy' returned 1 values for 2 images. It must return one an image"
+        ValueError,
+        match="Reward function 'lazy' returned 1 values for 2 images. It must return one value for each image",
     ):
         trainer.evaluate()
 

@@ -31,7 +31,7 @@ from helpers.opd_fixtures import (
     relative_difference,
     snapshot,
 )
-from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
+from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline, make_transformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -109,7 +109,7 @@ def test_pictures(tmp_path, teachers, capsys):
         pipeline.transformer = transformer or pipeline.transformer
         index = trainer.tasks.index(task)
         generators = sample_generators([DRAWING, trainer.args.seed, index], [0])
-        options = dict(height=16, width=16, max_sequence_length=16, num_inference_steps=3)
+        options = dict(**SIZE, num_inference_steps=3)
         return pipeline(f"{task}0", generator=generators, guidance_scale=scale, **options).images[0]
 
     loras = {task: make_lora(make_pipeline(), tmp_path / task, seed) for seed, task in enumerate(("count", "draw"), 1)}

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from helpers.opd_fixtures import make_config, make_dataset, make_trainer
-from helpers.tiny_sd3 import make_lora, make_pipeline
+from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
 
@@ -40,7 +40,7 @@ from trl_diffusion_opd.reporting import plots
 
 # Formulas, markup, templates, paths, and no glyph of the font.
 NAMES = ("$5 to $10", "_hidden", "a^b_{", r"\frac{$x", "<b>|{{ x }}", "../日本語\n")
-OPTIONS = dict(num_inference_steps=2, height=16, width=16, max_sequence_length=16, guidance_scale=1.0)
+OPTIONS = dict(num_inference_steps=2, **SIZE, guidance_scale=1.0)
 
 
 def brightness(images, **columns):

@@ -24,6 +24,7 @@ import torch
 from helpers.grpo_fixtures import brightness
 from helpers.nft_fixtures import Judge, PaperUpdate, copy_of_old_policy, make_trainer, move_old_policy
 from helpers.opd_fixtures import (
+    STATEFUL,
     Recorder,
     StopAt,
     make_dataset,
@@ -245,19 +246,7 @@ def test_logged_metrics(tmp_path):
 # Resume
 
 
-OPTIONS = dict(
-    max_steps=6,
-    num_iterations=2,
-    num_generations=2,
-    gradient_accumulation_steps=4,
-    sampler="flow_sde",
-    num_trained_timesteps=2,
-    ema_decay=0.9,
-    ema_update_interval=2,
-    old_policy_decay_rate=0.1,
-    learning_rate=1e-2,
-    lr_scheduler_type="cosine",
-)
+OPTIONS = dict(max_steps=6, num_iterations=2, gradient_accumulation_steps=4, old_policy_decay_rate=0.1, **STATEFUL)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from helpers.opd_fixtures import (
+    AVERAGED,
     Recorder,
     first_pixel,
     make_dataset,
@@ -31,7 +32,7 @@ from helpers.opd_fixtures import (
     snapshot,
     train_losses,
 )
-from helpers.tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
+from helpers.tiny_sd3 import SIZE, forward, make_lora, make_pipeline, make_transformer
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -150,9 +151,7 @@ def test_logged_metrics(trained):
 def test_loaded_lora_draws_the_trainers_image(trained, tmp_path, monkeypatch):
     trainer = trained["trainer"]
     trainer.save_model(tmp_path)
-    options = dict(
-        prompt=["count1", "draw2"], guidance_scale=1.0, height=16, width=16, max_sequence_length=16, output_type="np"
-    )
+    options = dict(prompt=["count1", "draw2"], guidance_scale=1.0, **SIZE, output_type="np")
 
     def draw(pipeline):
         generators = sample_generators([7], [0, 1])
@@ -202,8 +201,7 @@ def test_full_fine_tuning(tmp_path, teachers):
         beta=0.1,
         max_grad_norm=0.0,
         max_steps=2,
-        ema_decay=0.9,
-        ema_update_interval=1,
+        **AVERAGED,
     )
     start = snapshot(trainer)
     frozen = [p.detach().clone() for p in trainer.bank.backbone.parameters()]
@@ -314,8 +312,7 @@ def test_evaluation(tmp_path, teachers):
         eval_strategy="steps",
         eval_steps=1,
         max_steps=2,
-        ema_decay=0.9,
-        ema_update_interval=1,
+        **AVERAGED,
         per_device_eval_batch_size=5,
     )
     averages = []
@@ -380,8 +377,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path, teachers):
         eval_steps=1,
         save_steps=1,
         max_steps=4,
-        ema_decay=0.9,
-        ema_update_interval=1,
+        **AVERAGED,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_reward",

@@ -25,11 +25,12 @@ from helpers.opd_fixtures import (
     Recorder,
     StopAt,
     make_dataset,
+    only_problem,
     relative_difference,
     snapshot,
 )
 from helpers.sft_fixtures import image_dataset, picture, sft_trainer
-from helpers.tiny_sd3 import make_pipeline
+from helpers.tiny_sd3 import SIZE, make_pipeline
 from peft import PeftModel
 from scipy.stats import norm
 
@@ -141,11 +142,9 @@ def teacher_latents(folder, scale):
         latents = StableDiffusion3Pipeline.__call__(
             pipeline,
             row["prompt"],
-            height=16,
-            width=16,
             num_inference_steps=4,
             guidance_scale=scale,
-            max_sequence_length=16,
+            **SIZE,
             generator=[generator],
             output_type="latent",
         ).images
@@ -355,7 +354,7 @@ def test_what_is_saved_loads_into_the_pipeline(tmp_path, teachers):
     assert json.loads((tmp_path / "teacher_manifest.json").read_text()).keys() == set(TASKS)
     pipeline = make_pipeline()
     pipeline.load_lora_weights(tmp_path)
-    options = dict(height=16, width=16, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=16)
+    options = dict(num_inference_steps=2, guidance_scale=1.0, **SIZE)
     images = [
         draw("count1", output_type="np", generator=torch.Generator().manual_seed(0), **options).images
         for draw in (pipeline, trainer.pipeline, make_pipeline())
@@ -403,7 +402,10 @@ def test_latents_that_cannot_be_inverted_are_refused(tmp_path):
 CONFIGS = {
     "density": ({"timestep_density": "mode"}, "timestep_density='mode': it must be one of uniform, logit_normal."),
     "std": ({"logit_std": 0.0}, "logit_std=0.0: it must be positive."),
-    "mean of uniform": ({"timestep_density": "uniform", "logit_mean": 1.0}, "have no effect .*: leave them unset"),
+    "mean of uniform": (
+        {"timestep_density": "uniform", "logit_mean": 1.0},
+        "have no effect with timestep_density='uniform'",
+    ),
     "guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
     "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: it must be at least 1."),
     "fresh ones": ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 without teacher_cache_dir"),
@@ -413,7 +415,4 @@ CONFIGS = {
 @pytest.mark.parametrize("label", CONFIGS)
 def test_config_refuses(label):
     options, message = CONFIGS[label]
-    with pytest.raises(ValueError) as error:
-        DiffusionSFTConfig("out", **options)
-    head, *problems = str(error.value).splitlines()
-    assert head == "DiffusionSFTConfig:" and len(problems) == 1 and message in problems[0]
+    assert message in only_problem(DiffusionSFTConfig, **options)

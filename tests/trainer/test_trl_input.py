@@ -19,7 +19,8 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from helpers import grpo_fixtures
-from helpers.opd_fixtures import make_dataset, make_trainer
+from helpers.opd_fixtures import logged, make_dataset, make_trainer
+from helpers.tiny_sd3 import SIZE
 
 from trl_diffusion_opd.evaluation import evaluate_retention
 
@@ -63,9 +64,7 @@ def test_in_the_report():
             dataset,
             num_images=2,
             num_inference_steps=2,
-            height=16,
-            width=16,
-            max_sequence_length=16,
+            **SIZE,
             guidance_scale=1.0,
         )
         for dataset in (talk(make_dataset()), make_dataset())
@@ -86,7 +85,7 @@ def test_what_rewards_log_is_logged(tmp_path):
 def test_what_rewards_log_of_a_round(tmp_path):
     trainer = grpo_fixtures.make_trainer(tmp_path, logs, train_dataset=talk(make_dataset()))
     trainer.train()
-    assert grpo_fixtures.logged(trainer, "length") == [np.mean([len("count0"), len("draw0")])]
+    assert logged(trainer.state.log_history, "length") == [np.mean([len("count0"), len("draw0")])]
 
 
 def test_splits():

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import pad
 from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 
 from ..guards.files import JSON
 
@@ -102,7 +103,7 @@ def split_like(tensor: Tensor, reference: Tensor) -> Tensor:
     return tensor
 
 
-def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, JSON]:
+def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> StateDict:
     """
     The optimizer's `state_dict()` with full tensors, as if one process held the whole model. All processes must call
     this; those without `keep` get no tensors.
@@ -118,7 +119,7 @@ def whole_optimizer_state(optimizer: Optimizer, keep: bool = True) -> dict[str, 
     return {**state, "state": of_parameters}
 
 
-def load_whole_optimizer_state(optimizer: Optimizer, state: dict[str, JSON]) -> None:
+def load_whole_optimizer_state(optimizer: Optimizer, state: StateDict) -> None:
     """
     Restores the state that [`whole_optimizer_state`] returned, or a process's own `state_dict()`, and splits it like
     the parameters. The tensors in `state` are copied.

@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..acceleration.processes import communication_failed
 from ..acceleration.sharding import load_whole_optimizer_state, whole_optimizer_state
-from ..guards.files import JSON, write_json
+from ..guards.files import write_json
 from ..guards.redaction import public_arguments
 from ..hub.files import (
     ARGUMENTS_FILE,
@@ -50,7 +50,7 @@ from ..hub.files import (
     ZERO3_FILES,
 )
 from ..problems import Problems
-from .resume import Change, record, recorded
+from .resume import Change, PromptsDigest, record, recorded
 from .run_folder import name_of_run, set_aside
 from .seal import damage, is_sealed, run_of, seal, update_of
 
@@ -118,7 +118,7 @@ def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
 
 
 def describe(
-    folder: Path, args: TrainingArguments, levels: Tensor, prompts: Mapping[str, JSON], changes: Sequence[JSON]
+    folder: Path, args: TrainingArguments, levels: Tensor, prompts: PromptsDigest, changes: Sequence[object]
 ) -> None:
     """
     Writes the records into a checkpoint that a resume compares with its own settings.
@@ -190,7 +190,7 @@ class Beginning:
     run: str
     update: int
     changes: list[Change]
-    record: list[dict[str, JSON]]
+    record: list[dict[str, object]]
 
 
 def begin(

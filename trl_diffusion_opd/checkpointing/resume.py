@@ -69,6 +69,7 @@ _FAMILIES_WITHOUT_MEANING = (
 )
 
 
+PromptsDigest = dict[str, dict[str, int | str]]  # by task, how many there are and their hash
 Schedule: TypeAlias = LRScheduler | AcceleratedScheduler
 
 
@@ -83,8 +84,8 @@ class Change:
     """
 
     name: str
-    then: JSON
-    now: JSON
+    then: object
+    now: object
     refusal: str | None = None
 
     def row(self) -> tuple[str, str, str]:
@@ -92,7 +93,7 @@ class Change:
 
 
 def changes_since(
-    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: Mapping[str, JSON]
+    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: PromptsDigest
 ) -> list[Change]:
     """
     Lists what has changed since a checkpoint was saved: arguments, the student's LoRA, the prompts.
@@ -139,7 +140,7 @@ def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
     ]
 
 
-def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> dict[str, JSON]:
+def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> PromptsDigest:
     """
     Returns the number of prompts of each task, and a hash of them in their order.
 
@@ -147,7 +148,7 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> dict[str, JS
         dataset ([`~datasets.Dataset`])
         rows (`dict[str, np.ndarray]`): the rows of each task.
     """
-    found = {}
+    found: PromptsDigest = {}
     for task, numbers in rows.items():
         digest = xxhash.xxh3_64()
         for batch in dataset.select(numbers).select_columns(["prompt"]).iter(10_000):
@@ -156,7 +157,7 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> dict[str, JS
     return found
 
 
-def prompt_changes(folder: Path, now: Mapping[str, JSON]) -> list[Change]:
+def prompt_changes(folder: Path, now: PromptsDigest) -> list[Change]:
     """Lists the tasks whose prompts have changed since the checkpoint was saved."""
     then = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
     return [
@@ -166,13 +167,13 @@ def prompt_changes(folder: Path, now: Mapping[str, JSON]) -> list[Change]:
     ]
 
 
-def recorded(folder: Path) -> list[dict[str, JSON]]:
+def recorded(folder: Path) -> list[dict[str, object]]:
     """Reads the changes that earlier resumes had made when the checkpoint was saved."""
     path = folder / CHANGES_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
-def record(changes: Sequence[Change], update: int) -> list[dict[str, JSON]]:
+def record(changes: Sequence[Change], update: int) -> list[dict[str, object]]:
     """Describes the changes of a resume after `update`, in the form in which checkpoints store them."""
     return [{"after": update, **{k: v for k, v in asdict(one).items() if k != "refusal"}} for one in changes]
 
@@ -204,7 +205,7 @@ class KeptSettings:
             own.load_state_dict(own.state_dict() | {"base_lrs": list(self.base_rates), "_last_lr": rates})
 
 
-def _short(value: JSON) -> str:
+def _short(value: object) -> str:
     return "–" if value is None else shown(value, 40)
 
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..guards.file_modes import give_usual_mode
-from ..guards.files import JSON, write_json
+from ..guards.files import write_json
 
 
 INDEX_FILE = "index.json"
@@ -69,7 +69,7 @@ class LatentCache:
     def __init__(
         self,
         folder: str | Path,
-        settings: Mapping[str, JSON],
+        settings: Mapping[str, object],
         prompts: Mapping[str, Sequence[str]],
         images_per_prompt: int,
     ):

@@ -30,12 +30,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
-from ..guards.files import JSON
 from ..models.teachers import Role, TeacherBank, model_identity
 from ..pipelines.drawing import draw_batch
 from ..pipelines.velocity import VelocityField
-from ..rewards import RewardFunc, Scorer, reward_name
-from ..rewards.base import Row
+from ..rewards import RewardFunc, Row, Scorer, reward_name
 from ..rewards.scoring import call_reward, score_names
 from .identity import digest, reward_digest, rows_digest
 from .retention import Scores
@@ -165,7 +163,7 @@ def measure(
     field: VelocityField,
     bank: TeacherBank,
     tasks: Mapping[str, Task],
-    settings: Mapping[str, JSON],
+    settings: Mapping[str, object],
     options: Options,
     store: Store | None,
 ) -> Measured:

@@ -135,14 +135,9 @@ def retention_report(
                 entries[student] = {"student": mine, "retention": retention, "ci95": interval(sampled)}
                 kept[student].append((retention, sampled))
         rewards = list(own[task]) if own is not None else [reward]
-        reports[task] = {
-            "reward": reward,
-            "rewards": rewards,
-            "base": base,
-            "teacher": goal,
-            **entries[students[0]],
-            "students": entries,
-        }
+        reports[task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal, **entries[students[0]]}
+        if len(students) > 1:
+            reports[task]["students"] = entries
     overall = {student: _overall(kept[student]) for student in students}
     report: Report = {
         "tasks": reports,
@@ -155,8 +150,6 @@ def retention_report(
     }
     if len(students) == 1:
         del report["students"]
-        for task_report in reports.values():
-            del task_report["students"]
     return report
 
 

@@ -67,7 +67,7 @@ def evaluate_retention(
     height: int | None = None,
     width: int | None = None,
     max_sequence_length: int | None = None,
-    generation_kwargs: dict[str, JSON] | None = None,
+    generation_kwargs: dict[str, object] | None = None,
     dtype: str | None = None,
     quantization_config: QuantizationConfig = None,
     model_init_kwargs: dict[str, JSON] | None = None,
@@ -164,7 +164,7 @@ def evaluate_retention(
     grid: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
     with borrowed(base) as transformer:
-        settings: dict[str, JSON] = {"base": None if store is None else _shared_digest(base)}
+        settings: dict[str, object] = {"base": None if store is None else _shared_digest(base)}
         with failing_together():
             field = VelocityField(base, **grid, generation_kwargs=generation_kwargs)
             scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale

@@ -20,14 +20,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from ..acceleration.sharding import forget_gathered, gathered, is_part, own_part, split_like, whole
-from ..guards.file_modes import give_usual_mode
+from ..acceleration.sharding import forget_gathered, gathered, is_part, own_part, split_like
 from ..hub.files import OLD_POLICY_FILE
 from .backbone import Backbone
-from .student import STUDENT_ADAPTER, frozen_copy
+from .student import STUDENT_ADAPTER, frozen_copy, write_weights
 
 
 OLD = "old"
@@ -81,10 +80,7 @@ class OldPolicy:
         """
         Writes it into a checkpoint, beside the weights of [`Student.save_state`]. A saved student does not contain it.
         """
-        weights = whole(self.named_parameters(), keep=write)
-        if write:
-            save_file(weights, os.path.join(folder, OLD_POLICY_FILE), metadata={"format": "pt"})
-            give_usual_mode(folder, OLD_POLICY_FILE)
+        write_weights(self.named_parameters(), folder, OLD_POLICY_FILE, write)
 
     @torch.no_grad()
     def load(self, folder: str | Path) -> None:

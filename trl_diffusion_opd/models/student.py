@@ -17,7 +17,7 @@
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -214,10 +214,7 @@ class Student:
         Writes the raw weights, from which training resumes ([`save`] writes the averaged ones). All processes must
         call it; those with `write` write.
         """
-        weights = whole(self.named_parameters(), keep=write)
-        if write:
-            save_file(weights, os.path.join(folder, RAW_FILE), metadata={"format": "pt"})
-            give_usual_mode(folder, RAW_FILE)
+        write_weights(self.named_parameters(), folder, RAW_FILE, write)
 
     @torch.no_grad()
     def load_state(self, folder: str | Path) -> None:
@@ -295,6 +292,14 @@ def _portable_metadata(config: LoraConfig) -> dict[str, JSON]:
         if config.to_dict()[name] != fresh[name]:
             metadata[name] = config.to_dict()[name]
     return json.loads(json.dumps(metadata))
+
+
+def write_weights(parameters: Mapping[str, nn.Parameter], folder: str | Path, file: str, write: bool) -> None:
+    """Writes weights as they are. All processes must call it; those with `write` write."""
+    weights = whole(parameters, keep=write)
+    if write:
+        save_file(weights, os.path.join(folder, file), metadata={"format": "pt"})
+        give_usual_mode(folder, file)
 
 
 def frozen_copy(transformer: nn.Module) -> nn.Module:

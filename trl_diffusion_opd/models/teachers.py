@@ -31,7 +31,7 @@ from .backbone import BASE, Backbone
 from .boundary import strangers_files
 from .lora_adapter import add_adapter, rescaled_factors
 from .lora_files import read_lora, read_lora_files
-from .teacher_config import TeacherConfig, TeacherError, local_folder, normalize_teachers, parse_teacher
+from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
 from .teacher_files import find_files
 from .whole_transformer import read_transformer
 
@@ -45,6 +45,7 @@ __all__ = [
     "TeacherBank",
     "TeacherConfig",
     "TeacherError",
+    "TeacherSpec",
     "add_adapter",
     "normalize_teachers",
     "parse_teacher",
@@ -64,6 +65,19 @@ class TeacherEntry(TypedDict):
     rank: int | None
     guidance_scale: float
     weight: float
+
+
+class TeacherRow(TypedDict):
+    """A role in the table at the start."""
+
+    task: str
+    teacher: str
+    kind: str
+    rank: int | None
+    guidance_scale: float
+    weight: float
+    revision: str | None
+    sha256: str | None
 
 
 Manifest = dict[str, list[TeacherEntry]]  # by task
@@ -293,7 +307,7 @@ class TeacherBank:
             for task, roles in self.teachers.items()
         }
 
-    def summary(self) -> list[dict[str, str | float | None]]:
+    def summary(self) -> list[TeacherRow]:
         """Rows of the table of teachers at the start, one a role."""
         return [
             {

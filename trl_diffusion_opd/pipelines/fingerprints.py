@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..acceleration.quantization import plain_tensors
-from ..guards.files import JSON
 
 
 # Entries of a component's config that don't change its output, or that the weights show already (the precision).
@@ -73,7 +72,7 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     return hashed.hexdigest()
 
 
-def _config(component: object) -> dict[str, JSON]:
+def _config(component: object) -> dict[str, object]:
     if isinstance(component, ConfigMixin):
         config = dict(component.config)
     elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):
@@ -140,7 +139,7 @@ def _add_files(digest: xxhash.xxh3_128, component: PreTrainedTokenizerBase | Pro
                 )
 
 
-def _settings(entries: JSON) -> bytes:
+def _settings(entries: object) -> bytes:
     """A component's settings as JSON, without those in `_PASSING`."""
     if isinstance(entries, dict):
         entries = {name: value for name, value in entries.items() if name not in _PASSING}

@@ -200,7 +200,8 @@ class PromptStore:
         if path.exists():
             path.replace(path.with_suffix(".damaged"))
             logger.warning(
-                f"Prompt cache: {path.name} is damaged ({error}) and was renamed to .damaged. Its prompts are encoded again."
+                f"Prompt cache: {path.name} is damaged ({error}) and was renamed to .damaged. Its prompts are encoded "
+                "again."
             )
 
     def _restore(self, content: JSON) -> Encoded:

@@ -35,7 +35,6 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
-from ..guards.files import JSON
 from .checks import guidance_name, option_problems, pipeline_problems
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
@@ -95,7 +94,7 @@ class VelocityField:
         height: int | None = None,
         width: int | None = None,
         max_sequence_length: int | None = None,
-        generation_kwargs: Mapping[str, JSON] | None = None,
+        generation_kwargs: Mapping[str, object] | None = None,
         prompt_store: PromptStore | None = None,
     ):
         self.pipeline = pipeline
@@ -387,7 +386,7 @@ class VelocityField:
                 f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
             )
 
-    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, JSON]:
+    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
         options = {"prompt": prompts, **self._options}
         if self._guidance in self._parameters:

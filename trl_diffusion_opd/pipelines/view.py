@@ -160,7 +160,8 @@ def _rows_of(timesteps: list[Tensor]) -> Tensor:
     n, rows = len(timesteps), len(timesteps[0])
     if rows % n:
         raise ValueError(
-            f"The pipeline makes {rows} timesteps for {n} samples, so all samples of a batch must have the same noise level."
+            f"The pipeline makes {rows} timesteps for {n} samples, so all samples of a batch must have the same noise "
+            "level."
         )
     return torch.stack([timesteps[row % n][row] for row in range(rows)])
 

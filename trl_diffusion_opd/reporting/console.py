@@ -17,7 +17,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +32,10 @@ from ..guards.redaction import shown, visible
 from ..profiling.memory import MemoryRow
 
 
+if TYPE_CHECKING:
+    from ..models.teachers import TeacherRow
+
+
 logger = logging.getLogger(__name__)
 
 # Warn if one step has more than this share of the weight: little else is then trained.
@@ -42,7 +46,7 @@ _SHOWN_PAIRS = 10
 _LONGEST_TEXT = 4000
 
 
-def print_teachers(rows: Sequence[Mapping[str, JSON]], prompts: Mapping[str, int], lost: float | None) -> None:
+def print_teachers(rows: Sequence["TeacherRow"], prompts: Mapping[str, int], lost: float | None) -> None:
     """
     Prints tasks and teachers.
 

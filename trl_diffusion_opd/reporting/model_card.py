@@ -29,11 +29,12 @@ from torch import nn
 from transformers import TrainerState
 
 from ..acceleration.quantization import described
-from ..guards.files import JSON, read_json
+from ..guards.files import read_json
 from ..guards.redaction import known_tokens, last_part, public_name
 from ..hub.files import CURVES_PICTURE, RADAR_PICTURE, REPORT_FILE, RETENTION_PICTURE, SAMPLES_PICTURE
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
+from ..models.teachers import Manifest
 from .cards import as_list, card_data, hub_id, literals, render, results_of, save
 from .report import Report
 
@@ -51,7 +52,7 @@ class MethodFacts(TypedDict, total=False):
     """What a method adds to the card: see [`CardFacts`]."""
 
     method: str
-    teachers: Mapping[str, JSON]
+    teachers: Manifest
     settings: dict[str, str]
     no_walk: bool
 
@@ -86,10 +87,10 @@ class CardFacts:
     model: nn.Module
     tasks: Sequence[str]
     repository: str | None
-    call_options: Mapping[str, JSON]
-    changes: Sequence[Mapping[str, JSON]] = ()
+    call_options: Mapping[str, object]
+    changes: Sequence[Mapping[str, object]] = ()
     method: str | None = None
-    teachers: Mapping[str, JSON] = field(default_factory=dict)
+    teachers: Manifest = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     no_walk: bool = False
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from ..guards.files import JSON, read_json
+from ..guards.files import read_json
 from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
 from ..models.teacher_config import TeacherConfig
@@ -35,7 +35,7 @@ def write_teacher_card(
     base: str,
     task: str,
     guidance_scale: float,
-    call_options: Mapping[str, JSON],
+    call_options: Mapping[str, object],
     *,
     report: Report | str | Path | None = None,
     repository: str | None = None,

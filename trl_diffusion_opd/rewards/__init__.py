@@ -13,24 +13,24 @@
 # limitations under the License.
 
 """
-Reward functions, as TRL users write them: `f(prompts, images, completions, **columns, trainer_state) -> list[float | None]`.
+Reward functions in TRL's form: `f(prompts, images, completions, **columns, trainer_state) -> list[float | None]`.
 
-They are called by keyword. `images` and `completions` are the same PIL images, so that functions written for TRL work;
-`columns` are the other columns of the dataset, a list each; `None` means that the reward does not apply to a sample. The
-name of the function is the name of its metric. Rewards are measured, they never enter the distillation loss.
+They are called by keyword. `images` and `completions` are the same PIL images, so that functions written for TRL work.
+`columns` are the dataset's other columns, each as a list. A score of `None` means that the reward does not apply to a
+sample. A function's name is the name of its metric. Distillation only measures rewards; they never enter its loss.
 """
 
 import importlib
 from typing import Any
 
 from .assignment import RewardFuncs, reward_data_problems, rewards_by_task
-from .base import Reward, RewardFunc, reward_fingerprint, reward_name
+from .base import Reward, RewardFunc, Row, reward_fingerprint, reward_name
 from .combined import CombinedReward, check_reward, load_reward
 from .names import REWARDS, reward_class
 from .scoring import Scorer, score
 
 
-# Imported when asked for: evaluate is slow to load, and rewards are what names.REWARDS says.
+# Imported on first use: `evaluate` is slow to load, and the named rewards are listed in names.REWARDS.
 _LAZY = {
     "RemoteRewardError": "remote",
     "RewardMetric": "metric",
@@ -44,6 +44,7 @@ __all__ = [
     "Reward",
     "RewardFunc",
     "RewardFuncs",
+    "Row",
     "Scorer",
     "check_reward",
     "load_reward",

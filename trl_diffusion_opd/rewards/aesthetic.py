@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""LAION's aesthetic score: how pleasing an image is, whatever it shows."""
+"""LAION's aesthetic score: how pleasing an image is, regardless of its prompt."""
 
 import torch
 import torch.nn.functional as F
@@ -27,29 +27,30 @@ from .model_reward import ModelReward, load_pretrained
 
 
 _HEAD = ("birder-project/aesthetic-predictor", "openai-clip_aesthetic-predictor.pt")
-# Of `sac+logos+ava1-l14-linearMSE.pth` in the predictor's own repository, which is not on the Hub.
+# The hash of `sac+logos+ava1-l14-linearMSE.pth` in the predictor's own repository, which is not on the Hub.
 _HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
 
 
 class Aesthetic(ModelReward):
     """
-    LAION's improved aesthetic predictor v2 (`sac+logos+ava1-l14-linearMSE`): five linear layers on the normalised image
-    embedding of CLIP ViT-L/14, trained on people's ratings of 1 to 10. It does not look at the prompt.
+    LAION's improved aesthetic predictor v2 (`sac+logos+ava1-l14-linearMSE`): five linear layers on the normalised
+    image embedding of CLIP ViT-L/14, trained on people's ratings from 1 to 10. It ignores the prompt.
 
-    Of an image that is not square the middle is taken, as in its code ([`CenterCropProcessor`]).
+    An image that is not square is cropped to its centre, as in the original code ([`CenterCropProcessor`]).
 
-    Mostly 4 to 7; Table 1 of DiffusionOPD has 5.36 for SD3.5-M with guidance. Source:
+    Scores are mostly 4 to 7; Table 1 of DiffusionOPD has 5.36 for SD3.5-M with guidance. Source:
     https://github.com/christophschuhmann/improved-aesthetic-predictor.
 
     Args:
-        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`): CLIP model with its image processor, a
-            Hub id or a local folder.
-        revision (`str`, *optional*): of the model; by default a pinned commit for the default model, else `main`.
-        head (`str`, *optional*): where the head is, a Hub id or a local folder. The default is a copy on the Hub whose
-            hash is compared with the original's.
-        head_filename (`str`, *optional*): the head's file, safetensors or a file of `torch.save` that holds tensors
-            alone. Needed with another `head`.
-        head_revision (`str`, *optional*): of the head, by default `main`.
+        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`): CLIP model with its image processor,
+            a Hub id or a local folder.
+        revision (`str`, *optional*): the model's branch, tag or commit. Defaults to a pinned commit for the default
+            model, else to `main`.
+        head (`str`, *optional*): the Hub id or local folder of the head. The default is a copy on the Hub, which must
+            have the original's hash.
+        head_filename (`str`, *optional*): the head's file: safetensors, or written by `torch.save` with only tensors
+            in it. Required if `head` is given.
+        head_revision (`str`, *optional*): the head's branch, tag or commit. Defaults to `main`.
         device, dtype, batch_size: see [`ModelReward`]. The head is float32.
 
     Raises:
@@ -82,14 +83,14 @@ class Aesthetic(ModelReward):
         self.identity += f" {head_filename} torchvision crop"
         if (head, head_filename) == _HEAD and (digest := sha256(head_files.folder / head_filename)) != _HEAD_SHA256:
             raise ValueError(
-                f"{head_files.shown}: {head_filename} is not the predictor of LAION any more: its SHA-256 is {digest}, "
+                f"{head_files.shown}: {head_filename} is not LAION's predictor any more: its SHA-256 is {digest}, but "
                 f"{_HEAD_SHA256} was expected. Download sac+logos+ava1-l14-linearMSE.pth from "
-                "https://github.com/christophschuhmann/improved-aesthetic-predictor, and name its folder as `head` and "
-                "the file as `head_filename`."
+                "https://github.com/christophschuhmann/improved-aesthetic-predictor. Then give its folder as `head` "
+                "and the file as `head_filename`."
             )
         self.image_processor = CenterCropProcessor.from_pretrained(files.folder)
         clip = load_pretrained(CLIPModel, files)
-        # Not the text tower, which would lie idle on the device.
+        # Without the text tower, which is not used.
         self.vision_model = self._placed(clip.vision_model)
         self.projection = self._placed(clip.visual_projection)
         self.head = self._placed(

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Which rewards score which task, and what keeps them from it."""
+"""Assigns reward functions to tasks, and checks that they can score the prompts of their task."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -33,11 +33,17 @@ RewardFuncs = (
 
 def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> dict[str, list[RewardFunc]]:
     """
-    The reward functions of every task. One function or a list serves all of them. A name is loaded once.
+    Returns the reward functions of every task.
+
+    Args:
+        reward_funcs: a reward function or its name, or a list of these, for all tasks; or a dict with these for each
+            task. A name that occurs several times is loaded once.
+        tasks (`Sequence[str]`): the tasks of the data.
 
     Raises:
-        [`ValueError`]: if a task is named that has no prompts, a name is unknown, two functions have one name, or what is
-            given is not a function. One message lists all of it.
+        [`ValueError`]: if a task has no prompts, a name is unknown, two functions have the same name, or an entry is
+        not a
+            function. One message lists everything that is wrong.
     """
     if reward_funcs is None:
         return {task: [] for task in tasks}
@@ -75,7 +81,9 @@ def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> d
 
 
 def _name_problems(functions: Mapping[str, Sequence[RewardFunc]]) -> list[str]:
-    """Two functions of one name would be one metric, within a task and in a report of every reward on every task."""
+    """
+    Finds different functions with the same name. They would share a metric, in a task or in a report of all tasks.
+    """
     problems = []
     owners: dict[str, tuple[str, RewardFunc]] = {}
     for task, of_task in functions.items():
@@ -87,7 +95,7 @@ def _name_problems(functions: Mapping[str, Sequence[RewardFunc]]) -> list[str]:
             elif other is not function:
                 where = f"task {task!r} has" if first == task else f"tasks {first!r} and {task!r} have"
                 problems.append(
-                    f"reward_funcs: {where} two functions named {name!r}; their metrics would be one. Rename one."
+                    f"reward_funcs: {where} two functions named {name!r}, which would share a metric. Rename one."
                 )
     return problems
 
@@ -96,12 +104,13 @@ def reward_data_problems(
     functions: Mapping[str, Sequence[RewardFunc]], dataset: Dataset, rows: Mapping[str, np.ndarray], source: str
 ) -> list[str]:
     """
-    What in a task's prompts its own rewards can't score, a sentence a reward.
+    Says which prompts of a task its own rewards can't score, one sentence a reward.
 
     Args:
-        functions (`dict`): reward functions by task.
-        dataset ([`~datasets.Dataset`]), rows (`dict`): indices of each task's rows.
-        source (`str`): what the dataset is called.
+        functions (`dict`): the reward functions of each task.
+        dataset ([`~datasets.Dataset`]): the prompts and other columns.
+        rows (`dict`): the indices of each task's rows.
+        source (`str`): how messages call the dataset.
     """
     problems = []
     for task, of_task in functions.items():
@@ -129,7 +138,7 @@ def reward_data_problems(
 
 
 def _column_problems(function: RewardFunc, dataset: Dataset, source: str) -> list[str]:
-    """Whether `dataset` has the columns without which a plain function cannot be called."""
+    """Says which columns are missing in `dataset` that a plain function needs as arguments."""
     parameters = parameters_of(function)
     given = {"prompts", "images", "completions", "trainer_state", "log_metric", "log_extra", *dataset.column_names}
     missing = [
@@ -142,6 +151,6 @@ def _column_problems(function: RewardFunc, dataset: Dataset, source: str) -> lis
     if not missing:
         return []
     return [
-        f"{source}: reward {reward_name(function)!r} needs the column(s) {', '.join(map(repr, missing))}; there are "
-        f"{dataset.column_names}. It is called by keyword, with prompts, images and the other columns."
+        f"{source}: reward {reward_name(function)!r} needs the column(s) {', '.join(map(repr, missing))}, but the "
+        f"data has {dataset.column_names}. A reward is called by keyword, with prompts, images and the other columns."
     ]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the rewards of this package have in common."""
+"""The base class of the package's rewards, and the names and parameters of any reward function."""
 
 import functools
 import inspect
@@ -33,19 +33,19 @@ Row = Mapping[str, Any]  # of a dataset: its columns by name, whatever they hold
 
 class Reward:
     """
-    A reward function with a name, a range, and an opinion on what it can score.
+    A reward function with a name and a range, which knows what it can score.
 
-    It is called as any other reward function. Samples that it does not apply to get `None`; the others are scored in
-    batches by [`_score`], which subclasses implement.
+    It is called like any other reward function. Samples to which it does not apply get `None`. The others are scored
+    in batches by [`_score`], which subclasses implement.
 
     Attributes:
-        name (`str`): its name on command lines, in logs and in reports. A class has one; where its instances differ, as
-            several remote scorers do, the constructor sets another.
-        bounds (`tuple`): the least and the greatest value it can have, `None` where there is no bound.
-        columns (`tuple[str, ...]`): columns of the dataset that it reads besides `prompt`.
+        name (`str`): its name on command lines, in logs and in reports. It belongs to the class, unless instances
+            differ (as remote scorers do) and the constructor sets another.
+        bounds (`tuple`): the smallest and the largest possible score, `None` for no bound.
+        columns (`tuple[str, ...]`): the dataset's columns that it reads besides `prompt`.
 
     Args:
-        batch_size (`int`, *optional*, defaults to `16`): images at a time.
+        batch_size (`int`, *optional*, defaults to `16`): number of images that are scored at a time.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Reward:
 
     @property
     def fingerprint(self) -> str:
-        """Tells two rewards apart whose scores may differ: stored scores of another fingerprint are not used again."""
+        """Differs between rewards whose scores may differ. Stored scores are reused only with the same fingerprint."""
         return self.name
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """Names of the values that [`named_scores`] returns. The reward's own comes first."""
+        """Names of the scores that [`named_scores`] returns. The reward's own name comes first."""
         return (self.name,)
 
     def named_scores(
@@ -75,14 +75,16 @@ class Reward:
         trainer_state: "TrainerState | None" = None,
         **columns: Sequence[object],
     ) -> dict[str, list[float | None]]:
-        """Everything that is to be logged of this reward, by name: a call's values and, where it has parts, theirs."""
+        """
+        All scores to log, by name: those of the reward itself and, if it has components, those of the components.
+        """
         return {self.name: self(prompts, images, completions, trainer_state, **columns)}
 
     def why_not(self, prompt: str, columns: Row) -> str | None:
         """
-        Why a sample can't be scored, `None` if it can.
+        Says why a sample can't be scored; `None` if it can.
 
-        On a task of its own this is refused before the first step; on another task's prompt the score is `None`.
+        Such a sample in the reward's own task is refused before the first step. In other tasks its score is `None`.
         """
         missing = [name for name in self.columns if columns.get(name) is None]
         return f"it has no value in column {missing[0]!r}" if missing else None
@@ -99,8 +101,8 @@ class Reward:
         Scores images.
 
         Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): one prompt an image.
-            completions, trainer_state: as every reward function is given them; not used.
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): the images, each with its prompt.
+            completions, trainer_state: arguments that every reward function gets; not used here.
             columns (`list`): other columns of the dataset, a value an image.
 
         Returns:
@@ -119,13 +121,13 @@ class Reward:
         return scores
 
     def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
-        """Scores of RGB images that the reward applies to."""
+        """Scores a batch of RGB images to which the reward applies. `rows` are their other columns."""
         raise NotImplementedError
 
 
 def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | None:
-    """What a reward function can be given, by name; `None` of one that is not written in Python."""
-    # Every module takes anything, and hands it to its forward.
+    """The parameters of a reward function by name; `None` if it has no signature (not written in Python)."""
+    # A module accepts anything and passes it to its forward.
     given = function.forward if isinstance(function, nn.Module) else function
     try:
         return inspect.signature(given).parameters
@@ -134,7 +136,7 @@ def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | Non
 
 
 def reward_name(function: RewardFunc) -> str:
-    """Name under which a reward is logged."""
+    """The name under which a reward is logged."""
     if isinstance(function, Reward):
         return function.name
     if isinstance(function, functools.partial):
@@ -143,7 +145,9 @@ def reward_name(function: RewardFunc) -> str:
 
 
 def reward_fingerprint(function: RewardFunc) -> str:
-    """What tells a reward from others whose scores may differ. Of a plain function that is where it is defined."""
+    """
+    A string that differs between rewards whose scores may differ. A plain function is known by where it is defined.
+    """
     if isinstance(function, Reward):
         return function.fingerprint
     if isinstance(function, functools.partial):

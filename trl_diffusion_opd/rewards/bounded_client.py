@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""An HTTP client that a server can neither hold up, nor fill up, nor send elsewhere."""
+"""An HTTP client with limits on time and memory, which follows no redirects. For servers that are not trusted."""
 
 import socket
 import threading
@@ -27,32 +27,34 @@ import httpx2
 from ..guards.redaction import shown
 
 
-# Of an answer, besides what it says: these would have its bytes read in another way than they came.
+# Headers that are dropped from an answer, since they would make httpx decode its body once more.
 _HEADERS_OF_THE_TRANSFER = ("content-encoding", "content-length", "content-type", "set-cookie", "transfer-encoding")
 
 
 class RefusedAnswerError(Exception):
-    """An answer is larger, or encoded otherwise, than was asked for."""
+    """An answer is too large, or compressed although that was not requested."""
 
 
 class BoundedClient(httpx2.Client):
     """
-    A client for servers of others. Whatever they do, a request ends in time, and an answer takes little memory.
+    A client for servers that are not trusted. Whatever a server does, a request ends in time and an answer takes
+    little memory.
 
-    - `seconds` are for the whole of a request: the name, the connection, what is sent, and the answer to its last byte.
-      The timeouts of httpx are for one packet, so that a server which sends a byte now and then is waited for.
-    - An answer is read up to `max_bytes`, and as it comes: one that is compressed was not asked for, and is not unpacked.
-      Of a failure's page (any status but 2xx) the first `max_bytes` are kept, none if it is compressed.
-    - Redirects are not followed, cookies are not kept, and a connection is not used twice.
-    - What an error says is shortened, and shows no control characters.
+    - A request may take `seconds` in total: looking up the name, connecting, sending, and reading the answer to its
+      last byte. The timeouts of httpx count for each packet, so a server that sends a byte now and then could delay it
+      forever.
+    - An answer is read up to `max_bytes`. A compressed answer was not requested and is refused. Of an error page (any
+      status but 2xx) the first `max_bytes` are kept, or none if it is compressed.
+    - Redirects are not followed, cookies are not kept, and a connection is not reused.
+    - Texts of errors are shortened and show no control characters.
 
     Args:
-        seconds (`float`): for a request.
-        max_bytes (`int`): of an answer's body.
+        seconds (`float`): maximum time of a request.
+        max_bytes (`int`): maximum size of an answer's body.
 
     Raises:
-        [`RefusedAnswerError`]: by a request whose answer is too large or compressed.
-        [`httpx2.TransportError`]: by a request that failed or took too long.
+        [`RefusedAnswerError`]: by a request, if its answer is too large or compressed.
+        [`httpx2.TransportError`]: by a request, if it fails or takes too long.
     """
 
     def __init__(self, seconds: float, max_bytes: int):
@@ -65,13 +67,13 @@ class BoundedClient(httpx2.Client):
         self.max_bytes = max_bytes
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Sends a request and reads the answer, whatever `options` say of redirects and of streaming."""
+        """Sends a request and reads the whole answer. Ignores `options`, such as those for redirects and streaming."""
         connections = _Connections()
         request.headers["Accept-Encoding"] = "identity"
         request.extensions = {**request.extensions, "trace": connections.hold}
         answer: Future[httpx2.Response] = Future()
-        # The thread may be in what no other can end, such as the search for a name: it is left behind then, and ends
-        # with that.
+        # The thread may be in a call that can't be interrupted, such as looking up a name. Then nobody waits for it,
+        # and it ends when that call does.
         threading.Thread(target=self._work, args=(request, answer), name="bounded-request", daemon=True).start()
         try:
             return answer.result(self.seconds)
@@ -83,7 +85,7 @@ class BoundedClient(httpx2.Client):
             ) from None
         finally:
             connections.end()
-            del answer  # which holds its error, which holds this frame, which would keep what was read
+            del answer  # breaks a cycle: it holds its error, which holds this frame and so what was read
 
     def _work(self, request: httpx2.Request, answer: "Future[httpx2.Response]") -> None:
         try:
@@ -100,7 +102,7 @@ class BoundedClient(httpx2.Client):
             finally:
                 response.close()
         except httpx2.TransportError as error:
-            # Some repeat what the server sent, 100 kB of it.
+            # Some errors repeat up to 100 kB of the server's answer.
             raise type(error)(shown(error), request=request) from None
         for name in _HEADERS_OF_THE_TRANSFER:
             response.headers.pop(name, None)
@@ -129,7 +131,7 @@ class BoundedClient(httpx2.Client):
 
 
 class _Connections:
-    """The connections of a request, for another thread to end them."""
+    """The connections of a request, so that another thread can end them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -137,10 +139,10 @@ class _Connections:
         self._ended = False
 
     def hold(self, event: str, info: Mapping[str, Any]) -> None:
-        """What httpx calls at each step of a request, as its extension `trace`."""
+        """The `trace` extension of httpx, which calls it at each step of a request. Keeps new connections."""
         if not event.endswith("connect_tcp.complete"):
             return
-        # A second handle of the same connection: the first one becomes another object where TLS begins.
+        # A second handle of the connection, since TLS wraps the first one in another object.
         connection = info["return_value"].get_extra_info("socket").dup()
         with self._lock:
             self._held.append(connection)
@@ -149,11 +151,11 @@ class _Connections:
             self.end()
 
     def end(self) -> None:
-        """Whoever waits for a byte of them is woken, and finds the end of the connection."""
+        """Closes the connections. A thread that waits for data from one wakes up and finds its end."""
         with self._lock:
             self._ended = True
             held, self._held = self._held, []
         for connection in held:
-            with suppress(OSError):  # closed already, as after every answer
+            with suppress(OSError):  # closed already, as after every complete answer
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()

@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The image processor of rewards whose authors prepare images with torchvision: it takes another middle than transformers'."""
+"""
+An image processor that crops like torchvision, for rewards whose authors used it. transformers crops other pixels.
+"""
 
 from typing import Any
 
@@ -23,15 +25,14 @@ from transformers.image_utils import SizeDict
 
 class CenterCropProcessor(CLIPImageProcessorPil):
     """
-    CLIP's image processor with the centre crop of torchvision (`transforms.functional.center_crop`), which begins at
-    `round(margin / 2)` where transformers' begins at `margin // 2`: one pixel apart where the margin is 3, 7, 11…
+    CLIP's image processor with torchvision's centre crop (`transforms.functional.center_crop`). The crop starts at
+    `round(margin / 2)`, and that of transformers at `margin // 2`. They differ by one pixel for margins of 3, 7, 11…
 
-    Both resize alike: the shorter side to the size, the longer one to `int(size * long / short)`, by PIL.
+    Both resize in the same way with PIL: the shorter side to the size, the longer side to `int(size * long / short)`.
     """
 
-    # What transformers calls it with contradicts what its base class declares.
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
-        """The middle of an image, `[channels, height, width]`. One that is smaller is padded as in transformers."""
+        """The centre of an image, `[channels, height, width]`. A smaller image is padded as in transformers."""
         top, left = image.shape[-2] - size.height, image.shape[-1] - size.width
         if min(top, left) < 0:
             return super().center_crop(image, size, **kwargs)

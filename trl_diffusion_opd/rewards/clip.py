@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""CLIP as a judge: its embeddings of images and prompts, and the cosine between them."""
+"""The base class of rewards that compare CLIP's embeddings of an image and its prompt."""
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from .model_reward import ModelReward, load_pretrained
 from .open_clip_layout import from_open_clip
 
 
-# For `find_files`. Weights may be in one file or in shards.
+# Patterns for `find_files`. Weights may be one file or several shards.
 CLIP_MODEL_FILES = (("config.json",), ("model*.safetensors",))
 CLIP_PROCESSOR_FILES = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 CLIP_OPTIONAL_FILES = ("model.safetensors.index.json", "merges.txt", "*token*.json")
@@ -32,16 +32,16 @@ CLIP_OPTIONAL_FILES = ("model.safetensors.index.json", "merges.txt", "*token*.js
 
 class ClipReward(ModelReward):
     """
-    A reward made of the cosine between CLIP's embedding of the image and that of the prompt.
+    A reward computed from the cosine between CLIP's embeddings of the image and of the prompt.
 
-    Prompts are cut to the length of the text tower (77 tokens), the end token included. Images are resized, cropped and
-    normalised as the processor's files say, by PIL.
+    Prompts are cut to the length of the text tower (77 tokens with the end token). PIL resizes, crops and normalises
+    images as the processor's files say.
 
     Args:
-        model_files (`ModelFiles`): of the model.
-        processor_files (`ModelFiles`): of the tokenizer and the image processor.
-        filename (`str`, *optional*): of the weights if they are in open_clip's layout. The configuration is then the
-            processor's.
+        model_files (`ModelFiles`): files of the model.
+        processor_files (`ModelFiles`): files of the tokenizer and the image processor.
+        filename (`str`, *optional*): the file of the weights if they are in open_clip's layout. The configuration is
+            then read from the processor's files.
         device, dtype, batch_size: see [`ModelReward`].
     """
 
@@ -65,16 +65,16 @@ class ClipReward(ModelReward):
             tensors = from_open_clip(read_tensors(model_files, filename))
             config = CLIPConfig.from_pretrained(processor_files.folder)
             model = load_pretrained(CLIPModel, model_files, config, tensors)
-        # Before the weights are rounded: the exponential would turn bfloat16's error into one of a percent.
+        # Computed before the weights are rounded: in bfloat16 the exponential would be off by about a percent.
         self.logit_scale = float(model.logit_scale.detach().exp())
         self.model = self._placed(model)
 
     def _pixel_values(self, images: list[Image]) -> torch.Tensor:
-        """Images as the model takes them, float32, `[batch, 3, height, width]`."""
+        """The images as the model's input, float32, `[batch, 3, height, width]`."""
         return self.image_processor(images, return_tensors="pt").pixel_values
 
     def _cosine(self, prompts: list[str], images: list[Image]) -> torch.Tensor:
-        """Cosine of each image with its prompt, float32, `[batch]`."""
+        """The cosine of each image with its prompt, float32, `[batch]`."""
         tokens = self.tokenizer(
             prompts,
             padding="max_length",  # the same shape in every batch

@@ -25,15 +25,16 @@ class CLIPScore(ClipReward):
     """
     The plain cosine between CLIP ViT-L/14's embeddings of the image and of the prompt.
 
-    About 0.2 to 0.35 for images that fit: the scale of Table 1 of DiffusionOPD (0.285 for SD3.5-M with guidance) and of
-    the Flow-GRPO family, which divides the model's logits by 100, its `exp(logit_scale)`. The metric of that name by
-    Hessel et al. (2021, arXiv 2104.08718) is `2.5 * max(cos, 0)` of a ViT-B/32 with "A photo depicts" before the text;
-    others give `100 * max(cos, 0)`. Neither is this number.
+    Scores are about 0.2 to 0.35 for images that fit. This is the scale of Table 1 of DiffusionOPD (0.285 for SD3.5-M
+    with guidance) and of the Flow-GRPO family, which divides the model's logits by 100, its `exp(logit_scale)`. Other
+    metrics with this name have other values: Hessel et al. (2021, arXiv 2104.08718) use `2.5 * max(cos, 0)` of a
+    ViT-B/32 with "A photo depicts" before the text, others use `100 * max(cos, 0)`.
 
     Args:
-        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`): CLIP model with its processor, a Hub id
-            or a local folder.
-        revision (`str`, *optional*): of the model; by default a pinned commit for the default model, else `main`.
+        model (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`): CLIP model with its processor, a Hub
+            id or a local folder.
+        revision (`str`, *optional*): the model's branch, tag or commit. Defaults to a pinned commit for the default
+            model, else to `main`.
         device, dtype, batch_size: see [`ModelReward`].
 
     Raises:

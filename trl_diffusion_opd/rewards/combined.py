@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A weighted sum of rewards, each brought to a common scale first."""
+"""Adds rewards with weights, after dividing each by a scale that brings it near 1. Also loads rewards by name."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 
-# What published code, Flow-GRPO's and DiffusionNFT's, divides by: PickScore, about 22, by 26, UnifiedReward, from 1 to 5, by
-# 5, and kB by 500. Aesthetic scores are ratings from 1 to 10. The others are of the size of 1 as they are.
+# Divisors from the published code of Flow-GRPO and DiffusionNFT: 26 for PickScore (about 22), 5 for UnifiedReward (1
+# to 5) and 500 for kB. Aesthetic scores are ratings from 1 to 10. Other rewards are near 1 already.
 SCALES: Mapping[str, float] = MappingProxyType(
     {"aesthetic": 10.0, "jpeg_compressibility": 500.0, "pickscore": 26.0, "unifiedreward": 5.0}
 )
@@ -39,26 +39,28 @@ SCALES: Mapping[str, float] = MappingProxyType(
 
 class CombinedReward(Reward):
     """
-    The weighted sum of several rewards, each divided by its scale. `None` where one of them does not apply.
+    The weighted sum of several rewards, each divided by its scale. It is `None` if one of them does not apply.
 
     `CombinedReward({"pickscore": 1, "clipscore": 1, "hpsv2": 1})` is the aesthetic reward of DiffusionOPD
-    ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)) and of the teachers before it: PickScore / 26 + CLIPScore
-    + HPSv2.1. As a sum of raw scores it would be PickScore alone. By name it is `"pickscore+clipscore+hpsv2"`.
+    ([arXiv:2605.15055](https://huggingface.co/papers/2605.15055)) and of the teachers before it: PickScore / 26 +
+    CLIPScore + HPSv2.1. Without scales, PickScore would dominate the sum. The short form is
+    `"pickscore+clipscore+hpsv2"`.
 
-    The unscaled value of each component is logged and reported as well, as `name/component`.
+    The unscaled score of each component is logged and reported as `name/component`.
 
     Args:
-        rewards (`dict`): weights of rewards. A reward is a name, an import path, a [`Reward`] or a function; a weight may be
-            negative.
-        name (`str`, *optional*, defaults to `"combined"`): of the metric.
-        scales (`dict[str, float]`, *optional*): what components are divided by, by their names. Without an entry that is 10
-            for `aesthetic`, 500 for `jpeg_compressibility`, 26 for `pickscore`, 5 for `unifiedreward` and 1 for others and
-            for functions.
+        rewards (`dict`): weight of each reward. A reward is a name, an import path, a [`Reward`] or a function. A
+            weight may be negative.
+        name (`str`, *optional*, defaults to `"combined"`): name of the metric.
+        scales (`dict[str, float]`, *optional*): divisor of each component, by its name. Defaults to 10 for
+            `aesthetic`, 500 for `jpeg_compressibility`, 26 for `pickscore`, 5 for `unifiedreward`, and 1 for all
+            others.
         reward_kwargs (`dict`, *optional*): arguments of components that are given by name.
 
     Raises:
-        [`ValueError`]: if a component cannot be loaded or two have one name, if a weight or a scale cannot be used, or an
-            option names no component. One message lists all of it.
+        [`ValueError`]: if a component cannot be loaded, two have the same name, a weight or a scale is invalid, or an
+        option
+            names no component. One message lists everything that is wrong.
     """
 
     name = "combined"
@@ -157,7 +159,7 @@ class CombinedReward(Reward):
         trainer_state: "TrainerState | None" = None,
         **columns: Sequence[object],
     ) -> Scores:
-        """The sum and, as `name/component`, the unscaled values of the components."""
+        """The sum under the reward's name, and the components' unscaled scores as `name/component`."""
         rows = [
             {"prompt": prompt, **{key: values[i] for key, values in columns.items()}}
             for i, prompt in enumerate(prompts)
@@ -175,16 +177,16 @@ class CombinedReward(Reward):
 
 def load_reward(spec: str, **options: Any) -> RewardFunc:
     """
-    A reward function by its name, or by its import path `package.module:function`, where a class is made an instance.
+    Loads a reward function by its name, or by its import path `package.module:function`. A class is instantiated.
 
     Args:
-        spec (`str`): a name of this package's, or an import path, or several of them with `+` between, which are added with
+        spec (`str`): a name from this package, an import path, or several of them joined by `+`. Those are added with
             equal weights by [`CombinedReward`].
         options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
 
     Raises:
-        [`ValueError`]: if there is no such function, its options do not fit, or its weights cannot be loaded.
-        [`ImportError`]: if the reward needs a package that is not installed; the message names the extra.
+        [`ValueError`]: if there is no such function, an option is wrong, or its weights cannot be loaded.
+        [`ImportError`]: if the reward needs a package that is not installed. The message names the extra to install.
     """
     if "+" in spec:
         return CombinedReward(dict.fromkeys(spec.split("+"), 1.0), **options)
@@ -193,10 +195,10 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
 
 def check_reward(spec: str, **options: Any) -> None:
     """
-    Refuses what [`load_reward`] would refuse, without loading weights.
+    Checks a reward and its options like [`load_reward`], but without loading weights.
 
     Raises:
-        [`ValueError`]: if there is no such function, or its options do not fit.
+        [`ValueError`]: if there is no such function, or an option is wrong.
         [`ImportError`]: if importing the reward needs a package that is not installed.
     """
     if "+" not in spec:

@@ -12,7 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Whether an image shows the objects that its prompt names: how many, in which colours, and where."""
+"""
+The reward of GenEval: whether an image shows the objects of its prompt in the right number, colours and positions.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -47,7 +49,7 @@ from .model_files import find_files
 from .model_reward import ModelReward, load_pretrained
 
 
-# GenEval's names for COCO classes that detectors call otherwise: as COCO does, or in the manner of Pascal VOC.
+# A detector's class name (COCO's own or in the style of Pascal VOC) -> GenEval's name, where they differ.
 _GENEVAL_NAMES = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -60,37 +62,41 @@ _GENEVAL_NAMES = {
     "tvmonitor": "tv",
 }
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-_GROUND = "#999"  # in place of whatever is around an object
+_GROUND = "#999"  # grey, which replaces everything around an object
 
 
 class _Detector(Mask2FormerForUniversalSegmentation):
-    # Files of 2023 hold these, which are now computed.
+    # Files from 2023 contain these tensors, which transformers now computes.
     _keys_to_ignore_on_load_unexpected = [r"relative_position_index$"]
 
 
 class GenEval(ModelReward):
     """
-    GenEval's verdict (Ghosh et al., 2023, arXiv 2310.11513): 1 if an image shows what is asked for, else 0.
+    GenEval's verdict (Ghosh et al., 2023, arXiv 2310.11513): 1 if an image shows what its prompt asks for, else 0.
 
-    A Mask2Former on COCO finds the objects; CLIP names the colour of each, cut out along its mask on grey; the rules are in
-    `geneval_rules`. GenEval's overall figure, 0.63 for SD3.5-M with guidance in Table 1 of DiffusionOPD, is the mean of its
-    six categories' means; a mean over prompts weighs a category by its number of prompts.
+    A Mask2Former trained on COCO finds the objects. Each is cut out along its mask onto grey, and CLIP names its
+    colour. The rules are in `geneval_rules`. GenEval's overall score (0.63 for SD3.5-M with guidance in Table 1 of
+    DiffusionOPD) is the mean of its six categories' means. A mean over prompts is different, since categories have
+    different numbers of prompts.
 
-    A prompt needs its metadata, in columns as GenEval's `evaluation_metadata.jsonl` has them (`tag`, `include` and
-    `exclude`), or in one column `metadata` with such a row. Lists and objects may also be strings of JSON.
+    Each prompt needs metadata: the columns of GenEval's `evaluation_metadata.jsonl` (`tag`, `include` and `exclude`),
+    or one column `metadata` with such a row. Lists and objects may also be JSON strings.
 
     Args:
-        model (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`): a Mask2Former for instance
-            segmentation, a Hub id or a local folder.
-        revision (`str`, *optional*): of the detector, `main` by default.
-        clip (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`): CLIP model with its processor, likewise.
-        clip_revision (`str`, *optional*): of CLIP; by default a pinned commit for the default model, else `main`.
-        graded (`bool`, *optional*, defaults to `False`): the share of what is asked for instead of the verdict, for
-            training: see [`geneval_rules.partial_score`].
-        thresholds ([`geneval_rules.Thresholds`] or `dict` of its arguments, *optional*): when an object counts; the
-            published ones by default.
-        detector_size (`int`, *optional*, defaults to `800`): pixels of the shorter side at which objects are looked for, as
-            in the published evaluation. The longer side is 5/3 of it at most.
+        model (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`): a Mask2Former for
+            instance segmentation, a Hub id or a local folder.
+        revision (`str`, *optional*): the detector's branch, tag or commit. Defaults to `main`.
+        clip (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`): CLIP model with its processor, a Hub
+            id or a local folder.
+        clip_revision (`str`, *optional*): CLIP's branch, tag or commit. Defaults to a pinned commit for the default
+            model, else to `main`.
+        graded (`bool`, *optional*, defaults to `False`): whether to return a share in [0, 1] instead of the verdict,
+            for training. See [`geneval_rules.partial_score`].
+        thresholds ([`geneval_rules.Thresholds`] or `dict` of its arguments, *optional*): when an object counts.
+        Defaults to
+            the published values.
+        detector_size (`int`, *optional*, defaults to `800`): pixels of the shorter side of the detector's input. The
+            default is that of the published evaluation. The longer side is at most 5/3 of it.
         device, dtype, batch_size: see [`ModelReward`].
 
     Raises:
@@ -159,13 +165,13 @@ class GenEval(ModelReward):
 
     def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         """
-        Objects in RGB images, those whose score is above the lesser of the two thresholds.
+        Finds the objects in RGB images whose score is above the smaller of the two thresholds.
 
-        The class probability of a query times the mean probability of its mask's pixels is the score, as in the published
-        detector; the box is the mask's.
+        As in the published detector, a score is a query's class probability times the mean probability of its mask's
+        pixels. The box is the mask's bounding box.
         """
         of_size = defaultdict(list)
-        for i, image in enumerate(images):  # in a batch of several sizes they would be padded
+        for i, image in enumerate(images):  # grouped by size, since a batch of different sizes would be padded
             of_size[image.size].append(i)
         detections: list[list[Detection]] = [[] for _ in images]
         for (width, height), indices in of_size.items():
@@ -180,10 +186,12 @@ class GenEval(ModelReward):
 
     def _detections(self, logits: torch.Tensor, masks: torch.Tensor, size: tuple[int, int]) -> list[Detection]:
         """
-        Objects of one image, from its class logits `[queries, classes + 1]` and mask logits `[queries, height, width]`.
+        The objects of one image, from its class logits `[queries, classes + 1]` and mask logits
+        `[queries, height, width]`.
 
-        The image processor's own post-processing gives the same on a grid of 384 x 384 px, but works off all queries on the
-        CPU, half a second an image; here masks are of the image's size, and only of queries that can pass.
+        The image processor's own post-processing does the same on a grid of 384 x 384 px. It processes all queries on
+        the CPU, which takes half a second an image. Here masks have the image's size, and only queries that can pass
+        are processed.
         """
         scores = logits.softmax(-1)[:, :-1]  # the last class is "nothing"
         top = scores.flatten().topk(len(scores)).indices
@@ -206,7 +214,7 @@ class GenEval(ModelReward):
         return found
 
     def colors(self, image: Image.Image, objects: Sequence[Detection]) -> list[str]:
-        """The colour of each object, one of ten, by CLIP zero-shot; all objects are of one class."""
+        """The colour of each object, one of ten, chosen by CLIP. All objects must have the same class."""
         if not objects:
             return []
         crops = []
@@ -221,7 +229,9 @@ class GenEval(ModelReward):
         return [COLORS[i] for i in similar.argmax(-1).tolist()]
 
     def _weights_of(self, name: str) -> torch.Tensor:
-        """The classifier of a class: for each colour the mean direction of its templates' embeddings, `[colours, width]`."""
+        """
+        The colour classifier of a class: the mean direction of each colour's template embeddings, `[colours, width]`.
+        """
         if name not in self._color_weights:
             texts = [template.format(color=color, name=name) for color in COLORS for template in _TEMPLATES]
             length = self._clip.config.text_config.max_position_embeddings

@@ -13,9 +13,9 @@
 # limitations under the License.
 
 """
-The rules of GenEval: what its metadata asks for, and whether detected objects meet it.
+The rules of GenEval: reads its metadata and checks whether detected objects match it.
 
-Pure functions. Thresholds and rules are those of the published evaluation
+All functions are pure. Thresholds and rules are those of the published evaluation
 ([Ghosh et al., 2023](https://huggingface.co/papers/2310.11513), `evaluate_images.py` of djghosh13/geneval).
 """
 
@@ -35,7 +35,7 @@ POSITIONS = ("left of", "right of", "above", "below")
 
 
 class MetadataError(ValueError):
-    """Metadata that nothing can be judged by; says what is wrong with it."""
+    """Metadata is invalid. The message says what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Clause:
 
     Attributes:
         name (`str`): class of the objects.
-        count (`int`): how many, at least 1.
+        count (`int`): number of objects, at least 1.
         color (`str`, *optional*): one of [`COLORS`].
         position (`tuple[str, int]`, *optional*): one of [`POSITIONS`], and the index of the clause it is relative to.
     """
@@ -63,8 +63,8 @@ class Metadata:
 
     Attributes:
         tag (`str`): one of [`TAGS`].
-        include (`tuple[Clause]`): what must be there, in order.
-        exclude (`tuple[Clause]`): what must not: as many objects of a class, or more.
+        include (`tuple[Clause]`): the objects that must be in the image, in order.
+        exclude (`tuple[Clause]`): objects that must not: `count` or more of a class.
     """
 
     tag: str
@@ -78,10 +78,10 @@ class Detection:
     An object that a detector found.
 
     Attributes:
-        name (`str`): class, as GenEval calls it.
+        name (`str`): GenEval's name of its class.
         score (`float`): confidence, in [0, 1].
         box (`tuple[float, float, float, float]`): left, top, right, bottom, in pixels.
-        mask (`np.ndarray`, *optional*): its pixels, bool, `[height, width]` of the image.
+        mask (`np.ndarray`, *optional*): its pixels in the image, bool, `[height, width]`.
     """
 
     name: str
@@ -93,15 +93,17 @@ class Detection:
 @dataclass(frozen=True)
 class Thresholds:
     """
-    When an object counts. The defaults are the published ones.
+    Which detected objects count. The defaults are the published values.
 
     Args:
-        confidence (`float`, *optional*, defaults to `0.3`): only objects of a greater score.
-        counting (`float`, *optional*, defaults to `0.9`): the same in the category `counting`.
-        max_objects (`int`, *optional*, defaults to `16`): most confident objects of a class that are kept.
-        max_overlap (`float`, *optional*, defaults to `1.0`): boxes of a class that overlap a more confident one as much,
-            or more, in intersection over union, are dropped. 1 keeps all.
-        position (`float`, *optional*, defaults to `0.1`): share of both objects' extent that centres must be apart.
+        confidence (`float`, *optional*, defaults to `0.3`): an object's score must be greater than this.
+        counting (`float`, *optional*, defaults to `0.9`): the same for prompts of the category `counting`.
+        max_objects (`int`, *optional*, defaults to `16`): number of objects of a class that are kept, the most
+            confident.
+        max_overlap (`float`, *optional*, defaults to `1.0`): an object is dropped if its intersection over union with
+            a more confident one of its class is this or more. 1 keeps all.
+        position (`float`, *optional*, defaults to `0.1`): minimum distance of two centres, as a share of both objects'
+            extent.
     """
 
     confidence: float = 0.3
@@ -113,21 +115,21 @@ class Thresholds:
 
 PUBLISHED = Thresholds()
 
-# Colours of objects of one class, in their order.
+# Returns the colours of objects of one class, in the same order.
 ColorsOf = Callable[[Sequence[Detection]], Sequence[str]]
 
 
 def parse_metadata(columns: Row, classes: Collection[str] | None = None) -> Metadata:
     """
-    Metadata from a row of a dataset.
+    Reads the metadata of a dataset's row.
 
     Args:
-        columns (`dict`): the row. Either `metadata`, or `tag`, `include` and `exclude`; each may be a string of JSON. Fields
-            that are `None` are taken as absent: datasets adds them where rows differ.
-        classes (`collection` of `str`, *optional*): classes that can be detected; any if not given.
+        columns (`dict`): the row, with `metadata`, or with `tag`, `include` and `exclude`. Each may be a JSON string.
+            `None` counts as absent, since `datasets` adds it where rows have different fields.
+        classes (`collection` of `str`, *optional*): classes that the detector knows. By default all are accepted.
 
     Raises:
-        [`MetadataError`]: with all that is wrong.
+        [`MetadataError`]: if the metadata is invalid. The message lists everything that is wrong.
     """
     row = _decoded(columns.get("metadata"), "metadata")
     if row is None:
@@ -152,7 +154,7 @@ def parse_metadata(columns: Row, classes: Collection[str] | None = None) -> Meta
 
 
 def _decoded(value: JSON, name: str) -> JSON:
-    # A tag is a string, and not of JSON.
+    # A tag is a plain string, not JSON.
     if not isinstance(value, str) or name == "tag":
         return value
     try:
@@ -180,7 +182,7 @@ def _clauses(value: JSON, name: str, classes: Collection[str] | None, problems: 
         elif classes is not None and class_name not in classes:
             problems.append(f"{where}: the detector knows no class {class_name!r:.200}")
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            problems.append(f"{where}: count {count!r} is not a whole number from 1 on")
+            problems.append(f"{where}: count {count!r} is not a whole number of at least 1")
         if color is not None and color not in COLORS:
             problems.append(f"{where}: color {color!r} is none of {', '.join(COLORS)}")
         clauses.append(Clause(str(class_name), count, color, _position(item.get("position"), where, i, problems)))
@@ -192,7 +194,7 @@ def _position(value: JSON, where: str, index: int, problems: list[str]) -> tuple
         return None
     try:
         relation, target = value
-        target = int(target)  # a column that can't mix types has it as a string
+        target = int(target)  # a string in columns that can't mix types
     except (TypeError, ValueError):
         problems.append(f'{where}: position {value!r} is not of the form ["left of", 0]')
         return None
@@ -206,7 +208,7 @@ def _position(value: JSON, where: str, index: int, problems: list[str]) -> tuple
 def kept_objects(
     detections: Sequence[Detection], tag: str, thresholds: Thresholds = PUBLISHED
 ) -> dict[str, list[Detection]]:
-    """Detections that count in a category, by class, the most confident first."""
+    """The detections that count in a category, grouped by class, the most confident first."""
     confidence = thresholds.counting if tag == "counting" else thresholds.confidence
     of_class: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
@@ -224,7 +226,7 @@ def kept_objects(
 
 
 def overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes, whose last pixels belong to them."""
+    """Intersection over union of two boxes. Their right and bottom pixels are part of them."""
     first, second = np.asarray(one, dtype=float), np.asarray(other, dtype=float)
     both = np.concatenate([np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])])
     area, area_of_other, shared = (
@@ -236,10 +238,11 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
 
 def relations(one: Sequence[float], other: Sequence[float], threshold: float = 0.1) -> set[str]:
     """
-    Where a box lies as seen from another: any of [`POSITIONS`], two of them on a diagonal, none if they are too close.
+    The position of a box relative to another: one of [`POSITIONS`], two on a diagonal, none if the boxes are too
+    close.
 
-    The distance of the centres along each axis is lessened by `threshold` times the sum of both extents. What is left must
-    be more than half of the whole distance, of both axes together.
+    Along each axis, the distance of the centres is reduced by `threshold` times the sum of both extents. An axis
+    counts if the rest is more than half of the distance between the centres.
     """
     first, second = (np.asarray(box, dtype=float).reshape(2, 2) for box in (one, other))
     offset = first.mean(0) - second.mean(0)
@@ -259,16 +262,16 @@ def is_correct(
     position_threshold: float = 0.1,
 ) -> bool:
     """
-    GenEval's verdict: every clause of `include` is met, and none of `exclude`.
+    GenEval's verdict: whether every clause of `include` is met, and none of `exclude`.
 
-    A clause is met by its `count` most confident objects: there are as many, all of the colour that is asked for, and each
-    in the position that is asked for to each object of the clause it refers to, which must be met. More objects than asked
-    for are no mistake, unless `exclude` says so.
+    A clause looks at its `count` most confident objects. It is met if there are that many, if all have the requested
+    colour, and if each is in the requested position to each object of the clause that it refers to, which must be met
+    too. More objects are no mistake, unless `exclude` says so.
 
     Args:
-        metadata (`Metadata`)
-        objects (`dict[str, list[Detection]]`): from [`kept_objects`].
-        colors_of (`callable`): the colours of some objects.
+        metadata (`Metadata`): the prompt's metadata.
+        objects (`dict[str, list[Detection]]`): the detected objects, from [`kept_objects`].
+        colors_of (`callable`): returns the colours of objects of one class.
         position_threshold (`float`, *optional*, defaults to `0.1`): see [`Thresholds`].
     """
     met: list[Sequence[Detection] | None] = []
@@ -291,14 +294,16 @@ def partial_score(
     position_threshold: float = 0.1,
 ) -> float:
     """
-    How much of what is asked for is there, in [0, 1]: for training, after Flow-GRPO's reward server.
+    A graded score in [0, 1] for training, modelled on Flow-GRPO's reward server. Arguments as in [`is_correct`].
 
-    The mean over everything that is asked for. For each clause, the count: 1 - |found - asked| / asked, at least 0, objects
-    too many as wrong as too few. If it asks for a colour, the share of objects that have it; if for a position, 1 or 0;
-    both 0 unless the count is right, and the position also unless the colour is. Arguments as in [`is_correct`].
+    It is the mean of these parts of all clauses of `include`:
 
-    Published code differs in two details: it does not bound the count's part, so that five objects for one give -3, and
-    averages a wrong position with a 1.
+    - the count: 1 - |found - requested| / requested, at least 0, so that too many objects are as wrong as too few;
+    - the colour, if requested: the share of objects that have it, and 0 if the count is wrong;
+    - the position, if requested: 1 or 0, and 0 if the count or the colour is wrong.
+
+    The published code differs in two details: it does not bound the count's part, so that five objects instead of one
+    give -3, and it averages a wrong position with a 1.
     """
     met: list[Sequence[Detection] | None] = []
     parts = []

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""HPS v2.1: people's preferences among generated images, from a file in open_clip's layout."""
+"""HPS v2.1: predicts which generated image of a prompt people prefer."""
 
 import html
 
@@ -31,22 +31,25 @@ class HPSv2(ClipReward):
     Human Preference Score v2.1 (Wu et al., 2023, arXiv 2306.09341): the cosine of a CLIP ViT-H/14 that was tuned on
     people's choices among generated images.
 
-    About 0.2 to 0.4: the scale of the authors' code and of Table 1 of DiffusionOPD (0.279 for SD3.5-M with guidance).
-    Their leaderboard shows it times 100. Images are prepared as in their code: the longer side is scaled to the model's
-    size and the rest is black, so that nothing of a wide or tall image is cut off. So are prompts: see [`clean_prompt`].
+    Scores are about 0.2 to 0.4. This is the scale of the authors' code and of Table 1 of DiffusionOPD (0.279 for
+    SD3.5-M with guidance); the authors' leaderboard multiplies it by 100. As in their code, the longer side of an
+    image is scaled to the model's size and the rest is black, so nothing is cropped. Prompts are prepared as there
+    too: see [`clean_prompt`].
 
     Args:
-        model (`str`, *optional*, defaults to `"xswu/HPSv2"`): where the weights are, a Hub id or a local folder.
-        filename (`str`, *optional*, defaults to `"HPS_v2.1_compressed.pt"`): the weights, in open_clip's layout, as
-            safetensors or a file of `torch.save` that holds tensors alone. `None` for a model in transformers' layout.
-        revision (`str`, *optional*): of the model; by default a pinned commit for the default model, else `main`.
-        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`): the model that this one was
-            tuned from: configuration, tokenizer, mean and deviation of the pixels.
-        processor_revision (`str`, *optional*): of the processor, likewise.
+        model (`str`, *optional*, defaults to `"xswu/HPSv2"`): the Hub id or local folder of the weights.
+        filename (`str`, *optional*, defaults to `"HPS_v2.1_compressed.pt"`): the file of the weights in open_clip's
+            layout: safetensors, or written by `torch.save` with only tensors in it. `None` for a model in
+                transformers' layout.
+        revision (`str`, *optional*): the model's branch, tag or commit. Defaults to a pinned commit for the default
+            model, else to `main`.
+        processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`): the model that this one
+            was tuned from. It gives the configuration, the tokenizer, and mean and deviation of the pixels.
+        processor_revision (`str`, *optional*): the same as `revision`, for the processor.
         device, dtype, batch_size: see [`ModelReward`].
 
     Raises:
-        [`ValueError`]: if a model cannot be loaded completely; the message says which and why.
+        [`ValueError`]: if a model cannot be loaded completely. The message says which and why.
     """
 
     name = "hpsv2"
@@ -93,11 +96,12 @@ class HPSv2(ClipReward):
 
 def clean_prompt(prompt: str) -> str:
     """
-    A prompt as open_clip's tokenizer reads it, which the authors train and score with (`basic_clean`,
-    `whitespace_clean` and `lower` of its `tokenizer.py`): typographic quotes are straight, wrongly decoded letters are
-    mended, entities of HTML are the letters that they stand for, and every run of white space is one space.
+    Prepares a prompt like open_clip's tokenizer, with which the authors train and score (`basic_clean`,
+    `whitespace_clean` and `lower` of its `tokenizer.py`).
 
-    The tokenizer of transformers does nothing of this but the white space and, letter by letter, the lower case.
+    Typographic quotes become straight, wrongly decoded letters are repaired, HTML entities become their letters, and a
+    run of white space becomes one space. The tokenizer of transformers only handles white space and, letter by letter,
+    lower case.
     """
     unescaped = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return " ".join(unescaped.split()).lower()
@@ -105,15 +109,15 @@ def clean_prompt(prompt: str) -> str:
 
 def fit_square(image: Image, size: int) -> torch.Tensor:
     """
-    An image in the middle of a black square: its longer side is scaled to the square's by bicubic interpolation with
-    antialiasing, in float32.
+    Puts an image in the middle of a black square. Its longer side is scaled to the square's side by bicubic
+    interpolation with antialiasing, in float32.
 
     Args:
-        image (`PIL.Image.Image`): RGB.
-        size (`int`): of the square, in pixels.
+        image (`PIL.Image.Image`): an RGB image.
+        size (`int`): side of the square in pixels.
 
     Returns:
-        [`torch.Tensor`]: in [0, 1] but for what the interpolation overshoots, `[3, size, size]`.
+        [`torch.Tensor`]: `[3, size, size]`, in [0, 1] except where the interpolation overshoots.
     """
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255))
     scale = size / max(image.size)

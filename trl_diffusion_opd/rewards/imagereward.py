@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""ImageReward: how much people like an image of a prompt, from BLIP's features of both."""
+"""ImageReward: predicts how much people like an image of a prompt, from BLIP's features of both."""
 
 import math
 import re
@@ -36,15 +36,15 @@ from .model_files import ModelFiles, check_loaded, find_files, read_tensors
 from .model_reward import ModelReward, load_pretrained
 
 
-# Mean and deviation of the raw score over the authors' training images, which they subtract and divide by.
+# Mean and deviation of the raw score over the authors' training images. They normalise scores with them.
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 _MAX_LENGTH = 35
 _HEAD_WIDTH = 64  # of an attention head, in the ViTs of every size
 
-# Parts of BLIP that the file carries along and the score does not use, and a count that transformers does not store.
+# Tensors in the file that are ignored: parts of BLIP that the score does not use, and position ids.
 _UNUSED = re.compile(r"blip\.(vision_proj|text_proj)\.(weight|bias)|blip\.text_encoder\.embeddings\.position_ids")
 
-# Names in BLIP's vision transformer, and in transformers. Those of the text encoder are the same.
+# Names in BLIP's vision transformer -> names in transformers. Names in the text encoder are the same.
 _VISION_NAMES = [
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -59,25 +59,26 @@ _VISION_NAMES = [
 
 class ImageReward(ModelReward):
     """
-    ImageReward v1.0 (Xu et al., 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt with an eye on the image,
-    and five linear layers make a score of its first token. Trained on people's rankings of generated images.
+    ImageReward v1.0 (Xu et al., 2023, arXiv 2304.05977): BLIP's text encoder reads the prompt with attention to the
+    image, and five linear layers turn its first token into a score. Trained on people's rankings of generated images.
 
-    About -2 to 2, with mean 0 and deviation 1 over the images it was trained on; Table 1 of DiffusionOPD has 0.85 for
-    SD3.5-M with guidance. Prompts are cut to 35 tokens, as in the authors' code. Of an image that is not square the
-    middle is taken, as in their code ([`CenterCropProcessor`]).
+    Scores are about -2 to 2, with mean 0 and deviation 1 over its training images; Table 1 of DiffusionOPD has 0.85
+    for SD3.5-M with guidance. As in the authors' code, prompts are cut to 35 tokens, and an image that is not square
+    is cropped to its centre ([`CenterCropProcessor`]).
 
     Args:
-        model (`str`, *optional*, defaults to `"zai-org/ImageReward"`): where the weights and `med_config.json` are, a Hub
-            id or a local folder. It was `THUDM/ImageReward` before.
-        filename (`str`, *optional*, defaults to `"ImageReward.pt"`): the weights in the authors' layout, as safetensors
-            or a file of `torch.save` that holds tensors alone.
-        revision (`str`, *optional*): of the model; by default a pinned commit for the default model, else `main`.
+        model (`str`, *optional*, defaults to `"zai-org/ImageReward"`): the Hub id or local folder of the weights and
+            of `med_config.json`. Its earlier name on the Hub was `THUDM/ImageReward`.
+        filename (`str`, *optional*, defaults to `"ImageReward.pt"`): the file of the weights in the authors' layout:
+            safetensors, or written by `torch.save` with only tensors in it.
+        revision (`str`, *optional*): the model's branch, tag or commit. Defaults to a pinned commit for the default
+            model, else to `main`.
         tokenizer (`str`, *optional*, defaults to `"google-bert/bert-base-uncased"`): a Hub id or a local folder.
-        tokenizer_revision (`str`, *optional*): of the tokenizer, likewise.
-        device, dtype, batch_size: see [`ModelReward`]. The last layers are float32.
+        tokenizer_revision (`str`, *optional*): the same as `revision`, for the tokenizer.
+        device, dtype, batch_size: see [`ModelReward`]. The last layers are always float32.
 
     Raises:
-        [`ValueError`]: if the model cannot be loaded completely; the message says why.
+        [`ValueError`]: if the model cannot be loaded completely. The message says why.
     """
 
     name = "imagereward"
@@ -132,11 +133,11 @@ class ImageReward(ModelReward):
 
 def split_parts(files: ModelFiles, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """
-    Tensors of the authors' file by the part of the model that they belong to: `"visual_encoder"`, `"text_encoder"` and
-    `"mlp"`, without the prefix.
+    Splits the tensors of the authors' file by the parts of the model: `"visual_encoder"`, `"text_encoder"` and
+    `"mlp"`. Their names lose the part's prefix.
 
     Raises:
-        [`ValueError`]: if there is a tensor that belongs to none.
+        [`ValueError`]: if a tensor belongs to no part.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {"visual_encoder": {}, "text_encoder": {}, "mlp": {}}
     unexpected = []
@@ -164,7 +165,7 @@ def _renamed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _vision_config(files: ModelFiles, tensors: Mapping[str, torch.Tensor]) -> BlipVisionConfig:
-    """The shape of the vision transformer, read off its weights: no file says it."""
+    """The config of the vision transformer, derived from the shapes of its weights, since no file contains it."""
     needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     check_loaded(files, [f"blip.visual_encoder.{name}" for name in needed if name not in tensors], [], [])
     positions, patches, mlp = (tensors[name] for name in needed)
@@ -181,11 +182,11 @@ def _vision_config(files: ModelFiles, tensors: Mapping[str, torch.Tensor]) -> Bl
 
 
 def _text_config(path: Path, encoder_width: int) -> BlipTextConfig:
-    """BLIP's text encoder is a BERT with cross-attention to the image, and the file is that of a BERT."""
+    """The config of BLIP's text encoder: a BERT, as in the file, with cross-attention to the image."""
     bert = BertConfig.from_json_file(path).to_dict()
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
         "max_position_embeddings", "layer_norm_eps", "pad_token_id",
     )  # fmt: skip
-    # Cross-attention comes with `is_decoder`; whether tokens see later ones is an argument of the call.
+    # `is_decoder` adds the cross-attention. Whether tokens see later ones is an argument of the call.
     return BlipTextConfig(**{name: bert[name] for name in names}, encoder_hidden_size=encoder_width, is_decoder=True)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How well an image compresses: the reward that needs no model, for a first run of a whole setup."""
+"""How well an image compresses: a reward without a model, for trying out a setup."""
 
 import io
 
@@ -25,11 +25,11 @@ class JPEGCompressibility(Reward):
     """
     Minus the size of the image as a JPEG file of quality 95, in kB (1000 bytes).
 
-    More is better, and nothing reaches 0: at 512 x 512 px one flat colour has -5, coloured noise -308. The size grows with
-    the number of pixels, so that only scores of one resolution compare. The prompt does not matter, and nothing is loaded. For
-    the opposite, incompressibility, change the sign.
+    A higher score is better, and all are below 0: at 512 x 512 px one flat colour has -5 and coloured noise -308.
+    Compare only scores of the same resolution, since the size grows with the number of pixels. The prompt is ignored
+    and no model is loaded. For the opposite, incompressibility, change the sign.
 
-    The scale is that of [DDPO](https://huggingface.co/papers/2305.13301)'s code; Flow-GRPO's divides it by 500.
+    The scale is that of [DDPO](https://huggingface.co/papers/2305.13301)'s code. Flow-GRPO's code divides it by 500.
     """
 
     name = "jpeg_compressibility"

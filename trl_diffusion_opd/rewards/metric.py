@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Rewards as metrics of the evaluate library."""
+"""Makes metrics of the `evaluate` library from reward functions."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -36,14 +36,15 @@ class RewardMetric(evaluate.Metric):
     metric.compute()  # {"pickscore": 22.3, "pickscore_scores": [22.1, 22.5, ...]}
     ```
 
-    `compute` returns the mean over the images that the reward applies to (`None` if there are none) and the score of every
-    image, in order, `None` where it does not apply. A [`CombinedReward`] adds its components. Images are kept as they are,
-    as PNG in memory, so the scores are those of a direct call. Nothing is downloaded.
+    `compute` returns the mean score (`None` if the reward applies to no image) and the score of every image, in order,
+    with `None` where the reward does not apply. A [`CombinedReward`] adds its components. Images are kept in memory as
+    PNG, without loss, so scores equal those of a direct call. Nothing is downloaded.
 
     Args:
-        reward (reward function): what to compute.
-        features ([`~datasets.Features`], *optional*): of the columns that are given with the prompts; those of the dataset
-            will do. Without them they are the columns that a [`Reward`] says it reads, as text.
+        reward (reward function): the reward to compute.
+        features ([`~datasets.Features`], *optional*): types of the columns that are given with the prompts, for
+        example those
+            of the dataset. Defaults to the columns that a [`Reward`] reads, as text.
     """
 
     def __init__(self, reward: RewardFunc, features: datasets.Features | None = None):
@@ -54,7 +55,7 @@ class RewardMetric(evaluate.Metric):
             name: kind for name, kind in (text if features is None else features).items() if name != "prompt"
         }
         super().__init__(keep_in_memory=True)
-        self.info.module_name = reward_name(reward)  # what evaluate.combine calls it
+        self.info.module_name = reward_name(reward)  # its name in evaluate.combine
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -67,28 +68,28 @@ class RewardMetric(evaluate.Metric):
 
     def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Sequence[object]) -> None:
         """
-        Adds images to what [`compute`] scores.
+        Adds images for [`compute`] to score.
 
         Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): one prompt an image.
-            columns (`list`): the reward's other columns, a value an image.
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): the images, each with its prompt.
+            columns (`list`): the reward's other columns, one value an image.
         """
         self._check({"prompts": prompts, "images": images, **columns})
         super().add_batch(prompts=prompts, images=[_bare(image) for image in images], **columns)
 
     def add(self, *, prompts: str, images: Image, **columns: object) -> None:
         """
-        Adds one image. The arguments are named as in [`add_batch`], as `evaluate.combine` wants it.
+        Adds one image. The arguments have the names of [`add_batch`], as `evaluate.combine` requires.
         """
         self._check({"prompts": prompts, "images": images, **columns})
         super().add(prompts=prompts, images=_bare(images), **columns)
 
     def compute(self, **inputs: object) -> dict[str, float | list[float | None] | None]:
         """
-        Scores what was added, or `prompts`, `images` and columns that are given here.
+        Scores the images that were added, or the `prompts`, `images` and columns given here.
 
         Returns:
-            `dict`: the mean under the reward's name, and under `name_scores` a value an image.
+            `dict`: the mean under the reward's name, and the score of each image under `name_scores`.
         """
         if "prompts" not in inputs and self.writer is None:
             raise ValueError(f"Metric {self.name!r} has nothing to compute: add prompts and images first.")
@@ -97,10 +98,12 @@ class RewardMetric(evaluate.Metric):
     def _check(self, given: Mapping[str, object]) -> None:
         missing = [name for name in self.features if given.get(name) is None]
         if missing:
-            raise ValueError(f"Metric {self.name!r} lacks {missing}; it needs {list(self.features)}.")
+            raise ValueError(f"Metric {self.name!r} needs {list(self.features)}, but {missing} are missing.")
 
     def _enforce_nested_string_type(self, schema: object, obj: object) -> object:
-        """As in evaluate, but in a dataset of several tasks a column has no value in the rows of others."""
+        """
+        As in `evaluate`, but accepts `None`: with several tasks, a column may have no value in the rows of others.
+        """
         return None if obj is None else super()._enforce_nested_string_type(schema, obj)
 
     def _compute(
@@ -119,16 +122,19 @@ class RewardMetric(evaluate.Metric):
 
 def as_metric(reward: RewardFunc, features: datasets.Features | None = None) -> RewardMetric:
     """
-    Any reward function as an [`evaluate.Metric`]: see [`RewardMetric`].
+    Makes an [`evaluate.Metric`] from any reward function. See [`RewardMetric`].
 
     Args:
         reward: a [`Reward`] or a plain function.
-        features ([`~datasets.Features`], *optional*): of the columns that are given with the prompts; those of the dataset
-            will do.
+        features ([`~datasets.Features`], *optional*): types of the columns that are given with the prompts, for
+        example those
+            of the dataset.
     """
     return RewardMetric(reward, features)
 
 
 def _bare(image: Image) -> Image:
-    """Without the file that it was read from, whose path, or lossy format, would be kept in place of its pixels."""
+    """
+    A copy without the file it was read from. Otherwise its path, or its lossy format, would be kept instead of pixels.
+    """
     return image.copy()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The head that LAION's aesthetic predictor and ImageReward put on an embedding."""
+"""Loads the head of LAION's aesthetic predictor and of ImageReward, which turns an embedding into a score."""
 
 from collections.abc import Mapping
 
@@ -23,18 +23,18 @@ from .model_files import ModelFiles, check_loaded
 
 
 _WIDTHS = (1024, 128, 64, 16, 1)
-# The official heads have dropout, which does nothing here but counts in their names.
+# Numbers of the linear layers in the official heads' names. The gaps are dropout, which has no effect here.
 _POSITIONS = (0, 2, 4, 6, 7)
 
 
 def load_head(files: ModelFiles, tensors: Mapping[str, torch.Tensor], width: int) -> nn.Sequential:
     """
-    Five linear layers, with no nonlinearity between them.
+    Loads five linear layers without nonlinearities between them.
 
     Args:
-        files (`ModelFiles`): where the tensors are from, for messages.
-        tensors (`dict[str, torch.Tensor]`): `layers.0.weight` and so on; dropout is counted.
-        width (`int`): of the embedding.
+        files (`ModelFiles`): the source of the tensors, for messages.
+        tensors (`dict[str, torch.Tensor]`): `layers.0.weight` and so on, with the official heads' numbers.
+        width (`int`): width of the embedding.
 
     Returns:
         [`torch.nn.Sequential`]: from `[batch, width]` to `[batch, 1]`.

@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Files of reward models: found locally or on the Hub at a pinned commit, and read without running code from them."""
+"""
+Finds the files of reward models, locally or on the Hub at a pinned commit, and reads them without running code from
+them.
+"""
 
 import fnmatch
 import hashlib
@@ -29,7 +32,7 @@ from ..guards.redaction import shown as quoted
 from ..hub.errors import download
 
 
-# Commits as other public projects pin them too. A repository that is not listed is read at its branch `main`.
+# The commits that other public projects pin too. Repositories that are not listed are read at their branch `main`.
 PINNED_REVISIONS = {
     "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
@@ -43,12 +46,12 @@ PINNED_REVISIONS = {
 @dataclass(frozen=True)
 class ModelFiles:
     """
-    Where the files of a model lie and which they are.
+    The files of a model.
 
     Attributes:
-        folder (`Path`): local folder that holds them.
-        shown (`str`): how messages call the model, with the reward's name; never a path.
-        identity (`str`): repository and commit, or the hash of the files of a local folder.
+        folder (`Path`): the local folder of the files.
+        shown (`str`): name of reward and model for messages; never a path.
+        identity (`str`): repository and commit, or the hash of a local folder's files.
     """
 
     folder: Path
@@ -64,18 +67,18 @@ def find_files(
     optional: Sequence[str] = (),
 ) -> ModelFiles:
     """
-    The files of a model, downloaded if they have to be, and no others of its repository.
+    Finds the files of a model. Downloads them if needed, and no other files of the repository.
 
     Args:
         reward (`str`): name of the reward, for messages.
-        model (`str`): id on the Hub, or a local folder, which wins.
-        revision (`str`, *optional*): branch, tag or commit; by default the pinned commit of [`PINNED_REVISIONS`], else
-            `main`.
-        required (`list[tuple[str, ...]]`): patterns of file names. Of each tuple at least one must be there.
-        optional (`list[str]`, *optional*): patterns of files that are taken where they are.
+        model (`str`): a local folder, or else a Hub id.
+        revision (`str`, *optional*): branch, tag or commit. Defaults to the pinned commit in [`PINNED_REVISIONS`],
+            else to `main`.
+        required (`list[tuple[str, ...]]`): patterns of file names. At least one of each tuple must exist.
+        optional (`list[str]`, *optional*): patterns of files to use if they exist.
 
     Raises:
-        [`ValueError`]: if the repository, the revision or a file does not exist, or cannot be reached.
+        [`ValueError`]: if the repository, the revision or a file does not exist, or the Hub cannot be reached.
     """
     folder = Path(model)
     patterns = [*(name for names in required for name in names), *optional]
@@ -91,7 +94,7 @@ def find_files(
     if missing:
         pickles = " Pickled weights are not read." if any("safetensors" in names for names in missing) else ""
         raise ValueError(f"{shown}: there is no {', no '.join(missing)}{where}.{pickles}")
-    if where:  # a snapshot is named by its commit
+    if where:  # the folder of a snapshot is named by its commit
         return ModelFiles(folder, shown, f"{model}@{folder.name}")
     digest = hashlib.sha256()
     for path in _matching(folder, patterns):
@@ -100,26 +103,26 @@ def find_files(
 
 
 def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    # A snapshot of no files is not made at all.
+    # If no file matches, the Hub client creates no folder.
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return [path for path in files if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)]
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, the one that the Hub shows for large files."""
+    """The SHA-256 of a file, which the Hub shows for large files."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(files: ModelFiles, name: str) -> dict[str, torch.Tensor]:
     """
-    The tensors of a `.safetensors` file, or of a file that `torch.save` wrote.
+    Reads the tensors of a `.safetensors` file, or of a file that `torch.save` wrote.
 
-    The latter is a pickle. It is read with `weights_only=True`, which refuses whatever is not a tensor or a plain
-    container. An outer `{"state_dict": ...}` is taken off.
+    The latter is a pickle, read with `weights_only=True`, which refuses everything but tensors and plain containers.
+    Of `{"state_dict": ...}` the inner dict is used.
 
     Raises:
-        [`ValueError`]: if the file is damaged, or holds anything else than tensors by name.
+        [`ValueError`]: if the file is damaged, or holds anything but tensors by name.
     """
     path = files.folder / name
     content: object
@@ -130,12 +133,12 @@ def read_tensors(files: ModelFiles, name: str) -> dict[str, torch.Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{files.shown}: {name} is a pickle that holds more than tensors, or none at all. Code from a file is not "
-            "run. Save its tensors in safetensors format, if you trust it."
+            f"{files.shown}: {name} is not a file of tensors only, and code from a file is not run. If you trust it, "
+            "save its tensors in safetensors format."
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{files.shown}: {name} cannot be read, it is damaged or incomplete: {quoted(error)}"
+            f"{files.shown}: {name} cannot be read. It is damaged or incomplete: {quoted(error)}"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -148,7 +151,7 @@ def check_loaded(
     files: ModelFiles, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
 ) -> None:
     """
-    Refuses weights that are not those of the model: scores of a model that is random in part look like scores.
+    Refuses weights that don't match the model exactly. Otherwise a partly random model would give plausible scores.
 
     Raises:
         [`ValueError`]: if one of the lists of names is not empty.

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What rewards that run a model of their own have in common."""
+"""The base class of rewards that run a model, and strict loading of such models."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -36,20 +36,20 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 class ModelReward(Reward):
     """
-    A reward that a frozen model computes.
+    A reward that is computed by a frozen model.
 
-    Subclasses load their models when they are made, so that whatever is wrong is known before the first step, and
-    implement [`_predict`], which is called in inference mode and without autocast.
+    Subclasses load their models in the constructor, so that problems show before the first step. They implement
+    [`_predict`], which is called in inference mode and without autocast.
 
     Attributes:
-        identity (`str`): which files the score depends on, for the fingerprint.
+        identity (`str`): the files that the score depends on, for the fingerprint.
 
     Args:
         files (`list[ModelFiles]`): all files that the score depends on.
-        device (`str` or [`torch.device`], *optional*): of the model, by default this process's own.
-        dtype (`str` or [`torch.dtype`], *optional*, defaults to `"float32"`): of the model: `"float32"`, `"float16"` or
-            `"bfloat16"`. What comes after its features is float32.
-        batch_size (`int`, *optional*, defaults to `16`): images at a time. It does not change the scores.
+        device (`str` or [`torch.device`], *optional*): the model's device. Defaults to this process's own.
+        dtype (`str` or [`torch.dtype`], *optional*, defaults to `"float32"`): the model's dtype: `"float32"`,
+            `"float16"` or `"bfloat16"`. Everything after the model's features is computed in float32.
+        batch_size (`int`, *optional*, defaults to `16`): number of images at a time. It does not change the scores.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ModelReward(Reward):
         return f"{self.name} {self.identity} {str(self.dtype).removeprefix('torch.')}"
 
     def _placed(self, model: M, dtype: torch.dtype | None = None) -> M:
-        """The model on this reward's device and in its dtype, or another, without dropout and gradients."""
+        """Moves a model to this reward's device and dtype (or the given one), without dropout and gradients."""
         return model.to(self.device, dtype or self.dtype).eval().requires_grad_(False)
 
     def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> list[float]:
@@ -78,12 +78,12 @@ class ModelReward(Reward):
             return self._predict(prompts, images).float().tolist()
 
     def _predict(self, prompts: list[str], images: list[Image]) -> torch.Tensor:
-        """Scores of RGB images, `[batch]`."""
+        """Scores a batch of RGB images. Returns `[batch]`."""
         raise NotImplementedError
 
 
 def parse_dtype(reward: str, dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name; only those that the models work in."""
+    """Returns a dtype by its name. Only dtypes in which reward models work are accepted."""
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise ValueError(f"Reward {reward!r}: dtype={name!r}, it must be one of {', '.join(_DTYPES)}.")
@@ -98,17 +98,18 @@ def load_pretrained(
     **options: Any,
 ) -> Any:
     """
-    A transformers model in float32 on the CPU, strictly: every weight comes from the files, and none is left over.
+    Loads a transformers model in float32 on the CPU. The files must have exactly the model's weights.
 
     Args:
-        model_class (`type`): such as [`~transformers.CLIPModel`].
-        files (`ModelFiles`): where its `config.json` and safetensors lie, unless the next two are given.
-        config ([`~transformers.PreTrainedConfig`], *optional*), tensors (`dict[str, torch.Tensor]`, *optional*): its
-            configuration and its weights by their names in transformers.
+        model_class (`type`): the model's class, such as [`~transformers.CLIPModel`].
+        files (`ModelFiles`): the model's files, with `config.json` and safetensors unless the next two are given.
+        config ([`~transformers.PreTrainedConfig`], *optional*), tensors (`dict[str, torch.Tensor]`, *optional*): the
+        model's
+            configuration, and its weights by their names in transformers.
         options: other arguments of the class.
 
     Raises:
-        [`ValueError`]: if weights are missing, left over or of another shape.
+        [`ValueError`]: if weights are missing, unexpected or of another shape.
     """
     try:
         loaded: Any = model_class.from_pretrained(

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Names of rewards: those of this package, and import paths of functions."""
+"""Finds a reward by one of this package's names or by an import path, and checks its options."""
 
 import functools
 import importlib
@@ -25,7 +25,7 @@ from typing import Any
 from .base import Reward, RewardFunc
 
 
-# Imported when asked for: most need transformers, some an extra.
+# Name of a reward (and of its module) -> its class. Imported on first use: most need transformers, some an extra.
 REWARDS = {
     "aesthetic": "Aesthetic",
     "clipscore": "CLIPScore",
@@ -41,7 +41,7 @@ REWARDS = {
 
 
 def load_named(spec: str, **options: object) -> RewardFunc:
-    """A reward function by one name or import path: see [`load_reward`]."""
+    """Loads a reward function by a single name or import path. See [`load_reward`]."""
     if spec in REWARDS:
         reward = reward_class(spec)
         _check_options(spec, reward, options)
@@ -53,7 +53,7 @@ def load_named(spec: str, **options: object) -> RewardFunc:
 
 
 def check_named(spec: str, **options: object) -> None:
-    """Refuses what [`load_named`] would refuse, without loading weights."""
+    """Checks a reward like [`load_named`], but without loading weights."""
     if spec in REWARDS:
         _check_options(spec, reward_class(spec), options)
     else:
@@ -61,7 +61,7 @@ def check_named(spec: str, **options: object) -> None:
 
 
 def _imported(spec: str, options: Mapping[str, object]) -> Any:
-    """What an import path names: a function, or a class of which a reward is an instance with these options."""
+    """Imports the function or class of an import path, and checks the options for it."""
     module, colon, name = spec.partition(":")
     if not colon:
         raise ValueError(
@@ -74,22 +74,22 @@ def _imported(spec: str, options: Mapping[str, object]) -> Any:
         raise ValueError(
             f"Reward {spec!r} is a path to a file. Name the module as Python imports it, from the working folder: {path}:{name}."
         )
-    # A script's path has its own folder and not the working one, in which `python -m` finds modules as well.
+    # A script's search path has its own folder, but not the working folder. `python -m` has that one too.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"Reward {spec!r} cannot be imported: {error}. Modules are looked for in the working folder, {os.getcwd()!r}, and "
-            "where Python has its packages."
+            f"Reward {spec!r} cannot be imported: {error}. Modules are searched in the working folder, "
+            f"{os.getcwd()!r}, and among the installed packages."
         ) from error
     if inspect.isclass(found):
         _check_options(spec, found, options)
     elif options:
         raise ValueError(f"Reward {spec!r} is a function and takes no options, but {sorted(options)} are given.")
     elif not callable(found):
-        raise ValueError(f"Reward {spec!r} is a {type(found).__name__} and no function.")
+        raise ValueError(f"Reward {spec!r} is not a function but a {type(found).__name__}.")
     return found
 
 

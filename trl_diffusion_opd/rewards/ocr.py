@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Whether an image shows the text that its prompt quotes."""
+"""How much of the text that a prompt quotes can be read in the image."""
 
 import re
 import unicodedata
@@ -37,41 +37,42 @@ except ImportError as error:
 
 
 _QUOTED = re.compile('["“”„]([^"“”„]*)["“”]')
-# Digits that a font may draw like a letter. A 1 is not among them: it may be an I or an L.
+# Digits that may look like a letter. 1 is left out, since it may be an I or an L.
 _LETTER_OF_DIGIT = str.maketrans("0258", "ozsb")
-# The text detector sees an image at this size at most, or at the reward's own.
+# Maximum size in pixels at which the text detector sees an image, unless the reward's own size is larger.
 _DETECTOR_SIZE = 320
-# What is less sure is often no text: coloured discs and squares are read as letters and signs.
+# Below this confidence there is often no text: coloured discs and squares are read as letters and signs.
 _MIN_CONFIDENCE = 0.8
-# The first look, which mostly suffices, in half the time of the second.
+# Size of the first reading, which is mostly enough and takes half the time of the second.
 _GLANCE_SIZE = 160
-# The last look, for letters so bold and square that near by they read as others, or not at all. Blur rounds them; what it
-# leaves is read with less confidence.
+# The last reading is for very bold, square letters, which are misread at full size. Blur rounds them, and needs a
+# lower confidence.
 _AFAR_SIZE, _AFAR_BLUR, _AFAR_MIN_CONFIDENCE = 64, 4.0, 0.5
 
 
 def quoted_text(prompt: str) -> str | None:
-    """The text between the first two quotation marks of a prompt, straight or curly, `None` without."""
+    """The text between the first two quotation marks of a prompt, straight or curly; `None` if there are none."""
     match = _QUOTED.search(prompt)
     return match[1] if match else None
 
 
 def folded(text: str) -> str:
-    """Text as it is compared: without case, spaces and accents."""
+    """The text without case, spaces and accents, for comparing."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     return "".join(c for c in plain if not (c.isspace() or unicodedata.combining(c)))
 
 
 def text_score(target: str, read: str) -> float:
     """
-    Score of a reading, in [0, 1]: 1 where the target is part of what is read, else 1 - distance / length, at least 0.
+    Scores a reading, in [0, 1]: 1 if the text that was read contains the target, else 1 - distance / length, at least
+    0.
 
-    The distance is Levenshtein's, the length the target's. Both texts are compared [`folded`]. Where the target has no
-    digits, a digit in the reading counts as the letter it looks like.
+    The distance is Levenshtein's, and the length is the target's. Both texts are [`folded`] first. If the target has
+    no digits, a digit that was read counts as the letter it looks like.
 
     Args:
-        target (`str`): what the image should show; not blank.
-        read (`str`): what is read in it.
+        target (`str`): the text that the image should show, not blank.
+        read (`str`): the text that was read in it.
     """
     target, read = folded(target), folded(read)
     if not any(c.isdigit() for c in target):
@@ -83,19 +84,19 @@ def text_score(target: str, read: str) -> float:
 
 class OCR(Reward):
     """
-    Share of the quoted text that is legible in the image, in [0, 1].
+    The share of the quoted text that can be read in the image, in [0, 1].
 
-    The target is what the prompt has between its first two quotation marks. The image is read by
-    [RapidOCR](https://github.com/RapidAI/RapidOCR) on the CPU, on one thread; the texts of all lines are joined, and scored
-    by [`text_score`], the formula of [Flow-GRPO](https://huggingface.co/papers/2505.05470)'s code, which DiffusionOPD
-    reports. An image is looked at up to three times, at a glance, near by and from afar, until it reads as asked for; the
-    best reading counts.
+    The target is the text between the prompt's first two quotation marks.
+    [RapidOCR](https://github.com/RapidAI/RapidOCR) reads the image on one CPU thread. The texts of all lines are
+    joined and scored by [`text_score`], the formula of [Flow-GRPO](https://huggingface.co/papers/2505.05470)'s code,
+    which DiffusionOPD reports. An image is read up to three times, small, at `size`, and blurred, until the target is
+    found. The best reading counts.
 
     Args:
         size (`int`, *optional*, defaults to `256`):
-            Pixels of the longer side at which images are looked at near by, of whatever size they are. More for small
-            print: the time grows with the square.
-        batch_size (`int`, *optional*, defaults to `16`): images at a time. They are read one by one in any case.
+            Pixels of the longer side to which images of any size are scaled for the second reading. Raise it for small
+            print. The time grows with its square.
+        batch_size (`int`, *optional*, defaults to `16`): number of images in a batch. They are read one by one anyway.
     """
 
     name = "ocr"
@@ -115,7 +116,7 @@ class OCR(Reward):
             }
         )
         blank = np.zeros((_AFAR_SIZE, _AFAR_SIZE, 3), np.uint8)
-        for detect in (False, True):  # loads recogniser and detector now, not in the middle of a run
+        for detect in (False, True):  # loads recogniser and detector now instead of during the run
             self._engine(blank, use_det=detect, use_cls=False)
 
     @property
@@ -129,7 +130,7 @@ class OCR(Reward):
         return None if folded(target) else "there is nothing between its first two quotation marks"
 
     def readings(self, image: Image.Image) -> Iterator[str]:
-        """The text of all lines in an image, from top to bottom, as each look reads it."""
+        """Yields the text of all lines in an image, from top to bottom, once for each reading."""
         if self.size > _GLANCE_SIZE:
             yield self._read(_fitted(image, _GLANCE_SIZE), _MIN_CONFIDENCE)
         yield self._read(_fitted(image, self.size), _MIN_CONFIDENCE)
@@ -137,7 +138,7 @@ class OCR(Reward):
         yield self._read(blurred, _AFAR_MIN_CONFIDENCE)
 
     def _read(self, image: Image.Image, min_confidence: float) -> str:
-        pixels = np.asarray(image)[:, :, ::-1]  # it takes BGR, as OpenCV has it
+        pixels = np.asarray(image)[:, :, ::-1]  # it expects BGR, like OpenCV
         output: Any = self._engine(pixels, use_cls=False, text_score=min_confidence)
         return "".join(output.txts or ())
 
@@ -156,7 +157,7 @@ class OCR(Reward):
 
 
 def _fitted(image: Image.Image, size: int) -> Image.Image:
-    """An RGB image, its longer side brought to `size`, its shape kept."""
+    """The image as RGB, with its longer side scaled to `size` and its aspect ratio kept."""
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""CLIP's weights in the layout of open_clip, by their names in transformers."""
+"""Converts CLIP's weights from open_clip's layout to that of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import torch
 
 
-# Names in open_clip, and in transformers. Blocks of both towers have the same names inside.
+# Names in open_clip -> names in transformers. The blocks of both towers use the same names.
 _NAMES = [
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
     (r"^visual\.conv1\.weight$", "vision_model.embeddings.patch_embedding.weight"),
@@ -43,10 +43,10 @@ _NAMES = [
 
 def from_open_clip(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Weights of a CLIP with a ViT in open_clip's layout by their names in transformers. Names that are not open_clip's stay
-    as they are, to be reported when the weights are loaded.
+    Renames the weights of a CLIP with a ViT from open_clip's layout to transformers'. Unknown names stay as they are,
+    so that they are reported when the weights are loaded.
 
-    open_clip keeps queries, keys and values in one matrix, and its projections transposed.
+    open_clip stores queries, keys and values in one matrix, and its projections transposed.
     """
     converted = {}
     for name, tensor in tensors.items():

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""PickScore: which of two images people would pick."""
+"""PickScore: predicts which of two images people would pick."""
 
 import torch
 from PIL.Image import Image
@@ -26,16 +26,17 @@ class PickScore(ClipReward):
     PickScore (Kirstain et al., 2023, arXiv 2305.01569, Eq. 1): the scaled cosine of a CLIP ViT-H/14 that was tuned on
     people's choices between two images of a prompt.
 
-    `exp(logit_scale) * cos(image, prompt)`, about 18 to 25 for generated images: the scale of the model itself and of
-    Table 1 of DiffusionOPD (22.34 for SD3.5-M with guidance). Training code of the Flow-GRPO family divides it by 26 to
-    bring it near 1; multiply such figures by 26 to compare them.
+    The score is `exp(logit_scale) * cos(image, prompt)`, about 18 to 25 for generated images. This is the scale of the
+    model itself and of Table 1 of DiffusionOPD (22.34 for SD3.5-M with guidance). Training code of the Flow-GRPO
+    family divides it by 26 to bring it near 1; multiply such figures by 26 to compare them.
 
     Args:
         model (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`): CLIP model, a Hub id or a local folder.
-        revision (`str`, *optional*): of the model; by default a pinned commit for the default model, else `main`.
+        revision (`str`, *optional*): the model's branch, tag or commit. Defaults to a pinned commit for the default
+            model, else to `main`.
         processor (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`): tokenizer and image
             processor, as the model's card says.
-        processor_revision (`str`, *optional*): of the processor, likewise.
+        processor_revision (`str`, *optional*): the same as `revision`, for the processor.
         device, dtype, batch_size: see [`ModelReward`].
 
     Raises:

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A reward that an HTTP server computes."""
+"""A reward that is computed by an HTTP server."""
 
 import base64
 import hashlib
@@ -42,51 +42,56 @@ logger = logging.getLogger(__name__)
 OnError = Literal["raise", "none"]
 
 _RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
-# Seconds between two tries, also if the server asks for more in Retry-After.
+# Maximum seconds between two tries, even if the server asks for more in Retry-After.
 _LONGEST_PAUSE = 30.0
-# Base64 of images in a call, if they are more than one: a server holds a whole call in its memory.
+# Maximum bytes of base64 images in a call with more than one image, since a server holds a whole call in memory.
 _CALL_BYTES = 12 * 2**20
-# An answer may say more than its scores. A score takes 25 characters at most, and some space.
+# Maximum bytes of an answer: a fixed part for other content, and a part for each score, which has at most 25
+# characters and some white space.
 _ANSWER_BYTES = 2**20
 _SCORE_BYTES = 64
 
 
 class RemoteRewardError(RuntimeError):
-    """A scorer elsewhere could not be asked, or did not answer as it should."""
+    """A remote scorer could not be reached, or its answer was wrong."""
 
 
 class RemoteReward(Reward):
     """
-    Scores that another process computes: a heavy reward on another device or machine, or one in another environment.
+    Gets scores from another process: for a heavy reward on another device or machine, or one in another environment.
 
-    Images are sent in batches by `POST`, as JSON, `batch_size` at a time and 12 MiB of PNGs in base64; `examples/reward_server.py` is a server that speaks this format:
+    Images are sent by `POST` as JSON with base64 PNGs, at most `batch_size` images and 12 MiB in a call.
+    `examples/reward_server.py` is a server for this format:
 
     ```
     {"prompts": ["a cat", ...], "images": ["<PNG, base64>", ...], "columns": {"metadata": [...]}}
     {"scores": [0.5, null, ...]}
     ```
 
-    Status 200 with a finite number or `null` ("does not apply") an image is an answer, everything else is a failure.
-    Connections that fail or are cut, timeouts and the statuses 408, 429, 500, 502, 503 and 504 are tried again: at once,
-    then after 1, 2, 4, … seconds, or as long as the server's `Retry-After` asks for, up to 30 s. What still fails is an
-    error, or no score for the images of its batch. It is never a score of 0.
+    An answer is valid if it has status 200 and, for each image, a finite number or `null` ("does not apply"). Failed
+    or broken connections, timeouts and the statuses 408, 429, 500, 502, 503 and 504 are tried again: at once, then
+    after 1, 2, 4, … seconds, or as long as the server's `Retry-After` asks for, up to 30 s. If a call still fails, it
+    raises an error or gives its images no score, but never a score of 0.
 
-    An answer is read up to 1 MiB and 64 bytes an image, and not if it is compressed. Redirects are not followed.
+    Answers of more than 1 MiB plus 64 bytes an image and compressed answers are refused. Redirects are not followed.
 
     Args:
-        url (`str`): where to post, `http` or `https`. User, password and query don't belong in it, since it is logged.
-        name (`str`, *optional*, defaults to `"remote"`): of the metric. Several remote scorers need different names.
-        columns (`Sequence[str]`, *optional*): columns of the dataset to send. Samples without a value there are not scored.
-        timeout (`float`, *optional*, defaults to `60`): seconds that a try may take, from the connection to the
-            last byte of the answer.
-        max_retries (`int`, *optional*, defaults to `3`): tries after the first one.
-        on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error when a call fails, or log a warning and give
-            its samples `"none"`.
-        token_env (`str`, *optional*): environment variable with a token to send as `Authorization: Bearer …`.
-        batch_size (`int`, *optional*, defaults to `16`): images a call.
+        url (`str`): the address, `http` or `https`. It must not contain a user, password or query, since it is logged.
+        name (`str`, *optional*, defaults to `"remote"`): name of the metric. Several remote scorers need different
+            names.
+        columns (`Sequence[str]`, *optional*): columns of the dataset to send. Samples without a value in one get no
+            score.
+        timeout (`float`, *optional*, defaults to `60`): maximum seconds of a try, from the connection to the answer's
+            last byte.
+        max_retries (`int`, *optional*, defaults to `3`): number of tries after the first one.
+        on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error if a call fails, or log a warning and
+            give its
+            samples no score (`"none"`).
+        token_env (`str`, *optional*): name of an environment variable with a token, sent as `Authorization: Bearer …`.
+        batch_size (`int`, *optional*, defaults to `16`): maximum number of images in a call.
 
     Raises:
-        [`ValueError`]: if an argument cannot be used.
+        [`ValueError`]: if an argument is invalid.
         [`RemoteRewardError`]: by a call that failed.
     """
 
@@ -123,7 +128,7 @@ class RemoteReward(Reward):
 
     @property
     def fingerprint(self) -> str:
-        """Another address is another scorer. It is hashed, since it may name a machine of the user's."""
+        """Contains a hash of the address: another address is another scorer, but it may name a private machine."""
         return f"{self.name}:{address_hash(self.url)}:{','.join(self.columns)}"
 
     def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
@@ -163,16 +168,17 @@ class RemoteReward(Reward):
             raise RemoteRewardError(f"{failed}cannot be reached: {error}.") from error
         except RefusedAnswerError as error:
             raise RemoteRewardError(f"{failed}gave {error}.") from error
-        except Exception as error:  # whatever it is that a stranger's answer brings about
+        except Exception as error:  # an untrusted answer may cause any error
             raise RemoteRewardError(
                 f"{failed}gave an answer that cannot be read ({type(error).__name__}: {shown(error)})."
             ) from error
 
     def _answer(self, data: str) -> httpx2.Response:
-        """The last answer, if it took more than one try."""
+        """Posts the data, with retries. Returns the last answer."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.token_env is not None:
-            # Read when it is sent, so that no object holds it, and looked at again: an error of a header shows the header.
+            # Read only now, so that no object holds the token. Checked again, since an error about a header would show
+            # it.
             if problems := token_problems(self.token_env):
                 raise RemoteRewardError(f"Reward {self.name!r}: {problems[0]}")
             headers["Authorization"] = f"Bearer {os.environ[self.token_env]}"
@@ -192,7 +198,7 @@ class RemoteReward(Reward):
 
 
 def _read_scores(failed: str, response: httpx2.Response, count: int) -> list[float | None]:
-    """The scores of an answer, or why it has none. What else it raises is for the caller to catch."""
+    """Reads the scores of an answer. Raises `RemoteRewardError` if it has none; the caller catches other errors."""
     if response.status_code != 200:
         raise RemoteRewardError(f"{failed}{status_shown(response)}")
     try:
@@ -215,13 +221,13 @@ def _read_scores(failed: str, response: httpx2.Response, count: int) -> list[flo
 
 
 def status_shown(response: httpx2.Response) -> str:
-    """What a server answered instead of what it was asked for."""
+    """A failed answer of a server as text for a message."""
     where = f" to {shown(response.headers['Location'])}" if response.has_redirect_location else ""
     return f"answered {response.status_code} {shown(response.reason_phrase, 50)}{where}: '{shown(response.content)}'"
 
 
 def _pause(again: int, response: httpx2.Response | None) -> float:
-    """Seconds before the try number `again + 2`: none before the second, unless the server asks for some."""
+    """Seconds to wait before try number `again + 2`: 0 before the second, unless the server asks for more."""
     asked = None if response is None else _asked_pause(response.headers.get("Retry-After", "").strip())
     if asked is None:
         asked = 0.0 if again == 0 else 2.0 ** min(again - 1, 10)
@@ -229,19 +235,19 @@ def _pause(again: int, response: httpx2.Response | None) -> float:
 
 
 def _asked_pause(header: str) -> float | None:
-    """Seconds that a `Retry-After` asks for, as a number or until a date. What is neither is as if it weren't there."""
+    """Seconds that a `Retry-After` header asks for, as a number or a date; `None` if it is neither."""
     if header.isascii() and header.isdecimal():
         return float(header)
     try:
         date = parsedate_to_datetime(header)
     except (ValueError, TypeError, OverflowError):
         return None
-    # A date without its zone is in UTC, as the standard has it.
+    # By the standard, a date without a zone is in UTC.
     return max((date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)
 
 
 def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    """Slices in order, each of one entry or of no more than a call's bytes."""
+    """Yields slices in order, each with one entry or with entries that fit into one call."""
     start = total = 0
     for i, size in enumerate(sizes):
         if i > start and total + size > _CALL_BYTES:
@@ -256,7 +262,7 @@ def _is_finite(value: object) -> bool:
 
 
 def png_base64(image: Image) -> str:
-    """The image as PNG, which loses nothing, in base64."""
+    """The image as a (lossless) PNG in base64."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -267,16 +273,16 @@ def address_hash(url: str) -> str:
 
 
 def url_problems(option: str, url: str) -> list[str]:
-    """Why an address cannot be used. What may be secret in it is not repeated."""
+    """Says why an address cannot be used. Does not repeat parts that may be secret."""
     try:
         httpx2.URL(url)
         parts = urlsplit(url)
     except (ValueError, httpx2.InvalidURL):
-        return [f"{option} is no address that can be read. Give one of the form http://host:port/path."]
+        return [f"{option} is not a valid address. Give one of the form http://host:port/path."]
     if "@" in parts.netloc or parts.query or parts.fragment:
         return [
-            f"{option} has a user, a password, a query or a fragment, and it is logged. Give scheme, host and path alone; a "
-            "token belongs in an environment variable."
+            f"{option} is logged, so it must not have a user, a password, a query or a fragment. Give only scheme, "
+            "host and path; a token belongs in an environment variable."
         ]
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return [f"{option}={url!r} is not of the form http://host:port/path."]
@@ -284,23 +290,23 @@ def url_problems(option: str, url: str) -> list[str]:
 
 
 def token_problems(variable: str) -> list[str]:
-    """Why the token in an environment variable cannot be sent. It is not repeated."""
+    """Says why the token in an environment variable cannot be sent. Does not repeat it."""
     token = os.environ.get(variable)
     if not token:
-        return [f"the environment variable {variable}, which is to hold the token, is not set."]
+        return [f"the environment variable {variable}, which should hold the token, is not set."]
     if not all("!" <= character <= "~" for character in token):
         return [
             f"the token in the environment variable {variable} has a space, a line break or another character that no token "
-            "can have, often at its end. Set it again without."
+            "can have, often at its end. Set it again without it."
         ]
     return []
 
 
 def call_problems(timeout: float, max_retries: int, on_error: str) -> list[str]:
-    """What is wrong with the options that calls of a server have in common."""
+    """Says what is wrong with the options of calls to a server, one sentence each."""
     problems = []
     if not 0 < timeout <= threading.TIMEOUT_MAX:
-        problems.append(f"timeout={timeout}: it must be a positive number of seconds, and not infinite.")
+        problems.append(f"timeout={timeout}: it must be a positive, finite number of seconds.")
     if max_retries < 0:
         problems.append(f"max_retries={max_retries}: it must not be negative.")
     if on_error not in ("raise", "none"):

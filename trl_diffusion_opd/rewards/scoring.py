@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Calls reward functions: checks what they return, and lets them work while the next images are generated."""
+"""Calls reward functions, checks what they return, and lets them run while the next images are generated."""
 
 import asyncio
 import contextvars
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 OnTimeout = Literal["raise", "none"]
 
-# Batches of images that wait to be scored: more would only fill the memory.
+# Maximum number of batches that wait to be scored. More would only fill the memory.
 _MAX_PENDING = 2
 
 Scores = dict[str, list[float | None]]
@@ -55,11 +55,11 @@ T = TypeVar("T")
 @dataclass
 class RewardLog:
     """
-    What reward functions log beside their scores, by `log_metric` and `log_extra`, as in TRL's trainers.
+    Values that reward functions log beside their scores, with `log_metric` and `log_extra` as in TRL's trainers.
 
     Attributes:
         metrics (`dict[str, list[float]]`): the values of each metric, one a call.
-        extra (`dict[str, list]`): columns, with a value an image.
+        extra (`dict[str, list]`): additional columns, with one value an image.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -72,7 +72,7 @@ class RewardLog:
         self.extra[column].extend(values)
 
 
-# Where the functions that are called in this context log to.
+# The log of the functions that are called in this context.
 _LOG: contextvars.ContextVar[RewardLog | None] = contextvars.ContextVar("reward_log", default=None)
 
 
@@ -86,17 +86,19 @@ def score(
     Scores images, one function after another, without gradients.
 
     Args:
-        functions (`list` of reward functions), rows (`list[dict]`): rows of the dataset, one an image.
-        images (`list[PIL.Image.Image]`)
-        trainer_state ([`~transformers.TrainerState`], *optional*)
+        functions (`list` of reward functions): the functions to call.
+        rows (`list[dict]`): the dataset's row of each image.
+        images (`list[PIL.Image.Image]`): the images.
+        trainer_state ([`~transformers.TrainerState`], *optional*): passed to the functions.
 
     Returns:
-        `dict[str, list[float | None]]`: a value an image for each function, by name. The parts of a [`CombinedReward`]
-        follow it, as `name/part`.
+        `dict[str, list[float | None]]`: the scores of each function by its name, one an image. The components of a
+        [`CombinedReward`] follow it as `name/component`.
 
     Raises:
-        [`ValueError`]: if a function returns another number of values than it was given images, or what is no number,
-            or if two functions have one name.
+        [`ValueError`]: if a function returns a wrong number of values or a value that is not a number, or if two
+        functions
+            have the same name.
     """
     scores: Scores = {}
     for function in _by_name(functions).values():
@@ -108,15 +110,15 @@ class Scorer:
     """
     Scores batches of images while the caller generates the next ones.
 
-    Each function has a thread of its own, in which it sees the batches in order: one that waits for a server does not hold
-    up one that computes. The threads have the caller's context variables and current device, and gradients are off, so
-    the scores are those of [`score`].
+    Each function runs in its own thread and gets the batches in order, so a function that waits for a server does not
+    delay another one. The threads have the caller's context variables and current device, and gradients are off, so
+    the scores equal those of [`score`].
 
-    What a function raises is raised by the next call of `submit` or `results` that meets it, and by every one after that.
-    Leaving the `with` block waits for the calls that are running, up to `timeout` seconds, and drops those that wait.
+    An error of a function is raised by the next call of `submit` or `results` that collects its batch, and by every
+    later call. Leaving the `with` block waits up to `timeout` seconds for running calls and drops waiting ones.
 
-    A call that hangs cannot be ended. Its thread is left behind, which does not keep the program from exiting, and the function
-    is not called again by this scorer.
+    A call that hangs cannot be stopped. Its thread is left behind (it does not keep the program from exiting), and
+    this scorer does not call the function again.
 
     ```python
     with Scorer(functions) as scorer:
@@ -126,24 +128,27 @@ class Scorer:
     ```
 
     Args:
-        functions (`list` of reward functions)
+        functions (`list` of reward functions): the functions to call.
         trainer_state ([`~transformers.TrainerState`], *optional*): passed to the functions.
-        timeout (`float`, *optional*): seconds that the caller waits for one call of a function; without it, for ever.
-        on_timeout (`str`, *optional*, defaults to `"raise"`): what follows then: `"raise"` an error, or log a warning and give
-            `"none"` as the scores of these images and of all that the function has yet to score.
-        task (`str`, *optional*): whose images these are, for the message.
-        call (*optional*): what calls a function in its thread, with it, rows, images and what `submit` was given as their
-            `batch`, and returns its scores; [`call_reward`] if not given.
+        timeout (`float`, *optional*): maximum seconds that the caller waits for one call of a function. By default
+            there is no limit.
+        on_timeout (`str`, *optional*, defaults to `"raise"`): what happens then: `"raise"` an error, or log a warning
+            and give
+            no score (`"none"`) to these images and to all that the function has not scored yet.
+        task (`str`, *optional*): the images' task, for messages.
+        call (*optional*): calls a function in its thread and returns its scores. It gets the function, rows, images,
+        and the
+            `batch` that `submit` was given. Defaults to [`call_reward`].
 
     Attributes:
-        seconds (`dict[str, float]`): the time that each function took, by name.
-        log ([`RewardLog`]): what the functions logged beside their scores.
-        waited (`float`): the seconds that the caller waited for scores. What is missing of the sum of `seconds` was spent
-            while it generated.
+        seconds (`dict[str, float]`): seconds that each function has taken, by name.
+        log ([`RewardLog`]): values that the functions logged beside their scores.
+        waited (`float`): seconds that the caller has waited for scores. The rest of the sum of `seconds` passed while
+            it generated images.
 
     Raises:
-        [`ValueError`]: if two functions have one name.
-        [`TimeoutError`]: by `submit` and `results`, if a call took too long.
+        [`ValueError`]: if two functions have the same name.
+        [`TimeoutError`]: by `submit` and `results`, if a call takes too long.
     """
 
     def __init__(
@@ -178,7 +183,7 @@ class Scorer:
         for _, futures in self._pending:
             for future in futures.values():
                 future.cancel()
-        # All are told before one is waited for.
+        # First tell all threads to stop, then wait for them.
         for thread in self._threads.values():
             thread.stop()
         for name, thread in self._threads.items():
@@ -186,7 +191,7 @@ class Scorer:
                 thread.join(self.timeout)
 
     def submit(self, rows: Sequence[Row], images: Sequence[Image], batch: object = None) -> None:
-        """Gives a batch to the functions, and waits while too many batches are under way."""
+        """Gives a batch to the functions. First waits while too many batches are being scored."""
         while len(self._pending) >= _MAX_PENDING:
             self._collect()
         futures = {
@@ -199,13 +204,13 @@ class Scorer:
         self._pending.append((len(images), futures))
 
     def results(self) -> Scores:
-        """The scores of all batches so far, in the order in which they were submitted, by the name of the function."""
+        """The scores of all batches so far, by name of the function, in the order in which batches were submitted."""
         while self._pending:
             self._collect()
         return self._scores
 
     def _collect(self) -> None:
-        # The batch stays where it is if it failed: whoever goes on after an error meets it again, and not scores that
+        # A failed batch stays in the queue: a caller that goes on after the error gets it again, and never scores that
         # lack a batch.
         size, futures = self._pending[0]
         start = time.perf_counter()
@@ -231,20 +236,18 @@ class Scorer:
                 )
                 if self.on_timeout == "raise":
                     raise self._too_long(message) from None
-                logger.warning(
-                    "%s These images, and those after them in this evaluation, have no score of it.", message
-                )
+                logger.warning("%s These images, and later ones in this evaluation, get no score from it.", message)
         elif self.on_timeout == "raise":
             raise self._too_long(f"Reward {name!r} hangs.")
         return {of_part: [None] * size for of_part in score_names(function)}
 
     @staticmethod
     def _too_long(message: str) -> TimeoutError:
-        return TimeoutError(f"{message} Look at what it waits for, or give it longer.")
+        return TimeoutError(f"{message} Find out what it waits for, or give it more time.")
 
     def _timed(self, name: str, rows: Sequence[Row], images: Sequence[Image], batch: object) -> Scores:
         start = time.perf_counter()
-        _LOG.set(self.log)  # in a context of this call
+        _LOG.set(self.log)  # only in the context of this call
         try:
             if self._call is not None:
                 return self._call(self.functions[name], rows, images, batch)
@@ -253,7 +256,7 @@ class Scorer:
             self.seconds[name] += time.perf_counter() - start
 
 
-@torch.no_grad()  # of the thread that it runs in
+@torch.no_grad()  # here, since each thread has its own gradient mode
 def call_reward(
     function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], trainer_state: "TrainerState | None" = None
 ) -> Scores:
@@ -261,10 +264,11 @@ def call_reward(
     Calls one reward function by keyword and checks what it returns.
 
     Args:
-        function: sync or async. rows, images, trainer_state: as in [`score`].
+        function (reward function): sync or async.
+        rows, images, trainer_state: as in [`score`].
 
     Returns:
-        `dict[str, list[float | None]]`: its values by its name, and those of its parts.
+        `dict[str, list[float | None]]`: its scores by its name, and those of its components.
     """
     if not images:  # more processes than images
         return {name: [] for name in score_names(function)}
@@ -285,12 +289,12 @@ def call_reward(
 
 
 def _taken(function: RewardFunc, given: Mapping[str, object]) -> dict[str, object]:
-    """What a function is called with: all that it has a parameter for, and the rest where it takes any columns."""
+    """The arguments for a function: those that it has a parameter for, or all if it takes any columns."""
     parameters = parameters_of(function)
     if parameters is None:
         return dict(given)
     log = _LOG.get() or RewardLog()
-    # Only where they are asked for by name: what else comes as `**columns` has a value an image.
+    # Only for parameters of these names, since everything in `**columns` has one value an image.
     asked = {
         name: value
         for name, value in (("log_metric", log.log_metric), ("log_extra", log.log_extra))
@@ -302,7 +306,7 @@ def _taken(function: RewardFunc, given: Mapping[str, object]) -> dict[str, objec
 
 
 def timeout_problems(timeout: float | None) -> list[str]:
-    """What is wrong with seconds as `reward_timeout`."""
+    """Says why a value can't be `reward_timeout`; empty if it can."""
     if timeout is None or 0 < timeout <= threading.TIMEOUT_MAX:
         return []
     return [f"reward_timeout={timeout}: it must be a positive number of seconds, or unset."]
@@ -312,12 +316,12 @@ def _by_name(functions: Sequence[RewardFunc]) -> dict[str, RewardFunc]:
     named = {reward_name(function): function for function in functions}
     if len(named) < len(functions):
         names = [reward_name(function) for function in functions]
-        raise ValueError(f"Two reward functions of {names} have one name; their scores would be one. Rename one.")
+        raise ValueError(f"Two of the reward functions {names} have the same name. Rename one.")
     return named
 
 
 def score_names(function: RewardFunc) -> tuple[str, ...]:
-    """Names of a function's scores: its own, and those of its parts."""
+    """Names of a function's scores: its own, and those of its components."""
     return function.score_names if isinstance(function, Reward) else (reward_name(function),)
 
 
@@ -326,12 +330,12 @@ def _checked(name: str, values: Any, rows: Sequence[Row]) -> list[float | None]:
         values = list(values)
     except TypeError:
         raise ValueError(
-            f"Reward function {name!r} returned {values!r:.100}. It must return a list with a value an image."
+            f"Reward function {name!r} returned {values!r:.100}. It must return a list with one value for each image."
         ) from None
     if len(values) != len(rows):
         raise ValueError(
-            f"Reward function {name!r} returned {len(values)} values for {len(rows)} images. It must return one an "
-            "image, None where it does not apply."
+            f"Reward function {name!r} returned {len(values)} values for {len(rows)} images. It must return one value "
+            "for each image, None where it does not apply."
         )
     return [_number(name, value, row["prompt"]) for value, row in zip(values, rows, strict=True)]
 
@@ -359,16 +363,16 @@ def _wait_for(awaitable: Awaitable[T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(result())
-    # A notebook has a loop in this thread, and a second one needs another thread.
+    # In a notebook this thread already runs a loop, and a second loop needs another thread.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(contextvars.copy_context().run, torch.no_grad()(asyncio.run), result()).result()
 
 
 class _Thread:
     """
-    One thread that makes calls in order.
+    A thread that runs calls in order.
 
-    Not a `ThreadPoolExecutor`, since the interpreter waits for the threads of those when it exits.
+    A `ThreadPoolExecutor` is not used, since the interpreter waits for its threads when it exits.
     """
 
     def __init__(self, name: str):
@@ -382,7 +386,7 @@ class _Thread:
         return future
 
     def stop(self) -> None:
-        """Has the thread end after what was submitted and not cancelled."""
+        """Lets the thread end after the submitted calls that are not cancelled."""
         self._calls.put(None)
 
     def join(self, timeout: float | None) -> None:
@@ -396,12 +400,12 @@ class _Thread:
                 continue
             try:
                 future.set_result(call())
-            except BaseException as error:  # whatever it is, the caller raises it
+            except BaseException as error:  # raised again by the caller, whatever it is
                 future.set_exception(error)
 
 
 def _device() -> tuple[int | None]:
-    """Index of the caller's device: a new thread would start with the first one, whichever process it is in."""
+    """Index of the caller's device. Without it, a new thread would use the first device in every process."""
     return (torch.accelerator.current_device_index() if torch.accelerator.is_available() else None,)
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""UnifiedReward: a vision language model that is asked for a score."""
+"""UnifiedReward: asks a vision language model for a score."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ from .remote import (
 
 logger = logging.getLogger(__name__)
 
-# What the model was trained to be asked: a caption, the two criteria, and a score from 1 to 5 behind "Final Score:".
+# The form that the model was trained with: a caption, two criteria, and a score from 1 to 5 after "Final Score:".
 QUESTION = (
     "This image was generated from a text caption. Judge it by two criteria:\n"
     "1. Alignment with the Caption: are the objects of the caption there, with the attributes and relations that it gives "
@@ -51,9 +51,9 @@ QUESTION = (
     "Text Caption: [{prompt}]"
 )
 
-# "Final Score: 3.5", also with Markdown around it, "(1-5)" before it or "/5" behind it. A number is taken whole or not at
-# all: of "10", "4,5" or "1-5" no part is the score. Nothing is given back once it is taken ("++"), so that a text of a
-# hundred thousand spaces is read once.
+# Matches "Final Score: 3.5", also with Markdown around it, "(1-5)" before or "/5" after the number. It never takes a
+# part of a number such as "10", "4,5" or "1-5". Possessive quantifiers ("++") prevent backtracking, so that even a
+# hundred thousand spaces are read once.
 _FINAL_SCORE = re.compile(
     r"""final\s++score (?:\s*+\([^)\n]{0,100}+\))?+ (?:\s++is\b)?+ [\s:=*_`\[]*+
         (?<![\w.]) (\d++(?:\.\d++)?+) (?![ ]*+[,.–-]?+[ ]*+\d)
@@ -61,15 +61,17 @@ _FINAL_SCORE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _LOWEST, _HIGHEST = 1.0, 5.0
-# An answer is its tokens and what the server says of them. A token has some bytes, in JSON up to six for one of them.
+# Maximum bytes of an answer: a fixed part, and a part for each token, which has some bytes, with up to six in JSON for
+# each.
 _ANSWER_BYTES = 2**16
 _TOKEN_BYTES = 64
 
 
 class UnifiedReward(Reward):
     """
-    UnifiedReward's point score ([Wang et al., 2025](https://huggingface.co/papers/2503.05236)): a vision language model
-    judges how well an image fits its caption and how good it looks, from 1 to 5. Published tables have 3.0 to 3.5.
+    UnifiedReward's point score ([Wang et al., 2025](https://huggingface.co/papers/2503.05236)): a vision language
+    model judges how well an image fits its caption and how good it looks, from 1 to 5. Published tables have 3.0 to
+    3.5.
 
     The model is served by vLLM, SGLang or anything else with OpenAI's chat completions, for example:
 
@@ -78,29 +80,31 @@ class UnifiedReward(Reward):
     OPENAI_API_KEY=none OPENAI_BASE_URL=http://localhost:8000/v1 python ...
     ```
 
-    It is asked at temperature 0. The key is read from the environment variable `OPENAI_API_KEY` and from nowhere else, so
-    that it gets into no argument; a server that checks none takes any value. Answers without a score from 1 to 5, and
-    those that were cut off at `max_tokens`, are failures: an error or no score, and never a score of 0.
+    The model is asked at temperature 0. The key is read only from the environment variable `OPENAI_API_KEY`, so that
+    it is in no argument. A server that checks no key accepts any value. Answers without a score from 1 to 5, and those
+    cut off at `max_tokens`, are failures: they raise an error or give no score, but never a score of 0.
 
-    An answer is read up to 64 KiB and 64 bytes a token, and not if it is compressed. Redirects are not followed.
+    Answers of more than 64 KiB plus 64 bytes a token and compressed answers are refused. Redirects are not followed.
 
     Args:
-        base_url (`str`, *optional*): of the endpoint, with its `/v1`. The environment variable `OPENAI_BASE_URL` if not
-            given.
-        model (`str`, *optional*, defaults to `"CodeGoat24/UnifiedReward-7b-v1.5"`): as the endpoint calls it.
-        question (`str`, *optional*): what the model is asked, with `{prompt}` where the caption belongs. The default asks
-            in the published form, but in other words; to compare with published numbers, give the wording that belongs to
-            the model.
-        max_tokens (`int`, *optional*, defaults to `1024`): of an answer.
-        max_concurrency (`int`, *optional*, defaults to `16`): requests at a time.
-        timeout (`float`, *optional*, defaults to `120`): seconds that a try may take, from the connection to the
-            last byte of the answer.
-        max_retries (`int`, *optional*, defaults to `3`): tries after the first one; the client decides what is tried again.
-        on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error, or log a warning and give a sample `"none"`.
+        base_url (`str`, *optional*): address of the endpoint, including `/v1`. Defaults to the environment variable
+            `OPENAI_BASE_URL`.
+        model (`str`, *optional*, defaults to `"CodeGoat24/UnifiedReward-7b-v1.5"`): the endpoint's name of the model.
+        question (`str`, *optional*): the question for the model, with `{prompt}` in place of the caption. The default
+            has the published form, but other words. To compare with published numbers, give the wording that belongs
+            to the model.
+        max_tokens (`int`, *optional*, defaults to `1024`): maximum number of tokens of an answer.
+        max_concurrency (`int`, *optional*, defaults to `16`): maximum number of simultaneous requests.
+        timeout (`float`, *optional*, defaults to `120`): maximum seconds of a try, from the connection to the answer's
+            last byte.
+        max_retries (`int`, *optional*, defaults to `3`): number of tries after the first one. The client decides which
+            errors are tried again.
+        on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error, or log a warning and give the sample
+            no score (`"none"`).
 
     Raises:
-        [`ImportError`]: without the client, which comes with `pip install "trl-diffusion-opd[unifiedreward]"`.
-        [`ValueError`]: if an argument cannot be used, or there is no key.
+        [`ImportError`]: if the client is not installed: `pip install "trl-diffusion-opd[unifiedreward]"`.
+        [`ValueError`]: if an argument is invalid, or there is no key.
         [`RemoteRewardError`]: by a call that failed.
     """
 
@@ -118,7 +122,7 @@ class UnifiedReward(Reward):
         max_retries: int = 3,
         on_error: OnError = "raise",
     ):
-        # More images than requests at a time: no request then waits for the slowest of a few.
+        # More images than simultaneous requests, so that one slow answer rarely leaves the others idle.
         super().__init__(batch_size=max(8 * max_concurrency, 1))
         try:
             import openai
@@ -168,7 +172,7 @@ class UnifiedReward(Reward):
         return f"{self.name}:{address_hash(self.base_url)}:{self.model}:{question}:{self.max_tokens}"
 
     def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
-        # The client's own async form would need an event loop, which a notebook already runs in this thread.
+        # Threads, since the client's async form needs an event loop, and a notebook already runs one in this thread.
         with ThreadPoolExecutor(self.max_concurrency) as threads:
             return list(threads.map(self._score_one, prompts, images))
 
@@ -185,12 +189,13 @@ class UnifiedReward(Reward):
         failed = f"Reward {self.name!r}: model {self.model!r} at {self.base_url} "
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"}},
-            # Not format(): a caption may have braces.
+            # Not format(), since a caption may contain braces.
             {"type": "text", "text": self.question.replace("{prompt}", prompt)},
         ]
         answer = b""
         try:
-            # Raw: the client would make an object of every entry of whatever comes, and takes what is none as it is.
+            # The raw answer, since the client would make an object of every entry of any JSON that comes, without
+            # checks.
             answer = self._client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=[{"role": "user", "content": content}],  # type: ignore[misc,list-item]
@@ -200,14 +205,14 @@ class UnifiedReward(Reward):
             text, is_cut = _first_choice(answer)
             score = None if is_cut else parse_score(text)
         except self._openai.APIStatusError as error:
-            # Without its cause, which repeats the server's page as it is.
+            # Without the cause, which would repeat the server's page unchanged.
             raise RemoteRewardError(f"{failed}cannot be asked: it {status_shown(error.response)}") from None
         except self._openai.OpenAIError as error:
             reason = "" if error.__cause__ is None else f" ({shown(error.__cause__)})"
             raise RemoteRewardError(f"{failed}cannot be asked: {error}{reason}") from error
         except RefusedAnswerError as error:
             raise RemoteRewardError(f"{failed}gave {error}.") from error
-        except Exception as error:  # whatever it is that a stranger's answer brings about
+        except Exception as error:  # an untrusted answer may cause any error
             raise RemoteRewardError(
                 f"{failed}gave no completion for the prompt '{shown(prompt)}' ({type(error).__name__}: {shown(error)}): "
                 f"'{shown(answer)}'"
@@ -215,7 +220,7 @@ class UnifiedReward(Reward):
         if score is None:
             cut = f", cut off at max_tokens={self.max_tokens}," if is_cut else ""
             raise RemoteRewardError(
-                f"{failed}answered{cut} without a score from 1 to 5 behind 'Final Score:' for the prompt "
+                f"{failed}answered{cut} without a score from 1 to 5 after 'Final Score:' for the prompt "
                 f"'{shown(prompt)}': '{shown(text[-200:])}'"
             )
         return score
@@ -231,7 +236,7 @@ def _first_choice(answer: bytes) -> tuple[str, bool]:
 
 
 def parse_score(answer: str) -> float | None:
-    """The last final score of an answer, `None` if there is none from 1 to 5."""
+    """The last "Final Score" of an answer; `None` if there is none, or it is not from 1 to 5."""
     found = list(_FINAL_SCORE.finditer(answer))
     if not found:
         return None

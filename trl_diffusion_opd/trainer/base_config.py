@@ -167,10 +167,7 @@ class DiffusionConfig(_BaseConfig):
     )
     dtype: str = field(
         default="float32",
-        metadata={
-            "help": "Dtype of the base model's weights. A LoRA stays float32.",
-            "choices": list(DTYPES),
-        },
+        metadata={"help": "Dtype of the base model's weights. A LoRA stays float32.", "choices": list(DTYPES)},
     )
 
     offload_encoders: bool = field(
@@ -190,10 +187,7 @@ class DiffusionConfig(_BaseConfig):
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a training rollout."})
     sampler: str = field(
         default="ode",
-        metadata={
-            "help": "Sampler of the training rollout.",
-            "choices": list(SAMPLERS),
-        },
+        metadata={"help": "Sampler of the training rollout.", "choices": list(SAMPLERS)},
     )
     noise_level: float | None = field(
         default=None,

@@ -40,24 +40,20 @@ from ..acceleration.quantization import QuantizationConfig, base_weight
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import prompts_of
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
-from ..guards.files import JSON
 from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
-from ..models.teacher_config import TeacherSpec
-from ..models.teachers import TeacherBank
+from ..models.teachers import TeacherBank, TeacherSpec
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.completions import log_completions
 from ..reporting.model_card import MethodFacts
 from ..reporting.trackers import tensorboard_writers, use_public_trackers
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator, applicable_mean
@@ -95,9 +91,8 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     args: DiffusionConfig
     # How often each prompt is repeated in a round, and each round in an epoch.
     repeats, passes = 1, 1
-    # The run's name, and the settings that its resumes have changed: see `checkpoint.begin`.
-    run: str
-    changes: list[dict[str, JSON]] = []
+    # Settings that resumes of this run have changed: see `checkpoint.begin`.
+    changes: list[dict[str, object]] = []
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     # The parts of an update whose time is measured.
@@ -174,7 +169,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         self.prompts = parts.train_dataset.select_columns(["prompt"])
-        self._prompts_digest: dict[str, JSON] | None = None
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
@@ -329,12 +323,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """The dtype of mixed precision, if it is on."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: object = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains, or resumes an interrupted run. Only one run at a time can train into an output folder.
 
@@ -365,14 +354,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
-            folder = None if begun.folder is None else str(begun.folder)
-            return super().train(folder, trial, ignore_keys_for_eval)
-
-    def prompts_digest(self) -> dict[str, JSON]:
-        """Returns the number of training prompts of each task, and a hash of them."""
-        if self._prompts_digest is None:
-            self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
-        return self._prompts_digest
+            return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
@@ -412,12 +394,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._micro_step = (self._micro_step + 1) % len(self.rounds)
         if self._micro_step == 0:
             self._cost.clock.go_on_with("optimizer")
-
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """The weighted mean velocity of the task's teachers, each with its own guidance scale."""
-        assert self.bank is not None
-        with self._part("teacher"):
-            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.

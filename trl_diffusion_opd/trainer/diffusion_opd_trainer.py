@@ -42,8 +42,7 @@ from ..models.teachers import TeacherBank
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from . import dry_run
 from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
@@ -206,7 +205,6 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         steps = self._drawn_steps()
         last = max(steps)
         share = self.rounds.share(task) / len(self.plan)
-        unwrapped = self._unwrapped(model)
         gaps: dict[int, Tensor] = {}
         norms: dict[int, Tensor] = {}
 
@@ -217,7 +215,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     if not self.args.on_policy:
                         return self._target(task, x, t, prompts)
                     with self._part("rollout"):
-                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, unwrapped)
+                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
             with torch.no_grad():
                 target = self._target(task, x, t, prompts)
                 if j == last:

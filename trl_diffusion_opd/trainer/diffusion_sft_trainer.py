@@ -15,6 +15,7 @@
 """Fine-tunes by flow matching, on images of a dataset or on images that teachers draw."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +40,7 @@ from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
-from ..rewards import RewardFuncs
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .diffusion_sft_config import DiffusionSFTConfig
@@ -209,16 +209,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     # Images
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: object = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains as [`DiffusionTrainer.train`]. First, teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _fill_cache(self, cache: LatentCache) -> None:
         """Draws the images that the cache lacks. Every process calls the transformer equally often."""

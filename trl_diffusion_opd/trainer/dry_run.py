@@ -122,9 +122,8 @@ def _walk(
     trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, prompts: list[str], positions: list[int]
 ) -> tuple[dict[str, JSON], dict[str, float]]:
     """Returns a task's figures, and the seconds of one forward of `"student"`, `"teachers"` and `"base"`."""
-    args = trainer.args
+    args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     assert isinstance(args, DiffusionOPDConfig)
-    field, roles, levels = trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
     clock = Clock(trainer.accelerator.device)
     # For each step: the squared gap of student and target, the squared norm of the target, and for each teacher the
@@ -156,8 +155,7 @@ def _walk(
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
-    x = field.initial_latents(prompts, generators)
-    walk(velocity, x, plan.walked, generators)
+    walk(velocity, field.initial_latents(prompts, generators), plan.walked, generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]

@@ -25,6 +25,7 @@ from trl.models.utils import _ForwardRedirection
 
 from ..guards.redaction import shown
 from ..models.student import Student
+from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from .base_config import DiffusionConfig
 
@@ -41,9 +42,9 @@ class StudentPasses:
     student: Student
     is_deepspeed_enabled: bool
     velocity_field: VelocityField
+    bank: TeacherBank | None
     _part: Callable[[str], AbstractContextManager[None]]
     _redirect: _ForwardRedirection
-    _wrapped_and_own: tuple[nn.Module, nn.Module] | None = None
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -70,12 +71,6 @@ class StudentPasses:
         with self._part("backward"):
             self.accelerator.backward(loss, **options)
 
-    def _unwrapped(self, model: nn.Module) -> nn.Module:
-        """The network in accelerate's wrapper. It is kept, since accelerate walks over all modules to find it."""
-        if self._wrapped_and_own is None or self._wrapped_and_own[0] is not model:
-            self._wrapped_and_own = model, self.accelerator.unwrap_model(model)
-        return self._wrapped_and_own[1]
-
     @staticmethod
     def _in_eval_mode(model: nn.Module) -> None:
         """Turns dropout off. Checkpointing in diffusers depends only on the grad mode, so it stays on."""
@@ -92,13 +87,19 @@ class StudentPasses:
         field: VelocityField | None = None,
     ) -> Tensor:
         """The student's velocity with gradient. To DDP, a whole pipeline step is one forward of the wrapper."""
-        unwrapped = self._unwrapped(model)
+        own = self.student.model  # the network inside the wrapper
         field = self.velocity_field if field is None else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         with self._part("student"):
-            if unwrapped is model:
+            if own is model:
                 return field(*inputs, model)
-            return self._redirect(model, unwrapped, field, *inputs, unwrapped)
+            return self._redirect(model, own, field, *inputs, own)
+
+    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """Weighted mean velocity of the task's teachers, each at its own guidance."""
+        assert self.bank is not None
+        with self._part("teacher"):
+            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
 
     def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
         """

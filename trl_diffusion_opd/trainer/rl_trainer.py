@@ -41,8 +41,7 @@ from ..models.old_policy import OLD
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
-from ..rewards import RewardFuncs, Scorer, reward_name
-from ..rewards.base import Row
+from ..rewards import RewardFuncs, Row, Scorer, reward_name
 from . import dry_run_rl
 from .base_trainer import DiffusionTrainer
 from .checks import scored_data_problems

@@ -30,9 +30,9 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import Change, KeptSettings, changes_since
+from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
 from ..checkpointing.stopping import StopRequest
-from ..guards.files import JSON, write_json
+from ..guards.files import write_json
 from ..guards.finite import not_finite
 from ..guards.redaction import public_arguments
 from ..hub import push as hub
@@ -45,6 +45,7 @@ from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
 from .base_config import DiffusionConfig
 from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
+from .rounds import Rounds
 from .teaching import manifest_problems
 
 
@@ -67,12 +68,14 @@ class RunFiles(_Behind):
     base_pipeline: DiffusionPipeline
     velocity_field: VelocityField
     bank: TeacherBank | None
-    prompts_digest: Callable[[], dict[str, JSON]]
+    prompts: Dataset
+    rounds: Rounds
+    _prompts_digest: PromptsDigest | None = None
     _stop: StopRequest
     student: Student
     evaluator: ImageEvaluator
     tasks: list[str]
-    changes: list[dict[str, JSON]]
+    changes: list[dict[str, object]]
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
@@ -191,6 +194,12 @@ class RunFiles(_Behind):
         model = self.student.model
         lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
         return changes_since(folder, self.args, lora, self.prompts_digest())
+
+    def prompts_digest(self) -> PromptsDigest:
+        """By task how many prompts are trained on, and a hash of them."""
+        if self._prompts_digest is None:
+            self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
+        return self._prompts_digest
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
