@@ -75,16 +75,14 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     step) and [`training_step`].
 
     Attributes:
-        tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and how an update is divided among
-            them.
+        tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and their shares of an update.
         reward_funcs (`dict[str, list[Callable]]`): the rewards of each task.
         student ([`Student`]): the trained weights and their average.
         base_pipeline ([`~diffusers.DiffusionPipeline`]): the pipeline, whose transformer is the student.
         velocity_field ([`VelocityField`]): the pipeline's velocity on the noise levels of training.
         evaluator ([`ImageEvaluator`]): draws and scores images of the student.
         bank ([`TeacherBank`], *optional*): the loaded teachers.
-        merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, how far the start is from the
-            teachers' mean.
+        merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, the error of the student's start.
     """
 
     loss_is_scaled_for_ga = True  # type: ignore[assignment]  # the loss includes the task's share of the round
@@ -191,10 +189,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         return {}
 
     def _card_fields(self) -> MethodFacts:
-        """
-        Returns what the model card says about the method: the fields `method`, `teachers`, `settings` and `no_walk` of
-        [`CardFacts`], all optional.
-        """
+        """Returns the method's fields of [`CardFacts`], all optional: `method`, `teachers`, `settings`, `no_walk`."""
         return {}
 
     def frozen_parts(self) -> dict[str, list[nn.Parameter]]:
@@ -233,8 +228,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _compare_tasks(self) -> None:
         """
-        Prints, once, how well tasks can be told apart by their prompts. Warns of tasks that can't while their teachers
-        disagree.
+        Prints, once, how well tasks can be told apart, and warns of those that can't and whose teachers disagree.
         """
         if self.bank is None or self._has_compared:
             return
@@ -376,17 +370,15 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _companies(self) -> list[list[str]]:
         """
-        Returns groups of the round's prompts that are encoded together. They do not depend on the number of processes
-        or on the size of micro-batches.
+        Returns groups of the round's prompts that are encoded together. They are the same for any number of processes
+        and any size of micro-batches.
         """
         a_round = self.state.global_step // self._sampler.passes
         companies = self._sampler.companies(a_round % self._sampler.rounds)
         return [list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])) for rows in companies]
 
     def turn(self, number: int, rows: list[Row]) -> tuple[str, list[int]]:
-        """
-        Returns a micro-batch's task, and its samples' positions among the task's in the round. See [`Rounds.turn`].
-        """
+        """Returns a micro-batch's task, and its samples' positions among the task's. See [`Rounds.turn`]."""
         process = self.accelerator.process_index, self.accelerator.num_processes
         return self.rounds.turn(number, rows, self.micro_batch_size, self.state.global_step + 1, process)
 
@@ -447,9 +439,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         return metrics
 
     def _log_completions(self) -> None:
-        """
-        Logs images of the student, at most once an update. Prompts and noise are fixed, so images can be compared.
-        """
+        """Logs the student's images, at most once an update. Prompts and noise are fixed, to compare images."""
         if not self.args.log_completions or self._grid_at == self.state.global_step:
             return
         self._grid_at = self.state.global_step
@@ -470,8 +460,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def pipeline(self, *args: object, **kwargs: object) -> Any:
         """
-        Calls the pipeline with the student's current averaged weights. Takes the arguments of the pipeline's
-        `__call__`.
+        Calls the pipeline with the student's averaged weights. Takes the arguments of the pipeline's `__call__`.
 
         Raises:
             [`RuntimeError`]: if FSDP or ZeRO-3 has split the model among processes.

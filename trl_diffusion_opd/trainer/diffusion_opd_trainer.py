@@ -312,9 +312,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """
-        Computes loss and KL on the training grid for each task's first prompts of the evaluation, one micro-batch.
-        """
+        """Computes loss and KL on the training grid for each task's first evaluation prompts, one micro-batch."""
         losses, kls = [], {}
         for task, rows in task_rows(dataset, self.args.task_column).items():
             size = self.args.per_device_eval_batch_size

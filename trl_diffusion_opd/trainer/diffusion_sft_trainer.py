@@ -305,9 +305,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """
-        Computes the loss on each task's first rows of the evaluation, one micro-batch, with fixed noise and levels.
-        """
+        """Computes the loss on each task's first evaluation rows, one micro-batch, with fixed noise and levels."""
         if not _has_images(dataset, self.args, self.bank is not None):
             return {}
         model = self.student.model

@@ -239,9 +239,7 @@ def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
 
 
 def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
-    """
-    Draws every model's image for each task's first evaluated row, all from the same noise. Images are by caption.
-    """
+    """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
     evaluated = trainer.eval_dataset
     if isinstance(evaluated, Mapping):
         evaluated = next(iter(evaluated.values()))

@@ -157,9 +157,7 @@ def _losses(
     networks: list[nn.Module],
     clock: Clock,
 ) -> tuple[Forwards, int]:
-    """
-    Computes the loss of each task's first micro-batch. Returns the samples that networks compute, and the bytes used.
-    """
+    """Computes the loss of each task's first micro-batch. Returns the samples computed, and the bytes used."""
     parameters, device = trainer.student.parameters(), trainer.accelerator.device
 
     def take(rollout: Rollout) -> int:

@@ -133,9 +133,7 @@ class StudentPasses:
         return everyone
 
     def _warn_of_idle_weights(self) -> None:
-        """
-        Warns of trained weights without gradient: the forward does not use them, or an operation passes no gradient.
-        """
+        """Warns of trained weights without gradient, which the forward or the backward does not reach."""
         if (
             self.is_deepspeed_enabled or not self.accelerator.is_main_process
         ):  # DeepSpeed keeps the gradients to itself

@@ -64,9 +64,7 @@ class Round:
     applied: set[str] = field(default_factory=set)
 
     def warnings(self, update: int) -> dict[str, str]:
-        """
-        Warnings for rewards that had one value within every group of every task, so that nothing is learned from them.
-        """
+        """Warnings for rewards that had one value within every group, so that nothing is learned from them."""
         return {
             name: f"In update {update} every image of each prompt got the same reward from {name!r}, so there is nothing to "
             "learn from it. If this continues, use a graded reward, prompts that sometimes succeed, or a larger "

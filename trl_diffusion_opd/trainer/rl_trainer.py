@@ -12,9 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-The base of trainers that learn from rewards: it draws and scores groups of images, and trains on them. It has no loss.
-"""
+"""The base of trainers that learn from rewards: it draws, scores and trains on groups of images. It has no loss."""
 
 import json
 import logging

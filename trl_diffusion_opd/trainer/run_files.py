@@ -217,9 +217,7 @@ class RunFiles(_Behind):
             write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
 
     def card_facts(self) -> CardFacts:
-        """
-        Collects the facts of this run for the model card. The method's own come from the trainer's `_card_fields`.
-        """
+        """Collects this run's facts for the model card. The method's own come from `_card_fields`."""
         args, dataset = self.args, self.eval_dataset
         first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
         # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
