@@ -60,6 +60,8 @@ TINY_SETTINGS: dict[str, Any] = dict(
 )
 # Further settings. An average that changes with every update:
 AVERAGED = dict(ema_decay=0.9, ema_update_interval=1)
+# An evaluation and a checkpoint after each:
+EVALUATED_AND_SAVED = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
 # What an uninterrupted run and a resumed one can differ in: noise, steps that are drawn, an average, a schedule.
 STATEFUL = dict(
     sampler="flow_sde",
