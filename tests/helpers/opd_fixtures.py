@@ -14,11 +14,9 @@
 """Makes a tiny OPD trainer in one call, or its parts."""
 
 import gc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
@@ -94,15 +92,6 @@ def student_lora(**options: Any) -> LoraConfig:
 
 def make_config(output_dir: str | Path, **options: Any) -> DiffusionOPDConfig:
     return DiffusionOPDConfig(str(output_dir), **{**TINY_SETTINGS, **options})
-
-
-def only_problem(config: Callable[..., object], **options: Any) -> str:
-    """What a config says against options in which it finds one problem."""
-    with pytest.raises(ValueError) as error:
-        config("out", **options)
-    head, problem = str(error.value).splitlines()
-    assert head == f"{config.__name__}:" and problem.startswith("- ")
-    return problem
 
 
 def make_trainer(
