@@ -21,19 +21,20 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from helpers.families import FAMILIES, PROMPTS, Family
-from helpers.opd_fixtures import make_config, make_trainer, train_losses
+from helpers import nft_fixtures
+from helpers.families import FAMILIES
+from helpers.family_fixtures import family_trainer, prompts_of
+from helpers.opd_fixtures import make_trainer, train_losses
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from trl_diffusion_opd import DiffusionNFTConfig, DiffusionNFTTrainer, DiffusionOPDTrainer
 from trl_diffusion_opd.acceleration.attention import use_attention_backend
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
+FLUX = FAMILIES["flux"]
 # What docs/source/any_pipeline.md says of each family: its processors, and whether they go through diffusers' dispatcher.
 HONOUR_IT = {
     "flux": True,
@@ -170,22 +171,18 @@ class TestRefusals:
         ],
     )
     def test_in_one_message_with_all_else(self, tmp_path: Path, backend: str, message: str) -> None:
-        pipeline = FAMILIES["flux"].build()
+        pipeline = FLUX.build()
         with pytest.raises(ValueError, match=message) as error:
-            family_trainer(
-                "flux", tmp_path, "nobody/here", pipeline, attention_backend=backend, task_weights={"x": 1.0}
-            )
+            family_trainer(FLUX, tmp_path, "nobody/here", pipeline, attention_backend=backend, task_weights={"x": 1.0})
         assert "task_weights has a weight for task 'x'" in str(error.value) and "nobody/here" in str(error.value)
         assert chosen(pipeline.transformer) == {None}
 
     def test_nothing_is_left_behind_where_something_else_is_wrong(self, tmp_path: Path) -> None:
-        pipeline = FAMILIES["flux"].build()
+        pipeline = FLUX.build()
         pipeline.transformer.set_attention_backend("flex")
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
         with pytest.raises(ValueError, match="task_weights"):
-            family_trainer(
-                "flux", tmp_path, "base", pipeline, attention_backend="_native_math", task_weights={"x": 1.0}
-            )
+            family_trainer(FLUX, tmp_path, "base", pipeline, attention_backend="_native_math", task_weights={"x": 1.0})
         assert chosen(pipeline.transformer) == {AttentionBackendName.FLEX}
 
     def test_a_kernel_without_a_gradient(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,25 +216,6 @@ def test_processors_that_pass_it_by_beside_others_are_named(caplog: pytest.LogCa
 # Training
 
 
-def family_trainer(
-    name: str, folder: Path, teachers: Any, pipeline: DiffusionPipeline, **options: Any
-) -> DiffusionOPDTrainer:
-    family = FAMILIES[name]
-    return DiffusionOPDTrainer(
-        pipeline,
-        teachers,
-        args=make_config(
-            folder / "student", **settings(family), **{k: v for k, v in options.items() if k != "peft_config"}
-        ),
-        train_dataset=Dataset.from_list([{"prompt": prompt, "task": "one"} for prompt in PROMPTS]),
-        peft_config=options.get("peft_config", LoraConfig(r=2, target_modules=list(family.lora_targets))),
-    )
-
-
-def settings(family: Family) -> dict[str, Any]:
-    return {**family.kwargs, "guidance_scale": family.guidance_scale, "num_inference_steps": 2}
-
-
 def save_other_base(name: str, folder: Path) -> str:
     pipeline = FAMILIES[name].build()
     for parameter in pipeline.transformer.parameters():
@@ -255,7 +233,7 @@ def test_training_is_the_same_and_every_network_has_it(tmp_path: Path, calls: li
     for backend in (None, "_native_math"):
         calls.clear()
         trainer = family_trainer(
-            "flux", tmp_path / str(backend), teachers, FAMILIES["flux"].build(), attention_backend=backend, **options
+            FLUX, tmp_path / str(backend), teachers, num_inference_steps=2, attention_backend=backend, **options
         )
         networks = [trainer.model, *trainer.bank.backbone.networks()]
         assert len(networks) == 2 + full_weights
@@ -270,29 +248,15 @@ def test_training_is_the_same_and_every_network_has_it(tmp_path: Path, calls: li
 
 
 def test_full_weights_trained_by_nft(tmp_path: Path) -> None:
-    family = FAMILIES["flux"]
-    options = make_config(tmp_path).to_dict()
-    shared = (
-        "per_device_train_batch_size",
-        "max_steps",
-        "use_cpu",
-        "report_to",
-        "save_strategy",
-        "gradient_checkpointing",
-    )
-    trainer = DiffusionNFTTrainer(
-        family.build(),
-        lambda images, **_: [0.0] * len(images),
-        args=DiffusionNFTConfig(
-            str(tmp_path),
-            **{name: options[name] for name in shared},
-            **{**settings(family), "guidance_scale": 1.0},
-            num_generations=2,
-            beta=0.1,
-            attention_backend="_native_math",
-        ),
-        train_dataset=Dataset.from_list([{"prompt": prompt, "task": "one"} for prompt in PROMPTS]),
+    trainer = nft_fixtures.make_trainer(
+        tmp_path,
+        FLUX.build(),
+        train_dataset=prompts_of(FLUX),
         peft_config=None,
+        **FLUX.kwargs,
+        num_inference_steps=2,
+        beta=0.1,
+        attention_backend="_native_math",
     )
     networks = [trainer.model, *trainer.backbone.networks()]
     assert len(networks) == 3

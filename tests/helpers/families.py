@@ -193,6 +193,19 @@ def flux2_without_encoder() -> DiffusionPipeline:
     )
 
 
+def _video_vae(kind: type[Any], width: int, widths: list[int], shortens: list[bool]) -> Any:
+    """Of an image it makes a video of one frame; `shortens` says which of its blocks halve a longer one."""
+    return kind(
+        base_dim=width,
+        z_dim=4,
+        dim_mult=widths,
+        num_res_blocks=1,
+        temperal_downsample=shortens,
+        latents_mean=[0.1] * 4,
+        latents_std=[1.2] * 4,
+    )
+
+
 def _qwen_parts(vae_widths: list[int]) -> dict[str, Any]:
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2,
@@ -202,15 +215,7 @@ def _qwen_parts(vae_widths: list[int]) -> dict[str, Any]:
         axes_dims_rope=(8, 4, 4),
         **{**_LIKE_SD3, "in_channels": 16},  # packed
     )
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=1,
-        z_dim=4,
-        dim_mult=vae_widths,
-        num_res_blocks=1,
-        temperal_downsample=[False] * (len(vae_widths) - 1),
-        latents_mean=[0.1] * 4,
-        latents_std=[1.2] * 4,
-    )
+    vae = _video_vae(diffusers.AutoencoderKLQwenImage, 1, vae_widths, [False] * (len(vae_widths) - 1))
     return dict(transformer=transformer, vae=vae, scheduler=_dynamic_euler(shift_terminal=0.02))
 
 
@@ -356,15 +361,7 @@ def _wan() -> DiffusionPipeline:
         rope_max_seq_len=32,
         **_LIKE_SD3,
     )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.1] * 4,
-        latents_std=[1.2] * 4,
-    )
+    vae = _video_vae(diffusers.AutoencoderKLWan, 4, [1, 1, 1, 1], [False, True, True])
     return diffusers.WanPipeline(
         transformer=transformer,
         vae=vae,

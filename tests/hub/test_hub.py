@@ -24,7 +24,7 @@ from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
 from helpers.card_helpers import ROWS, difference, own_image, run_card, shown_lora, stand_in
 from helpers.loopback_hub import TOKEN, LoopbackHub, Stored
-from helpers.opd_fixtures import make_config
+from helpers.opd_fixtures import EVALUATED_AND_SAVED, make_config
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard, constants, snapshot_download
 from peft import get_peft_model
@@ -144,12 +144,9 @@ class TestRoundTrip:
             learning_rate=0.3,
             max_sequence_length=None,
             per_device_train_batch_size=1,
-            eval_strategy="steps",
-            eval_steps=1,
             log_completions=True,
             num_completions_to_print=1,
-            save_strategy="steps",
-            save_steps=1,
+            **EVALUATED_AND_SAVED,
             push_to_hub=True,
             hub_model_id="tester/student",
             hub_strategy="every_save",

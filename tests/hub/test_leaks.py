@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.loopback_hub import TOKEN
-from helpers.opd_fixtures import make_dataset, make_teachers, make_trainer
+from helpers.opd_fixtures import EVALUATED_AND_SAVED, make_dataset, make_teachers, make_trainer
 from helpers.tiny_sd3 import make_pipeline
 from transformers import TrainerState
 
@@ -140,10 +140,7 @@ def test_nothing_leaks(hub, tmp_path, monkeypatch, capfd):
             generation_kwargs={"negative_prompt": URL},
             guidance_scale=2.0,
             report_to="tensorboard",
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
+            **EVALUATED_AND_SAVED,
             metric_for_best_model="eval_reward",
             load_best_model_at_end=True,
             log_completions=True,

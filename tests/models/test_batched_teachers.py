@@ -20,11 +20,10 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.families import FAMILIES, Family
+from helpers.family_fixtures import family_trainer
 from helpers.opd_fixtures import (
     TASKS,
-    make_config,
     make_dataset,
     make_trainer,
     relative_difference,
@@ -37,7 +36,7 @@ from helpers.teachers_helpers import make_bank
 from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline
 from peft import LoraConfig, get_peft_model
 
-from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
+from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.pipelines.velocity import VelocityField
@@ -302,12 +301,13 @@ class TestRefusals:
         bank.check_batched(field)
         teachers_by_name = {"one": [str(tmp_path / "a"), str(tmp_path / "b")]}
         with pytest.raises(ValueError, match="(?s)cannot start.*task_weights.*cannot share a forward"):
-            DiffusionOPDTrainer(
-                family.build(),
+            family_trainer(
+                family,
+                tmp_path,
                 teachers_by_name,
-                args=make_config(tmp_path, **family.kwargs, batch_teachers=True, task_weights={"x": 1.0}),
-                train_dataset=Dataset.from_list([{"prompt": "a", "task": "one"}]),
-                peft_config=LoraConfig(r=2, target_modules=list(family.lora_targets)),
+                guidance_scale=1.0,
+                batch_teachers=True,
+                task_weights={"x": 1.0},
             )
 
     def test_a_pipeline_that_takes_one_prompt_for_its_image(self, tmp_path: Path) -> None:

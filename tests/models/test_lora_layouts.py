@@ -194,46 +194,40 @@ def test_matrices_of_a_layer_that_the_converter_does_not_know_are_not_dropped(la
             assert sum("nowhere" in key for key in state) == 2
 
 
-# What a converter drops without a word, or with one in the log.
+# What a converter drops without a word, or with one in the log: beside a layout, a module's weight, with an alpha or without.
 DROPPED = {
     "modulation of FLUX.2 by kohya": (
         "kohya for FLUX.2",
-        pairs("lora_unet_double_stream_modulation_img_lin", names=KOHYA, alpha=True),
-        "lora_unet_double_stream_modulation_img_lin.lora_down.weight",
+        "lora_unet_double_stream_modulation_img_lin",
+        "lora_down.weight",
+        True,
     ),
     "kohya's keys beside diffusers' for FLUX.1": (
         "diffusers for FLUX.1, down and up",
-        pairs("lora_unet_double_blocks_0_img_attn_qkv", names=KOHYA),
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_down.weight",
+        False,
     ),
     "kohya's keys beside OneTrainer's for FLUX.1": (
         "OneTrainer for FLUX.1",
-        pairs("lora_unet_double_blocks_0_img_attn_qkv", names=KOHYA),
-        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight",
+        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_down.weight",
+        False,
     ),
-    "alpha of the last layer of FLUX.1": (
-        "kohya for FLUX.1",
-        pairs("lora_unet_final_layer_linear", names=KOHYA, alpha=True),
-        "lora_unet_final_layer_linear.alpha",
-    ),
-    "a text projection of FLUX.1": (
-        "kohya for FLUX.1",
-        pairs("lora_unet_text_projection", names=KOHYA),
-        "lora_unet_text_projection.lora_down.weight",
-    ),
-    "one layer twice for Z-Image": (
-        "kohya for Z-Image",
-        pairs("layers.0.attention.to_q", names=KOHYA),
-        "layers.0.attention.to_q.lora_down.weight",
-    ),
+    "alpha of the last layer of FLUX.1": ("kohya for FLUX.1", "lora_unet_final_layer_linear", "alpha", True),
+    "a text projection of FLUX.1": ("kohya for FLUX.1", "lora_unet_text_projection", "lora_down.weight", False),
+    "one layer twice for Z-Image": ("kohya for Z-Image", "layers.0.attention.to_q", "lora_down.weight", False),
 }
 
 
 @pytest.mark.parametrize("label", DROPPED)
 def test_what_a_converter_drops_is_refused_by_name(label, tmp_path):
-    layout, more, named = DROPPED[label]
+    layout, module, weight, alpha = DROPPED[label]
     family, raw = LAYOUTS[layout]
-    with pytest.raises(TeacherError, match=rf"lora.safetensors: .*{re.escape(named)}.* would be dropped"):
+    more = pairs(module, names=KOHYA, alpha=alpha)
+    with pytest.raises(
+        TeacherError, match=rf"lora.safetensors: .*{re.escape(f'{module}.{weight}')}.* would be dropped"
+    ):
         read(pipeline_of(family), {**raw, **more}, tmp_path)
 
 

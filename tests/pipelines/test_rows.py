@@ -20,13 +20,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers.families import FAMILIES, TRAINED, save_teacher
-from helpers.opd_fixtures import make_config
-from peft import LoraConfig
+from helpers.family_fixtures import family_trainer
 from torch import nn
 
-from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
+from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
@@ -68,13 +66,8 @@ def rows_of_an_update(name: str, folder: Path, teacher_scale: float | None, **op
     family = FAMILIES[name]
     save_teacher(family, folder / "teacher", 1)
     pipeline = family.build()
-    trainer = DiffusionOPDTrainer(
-        pipeline,
-        TeacherConfig(str(folder / "teacher"), guidance_scale=teacher_scale),
-        args=make_config(folder / "student", **family.kwargs, num_inference_steps=STEPS, **options),
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in family.prompts]),
-        peft_config=LoraConfig(r=2, target_modules=list(family.lora_targets)),
-    )
+    teacher = TeacherConfig(str(folder / "teacher"), guidance_scale=teacher_scale)
+    trainer = family_trainer(family, folder / "student", teacher, pipeline, num_inference_steps=STEPS, **options)
     # The measure of the noise floor is the student's too, and without gradients.
     rows = count_rows(
         pipeline.transformer, lambda: f"{trainer.bank.backbone.active}{' trained' if torch.is_grad_enabled() else ''}"

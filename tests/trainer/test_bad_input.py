@@ -24,6 +24,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline
+from helpers.opd_fixtures import make_config
 from helpers.teachers_helpers import PEFT_FILE, rewrite
 from helpers.tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -31,7 +32,7 @@ from peft import IA3Config, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback
 
-from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer, TeacherConfig
+from trl_diffusion_opd import DiffusionOPDTrainer, TeacherConfig
 
 
 TASKS = ("count", "ocr", "style")
@@ -46,21 +47,7 @@ def lora(tmp_path_factory):
 
 
 def make_args(tmp_path, **options):
-    return DiffusionOPDConfig(
-        str(tmp_path / "out"),
-        **{
-            "height": 16,
-            "width": 16,
-            "max_sequence_length": 16,
-            "num_inference_steps": 4,
-            "eval_num_inference_steps": 2,
-            "guidance_scale": 1.0,
-            "gradient_checkpointing": False,
-            "report_to": "none",
-            "use_cpu": True,
-            **options,
-        },
-    )
+    return make_config(tmp_path / "out", **options)
 
 
 def make_trainer(tmp_path, model=None, teachers="base", train_dataset=TRAIN, options=None, **arguments):

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.opd_fixtures import only_problem
+from helpers.refusals import only_problem
 from transformers import TrainingArguments
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionSFTConfig

@@ -20,15 +20,14 @@ from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers import grpo_fixtures, nft_fixtures
 from helpers.elsewhere import DEVICE, Accelerator, place_parts, trained_elsewhere
 from helpers.families import FAMILIES, TRAINED
-from helpers.opd_fixtures import make_config, make_dataset, make_teachers, make_trainer
+from helpers.family_fixtures import family_trainer, prompts_of
+from helpers.opd_fixtures import make_dataset, make_teachers, make_trainer
 from helpers.sft_fixtures import image_dataset, sft_trainer
 from peft import LoraConfig
 
-from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
@@ -88,17 +87,16 @@ def assert_at_home(accelerator: Accelerator) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_update_of_every_family(name, tmp_path, monkeypatch):
     family = FAMILIES[name]
-    config = make_config(
+    trainer = family_trainer(
+        family,
         tmp_path,
-        **family.kwargs,
+        "base",
+        train_dataset=prompts_of(family, 1),
+        peft_config=LoraConfig(r=2, target_modules=list(family.lora_targets), init_lora_weights=False),
         num_inference_steps=2,
-        guidance_scale=family.guidance_scale,
         per_device_train_batch_size=1,
         logging_steps=2,
     )
-    data = Dataset.from_list([{"prompt": family.prompts[0], "task": "one"}])
-    lora = LoraConfig(r=2, target_modules=list(family.lora_targets), init_lora_weights=False)
-    trainer = DiffusionOPDTrainer(family.build(), "base", args=config, train_dataset=data, peft_config=lora)
     assert_at_home(trained_elsewhere(trainer, monkeypatch.setattr))
     assert trainer.state.global_step == 1
 

@@ -22,9 +22,8 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, PROMPTS, TRAINED, Family, save_teacher
-from helpers.opd_fixtures import make_config
+from helpers.family_fixtures import family_trainer
 from helpers.pipeline_recorder import STEPS, recorder
-from peft import LoraConfig
 from torch import nn
 
 from trl_diffusion_opd import DiffusionOPDTrainer
@@ -64,21 +63,17 @@ def expected_loss(family: Family, teacher: nn.Module, prompt: str, task_index: i
 
 
 def make_trainer(family: Family, pipeline: DiffusionPipeline, teachers: Any, folder: Path) -> DiffusionOPDTrainer:
-    config = make_config(
+    return family_trainer(
+        family,
         folder / "student",
-        **family.kwargs,
+        teachers,
+        pipeline,
+        train_dataset=Dataset.from_list([{"prompt": prompt, "task": task} for task, prompt in TASKS.items()]),
         num_inference_steps=STEPS,
-        guidance_scale=family.guidance_scale,
         per_device_train_batch_size=1,
         learning_rate=1e-2,
         weight_decay=0.0,
         seed=SEED,
-    )
-    # An untrained LoRA: the student's first walk is the base's.
-    lora = LoraConfig(r=2, target_modules=list(family.lora_targets))
-    rows = [{"prompt": prompt, "task": task} for task, prompt in TASKS.items()]
-    return DiffusionOPDTrainer(
-        pipeline, teachers, args=config, train_dataset=Dataset.from_list(rows), peft_config=lora
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from helpers.opd_fixtures import (
     AVERAGED,
+    EVALUATED_AND_SAVED,
     Recorder,
     first_pixel,
     make_dataset,
@@ -372,12 +373,9 @@ def test_best_model_is_loaded_at_the_end(tmp_path, teachers):
         teachers,
         reward_funcs=peak,
         eval_dataset=make_dataset(count=1, draw=1),
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
         max_steps=4,
         **AVERAGED,
+        **EVALUATED_AND_SAVED,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_reward",

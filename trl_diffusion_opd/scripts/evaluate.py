@@ -115,38 +115,22 @@ class EvaluationArguments:
 
 
 ARGUMENTS = (EvaluationArguments,)
+# These name what is loaded here. The other arguments are options of `evaluate_retention`.
+LOADED = ("base", "teachers", "student", "reward_funcs", "dataset", "teacher_guidance_scales", "reward_kwargs")
 
 
 def main(args: EvaluationArguments) -> None:
     show_warnings()
     logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # to show the time taken
-    reward_kwargs, generation_kwargs = args.reward_kwargs or {}, args.generation_kwargs or {}
-    model_init_kwargs = args.model_init_kwargs or {}
-    assert isinstance(reward_kwargs, dict) and isinstance(generation_kwargs, dict)  # strings are parsed
-    assert isinstance(model_init_kwargs, dict)
+    reward_kwargs = args.reward_kwargs or {}
+    assert isinstance(reward_kwargs, dict)  # strings are parsed
     report = evaluate_retention(
         packaged(args.base),
         load_teachers(args.teachers, args.teacher_guidance_scales),
         load_students("student", args.student),
         load_rewards(args.reward_funcs, reward_kwargs),
         load_tasks("dataset", args.dataset, args.task_column),
-        num_images=args.num_images,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        height=args.height,
-        width=args.width,
-        max_sequence_length=args.max_sequence_length,
-        generation_kwargs=generation_kwargs,
-        dtype=args.dtype,
-        model_init_kwargs=model_init_kwargs,
-        task_column=args.task_column,
-        cross_task_rewards=args.cross_task_rewards,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        output_dir=args.output_dir,
-        num_samples=args.num_samples,
-        keep_images=args.keep_images,
-        reward_timeout=args.reward_timeout,
+        **{name: value for name, value in vars(args).items() if name not in LOADED},
     )
     if PartialState().is_main_process:
         print(f"{retention_table(report)}\n\n{scores_table(report)}")
