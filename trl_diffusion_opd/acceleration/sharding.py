@@ -32,7 +32,7 @@ from torch.optim.optimizer import StateDict
 from ..guards.files import JSON
 
 
-_Zero3 = Any  # a parameter with the attributes that ZeRO-3 gives it
+_Zero3 = Any  # a parameter with the attributes that ZeRO-3 adds
 
 
 def in_zero3(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 
-JSON = Any  # what JSON or YAML of somebody else's holds, of which nothing is known until it is looked at
+JSON = Any  # a value from JSON or YAML that others wrote: nothing is known of it until it is checked
 
 # In bytes. File systems allow 255. A quoted Chinese character has nine.
 _LONGEST_NAME = 200

@@ -32,7 +32,7 @@ if sys.platform != "win32":
     import resource
 
 OTHER = "other"
-Instant = Any  # an event of CUDA, or seconds: all instants of a device are of one kind
+Instant = Any  # a CUDA event, or seconds: all instants of a device are of one kind
 
 
 def instant(device: torch.device) -> Instant:

@@ -418,7 +418,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # names are of a dict's
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # a name is of one in a dict
         if isinstance(dataset, Mapping):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():

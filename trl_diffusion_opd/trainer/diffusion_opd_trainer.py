@@ -184,7 +184,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     # Training
 
-    # Trainer's inputs are a dict of tensors.
+    # Trainer expects a dict of tensors. Here a micro-batch is a list of rows.
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: list[Row], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

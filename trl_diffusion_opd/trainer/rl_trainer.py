@@ -219,7 +219,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
                 )
         return self._rollouts if batches else [], num_items
 
-    # Trainer's inputs are a dict of tensors.
+    # Trainer expects a dict of tensors. Here a micro-batch is a rollout.
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Rollout, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

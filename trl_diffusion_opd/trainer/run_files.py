@@ -202,7 +202,7 @@ class RunFiles(_Behind):
 
     # Card and Hub
 
-    # As TRL's, which is not Trainer's.
+    # The signature is that of TRL's trainers, which differs from Trainer's.
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
