@@ -23,7 +23,7 @@ import yaml
 from helpers.opd_fixtures import only_problem
 from transformers import TrainingArguments
 
-from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionSFTConfig
 from trl_diffusion_opd.scripts import arguments as cli
 from trl_diffusion_opd.scripts import grpo, nft, opd, sft
 from trl_diffusion_opd.scripts.parser import parse as read
@@ -274,10 +274,26 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("label", REFUSED)
-def test_refuses(label):
-    given, message = REFUSED[label]
-    assert message in only_problem(DiffusionOPDConfig, **given)
+SFT_REFUSED = {
+    "density": ({"timestep_density": "mode"}, "timestep_density='mode': it must be one of uniform, logit_normal."),
+    "std": ({"logit_std": 0.0}, "logit_std=0.0: it must be positive."),
+    "mean of uniform": ({"timestep_density": "uniform", "logit_mean": 1.0}, "leave them unset"),
+    "guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
+    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: it must be at least 1."),
+    "fresh ones": ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 without teacher_cache_dir"),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        pytest.param(config, *of_label, id=f"{config.__name__}: {label}")
+        for config, refused in ((DiffusionOPDConfig, REFUSED), (DiffusionSFTConfig, SFT_REFUSED))
+        for label, of_label in refused.items()
+    ],
+)
+def test_refuses(config, given, message):
+    assert message in only_problem(config, **given)
 
 
 def test_one_message_lists_everything():
