@@ -305,7 +305,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
         {f"{prefix}/{task}": (color, "-") for task, color in colors.items() if f"{prefix}/{task}" in series}
         for prefix in ("kl", "reward")
     )
-    rewards: dict[str, tuple[str, str]] = {}
+    rewards: dict[str, tuple[str, Any]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
