@@ -13,8 +13,7 @@
 # limitations under the License.
 
 """
-On-policy distillation of diffusion models, in the style of TRL. This module defines the public names and imports each
-one when it is first used.
+On-policy distillation of diffusion models, in the style of TRL. Imports its public names when they are first used.
 """
 
 import gc

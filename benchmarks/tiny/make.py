@@ -130,9 +130,9 @@ def check(folder: Path, num_images: int = 512) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder that receives base/")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder in which base/ is written")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--num_images", type=int, default=512, help="images a task of the last stage")
+    parser.add_argument("--num_images", type=int, default=512, help="images drawn for each task in the stage check")
     arguments = parser.parse_args()
     folder: Path = arguments.output_dir
     for stage in [name for name in STAGES if name in arguments.stages]:

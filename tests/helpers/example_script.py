@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Runs the example scripts with a user's command line, but in the tests' own process."""
+"""Runs or imports scripts that are not in the package, in the tests' own process."""
 
 import importlib.util
 import runpy

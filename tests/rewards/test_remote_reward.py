@@ -187,7 +187,7 @@ def test_fingerprint_names_no_machine_and_tells_scorers_apart():
     [
         ({"url": "localhost:8000"}, "url='localhost:8000' is not of the form http://host:port/path"),
         ({"url": "ftp://a/b"}, "is not of the form"),
-        ({"timeout": 0}, "timeout=0: it must be a positive number of seconds"),
+        ({"timeout": 0}, "timeout=0: it must be a positive, finite number of seconds"),
         ({"timeout": float("nan")}, "timeout=nan: it must be"),
         ({"max_retries": -1}, "max_retries=-1: it must not be negative"),
         ({"on_error": "zero"}, 'on_error=\'zero\': it must be "raise" or "none"'),

@@ -211,7 +211,7 @@ def test_bad_options_all_at_once(monkeypatch):
     lines = str(error.value).splitlines()
     assert len(lines) == 8
     for part in (
-        "timeout=0: it must be a positive number",
+        "timeout=0: it must be a positive, finite number",
         "max_retries=-1: it must not be negative",
         "on_error='0'",
         """no endpoint. Give base_url, on the command line --reward_kwargs '{"unifiedreward": {"base_url": "http""",

@@ -36,7 +36,7 @@ from ..guards.redaction import shown
 Kind = Literal["4bit", "8bit", "torchao"]
 QuantizationConfig: TypeAlias = (
     PipelineQuantizationConfig | QuantizationConfigMixin | None
-)  # what a base may be loaded with
+)  # the configs with which a base may be loaded
 
 # Maximum relative error of the gradient that a layer passes to its input. Beyond it the gradient is wrong.
 _GRADIENT_ERROR = 0.05

@@ -32,7 +32,7 @@ from torch.optim.optimizer import StateDict
 from ..guards.files import JSON
 
 
-_Zero3 = Any  # a parameter with the attributes that ZeRO-3 adds
+_Zero3 = Any  # a parameter with ZeRO-3's additional attributes
 
 
 def in_zero3(tensor: Tensor) -> bool:

@@ -17,8 +17,7 @@ The loop that samples a trajectory (`walk`), the noise that it starts from and a
 run.
 
 A seed is a list of numbers (words). The last is the number of a sample, except for draws that have no sample. The
-constants
-below mark what a seed is for, so that no two draws of a run use the same random numbers:
+constants below mark what a seed is for, so that no two draws of a run use the same random numbers:
 
 | what is drawn | words of the seed |
 |---|---|
@@ -64,9 +63,8 @@ def walk(
     Args:
         velocity (`Callable`):
             `velocity(j, x, z)` returns the velocity at step `j` and state `x`, detached, of `x`'s shape. `z`, of the
-            same
-            shape, is the noise that this step will add, or `None` if it adds none. The function may run a backward
-            pass: gradients are enabled in it if they are enabled around `walk`.
+            same shape, is the noise that this step will add, or `None` if it adds none. The function may run a
+            backward pass: gradients are enabled in it if they are enabled around `walk`.
         x (`Tensor` of shape `(B, ...)`):
             State at `table.levels[0]`: for a grid that starts at 1, standard Gaussian noise.
         table (`SamplerTable`):

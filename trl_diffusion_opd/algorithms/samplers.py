@@ -16,8 +16,7 @@
 
 The noise level `t` goes from 1 (noise) to 0 (image) along `levels`. The network predicts the velocity `v = eps - x0`
 of `x = (1 - t) x0 + t eps`, so `x0 = x - t v` and `eps = x + (1 - t) v`. A step of every sampler here is Gaussian,
-with a mean
-that is linear in `x` and `v`:
+with a mean that is linear in `x` and `v`:
 
     x_{j+1} = a_j x_j + c_j v_j + b_j h_j + s_j z_j,    z_j ~ N(0, I),    h_j = x0 of the step before
 
@@ -100,8 +99,8 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
             Noise levels, strictly decreasing in `[0, 1]`. They need not start at 1.
         noise_level (`float`, *optional*):
             How much noise the sampler adds (`eta`): any value >= 0 for the two SDEs, `[0, 1]` for `"cps"` and
-                `"ddim"`.
-            Defaults to 0.7 for these four. The same value means different amounts of noise in different samplers.
+            `"ddim"`. Defaults to 0.7 for these four. The same value means different amounts of noise in different
+            samplers.
 
     Returns:
         [`SamplerTable`]: the coefficients of N steps.

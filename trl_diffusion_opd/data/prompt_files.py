@@ -24,8 +24,8 @@ from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 
-# Suffix of a file -> the loader of `datasets` and its arguments. utf-8-sig drops a byte order mark, which would
-# otherwise become a part of the first prompt.
+# Suffix of a file -> the loader of `datasets` and its arguments. utf-8-sig drops a byte order mark before the first
+# prompt.
 _FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig"}),
     ".json": ("json", {}),
@@ -51,14 +51,8 @@ def source_problem(option: str, source: str) -> str | None:
 
 def load_source(option: str, source: str) -> Dataset:
     """
-    Loads the prompts of a file, or of a dataset on the Hub (`owner/name[:split]`).
-
-    Args:
-        option (`str`): the command line option that names the source, for messages.
-        source (`str`): the file or dataset.
-
-    Returns:
-        [`~datasets.Dataset`]: its column `text` is renamed to `prompt` if it has no column `prompt`.
+    Loads the prompts of a file, or of a dataset on the Hub (`owner/name[:split]`). A column `text` becomes `prompt` if
+    there is none. Messages name the command line option `option`.
 
     Raises:
         [`ValueError`]: if a file is missing, of an unknown kind, empty, not in UTF-8, or broken. The message says

@@ -47,15 +47,10 @@ def column_batches(dataset: Dataset, column: str) -> Iterator[pa.Array]:
 
 def task_rows(dataset: Dataset, task_column: str) -> dict[str, np.ndarray]:
     """
-    Finds the rows of each task.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): the prompts.
-        task_column (`str`): the column with the tasks' names. Without it all rows belong to the task `"default"`.
+    Finds the rows of each task. Without a task column, all rows belong to the task `"default"`.
 
     Returns:
-        `dict[str, np.ndarray]`: each task's indices into `dataset`. Tasks are sorted by name, so that every process
-        has the same order.
+        `dict[str, np.ndarray]`: each task's indices into `dataset`. Tasks are sorted by name on every process.
     """
     if task_column not in dataset.column_names:
         return {SINGLE_TASK: np.arange(len(dataset))}
@@ -213,8 +208,7 @@ class TaskSampler(Sampler[int]):
 
     A round consists of micro-batches. Each has `batch_size` prompts of one task over all processes, and the tasks take
     turns: task 0, task 1, …, task 0, task 1, …, until every task had `micro_batches`. An epoch is one pass over the
-        largest task,
-    rounded up to whole rounds. Smaller tasks start over as often as needed.
+    largest task, rounded up to whole rounds. Smaller tasks start over as often as needed.
 
     For groups of completions, a prompt is repeated within its round, one copy after another, so that a group may span
     several micro-batches and processes. For several updates on the same completions, the whole round is repeated.
@@ -263,10 +257,10 @@ class TaskSampler(Sampler[int]):
     def companies(self, number: int) -> Iterator[np.ndarray]:
         """
         Yields the groups of rows ("companies") whose prompts are encoded together, for all prompts of a round of this
-        epoch. A company has at most [`COMPANY`] rows, which are neighbours in the order of their task's first epoch.
+        epoch. A company has at most [`COMPANY`] rows, which are neighbours in their task's first pass.
 
-        Companies depend only on data and seed. In the first epoch a round's prompts are new and fill the fewest
-        possible companies. In later epochs they keep their companies, which have been encoded already.
+        Companies depend only on data and seed. In the first pass over a task, a round's prompts are new and fill the
+        fewest possible companies. Later they keep their companies, which have been encoded already.
 
         Args:
             number (`int`): number of the round in its epoch.
@@ -280,8 +274,8 @@ class TaskSampler(Sampler[int]):
 
     def first_companies(self, rows: int) -> list[list[np.ndarray]]:
         """
-        For each task, the companies of the first `rows` rows in the order of its first epoch (a random part of the
-        task). The last company may go beyond `rows`.
+        For each task, the companies of the first `rows` rows of its first pass (a random part of the task). The last
+        company may go beyond `rows`.
         """
         return [
             [first[start : start + COMPANY] for start in range(0, min(rows, len(first)), COMPANY)]
@@ -289,7 +283,7 @@ class TaskSampler(Sampler[int]):
         ]
 
     def _placed_firsts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Each task's rows in the order of its first epoch, and the indices that sort them."""
+        """Each task's rows in the order of its first pass, and the indices that sort them."""
         if self._first_passes is None:
             firsts = [self._order(task, 0, len(rows)) for task, rows in enumerate(self.rows)]
             self._first_passes = [(first, np.argsort(first)) for first in firsts]

@@ -13,6 +13,6 @@
 # limitations under the License.
 
 """
-Checks at the edges of a run: secrets are removed, foreign text cannot act as markup, numbers must be finite. The
-lowest layer: every other module may import it.
+Guards of whatever leaves a run: no secrets, no markup in text from others, only finite numbers. The lowest layer of
+imports.
 """

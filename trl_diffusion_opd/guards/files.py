@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import quote
 
 
-JSON = Any  # a value from JSON or YAML that others wrote: nothing is known of it until it is checked
+JSON = Any  # content of JSON or YAML from others, whose types must be checked
 
 # In bytes. File systems allow 255. A quoted Chinese character has nine.
 _LONGEST_NAME = 200

@@ -186,11 +186,7 @@ def download(
     error_type: type[ValueError] = ValueError,
 ) -> Path:
     """
-    Downloads the files of a repository that match `patterns`.
-
-    Args:
-        shown (`str`), repo_id (`str`), revision (`str`, *optional*), error_type (`type`): as in [`explained`].
-        patterns (`list[str]`): glob patterns of the files.
+    Downloads the files of a repository that match the glob `patterns`. Other arguments are those of [`explained`].
 
     Returns:
         `Path`: the folder of the snapshot in the local cache. Its name is the commit.

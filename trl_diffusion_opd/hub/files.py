@@ -71,6 +71,6 @@ STUDENT_FILES = (
     GRID_FILE,
 )
 PICTURES = (RETENTION_PICTURE, RADAR_PICTURE, SAMPLES_PICTURE, CURVES_PICTURE)
-# The only files that are pushed. This is a list of what to include, since logs, optimizer states and other files in
-# the folder may contain tokens, paths and the machine's name.
+# The only files that are pushed. Others, such as logs and optimizer states, may contain tokens, paths and the
+# machine's name.
 PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, *PICTURES, f"{COMPLETIONS_FOLDER}/step_*.png")

@@ -46,10 +46,9 @@ def push_folder(
     Uploads the files of an output folder that [`PUSHED_FILES`] lists to an existing model repository.
 
     Args:
-        folder (`str` or `Path`): the output folder.
-        repo_id (`str`): the repository, `owner/name`.
-        commit_message (`str`, *optional*, defaults to `"Upload student"`): the message of the commit.
-        token (`str`, *optional*): a token with write permission. By default the one you are logged in with.
+        folder (`str` or `Path`), repo_id (`str`): the output folder, and the repository (`owner/name`).
+        commit_message (`str`, *optional*, defaults to `"Upload student"`)
+        token (`str`, *optional*): a token with write permission. Defaults to the one you are logged in with.
         revision (`str`, *optional*): the branch to commit to.
     """
     folder = Path(folder)
@@ -73,9 +72,8 @@ def push(
     Uploads a saved student with its card and reports.
 
     Args:
-        folder (`str`): the output folder.
-        repo_id (`str`): the repository, `owner/name`.
-        commit_message (`str`, *optional*): the message of the commit, by default `"End of training"`.
+        folder (`str`), repo_id (`str`): the output folder, and the repository (`owner/name`).
+        commit_message (`str`, *optional*): defaults to `"End of training"`.
         blocking (`bool`): whether to return only when the upload is done.
         options: `token` and `revision` of [`push_folder`].
 
@@ -168,7 +166,7 @@ def push_checkpoint(
                 ),
             )
         )
-    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself gives it several
+    return PushInProgress(jobs)  # type: ignore[arg-type]  # transformers itself passes a list
 
 
 def _report_failure(job: "Future[CommitInfo]", message: Callable[[BaseException], str]) -> None:

@@ -68,14 +68,7 @@ def option_problems(
     max_sequence_length: int | None,
 ) -> list[str]:
     """
-    Says what is wrong with arguments for a pipeline's `__call__`, one sentence each.
-
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): the pipeline.
-        parameters (`Mapping`): the parameters of its `__call__`.
-        options (`Mapping`): the `generation_kwargs`.
-        height, width (`int`, *optional*): size of the images in pixels.
-        max_sequence_length (`int`, *optional*): length of the text in tokens.
+    Says what is wrong with arguments for a pipeline's `__call__`, which has these `parameters`, one sentence each.
     """
     name = type(pipeline).__name__
     problems = []

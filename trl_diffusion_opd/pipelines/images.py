@@ -26,7 +26,7 @@ from ..guards.finite import finite_images
 from .latent_map import LatentMap
 
 
-Images = Any  # a list of PIL's, an array or a tensor: as `output_type` says
+Images = Any  # a list of PIL images, an array or a tensor, depending on `output_type`
 
 
 def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:
@@ -76,8 +76,8 @@ def encoder_problem(pipeline: DiffusionPipeline) -> str | None:
 
 def pixels_a_latent(pipeline: DiffusionPipeline) -> int:
     """
-    Pixels per latent, along one side. Pipelines that pack 2 x 2 latents into one token count the pixels of a token,
-    since sizes must be multiples of that.
+    Pixels per latent, along one side; per token in pipelines that pack 2 x 2 latents into one. Sizes must be
+    multiples.
     """
     processor = image_processor(pipeline)
     return 1 if processor is None else processor.config.vae_scale_factor

@@ -90,10 +90,10 @@ def _loaded(
 
 def check_base_name(name: str) -> None:
     """
-    Refuses a single file of a whole model, and a folder that holds only such files. A base is a diffusers folder.
+    Checks that a base is not a single file of a whole model, or a folder with such a file.
 
     Raises:
-        [`ValueError`]: if the name is such a file or folder. The message says how to load it.
+        [`ValueError`]: if it is. The message says how to load it.
     """
     path = Path(name)
     files = [path] if path.suffix in _WHOLE_FILES else []

@@ -37,7 +37,7 @@ _GUIDED = "do_classifier_free_guidance"
 # Enough for all calls of student and teachers, with and without guidance, on one micro-batch.
 _RECENT_BATCHES = 8
 
-_Layout = str | tuple["_Layout", ...] | None  # how the embeddings of prompts and of their batch belong together
+_Layout = str | tuple["_Layout", ...] | None  # how a batch's embeddings are made up of its prompts'
 
 
 class PromptCache:
@@ -209,7 +209,7 @@ class _Call:
     A call of `encode_prompt`.
 
     Attributes:
-        texts (`dict[str, list[str]]`): the arguments that are lists of texts, one a prompt.
+        texts (`dict[str, list[str]]`): the arguments that are lists of texts, one for each prompt.
         options (`tuple`): the arguments that are plain values.
         keyed (`bool`): whether the key covers all arguments. It does not cover an image to edit, which may be another
             one in another run.
@@ -228,7 +228,7 @@ class _Call:
         self.size = sizes.pop() if len(sizes) == 1 else 1
 
     def __call__(self) -> Encoded:
-        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image writes its template into the list
+        copies = {name: list(value) for name, value in self.texts.items()}  # Z-Image changes the list in place
         return self.function(**{**self.arguments, **copies})
 
     def with_arguments(self, changes: Mapping[str, object]) -> "_Call":
@@ -291,8 +291,7 @@ def _apart(call: _Call) -> tuple[_Call, _Call]:
 def _try_parts(call: _Call) -> tuple[str, ...] | None:
     """
     Finds out which values of a guided call belong to the prompts (`"prompt"`: the same as without guidance) and which
-        to the
-    negative prompts (`"negative"`: the same for any prompt). Returns a tuple, or `None` if a value is neither.
+    to the negative prompts (`"negative"`: the same for any prompt). Returns a tuple, or `None` if a value is neither.
     """
     names = [name for name in call.texts if not _is_negative(name)]
     guided = [call.row(0).with_arguments({name: [probe] for name in names}) for probe in _PROBES]

@@ -35,8 +35,8 @@ from .fingerprints import bytes_of
 
 logger = logging.getLogger(__name__)
 
-Encoded = Any  # what an `encode_prompt` returns: tensors, and lists and tuples of them, as the family has it
-_Row = dict[str, Any]  # columns of a row: its texts and hashes, and the tensor that was asked for
+Encoded = Any  # the return value of a pipeline's `encode_prompt`: tensors in nested lists and tuples
+_Row = dict[str, Any]  # the columns of a row: texts, hashes, and the requested tensor
 
 # A row is one call of `encode_prompt`. Tensors are named by the hash of their content, so that the empty prompt's
 # embedding, which comes with every prompt under guidance, is written once.
@@ -167,7 +167,7 @@ class PromptStore:
             room = self.max_bytes - _size(self.root)
             if size > room:
                 return False
-            # Only a part of the room, since many other processes may write as much before the next measurement.
+            # A part of the room, since many other processes may write as much before the next measurement.
             self._free = max(size, min(room // 64, _UNSEEN))
         self._free -= size
         return True

@@ -82,8 +82,7 @@ class VelocityField:
 
     Raises:
         [`ValueError`]: if the pipeline is not a flow-matching pipeline or lacks a needed part, or if the size or an
-        option
-            does not fit it. One message lists everything that is wrong.
+            option does not fit it. One message lists everything that is wrong.
     """
 
     def __init__(
@@ -140,8 +139,9 @@ class VelocityField:
             own, timesteps
         )
         self._timesteps = torch.cat([own, own.new_zeros(1)])
-        # Z-Image and Krea 2 write guidance as v + s (v - v_empty): their s is one less than other pipelines' scale, and
-        # s = 1 is guidance. The offset corrects this: a scale of 1 is then no guidance, so the next call adds nothing.
+        # Z-Image and Krea 2 write guidance as v + s (v - v_empty): their s is one less than other pipelines' scale,
+        # and s = 1 is guidance. The offset corrects this: a scale of 1 is then no guidance, so the next call adds
+        # nothing.
         named = self._guidance == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
         self._guidance_offset += float(named and view.do_classifier_free_guidance)
 
@@ -205,7 +205,7 @@ class VelocityField:
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
-        """The timesteps that the pipeline gives its transformer for a batch at level `t`, one a row."""
+        """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
         inputs = self._first_inputs(x, t, prompts, guidance_scale)
         return inputs[timestep_name(inputs)]
 
@@ -345,8 +345,7 @@ class VelocityField:
         """
         Refuses a guidance scale that the pipeline would silently ignore.
 
-        Guidance makes the pipeline give its transformer more rows a prompt, so the rows are compared with those at
-        scale 1.
+        It compares the number of rows that the transformer gets with that at scale 1: guidance adds rows.
 
         Raises:
             [`ValueError`]: if the transformer gets as many rows as at scale 1.
@@ -460,8 +459,8 @@ class VelocityField:
 
     def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
         """
-        The other values that `prepare_latents` returns besides latents (ids, latents of an image to edit), and the
-        latents' dtype. They are computed once for each batch size.
+        The latents' dtype, and what else `prepare_latents` returns (ids, latents of an image to edit). Computed once
+        for each batch size.
         """
         key = (len(prompts), next(self._base.parameters()).device)
         if key not in self._prepared:

@@ -34,11 +34,11 @@ from ..pipelines.view import StandIn, exchanged_forward
 
 
 T = TypeVar("T")
-Velocity = Tensor | list[Tensor]  # of a batch, which some families keep apart
+Velocity = Tensor | list[Tensor]  # of a batch: some families return a list with one tensor a sample
 
 
 class MemoryRow(TypedDict):
-    """A part of an estimate: dtypes, bytes, and how they are known."""
+    """A part of an estimate: its dtypes, its bytes, and how they were computed."""
 
     dtype: str
     bytes: int
@@ -110,9 +110,8 @@ _FLOAT32_ON_CUDA: tuple[tuple[object, str], ...] = (
 @contextmanager
 def _as_on_cuda() -> Iterator[None]:
     """
-    Makes autocast on the CPU use float32 for the same functions as on CUDA.
-
-    The functions are exchanged: a `TorchFunctionMode` is off while `backward` runs, in which checkpointing repeats forwards.
+    Replaces functions so that autocast on the CPU uses float32 where it does on CUDA. A `TorchFunctionMode` would be
+    off in `backward`, where checkpointing repeats forwards.
     """
 
     def of(function: Callable) -> Callable:
@@ -129,7 +128,7 @@ def _as_on_cuda() -> Iterator[None]:
             original = getattr(owner, name)
             if name in vars(owner):
                 stack.callback(setattr, owner, name, original)
-            else:  # a tensor's is inherited
+            else:  # Tensor inherits its softmax
                 stack.callback(delattr, owner, name)
             setattr(owner, name, of(original))
         yield
@@ -198,7 +197,6 @@ class _Step(nn.Module):
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
             if backward:
-                # Tensor.backward would turn off the TorchFunctionMode, which repeated forwards need.
                 torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum().backward()
         return velocities
 
@@ -234,7 +232,7 @@ def pass_in_shapes(
     precision: torch.dtype | None,
     backward: bool,
 ) -> tuple[int, list[Velocity]]:
-    """As [`step_bytes`], and the velocities, of which there are shapes alone."""
+    """Returns the bytes as [`step_bytes`] does, and the velocities, which have shapes but no values."""
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(value: T) -> T | Tensor:

@@ -32,7 +32,7 @@ if sys.platform != "win32":
     import resource
 
 OTHER = "other"
-Instant = Any  # a CUDA event, or seconds: all instants of a device are of one kind
+Instant = Any  # a CUDA event, or seconds: all instants of a device have the same type
 
 
 def instant(device: torch.device) -> Instant:
@@ -97,8 +97,8 @@ class UpdateClock:
     def __init__(self, parts: tuple[str, ...], device: torch.device):
         self.parts = (*parts, OTHER)
         self._device = device
-        self._open: list[str] = []  # the parts that run, the innermost last
-        self._marks: list[tuple[str, Instant]] = []  # what ran from when
+        self._open: list[str] = []  # the open parts, the innermost last
+        self._marks: list[tuple[str, Instant]] = []  # each part that ran, and from when
         self._calls: Counter[str] = Counter()
         self._ended: deque[tuple[list[tuple[str, Instant]], Counter[str]]] = deque()
         self._updates: list[Update] = []
@@ -193,9 +193,8 @@ class UpdateCost:
         Begins a run.
 
         Args:
-            flops_a_second (`float`): the device's floating-point operations a second, which are 100% of `mfu`. 0 turns
-                `mfu` off.
-            updates_a_round (`int`): number of updates in a round. One of them has extra parts, such as a rollout.
+            flops_a_second (`float`): operations a second that count as 100% of `mfu`. 0 turns `mfu` off.
+            updates_a_round (`int`): updates in a round. One of them has extra parts, such as a rollout.
         """
         self._rate, self._updates_a_round, self._updates = flops_a_second, updates_a_round, 0
 

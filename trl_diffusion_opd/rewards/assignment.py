@@ -37,13 +37,12 @@ def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> d
 
     Args:
         reward_funcs: a reward function or its name, or a list of these, for all tasks; or a dict with these for each
-            task. A name that occurs several times is loaded once.
+            task. A repeated name is loaded once.
         tasks (`Sequence[str]`): the tasks of the data.
 
     Raises:
         [`ValueError`]: if a task has no prompts, a name is unknown, two functions have the same name, or an entry is
-        not a
-            function. One message lists everything that is wrong.
+            not a function. One message lists everything that is wrong.
     """
     if reward_funcs is None:
         return {task: [] for task in tasks}

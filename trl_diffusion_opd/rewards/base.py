@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import TrainerState
 
 
-RewardFunc = Callable[..., object]  # what it returns is checked when it is called
-Row = Mapping[str, Any]  # of a dataset: its columns by name, whatever they hold
+RewardFunc = Callable[..., object]  # its return value is checked at each call
+Row = Mapping[str, Any]  # a row of a dataset: the values of its columns by name
 
 
 class Reward:
@@ -103,10 +103,10 @@ class Reward:
         Args:
             prompts (`list[str]`), images (`list[PIL.Image.Image]`): the images, each with its prompt.
             completions, trainer_state: arguments that every reward function gets; not used here.
-            columns (`list`): other columns of the dataset, a value an image.
+            columns (`list`): other columns of the dataset, with one value for each image.
 
         Returns:
-            `list[float | None]`: a value an image, `None` where the reward does not apply.
+            `list[float | None]`: one score for each image, `None` where the reward does not apply.
         """
         rows: list[Row] = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
         applicable = [i for i, row in enumerate(rows) if self.why_not(prompts[i], row) is None]

@@ -27,7 +27,7 @@ import httpx2
 from ..guards.redaction import shown
 
 
-# Headers that are dropped from an answer, since they would make httpx decode its body once more.
+# Headers that are dropped from an answer, since they would change how its body is read.
 _HEADERS_OF_THE_TRANSFER = ("content-encoding", "content-length", "content-type", "set-cookie", "transfer-encoding")
 
 
@@ -90,7 +90,7 @@ class BoundedClient(httpx2.Client):
     def _work(self, request: httpx2.Request, answer: "Future[httpx2.Response]") -> None:
         try:
             answer.set_result(self._received(request))
-        except BaseException as error:  # whatever it is, the caller raises it
+        except BaseException as error:  # raised again by the caller, whatever it is
             answer.set_exception(error)
             del answer
 

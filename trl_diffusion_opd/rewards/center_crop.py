@@ -31,6 +31,7 @@ class CenterCropProcessor(CLIPImageProcessorPil):
     Both resize in the same way with PIL: the shorter side to the size, the longer side to `int(size * long / short)`.
     """
 
+    # transformers passes a `SizeDict` here, although its base class declares another type.
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:  # type: ignore[override]
         """The centre of an image, `[channels, height, width]`. A smaller image is padded as in transformers."""
         top, left = image.shape[-2] - size.height, image.shape[-1] - size.width

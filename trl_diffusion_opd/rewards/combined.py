@@ -59,8 +59,7 @@ class CombinedReward(Reward):
 
     Raises:
         [`ValueError`]: if a component cannot be loaded, two have the same name, a weight or a scale is invalid, or an
-        option
-            names no component. One message lists everything that is wrong.
+            option names no component. One message lists everything that is wrong.
     """
 
     name = "combined"

@@ -93,8 +93,7 @@ class GenEval(ModelReward):
         graded (`bool`, *optional*, defaults to `False`): whether to return a share in [0, 1] instead of the verdict,
             for training. See [`geneval_rules.partial_score`].
         thresholds ([`geneval_rules.Thresholds`] or `dict` of its arguments, *optional*): when an object counts.
-        Defaults to
-            the published values.
+            Defaults to the published values.
         detector_size (`int`, *optional*, defaults to `800`): pixels of the shorter side of the detector's input. The
             default is that of the published evaluation. The longer side is at most 5/3 of it.
         device, dtype, batch_size: see [`ModelReward`].

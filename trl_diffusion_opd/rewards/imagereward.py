@@ -106,7 +106,7 @@ class ImageReward(ModelReward):
         vision_config = _vision_config(files, parts["visual_encoder"])
         text_config = _text_config(files.folder / "med_config.json", vision_config.hidden_size)
         side = vision_config.image_size
-        assert isinstance(side, int)  # of a square, as the file has it
+        assert isinstance(side, int)  # `_vision_config` sets one number, for a square
         self.image_processor = CenterCropProcessor(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )

@@ -43,8 +43,7 @@ class RewardMetric(evaluate.Metric):
     Args:
         reward (reward function): the reward to compute.
         features ([`~datasets.Features`], *optional*): types of the columns that are given with the prompts, for
-        example those
-            of the dataset. Defaults to the columns that a [`Reward`] reads, as text.
+            example those of the dataset. Defaults to the columns that a [`Reward`] reads, as text.
     """
 
     def __init__(self, reward: RewardFunc, features: datasets.Features | None = None):
@@ -127,8 +126,7 @@ def as_metric(reward: RewardFunc, features: datasets.Features | None = None) -> 
     Args:
         reward: a [`Reward`] or a plain function.
         features ([`~datasets.Features`], *optional*): types of the columns that are given with the prompts, for
-        example those
-            of the dataset.
+            example those of the dataset.
     """
     return RewardMetric(reward, features)
 

@@ -104,8 +104,7 @@ def load_pretrained(
         model_class (`type`): the model's class, such as [`~transformers.CLIPModel`].
         files (`ModelFiles`): the model's files, with `config.json` and safetensors unless the next two are given.
         config ([`~transformers.PreTrainedConfig`], *optional*), tensors (`dict[str, torch.Tensor]`, *optional*): the
-        model's
-            configuration, and its weights by their names in transformers.
+            model's configuration, and its weights by their names in transformers.
         options: other arguments of the class.
 
     Raises:

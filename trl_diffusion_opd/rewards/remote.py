@@ -85,8 +85,7 @@ class RemoteReward(Reward):
             last byte.
         max_retries (`int`, *optional*, defaults to `3`): number of tries after the first one.
         on_error (`str`, *optional*, defaults to `"raise"`): `"raise"` an error if a call fails, or log a warning and
-            give its
-            samples no score (`"none"`).
+            give its samples no score (`"none"`).
         token_env (`str`, *optional*): name of an environment variable with a token, sent as `Authorization: Bearer …`.
         batch_size (`int`, *optional*, defaults to `16`): maximum number of images in a call.
 

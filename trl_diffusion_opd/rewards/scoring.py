@@ -58,8 +58,8 @@ class RewardLog:
     Values that reward functions log beside their scores, with `log_metric` and `log_extra` as in TRL's trainers.
 
     Attributes:
-        metrics (`dict[str, list[float]]`): the values of each metric, one a call.
-        extra (`dict[str, list]`): additional columns, with one value an image.
+        metrics (`dict[str, list[float]]`): the values of each metric, one for each call.
+        extra (`dict[str, list]`): additional columns, with one value for each image.
     """
 
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -97,8 +97,7 @@ def score(
 
     Raises:
         [`ValueError`]: if a function returns a wrong number of values or a value that is not a number, or if two
-        functions
-            have the same name.
+            functions have the same name.
     """
     scores: Scores = {}
     for function in _by_name(functions).values():
@@ -133,12 +132,10 @@ class Scorer:
         timeout (`float`, *optional*): maximum seconds that the caller waits for one call of a function. By default
             there is no limit.
         on_timeout (`str`, *optional*, defaults to `"raise"`): what happens then: `"raise"` an error, or log a warning
-            and give
-            no score (`"none"`) to these images and to all that the function has not scored yet.
+            and give no score (`"none"`) to these images and to all that the function has not scored yet.
         task (`str`, *optional*): the images' task, for messages.
         call (*optional*): calls a function in its thread and returns its scores. It gets the function, rows, images,
-        and the
-            `batch` that `submit` was given. Defaults to [`call_reward`].
+            and the `batch` that `submit` was given. Defaults to [`call_reward`].
 
     Attributes:
         seconds (`dict[str, float]`): seconds that each function has taken, by name.
