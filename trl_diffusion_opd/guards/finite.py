@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    from transformers import TrainingArguments
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -63,7 +63,7 @@ def finite_images() -> Iterator[None]:
             ) from error
 
 
-def infinite_options(options: "DataclassInstance") -> list[tuple[str, float]]:
+def infinite_options(options: "TrainingArguments") -> list[tuple[str, float]]:
     """Returns name and value of each option of a dataclass that is NaN or infinite."""
     values = {known.name: getattr(options, known.name) for known in fields(options)}
     return [(name, value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]

@@ -208,7 +208,7 @@ class DiffusionConfig(_BaseConfig):
     task_weights: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for tasks not named."}
     )
-    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]  # rounds set it before Trainer is
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]  # None until the tasks are known
         default=None,
         metadata={"help": "Micro-batches in an update: a multiple of the number of tasks, which is the default."},
     )
