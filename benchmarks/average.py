@@ -33,19 +33,10 @@ import torch
 from datasets import disable_progress_bars
 from diffusers import DiffusionPipeline
 from run_settings import QUIET, TINY
+from trainers import TRAINERS
 from transformers import TrainerCallback
 
-from trl_diffusion_opd import (
-    DiffusionGRPOConfig,
-    DiffusionGRPOTrainer,
-    DiffusionNFTConfig,
-    DiffusionNFTTrainer,
-    DiffusionOPDConfig,
-    DiffusionOPDTrainer,
-    DiffusionSFTConfig,
-    DiffusionSFTTrainer,
-    tiny,
-)
+from trl_diffusion_opd import tiny
 from trl_diffusion_opd.models import average
 from trl_diffusion_opd.tiny.verifiers import letters_graded
 
@@ -71,21 +62,20 @@ SHARED = {
 def trainer_of(method: str, updates: int, folder: str) -> Any:
     prompts = tiny.dataset("train")
     options: dict[str, Any] = SHARED | {"output_dir": folder, "max_steps": updates}
+    kind = TRAINERS[method]
     # Small batches: more updates in the same time, and noisier weights, which is what an average is for.
-    if method == "opd":
-        args = DiffusionOPDConfig(**options, num_inference_steps=5, learning_rate=1e-3, per_device_train_batch_size=4)
-        return DiffusionOPDTrainer(tiny.BASE, teachers=tiny.TEACHERS, args=args, train_dataset=prompts)
-    if method == "sft":
-        args = DiffusionSFTConfig(**options, num_inference_steps=10, learning_rate=1e-3, per_device_train_batch_size=4)
-        return DiffusionSFTTrainer(tiny.BASE, teachers=tiny.TEACHERS, args=args, train_dataset=prompts)
+    if method in ("opd", "sft"):
+        steps = 5 if method == "opd" else 10
+        options |= {"num_inference_steps": steps, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
+        args = kind.config_class(**options)
+        return kind(tiny.BASE, teachers=tiny.TEACHERS, args=args, train_dataset=prompts)
     letters = prompts.filter(lambda row: row["task"] == "letters")
     options |= {"num_inference_steps": 6, "num_generations": 8, "per_device_train_batch_size": 8}
     if method == "grpo":
         options |= {"learning_rate": 3e-4, "beta": 0.01, "sde_window_range": [0, 3]}
-        args, kind = DiffusionGRPOConfig(**options), DiffusionGRPOTrainer
     else:
         options |= {"learning_rate": 1e-4, "num_trained_timesteps": 3}
-        args, kind = DiffusionNFTConfig(**options), DiffusionNFTTrainer
+    args = kind.config_class(**options)
     return kind(tiny.BASE, reward_funcs=letters_graded, args=args, train_dataset=letters)
 
 

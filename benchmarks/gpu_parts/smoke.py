@@ -15,7 +15,6 @@
 
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,9 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from run_settings import QUIET, TINY
 from safetensors.torch import load_file
+from trainers import TRAINERS
 
-from trl_diffusion_opd import (
-    DiffusionGRPOConfig,
-    DiffusionGRPOTrainer,
-    DiffusionNFTConfig,
-    DiffusionNFTTrainer,
-    DiffusionOPDConfig,
-    DiffusionOPDTrainer,
-    DiffusionSFTConfig,
-    DiffusionSFTTrainer,
-    evaluate_retention,
-    tiny,
-)
+from trl_diffusion_opd import evaluate_retention, tiny
 
 from .report import Report
 
@@ -81,33 +70,25 @@ def pictures() -> Dataset:
     return rows.map(lambda row: {"image": tiny.render(row["spec"])})
 
 
-def opd(folder: Path, device: str, **options: Any) -> DiffusionOPDTrainer:
-    args = DiffusionOPDConfig(**settings(folder, device, **options))
-    return DiffusionOPDTrainer(tiny.BASE, tiny.TEACHERS, args=args, train_dataset=tiny.dataset("train"))
+METHODS = ("opd", "sft", "grpo", "nft")
+REWARDED = ("grpo", "nft")
 
 
-def grpo(folder: Path, device: str, **options: Any) -> DiffusionGRPOTrainer:
-    args = DiffusionGRPOConfig(**settings(folder, device, num_generations=4, **options))
-    return DiffusionGRPOTrainer(tiny.BASE, brightness, args=args, train_dataset=tiny.dataset("train"))
-
-
-def nft(folder: Path, device: str, **options: Any) -> DiffusionNFTTrainer:
-    args = DiffusionNFTConfig(**settings(folder, device, num_generations=4, **options))
-    return DiffusionNFTTrainer(tiny.BASE, brightness, args=args, train_dataset=tiny.dataset("train"))
-
-
-def sft(folder: Path, device: str, **options: Any) -> DiffusionSFTTrainer:
-    args = DiffusionSFTConfig(**settings(folder, device, **options))
-    return DiffusionSFTTrainer(tiny.BASE, args=args, train_dataset=pictures())
-
-
-METHODS: dict[str, Callable[..., Any]] = {"opd": opd, "sft": sft, "grpo": grpo, "nft": nft}
+def make_trainer(method: str, folder: Path, device: str, **options: Any) -> Any:
+    given: dict[str, Any] = {"train_dataset": pictures() if method == "sft" else tiny.dataset("train")}
+    if method == "opd":
+        given["teachers"] = tiny.TEACHERS
+    if method in REWARDED:
+        given["reward_funcs"] = brightness
+        options["num_generations"] = 4
+    kind = TRAINERS[method]
+    return kind(tiny.BASE, args=kind.config_class(**settings(folder, device, **options)), **given)
 
 
 def trained(method: str, device: str, **options: Any) -> dict[str, list[float]]:
     """Loss and gradient's norm of each update."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = METHODS[method](Path(folder), device, **options)
+        trainer = make_trainer(method, Path(folder), device, **options)
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
         return {name: [float(entry[name]) for entry in log] for name in ("loss", "grad_norm")}
@@ -127,7 +108,7 @@ def against_cpu(
     found = expected if (device, precision) == ("cpu", other) else trained(method, device, **PRECISIONS[precision])
     off = {name: abs(found[name][0] - expected[name][0]) / abs(expected[name][0] or 1.0) for name in found}
     # A scaler of fp16 finds its scale by updates that overflow, whose gradient has no norm.
-    names = ["loss"] if precision == "fp16" else ["grad_norm"] if method in ("grpo", "nft") else ["loss", "grad_norm"]
+    names = ["loss"] if precision == "fp16" else ["grad_norm"] if method in REWARDED else ["loss", "grad_norm"]
     passed = all(off[name] < tolerance for name in names) and all(map(math.isfinite, found["loss"]))
     return {"cpu": expected, "found": found, "relative_difference": off, "passed": passed}
 
@@ -157,10 +138,10 @@ def resume(device: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             options: dict[str, Any] = dict(save_strategy="steps", save_steps=1)
-            whole = opd(folder / "whole", device, **options)
+            whole = make_trainer("opd", folder / "whole", device, **options)
             whole.train()
             checkpoint = str(folder / "whole" / "checkpoint-1")
-            again = opd(folder / "again", device, **options)
+            again = make_trainer("opd", folder / "again", device, **options)
             again.train(resume_from_checkpoint=checkpoint)
             a, b = (weights(folder / run / "checkpoint-2") for run in ("whole", "again"))
             off = max(float((a[key].float() - b[key].float()).abs().max()) for key in a)
@@ -173,7 +154,7 @@ def resume(device: str) -> dict[str, Any]:
 def saved_student(device: str) -> dict[str, Any]:
     """A trained student's file in plain diffusers gives the trainer's own image."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = opd(Path(folder), device, ema_decay=None, learning_rate=1e-2)
+        trainer = make_trainer("opd", Path(folder), device, ema_decay=None, learning_rate=1e-2)
         trainer.train()
         trainer.save_model()
         options: dict[str, Any] = dict(TINY, num_inference_steps=6, output_type="pt")

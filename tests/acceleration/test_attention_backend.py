@@ -154,7 +154,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("backend", "message"),
         [
-            ("flsh", "attention_backend='flsh': it is one of .*_native_math, .*flash, .*xformers"),
+            ("flsh", "attention_backend='flsh': it must be one of .*_native_math, .*flash, .*xformers"),
             pytest.param(
                 "flex",
                 "'flex' does not work for FluxTransformer2DModel on cpu in float32: .*not support backward on CPU",

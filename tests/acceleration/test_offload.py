@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path, teachers):
 
 @pytest.mark.parametrize("size", ["50", "a lot", "GB"])
 def test_a_size_that_is_none_is_refused(tmp_path, size):
-    with pytest.raises(ValueError, match=f"prompt_cache_max_size='{size}': it is a number with a unit"):
+    with pytest.raises(ValueError, match=f"prompt_cache_max_size='{size}': it must be a number with a unit"):
         DiffusionOPDConfig(str(tmp_path), prompt_cache_max_size=size, use_cpu=True)
 
 

@@ -301,7 +301,9 @@ def test_options_that_do_not_fit_are_told_at_once(teachers, tmp_path):
         "weights: draw=-1.0 is not a positive number.",
     ):
         assert expected in message
-    assert "method='mean': it is one of svd, cat, linear, ties" in refusal(tmp_path, pair(teachers), method="mean")
+    assert "method='mean': it must be one of svd, cat, linear, ties" in refusal(
+        tmp_path, pair(teachers), method="mean"
+    )
     assert "method='ties' needs the fraction of the numbers" in refusal(tmp_path, pair(teachers), method="ties")
     assert "PEFT sets it to the rank" in refusal(tmp_path, pair(teachers), method="cat", lora_alpha=3)
 

@@ -152,7 +152,7 @@ def test_unknown_options_are_told_with_whose_they_are(capsys, launches):
     assert "DiffusionOPDConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and" in message
     assert "has no 'zzz'. No config of this package has it." in message and "num_processes" not in message
     message = refused(capsys, "opd", "--config", "tiny", "--num_test_imags", "2")
-    assert "has no 'num_test_imags'. No config of this package has it. Is 'num_test_images' meant?" in message
+    assert "has no 'num_test_imags'. No config of this package has it. Did you mean 'num_test_images'?" in message
     assert "['stray'] belong to no option" in refused(capsys, "opd", "--config", "tiny", "stray")
     assert launches == []
 

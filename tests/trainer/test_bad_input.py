@@ -337,7 +337,7 @@ CONFIGS = {
     "noise with ode": ({"noise_level": 0.7}, "noise_level=0.7 with sampler='ode', which has no noise: leave it unset"),
     "policy gradient with ode": (
         {"loss_type": "policy_gradient"},
-        "loss_type='policy_gradient' needs a walk with noise, and sampler='ode' with noise_level=None has none",
+        "loss_type='policy_gradient' needs a sampler with noise, but sampler='ode' with noise_level=None has none",
     ),
     "eta of cps": ({"sampler": "cps", "noise_level": 1.2}, "noise_level=1.2: cps takes 0 to 1."),
     "eta of ddim": ({"sampler": "ddim", "noise_level": 1.2}, "noise_level=1.2: ddim takes 0 to 1."),

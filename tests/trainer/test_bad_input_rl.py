@@ -32,7 +32,7 @@ def test_options_of_another_trainer_and_of_none(tmp_path):
     with pytest.raises(TypeError) as error:
         DiffusionNFTConfig(str(tmp_path), sde_window_size=2, learning_rte=1.0)
     assert str(error.value).splitlines() == [
-        "DiffusionNFTConfig has no 'learning_rte'. Is 'learning_rate' meant?",
+        "DiffusionNFTConfig has no 'learning_rte'. Did you mean 'learning_rate'?",
         "DiffusionNFTConfig has no 'sde_window_size'.",
     ]
     assert unknown_option(DiffusionNFTConfig, "sde_window_size", configs()) == (
@@ -54,8 +54,7 @@ def test_options_of_another_trainer_and_of_none(tmp_path):
         *(
             (
                 {"advantage_clip": clip},
-                f"advantage_clip={clip!r}: it must be a positive number, and a large one, such as 1000, leaves all advantages as "
-                "they are.",
+                f"advantage_clip={clip!r}: it must be a positive number. A large one, such as 1000, clips nothing.",
             )
             for clip in (0.0, -5.0, math.nan, math.inf, None, "5")
         ),

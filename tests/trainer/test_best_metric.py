@@ -72,7 +72,7 @@ def test_a_typo_is_in_the_one_message(teachers, tmp_path):
         )
     message = str(caught.value)
     assert (
-        "metric_for_best_model='eval_rewrd': no evaluation of this run will have it. Is 'eval_reward' meant?"
+        "metric_for_best_model='eval_rewrd': no evaluation of this run will have it. Did you mean 'eval_reward'?"
         in message
     )
     assert (
@@ -103,7 +103,7 @@ class TestProblems:
     def test_what_nobody_gave(self, tmp_path):
         options = dict(load_best_model_at_end=True, save_strategy="steps", save_steps=1)
         (problem,) = self.problems(None, tmp_path, **options)
-        assert problem.startswith("metric_for_best_model='loss' (what it is where load_best_model_at_end or")
+        assert problem.startswith("metric_for_best_model='loss' (the default if load_best_model_at_end or")
         assert self.problems(None, tmp_path, of_method=["loss"], **options) == []
 
     def test_what_is_not_known_or_not_looked_at(self, tmp_path):

@@ -23,7 +23,7 @@ import yaml
 from helpers.opd_fixtures import only_problem
 from transformers import TrainingArguments
 
-from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd import DiffusionOPDConfig, DiffusionSFTConfig
 from trl_diffusion_opd.scripts import arguments as cli
 from trl_diffusion_opd.scripts import grpo, nft, opd, sft
 from trl_diffusion_opd.scripts.parser import parse as read
@@ -177,7 +177,7 @@ def test_help_explains_every_option(capsys):
         "--num_eval_images",
     ):
         assert option in shown
-    assert "Stochasticity (eta) of the sampler" in " ".join(shown.split())
+    assert "How much noise the sampler adds (eta)" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("arguments", [("--sampler", "euler"), ("--loss_weighting", "snr"), ("--dtype", "int8")])
@@ -199,7 +199,7 @@ REFUSED = {
     "negative eta": ({"noise_level": -0.1, "sampler": "flow_sde"}, "noise_level=-0.1 is negative."),
     "policy gradient with ode": (
         {"loss_type": "policy_gradient"},
-        "loss_type='policy_gradient' needs a walk with noise, and sampler='ode' with noise_level=None has none: choose",
+        "loss_type='policy_gradient' needs a sampler with noise, but sampler='ode' with noise_level=None has none: choose",
     ),
     "policy gradient with eta 0": (
         {"loss_type": "policy_gradient", "sampler": "flow_sde", "noise_level": 0.0},
@@ -207,12 +207,15 @@ REFUSED = {
     ),
     "policy gradient off policy": (
         {"loss_type": "policy_gradient", "sampler": "flow_sde", "on_policy": False},
-        "is an estimate on the student's own walk: set on_policy=True.",
+        "is an estimate on the student's own trajectories: set on_policy=True.",
     ),
-    "sampler": ({"sampler": "euler"}, "sampler='euler': it is one of ode, flow_sde, dance_sde, cps, ddim, dpm2m."),
-    "loss type": ({"loss_type": "mse"}, "loss_type='mse': it is one of kl, policy_gradient."),
-    "weighting": ({"loss_weighting": "snr"}, "loss_weighting='snr': it is one of kl, released, velocity, x0."),
-    "dtype": ({"dtype": "int8"}, "dtype='int8': it is one of float32, bfloat16, float16."),
+    "sampler": (
+        {"sampler": "euler"},
+        "sampler='euler': it must be one of ode, flow_sde, dance_sde, cps, ddim, dpm2m.",
+    ),
+    "loss type": ({"loss_type": "mse"}, "loss_type='mse': it must be one of kl, policy_gradient."),
+    "weighting": ({"loss_weighting": "snr"}, "loss_weighting='snr': it must be one of kl, released, velocity, x0."),
+    "dtype": ({"dtype": "int8"}, "dtype='int8': it must be one of float32, bfloat16, float16."),
     "trust": (
         {"model_init_kwargs": {"trust_remote_code": True}},
         "model_init_kwargs: trust_remote_code would run code from the Hub and is refused.",
@@ -241,7 +244,7 @@ REFUSED = {
     ),
     "two dtypes": (
         {"dtype": "float16", "model_init_kwargs": {"dtype": "bfloat16"}},
-        "dtype='float16', and model_init_kwargs has bfloat16: give it once.",
+        "dtype='float16', but model_init_kwargs has bfloat16: give only one.",
     ),
     "not an object": ({"task_weights": "[1, 2]"}, "task_weights='[1, 2]' is not a JSON object"),
     "weight": ({"task_weights": {"ocr": 0}}, "task_weights: ocr=0 is not a positive number."),
@@ -253,7 +256,7 @@ REFUSED = {
     "eval images": ({"num_eval_images": 0}, "num_eval_images=0: it must be at least 1."),
     "batch size that is looked for": (
         {"auto_find_batch_size": True},
-        "auto_find_batch_size=True has no effect here. Rounds of tasks are made for one size of batch.",
+        "auto_find_batch_size=True has no effect here. The batch size must not change during a run.",
     ),
     "order of prompts": (
         {"train_sampling_strategy": "sequential"},
@@ -262,7 +265,7 @@ REFUSED = {
     "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect here."),
     "lomo": ({"optim": "lomo"}, "optim='lomo' is not supported: it steps inside of a backward of its own."),
     "ema": ({"ema_decay": 1.0}, "ema_decay=1.0: it must be in [0, 1)."),
-    "ema as text": ({"ema_decay": "always"}, "ema_decay='always': it is a number in [0, 1), or 'auto'."),
+    "ema as text": ({"ema_decay": "always"}, "ema_decay='always': it must be a number in [0, 1), or 'auto'."),
     "ema as a text that is no share": ({"ema_decay": "nan"}, "ema_decay=nan: it must be in [0, 1)."),
     "ema interval": ({"ema_update_interval": 0}, "ema_update_interval=0: it must be at least 1."),
     "beta": ({"beta": -1.0}, "beta=-1.0 is negative."),
@@ -271,10 +274,26 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("label", REFUSED)
-def test_refuses(label):
-    given, message = REFUSED[label]
-    assert message in only_problem(DiffusionOPDConfig, **given)
+SFT_REFUSED = {
+    "density": ({"timestep_density": "mode"}, "timestep_density='mode': it must be one of uniform, logit_normal."),
+    "std": ({"logit_std": 0.0}, "logit_std=0.0: it must be positive."),
+    "mean of uniform": ({"timestep_density": "uniform", "logit_mean": 1.0}, "leave them unset"),
+    "guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
+    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: it must be at least 1."),
+    "fresh ones": ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 without teacher_cache_dir"),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        pytest.param(config, *of_label, id=f"{config.__name__}: {label}")
+        for config, refused in ((DiffusionOPDConfig, REFUSED), (DiffusionSFTConfig, SFT_REFUSED))
+        for label, of_label in refused.items()
+    ],
+)
+def test_refuses(config, given, message):
+    assert message in only_problem(config, **given)
 
 
 def test_one_message_lists_everything():
@@ -296,9 +315,9 @@ def test_eta_above_one_is_fine_for_the_sdes():
 
 REPLACED = {
     "evaluation_strategy": "Use eval_strategy.",
-    "overwrite_output_dir": "A run writes into the folder that is there;",
+    "overwrite_output_dir": "A run writes into an existing folder;",
     "no_cuda": "Use use_cpu.",
-    "learning_rte": "Is 'learning_rate' meant?",
+    "learning_rte": "Did you mean 'learning_rate'?",
     "zzz": "",
 }
 

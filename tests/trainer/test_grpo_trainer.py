@@ -436,15 +436,15 @@ def test_card(tmp_path):
 
 
 CONFIG_PROBLEMS = [
-    ({"num_generations": 1}, "num_generations=1: .* a group has at least 2"),
-    ({"sampler": "ode"}, "sampler='ode' does not have: choose flow_sde, dance_sde, cps"),
+    ({"num_generations": 1}, "num_generations=1: .* it must be at least 2"),
+    ({"sampler": "ode"}, "the steps of sampler='ode' have none: choose flow_sde, dance_sde, cps"),
     ({"sampler": "dpm2m"}, "sampler='dpm2m' does not have"),
     ({"sampler": "ddim"}, "sampler='ddim' does not have"),
     ({"noise_level": 0}, "noise_level=0: without noise"),
     ({"epsilon": 0.0}, "epsilon=0.0: it must be between 0 and 1"),
     ({"beta": -1.0}, "beta=-1.0 is negative"),
-    ({"loss_type": "ppo"}, "loss_type='ppo': it is one of flow_grpo, grpo_guard"),
-    ({"scale_rewards": "std"}, "scale_rewards='std': it is one of group, batch, none"),
+    ({"loss_type": "ppo"}, "loss_type='ppo': it must be one of flow_grpo, grpo_guard"),
+    ({"scale_rewards": "std"}, "scale_rewards='std': it must be one of group, batch, none"),
     ({"num_iterations": 0}, "num_iterations=0: it must be at least 1"),
     ({"num_iterations": 2, "max_steps": 5}, "max_steps=5 with num_iterations=2 ends in the middle of a round"),
     (

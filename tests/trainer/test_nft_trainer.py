@@ -309,8 +309,8 @@ def test_bad_settings(tmp_path):
         "old_policy_decay_rate=-0.1 is negative",
         "old_policy_decay_max=1.0: it must be in [0, 1)",
         "old_policy_decay_start=-1 is negative",
-        "loss_weighting='kl': it is one of adaptive, velocity",
-        "timestep_sampling='logit': it is one of grid, uniform",
+        "loss_weighting='kl': it must be one of adaptive, velocity",
+        "timestep_sampling='logit': it must be one of grid, uniform",
         "num_trained_timesteps=0: it must be at least 1",
     ):
         assert sum(line.startswith(f"- {start}") for line in lines) == 1, start

@@ -25,7 +25,6 @@ from helpers.opd_fixtures import (
     Recorder,
     StopAt,
     make_dataset,
-    only_problem,
     relative_difference,
     snapshot,
 )
@@ -34,7 +33,7 @@ from helpers.tiny_sd3 import SIZE, make_pipeline
 from peft import PeftModel
 from scipy.stats import norm
 
-from trl_diffusion_opd import DiffusionSFTConfig, TeacherConfig, VelocityField
+from trl_diffusion_opd import TeacherConfig, VelocityField
 from trl_diffusion_opd.algorithms.sft import density_quantile, shifted
 
 
@@ -397,19 +396,3 @@ def test_latents_that_cannot_be_inverted_are_refused(tmp_path):
     pipeline = make_pipeline()
     pipeline.vae.register_to_config(scaling_factor=float("inf"))
     assert "in a way that can't be inverted" in refusal(tmp_path, pipeline=pipeline)
-
-
-CONFIGS = {
-    "density": ({"timestep_density": "mode"}, "timestep_density='mode': it is one of uniform, logit_normal."),
-    "std": ({"logit_std": 0.0}, "logit_std=0.0: it must be positive."),
-    "mean of uniform": ({"timestep_density": "uniform", "logit_mean": 1.0}, "which has neither: leave them unset"),
-    "guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
-    "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: it must be at least 1."),
-    "fresh ones": ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 without teacher_cache_dir"),
-}
-
-
-@pytest.mark.parametrize("label", CONFIGS)
-def test_config_refuses(label):
-    options, message = CONFIGS[label]
-    assert message in only_problem(DiffusionSFTConfig, **options)

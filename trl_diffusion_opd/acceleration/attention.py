@@ -64,7 +64,7 @@ def use_attention_backend(
     """
     names = [backend.value for backend in AttentionBackendName]
     if name not in names:
-        raise ValueError(f"attention_backend={name!r}: it is one of {', '.join(sorted(names))}.")
+        raise ValueError(f"attention_backend={name!r}: it must be one of {', '.join(sorted(names))}.")
     attentions = [m for m in network.modules() if isinstance(m, Attention | MochiAttention | AttentionModuleMixin)]
     choosing = [module for module in attentions if _CHOICE in dir(module.processor)]
     silent = _processors([module for module in attentions if module not in choosing])

@@ -253,7 +253,7 @@ def _option_problems(rank: int, lora_alpha: int | None, method: str, density: fl
     if lora_alpha is not None and lora_alpha < 1:
         problems.append(f"lora_alpha={lora_alpha}: it must be at least 1.")
     if method not in METHODS:
-        problems.append(f"method={method!r}: it is one of {', '.join(METHODS)}.")
+        problems.append(f"method={method!r}: it must be one of {', '.join(METHODS)}.")
         return problems
     if lora_alpha is not None and method != "svd":
         problems.append(f"lora_alpha={lora_alpha} with method={method!r}: PEFT sets it to the rank. Leave it unset.")

@@ -300,24 +300,20 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
     named = [key.partition("/") for key in series]
     tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in ("kl", "reward")))
     colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
-    loss = {key: _BASE for key in ("loss",) if key in series}
+    loss = {key: (_BASE, "-") for key in ("loss",) if key in series}
     kl, trained = (
-        {f"{prefix}/{task}": color for task, color in colors.items() if f"{prefix}/{task}" in series}
+        {f"{prefix}/{task}": (color, "-") for task, color in colors.items() if f"{prefix}/{task}" in series}
         for prefix in ("kl", "reward")
     )
-    rewards: dict[str, tuple[str, Any]] = {}
+    rewards: dict[str, tuple[str, str]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
     panels = [
-        ("loss", {key: (color, "-") for key, color in loss.items()}, True),
-        (
-            "KL to the base" if trained else "KL to the task's teacher",
-            {key: (color, "-") for key, color in kl.items()},
-            True,
-        ),
-        ("reward in training", {key: (color, "-") for key, color in trained.items()}, False),
+        ("loss", loss, True),
+        ("KL to the base" if trained else "KL to the task's teacher", kl, True),
+        ("reward in training", trained, False),
         ("reward in evaluation", rewards, False),
     ]
     panels = [panel for panel in panels if panel[1]]
@@ -329,23 +325,10 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
     # parse_math, since a logarithmic axis writes its powers of ten as formulas.
     with rc_context({**STYLE, "text.parse_math": True}):
         figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.3), layout="constrained")
-        for axes, (title, lines, logarithmic) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            for key, (color, style) in lines.items():
-                steps, values = zip(*series[key], strict=True)
-                axes.plot(
-                    steps, values, style, color=color, linewidth=1.8, marker="o" if len(steps) < 30 else "", ms=3
-                )
-            if logarithmic and all(value > 0 for key in lines for _, value in series[key]):
-                axes.set_yscale("log")
-            axes.set_title(title)
-            axes.set_xlabel("updates")
-            axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-            axes.set_axisbelow(True)
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _plot_panel(axes, series, *panel)
         entries = {task: Line2D([], [], color=color, linewidth=1.8) for task, color in colors.items()}
-        several = any(style != "-" for _, style in rewards.values())
-        if several:
+        if any(style != "-" for _, style in rewards.values()):
             entries |= {
                 key.removeprefix("eval_"): Line2D([], [], color=color, linestyle=style)
                 for key, (color, style) in rewards.items()
@@ -353,6 +336,25 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
         if entries:
             _legend(figure, list(entries.values()), [name.replace("$", r"\$") for name in entries])
         _save(figure, path)
+
+
+def _plot_panel(
+    axes: Axes,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    title: str,
+    lines: Mapping[str, tuple[str, str]],
+    logarithmic: bool,
+) -> None:
+    """One panel of curves. `lines` has the color and the style of each by the name of its series."""
+    for key, (color, style) in lines.items():
+        steps, values = zip(*series[key], strict=True)
+        axes.plot(steps, values, style, color=color, linewidth=1.8, marker="o" if len(steps) < 30 else "", ms=3)
+    if logarithmic and all(value > 0 for key in lines for _, value in series[key]):
+        axes.set_yscale("log")
+    axes.set_title(title)
+    axes.set_xlabel("updates")
+    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
+    axes.set_axisbelow(True)
 
 
 _STYLES = ("-", "--", ":", "-.")

@@ -34,100 +34,103 @@ from ..rewards.scoring import timeout_problems
 from .option_checks import idle_options, unknown_option
 
 
-# Value of `student_init`: the mean of the teachers' LoRAs.
+# The value of `student_init` that starts from the mean of the teachers' LoRAs.
 MERGE = "merge"
 
 
 @dataclass
 class DiffusionConfig(_BaseConfig):
     r"""
-    What the configurations of all diffusion trainers of this package share. Not used directly.
+    Parameters shared by all trainers of this package. Not used directly.
 
     Parameters:
         > Parameters that control the model
 
         model_init_kwargs (`str` or `dict`, *optional*):
-            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], used when `model` is a string, such as
-            `revision` and `variant`. The report loads the base with them too. A `dtype` of theirs is this config's.
+            Keyword arguments for [`~diffusers.DiffusionPipeline.from_pretrained`], such as `revision` and `variant`,
+            used when `model` is a string. The retention report loads the base with them too. A `dtype` in them sets
+            `dtype`.
         dtype (`str`, *optional*, defaults to `"float32"`):
-            Dtype in which the base model is loaded: `"float32"`, `"bfloat16"` or `"float16"`. A LoRA stays float32.
+            Dtype of the base model's weights: `"float32"`, `"bfloat16"` or `"float16"`. `"bfloat16"` halves the memory
+            of the base. A LoRA stays float32.
         offload_encoders (`bool`, *optional*, defaults to `False`):
-            Keep text encoders and VAE in host memory. The encoders are on the device while the prompts of a round are
-            encoded, in one go, and while images are drawn, as is the VAE.
+            Whether to keep text encoders and VAE in host memory, to save device memory. The encoders are moved to the
+            device to encode the prompts of a round, and encoders and VAE to draw images.
         attention_backend (`str`, *optional*):
-            How the transformers compute attention: a name of diffusers' attention backends, such as `"flash"`,
-            `"_native_cudnn"` or `"flex"`. It is tried on one forward and refused where it would do nothing, cannot run or
-            passes no gradient. Not set, it is left as it is.
+            diffusers' attention backend for the transformers, such as `"flash"`, `"_native_cudnn"` or `"flex"`. It is
+            tried on one forward, and refused if it has no effect, cannot run or passes no gradient. `None` keeps the
+            current backend.
         prompt_cache_dir (`str`, *optional*):
-            Folder in which the prompts' embeddings are kept across runs, in Arrow files that are read through a memory
-            map. Not set, they are kept in memory, at most 2 GiB of them.
+            Folder that keeps the prompts' embeddings across runs, in memory-mapped Arrow files. Set it if encoding
+            takes long or you start several runs. `None` keeps up to 2 GiB of embeddings in memory.
         prompt_cache_max_size (`str`, *optional*, defaults to `"50GB"`):
-            Bound of the files in that folder. Prompts beyond it are encoded in every run.
+            Maximum total size of `prompt_cache_dir`. Once it is full, further prompts are encoded again in every run.
 
         > Parameters that control the rollout
 
         num_inference_steps (`int`, *optional*, defaults to `10`):
-            Denoising steps of a training rollout, on the noise grid that the pipeline's own scheduler sets.
+            Denoising steps of a training rollout. The pipeline's own scheduler sets their noise levels.
         sampler (`str`, *optional*, defaults to `"ode"`):
-            One of `"ode"`, `"flow_sde"`, `"dance_sde"`, `"cps"`, `"ddim"`, `"dpm2m"`.
+            Sampler of the training rollout: `"ode"`, `"flow_sde"`, `"dance_sde"`, `"cps"`, `"ddim"` or `"dpm2m"`.
         noise_level (`float`, *optional*):
-            Stochasticity of the sampler (`eta`). Not set, it is 0.7; any value is refused with `"ode"` and `"dpm2m"`,
-            which have none.
+            How much noise a stochastic sampler adds at each step (`eta`). `None` is 0.7. Refused with `"ode"` and
+            `"dpm2m"`, which add none.
         guidance_scale (`float`, *optional*, defaults to `4.5`):
-            Scale of classifier-free guidance, 1.0 for none. For pipelines that call it `true_cfg_scale`, that.
+            Scale of classifier-free guidance; 1.0 is no guidance. For pipelines with a `true_cfg_scale`, this sets it.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
             Size of the images in pixels.
         max_sequence_length (`int`, *optional*):
-            Length of the encoded prompts in tokens, the pipeline's default if not set.
+            Length of the encoded prompts in tokens. `None` is the pipeline's default.
         generation_kwargs (`str` or `dict`, *optional*):
             Further arguments of the pipeline's `__call__`.
 
         > Parameters that control the tasks
 
         task_column (`str`, *optional*, defaults to `"task"`):
-            Column of the dataset that names a prompt's task. Not needed where there is one task.
+            Column of the dataset that names each prompt's task. Not needed if there is only one task.
         task_weights (`str` or `dict`, *optional*):
-            Weights of the tasks' losses, 1 for those not named. They don't change how often a task is sampled.
+            Weights of the tasks' losses; 1 for tasks not named. They don't change how often a task is sampled.
         gradient_accumulation_steps (`int`, *optional*):
-            Micro-batches an update, a multiple of the number of tasks, since every task has its share of each update.
-            Not set, it is the number of tasks.
+            Micro-batches in an update. Every task has an equal part of each update, so it must be a multiple of the
+            number of tasks. `None` is the number of tasks. Raise it for a larger batch without more memory.
 
         > Parameters that control the student
 
         student_init (`str`, *optional*):
-            A LoRA to start from: a folder, or `owner/repo[/sub/folder][@revision]`. `"merge"` starts from the mean of the
-            teachers' LoRAs, truncated to the rank of `peft_config`.
+            A LoRA to start from: a folder, or `owner/repo[/sub/folder][@revision]`. Or `"merge"`: average the
+            teachers' weight updates, and start from the best approximation of the average that has the rank of
+            `peft_config`.
         ema_decay (`float` or `str`, *optional*, defaults to `"auto"`):
-            Decay of the exponential moving average of the weights, which evaluation and saving use. `"auto"` follows the
-            run: the averaged weights are 0.5% of the updates made so far old, in the mean. A number is a fixed decay; the
-            paper's is 0.9 every 8 updates. `None` or 0 for no average.
+            Decay of the moving average of the weights. The average is what is evaluated and saved. `"auto"` adapts it
+            to the run: the averaged weights have a mean age of 0.5% of the updates so far. A number is a fixed decay;
+            the paper uses 0.9 with `ema_update_interval=8`. `None` or 0 keeps no average.
         ema_update_interval (`int`, *optional*, defaults to `1`):
-            Updates between two steps of the average.
+            The average takes a step every so many updates.
 
         > Parameters that control the evaluation
 
         eval_num_inference_steps (`int`, *optional*, defaults to `40`):
-            Steps of the deterministic sampler that draws the images of an evaluation.
+            Denoising steps of an image in an evaluation, which uses the deterministic sampler.
         eval_guidance_scale (`float`, *optional*):
-            Guidance scale of an evaluation, `guidance_scale` if not set.
+            Guidance scale of an evaluation. `None` is `guidance_scale`.
         num_eval_images (`int`, *optional*):
-            Images a task in an evaluation, spread over its prompts; as many as the task has prompts if not set.
+            Images of each task in an evaluation, spread over its prompts. `None` is one for each prompt.
         reward_timeout (`float`, *optional*, defaults to `900`):
-            Seconds to wait for one call of a reward function; `None` for ever. In an evaluation what comes later counts as no
-            score, with a warning; where rewards are trained on, training stops.
+            Seconds to wait for one call of a reward function; `None` for no limit. In an evaluation, a late call
+            counts as no score, with a warning. If training needs the reward, training stops.
 
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to draw images for fixed prompts at the start and at every evaluation. A grid of them and a table with
-            the prompts and the images' rewards are saved under `completions/` in the output folder and sent to the
-            trackers; the rewards are also printed.
+            Whether to draw images for fixed prompts at the start and at every evaluation. A grid of the images, and a
+            table of prompts and rewards, are saved under `completions/` in the output folder and sent to the trackers.
+            The rewards are also printed.
         num_completions_to_print (`int`, *optional*, defaults to `4`):
-            Prompts a task in that table.
+            Prompts of each task in that table.
 
     > [!TIP]
-    > `torch_compile=True` compiles the repeated blocks of the transformer, for the student and all teachers; teachers of one
-    > rank and alpha share the compiled code. FSDP and DeepSpeed are refused with it.
+    > `torch_compile=True` compiles the repeated blocks of the transformer, for the student and all teachers. Teachers
+    of the > same rank and alpha share the compiled code. It can't be used with FSDP or DeepSpeed.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -151,11 +154,11 @@ class DiffusionConfig(_BaseConfig):
     weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Kept False: other columns of the dataset go to the reward functions."}
+        default=False, metadata={"help": "Keep it False: further columns of the dataset go to the reward functions."}
     )
 
     bf16: bool | None = field(
-        default=None, metadata={"help": "Mixed precision in bfloat16. Not set: where the device supports it."}
+        default=None, metadata={"help": "Mixed precision in bfloat16. If not set, on where the device supports it."}
     )
 
     # Parameters that control the model
@@ -164,20 +167,20 @@ class DiffusionConfig(_BaseConfig):
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Dtype of the frozen base model. A LoRA stays float32.", "choices": list(DTYPES)},
+        metadata={"help": "Dtype of the base model's weights. A LoRA stays float32.", "choices": list(DTYPES)},
     )
 
     offload_encoders: bool = field(
-        default=False, metadata={"help": "Keep text encoders and VAE in host memory between uses."}
+        default=False, metadata={"help": "Keep text encoders and VAE in host memory while they are not used."}
     )
     attention_backend: str | None = field(
-        default=None, metadata={"help": "Name of the attention backend of diffusers to use, such as 'flash'."}
+        default=None, metadata={"help": "diffusers' attention backend for the transformers, such as 'flash'."}
     )
     prompt_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder in which the prompts' embeddings are kept across runs."}
+        default=None, metadata={"help": "Folder that keeps the prompts' embeddings across runs."}
     )
     prompt_cache_max_size: str = field(
-        default="50GB", metadata={"help": "Bound of the files in `prompt_cache_dir`, such as '50GB'."}
+        default="50GB", metadata={"help": "Maximum total size of `prompt_cache_dir`, such as '50GB'."}
     )
 
     # Parameters that control the rollout
@@ -187,13 +190,14 @@ class DiffusionConfig(_BaseConfig):
         metadata={"help": "Sampler of the training rollout.", "choices": list(SAMPLERS)},
     )
     noise_level: float | None = field(
-        default=None, metadata={"help": "Stochasticity (eta) of the sampler. 0.7 if not set; none for ode and dpm2m."}
+        default=None,
+        metadata={"help": "How much noise the sampler adds (eta). 0.7 if not set. Not for ode and dpm2m."},
     )
-    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance scale. 1.0 for none."})
+    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance scale; 1.0 is none."})
     height: int = field(default=512, metadata={"help": "Height of the images in pixels."})
     width: int = field(default=512, metadata={"help": "Width of the images in pixels."})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": "Length of the encoded prompts in tokens. The pipeline's default if not set."}
+        default=None, metadata={"help": "Length of encoded prompts in tokens. If not set, the pipeline's default."}
     )
     generation_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "Further arguments of the pipeline's `__call__`."}
@@ -202,11 +206,11 @@ class DiffusionConfig(_BaseConfig):
     # Parameters that control the tasks
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names a prompt's task."})
     task_weights: dict[str, JSON] | str | None = field(
-        default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for those not named."}
+        default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for tasks not named."}
     )
     gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]  # rounds set it before Trainer is
         default=None,
-        metadata={"help": "Micro-batches an update, a multiple of the number of tasks, which is the default."},
+        metadata={"help": "Micro-batches in an update: a multiple of the number of tasks, which is the default."},
     )
 
     # Parameters that control the student
@@ -216,64 +220,68 @@ class DiffusionConfig(_BaseConfig):
     ema_decay: float | str | None = field(
         default=FOLLOWING,
         metadata={
-            "help": "Decay of the moving average that is evaluated and saved. 'auto' follows the run, 0 is none."
+            "help": "Decay of the average that is evaluated and saved. 'auto' adapts to the run; 0 is no average."
         },
     )
-    ema_update_interval: int = field(default=1, metadata={"help": "Updates between two steps of the average."})
+    ema_update_interval: int = field(default=1, metadata={"help": "The average takes a step every so many updates."})
 
     # Parameters that control the evaluation
-    eval_num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps of an evaluation."})
+    eval_num_inference_steps: int = field(default=40, metadata={"help": "Denoising steps of images in evaluations."})
     eval_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of an evaluation. `guidance_scale` if not set."}
+        default=None, metadata={"help": "Guidance scale of evaluations. If not set, `guidance_scale`."}
     )
     num_eval_images: int | None = field(
-        default=None, metadata={"help": "Images a task in an evaluation. One a prompt if not set."}
+        default=None, metadata={"help": "Images of each task in an evaluation. If not set, one for each prompt."}
     )
     reward_timeout: float | None = field(
-        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function. None for ever."}
+        default=900.0, metadata={"help": "Seconds to wait for one call of a reward function; None for no limit."}
     )
 
     # Parameters that control the logging
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Whether to draw and log images for fixed prompts at the start and at evaluations."},
+        metadata={"help": "Draw and log images for fixed prompts at the start and at every evaluation."},
     )
-    num_completions_to_print: int = field(default=4, metadata={"help": "Prompts a task of which images are logged."})
+    num_completions_to_print: int = field(
+        default=4, metadata={"help": "Prompts of each task whose images are logged."}
+    )
 
     def __new__(cls, *args: object, **options: object) -> "DiffusionConfig":
-        # Before Python says no more than that an argument is unexpected.
+        # Python's own error would only say that an argument is unexpected.
         problems = [unknown_option(cls, name) for name in options.keys() - {known.name for known in fields(cls)}]
         if problems:
             raise TypeError("\n".join(sorted(problems)))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # TRL takes bf16 on any machine and TrainingArguments then refuses a CPU. A laptop should just work.
+        # TRL turns bf16 on everywhere, and TrainingArguments then refuses a CPU. A laptop should just work.
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         given = self.__dict__
-        if given["resume_from_checkpoint"] in ("True", "true"):  # from a command line, where all is text
+        if given["resume_from_checkpoint"] in ("True", "true"):  # a command line gives text
             given["resume_from_checkpoint"] = True
-        if given["hub_token"] is not None:  # read from a file: as a header, a line break is an error that names it
+        if (
+            given["hub_token"] is not None
+        ):  # a line break, as at a file's end, would cause an error that shows the token
             given["hub_token"] = given["hub_token"].strip()
-        # Without an accelerator it does nothing but warn.
+        # Without an accelerator it would only warn.
         given["dataloader_pin_memory"] = given["dataloader_pin_memory"] and torch.accelerator.is_available()
-        # TRL sets the older name, of which transformers would warn whoever has set neither.
+        # TRL sets the old name, for which transformers would warn users who have set neither.
         for name in ("checkpointing", "checkpointing_kwargs"):
             if given[f"activation_{name}"] is None:
                 given[f"activation_{name}"] = given[f"gradient_{name}"]
-        if isinstance(given["ema_decay"], str):  # from a command line
+        if isinstance(given["ema_decay"], str):  # a command line gives text
             with suppress(ValueError):
                 given["ema_decay"] = float(given["ema_decay"])
         self._refuse_broken_json()
         super().__post_init__()
-        # Under ZeRO-3 transformers would split every model that is loaded from now on, such as the base's text encoders and
-        # rewards, which no engine puts together again.
+        # Under ZeRO-3 transformers would split every model that is loaded from now on. For text encoders and rewards
+        # there is no engine that gathers them again.
         unset_hf_deepspeed_config()
-        if self.dtype == "float32":  # as when it is not given
+        if self.dtype == "float32":  # the default
             self.dtype = min(self._given_dtypes(), default=self.dtype)
         problems = self._problems()
-        # Most checks compare, and nothing is less or more than NaN.
+        # Checked separately, since comparisons with NaN are all false.
         problems += [
             f"{name}={value}: it must be a finite number."
             for name, value in infinite_options(self)
@@ -282,7 +290,9 @@ class DiffusionConfig(_BaseConfig):
         Problems(problems).raise_under(type(self).__name__)
 
     def _refuse_broken_json(self) -> None:
-        """transformers reads what begins with "{" as JSON, and its error does not say of which option."""
+        """
+        Names the option whose JSON is broken. transformers parses values that begin with "{", but its error doesn't.
+        """
         problems = []
         for name in self._VALID_DICT_FIELDS:
             value = self.__dict__[name]
@@ -291,23 +301,23 @@ class DiffusionConfig(_BaseConfig):
                     json.loads(value)
                 except json.JSONDecodeError as error:
                     problems.append(
-                        f"{name}={value!r} is not JSON ({error}). Names and texts are in double quotes: '{{\"key\": 1}}'."
+                        f"{name}={value!r} is not JSON ({error}). Put names and texts in double quotes: '{{\"key\": 1}}'."
                     )
         Problems(problems).raise_under(type(self).__name__)
 
     @property
     def evaluation_guidance(self) -> float:
-        """The guidance scale of an evaluation."""
+        """The guidance scale of evaluations."""
         return self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
 
     def _given_dtypes(self) -> set[str]:
-        """Names of the dtypes in `model_init_kwargs`, where TRL has them, for the whole base."""
+        """Names of the dtypes for the whole base in `model_init_kwargs`, where TRL's users write them."""
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         given = [options[key] for key in ("dtype", "torch_dtype") if isinstance(options.get(key), str | torch.dtype)]
         return {name for name in map(dtype_name, given) if name is not None}
 
     def _problems(self) -> list[str]:
-        """What is wrong with these settings, a sentence each. Subclasses add to it."""
+        """Lists what is wrong with these settings, a sentence each. Subclasses add to it."""
         problems = []
         for name in ("model_init_kwargs", "generation_kwargs", "task_weights"):
             if isinstance(getattr(self, name), str):
@@ -317,7 +327,7 @@ class DiffusionConfig(_BaseConfig):
         others = self._given_dtypes() - {self.dtype}
         if others:
             problems.append(
-                f"dtype={self.dtype!r}, and model_init_kwargs has {' and '.join(sorted(others))}: give it once."
+                f"dtype={self.dtype!r}, but model_init_kwargs has {' and '.join(sorted(others))}: give only one."
             )
         problems += self._choice_problems("dtype", "sampler")
         problems += idle_options(self)
@@ -325,7 +335,8 @@ class DiffusionConfig(_BaseConfig):
             convert_file_size_to_int(self.prompt_cache_max_size)
         except ValueError:
             problems.append(
-                f"prompt_cache_max_size={self.prompt_cache_max_size!r}: it is a number with a unit, such as '50GB' or '800MiB'."
+                f"prompt_cache_max_size={self.prompt_cache_max_size!r}: it must be a number with a unit, such as "
+                "'50GB'."
             )
         problems += self._noise_problems()
         problems += self._range_problems()
@@ -334,8 +345,8 @@ class DiffusionConfig(_BaseConfig):
         waits_longer = self.reward_timeout is not None and self.reward_timeout >= self.ddp_timeout
         if waits_longer and not unusable and self.world_size > 1:
             problems.append(
-                f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which the "
-                "other processes no longer wait for the one that scores. Set a longer ddp_timeout."
+                f"reward_timeout={self.reward_timeout:g} is not less than ddp_timeout={self.ddp_timeout}, after which "
+                "the other processes stop waiting for the one that scores. Set a longer ddp_timeout."
             )
         if isinstance(self.task_weights, dict):
             for task, weight in self.task_weights.items():
@@ -382,16 +393,16 @@ class DiffusionConfig(_BaseConfig):
             if not 0 <= getattr(self, name) < 1:
                 problems.append(f"{name}={getattr(self, name)}: it must be in [0, 1).")
         if isinstance(self.ema_decay, str) and self.ema_decay != FOLLOWING:
-            problems.append(f"ema_decay={self.ema_decay!r}: it is a number in [0, 1), or {FOLLOWING!r}.")
+            problems.append(f"ema_decay={self.ema_decay!r}: it must be a number in [0, 1), or {FOLLOWING!r}.")
         elif isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:
             problems.append(f"ema_decay={self.ema_decay}: it must be in [0, 1).")
         return problems
 
     def _choice_problems(self, *names: str) -> list[str]:
-        # The parser of a command line checks them, Python does not.
+        # A command line's parser checks choices, but Python does not.
         choices = {known.name: known.metadata["choices"] for known in fields(self) if known.name in names}
         return [
-            f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices[name])}."
+            f"{name}={getattr(self, name)!r}: it must be one of {', '.join(choices[name])}."
             for name in names
             if getattr(self, name) not in choices[name]
         ]

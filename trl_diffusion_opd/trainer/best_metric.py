@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The metric that chooses the best checkpoint: one that no evaluation has is refused before the first step."""
+"""Checks `metric_for_best_model` before the first step: some evaluation of the run must log it."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from .base_config import DiffusionConfig
 
 
 _PREFIX = "eval_"
-# Of the names in the message.
+# The most names that the message lists.
 _NAMED = 12
 
 
@@ -39,13 +39,14 @@ def metric_problems(
     of_method: Callable[[Dataset], list[str]],
 ) -> list[str]:
     """
-    What is wrong with `metric_for_best_model`. Trainer itself raises a `KeyError`, after the first evaluation.
+    Lists what is wrong with `metric_for_best_model`. Trainer itself would raise a `KeyError`, but only after the first
+    evaluation.
 
     Args:
         args ([`DiffusionConfig`])
         eval_dataset ([`~datasets.Dataset`] or a `dict` of them, *optional*)
         functions (`dict[str, list[Callable]]`): the rewards of each task.
-        of_method (`Callable`): names of the method's own metrics of a dataset, without prefix.
+        of_method (`Callable`): returns the names of the method's own metrics for a dataset, without prefix.
     """
     given = args.metric_for_best_model
     if given is None or eval_dataset is None or args.eval_strategy == "no":
@@ -57,17 +58,18 @@ def metric_problems(
         for name in _names(dataset, args.task_column, functions, of_method(dataset))
     ]
     name = given if given.startswith(_PREFIX) else _PREFIX + given
-    # What rewards log by themselves nobody knows before.
+    # Metrics that rewards log with `log_metric` are not known before.
     if name in names or any(
         "log_metric" in (parameters_of(f) or {}) for of_task in functions.values() for f in of_task
     ):
         return []
     alike = difflib.get_close_matches(name, names, n=1)
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    why = " (what it is where load_best_model_at_end or the schedule needs one and none is given)"
+    why = " (the default if load_best_model_at_end or the schedule needs a metric and none is given)"
     return [
-        f"metric_for_best_model='{shown(given)}'{why if given == 'loss' else ''}: no evaluation of this run will have it."
-        + (f" Is '{shown(alike[0])}' meant?" if alike else "")
+        f"metric_for_best_model='{shown(given)}'{why if given == 'loss' else ''}: no evaluation of this run will have "
+        "it."
+        + (f" Did you mean '{shown(alike[0])}'?" if alike else "")
         + f" There will be {', '.join(map(shown, names[:_NAMED]))}{more}."
     ]
 
@@ -75,7 +77,7 @@ def metric_problems(
 def _names(
     dataset: Dataset, task_column: str, functions: Mapping[str, Sequence[RewardFunc]], of_method: list[str]
 ) -> list[str]:
-    """What `DiffusionTrainer.evaluate` logs of a dataset, those first by which a student is chosen."""
+    """The metrics that `DiffusionTrainer.evaluate` logs for a dataset, those that measure the student first."""
     tasks = list(task_rows(dataset, task_column))
     scored = [function for task in tasks for function in functions[task]]
     return [

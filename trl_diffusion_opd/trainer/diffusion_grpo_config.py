@@ -24,41 +24,41 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
     r"""
     Configuration class for the [`DiffusionGRPOTrainer`].
 
-    This class includes only the parameters that are specific to GRPO. For what it shares with the other trainers by reward,
-    among it what `per_device_train_batch_size` counts, see [`DiffusionRLConfig`]; for what it shares with all trainers of
-    the package [`DiffusionConfig`], and for a full list of training arguments [`~transformers.TrainingArguments`].
+    This class includes only the parameters that are specific to GRPO. [`DiffusionRLConfig`] has those of all trainers
+    that learn from rewards, and says what `per_device_train_batch_size` counts. [`DiffusionConfig`] has those of all
+    trainers of this package, and [`~transformers.TrainingArguments`] the other training arguments.
 
     Parameters:
         > Parameters that control the rollout
 
         sampler (`str`, *optional*, defaults to `"flow_sde"`):
-            One of `"flow_sde"` (Flow-GRPO), `"dance_sde"` (DanceGRPO) and `"cps"`. Only a step with noise has a
-            probability.
+            One of `"flow_sde"` (Flow-GRPO), `"dance_sde"` (DanceGRPO) and `"cps"`. GRPO needs a sampler with noise,
+            since only a step with noise has a probability.
         sde_window_size (`int`, *optional*):
-            Consecutive steps that have noise and are trained ([MixGRPO](https://huggingface.co/papers/2507.21802)); the
-            others are ODE steps. Where the window lies in `sde_window_range` is drawn for every round. Not set, the
-            window is the whole range.
+            Number of consecutive steps that have noise and are trained; the others are ODE steps
+            ([MixGRPO](https://huggingface.co/papers/2507.21802)). The window's place in `sde_window_range` is drawn
+            for every round. `None` is the whole range. A smaller window trains fewer steps and is faster.
         sde_window_range (`list[int]`, *optional*):
-            First step of the range, counted from 0, and the one after its last. Not set, it is the whole walk without
-            its last step, which would leave its noise in the image (for `"cps"` the last two: one has no noise, the other
-            almost none).
+            First step of the range, counted from 0, and the step after its last. `None` is all steps but the last,
+            whose noise would stay in the image. For `"cps"` the last two are left out: one has no noise, the other
+            almost none.
 
         > Parameters that control the objective
 
         loss_type (`str`, *optional*, defaults to `"flow_grpo"`):
-            `"flow_grpo"`: the clipped surrogate of [Flow-GRPO](https://huggingface.co/papers/2505.05470).
-            `"grpo_guard"`: that of [GRPO-Guard](https://huggingface.co/papers/2510.22319), with normalised ratios and
-            with gradients balanced over the steps.
+            `"flow_grpo"`: the clipped surrogate loss of [Flow-GRPO](https://huggingface.co/papers/2505.05470).
+            `"grpo_guard"`: that of [GRPO-Guard](https://huggingface.co/papers/2510.22319), which normalizes the ratios
+            and balances the gradients of the steps.
         epsilon (`float`, *optional*, defaults to `1e-4`):
-            Ratios are clipped to `1 - epsilon` and `1 + epsilon`. Log-probabilities are means over the latent dimensions, so
-            ratios differ little from 1: published settings are 1e-5 to 1e-3, and 2e-6 for `"grpo_guard"`. With
-            `sampler="cps"` published settings do not carry over: their code leaves the variance \\( s^2 \\) out of the
-            log-probability, and so clips a log-ratio that is \\( 2 s^2 \\) times the true one, which is used here. Without
-            effect while `num_iterations` is 1.
+            Probability ratios are clipped to `1 - epsilon` and `1 + epsilon`. Log-probabilities are means over the
+            latent dimensions, so ratios are close to 1: published settings are 1e-5 to 1e-3, and 2e-6 for
+            `"grpo_guard"`. For `sampler="cps"` published settings do not apply: their code leaves the variance \\( s^2
+            \\) out of the log-probability, so its log-ratio is \\( 2 s^2 \\) times the true one, which is used here.
+            It has no effect while `num_iterations` is 1.
         beta (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the KL to the base model, in nats: a mean over latent dimensions and trained steps. At 0 the base
-            is not evaluated. Published code of the Flow-GRPO family leaves the length of the step out of its KL: a
-            `beta` of 0.04 there is about 0.009 here, on 10 steps of Stable Diffusion 3.
+            Coefficient of the KL to the base model. The KL is in nats, a mean over latent dimensions and trained
+            steps. At 0 the base is not computed. Published code of the Flow-GRPO family leaves the length of the step
+            out of its KL: a `beta` of 0.04 there is about 0.009 here, on 10 steps of Stable Diffusion 3.
 
     > [!NOTE]
     > `sampler` defaults to `"flow_sde"` instead of `"ode"`.
@@ -70,26 +70,28 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         metadata={"help": "Sampler of the training rollout.", "choices": list(SDE_SAMPLERS)},
     )
     sde_window_size: int | None = field(
-        default=None, metadata={"help": "Consecutive steps with noise and loss. The whole range if not set."}
+        default=None, metadata={"help": "Consecutive steps with noise and loss. If not set, the whole range."}
     )
     sde_window_range: list[int] | None = field(
         default=None,
-        metadata={"help": "First step of the range of windows, and the one after its last.", "nargs": 2},
+        metadata={"help": "First step that windows may have, and the step after the last one.", "nargs": 2},
     )
 
     # Parameters that control the objective
     loss_type: str = field(
         default="flow_grpo",
         metadata={
-            "help": "Clipped surrogate as it is, or with normalised ratios and balanced steps.",
+            "help": "The clipped surrogate loss of Flow-GRPO, or of GRPO-Guard (normalized ratios, balanced steps).",
             "choices": list(LOSS_TYPES),
         },
     )
-    epsilon: float = field(default=1e-4, metadata={"help": "Ratios are clipped to 1 - epsilon and 1 + epsilon."})
+    epsilon: float = field(
+        default=1e-4, metadata={"help": "Probability ratios are clipped to 1 - epsilon and 1 + epsilon."}
+    )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
 
     def sde_range(self) -> range:
-        """The steps in which the window may lie."""
+        """The steps that a window may have."""
         if self.sde_window_range is not None:
             return range(*self.sde_window_range)
         return range(self.num_inference_steps - default_skip_last_steps(self.sampler))
@@ -99,8 +101,9 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         problems += self._choice_problems("loss_type")
         if self.sampler not in SDE_SAMPLERS:
             problems.append(
-                f"loss_type='{self.loss_type}' compares the probabilities of steps, which sampler='{self.sampler}' does not "
-                f"have: choose {', '.join(SDE_SAMPLERS)}. For a walk without noise in most steps set sde_window_size."
+                f"loss_type='{self.loss_type}' compares the probabilities of steps, but the steps of "
+                f"sampler='{self.sampler}' have none: choose {', '.join(SDE_SAMPLERS)}. To have noise in a few steps "
+                "only, set sde_window_size."
             )
         else:
             if self.noise_level == 0:
@@ -116,14 +119,14 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         steps, window = self.num_inference_steps, self.sde_window_range
         if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1] <= steps):
             return [
-                f"sde_window_range={window}: it is a first step and the one after the last of the {steps} steps, such as "
-                f"0 {max(1, steps // 2)}."
+                f"sde_window_range={window}: it must be a first step and the step after the last, of the {steps} "
+                f"steps, such as 0 {max(1, steps // 2)}."
             ]
         size = len(self.sde_range())
         if size < 1:
             return [
-                f"num_inference_steps={steps} leaves no step to train: the last of {self.sampler} are left out. Take more "
-                "steps, or set sde_window_range."
+                f"num_inference_steps={steps} leaves no step to train, since the last steps of {self.sampler} are "
+                "left out. Use more steps, or set sde_window_range."
             ]
         if self.sde_window_size is not None and not 1 <= self.sde_window_size <= size:
             return [f"sde_window_size={self.sde_window_size}: the range of windows has {size} steps."]

@@ -24,49 +24,54 @@ class DiffusionOPDConfig(DiffusionConfig):
     r"""
     Configuration class for the [`DiffusionOPDTrainer`].
 
-    This class includes only the parameters that are specific to on-policy distillation. For what it shares with the
-    package's other trainers see [`DiffusionConfig`], for a full list of training arguments
+    This class includes only the parameters that are specific to on-policy distillation. The parameters of all trainers
+    of this package are in [`DiffusionConfig`], and the other training arguments in
     [`~transformers.TrainingArguments`].
 
     Parameters:
         > Parameters that control the teachers
 
         teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of the teachers that name none of their own, `guidance_scale` if not set. With
-            `guidance_scale=1.0` the student learns its teachers' guided velocity and needs no guidance itself.
+            Guidance scale of the teachers that name none of their own. `None` is `guidance_scale`. With
+            `guidance_scale=1.0` and a larger scale here, the student learns its teachers' guided velocity and needs no
+            guidance itself, which halves the time to sample from it.
         batch_teachers (`bool`, *optional*, defaults to `False`):
-            Where a task has several teachers, compute those that are LoRAs (or `"base"`) at the same guidance scale in one
-            forward, with a copy of the micro-batch for each, in place of one forward each. The result is the same; a
-            teacher's forward needs as many times the memory. Refused with `torch_compile`.
+            Whether to compute a task's teachers in one forward, on one copy of the micro-batch for each, instead of
+            one after another. This holds for LoRAs and `"base"` with the same guidance scale. The result is the same,
+            but the forward needs as many times the memory. Refused with `torch_compile`.
 
         > Parameters that control the objective
 
         loss_type (`str`, *optional*, defaults to `"kl"`):
-            `"kl"`: the KL of student from teacher in closed form (Eq. 11 and 12 of the
+            `"kl"`: the KL divergence between student and teacher in closed form (Eq. 11 and 12 of the
             [DiffusionOPD](https://huggingface.co/papers/2605.15055) paper). `"policy_gradient"`: its REINFORCE
-            estimate from the walk's own noise, for comparison; it needs a stochastic sampler.
+            estimate from the sampler's own noise. That is noisier, meant for comparison, and needs a stochastic
+            sampler.
         loss_weighting (`str`, *optional*, defaults to `"kl"`):
-            Weight of a step's squared velocity gap: `"kl"`, `"released"`, `"velocity"` or `"x0"`.
+            How much each denoising step's squared velocity difference counts: `"kl"`, `"released"`, `"velocity"` or
+            `"x0"`. Try `"velocity"` if one step has most of the weight in the table at the start.
         skip_last_steps (`int`, *optional*):
-            Steps at the end of a walk that are not trained. Not set, it is 1, and 2 for `cps` and `ddim`, whose
+            Steps at the end of a trajectory that are not trained. `None` is 1, or 2 for `cps` and `ddim`, whose
             weights diverge there.
         num_trained_timesteps (`int`, *optional*):
-            Steps of a walk that are trained, drawn anew for every update in proportion to their weights, without
-            bias. All if not set. The walk stops after the last of them.
+            Number of steps of a trajectory that are trained. They are drawn anew for every update, in proportion to
+            their weights, so that the gradient has no bias. `None` trains all. Fewer save time; sampling stops after
+            the last.
         beta (`float`, *optional*, defaults to `0.0`):
-            Coefficient of the KL to the base model. At 0 the base is not evaluated.
+            Coefficient of the KL to the base model, which keeps the student near it. At 0 the base is not computed.
         on_policy (`bool`, *optional*, defaults to `True`):
-            Whether the student's own walk is trained on (the method) or its teacher's, for comparison.
+            Whether to train on the student's own trajectories (the method). `False` trains on its teacher's, for
+            comparison.
     """
 
     # Parameters that control the teachers
     teacher_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of teachers that name none. `guidance_scale` if not set."}
+        default=None, metadata={"help": "Guidance scale of teachers that name none. If not set, `guidance_scale`."}
     )
     batch_teachers: bool = field(
         default=False,
         metadata={
-            "help": "Compute a task's LoRA teachers at one guidance scale in one forward, a copy of the batch each."
+            "help": "Compute a task's LoRA teachers in one forward. Needs as many times the memory of a forward."
         },
     )
 
@@ -80,21 +85,21 @@ class DiffusionOPDConfig(DiffusionConfig):
     )
     loss_weighting: str = field(
         default="kl",
-        metadata={"help": "Weight of a step's squared velocity gap.", "choices": list(WEIGHTINGS)},
+        metadata={"help": "How much each step's squared velocity difference counts.", "choices": list(WEIGHTINGS)},
     )
     skip_last_steps: int | None = field(
-        default=None, metadata={"help": "Steps at the end that are not trained. 1 if not set, 2 for cps and ddim."}
+        default=None, metadata={"help": "Last steps that are not trained. If not set, 1, or 2 for cps and ddim."}
     )
     num_trained_timesteps: int | None = field(
-        default=None, metadata={"help": "Steps of a walk that are trained, drawn for every update. All if not set."}
+        default=None, metadata={"help": "Steps that are trained, drawn anew for every update. If not set, all."}
     )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
     on_policy: bool = field(
-        default=True, metadata={"help": "Whether to train on the student's own walk (the method) or its teacher's."}
+        default=True, metadata={"help": "Train on the student's own trajectories (the method), or on its teacher's."}
     )
 
     def retention_options(self) -> dict[str, JSON]:
-        """The arguments of [`evaluate_retention`] that these settings decide."""
+        """Returns the arguments of [`evaluate_retention`] that follow from these settings."""
         return {
             "num_inference_steps": self.eval_num_inference_steps,
             "guidance_scale": self.evaluation_guidance,
@@ -116,12 +121,12 @@ class DiffusionOPDConfig(DiffusionConfig):
         problems += self._choice_problems("loss_type", "loss_weighting")
         if self.loss_type == "policy_gradient" and (self.sampler in ("ode", "dpm2m") or self.noise_level == 0):
             problems.append(
-                f"loss_type='policy_gradient' needs a walk with noise, and sampler='{self.sampler}' with "
+                f"loss_type='policy_gradient' needs a sampler with noise, but sampler='{self.sampler}' with "
                 f"noise_level={self.noise_level} has none: choose flow_sde, dance_sde, cps or ddim, or loss_type='kl'."
             )
         if self.loss_type == "policy_gradient" and not self.on_policy:
             problems.append(
-                "loss_type='policy_gradient' is an estimate on the student's own walk: set on_policy=True."
+                "loss_type='policy_gradient' is an estimate on the student's own trajectories: set on_policy=True."
             )
         if self.teacher_guidance_scale is not None and self.teacher_guidance_scale < 1:
             problems.append(f"teacher_guidance_scale={self.teacher_guidance_scale}: it must be at least 1.0.")

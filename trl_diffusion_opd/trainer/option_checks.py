@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is said of options that a config does not have, and of those that would do nothing."""
+"""Messages for options that a config does not have, and for options of Trainer that would have no effect here."""
 
 import difflib
 from collections.abc import Sequence
@@ -22,16 +22,15 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 
-# What took the place of options that people still write: transformers' before its version 5, and those of diffusers' and
-# TRL's scripts.
+# Advice for options that users may know from transformers before version 5, or from diffusers' and TRL's scripts.
 REPLACED = {
     "evaluation_strategy": "Use eval_strategy.",
-    "overwrite_output_dir": "A run writes into the folder that is there; with resume_from_checkpoint it goes on from a checkpoint.",
+    "overwrite_output_dir": "A run writes into an existing folder; resume_from_checkpoint continues from a checkpoint.",
     "no_cuda": "Use use_cpu.",
-    "use_mps_device": "It is found by itself; use_cpu leaves it.",
-    "warmup_ratio": "Use warmup_steps, which takes a part of the updates as well, such as 0.1.",
+    "use_mps_device": "MPS is used automatically; use_cpu turns it off.",
+    "warmup_ratio": "Use warmup_steps, which also takes a fraction of the updates, such as 0.1.",
     "logging_dir": "Set the environment variable TENSORBOARD_LOGGING_DIR.",
-    "save_safetensors": "It is always so.",
+    "save_safetensors": "Files are always saved as safetensors.",
     "per_gpu_train_batch_size": "Use per_device_train_batch_size.",
     "per_gpu_eval_batch_size": "Use per_device_eval_batch_size.",
     "push_to_hub_model_id": "Use hub_model_id.",
@@ -42,7 +41,7 @@ REPLACED = {
     "fp16_opt_level": "Use bf16 or fp16.",
     "torchdynamo": "Use torch_compile and torch_compile_backend.",
     "jit_mode_eval": "Use torch_compile.",
-    "group_by_length": "Prompts have no order by length here.",
+    "group_by_length": "Prompts are not ordered by length here.",
     "adafactor": "Use optim='adafactor'.",
     "mixed_precision": "Use bf16 or fp16.",
     "train_batch_size": "Use per_device_train_batch_size.",
@@ -57,37 +56,37 @@ REPLACED = {
     "max_prompt_length": "Use max_sequence_length.",
     "torch_dtype": "Use dtype.",
     "rank": "Use lora_r.",
-    "use_peft": "A LoRA is the default; full_finetuning is the other.",
+    "use_peft": "A LoRA is the default; full_finetuning turns it off.",
     "reward_model_name_or_path": "Use reward_funcs.",
     "dataset_name": "Use prompts, as task=owner/name.",
     "pretrained_model_name_or_path": "Use model_name_or_path.",
 }
 
-# Options of Trainer that its own loop reads and the trainers here do not.
+# Options that Trainer's own loop reads, but the trainers here do not.
 _WITHOUT_EFFECT = {
-    "auto_find_batch_size": "Rounds of tasks are made for one size of batch. The dry run and estimate_memory() say what fits.",
+    "auto_find_batch_size": "The batch size must not change during a run. The dry run and estimate_memory() say what fits.",
     "train_sampling_strategy": "Prompts come in rounds of tasks, in random order.",
     "length_column_name": "Prompts come in rounds of tasks, in random order.",
     "label_smoothing_factor": "Nothing here has classes as labels.",
     "neftune_noise_alpha": "It is noise for the embeddings of a language model.",
     "use_liger_kernel": "Its kernels are for language models.",
-    "torch_empty_cache_steps": "Against fragmented memory set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.",
+    "torch_empty_cache_steps": "If memory is fragmented, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.",
     "bf16_full_eval": "Evaluations are in the precision of training: see dtype and bf16.",
     "fp16_full_eval": "Evaluations are in the precision of training: see dtype and fp16.",
 }
-# They step inside of Trainer's own backward.
+# They take the optimizer's step inside of their own backward.
 _OPTIMIZERS_WITHOUT_STEP = ("lomo", "adalomo")
 
 
 def unknown_option(config_class: type, name: str, configs: Sequence[type] = (), others: type | None = None) -> str:
     """
-    What to say of an option that a config does not have: which of `configs` have it, what took its place, or what is spelled
-    like it.
+    Makes the message for an option that a config does not have. It names another config that has it, its replacement,
+    or an option with a similar name.
 
     Args:
-        config_class (`type`), name (`str`)
-        configs (`list[type]`, *optional*): all configs of this package, where the caller knows them.
-        others (`type`, *optional*): a dataclass whose options can be meant as well, as a command's own.
+        config_class (`type`), name (`str`): the config, and the unknown option.
+        configs (`list[type]`, *optional*): all configs of this package.
+        others (`type`, *optional*): a dataclass with further options, such as a command's own.
     """
     owners = [one.__name__ for one in configs if name in {known.name for known in fields(one)}]
     known = [one.name for given in (config_class, others) if given is not None for one in fields(given)]
@@ -100,12 +99,12 @@ def unknown_option(config_class: type, name: str, configs: Sequence[type] = (), 
     return (
         said
         + (" No config of this package has it." if configs else "")
-        + (f" Is {alike[0]!r} meant?" if alike else "")
+        + (f" Did you mean {alike[0]!r}?" if alike else "")
     )
 
 
 def idle_options(args: TrainingArguments) -> list[str]:
-    """What is refused of Trainer's own options, since it would do nothing."""
+    """Lists Trainer's options that are set but would have no effect here, or do not work."""
     defaults = {known.name: known.default for known in fields(args)}
     idle = {name: value for name, value in vars(args).items() if name in _WITHOUT_EFFECT and value != defaults[name]}
     problems = [f"{name}={value!r} has no effect here. {_WITHOUT_EFFECT[name]}" for name, value in idle.items()]

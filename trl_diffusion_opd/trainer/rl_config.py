@@ -22,65 +22,70 @@ from .base_config import DiffusionConfig
 @dataclass
 class DiffusionRLConfig(DiffusionConfig):
     r"""
-    What the configurations of the trainers by reward share. Not used directly.
+    Parameters shared by the trainers that learn from rewards. Not used directly.
 
-    One round draws `num_generations` completions (images) for each of its prompts, scores them, and takes `num_iterations`
-    optimizer steps on them. `per_device_train_batch_size` counts completions, as in TRL: those of a micro-batch on one
-    process. A round of a task has
+    One round draws `num_generations` completions (images) for each of its prompts, scores them, and takes
+    `num_iterations` optimizer steps on them. The completions of one prompt are a group. As in TRL,
+    `per_device_train_batch_size` counts
+    completions: those of a micro-batch on one process. So a round has
 
         per_device_train_batch_size x processes x gradient_accumulation_steps / tasks
 
-    completions, which must be a multiple of `num_generations`; divided by it they are the task's prompts. A group may be
-    spread over micro-batches and processes. An epoch is one pass over the prompts of the largest task.
+    completions of each task. This must be a multiple of `num_generations`; the quotient is the task's prompts in a
+    round. A group may be spread over micro-batches and processes. An epoch is one pass over the prompts of the largest
+    task.
 
     Parameters:
         > Parameters that control the groups
 
         num_generations (`int`, *optional*, defaults to `8`):
-            Completions of each prompt, a group, which are compared with each other. At least 2.
+            Completions of each prompt, which are compared with each other. At least 2. More give a less noisy signal,
+            and take more time.
         num_iterations (`int`, *optional*, defaults to `1`):
-            Optimizer steps on the completions of one round. Checkpoints are saved at the end of a round, so `max_steps`
-            and `save_steps` must be multiples of it.
+            Optimizer steps on the completions of one round. Checkpoints are saved at the end of a round, so
+            `max_steps` and `save_steps` must be multiples of it.
 
         > Parameters that control the rewards
 
         reward_weights (`list[float]`, *optional*):
-            Weight of each reward function, in the order in which `reward_funcs` names them, a function that serves
-            several tasks counted once. Not set, all have the weight 1. A reward of weight 0 is measured and logged only.
+            Weight of each reward function, in the order in which `reward_funcs` names them. A function that serves
+            several tasks is counted once. `None` is 1 for each. A reward of weight 0 is only measured and logged.
         scale_rewards (`str`, *optional*, defaults to `"group"`):
-            What advantages are divided by: the standard deviation within the `"group"`, that over all completions of the
-            task in a round (`"batch"`), or nothing (`"none"`).
+            The standard deviation that advantages are divided by: that of the `"group"`, that of all completions of
+            the task in a round (`"batch"`), or none (`"none"`).
         multi_objective_aggregation (`str`, *optional*, defaults to `"sum_then_normalize"`):
-            `"sum_then_normalize"`: weighted rewards are added, then scaled as `scale_rewards` says.
-            `"normalize_then_sum"`: each reward is normalised within its group before they are weighted and added, and
-            the sum is normalised over the task's completions of a round, whatever `scale_rewards` says.
+            How several rewards are combined. `"sum_then_normalize"`: weighted rewards are added, then scaled by
+            `scale_rewards`. `"normalize_then_sum"`: each reward is normalized within its group, then they are weighted
+            and added, and the sum is normalized over the task's completions of a round; `scale_rewards` is ignored.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
-            Advantages above it become it, and those below its negative that. It is in their own unit: standard deviations,
-            or with `scale_rewards="none"` that of the rewards. Within a `"group"` of 26 completions or fewer none is above 5;
-            over a large `"batch"` a rare success reaches 30.
+            Advantages are clipped to plus and minus this value. Its unit is theirs: standard deviations, or with
+            `scale_rewards="none"` the rewards' own unit. In a `"group"` of 26 completions or fewer none exceeds 5;
+            over a large `"batch"` a rare success can reach 30.
     """
 
     # Parameters that control the groups
-    num_generations: int = field(default=8, metadata={"help": "Completions of each prompt, a group. At least 2."})
+    num_generations: int = field(
+        default=8, metadata={"help": "Completions of each prompt (a group), which are compared. At least 2."}
+    )
     num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on the completions of one round."})
 
     # Parameters that control the rewards
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weight of each reward function, in their order. 1 for each if not set."}
+        default=None, metadata={"help": "Weight of each reward function, in their order. If not set, 1 for each."}
     )
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "Standard deviation by which advantages are divided, if any.", "choices": list(SCALINGS)},
+        metadata={"help": "The standard deviation that advantages are divided by, if any.", "choices": list(SCALINGS)},
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
         metadata={
-            "help": "Whether several rewards are added before they are normalised, or after.",
+            "help": "Whether several rewards are added before they are normalized, or after.",
             "choices": list(AGGREGATIONS),
         },
     )
     advantage_clip: float = field(
-        default=5.0, metadata={"help": "Largest advantage, and with a minus the least, in standard deviations."}
+        default=5.0, metadata={"help": "Advantages are clipped to plus and minus this many standard deviations."}
     )
 
     def _problems(self) -> list[str]:
@@ -89,16 +94,16 @@ class DiffusionRLConfig(DiffusionConfig):
         bad = [weight for weight in self.reward_weights or [] if not math.isfinite(weight)]
         if bad:
             problems.append(f"reward_weights: {bad[0]} is not a finite number.")
-        # None is what switches a limit off elsewhere.
+        # None is refused too, which switches off a limit elsewhere.
         if not isinstance(self.advantage_clip, int | float) or not 0 < self.advantage_clip < math.inf:
             problems.append(
-                f"advantage_clip={self.advantage_clip!r}: it must be a positive number, and a large one, such as 1000, leaves all "
-                "advantages as they are."
+                f"advantage_clip={self.advantage_clip!r}: it must be a positive number. A large one, such as 1000, "
+                "clips nothing."
             )
         if self.num_generations < 2:
             problems.append(
-                f"num_generations={self.num_generations}: a completion is compared with the others of its prompt, so a "
-                "group has at least 2."
+                f"num_generations={self.num_generations}: a completion is compared with the others of its prompt, so "
+                "it must be at least 2."
             )
         if self.num_iterations < 1:
             problems.append(f"num_iterations={self.num_iterations}: it must be at least 1.")
@@ -115,7 +120,7 @@ class DiffusionRLConfig(DiffusionConfig):
             if steps % n:
                 fitting = max(n, round(steps / n) * n)
                 problems.append(
-                    f"{name}={steps} with num_iterations={n} ends in the middle of a round, whose completions are not "
-                    f"saved. Use a multiple of {n}, such as {fitting}."
+                    f"{name}={steps} with num_iterations={n} ends in the middle of a round, but the round's "
+                    f"completions are not saved. Use a multiple of {n}, such as {fitting}."
                 )
         return problems
