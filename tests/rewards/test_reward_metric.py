@@ -215,7 +215,7 @@ def test_bad_input():
         ValueError, match=r"Metric 'spec' needs \['prompts', 'images', 'target'\], but \['target'\] are missing"
     ):
         metric.add_batch(prompts=PROMPTS, images=IMAGES)
-    with pytest.raises(ValueError, match=r"Metric 'spec' lacks \['images', 'target'\]"):
+    with pytest.raises(ValueError, match=r"but \['images', 'target'\] are missing"):
         metric.compute(prompts=PROMPTS)
     with pytest.raises(ValueError, match="Mismatch in the number of prompts .3. and images .2."):
         as_metric(level).compute(prompts=PROMPTS, images=IMAGES[:2])

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Faster kernels, fewer bytes, several processes."""
+"""Speed, memory and several processes: attention kernels, compilation, quantization, offloading, sharding."""

@@ -161,8 +161,7 @@ class StepPlan:
         return sum(max(steps) + 1 for steps in draws) / len(draws), float(k)
 
     def loss(self, gaps: Tensor, drawn: Mapping[int, float] | None = None) -> Tensor:
-        """The weighted mean of the squared velocity gaps of the trained steps, or an unbiased estimate from drawn
-        ones.
+        """The weighted mean of the trained steps' squared velocity gaps, or an unbiased estimate from drawn steps.
 
         Args:
             gaps (`Tensor` of shape `(n,)`, or `(k,)` if `k` steps were drawn):
@@ -227,8 +226,9 @@ def inclusion_probabilities(weights: Tensor, k: int) -> Tensor:
 
 
 def systematic_sample(pi: Tensor, u: float) -> list[int]:
-    """Draws steps with the given probabilities: `j` if `floor(C_j - u) > floor(C_{j-1} - u)`, where `C` is the
-    cumulative sum of `pi`.
+    """Draws steps with the given probabilities.
+
+    It draws step `j` if `floor(C_j - u) > floor(C_{j-1} - u)`, where `C` is the cumulative sum of `pi`.
 
     Args:
         pi (`Tensor` of shape `(n,)`):
@@ -262,8 +262,7 @@ def systematic_sample(pi: Tensor, u: float) -> list[int]:
 def policy_gradient_loss(
     v_student: Tensor, v_teacher: Tensor, z: Tensor | None, c: float, s: float, weight: float
 ) -> Tensor:
-    """REINFORCE on the log-ratio of student and teacher. Its gradient estimates that of the closed form, for
-    comparison.
+    """REINFORCE on the log-ratio of student and teacher: its gradient estimates the closed form's, for comparison.
 
     With `x' = mean_S + s z`, the gradient of `KL(S, T)` is the expectation of `(log p_S(x') - log p_T(x')) grad log
     p_S(x')` over the noise of the walk. For Gaussian steps of equal variance, and without cancellation,

@@ -143,8 +143,7 @@ def sampler_table(name: str, levels: Tensor | Sequence[float], noise_level: floa
 
 
 def sde_window(table: SamplerTable, steps: range) -> SamplerTable:
-    """The same walk with noise only in a window of steps; the others become Euler's ODE steps (MixGRPO, arXiv
-    2507.21802).
+    """The same walk with noise only in a window of steps, and Euler's ODE steps elsewhere (MixGRPO, arXiv 2507.21802).
 
     Args:
         table (`SamplerTable`):

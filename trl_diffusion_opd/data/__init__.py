@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts, the order of tasks, and latents that are kept."""
+"""Prompts and their tasks, the order in which training takes them, and a folder of latents."""

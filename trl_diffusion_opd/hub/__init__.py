@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""To and from the Hub: what its errors mean, which names are refused, what is pushed."""
+"""Downloads from the Hub and uploads to it: clear errors, safe names, and the list of files that are pushed."""

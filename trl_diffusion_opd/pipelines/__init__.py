@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The velocity of any diffusers pipeline, by asking the pipeline itself."""
+"""Computes the velocity of any diffusers pipeline by running the pipeline itself, caches prompts, and draws images."""

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What an update costs: time, operations, memory."""
+"""Measures or estimates the time, the arithmetic and the memory of an update."""
