@@ -94,7 +94,7 @@ def _folders(store: Store, measured: Measured) -> dict[str, dict[str, str]]:
 def _sample_rows(
     store: Store, report: Report, measured: Measured, tasks: Mapping[str, Task], num_samples: int
 ) -> "list[SampleRow]":
-    """Each shown prompt with the images of the base, of its task's teacher and of the students."""
+    """Rows of the picture: each prompt with the images of the base, its task's teacher, and the students."""
     from ..reporting.plots import SampleRow
 
     students = [name for name in measured.scores if name != "base" and not name.startswith("teacher/")]

@@ -57,7 +57,7 @@ class _Traced(torch.Tensor):
     def __torch_function__(
         cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, object] | None = None
     ) -> object:
-        if func is torch.Tensor.item:  # a number would not know: a tensor of one float64 computes the same
+        if func is torch.Tensor.item:  # a plain number could not remember; a float64 tensor computes the same
             func = torch.Tensor.double
         result = super().__torch_function__(func, types, args, kwargs)
         sources = _sources([args, [*(kwargs or {}).values()]])

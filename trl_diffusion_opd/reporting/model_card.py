@@ -49,7 +49,7 @@ _PICTURES = {
 
 
 class MethodFacts(TypedDict, total=False):
-    """What a method adds to the card: see [`CardFacts`]."""
+    """The fields of [`CardFacts`] that a method fills in."""
 
     method: str
     teachers: Manifest

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The retention report as a type: `retention_report` makes it, `retention.json` holds it, tables, pictures and cards show it."""
+"""The type of the retention report, which `retention_report` makes and `retention.json` holds."""
 
 from typing import NotRequired, TypedDict
 
@@ -22,7 +22,7 @@ Intervals = dict[str, dict[str, dict[str, list[float] | None]]]
 
 
 class Kept(TypedDict):
-    """What a student has kept of a teacher's gain."""
+    """A student's score on a task, and how much of the teacher's gain it has kept."""
 
     student: float | None
     retention: float | None
@@ -37,21 +37,21 @@ class KeptOverall(TypedDict):
 
 
 class TaskReport(Kept):
-    """A task of the report, with what the first student has kept."""
+    """A task of the report, with the entries of the first student."""
 
     reward: str
     rewards: list[str]
     base: float | None
     teacher: float | None
-    students: NotRequired[dict[str, Kept]]  # of several
+    students: NotRequired[dict[str, Kept]]  # if there are several
 
 
 class Report(KeptOverall):
-    """The report."""
+    """The whole report. `retention_report` describes its entries."""
 
     tasks: dict[str, TaskReport]
     num_images: int
     seed: int
     scores: Means
     scores_ci95: Intervals
-    students: NotRequired[dict[str, KeptOverall]]  # of several
+    students: NotRequired[dict[str, KeptOverall]]  # if there are several

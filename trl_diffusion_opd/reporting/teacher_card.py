@@ -51,12 +51,12 @@ def write_teacher_card(
 
     Args:
         folder (`str` or `Path`): the teacher's folder.
-        base (`str`): the base, a Hub id or a folder, of which only the name is shown.
-        task (`str`): what it teaches.
-        guidance_scale (`float`): scale of classifier-free guidance at which it is to be asked, 1 for none.
+        base (`str`): the base: a Hub id, or a folder, whose name alone is shown.
+        task (`str`): the task that it teaches.
+        guidance_scale (`float`): classifier-free guidance scale to use it with; 1 for none.
         call_options (`dict`):
-            Arguments of the pipeline for an image as in its evaluation, `prompt` first: steps, resolution, and guidance by
-            the name that the pipeline has for it.
+            Arguments of the pipeline for an image as in its evaluation: `prompt` first, then steps, resolution, and
+            guidance under the pipeline's own name for it.
         report (`dict`, `str` or `Path`, *optional*):
             A retention report in which it was a teacher, or the report's file. The card shows its scores on all tasks.
         repository (`str`, *optional*): Hub id where the folder is or will be.

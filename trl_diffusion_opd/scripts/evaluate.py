@@ -76,7 +76,9 @@ class EvaluationArguments:
     dataset: list[str] = field(
         metadata={"help": "task=source …, or one Hub dataset or file with a column that names the task."}
     )
-    teacher_guidance_scales: list[str] | None = field(default=None, metadata={"help": "task=scale …"})
+    teacher_guidance_scales: list[str] | None = field(
+        default=None, metadata={"help": "task=scale … for teachers with another scale than guidance_scale."}
+    )
     reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
@@ -86,15 +88,15 @@ class EvaluationArguments:
     )
     num_images: int = field(default=512, metadata={"help": "Images a task."})
     num_inference_steps: int = field(default=40, metadata={"help": "Steps of the deterministic sampler."})
-    guidance_scale: float = field(default=4.5, metadata={"help": "Of base and students; 1 is no guidance."})
-    height: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
-    width: int | None = field(default=None, metadata={"help": "Of the images, in pixels."})
-    max_sequence_length: int | None = field(default=None, metadata={"help": "Length of the text in tokens."})
+    guidance_scale: float = field(default=4.5, metadata={"help": "Guidance scale of base and students; 1 is none."})
+    height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
+    width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
+    max_sequence_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
     generation_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
     )
     model_init_kwargs: dict[str, JSON] | str | None = field(
-        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
+        default=None, metadata={"help": "JSON: further arguments to load the base, such as its revision and variant."}
     )
     dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})
     batch_size: int = field(default=32, metadata={"help": "Images that each process draws at a time."})

@@ -64,7 +64,7 @@ class MergeArguments:
         default="float32", metadata={"help": "Precision of the base.", "choices": ["float32", "bfloat16", "float16"]}
     )
     model_init_kwargs: dict[str, JSON] | str | None = field(
-        default=None, metadata={"help": "JSON: with what else the base is loaded, such as its revision and variant."}
+        default=None, metadata={"help": "JSON: further arguments to load the base, such as its revision and variant."}
     )
 
     def __post_init__(self) -> None:

@@ -96,7 +96,7 @@ class StudentPasses:
             return self._redirect(model, own, field, *inputs, own)
 
     def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """Weighted mean velocity of the task's teachers, each at its own guidance."""
+        """The weighted mean velocity of the task's teachers, each with its own guidance scale."""
         assert self.bank is not None
         with self._part("teacher"):
             return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)

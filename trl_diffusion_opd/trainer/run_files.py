@@ -196,7 +196,7 @@ class RunFiles(_Behind):
         return changes_since(folder, self.args, lora, self.prompts_digest())
 
     def prompts_digest(self) -> PromptsDigest:
-        """By task how many prompts are trained on, and a hash of them."""
+        """Returns the number of training prompts of each task, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
         return self._prompts_digest
