@@ -71,7 +71,7 @@ def test_stops_after_the_update_and_goes_on_bit_for_bit(tmp_path, teachers, numb
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert last_complete(tmp_path / "stopped") == tmp_path / "stopped" / "checkpoint-2"
     said = capfd.readouterr()
-    assert "Ctrl-C once more ends at once" in said.err
+    assert "Ctrl-C again ends at once" in said.err
     assert f"Stopped after update 2, as asked ({signal.Signals(number).name})" in " ".join(said.out.split())
     assert "--resume_from_checkpoint True" in " ".join(said.out.split())
 

@@ -479,7 +479,7 @@ class Known(Reward):
 WITHOUT_TARGET = Dataset.from_dict({"prompt": ["a", "b"], "task": ["count", "draw"]})
 TRAINER_PROBLEMS = [
     ({"reward_funcs": None}, "reward_funcs is missing"),
-    ({"reward_funcs": {"count": brightness}}, r"tasks \['draw'\] have none"),
+    ({"reward_funcs": {"count": brightness}}, r"tasks \['draw'\] have no reward"),
     ({"reward_funcs": {"count": brightness, "ocr": brightness, "draw": brightness}}, "no prompts for task 'ocr'"),
     ({"reward_funcs": "no_such"}, "There is no reward 'no_such'"),
     (
