@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What is said against options."""
+"""Gets the message with which options are refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 
 
 def only_problem(config: Callable[..., object], **options: Any) -> str:
-    """What a config says against options in which it finds one problem."""
+    """The one problem that a config reports about options."""
     with pytest.raises(ValueError) as error:
         config("out", **options)
     head, problem = str(error.value).splitlines()
