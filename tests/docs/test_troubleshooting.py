@@ -132,7 +132,7 @@ CAUSES = {
     "DiffusionOPDTrainer cannot start: - The teachers cannot be used: - task 'compose': me/nowhere": lambda: (
         with_teacher("me/nowhere")
     ),
-    "30 of the 32 tensors": no_gradient,
+    "30 of the 32 trained tensors": no_gradient,
     "kl/letters": log_near_the_floor,
     "The VAE computed": black_pixels,
     "The loss of task": not_finite,
