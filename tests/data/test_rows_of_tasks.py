@@ -171,7 +171,7 @@ def test_processes_that_share_a_batch(tmp_path: Path, sizes: dict[str, int]) -> 
     args = make_config(tmp_path)
     args.parallelism_config = ParallelismConfig(**sizes)
     [problem] = loader_problems(args)
-    assert problem.startswith("parallelism_config has 2 processes share one batch (tp, cp or sp)")
+    assert problem.startswith("parallelism_config lets 2 processes share one batch (tp, cp or sp)")
     args.parallelism_config = ParallelismConfig(dp_replicate_size=2)
     assert loader_problems(args) == []
 
@@ -183,7 +183,7 @@ def test_processes_that_share_a_batch_by_the_launchers_settings(
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
     [problem] = loader_problems(args)
-    assert "has 2 processes share one batch" in problem
+    assert "lets 2 processes share one batch" in problem
 
 
 @pytest.mark.parametrize("label", ["dispatch_batches", "num_steps"])

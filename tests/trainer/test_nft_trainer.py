@@ -324,7 +324,7 @@ def test_bad_settings(tmp_path):
     ("arguments", "message"),
     [
         ({"reward_funcs": None}, "reward_funcs is missing"),
-        ({"reward_funcs": {"count": brightness}}, "tasks ['draw'] have none"),
+        ({"reward_funcs": {"count": brightness}}, "tasks ['draw'] have no reward"),
         ({"num_generations": 4}, "can't be split into groups of num_generations=4"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward functions"),
     ],

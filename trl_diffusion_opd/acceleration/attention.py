@@ -98,12 +98,13 @@ def use_attention_backend(
     if not has_gradient:
         put_back()
         raise ValueError(
-            f"attention_backend={name!r} passes no gradient, so nothing could be trained with it. Choose another, such as "
-            "'native'."
+            f"attention_backend={name!r} passes no gradient, so nothing could be trained with it. Choose another, "
+            "such as 'native'."
         )
     if silent:
         logger.warning(
-            f"attention_backend={name!r} is used by {_processors(choosing)} of {type(network).__name__}, and not by {silent}."
+            f"attention_backend={name!r} is used by {_processors(choosing)} of {type(network).__name__}, and not by "
+            f"{silent}."
         )
     return put_back
 

@@ -46,9 +46,9 @@ def lost_process_named(where: Callable[[], str], advice: Callable[[], str]) -> I
         if not communication_failed(error):
             raise
         raise RuntimeError(
-            f"Process {dist.get_rank()} of {dist.get_world_size()} lost another process {where()}: that one was killed, "
-            "for example because it ran out of memory, or it stopped with an error, which is in its own output. "
-            f"Training stops. {advice()}"
+            f"Process {dist.get_rank()} of {dist.get_world_size()} lost another process {where()}: that one was "
+            "killed, for example because it ran out of memory, or it stopped with an error, which is in its own "
+            f"output. Training stops. {advice()}"
         ) from error
 
 

@@ -149,8 +149,8 @@ def pipeline_config(config: QuantizationConfig) -> PipelineQuantizationConfig | 
     name = f"{type(config).__module__.partition('.')[0]}.{type(config).__name__}"
     raise ValueError(
         f"quantization_config is a {name}. Give diffusers' config of the transformer, such as "
-        "diffusers.BitsAndBytesConfig(load_in_4bit=True, ...) or diffusers.TorchAoConfig(Int8WeightOnlyConfig()), or a "
-        "diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), which takes transformers' "
+        "diffusers.BitsAndBytesConfig(load_in_4bit=True, ...) or diffusers.TorchAoConfig(Int8WeightOnlyConfig()), or "
+        "a diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), which takes transformers' "
         "configs for text encoders."
     )
 

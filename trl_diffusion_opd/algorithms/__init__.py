@@ -12,4 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The mathematics of the methods: samplers, the sampling loop (`walk`), losses and advantages. No models and no files."""
+"""
+The mathematics of the methods: samplers, the sampling loop (`walk`), losses and advantages. No models and no files.
+"""

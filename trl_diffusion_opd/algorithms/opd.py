@@ -88,17 +88,17 @@ def trained_steps(weights: Tensor, skip_last_steps: int) -> range:
     n = len(weights)
     if not 0 <= skip_last_steps < n:
         raise ValueError(
-            f"`skip_last_steps={skip_last_steps}` must be at least 0 and leave one of the {n} steps to train. Lower it or "
-            "take more inference steps."
+            f"`skip_last_steps={skip_last_steps}` must be at least 0 and leave one of the {n} steps to train. Lower "
+            "it or take more inference steps."
         )
     steps = range(n - skip_last_steps)
     infinite = [j for j in steps if not weights[j].isfinite()]
     if infinite:
         raise ValueError(
-            f"Steps {infinite} of {n} (counted from 0) would be trained but add no noise, so the KL divergence of student "
-            "and teacher is infinite there. Raise `skip_last_steps` past them (or `noise_level`, if it is 0; with "
-            "'dance_sde' lower it, since steps that it would make unstable are ODE steps), choose the `loss_weighting` "
-            "'velocity' or 'x0', or the sampler 'ode'."
+            f"Steps {infinite} of {n} (counted from 0) would be trained but add no noise, so the KL divergence of "
+            "student and teacher is infinite there. Raise `skip_last_steps` past them (or `noise_level`, if it is 0; "
+            "with 'dance_sde' lower it, since steps that it would make unstable are ODE steps), choose the "
+            "`loss_weighting` 'velocity' or 'x0', or the sampler 'ode'."
         )
     return steps
 

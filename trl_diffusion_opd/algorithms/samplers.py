@@ -160,9 +160,9 @@ def sde_window(table: SamplerTable, steps: range) -> SamplerTable:
     silent = [j for j in steps if table.s[j] == 0]
     if silent:
         raise ValueError(
-            f"Steps {silent} of the sampler {table.name!r} (counted from 0, of {n}) add no noise, so the window cannot hold "
-            "them. Choose an earlier window, or raise `noise_level` if it is 0. With 'dance_sde' lower it: steps that it "
-            "would make unstable are ODE steps."
+            f"Steps {silent} of the sampler {table.name!r} (counted from 0, of {n}) add no noise, so the window "
+            "cannot hold them. Choose an earlier window, or raise `noise_level` if it is 0. With 'dance_sde' lower "
+            "it: steps that it would make unstable are ODE steps."
         )
     ode = sampler_table("ode", table.levels)
     inside = torch.tensor([j in steps for j in range(n)])
@@ -220,7 +220,8 @@ def _checked_levels(levels: Tensor | Sequence[float]) -> Tensor:
     # This refuses nan as well, since every comparison with it is false.
     if not bool((levels.diff() < 0).all() and levels[0] <= 1 and levels[-1] >= 0):
         raise ValueError(
-            f"Noise levels must decrease strictly from at most 1 (noise) to at least 0 (image), got {levels.tolist()}. "
+            "Noise levels must decrease strictly from at most 1 (noise) to at least 0 (image), got "
+            f"{levels.tolist()}. "
             "Levels are sigmas, not timesteps up to 1000."
         )
     return levels

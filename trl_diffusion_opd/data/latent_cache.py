@@ -103,8 +103,8 @@ class LatentCache:
         if not differing:
             return []
         return [
-            f"the images in {self.folder.name!r} were made with other settings ({', '.join(differing)}). Use those again, or "
-            "name another folder."
+            f"the images in {self.folder.name!r} were made with other settings ({', '.join(differing)}). Use those "
+            "again, or name another folder."
         ]
 
     def start(self) -> None:

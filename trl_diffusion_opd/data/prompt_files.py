@@ -112,8 +112,8 @@ def _check_utf8(option: str, path: str) -> None:
                 )
                 raise ValueError(
                     f"--{option}: the file {path!r} is not in UTF-8: byte {start - pending + error.start}, in line "
-                    f"{lines + place.count(10)}, is 0x{error.object[error.start]:02x}. Save it as UTF-8; if it is in {kind}: "
-                    f"iconv -f {kind} -t UTF-8."
+                    f"{lines + place.count(10)}, is 0x{error.object[error.start]:02x}. Save it as UTF-8; if it is in "
+                    f"{kind}: iconv -f {kind} -t UTF-8."
                 ) from error
             if not block:
                 return

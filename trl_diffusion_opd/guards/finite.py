@@ -58,8 +58,8 @@ def finite_images() -> Iterator[None]:
             yield
         except FloatingPointError as error:
             raise FloatingPointError(
-                "The VAE computed NaN or infinity, which would become black pixels. Many VAEs need more than float16: try "
-                "dtype='bfloat16' or 'float32'."
+                "The VAE computed NaN or infinity, which would become black pixels. Many VAEs need more than float16: "
+                "try dtype='bfloat16' or 'float32'."
             ) from error
 
 

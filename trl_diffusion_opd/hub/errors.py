@@ -140,8 +140,8 @@ def _read_reason(error: BaseException, repo_id: str, revision: str | None) -> st
         )
     if isinstance(cause, RepositoryNotFoundError):
         return (
-            "no such folder here and no such repository on the Hub. Check the spelling; for a private repository log in "
-            "with `hf auth login`."
+            "no such folder here and no such repository on the Hub. Check the spelling; for a private repository log "
+            "in with `hf auth login`."
         )
     if isinstance(cause, RevisionNotFoundError):
         return f"the repository has no revision {revision!r}"

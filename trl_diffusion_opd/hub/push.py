@@ -161,8 +161,8 @@ def push_checkpoint(
             lambda job: _report_failure(
                 job,
                 lambda error: (
-                    f"The push to {what} failed: {http_reason(error)}. Training goes on and its checkpoints are intact; the "
-                    "next push brings everything."
+                    f"The push to {what} failed: {http_reason(error)}. Training goes on and its checkpoints are "
+                    "intact; the next push brings everything."
                 ),
             )
         )

@@ -63,8 +63,8 @@ def repository_problems(
     token = token or get_token()
     if token is None:
         return [
-            "push_to_hub=True, and there is no token: log in with `hf auth login`, or set HF_TOKEN or hub_token to one with "
-            "write permission (https://huggingface.co/settings/tokens)."
+            "push_to_hub=True, and there is no token: log in with `hf auth login`, or set HF_TOKEN or hub_token to "
+            "one with write permission (https://huggingface.co/settings/tokens)."
         ]
     try:
         return _repository_problems(name, token, base_name, transformer_class)
@@ -81,7 +81,8 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return [
             "push_to_hub=True: your token may only read. Make one with write permission on "
-            "https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or set HF_TOKEN or hub_token."
+            "https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or set HF_TOKEN or "
+            "hub_token."
         ]
     repo_id = name if "/" in name else f"{account['name']}/{name}"
     validate_repo_id(repo_id)

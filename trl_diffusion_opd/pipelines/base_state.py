@@ -97,13 +97,13 @@ def placement_problems(pipeline: DiffusionPipeline) -> list[str]:
         )
     elif any(parameter.is_meta for network in networks for parameter in network.parameters()):
         problems.append(
-            "The pipeline has weights that are not loaded (on the device 'meta'). Load all of them, without a device_map that "
-            "leaves some on the disk."
+            "The pipeline has weights that are not loaded (on the device 'meta'). Load all of them, without a "
+            "device_map that leaves some on the disk."
         )
     if any(name.startswith(_OFFLOADING) for network in networks for name in _diffusers_hooks(network)):
         problems.append(
-            "The pipeline is offloaded in groups (enable_group_offload); its hooks would move the model while it trains. "
-            f"{_LOAD_AGAIN} offload_encoders=True keeps its text encoders and VAE in host memory."
+            "The pipeline is offloaded in groups (enable_group_offload); its hooks would move the model while it "
+            f"trains. {_LOAD_AGAIN} offload_encoders=True keeps its text encoders and VAE in host memory."
         )
     return problems
 
@@ -125,8 +125,8 @@ def _hook_problems(transformer: nn.Module) -> list[str]:
     others = [name for name in names if name not in (*casting, *splitting)]
     if casting:
         problems.append(
-            "The transformer's weights are cast layer by layer (enable_layerwise_casting), which rounds LoRAs too and gives other "
-            f"gradients. {_LOAD_AGAIN} A quantization_config saves as much memory."
+            "The transformer's weights are cast layer by layer (enable_layerwise_casting), which rounds LoRAs too and "
+            f"gives other gradients. {_LOAD_AGAIN} A quantization_config saves as much memory."
         )
     if splitting:
         problems.append(
@@ -134,9 +134,9 @@ def _hook_problems(transformer: nn.Module) -> list[str]:
         )
     if others:
         problems.append(
-            f"The transformer has a cache or another hook of diffusers ({', '.join(others)}), which skips or changes layers while it "
-            f"trains. What enable_cache(...) set, pipe.transformer.disable_cache() undoes; else: {_LOAD_AGAIN[0].lower()}"
-            f"{_LOAD_AGAIN[1:]}"
+            f"The transformer has a cache or another hook of diffusers ({', '.join(others)}), which skips or changes "
+            "layers while it trains. What enable_cache(...) set, pipe.transformer.disable_cache() undoes; else: "
+            f"{_LOAD_AGAIN[0].lower()}{_LOAD_AGAIN[1:]}"
         )
     hooked = [name or "itself" for name, module in transformer.named_modules() if _has_hooks(module)]
     if hooked:  # only a warning: hooks that just watch, such as those of wandb.watch(...), do no harm
@@ -184,8 +184,8 @@ def _foreign_parts(transformer: ModelMixin) -> list[str]:
     problems = []
     if any(name.endswith(".processor") for name in foreign):
         problems.append(
-            f"The transformer carries an IP-adapter or other weights in its attention processors ({_some(foreign)}), which would "
-            "become part of the base. Remove them with pipe.unload_ip_adapter()."
+            f"The transformer carries an IP-adapter or other weights in its attention processors ({_some(foreign)}), "
+            "which would become part of the base. Remove them with pipe.unload_ip_adapter()."
         )
     elif foreign or missing:
         named = f"has {_some(foreign)}" if foreign else f"lacks {_some(missing)}"
@@ -199,8 +199,8 @@ def _foreign_parts(transformer: ModelMixin) -> list[str]:
         if other:
             first = other[0]
             problems.append(
-                f"The transformer's attention processors were replaced ({_some(other)}: {type(ours[first]).__name__} in place of "
-                f"{type(theirs[first]).__name__}), and processors are not saved. Undo it with "
+                f"The transformer's attention processors were replaced ({_some(other)}: {type(ours[first]).__name__} "
+                f"in place of {type(theirs[first]).__name__}), and processors are not saved. Undo it with "
                 f"pipe.transformer.set_attn_processor({type(theirs[first]).__name__}()), or load the pipeline again."
             )
     return problems

@@ -64,8 +64,8 @@ class LatentMap:
             [`ValueError`]: if the pipeline's conversion does not have this form.
         """
         refusal = ValueError(
-            f"{name} prepares its latents for the VAE in a way that can't be inverted, so images can't be encoded for it. "
-            "You can train on images that teachers generate, since these are latents from the start."
+            f"{name} prepares its latents for the VAE in a way that can't be inverted, so images can't be encoded for "
+            "it. You can train on images that teachers generate, since these are latents from the start."
         )
         x = example.detach().float()
         n = x.numel()
@@ -107,9 +107,9 @@ class LatentMap:
         """
         if tuple(latents.shape[1:]) != self.vae_shape:
             raise ValueError(
-                f"The VAE of {self.name} encodes an image to shape {tuple(latents.shape[1:])} and decodes one of shape "
-                f"{self.vae_shape}. Set height and width to a size that it supports, and use_resolution_binning=False "
-                "in generation_kwargs if the pipeline has it."
+                f"The VAE of {self.name} encodes an image to shape {tuple(latents.shape[1:])} and decodes one of "
+                f"shape {self.vae_shape}. Set height and width to a size that it supports, and "
+                "use_resolution_binning=False in generation_kwargs if the pipeline has it."
             )
         flat = (latents.float().flatten(1) - self.shift) / self.scale
         x = torch.empty_like(flat)

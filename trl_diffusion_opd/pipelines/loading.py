@@ -83,8 +83,8 @@ def _loaded(
     except (OSError, HFValidationError) as error:
         raise ValueError(
             f"The base model {name!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
-            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors weights. "
-            f"({shown(error, 500)})"
+            "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors "
+            f"weights. ({shown(error, 500)})"
         ) from error
 
 

@@ -362,8 +362,8 @@ class VelocityField:
         if rows[0] == rows[1]:
             raise ValueError(
                 f"guidance_scale={guidance_scale} does nothing: {type(self.pipeline).__name__} gives its transformer "
-                f"{rows[1]} row(s) a prompt, as at 1.0. Set guidance_scale=1.0 (a guidance embedding, as Flux has one, "
-                "is set through generation_kwargs)."
+                f"{rows[1]} row(s) a prompt, as at 1.0. Set guidance_scale=1.0 (a guidance embedding, as Flux has "
+                "one, is set through generation_kwargs)."
             )
         self._working_scales.add(guidance_scale)
 
@@ -382,7 +382,8 @@ class VelocityField:
         in_order = len(rows) % 2 == 0 and all(torch.equal(row, rows[i % 2]) for i, row in enumerate(rows))
         if not in_order or torch.equal(rows[0], rows[1]):
             raise ValueError(
-                f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the other."
+                f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the "
+                "other."
             )
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:

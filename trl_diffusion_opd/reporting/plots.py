@@ -322,9 +322,7 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
     ]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
-        logger.warning(
-            "No curves are drawn: nothing was logged before the end. Is the run shorter than logging_steps?"
-        )
+        logger.warning("No curves are drawn: nothing was logged. Is the run shorter than logging_steps?")
         return
     # parse_math, since a logarithmic axis writes its powers of ten as formulas.
     with rc_context({**STYLE, "text.parse_math": True}):

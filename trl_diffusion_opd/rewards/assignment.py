@@ -67,7 +67,8 @@ def rewards_by_task(reward_funcs: RewardFuncs | None, tasks: Sequence[str]) -> d
                 function = loaded[item]
             if inspect.isclass(function):
                 problems.append(
-                    f"reward_funcs: {function.__name__} of task {task!r} is a class. Give an instance: {function.__name__}(...)."
+                    f"reward_funcs: {function.__name__} of task {task!r} is a class. Give an instance: "
+                    f"{function.__name__}(...)."
                 )
             elif callable(function):
                 functions[task].append(function)

@@ -136,8 +136,8 @@ def parse_metadata(columns: Row, classes: Collection[str] | None = None) -> Meta
         row = {name: _decoded(columns.get(name), name) for name in ("tag", "include", "exclude")}
         if row["tag"] is None and row["include"] is None:
             raise MetadataError(
-                "it has no GenEval metadata: neither a column 'metadata' nor the columns 'tag' and 'include', as in GenEval's "
-                "evaluation_metadata.jsonl"
+                "it has no GenEval metadata: neither a column 'metadata' nor the columns 'tag' and 'include', as in "
+                "GenEval's evaluation_metadata.jsonl"
             )
     if not isinstance(row, Mapping):
         raise MetadataError(f"its metadata is a {type(row).__name__}, not an object with 'tag' and 'include'")

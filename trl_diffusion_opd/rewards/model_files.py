@@ -158,7 +158,8 @@ def check_loaded(
     """
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     found = [
-        f"{len(names)} tensors are {kind} ({', '.join(map(quoted, sorted(names)[:3]))}{', …' if len(names) > 3 else ''})"
+        f"{len(names)} tensors are {kind} "
+        f"({', '.join(map(quoted, sorted(names)[:3]))}{', …' if len(names) > 3 else ''})"
         for kind, names in kinds.items()
         if names
     ]

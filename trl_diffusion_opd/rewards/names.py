@@ -72,7 +72,8 @@ def _imported(spec: str, options: Mapping[str, object]) -> Any:
     if module.endswith(".py") or "/" in module:
         path = module.removesuffix(".py").strip("./").replace("/", ".")
         raise ValueError(
-            f"Reward {spec!r} is a path to a file. Name the module as Python imports it, from the working folder: {path}:{name}."
+            f"Reward {spec!r} is a path to a file. Name the module as Python imports it, from the working folder: "
+            f"{path}:{name}."
         )
     # A script's search path has its own folder, but not the working folder. `python -m` has that one too.
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -106,8 +107,8 @@ def _check_options(spec: str, reward: RewardFunc, options: Mapping[str, object])
     if missing:
         given = ", ".join(f'"{name}": ...' for name in missing)
         raise ValueError(
-            f"Reward {spec!r} needs {', '.join(missing)}: load_reward({spec!r}, {', '.join(f'{m}=...' for m in missing)}) in "
-            f"Python, --reward_kwargs '{{\"{spec}\": {{{given}}}}}' on the command line."
+            f"Reward {spec!r} needs {', '.join(missing)}: load_reward({spec!r}, "
+            f"{', '.join(f'{m}=...' for m in missing)}) in Python, --reward_kwargs '{{\"{spec}\": {{{given}}}}}' on the command line."
         )
     unknown = [name for name in options if name not in parameters]
     if unknown and not takes_any:

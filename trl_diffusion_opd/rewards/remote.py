@@ -295,8 +295,8 @@ def token_problems(variable: str) -> list[str]:
         return [f"the environment variable {variable}, which should hold the token, is not set."]
     if not all("!" <= character <= "~" for character in token):
         return [
-            f"the token in the environment variable {variable} has a space, a line break or another character that no token "
-            "can have, often at its end. Set it again without it."
+            f"the token in the environment variable {variable} has a space, a line break or another character that no "
+            "token can have, often at its end. Set it again without it."
         ]
     return []
 

@@ -346,8 +346,8 @@ def _number(name: str, value: Any, prompt: str) -> float | None:
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(
-            f"Reward function {name!r} returned {value!r:.100} for the prompt '{shown(prompt)}'. It must return a finite "
-            "number, or None where it does not apply."
+            f"Reward function {name!r} returned {value!r:.100} for the prompt '{shown(prompt)}'. It must return a "
+            "finite number, or None where it does not apply."
         )
     return number
 

@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 # The form that the model was trained with: a caption, two criteria, and a score from 1 to 5 after "Final Score:".
 QUESTION = (
     "This image was generated from a text caption. Judge it by two criteria:\n"
-    "1. Alignment with the Caption: are the objects of the caption there, with the attributes and relations that it gives "
-    "them?\n"
+    "1. Alignment with the Caption: are the objects of the caption there, with the attributes and relations that it "
+    "gives them?\n"
     "2. Overall Image Quality: is the image clear and detailed, are its colors right, does it please the eye?\n"
     "Considering both, assign a score from 1 to 5 after 'Final Score:'.\n"
     "Text Caption: [{prompt}]"
@@ -214,8 +214,8 @@ class UnifiedReward(Reward):
             raise RemoteRewardError(f"{failed}gave {error}.") from error
         except Exception as error:  # an untrusted answer may cause any error
             raise RemoteRewardError(
-                f"{failed}gave no completion for the prompt '{shown(prompt)}' ({type(error).__name__}: {shown(error)}): "
-                f"'{shown(answer)}'"
+                f"{failed}gave no completion for the prompt '{shown(prompt)}' ({type(error).__name__}: "
+                f"{shown(error)}): '{shown(answer)}'"
             ) from error
         if score is None:
             cut = f", cut off at max_tokens={self.max_tokens}," if is_cut else ""

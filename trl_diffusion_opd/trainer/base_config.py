@@ -163,7 +163,7 @@ class DiffusionConfig(_BaseConfig):
 
     # Parameters that control the model
     model_init_kwargs: dict[str, JSON] | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for `DiffusionPipeline.from_pretrained`."}
+        default=None, metadata={"help": "JSON: keyword arguments for `DiffusionPipeline.from_pretrained`."}
     )
     dtype: str = field(
         default="float32",
@@ -200,7 +200,7 @@ class DiffusionConfig(_BaseConfig):
         default=None, metadata={"help": "Length of encoded prompts in tokens. If not set, the pipeline's default."}
     )
     generation_kwargs: dict[str, JSON] | str | None = field(
-        default=None, metadata={"help": "Further arguments of the pipeline's `__call__`."}
+        default=None, metadata={"help": "JSON: further arguments of the pipeline's `__call__`."}
     )
 
     # Parameters that control the tasks

@@ -34,7 +34,7 @@ class DiffusionOPDConfig(DiffusionConfig):
         teacher_guidance_scale (`float`, *optional*):
             Guidance scale of the teachers that name none of their own. `None` is `guidance_scale`. With
             `guidance_scale=1.0` and a larger scale here, the student learns its teachers' guided velocity and needs no
-            guidance itself, which halves the time to sample from it.
+            guidance itself, which halves its work.
         batch_teachers (`bool`, *optional*, defaults to `False`):
             Whether to compute a task's teachers in one forward, on one copy of the micro-batch for each, instead of
             one after another. This holds for LoRAs and `"base"` with the same guidance scale. The result is the same,
@@ -55,8 +55,8 @@ class DiffusionOPDConfig(DiffusionConfig):
             weights diverge there.
         num_trained_timesteps (`int`, *optional*):
             Number of steps of a trajectory that are trained. They are drawn anew for every update, in proportion to
-            their weights, so that the gradient has no bias. `None` trains all. Fewer save time; sampling stops after
-            the last.
+            their weights; the gradient stays unbiased. `None` trains all. Fewer save time: sampling stops after the
+            last one.
         beta (`float`, *optional*, defaults to `0.0`):
             Coefficient of the KL to the base model, which keeps the student near it. At 0 the base is not computed.
         on_policy (`bool`, *optional*, defaults to `True`):
@@ -70,9 +70,7 @@ class DiffusionOPDConfig(DiffusionConfig):
     )
     batch_teachers: bool = field(
         default=False,
-        metadata={
-            "help": "Compute a task's LoRA teachers in one forward. Needs as many times the memory of a forward."
-        },
+        metadata={"help": "Compute a task's LoRA teachers in one forward, with a copy of the batch for each."},
     )
 
     # Parameters that control the objective

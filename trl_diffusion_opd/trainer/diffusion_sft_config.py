@@ -62,9 +62,7 @@ class DiffusionSFTConfig(DiffusionConfig):
     )
     batch_teachers: bool = field(
         default=False,
-        metadata={
-            "help": "Compute a task's LoRA teachers in one forward. Needs as many times the memory of a forward."
-        },
+        metadata={"help": "Compute a task's LoRA teachers in one forward, with a copy of the batch for each."},
     )
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for the teachers' images. If not set, every update draws fresh ones."}
