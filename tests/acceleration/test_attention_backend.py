@@ -174,7 +174,7 @@ class TestRefusals:
         pipeline = FLUX.build()
         with pytest.raises(ValueError, match=message) as error:
             family_trainer(FLUX, tmp_path, "nobody/here", pipeline, attention_backend=backend, task_weights={"x": 1.0})
-        assert "task_weights names tasks ['x']" in str(error.value) and "nobody/here" in str(error.value)
+        assert "task_weights has a weight for task 'x'" in str(error.value) and "nobody/here" in str(error.value)
         assert chosen(pipeline.transformer) == {None}
 
     def test_nothing_is_left_behind_where_something_else_is_wrong(self, tmp_path: Path) -> None:

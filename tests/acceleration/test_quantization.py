@@ -376,7 +376,7 @@ def test_config_for_what_is_loaded(base, loras, tmp_path):
     refused(
         tmp_path,
         loras,
-        "quantization_config are for a model that is given by name. This one is loaded already",
+        "quantization_config are for a model that is given by name, but this one is already loaded",
         "peft_config='lora'",
         pipeline=make_base(),
         quantization_config=config("nf4"),
@@ -389,7 +389,7 @@ def test_full_weights(base, loras, tmp_path):
         tmp_path,
         loras,
         "peft_config=None trains all weights, and the base's are quantised (Int8Tensor by torchao). Train a LoRA",
-        "task_weights names tasks ['ocr']",
+        "task_weights has a weight for task 'ocr'",
         pipeline=str(base),
         quantization_config=config("torchao int8"),
         peft_config=None,
@@ -421,7 +421,7 @@ def test_config_of_another_library(given, name, base, loras, tmp_path):
 
 def test_config_of_no_component(base, loras, tmp_path):
     given = PipelineQuantizationConfig(quant_mapping={"transfomer": config("torchao int8")})
-    message = "quantization_config is for ['transfomer'], which StableDiffusion3Pipeline does not have; it has ['text_encoder'"
+    message = "quantization_config is for ['transfomer'], which StableDiffusion3Pipeline does not have. It has ['text_encoder'"
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=given)
 
 
@@ -452,7 +452,7 @@ def test_sharding(base, tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setattr(type(args), "world_size", 2)
     (problem,) = launch_problems(load(base, "nf4").transformer, args)
-    assert "A quantised base is not supported where FSDP or DeepSpeed" in problem
+    assert "A quantized base is not supported with FSDP or DeepSpeed" in problem
     assert launch_problems(make_base().transformer, args) == []
 
 

@@ -227,7 +227,7 @@ def test_what_would_mean_something_else_is_refused(copied, teachers, changed, me
 
 def test_a_finished_run_says_so_and_can_be_extended(copied, teachers, caplog):
     make_trainer(copied, teachers, **{**OPTIONS, "max_steps": 2}).train(resume_from_checkpoint=True)
-    assert "This run is finished: it has made 2 of 2 updates. To extend it, set a larger max_steps" in caplog.text
+    assert "This run is finished: 2 of 2 updates are done. To extend it, set a larger max_steps" in caplog.text
     caplog.clear()
     trainer = make_trainer(copied, teachers, **{**OPTIONS, "max_steps": 3})
     trainer.train(resume_from_checkpoint=True)

@@ -67,7 +67,8 @@ def test_rows_of_another_task_stop_the_run(tmp_path: Path, name: str) -> None:
     before = {n: p.detach().clone() for n, p in trainer.student.named_parameters().items()}
     reorder(trainer, lambda rows: rows[2:] + rows[:2])
     with pytest.raises(
-        RuntimeError, match="Micro-batch 1 of update 1 has 2 rows of draw, where 2 of 'count' are due.*own data loader"
+        RuntimeError,
+        match="Micro-batch 1 of update 1 has 2 rows of draw, but it should have 2 of 'count'.*own data loader",
     ):
         trainer.train()
     assert all(bool((p == before[n]).all()) for n, p in trainer.student.named_parameters().items())
@@ -77,14 +78,14 @@ def test_rows_of_another_task_stop_the_run(tmp_path: Path, name: str) -> None:
 def test_rows_of_two_tasks_stop_the_run(tmp_path: Path, name: str) -> None:
     trainer = MAKE[name](tmp_path, max_steps=2, per_device_train_batch_size=2)
     reorder(trainer, lambda rows: rows[1:] + rows[:1])
-    with pytest.raises(RuntimeError, match="has 2 rows of count, draw, where 2 of 'count' are due"):
+    with pytest.raises(RuntimeError, match="has 2 rows of count, draw, but it should have 2 of 'count'"):
         trainer.train()
 
 
 def test_fewer_rows_than_are_due_stop_the_run(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, BASES, max_steps=1)
     reorder(trainer, lambda rows: rows[:1])
-    with pytest.raises(RuntimeError, match="has 1 rows of count, where 2 of 'count' are due"):
+    with pytest.raises(RuntimeError, match="has 1 rows of count, but it should have 2 of 'count'"):
         trainer.train()
 
 
@@ -100,7 +101,7 @@ def test_prompts_go_to_their_encoders_by_their_rows(tmp_path: Path) -> None:
     # With offloaded encoders a round's prompts are encoded before it, at the guidance of their teachers.
     trainer = make_trainer(tmp_path, BASES, max_steps=1, offload_encoders=True)
     reorder(trainer, lambda rows: rows[2:] + rows[:2])
-    with pytest.raises(RuntimeError, match="has 2 rows of draw, where 2 of 'count' are due"):
+    with pytest.raises(RuntimeError, match="has 2 rows of draw, but it should have 2 of 'count'"):
         trainer.train()
 
 
@@ -116,7 +117,7 @@ def test_groups_of_two_prompts_stop_the_run(tmp_path: Path, name: str) -> None:
     dataset = make_dataset(count=6)
     trainer = MAKE[name](tmp_path, train_dataset=dataset, max_steps=1, per_device_train_batch_size=4)
     reorder(trainer, lambda rows: rows[1:] + rows[:1])
-    with pytest.raises(RuntimeError, match="not whole groups of num_generations=2 of one prompt each"):
+    with pytest.raises(RuntimeError, match="not whole groups of num_generations=2 with one prompt each"):
         trainer.train()
 
 
@@ -125,7 +126,9 @@ def test_a_second_update_on_a_round_has_its_rows(tmp_path: Path) -> None:
     options = dict(train_dataset=dataset, max_steps=2, per_device_train_batch_size=4, num_iterations=2)
     trainer = MAKE["grpo"](tmp_path, **options)
     reorder(trainer, lambda rows: rows[:4] + rows[8:])
-    with pytest.raises(RuntimeError, match=r"Update 2 goes on with a round's completions \(num_iterations=2\)"):
+    with pytest.raises(
+        RuntimeError, match=r"Update 2 trains on the completions of the round before it \(num_iterations=2\)"
+    ):
         trainer.train()
     assert trainer.state.global_step == 1
 
@@ -135,21 +138,21 @@ def test_a_second_update_on_a_round_has_its_rows(tmp_path: Path) -> None:
 LOADERS: dict[str, tuple[dict[str, Any], str]] = {
     "split_batches": (
         {"accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 6},
-        "split_batches=True splits a batch over the 2 processes, and here a batch is of one process. Leave it out, and use "
+        "split_batches=True splits a batch over the 2 processes, but here each process has its own batch. Leave it out, and use "
         "per_device_train_batch_size=3 for 6 samples over all processes.",
     ),
     "dispatch_batches": (
         {"accelerator_config": {"dispatch_batches": True}},
-        "dispatch_batches=True sends batches of tensors from the first process to the others, and here they are prompts",
+        "dispatch_batches=True sends batches of tensors from the first process to the others, but here batches are rows of prompts",
     ),
     "num_steps": (
         {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
-        "num_steps in gradient_accumulation_kwargs is another number of micro-batches than rounds are made for. Use "
+        "num_steps in gradient_accumulation_kwargs is not supported, since the tasks share an update's micro-batches. Use "
         "gradient_accumulation_steps.",
     ),
     "in_order": (
         {"dataloader_in_order": False, "dataloader_num_workers": 2},
-        "dataloader_in_order=False hands out batches as they are ready",
+        "dataloader_in_order=False gives batches in any order",
     ),
 }
 

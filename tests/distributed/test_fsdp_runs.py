@@ -130,7 +130,7 @@ def test_full_weights_in_half_precision_are_trained_in_float32(reports, alone):
 
 def test_the_pipeline_is_refused(reports):
     for report in reports:
-        assert "it is split over the processes. Call trainer.save_model(folder)" in report["pipeline"]
+        assert "it is split among the processes. Call trainer.save_model(folder)" in report["pipeline"]
 
 
 def test_an_optimizer_that_is_not_split_is_restored():

@@ -127,8 +127,8 @@ def launched(monkeypatch):
 def test_what_fsdp_can_not_do_is_refused(tmp_path, launched, monkeypatch):
     launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="1", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     message = refusal(tmp_path, torch_compile=True)
-    assert "- torch_compile=True is not supported where FSDP wraps the model: leave it out." in message
-    assert "- FSDP of version 1 is not supported. Set fsdp_version: 2 in its settings." in message
+    assert "- torch_compile=True is not supported with FSDP: leave it out." in message
+    assert "- FSDP version 1 is not supported. Set fsdp_version: 2 in its settings." in message
     buffer = "pos_embed.pos_embed"
     assert f"loading: true fails on SD3Transformer2DModel, which saves a buffer ({buffer})" in message
     launched(FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
@@ -141,8 +141,8 @@ def test_what_fsdp_can_not_do_is_refused(tmp_path, launched, monkeypatch):
 
 def test_fsdp_of_the_arguments_is_checked_as_well(tmp_path, launched):
     launched()
-    assert "- FSDP of version 1 is not" in refusal(tmp_path, fsdp=True, fsdp_config={"version": 1})
-    assert "FSDP of version" not in refusal(tmp_path, fsdp=True, fsdp_config={"version": 2})
+    assert "- FSDP version 1 is not" in refusal(tmp_path, fsdp=True, fsdp_config={"version": 1})
+    assert "FSDP version" not in refusal(tmp_path, fsdp=True, fsdp_config={"version": 2})
 
 
 def test_torch_compile_is_refused_with_deepspeed(tmp_path):
@@ -151,14 +151,14 @@ def test_torch_compile_is_refused_with_deepspeed(tmp_path):
     # What the arguments make under its launcher. Made here, it would be transformers' for all tests to come.
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"fp16": {"enabled": False}})
     (problem,) = launch_problems(make_transformer(), args)
-    assert problem == "torch_compile=True is not supported where DeepSpeed wraps the model: leave it out."
+    assert problem == "torch_compile=True is not supported with DeepSpeed: leave it out."
 
 
 def test_fp16_is_refused_with_deepspeed(tmp_path):
     args = make_config(tmp_path)
     args.deepspeed_plugin = SimpleNamespace(deepspeed_config={"fp16": {"enabled": True}})
     (problem,) = launch_problems(make_transformer(), args)
-    assert problem.startswith("fp16 is not supported under DeepSpeed")
+    assert problem.startswith("fp16 is not supported with DeepSpeed")
     args.deepspeed_plugin.deepspeed_config = {}
     assert launch_problems(make_transformer(), args) == []
 

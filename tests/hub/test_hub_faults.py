@@ -160,7 +160,7 @@ class TestBeforeTheFirstStep:
             _trainer(tmp_path, {**teachers, "draw": "tester/nobody"}, hub_token="hf_wrong", task_weights={"x": 1})
         message = str(error.value)
         assert "does not know your token" in message and "tester/nobody: no such folder" in message
-        assert "task_weights names tasks ['x']" in message
+        assert "task_weights has a weight for task 'x'" in message
 
 
 class TestReading:

@@ -180,14 +180,14 @@ def test_another_beginning_is_refused(through, teachers, tmp_path):
     (
         folder / "first" / "finished"
     ).unlink()  # it would be run again, and the second stage has gone on from the old one
-    expected = "stage 'second' was begun from another LoRA than 'first' now has. Remove the folder 'second'"
+    expected = "stage 'second' was begun from another LoRA than 'first' has now. Remove the folder 'second'"
     assert expected in refusal(two_stages(teachers), folder)
 
 
 def test_a_stage_can_start_from_the_base(through, teachers, tmp_path):
     folder = copy_of(through, tmp_path)
     first, second = two_stages(teachers)
-    assert "stage 'second' was begun from another LoRA than the base now has" in refusal(
+    assert "stage 'second' was begun from another LoRA than the base has now" in refusal(
         [first, replace(second, from_base=True)], folder
     )
     shutil.rmtree(folder / "second")
@@ -205,7 +205,7 @@ def test_another_teacher_is_refused(through, teachers, tmp_path):
     run_stages(stages, folder)  # the teacher is the same
     changed = {name: value + 1 for name, value in weights(folder / "first").items()}
     save_file(changed, folder / "first" / "adapter_model.safetensors")
-    assert "stage 'second' was begun from another LoRA than 'first' now has" in refusal(stages, folder)
+    assert "stage 'second' was begun from another LoRA than 'first' has now" in refusal(stages, folder)
     assert "stage 'second' is taught by stage 'first', which does not come before it" in refusal(stages[::-1], folder)
 
 

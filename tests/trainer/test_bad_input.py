@@ -232,7 +232,7 @@ DATA = {
     "none": (None, "train_dataset is None; it must be a datasets.Dataset"),
     "stream": (
         TRAIN.to_iterable_dataset(),
-        "train_dataset is a IterableDataset; it must be a datasets.Dataset, since every update takes prompts of all tasks.",
+        "train_dataset is a IterableDataset; it must be a datasets.Dataset, since every update needs prompts of all tasks.",
     ),
 }
 
@@ -247,7 +247,7 @@ def test_evaluation_data(tmp_path):
     refused(
         tmp_path,
         "easy has 1 empty prompt(s), the first in row 0.",
-        "hard has prompts of tasks ['anatomy'], which train_dataset does not have: ['count', 'ocr', 'style'].",
+        "hard has prompts of tasks ['anatomy'], but train_dataset only has tasks ['count', 'ocr', 'style'].",
         "stream is a IterableDataset; it must be a datasets.Dataset, or a dict of them.",
         eval_dataset={
             "easy": Dataset.from_dict({"prompt": [""], "task": ["ocr"]}),
@@ -261,7 +261,8 @@ def test_evaluation_data(tmp_path):
 def test_weights_of_unknown_tasks(tmp_path):
     refused(
         tmp_path,
-        "task_weights names tasks ['anatomy'] without prompts; the data has ['count', 'ocr', 'style'].",
+        "task_weights has a weight for task 'anatomy', but no prompt in train_dataset has that task. Tasks found: "
+        "['count', 'ocr', 'style'].",
         options={"task_weights": {"ocr": 2.0, "anatomy": 1.0}},
     )
 
@@ -341,7 +342,7 @@ def test_options_that_contradict_each_other(tmp_path, label):
 def test_more_trained_steps_than_there_are(tmp_path):
     refused(
         tmp_path,
-        "num_trained_timesteps=4: only 3 steps are trained of 4, without the last 1 (skip_last_steps).",
+        "num_trained_timesteps=4: only 3 of the 4 steps can be trained, since skip_last_steps leaves out the last 1.",
         options={"num_trained_timesteps": 4},
     )
 
@@ -429,7 +430,7 @@ def test_an_offloaded_pipeline(tmp_path):
 
 
 def test_what_the_student_cannot_be(tmp_path, lora):
-    refused(tmp_path, "peft_config='lora': it is 'default', a LoraConfig, or None", peft_config="lora")
+    refused(tmp_path, "peft_config='lora': use 'default', a LoraConfig, or None", peft_config="lora")
     refused(tmp_path, "peft_config is a IA3Config; the student can be a LoRA or full weights", peft_config=IA3Config())
     refused(tmp_path, "peft_config is a dict; the student can be a LoRA or full weights", peft_config={"r": 4})
     refused(tmp_path, "Target modules {'nothing'} not found", peft_config=LoraConfig(target_modules=["nothing"]))

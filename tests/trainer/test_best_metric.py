@@ -78,7 +78,7 @@ def test_a_typo_is_in_the_one_message(teachers, tmp_path):
     assert (
         "There will be eval_reward, eval_count/red, eval_draw/red, eval_loss, eval_kl/count, eval_kl/draw, " in message
     )
-    assert "task_weights names tasks ['nowhere']" in message and message.count("\n") == 2
+    assert "task_weights has a weight for task 'nowhere'" in message and message.count("\n") == 2
 
 
 class TestProblems:
@@ -97,7 +97,7 @@ class TestProblems:
     def test_a_dict_of_datasets(self, tmp_path):
         parts = {"a": make_dataset(count=1), "b": make_dataset(draw=1)}
         assert self.problems("eval_a_reward", tmp_path, parts) == self.problems("b_draw/red", tmp_path, parts) == []
-        assert "Is 'eval_a_reward' meant" in self.problems("a_rewardd", tmp_path, parts)[0]
+        assert "Did you mean 'eval_a_reward'" in self.problems("a_rewardd", tmp_path, parts)[0]
         assert len(self.problems("eval_reward", tmp_path, parts)) == 1
 
     def test_what_nobody_gave(self, tmp_path):

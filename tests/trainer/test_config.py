@@ -277,7 +277,10 @@ REFUSED = {
 SFT_REFUSED = {
     "density": ({"timestep_density": "mode"}, "timestep_density='mode': it must be one of uniform, logit_normal."),
     "std": ({"logit_std": 0.0}, "logit_std=0.0: it must be positive."),
-    "mean of uniform": ({"timestep_density": "uniform", "logit_mean": 1.0}, "leave them unset"),
+    "mean of uniform": (
+        {"timestep_density": "uniform", "logit_mean": 1.0},
+        "have no effect with timestep_density='uniform'",
+    ),
     "guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
     "no images": ({"num_images_per_prompt": 0}, "num_images_per_prompt=0: it must be at least 1."),
     "fresh ones": ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 without teacher_cache_dir"),

@@ -325,7 +325,7 @@ def test_bad_settings(tmp_path):
     [
         ({"reward_funcs": None}, "reward_funcs is missing"),
         ({"reward_funcs": {"count": brightness}}, "tasks ['draw'] have none"),
-        ({"num_generations": 4}, "are not whole groups of num_generations=4"),
+        ({"num_generations": 4}, "can't be split into groups of num_generations=4"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 reward functions"),
     ],
 )
@@ -340,5 +340,5 @@ def test_a_trainer_that_does_not_start_gives_the_pipeline_back(tmp_path, argumen
 
 def test_another_trainers_config_is_refused(tmp_path):
     args = DiffusionOPDConfig(str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match="args is a DiffusionOPDConfig, which is for another trainer"):
+    with pytest.raises(ValueError, match="args is a DiffusionOPDConfig, but DiffusionNFTTrainer takes"):
         DiffusionNFTTrainer(make_pipeline(), brightness, args=args, train_dataset=make_dataset())

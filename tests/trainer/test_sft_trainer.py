@@ -373,16 +373,16 @@ def refusal(tmp_path, teachers=None, **options):
 def test_data_without_images_is_refused(tmp_path, teachers):
     message = refusal(tmp_path, train_dataset=make_dataset(), student_init="merge")
     assert "train_dataset has no images in the column 'image'; the columns are ['prompt', 'task', 'target']" in message
-    assert "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers." in message
+    assert "student_init='merge' starts from the mean of the teachers' LoRAs, but there are no teachers." in message
     message = refusal(tmp_path, train_dataset=make_dataset().rename_column("target", "image"))
     assert "its type is Value('int64')" in message and "cast_column('image', datasets.Image())" in message
     message = refusal(tmp_path, teachers, train_dataset=image_dataset())
-    assert "train_dataset has a column 'image', and with teachers its images would be ignored." in message
+    assert "train_dataset has a column 'image', but with teachers its images would be ignored." in message
 
 
 def test_options_of_teachers_without_teachers_are_refused(tmp_path):
     message = refusal(tmp_path, teacher_cache_dir=str(tmp_path / "images"))
-    assert "keeps images of teachers, and there are none. Leave it unset." in message
+    assert "is for images of teachers, but there are none. Leave it unset." in message
 
 
 def test_a_pipeline_without_vae_is_refused(tmp_path):

@@ -269,9 +269,7 @@ def _looked_at(
 
 
 def damage_problems(folder: Path, names: list[str] | None = None) -> list[str]:
-    """
-    Lists the damaged files of a complete checkpoint (all, or those in `names`), and the older one to resume from.
-    """
+    """Lists damaged files of a complete checkpoint (all, or those in `names`), and the older one to resume from."""
     damaged = damage(folder, names)
     return [*damaged, _older(folder)] if damaged else []
 

@@ -12,9 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-The seal: the last file of a checkpoint. It marks it as complete, and holds hashes of its files and the run's name.
-"""
+"""The seal: a checkpoint's last file. It marks it as complete, with hashes of its files and the run's name."""
 
 import json
 import os

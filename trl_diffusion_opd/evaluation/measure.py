@@ -89,9 +89,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """
-    A model to draw with: a weighted mean of networks, each with its own guidance scale, and all of the model's names.
-    """
+    """A model to draw with: a weighted mean of networks, each with its guidance scale, and the model's names."""
 
     roles: list[Role]
     names: list[str]

@@ -66,9 +66,7 @@ def interval(values: np.ndarray) -> list[float] | None:
 
 
 def retention_of(base: np.ndarray, teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
-    """
-    `(student - base) / (teacher - base)` of means, or of arrays of resampled means. NaN where the teacher has no gain.
-    """
+    """`(student - base) / (teacher - base)` of means, or of arrays of them. NaN where the teacher has no gain."""
     gain, kept = np.asarray(teacher - base, dtype=float), np.asarray(student - base, dtype=float)
     return np.divide(kept, gain, out=np.full(np.broadcast_shapes(kept.shape, gain.shape), np.nan), where=gain > 0)
 

@@ -86,9 +86,7 @@ class AdapterSwitch:
 
     @contextmanager
     def use(self, adapter: str | None) -> Iterator[None]:
-        """
-        Context in which `adapter` is active. Afterwards, also after an exception, the one before is active again.
-        """
+        """Context in which `adapter` is active. Afterwards, also after an exception, the previous one is again."""
         before = self.active
         self._activate(adapter)
         try:

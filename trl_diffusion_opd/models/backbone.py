@@ -143,9 +143,7 @@ class Backbone:
             yield self.network
 
     def frozen(self) -> dict[str, list[nn.Parameter]]:
-        """
-        Returns the frozen parameters of each role, each once. The base is among them if no student's adapter is on it.
-        """
+        """The frozen parameters of each role, each once. The base is among them if no student's adapter is on it."""
         found: dict[str, list[nn.Parameter]] = {}
         if self._home is None and self.network is not None:
             found[BASE] = list(self.network.parameters())
@@ -185,9 +183,7 @@ class Backbone:
         return self
 
     def compile(self, backend: str | None = None, mode: str | None = None) -> Backbone:
-        """
-        Compiles [`~Backbone.networks`] with [`~compilation.compile_blocks`], so that switching does not recompile.
-        """
+        """Compiles [`~Backbone.networks`] with [`~compilation.compile_blocks`]. Switching does not recompile."""
         if self.network is not None:
             self._switch.share_name()
         for network in self.networks():

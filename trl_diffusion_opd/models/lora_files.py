@@ -85,9 +85,7 @@ def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[L
 
 
 class _Lora(NamedTuple):
-    """
-    The content of a LoRA's files: its matrices and its options. Without options, alphas may lie among the tensors.
-    """
+    """The content of a LoRA's files: its matrices, and its options or the alphas among its tensors."""
 
     config: LoraConfig | None
     tensors: dict[str, torch.Tensor]

@@ -49,9 +49,7 @@ _LAYOUTS = {
 
 
 class _Traced(torch.Tensor):
-    """
-    A tensor that remembers from which keys of the file its values come. Tensors computed from it remember them too.
-    """
+    """A tensor that remembers the file keys that its values come from. Tensors computed from it do too."""
 
     sources: frozenset[str] = frozenset()
 
@@ -168,9 +166,7 @@ def _take_alphas(tensors: dict[str, _Traced], label: str) -> dict[str, float]:
 
 
 def _changes_nothing(key: str, raw: Mapping[str, Tensor]) -> bool:
-    """
-    Whether a dropped tensor has no effect anyway: its layer's product is zero, or it is an alpha equal to the rank.
-    """
+    """Whether a dropped tensor has no effect: its layer's product is zero, or it is an alpha equal to the rank."""
     module = LORA_KEY.sub("", key)
     for a, b in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
         down, up = raw.get(f"{module}.{a}.weight"), raw.get(f"{module}.{b}.weight")

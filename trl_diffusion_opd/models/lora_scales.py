@@ -106,9 +106,7 @@ def _usual(values: Mapping[str, N]) -> N:
 
 
 def _exact(values: Mapping[str, N], usual: N) -> dict[str, N]:
-    """
-    PEFT's pattern for layers whose value differs from `usual`. One key a value: PEFT tries all keys on all layers.
-    """
+    """PEFT's pattern for layers that differ from `usual`. One key a value, since PEFT tries all keys on all layers."""
     layers: dict[N, list[str]] = {}
     for layer, value in sorted(values.items()):
         if value != usual:

@@ -77,9 +77,7 @@ class OldPolicy:
             own_part(parameter).lerp_(weight, 1 - decay)
 
     def save(self, folder: str | Path, write: bool = True) -> None:
-        """
-        Writes it into a checkpoint, beside the weights of [`Student.save_state`]. A saved student does not contain it.
-        """
+        """Writes it into a checkpoint, beside the weights of [`Student.save_state`]. A saved student has none."""
         write_weights(self.named_parameters(), folder, OLD_POLICY_FILE, write)
 
     @torch.no_grad()

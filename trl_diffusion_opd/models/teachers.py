@@ -248,9 +248,7 @@ class TeacherBank:
     def _velocities(
         self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float, prompts: list[str]
     ) -> Sequence[Tensor]:
-        """
-        Computes each role's velocity at `x` of shape `(B, ...)` in one forward, on one copy of `x` for each role.
-        """
+        """Computes each role's velocity at `x` of shape `(B, ...)` in one forward, with a copy of `x` for each."""
         n, scale = len(group), group[0].guidance_scale
         if n == 1:
             with self.use(group[0]) as network:
@@ -287,9 +285,7 @@ class TeacherBank:
             raise ValueError("\n".join(problems))
 
     def manifest(self) -> Manifest:
-        """
-        Describes the teachers for a checkpoint: for each task a list of entries, ready for JSON, without local paths.
-        """
+        """Describes the teachers for a checkpoint: by task a list of entries, ready for JSON, without local paths."""
         return {
             task: [
                 {

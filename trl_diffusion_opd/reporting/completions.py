@@ -171,9 +171,7 @@ def _send(
     tasks = dict.fromkeys(completion.task for completion in completions)
 
     def media(tracker: ModuleType) -> dict[str, object]:
-        """
-        Table and picture as objects of wandb or trackio, whose classes have the same names. The update is the x axis.
-        """
+        """Table and picture as objects of wandb or trackio (same class names). The update is the x axis."""
         images = [tracker.Image(completion.image) for completion in completions]
         rows = [
             [completion.prompt, completion.task, image, *values]

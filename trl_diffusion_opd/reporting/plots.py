@@ -20,7 +20,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -282,6 +282,10 @@ def _enlarged(image: Image, size: int = 256) -> Image:
     return image.convert("RGB").resize((image.width * factor, image.height * factor), Resampling.NEAREST)
 
 
+_Style = Literal["-", "--", ":", "-."]
+_STYLES: tuple[_Style, ...] = ("-", "--", ":", "-.")
+
+
 def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """
     Draws training curves against updates: the loss, and each task's KL and rewards (in training and in evaluation).
@@ -300,17 +304,17 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
     named = [key.partition("/") for key in series]
     tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in ("kl", "reward")))
     colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
-    loss = {key: (_BASE, "-") for key in ("loss",) if key in series}
+    loss: dict[str, tuple[str, _Style]] = {key: (_BASE, "-") for key in ("loss",) if key in series}
     kl, trained = (
-        {f"{prefix}/{task}": (color, "-") for task, color in colors.items() if f"{prefix}/{task}" in series}
+        {f"{prefix}/{task}": (color, _STYLES[0]) for task, color in colors.items() if f"{prefix}/{task}" in series}
         for prefix in ("kl", "reward")
     )
-    rewards: dict[str, tuple[str, str]] = {}
+    rewards: dict[str, tuple[str, _Style]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
-    panels = [
+    panels: list[tuple[str, dict[str, tuple[str, _Style]], bool]] = [
         ("loss", loss, True),
         ("KL to the base" if trained else "KL to the task's teacher", kl, True),
         ("reward in training", trained, False),
@@ -325,8 +329,9 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
     # parse_math, since a logarithmic axis writes its powers of ten as formulas.
     with rc_context({**STYLE, "text.parse_math": True}):
         figure = Figure(figsize=(3.6 * len(panels) + 1.4, 3.3), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _plot_panel(axes, series, *panel)
+        places = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, lines, logarithmic) in zip(places, panels, strict=True):
+            _plot_panel(axes, series, title, lines, logarithmic)
         entries = {task: Line2D([], [], color=color, linewidth=1.8) for task, color in colors.items()}
         if any(style != "-" for _, style in rewards.values()):
             entries |= {
@@ -342,7 +347,7 @@ def _plot_panel(
     axes: Axes,
     series: Mapping[str, Sequence[tuple[float, float]]],
     title: str,
-    lines: Mapping[str, tuple[str, str]],
+    lines: Mapping[str, tuple[str, _Style]],
     logarithmic: bool,
 ) -> None:
     """One panel of curves. `lines` has the color and the style of each by the name of its series."""
@@ -355,9 +360,6 @@ def _plot_panel(
     axes.set_xlabel("updates")
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
-
-
-_STYLES = ("-", "--", ":", "-.")
 
 
 def _save(figure: Figure, path: str | Path, bbox_inches: str | None = None) -> None:

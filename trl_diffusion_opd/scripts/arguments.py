@@ -12,9 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-The commands' arguments beyond a trainer's config, and how they are read. Lists are `--option task=value task=value …`.
-"""
+"""The commands' arguments beyond a trainer's config. Lists are given as `--option task=value task=value …`."""
 
 import json
 import os
@@ -77,9 +75,7 @@ class QuantizationArguments:
                 raise ValueError(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
 
     def quantization_config(self, dtype: str) -> "QuantizationConfig":
-        """
-        Makes diffusers' quantization config, or `None` without quantization. `dtype` is the layers' compute dtype.
-        """
+        """Makes diffusers' quantization config; `None` without one. `dtype` is the layers' compute dtype."""
 
         from diffusers import BitsAndBytesConfig, TorchAoConfig
 

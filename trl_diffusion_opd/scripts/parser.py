@@ -12,9 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""
-The commands' parser: TRL's, plus configs by name, help in groups, and a suggestion for each unknown option.
-"""
+"""The commands' parser: TRL's, plus configs by name, help in groups, and a suggestion for each unknown option."""
 
 import argparse
 import copy

@@ -391,7 +391,7 @@ def _merge(shared: dict[str, JSON], given: dict[str, JSON]) -> dict[str, JSON]:
 def _spec_problems(given: dict[str, JSON], from_base: bool) -> list[str]:
     missing = [name for name in ("name", "trainer", "model_name_or_path", "prompts") if not given.get(name)]
     problems = [f"{', '.join(missing)} must be given."] if missing else []
-    problems += [f"{name!r} is not one of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]
+    problems += [f"{name!r} is none of {', '.join(sorted(_KNOWN))}." for name in sorted(given.keys() - _KNOWN)]
     trainer, config = given.get("trainer"), given["config"]
     if trainer is not None and trainer not in _TRAINERS:
         problems.append(f"trainer={trainer!r}: it must be one of {', '.join(_TRAINERS)}.")

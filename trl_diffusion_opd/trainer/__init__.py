@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .rl_round import Rollout
     from .rl_trainer import DiffusionRLTrainer
 
-# Imported when first asked for: a config needs no diffusers, and a command line's mistakes are told sooner.
+# Imported on first use: a config needs no diffusers, so mistakes on a command line show sooner.
 _MODULES = {
     "DiffusionConfig": "base_config",
     "DiffusionGRPOConfig": "diffusion_grpo_config",

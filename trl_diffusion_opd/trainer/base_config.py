@@ -290,9 +290,7 @@ class DiffusionConfig(_BaseConfig):
         Problems(problems).raise_under(type(self).__name__)
 
     def _refuse_broken_json(self) -> None:
-        """
-        Names the option whose JSON is broken. transformers parses values that begin with "{", but its error doesn't.
-        """
+        """Names the option whose JSON is broken, since the error of transformers, which parses it, does not."""
         problems = []
         for name in self._VALID_DICT_FIELDS:
             value = self.__dict__[name]

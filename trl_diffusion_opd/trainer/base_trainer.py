@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What every trainer of this package shares: rounds of tasks, the student's forward and backward, evaluation, files. No loss."""
+"""The base of all trainers of this package: rounds of tasks, evaluation, logs and files. It has no loss."""
 
 import logging
 import math
@@ -69,34 +69,34 @@ logger = logging.getLogger(__name__)
 
 class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     """
-    Base of the diffusion trainers: a diffusers pipeline in place of a language model, and prompts of several tasks.
+    Base class of the diffusion trainers. It trains a diffusers pipeline, on prompts of several tasks.
 
-    A trainer derives from it and overrides [`prepare_method`] (what else it loads and refuses before the first step) and
-    [`training_step`].
+    A trainer derives from it and overrides [`prepare_method`] (what else to load, and to refuse, before the first
+    step) and [`training_step`].
 
     Attributes:
-        tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and their parts in an update.
+        tasks (`list[str]`), rounds ([`Rounds`]): the tasks of the training data, and their shares of an update.
         reward_funcs (`dict[str, list[Callable]]`): the rewards of each task.
-        student ([`Student`]): what is trained.
-        base_pipeline ([`~diffusers.DiffusionPipeline`]): with the student in the place of its transformer.
-        velocity_field ([`VelocityField`]): the velocity on the grid of training.
+        student ([`Student`]): the trained weights and their average.
+        base_pipeline ([`~diffusers.DiffusionPipeline`]): the pipeline, whose transformer is the student.
+        velocity_field ([`VelocityField`]): the pipeline's velocity on the noise levels of training.
         evaluator ([`ImageEvaluator`]): draws and scores images of the student.
         bank ([`TeacherBank`], *optional*): the loaded teachers.
-        merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, what the student started from.
+        merge_report ([`MergeReport`], *optional*): with `student_init="merge"`, the error of the student's start.
     """
 
-    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # a task's share of the round is in the loss
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # the loss includes the task's share of the round
     args: DiffusionConfig
-    # How often a prompt comes in a round, and a round in an epoch.
+    # How often each prompt is repeated in a round, and each round in an epoch.
     repeats, passes = 1, 1
-    # The run that a training belongs to, and what its resumes have changed: see `checkpoint.begin`.
+    # Settings that resumes of this run have changed: see `checkpoint.begin`.
     changes: list[dict[str, object]] = []
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
-    # What the seconds of an update are made of.
+    # The parts of an update whose time is measured.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
-    _grid_at = -1  # the update of which images were last shown
+    _grid_at = -1  # the update at which images were last shown
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         peft_config: PeftConfig | str | None = "default",
         teachers: TeacherSpec | Mapping[str, TeacherSpec] | None = None,
     ):
-        with ExitStack() as undo:  # whatever fails, the caller's pipeline is given back as it was
+        with ExitStack() as undo:  # if anything fails, the caller's pipeline is restored
             parts = prepare(
                 type(self),
                 undo,
@@ -139,7 +139,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             undo.pop_all()
 
     def _settle(self, parts: Parts) -> None:
-        """What is to be said to accelerate, now that it is there."""
+        """Configures accelerate, which exists from now on."""
         if self.args.n_gpu > 1:
             raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
@@ -148,7 +148,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         if self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
             leave_precision_to_the_model(config, parts.student, self.accelerator.device)
-            # Trainer has set it again: see the arguments.
+            # Trainer has set it again. DiffusionConfig says why it must be unset.
             unset_hf_deepspeed_config()
 
     def _take(self, parts: Parts) -> None:
@@ -178,41 +178,39 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # Hooks of the trainers
 
     def _start(self) -> None:
-        """Shows what will be trained, at the end of the constructor."""
+        """Prints what will be trained. Called at the end of the constructor."""
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)
 
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Metrics of the method itself, such as its loss on the evaluation's prompts."""
+        """Returns the method's own metrics of an evaluation, such as its loss on the prompts."""
         return {}
 
     def _card_fields(self) -> MethodFacts:
-        """
-        What the model card says of the method: `method`, `teachers`, `settings` and `no_walk` of [`CardFacts`]; all optional.
-        """
+        """Returns the method's fields of [`CardFacts`], all optional: `method`, `teachers`, `settings`, `no_walk`."""
         return {}
 
     def frozen_parts(self) -> dict[str, list[nn.Parameter]]:
-        """Weights that the method has beside the student and the pipeline, by name."""
+        """The method's weights besides the student's and the pipeline's, by name."""
         if self.bank is None:
             return {}
         name = "teachers" if self.student.is_lora else "teachers and frozen base"
         return {name: list(self.bank.backbone.parameters())}
 
     def guidance_scales(self, task: str) -> set[float]:
-        """The guidance scales at which a task's prompts are asked for in training."""
+        """The guidance scales that a task's prompts are used with in training."""
         roles = () if self.bank is None else self.bank.teachers.get(task, ())
         return {self.trained_scale, *(role.guidance_scale for role in roles)}
 
     @property
     def trained_scale(self) -> float:
-        """The guidance scale of the student's forwards that have a backward."""
+        """The guidance scale of the student's forwards that are trained."""
         return self.args.guidance_scale
 
     def task_comparison(self) -> TaskComparison:
-        """Compares the tasks that have different teachers."""
+        """Makes the object that compares tasks with different teachers."""
         assert self.bank is not None
         return TaskComparison(
             field=self.velocity_field,
@@ -229,7 +227,9 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         )
 
     def _compare_tasks(self) -> None:
-        """Shows how well the tasks can be told apart, once, and warns of those that can't and whose teachers disagree."""
+        """
+        Prints, once, how well tasks can be told apart, and warns of those that can't and whose teachers disagree.
+        """
         if self.bank is None or self._has_compared:
             return
         self._has_compared = True
@@ -243,12 +243,12 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # Trainer's hooks
 
     def _build_accelerator_args(self, **kwargs: object) -> dict[str, object]:
-        # accelerate would compile the student alone, as a whole and as a wrapper. The blocks are compiled already, teachers' too.
+        # accelerate would compile the student only, as a whole. The blocks are compiled already, the teachers' too.
         accelerator_args = super()._build_accelerator_args(**kwargs)
         return {name: value for name, value in accelerator_args.items() if name != "dynamo_plugin"}
 
     def _send_telemetry(self) -> None:
-        """TRL's reads the config of a language model. Nothing is sent."""
+        """Sends nothing. TRL's own method would read a language model's config."""
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = self.train_dataset.column_names
@@ -258,7 +258,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         return self._sampler
 
     def make_sampler(self) -> TaskSampler:
-        # The order depends on the data seed alone, so every process has the same.
+        # The order depends only on the data seed, so it is the same on every process.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self.rounds.sampler(
             self.micro_batch_size * self.accelerator.num_processes, seed, self.repeats, self.passes
@@ -275,16 +275,16 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         return self.micro_batch_size * self.accelerator.num_processes * self.rounds.micro_batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end, where Trainer takes one update more
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: Trainer would take one more update
             self.control.should_training_stop = True
             return
-        # accelerate does not forward set_epoch through the wrappers that sharding and resuming put around a sampler.
+        # accelerate does not pass set_epoch on through the wrappers around a sampler (sharding, resuming).
         self._sampler.set_epoch(kwargs["epoch"])
-        self._micro_step = 0  # an epoch, and what a resume leaves of it, begins with a whole round
+        self._micro_step = 0  # an epoch begins with a whole round, also if it is resumed
         super()._run_epoch(*args, **kwargs)
 
     def _begin_run(self) -> None:
-        """Shows where training starts. All processes call it."""
+        """Prints and logs what there is before the first update. All processes must call it."""
         self._say_average(self.state.max_steps)
         self._log_completions()
         if self.state.global_step == 0:
@@ -298,7 +298,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._cost.stop()
 
     def _say_average(self, updates: int) -> None:
-        """How old the weights are that are evaluated and saved, and a warning where that is too old for this run."""
+        """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""
         if not self.is_world_process_zero():
             return
         average = self.args.ema_decay, updates, self.args.ema_update_interval
@@ -314,22 +314,22 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     @property
     def mixed_dtype(self) -> torch.dtype | None:
-        """What mixed precision computes in, if it is on."""
+        """The dtype of mixed precision, if it is on."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
-        Trains, or goes on with a run that was interrupted. One run at a time trains into an output folder.
+        Trains, or resumes an interrupted run. Only one run at a time can train into an output folder.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Folder of a checkpoint, or `True` for the last complete one in `output_dir`.
 
         Returns:
-            `TrainOutput`: the number of updates, the mean loss and what else Trainer measures.
+            `TrainOutput`: the number of updates, the mean loss, and Trainer's other metrics.
 
         Raises:
-            [`ValueError`]: if the checkpoint is damaged, or is of a run that this one is not.
+            [`ValueError`]: if the checkpoint is damaged, or its run cannot be continued with these settings.
         """
         with (
             one_run_at_a_time(self.args.output_dir, self.accelerator),
@@ -337,7 +337,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
                 lambda: f"in update {self.state.global_step + 1}",
                 lambda: checkpoint.resume_advice(self.args.output_dir),
             ),
-            # PEFT casts what enters a float32 LoRA to float32, and autocast casts it back: whole activations, for nothing.
+            # PEFT casts a float32 LoRA's input to float32, and autocast casts it back: a waste for whole activations.
             disable_input_dtype_casting(self.model),
             self._stop.listening(),
         ):
@@ -353,14 +353,14 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The micro-batches of an optimizer step. Trainer asks for all of them at once: an update begins here."""
+        """Returns the micro-batches of an optimizer step. Trainer asks for all at once, so an update begins here."""
         self._cost.start()
         with self._part("data"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             with self._part("encoding"):
                 self.velocity_field.encode_together(self._companies())
-        if self.offload.modules:  # their prompts are encoded in one go, after which the encoders leave the device
+        if self.offload.modules:  # encode all prompts of the round now, so that the encoders can leave the device
             for i, rows in enumerate(batches):
                 task, _ = self.turn(i, rows)
                 self.velocity_field.encode_prompts([row["prompt"] for row in rows], self.guidance_scales(task))
@@ -370,15 +370,15 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _companies(self) -> list[list[str]]:
         """
-        The prompts of the update's round that are encoded together: the same for any number of processes, and for any
-        size of micro-batches.
+        Returns groups of the round's prompts that are encoded together. They are the same for any number of processes
+        and any size of micro-batches.
         """
         a_round = self.state.global_step // self._sampler.passes
         companies = self._sampler.companies(a_round % self._sampler.rounds)
         return [list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])) for rows in companies]
 
     def turn(self, number: int, rows: list[Row]) -> tuple[str, list[int]]:
-        """Task of a round's micro-batch, and its samples' positions among the task's of this round: see [`Rounds.turn`]."""
+        """Returns a micro-batch's task, and its samples' positions among the task's. See [`Rounds.turn`]."""
         process = self.accelerator.process_index, self.accelerator.num_processes
         return self.rounds.turn(number, rows, self.micro_batch_size, self.state.global_step + 1, process)
 
@@ -390,11 +390,11 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         # Trainer's last call before the optimizer's step. The norm is the same on every process.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        # Under fp16 an overflow is routine: the scaler skips the step and lowers its scale.
+        # With fp16 an overflow is normal: the scaler skips the step and lowers its scale.
         if norm is not None and not self.args.fp16 and not math.isfinite(norm):
             raise FloatingPointError(
-                f"The gradient of update {self.state.global_step + 1} is not finite (norm {float(norm)}). Training stops "
-                "before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
+                f"The gradient of update {self.state.global_step + 1} is not finite (norm {float(norm)}). Training "
+                "stops before the optimizer's step; the last checkpoint is untouched. Try dtype float32."
             )
         return norm
 
@@ -409,16 +409,16 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         """
         Draws images for the prompts of `eval_dataset` with the averaged weights and scores them.
 
-        The noise of an image is fixed by the seed, its task and its number, so evaluations can be compared.
+        The noise of an image depends only on the seed, its task and its number, so evaluations can be compared.
 
         Returns:
-            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over the tasks of their
-            rewards' means) and timings, among them the seconds of `eval_generation_time` and, meanwhile, of each
-            `eval_reward_time/{reward}`; with a dict of datasets the same under `eval_{name}_…`.
+            `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over tasks of their
+            rewards' means), and timings: the seconds of drawing, `eval_generation_time`, and of each reward meanwhile,
+            `eval_reward_time/{reward}`. With a dict of datasets, the names are `eval_{name}_…`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # names are of a dict's
+            dataset = self.eval_dataset[dataset]  # type: ignore[index]  # a name is a key of a dict of datasets
         if isinstance(dataset, Mapping):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():
@@ -439,7 +439,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         return metrics
 
     def _log_completions(self) -> None:
-        """Shows images of the student, once an update. Their prompts and noise are fixed, so that they can be compared."""
+        """Logs the student's images, at most once an update. Prompts and noise are fixed, to compare images."""
         if not self.args.log_completions or self._grid_at == self.state.global_step:
             return
         self._grid_at = self.state.global_step
@@ -453,22 +453,23 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     @contextmanager
     def averaged_student(self) -> Iterator[nn.Module]:
-        """Within it, the student's network with its averaged weights; afterwards the encoders are at rest."""
+        """Context that yields the student's network with its averaged weights. Afterwards it offloads the encoders."""
         with self.student.ema_weights():
             yield self.student.model
         self.offload.rest()
 
     def pipeline(self, *args: object, **kwargs: object) -> Any:
         """
-        The pipeline with the student as it is now (its averaged weights): takes what the pipeline's own `__call__` takes.
+        Calls the pipeline with the student's averaged weights. Takes the arguments of the pipeline's `__call__`.
 
         Raises:
-            [`RuntimeError`]: once FSDP or ZeRO-3 has split the model.
+            [`RuntimeError`]: if FSDP or ZeRO-3 has split the model among processes.
         """
         if is_split(self.model):
             raise RuntimeError(
-                "trainer.pipeline(...) has no whole model to draw with: it is split over the processes. Call "
-                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or trainer.evaluate()."
+                "trainer.pipeline(...) needs the whole model, but it is split among the processes. Call "
+                "trainer.save_model(folder) on all of them and load the folder into a pipeline, or use "
+                "trainer.evaluate()."
             )
         with self.averaged_student(), torch.no_grad():
             return self.base_pipeline(*args, **kwargs)
@@ -476,7 +477,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:  # what was gathered since the last training log belongs to it, not to an evaluation between
+        if "loss" in logs:  # a training log: it gets the metrics gathered since the one before
             metrics = {name: applicable_mean(values) for name, values in self._metrics["train"].items()}
             logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
             logs |= self._cost.metrics(

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is refused before the first step: each function says what is wrong, a sentence each, and changes nothing."""
+"""Checks before the first step. Each function returns its problems, a sentence each, and changes nothing."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -50,12 +50,12 @@ def loading_problems(
     args: DiffusionConfig,
     quantization_config: QuantizationConfig,
 ) -> list[str]:
-    """What of the options with which `pipeline` should have been loaded has no effect."""
+    """Options for loading the pipeline that have no effect."""
     if isinstance(model, DiffusionPipeline):
         if args.model_init_kwargs or quantization_config is not None:
             return [
-                "model_init_kwargs and quantization_config are for a model that is given by name. This one is "
-                "loaded already: load it with them, or pass its name."
+                "model_init_kwargs and quantization_config are for a model that is given by name, but this one is "
+                "already loaded. Load it with them, or pass its name."
             ]
         return []
     quantized = pipeline_config(quantization_config)
@@ -63,7 +63,7 @@ def loading_problems(
     unknown = [name for name in named if name not in pipeline.components]
     if unknown:
         return [
-            f"quantization_config is for {unknown}, which {type(pipeline).__name__} does not have; it has "
+            f"quantization_config is for {unknown}, which {type(pipeline).__name__} does not have. It has "
             f"{sorted(n for n, c in pipeline.components.items() if isinstance(c, nn.Module))}."
         ]
     return []
@@ -72,7 +72,7 @@ def loading_problems(
 def model_problems(
     pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
 ) -> list[str]:
-    """What keeps the pipeline's transformer from being trained as `args` and `peft_config` say."""
+    """Reasons why the pipeline's transformer can't be trained with `args` and `peft_config`."""
     transformer = pipeline.components.get("transformer")
     if not isinstance(transformer, nn.Module):
         return [
@@ -83,22 +83,23 @@ def model_problems(
     if isinstance(transformer, PeftModel):
         problems.append(
             "The pipeline already carries a LoRA: its transformer is a PeftModel. Take it out with "
-            "pipe.transformer = pipe.transformer.unload(), or merge_and_unload() to keep its effect, and name the layers in peft_config."
+            "pipe.transformer = pipe.transformer.unload(), or merge_and_unload() to keep its effect, and name the "
+            "layers in peft_config."
         )
     elif carries_lora(pipeline):
         problems.append(
             "The pipeline already carries a LoRA, which would become part of the base. Remove it with "
-            "pipe.unload_lora_weights(), after pipe.fuse_lora() to keep its effect, or pass it as student_init or as a "
-            "teacher."
+            "pipe.unload_lora_weights(), after pipe.fuse_lora() to keep its effect, or pass it as student_init or as "
+            "a teacher."
         )
     else:
         problems += transformer_problems(transformer)
     problems += placement_problems(pipeline)
     if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
-        # Its experts run under no_grad unless the module is in training mode, which a replay cannot be in.
+        # Its experts run under no_grad unless the module is in training mode, but here it stays in eval mode.
         problems.append("HiDream's experts pass no gradient in eval mode, so it can be sampled but not trained here.")
     if isinstance(peft_config, str) and peft_config != "default":
-        problems.append(f"peft_config={peft_config!r}: it is 'default', a LoraConfig, or None for full fine-tuning.")
+        problems.append(f"peft_config={peft_config!r}: use 'default', a LoraConfig, or None for full fine-tuning.")
     elif not isinstance(peft_config, str | LoraConfig | None):
         problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
     elif peft_config is None and args.student_init is not None:
@@ -109,101 +110,105 @@ def model_problems(
 
 
 def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]:
-    """What of `args` and of the launcher's settings, which are in the environment, can't be had together."""
+    """Conflicts among `args` and the launcher's settings, which are in the environment."""
     problems = Problems()
     is_module = isinstance(transformer, nn.Module)
-    # Of one process nothing is split.
+    # With one process FSDP splits nothing.
     plugin = args.fsdp_plugin_args
     is_fsdp = args.world_size > 1 and (plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
     is_deepspeed = args.deepspeed_plugin is not None
     if args.torch_compile and (is_fsdp or is_deepspeed):
         problems.append(
-            f"torch_compile=True is not supported where {'FSDP' if is_fsdp else 'DeepSpeed'} wraps the model: leave it out."
+            f"torch_compile=True is not supported with {'FSDP' if is_fsdp else 'DeepSpeed'}: leave it out."
         )
     elif args.torch_compile and is_module:
         with problems.collect():
             compilable_blocks(transformer)
     if is_module and is_quantized(transformer) and (is_fsdp or is_deepspeed):
         problems.append(
-            "A quantised base is not supported where FSDP or DeepSpeed wraps the model. Use multi_gpu.yaml of "
-            "examples/accelerate_configs/, with which each process holds it."
+            "A quantized base is not supported with FSDP or DeepSpeed. Use multi_gpu.yaml of "
+            "examples/accelerate_configs/, with which each process holds the whole base."
         )
     if args.deepspeed_plugin is not None and (
         args.fp16 or args.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True
     ):
         problems.append(
-            "fp16 is not supported under DeepSpeed, which would round the trained weights to it. Set bf16, or train in "
-            "float32, in the launcher's settings (mixed_precision) and in the arguments."
+            "fp16 is not supported with DeepSpeed, which would round the trained weights to fp16. Set bf16, or train "
+            "in float32, both in the launcher's settings (mixed_precision) and in the arguments."
         )
     if is_fsdp:
         version = os.environ.get("FSDP_VERSION", "1") if plugin is None else plugin["fsdp_version"]
         if int(version) != 2:
-            problems.append(f"FSDP of version {version} is not supported. Set fsdp_version: 2 in its settings.")
-        # Trainer sets the variable too.
+            problems.append(f"FSDP version {version} is not supported. Set fsdp_version: 2 in its settings.")
+        # Trainer sets this variable too.
         if is_module and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
             buffers = transformer.state_dict().keys() - dict(transformer.named_parameters())
             if buffers:
                 problems.append(
-                    f"fsdp_cpu_ram_efficient_loading: true fails on {type(transformer).__name__}, which saves a buffer "
-                    f"({min(buffers)}). Set it to false."
+                    f"fsdp_cpu_ram_efficient_loading: true fails on {type(transformer).__name__}, which saves a "
+                    f"buffer ({min(buffers)}). Set it to false."
                 )
     return problems
 
 
 def loader_problems(args: DiffusionConfig) -> list[str]:
-    """What of `args` would have the data loader hand out other rows than a round consists of, or in another order."""
+    """Options with which the data loader would not give each process a round's rows in order."""
     problems: list[str] = []
     loader, world = args.accelerator_config, args.world_size
-    assert isinstance(loader, AcceleratorConfig)  # which the config has made of a dict or a file
+    assert isinstance(loader, AcceleratorConfig)  # TrainingArguments makes it of a dict or a file
     if loader.split_batches and world > 1:
         size = args.per_device_train_batch_size
         problems.append(
-            f"accelerator_config: split_batches=True splits a batch over the {world} processes, and here a batch is of one process. "
-            f"Leave it out, and use per_device_train_batch_size={max(1, size // world)} for {size} samples over all processes."
+            f"accelerator_config: split_batches=True splits a batch over the {world} processes, but here each process "
+            f"has its own batch. Leave it out, and use per_device_train_batch_size={max(1, size // world)} for {size} "
+            "samples over all processes."
         )
     if loader.dispatch_batches:
         problems.append(
-            "accelerator_config: dispatch_batches=True sends batches of tensors from the first process to the others, and here they are "
-            "prompts with their columns. Leave it out: every process reads its own."
+            "accelerator_config: dispatch_batches=True sends batches of tensors from the first process to the others, "
+            "but here batches are rows of prompts. Leave it out: every process reads its own rows."
         )
     if "num_steps" in (loader.gradient_accumulation_kwargs or {}):
         problems.append(
-            "accelerator_config: num_steps in gradient_accumulation_kwargs is another number of micro-batches than rounds are made "
-            "for. Use gradient_accumulation_steps."
+            "accelerator_config: num_steps in gradient_accumulation_kwargs is not supported, since the tasks share an "
+            "update's micro-batches. Use gradient_accumulation_steps."
         )
     if not args.dataloader_in_order and args.dataloader_num_workers > 0:
         problems.append(
-            "dataloader_in_order=False hands out batches as they are ready, and in a round every task has its turn. Leave it out."
+            "dataloader_in_order=False gives batches in any order, but tasks take turns in a fixed order. Leave it "
+            "out."
         )
-    # The launcher's settings are in the environment, which ParallelismConfig reads.
+    # ParallelismConfig reads the launcher's settings from the environment.
     parallelism = args.parallelism_config
     if parallelism is None and parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         parallelism = ParallelismConfig()
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
         problems.append(
-            f"parallelism_config has {parallelism.non_data_parallel_size} processes share one batch (tp, cp or sp), and here each process "
-            "has samples of its own. Use FSDP to split the model: fsdp2.yaml of examples/accelerate_configs/."
+            f"parallelism_config lets {parallelism.non_data_parallel_size} processes share one batch (tp, cp or sp), "
+            "but here each process has its own samples. Use FSDP to split the model: fsdp2.yaml of "
+            "examples/accelerate_configs/."
         )
     return problems
 
 
 def training_data_problems(dataset: object, task_column: str) -> list[str]:
-    """What keeps `dataset` from being trained on."""
+    """Reasons why `dataset` can't be trained on."""
     if not isinstance(dataset, Dataset):
         kind = "None" if dataset is None else f"a {type(dataset).__name__}"
         if isinstance(dataset, DatasetDict):
             return [
-                f"train_dataset is a DatasetDict. Choose one of its splits, such as dataset[{next(iter(dataset), 'train')!r}]."
+                "train_dataset is a DatasetDict. Choose one of its splits, such as "
+                f"dataset[{next(iter(dataset), 'train')!r}]."
             ]
         return [
-            f"train_dataset is {kind}; it must be a datasets.Dataset, since every update takes prompts of all tasks. For a "
-            "streamed one use Dataset.from_list(list(iterable))."
+            f"train_dataset is {kind}; it must be a datasets.Dataset, since every update needs prompts of all tasks. "
+            "Make one of a streamed dataset with Dataset.from_list(list(iterable))."
         ]
     return dataset_problems(dataset, task_column, "train_dataset")
 
 
 def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:
-    """What keeps `eval_dataset`, a dataset or a dict of them, from being evaluated on by a run that trains `tasks`."""
+    """Reasons why a run that trains `tasks` can't evaluate on `eval_dataset`, a dataset or a dict of datasets."""
     problems = []
     datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
     for name, dataset in datasets.items():
@@ -216,14 +221,14 @@ def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list
         problems += found
         unknown = [] if found else [task for task in task_rows(dataset, task_column) if task not in tasks]
         if unknown:
-            problems.append(f"{name} has prompts of tasks {unknown}, which train_dataset does not have: {tasks}.")
+            problems.append(f"{name} has prompts of tasks {unknown}, but train_dataset only has tasks {tasks}.")
     return problems
 
 
 def scored_data_problems(
     functions: Mapping[str, Sequence[RewardFunc]], train_dataset: object, eval_dataset: object, task_column: str
 ) -> list[str]:
-    """What of the prompts whose images are scored, the evaluation's or without one the training's, can't be scored."""
+    """Reasons why rewards can't score the prompts: those of `eval_dataset`, or without it those of `train_dataset`."""
     scored = {"train_dataset": train_dataset} if eval_dataset is None else {"eval_dataset": eval_dataset}
     scored = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else scored
     problems = []
@@ -237,7 +242,7 @@ def scored_data_problems(
 def hub_problems(
     args: DiffusionConfig, pipeline: DiffusionPipeline, full_weights: bool, token: str | None
 ) -> list[str]:
-    """What keeps a run from pushing to the repository that `args` names: see [`~hub.repository.repository_problems`]."""
+    """Reasons why a run can't push to the repository in `args`. See [`~hub.repository.repository_problems`]."""
     name = repository_name(args.hub_model_id, args.output_dir)
     kind = type(pipeline.components.get("transformer")).__name__ if full_weights else None
     return repository_problems(name, public_name(pipeline.config.get("_name_or_path")), kind, token)

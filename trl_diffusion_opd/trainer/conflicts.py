@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-What a trainer's tasks have to do with each other, before its first step: whether their prompts can be told apart and, where they
-can't, whether their teachers disagree.
+Checks before the first step whether tasks with different teachers can be told apart by their prompts and, if not,
+whether their teachers disagree. A student sees only the prompt, so it would learn the mean of such teachers.
 
-Few prompts are encoded, those that training begins with, and they stay encoded. Teachers are asked only where the prompts can't be
-told apart. No weight and no random state changes, and every process finds the same.
+It encodes only some prompts, those that training begins with, and their embeddings are kept. Teachers are computed
+only for tasks that can't be told apart. No weight and no random state changes, and every process finds the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,10 +49,10 @@ from ..pipelines.velocity import VelocityField
 from .rounds import Rounds
 
 
-# Prompts that are encoded: of a task, and of all tasks unless they are so many that too few would be left of each.
+# The most prompts that are encoded: of each task, and of all tasks (more if each task would otherwise have too few).
 _PROMPTS_A_TASK = 128
 _PROMPTS = 512
-# States of a walk at which teachers are compared.
+# Number of denoising steps at which teachers are compared.
 _STATES = 3
 
 Key = tuple[tuple[str, float, float], ...]
@@ -65,13 +65,13 @@ class TaskComparison:
 
     Args:
         field ([`VelocityField`]), bank ([`TeacherBank`]), accelerator ([`~accelerate.Accelerator`])
-        student (`nn.Module`): the network that walks.
-        rounds ([`Rounds`]), prompts ([`~datasets.Dataset`]): the tasks and the column of prompts of the training data.
+        student (`nn.Module`): the network on whose trajectory teachers are compared.
+        rounds ([`Rounds`]), prompts ([`~datasets.Dataset`]): the tasks, and the prompts of the training data.
         batch_size (`int`): samples of a micro-batch on a process.
-        guidance_scale (`float`): the student's, in training.
-        seed (`int`): of the run.
-        mixed_dtype (`torch.dtype`, *optional*): what mixed precision computes in.
-        rest (`Callable`): called when prompts have been encoded.
+        guidance_scale (`float`): the student's guidance scale in training.
+        seed (`int`): the run's seed.
+        mixed_dtype (`torch.dtype`, *optional*): the dtype of mixed precision.
+        rest (`Callable`): called after prompts were encoded, to offload the encoders.
     """
 
     field: VelocityField
@@ -88,15 +88,15 @@ class TaskComparison:
 
     def pairs(self, sampler: TaskSampler, thorough: bool = False) -> list[Pair]:
         """
-        What is found of each pair. Called on all processes.
+        Compares each pair of tasks with different teachers. All processes must call it.
 
         Args:
-            sampler ([`TaskSampler`]): of the training data.
+            sampler ([`TaskSampler`]): the sampler of the training data.
             thorough (`bool`, *optional*, defaults to `False`):
-                Whether teachers are asked for all pairs, not only for those whose prompts can't be told apart.
+                Whether to compare the teachers of all pairs, not only of those whose prompts can't be told apart.
 
         Returns:
-            `list[Pair]`: those whose prompts are told apart worst come first. The same on every process.
+            `list[Pair]`: the pairs, the most alike first. The same on every process.
         """
         tasks, roles = self.rounds.tasks, self.bank.teachers
         keys = {task: _key(roles[task]) for task in tasks}
@@ -122,7 +122,7 @@ class TaskComparison:
         )
 
     def _features(self, sampler: TaskSampler, tasks: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-        """Features of some prompts of each task, by their texts. Each process encodes its share of them."""
+        """Computes features of some prompts of each task, by their texts. Each process encodes its share."""
         field, accelerator, every = self.field, self.accelerator, self.rounds.tasks
         limit = min(_PROMPTS_A_TASK, max(_PROMPTS // len(every), 2 * MIN_PROMPTS))
         companies = [
@@ -131,7 +131,7 @@ class TaskComparison:
             if task in tasks
             for rows in of_task
         ]
-        # In the company in which training encodes them, so that it finds them encoded.
+        # Grouped as in training, so that training finds these embeddings in the cache.
         field.encode_together([prompts for _, prompts in companies])
         mine = []
         for task, prompts in companies[accelerator.process_index :: accelerator.num_processes]:
@@ -145,7 +145,7 @@ class TaskComparison:
 
     @torch.no_grad()
     def _disagreements(self, sampler: TaskSampler, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], float]:
-        """How far the teachers of each pair of tasks are apart, on states of the student with prompts of the one and of the other."""
+        """Computes how far each pair's teachers are apart, at latents of the student for prompts of both tasks."""
         sums = {pair: torch.zeros(4, dtype=torch.float64) for pair in pairs}
         for task in dict.fromkeys(task for pair in pairs for task in pair):
             for pair, figures in self._walk(sampler, task, [pair for pair in pairs if task in pair]).items():
@@ -161,8 +161,11 @@ class TaskComparison:
         self, sampler: TaskSampler, task: str, pairs: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], Tensor]:
         """
-        For each pair the sums over the states of a short walk of the student with the task's prompts, a tensor of shape `(4,)`: of
-        the mean squared difference of the two targets, of that of each to the base, and of the mean squared target of the first.
+        Samples a short trajectory of the student for the task's prompts and compares the targets of each pair at its
+        states.
+
+        Returns for each pair a tensor of shape `(4,)` with sums over the states: the mean squared difference of the
+        two targets, that of each target to the base, and the mean square of the first target.
         """
         field, bank, scale = self.field, self.bank, self.guidance_scale
         prompts, numbers = self._batch(sampler, task)
@@ -192,7 +195,7 @@ class TaskComparison:
         return sums
 
     def _batch(self, sampler: TaskSampler, task: str) -> tuple[list[str], list[int]]:
-        """The prompts of this process's part of a micro-batch, those that come first in training, and their numbers."""
+        """Returns this process's part of the first prompts of a task in training, and their numbers."""
         size, accelerator = self.batch_size, self.accelerator
         numbers = np.arange(size) + accelerator.process_index * size
         companies = sampler.first_companies(size * accelerator.num_processes)[self.rounds.tasks.index(task)]
@@ -201,10 +204,10 @@ class TaskComparison:
 
 
 def _key(roles: Sequence[Role]) -> Key:
-    """What tells the teachers of a task from those of another: the same are never in conflict."""
+    """Identifies the teachers of a task. Tasks with the same teachers are never in conflict."""
     return tuple(sorted((role.teacher.name, role.guidance_scale, role.weight) for role in roles))
 
 
 def _as_base(roles: Sequence[Role]) -> list[Role]:
-    """The base in the place of each teacher, at its guidance scale."""
+    """Replaces each teacher by the base, at the teacher's guidance scale."""
     return [replace(role, teacher=THE_BASE) for role in roles]

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Reinforcement learning of a diffusion model with the noise of its own walk as the action."""
+"""Trains a diffusion model with GRPO: the noise of each denoising step is the action."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ from .rl_trainer import DiffusionRLTrainer, equip
 @dataclass
 class Transition:
     """
-    One trained step of a rollout.
+    One trained denoising step of a rollout.
 
     Attributes:
-        x (`Tensor` of shape `(B, ...)`): the state that it left.
-        v (`Tensor` of the same shape): the velocity of the network that took it.
-        z (`Tensor` of the same shape): the noise with which it did.
+        x (`Tensor` of shape `(B, ...)`): the latents before the step.
+        v (`Tensor` of the same shape): the velocity of the network that drew the image.
+        z (`Tensor` of the same shape): the noise that was added.
     """
 
     x: Tensor
@@ -54,11 +54,12 @@ class Transition:
 class DiffusionGRPOTrainer(DiffusionRLTrainer):
     """
     Trainer for GRPO of diffusion models: [Flow-GRPO](https://huggingface.co/papers/2505.05470) and
-    [GRPO-Guard](https://huggingface.co/papers/2510.22319). [DanceGRPO](https://huggingface.co/papers/2505.07818) is a
-    `sampler`, [MixGRPO](https://huggingface.co/papers/2507.21802) an `sde_window_size`.
+    [GRPO-Guard](https://huggingface.co/papers/2510.22319). [DanceGRPO](https://huggingface.co/papers/2505.07818) is
+    the `sampler` `"dance_sde"`, [MixGRPO](https://huggingface.co/papers/2507.21802) an `sde_window_size`.
 
-    For each prompt a group of images is drawn by a walk with noise. The steps of those that are better than the rest of
-    their group are made more probable, the others less. With several tasks and a reward each this is multi-task RL.
+    For each prompt it draws a group of images with a stochastic sampler and scores them. The denoising steps of images
+    that are better than the rest of their group are made more probable, those of the others less. With several tasks,
+    each with its rewards, this is multi-task RL.
 
     Example:
 
@@ -79,25 +80,32 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+            The base: a Hub id, a folder, or a loaded pipeline. The transformer of a loaded pipeline is wrapped in
+            place.
         reward_funcs (function, `list` or `dict` from task to either):
-            What is maximised. A name is a reward of this package or an import path.
+            The rewards to maximize. A name is a reward of this package or an import path. Every task needs at least
+            one.
         args ([`DiffusionGRPOConfig`], *optional*):
-            Configuration. If not given, the default with an `output_dir` named after the model.
+            Configuration. By default, that of the class, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt` and, with several tasks, `task`; others are passed to the reward functions.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+            The prompts: columns `prompt` and, with several tasks, `task`. Other columns are passed to the reward
+            functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+            Prompts of evaluations, with the same columns.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler, if not those of `args`.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model, *optional*):
-            How a base that is given by name is quantised, by bitsandbytes or torchao; one for a model is the transformer's.
-            The LoRA on it stays float32.
+            Optimizer and scheduler to use instead of those of `args`.
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model,
+        *optional*):
+            How a base that is given by name is quantized, with bitsandbytes or torchao. A config for a model is
+            applied to the transformer. The LoRA stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
-            The LoRA that is trained; `None` trains all weights, and a frozen copy of the base then serves the KL.
+            The trained LoRA. `"default"` has rank 32, alpha 64, and the attention projections. `None` trains all
+            weights; the KL to the base then uses a frozen copy.
 
     Raises:
-        [`ValueError`]: before the first step, with everything that is wrong in one message.
+        [`ValueError`]: before the first step, if anything is wrong. One message lists everything.
     """
 
     _tag_names = ["trl", "grpo"]
@@ -134,9 +142,9 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
     # Training
 
     def _window(self) -> range:
-        """The steps of this round that have noise and are trained: the same on every process."""
+        """Draws the steps of this round that have noise and are trained. The same on every process."""
         steps = self.args.sde_range()
-        # The first update of the round, whichever of its updates this is.
+        # The round's first update: all updates of a round use the same window.
         first_update = self.state.global_step // self.args.num_iterations * self.args.num_iterations
         seed = np.random.SeedSequence([self.args.seed, first_update, WINDOW_DRAW])
         offset = int(np.random.default_rng(seed).integers(len(steps) - self.window_size + 1))
@@ -152,7 +160,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             with self._part("rollout"):
                 v = self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, self.student.model)
-            if z is not None:  # in the window alone
+            if z is not None:  # only steps in the window have noise
                 transitions[j] = Transition(x, v, z)
             return v
 
@@ -160,7 +168,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         return walk(velocity, x, table, generators), transitions
 
     def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-        """At each transition: the student's velocity, the clipped ratio of its probability, and the distance from the base."""
+        """For each trained step: the clipped loss of the student's probability ratio, plus the KL to the base."""
         share = self.rounds.share(rollout.task) / len(rollout.record)
         return [partial(self._loss, model, rollout, j, transition, share) for j, transition in rollout.record.items()]
 
@@ -204,8 +212,8 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         args, fields = self.args, super()._card_fields()
         noisy = f"{self.window_size} of {args.num_inference_steps}"
         fields["method"] = (
-            "Groups of images of one prompt were drawn by walks with noise and scored; steps towards the better ones were "
-            "made more probable."
+            "For each prompt, a group of images was drawn with a stochastic sampler and scored. The denoising steps "
+            "of the better images were made more probable."
         )
         fields["settings"]["loss"] = f"{args.loss_type}, epsilon {args.epsilon:g}, beta {args.beta:g}"
         fields["settings"]["steps with noise and loss"] = noisy

@@ -79,7 +79,7 @@ class DiffusionNFTConfig(DiffusionRLConfig):
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance scale; 1.0 is none."})
     scale_rewards: str = field(
         default="batch",
-        metadata={"help": "The standard deviation that advantages are divided by, if any.", "choices": list(SCALINGS)},
+        metadata={"help": "Standard deviation that advantages are divided by, if any.", "choices": list(SCALINGS)},
     )
 
     # Parameters that control the objective

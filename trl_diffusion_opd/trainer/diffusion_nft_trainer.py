@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Reinforcement learning on the forward process: images of an old policy, noised again, pull or push the student."""
+"""Trains a diffusion model with DiffusionNFT: it learns from scored images that are noised again."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,7 +38,7 @@ from .rl_trainer import DiffusionRLTrainer, equip
 
 
 class _OldPolicyCallback(TrainerCallback):
-    """Lets the old policy follow after a round, before it is saved."""
+    """Moves the old policy toward the student after each round, before a checkpoint is saved."""
 
     def __init__(self, trainer: "DiffusionNFTTrainer"):
         self.trainer = trainer
@@ -52,11 +52,12 @@ class _OldPolicyCallback(TrainerCallback):
 
 class DiffusionNFTTrainer(DiffusionRLTrainer):
     """
-    Trainer for reinforcement learning on the forward process ([DiffusionNFT](https://huggingface.co/papers/2509.16117)).
+    Trainer for reinforcement learning on the forward process
+    ([DiffusionNFT](https://huggingface.co/papers/2509.16117)).
 
-    An old policy draws groups of images with any sampler. They are scored, noised again, and the student learns by a
-    flow-matching loss toward those that were better than others of their prompt and away from those that were worse. The
-    old policy is a frozen copy of the student that follows it after every round.
+    For each prompt an old policy, a frozen copy of the student that follows it after every round, draws a group of
+    images with any sampler. The images are scored and noised again. A flow-matching loss moves the student toward
+    images that are better than the rest of their group, and away from worse ones.
 
     Example:
 
@@ -77,26 +78,32 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+            The base: a Hub id, a folder, or a loaded pipeline. The transformer of a loaded pipeline is wrapped in
+            place.
         reward_funcs (function, `list` or `dict` from task to either):
-            What is maximised. A name is a reward of this package or an import path. Every task needs one at least.
+            The rewards to maximize. A name is a reward of this package or an import path. Every task needs at least
+            one.
         args ([`DiffusionNFTConfig`], *optional*):
-            Configuration. If not given, the default with an `output_dir` named after the model.
+            Configuration. By default, that of the class, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt` and, with several tasks, `task`; others are passed to the reward functions.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+            The prompts: columns `prompt` and, with several tasks, `task`. Other columns are passed to the reward
+            functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+            Prompts of evaluations, with the same columns.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler, if not those of `args`.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model, *optional*):
-            How a base that is given by name is quantised, by bitsandbytes or torchao; one for a model is the transformer's.
-            The LoRA on it stays float32.
+            Optimizer and scheduler to use instead of those of `args`.
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model,
+        *optional*):
+            How a base that is given by name is quantized, with bitsandbytes or torchao. A config for a model is
+            applied to the transformer. The LoRA stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
-            The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections); `None` trains all
-            weights, with a frozen copy as the old policy and, if `beta` needs it, another of the base.
+            The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections). `None` trains
+            all weights; then the old policy is a whole copy, and with `beta` there is another copy of the base.
 
     Raises:
-        [`ValueError`]: before the first step, with everything that is wrong in one message.
+        [`ValueError`]: before the first step, if anything is wrong. One message lists everything.
     """
 
     _tag_names = ["trl", "diffusion-nft"]
@@ -128,7 +135,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     def _start(self) -> None:
         super()._start()
-        # PEFT's switches flip requires_grad: by identity, none of the old policy's weights may be among what is trained.
+        # PEFT's own switches change requires_grad, so check that no weight of the old policy is trained.
         frozen = {id(p) for p in self.old_policy.named_parameters().values()}
         assert not frozen & {id(p) for p in self.student.parameters()}, "the old policy is trainable"
         self.add_callback(_OldPolicyCallback(self))
@@ -136,7 +143,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     # Training
 
     def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, None]:
-        """Images of the old policy. Of the walk nothing is kept."""
+        """Draws images with the old policy. Nothing of their trajectories is kept."""
         levels = self.table.levels.tolist()
         x = self.velocity_field.initial_latents(prompts, generators)
         with self.backbone.use(OLD) as transformer:
@@ -148,7 +155,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             return walk(velocity, x, self.table, generators), None
 
     def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-        """At each level of this update: the images noised anew, the old policy's velocity, the student's, the base's."""
+        """For each noise level of this update: the NFT loss on newly noised images, plus the distance to the base."""
         entropy = [self.args.seed, self.state.global_step, self.tasks.index(rollout.task), FORWARD_NOISE]
         generators = sample_generators(entropy, rollout.positions)
         levels = self._drawn_levels()
@@ -158,8 +165,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
 
     def _loss(self, model: nn.Module, rollout: Rollout, t: float, eps: Tensor, share: float) -> tuple[Tensor, Tensor]:
         args, prompts, x0 = self.args, rollout.prompts, rollout.latents
-        # As in the paper's code: where the two policies are equal the gradient is then that of flow matching times the
-        # (clipped) advantage, whatever these two are.
+        # As in the paper's code. If student and old policy are equal, the gradient is then that of flow matching times
+        # the clipped advantage, for any advantage_clip and nft_beta.
         scale = args.advantage_clip / args.nft_beta
         r = optimality(rollout.advantages, args.advantage_clip)
         x = noised(x0, eps, t)
@@ -177,7 +184,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         return share * (loss + args.beta * kl), figures
 
     def _drawn_levels(self) -> list[float]:
-        """The noise levels of this update: the same for all tasks and on every process."""
+        """Draws the noise levels of this update. The same for all tasks and on every process."""
         seed = np.random.SeedSequence([self.args.seed, self.state.global_step, LEVEL_DRAW])
         k = self.args.num_trained_timesteps or len(self.table)
         return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
@@ -219,14 +226,14 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
     def _check_resume(self, folder: Path) -> list[str]:
         problems = super()._check_resume(folder)
         if not (folder / OLD_POLICY_FILE).exists():
-            problems.append(f"it has no old policy ({OLD_POLICY_FILE}), so it is not of a {type(self).__name__}.")
+            problems.append(f"it has no old policy ({OLD_POLICY_FILE}), so no {type(self).__name__} has saved it.")
         return problems
 
     def _card_fields(self) -> MethodFacts:
         args, fields = self.args, super()._card_fields()
         fields["method"] = (
-            "An old policy drew groups of images, which were scored and noised again; the student learned by flow "
-            "matching toward the better ones of each prompt and away from the worse."
+            "For each prompt, an old policy drew a group of images, which were scored and noised again. A "
+            "flow-matching loss moved the student toward the better images and away from the worse ones."
         )
         fields["settings"] |= {
             "loss": f"weighting {args.loss_weighting}, nft_beta {args.nft_beta}, beta {args.beta}",

@@ -85,7 +85,7 @@ class DiffusionOPDConfig(DiffusionConfig):
     )
     loss_weighting: str = field(
         default="kl",
-        metadata={"help": "How much each step's squared velocity difference counts.", "choices": list(WEIGHTINGS)},
+        metadata={"help": "How much each step's squared velocity gap counts.", "choices": list(WEIGHTINGS)},
     )
     skip_last_steps: int | None = field(
         default=None, metadata={"help": "Last steps that are not trained. If not set, 1, or 2 for cps and ddim."}

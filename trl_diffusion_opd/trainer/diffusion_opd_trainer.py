@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""On-policy distillation of several frozen teachers into one student, one pass along each trajectory."""
+"""Distils several frozen teachers into one student, on the trajectories that the student itself samples."""
 
 import logging
 import math
@@ -58,9 +58,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     """
     Trainer for on-policy distillation of diffusion models ([DiffusionOPD](https://huggingface.co/papers/2605.15055)).
 
-    The student walks its own trajectory for the prompts of every task. At each state it visits, the task's frozen teacher
-    says where it would go, and the student is pulled there by the closed-form KL of their transitions. The student's
-    forward of the walk is the training forward, so nothing of the trajectory is stored.
+    For each prompt the student generates an image. At every denoising step, the frozen teacher of the prompt's task
+    computes its own velocity at the same latents, and the loss is the weighted squared difference of the two
+    velocities: the exact KL between their steps. The student's forward that draws the image is also the one that is
+        trained, so no
+    trajectory is stored.
 
     Example:
 
@@ -70,37 +72,41 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     trainer = DiffusionOPDTrainer(
         model=tiny.BASE,
         teachers=tiny.TEACHERS,
-        args=DiffusionOPDConfig("student", height=32, width=32, max_sequence_length=12, guidance_scale=1.0, max_steps=50),
-        train_dataset=tiny.dataset("train"),
+        args=DiffusionOPDConfig("student", height=32, width=32, max_sequence_length=12, guidance_scale=1.0,
+        max_steps=50), train_dataset=tiny.dataset("train"),
     )
     trainer.train()
     ```
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+            The base: a Hub id, a folder, or a loaded pipeline. The transformer of a loaded pipeline is wrapped in
+            place.
         teachers (`str`, [`TeacherConfig`], `list` of these, or `dict` from task to any of these):
-            The frozen teachers of each task; without a dict they serve every prompt. A string is `"base"`, a folder, or
-            `owner/repo[/sub/folder][@revision]`. A list is a weighted mean of velocities.
+            The frozen teachers of each task. Without a dict, they serve every prompt. A string is `"base"`, a folder,
+            or `owner/repo[/sub/folder][@revision]`. The target of a list is the weighted mean of its velocities.
         reward_funcs (function, `list` or `dict` from task to either, *optional*):
             Rewards that are measured on the images of evaluations. They never enter the loss.
         args ([`DiffusionOPDConfig`], *optional*):
-            Configuration. If not given, the default with an `output_dir` named after the model.
+            Configuration. By default, that of the class, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt` and `task`; others are passed to the reward functions.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+            The prompts: columns `prompt` and `task`. Other columns are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+            Prompts of evaluations, with the same columns.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler, if not those of `args`.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model, *optional*):
-            How a base that is given by name is quantised, by bitsandbytes or torchao; one for a model is the transformer's.
-            The LoRA on it stays float32.
+            Optimizer and scheduler to use instead of those of `args`.
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model,
+        *optional*):
+            How a base that is given by name is quantized, with bitsandbytes or torchao. A config for a model is
+            applied to the transformer. The LoRA stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
-            The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections); `None` trains all
-            weights, and a frozen copy of the base then serves the LoRA teachers.
+            The student's LoRA. `"default"` is the paper's (rank 32, alpha 64, attention projections). `None` trains
+            all weights; the LoRA teachers then use a frozen copy of the base.
 
     Raises:
-        [`ValueError`]: before the first step, with everything that is wrong in one message.
+        [`ValueError`]: before the first step, if anything is wrong. One message lists everything.
     """
 
     _tag_names = ["trl", "diffusion-opd"]
@@ -154,8 +160,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             plan = parts.method["plan"] = StepPlan.of(table, args.loss_weighting, skip)
             if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(plan):
                 problems.append(
-                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(plan)} steps are "
-                    f"trained of {len(table)}, without the last {skip} (skip_last_steps)."
+                    f"num_trained_timesteps={args.num_trained_timesteps}: only {len(plan)} of the {len(table)} steps "
+                    f"can be trained, since skip_last_steps leaves out the last {skip}."
                 )
         load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
 
@@ -170,27 +176,27 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def dry_run(self) -> dict[str, JSON]:
         """
-        What a run would do, without one: an update's worth of forwards, and an image of the base, of each teacher and of the
-        student, so that a wrong LoRA or a wrong guidance scale is seen before the run.
+        Shows what a run would do, without training. It draws an image of the base, each teacher and the student, so
+        that a wrong LoRA or a wrong guidance scale is seen before the run.
 
-        Prints, for every task, the KL and the velocity gap that the first update would see, memory, and the time of an
-        update and of the run. The images go to `dry_run/` in the output folder, one file each and `dry_run.png` with all of
-        them. Nothing is trained, pushed or reported to a tracker. Call it before `train`, on all processes.
+        Prints for every task the KL and the velocity gap of the first update, then memory, and the time of an update
+        and of the run. The images are saved to `dry_run/` in the output folder, one file each, and `dry_run.png` with
+        all of them. Nothing is trained, pushed or sent to a tracker. Call it before `train`, on all processes.
 
         Returns:
-            `dict`: what is printed, as [`~dry_run.dry_run`] describes it.
+            `dict`: the printed figures, as [`~dry_run.dry_run`] describes them.
         """
         return dry_run.dry_run(self, self.bank, self.plan)
 
     # Training
 
-    # Trainer's inputs are a dict of tensors.
+    # The type of `inputs` differs from Trainer's, whose inputs are a dict of tensors.
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: list[Row], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """
-        Walks the trajectory of one task's prompts once. At every trained step: the teacher's velocity, the student's, the
-        weighted gap, its backward, and on to the next state.
+        Samples a trajectory for one task's prompts. At every trained step it computes the teacher's and the student's
+        velocity and runs the backward of their weighted squared difference, then goes on to the next state.
         """
         self._in_eval_mode(model)
         task, positions = self.turn(self._micro_step, inputs)
@@ -231,7 +237,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return loss
 
     def _drawn_steps(self) -> dict[int, float]:
-        """The trained steps of this update and the inverse of their probabilities: the same on every process."""
+        """Draws the trained steps of this update, with their inverse probabilities. The same on every process."""
         return self.plan.draw(self.args.num_trained_timesteps, [self.args.seed, self.state.global_step, STEP_DRAW])
 
     def _step_loss(self, j: int, student: Tensor, target: Tensor, z: Tensor | None) -> Tensor:
@@ -246,7 +252,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         return float(self.plan.weights[j]) * velocity_gap_sq(student, base)
 
     def _record(self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]) -> Tensor:
-        """Gathers the squared gaps of all processes, refuses what is not finite, keeps the metrics; the weighted loss."""
+        """Gathers the squared gaps of all processes, refuses non-finite ones, and logs metrics. Returns the loss."""
         order = sorted(gaps)
         local = torch.stack([torch.stack([gaps[j] for j in order]), torch.stack([norms[j] for j in order])])
         everyone = self._gather_finite(task, {j: float(self.plan.table.levels[j]) for j in order}, local)
@@ -265,11 +271,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _measure_noise_floor(self, x: Tensor, t: float, prompts: list[str]) -> None:
         """
-        The KL that two equal networks show, once a log: the student against itself with its LoRA factors rescaled, which
-        changes nothing but the rounding. A KL near it says nothing.
+        Measures, once for each log, the KL that rounding alone causes: the student is compared with itself after its
+        LoRA factors are rescaled, which changes only the rounding. A KL near this floor means nothing.
         """
         update = self.state.global_step
-        interval = max(int(self.state.logging_steps), 1)  # 0 where logs are by epoch
+        interval = max(int(self.state.logging_steps), 1)  # it is 0 if logs are by epoch
         if not self.student.is_lora or update == self._measured_floor_at or update % interval:
             return
         self._measured_floor_at = update
@@ -287,8 +293,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     def _warn_of_rounding(self, logs: dict[str, float]) -> None:
         """
-        Says once a task that its KL is mostly rounding. Rounding adds to what is measured, so the KL hardly falls below
-        the floor itself: less than twice the floor means that less than the floor is left of it.
+        Warns, once for each task, when its KL is mostly rounding. Rounding adds to the measured KL, so the KL hardly
+        falls below the floor. If it is less than twice the floor, the true KL is less than the floor.
         """
         floor = logs.get("noise_floor", 0.0)
         for task in self.tasks:
@@ -296,17 +302,17 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             if kl < 2 * floor and task not in self._lost_in_rounding:
                 self._lost_in_rounding.add(task)
                 logger.warning(
-                    f"kl/{shown(task)} is {kl:.2g} at update {self.state.global_step}, with a noise_floor of {floor:.2g}: what is "
-                    f"left of the gap between the student and the teacher of task {task!r} is below the rounding of this "
-                    "precision, and to go on follows rounding. Stop here, or, where the base is in half precision, go on "
-                    "with dtype='float32' and bf16=False."
+                    f"kl/{shown(task)} is {kl:.2g} at update {self.state.global_step}, with a noise_floor of "
+                    f"{floor:.2g}: the remaining gap between the student and the teacher of task {task!r} is smaller "
+                    "than the rounding of this precision, so further updates only follow rounding. Stop here. Or, if "
+                    "the base is in half precision, go on with dtype='float32' and bf16=False."
                 )
 
     # Evaluation and files
 
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """The loss and the KL on the first prompts of the evaluation, one micro-batch a task on the training grid."""
+        """Computes loss and KL on the training grid for each task's first evaluation prompts, one micro-batch."""
         losses, kls = [], {}
         for task, rows in task_rows(dataset, self.args.task_column).items():
             size = self.args.per_device_eval_batch_size
@@ -341,8 +347,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         args = self.args
         drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
         return {
-            "method": "The student walked its own trajectories; at each state the frozen teacher of the prompt's task gave "
-            "the velocity to follow.",
+            "method": "The student sampled its own trajectories. At each step it was trained to match the velocity of the "
+            "frozen teacher of the prompt's task.",
             "teachers": self.bank.manifest(),
             "settings": {
                 "loss": f"{args.loss_type}, weighting {args.loss_weighting}, beta {args.beta}",

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Supervised fine-tuning by flow matching, on images of a dataset or on images that teachers draw."""
+"""Fine-tunes by flow matching, on images of a dataset or on images that teachers draw."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,11 +53,12 @@ _EVAL_LEVELS = 8
 
 class DiffusionSFTTrainer(DiffusionTrainer):
     """
-    Trainer for supervised fine-tuning of flow-matching models ([Flow Matching](https://huggingface.co/papers/2210.02747)).
+    Trainer for supervised fine-tuning of flow-matching models ([Flow
+    Matching](https://huggingface.co/papers/2210.02747)).
 
-    An image `x0` is noised to `x_t = (1 - t) x0 + t eps`, and the velocity there is trained towards `eps - x0`. The images
-    are those of a dataset or, with `teachers`, images that each task's teacher draws for its prompts: the off-policy
-    baseline of on-policy distillation.
+    It noises an image `x0` to `x_t = (1 - t) x0 + t eps`, and trains the velocity at `x_t` to be `eps - x0`. The
+    images come from the dataset or, with `teachers`, are drawn by each task's teacher for its prompts. The second is
+    the off-policy baseline of on-policy distillation.
 
     Example:
 
@@ -67,36 +68,41 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     trainer = DiffusionSFTTrainer(
         model=tiny.BASE,
         teachers=tiny.TEACHERS,
-        args=DiffusionSFTConfig("student", height=32, width=32, max_sequence_length=12, guidance_scale=1.0, max_steps=50),
-        train_dataset=tiny.dataset("train"),
+        args=DiffusionSFTConfig("student", height=32, width=32, max_sequence_length=12, guidance_scale=1.0,
+        max_steps=50), train_dataset=tiny.dataset("train"),
     )
     trainer.train()
     ```
 
     Args:
         model (`str` or [`~diffusers.DiffusionPipeline`]):
-            The base: a Hub id, a folder, or a pipeline, whose transformer is then wrapped in place.
+            The base: a Hub id, a folder, or a loaded pipeline. The transformer of a loaded pipeline is wrapped in
+            place.
         teachers (`str`, [`TeacherConfig`], `list` of these, or `dict` from task to any of these, *optional*):
-            The frozen teachers of each task, as for [`DiffusionOPDTrainer`]. Not given, the dataset has images.
+            The frozen teachers of each task, as for [`DiffusionOPDTrainer`]. Without them, the dataset must have
+            images.
         reward_funcs (function, `list` or `dict` from task to either, *optional*):
             Rewards that are measured on the images of evaluations. They never enter the loss.
         args ([`DiffusionSFTConfig`], *optional*):
-            Configuration. If not given, the default with an `output_dir` named after the model.
+            Configuration. By default, that of the class, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            Columns `prompt`, `image` (without teachers, of type [`~datasets.Image`]) and, for several tasks, `task`; others
-            are passed to the reward functions.
-        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*)
-        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*)
+            Columns `prompt`, without teachers `image` (of type [`~datasets.Image`]), and with several tasks `task`.
+            Other columns are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
+            Prompts of evaluations, with the same columns.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            Optimizer and scheduler, if not those of `args`.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model, *optional*):
-            How a base that is given by name is quantised, by bitsandbytes or torchao; one for a model is the transformer's.
-            The LoRA on it stays float32.
+            Optimizer and scheduler to use instead of those of `args`.
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model,
+        *optional*):
+            How a base that is given by name is quantized, with bitsandbytes or torchao. A config for a model is
+            applied to the transformer. The LoRA stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
             The student's LoRA, as for [`DiffusionOPDTrainer`]. `None` trains all weights.
 
     Raises:
-        [`ValueError`]: before the first step, with everything that is wrong in one message.
+        [`ValueError`]: before the first step, if anything is wrong. One message lists everything.
     """
 
     _tag_names = ["trl", "diffusion-sft"]
@@ -159,8 +165,8 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             return
         if column in features:
             problems.append(
-                f"train_dataset has a column {column!r}, and with teachers its images would be ignored. Remove the column, or "
-                "leave out the teachers."
+                f"train_dataset has a column {column!r}, but with teachers its images would be ignored. Remove the "
+                "column, or leave out the teachers."
             )
         with problems.collect():
             parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
@@ -177,19 +183,22 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         column = args.image_column
         if args.teacher_cache_dir is not None:
             problems.append(
-                f"teacher_cache_dir={args.teacher_cache_dir!r} keeps images of teachers, and there are none. Leave it unset."
+                f"teacher_cache_dir={args.teacher_cache_dir!r} is for images of teachers, but there are none. Leave "
+                "it unset."
             )
         if features and not isinstance(features.get(column), Image):
             found = f"its type is {features[column]}" if column in features else f"the columns are {list(features)}"
             problems.append(
-                f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, and "
-                f"give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of teachers."
+                f"train_dataset has no images in the column {column!r}; {found}. Name the column with image_column, "
+                f"and give it the type: dataset.cast_column({column!r}, datasets.Image()). Or train on images of "
+                "teachers."
             )
         with problems.collect():
             parts.velocity_field.check_encode()
 
     def _start(self) -> None:
-        # Fine enough to read any timestep's level, and what the network is shown at it, off the pipeline's own grid.
+        # A grid of all timesteps of the scheduler. It gives any timestep's noise level, and the network's input for
+        # it.
         self._fine_field = self.velocity_field.with_steps(self.base_pipeline.scheduler.config.num_train_timesteps)
         if self.is_world_process_zero():
             if self.bank is not None:
@@ -201,18 +210,18 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     # Images
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As [`DiffusionTrainer.train`]. Before it, teachers draw the images that the cache lacks."""
+        """Trains as [`DiffusionTrainer.train`]. First, teachers draw the images that the cache lacks."""
         if self.cache is not None:
             self._fill_cache(self.cache)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _fill_cache(self, cache: LatentCache) -> None:
-        """Draws what the cache lacks. Every process calls the transformer equally often."""
+        """Draws the images that the cache lacks. Every process calls the transformer equally often."""
         if self.is_world_process_zero():
             cache.start()
-        missing = gather_object([cache.missing()])[0]  # the same for all, whatever has been written meanwhile
+        missing = gather_object([cache.missing()])[0]  # one process's list: others might see files written meanwhile
         if missing:
-            self._compare_tasks()  # to draw them takes hours
+            self._compare_tasks()  # now, since drawing the images can take hours
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         for first in range(0, len(missing), world):
             shard = missing[min(first + rank, len(missing) - 1)]
@@ -231,7 +240,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _teacher_latents(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
-        """Latents of images that the task's teachers draw, by the sampler of the arguments."""
+        """Draws latents of images with the task's teachers and the sampler of the arguments."""
         x = self.velocity_field.initial_latents(prompts, generators)
         levels = self.table.levels.tolist()
         return walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
@@ -249,11 +258,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     # Training
 
-    # Trainer's inputs are a dict of tensors.
+    # The type of `inputs` differs from Trainer's, whose inputs are a dict of tensors.
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: list[Row], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Noises one task's images, each to a level of its own, and trains the velocity there."""
+        """Noises one task's images, each to its own level, and trains the velocity there."""
         self._in_eval_mode(model)
         task, positions = self.turn(self._micro_step, inputs)
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
@@ -275,19 +284,19 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         return {1.0}
 
     def _flow_loss(self, model: nn.Module, x0: Tensor, eps: Tensor, q: Tensor, prompts: list[str]) -> Tensor:
-        """Loss of each image, at the level of the quantile `q` of the timesteps' density."""
+        """The loss of each image. `q`, in (0, 1), is the quantile of its timestep in the configured distribution."""
         args = self.args
         u = density_quantile(q, args.timestep_density, args.logit_mean, args.logit_std)
         t = shifted(u, self._fine_field.levels)
         x = noised(x0, eps, t)
-        # Without guidance: it is the conditional velocity that is trained.
+        # Without guidance, since flow matching trains the conditional velocity.
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self.trained_scale, field=self._fine_field
         )
         return flow_matching_loss(v, x0, eps)
 
     def _record(self, task: str, loss: Tensor) -> Tensor:
-        """The mean loss over processes, kept by task; all of them refuse one that is not finite."""
+        """Logs and returns the mean loss over processes. All processes stop if one loss is not finite."""
         everyone = self._gather_finite(task, None, loss[None, None])
         self._metrics["train"][f"loss/{task}"].append(float(everyone.mean()))
         return everyone.mean()
@@ -296,7 +305,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """The loss on the first rows of the evaluation, one micro-batch a task, at fixed noise and levels."""
+        """Computes the loss on each task's first evaluation rows, one micro-batch, with fixed noise and levels."""
         if not _has_images(dataset, self.args, self.bank is not None):
             return {}
         model = self.student.model
@@ -309,7 +318,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             generators = sample_generators(entropy, range(first, first + size))
             if self.bank is None:
                 x0 = self._latents(task, rows, generators)
-            else:  # a cache has the images of the training's prompts alone
+            else:  # the cache only has images for the training prompts
                 x0 = self._teacher_latents(task, [row["prompt"] for row in rows], generators)
             parts = []
             for k in range(_EVAL_LEVELS):
@@ -345,7 +354,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
 
 def _has_images(dataset: Dataset, args: DiffusionSFTConfig, with_teachers: bool) -> bool:
-    """Whether an evaluation has images to take the loss of: a teacher's, or its own."""
+    """Whether an evaluation has images to compute the loss on: a teacher's, or its own."""
     return with_teachers or isinstance(dataset.features.get(args.image_column), Image)
 
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run would do, shown before it starts: an update's worth of forwards, memory, time, and a picture of every model."""
+"""The dry run of distillation: shows the first update's figures, memory, time, and an image of every model."""
 
 import logging
 import math
@@ -53,32 +53,34 @@ logger = logging.getLogger(__name__)
 
 def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dict[str, JSON]:
     """
-    Shows what `trainer.train()` would do, without training: see [`DiffusionOPDTrainer.dry_run`].
+    Shows what `trainer.train()` would do, without training. See [`DiffusionOPDTrainer.dry_run`].
 
-    For each task it walks one micro-batch of the first update along the trained steps, with the velocities of student,
-    teachers and base, and runs one forward and backward. No weight and no random state changes.
+    For each task it samples one micro-batch of the first update over the trained steps, computes the velocities of
+    student, teachers and base, and runs one forward and backward. No weight and no random state changes.
 
     Args:
-        trainer ([`DiffusionTrainer`]): one that has not trained yet. Called on all processes.
+        trainer ([`DiffusionTrainer`]): a trainer that has not trained yet. All processes must call this function.
         bank ([`TeacherBank`]), plan ([`StepPlan`]): its teachers, and the steps that it trains.
 
     Returns:
         `dict`:
-        - `"tasks"`: by task `"kl"`, `"velocity_gap"` and `"noise_floor"` as in the logged metrics, over all trained steps;
-          `"teachers"`, a list with each one's `"gap_to_base"` (relative norm of the difference to the base's velocity, at
-          the teacher's guidance) and `"rounding"` (the same for two equal networks); and `"rewards"` by model and name.
-        - `"separability"`: for each two tasks with different teachers `"tasks"`, `"identical_prompts"`, `"identical_share"`,
-          `"accuracy"` and `"disagreement"`, as [`separability.Pair`] describes them.
-        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, as [`estimate_memory`] says, on one process and without sharding.
-        - `"seconds_per_update"`, `"updates"`, `"seconds"`: of the walks alone.
-        - `"warnings"`: a sentence each.
+        - `"tasks"`: for each task `"kl"`, `"velocity_gap"` and `"noise_floor"` as in the logged metrics, over all
+          trained steps; `"teachers"`, a list with each teacher's `"gap_to_base"` (relative norm of the difference to
+          the base's velocity, at the teacher's guidance scale) and `"rounding"` (the same for two equal networks); and
+          `"rewards"` by model and name.
+        - `"separability"`: for each two tasks with different teachers `"tasks"`, `"identical_prompts"`,
+          `"identical_share"`, `"accuracy"` and `"disagreement"`, as [`separability.Pair`] describes them.
+        - `"memory"`: for each part `{"dtype", "bytes", "how"}`, as in [`estimate_memory`], on one process without
+          sharding.
+        - `"seconds_per_update"`, `"updates"`, `"seconds"`: the time of sampling and backward alone.
+        - `"warnings"`: a list of sentences.
     """
     assert isinstance(trainer.args, DiffusionOPDConfig)
     sampler = trainer.make_sampler()
     batches = first_update(trainer, sampler)
     tasks, costs, activations = {}, [], []
     with as_in_training(trainer):
-        for i in range(len(trainer.tasks)):  # the first micro-batch of each
+        for i in range(len(trainer.tasks)):  # the first micro-batch of each task
             rows = [trainer.train_dataset[row] for row in batches[i]]
             task, positions = trainer.turn(i, rows)
             prompts = [row["prompt"] for row in rows]
@@ -119,13 +121,13 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
 def _walk(
     trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, prompts: list[str], positions: list[int]
 ) -> tuple[dict[str, JSON], dict[str, float]]:
-    """What the walk shows of a task, and the seconds of a forward of `"student"`, `"teachers"` and `"base"`."""
+    """Returns a task's figures, and the seconds of one forward of `"student"`, `"teachers"` and `"base"`."""
     args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     assert isinstance(args, DiffusionOPDConfig)
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
     clock = Clock(trainer.accelerator.device)
-    # At each step: squared gap of student and target, squared norm of the target, and for each teacher the squared gap
-    # to the base and the squared norm of its velocity.
+    # For each step: the squared gap of student and target, the squared norm of the target, and for each teacher the
+    # squared gap to the base and the squared norm of its velocity.
     squares: list[list[Tensor]] = []
     rounding = [bank.backbone.rounding(trainer.mixed_dtype)] * len(roles)
     shares_forwards = len(bank.forwards(roles)) < len(roles)
@@ -181,7 +183,7 @@ def _walk(
 def _forward_backward(
     trainer: DiffusionTrainer, level: float, prompts: list[str], positions: list[int]
 ) -> tuple[float, int]:
-    """Seconds of the student's forward and backward at one step, and the bytes that they need on the device."""
+    """Measures the seconds and the bytes on the device of the student's forward and backward at one step."""
     device, field = trainer.accelerator.device, trainer.velocity_field
     x = field.initial_latents(prompts, sample_generators([trainer.args.seed], positions))
     parameters = trainer.student.parameters()
@@ -206,12 +208,13 @@ def update_seconds(
     args: DiffusionOPDConfig, plan: StepPlan, micro_batches: int, costs: list[dict[str, float]]
 ) -> float:
     """
-    Seconds of an update: what the steps of its walks cost.
+    Estimates the seconds of an update from the seconds of its steps.
 
     Args:
-        args ([`DiffusionOPDConfig`]), plan ([`StepPlan`]), micro_batches (`int`): of each task in an update.
-        costs (`list[dict[str, float]]`): of each task, as measured on one micro-batch: the seconds of one step's `"student"`,
-            `"teachers"` and `"base"` forward, and of the forward and backward of an `"update"`.
+        args ([`DiffusionOPDConfig`]), plan ([`StepPlan`]): the config, and the trained steps.
+        micro_batches (`int`): micro-batches of each task in an update.
+        costs (`list[dict[str, float]]`): for each task, measured on one micro-batch: the seconds of one step's
+            `"student"`, `"teachers"` and `"base"` forward, and of the forward and backward of an `"update"`.
     """
     seconds = 0.0
     walked, trained = plan.expected_steps(args.num_trained_timesteps)
@@ -224,7 +227,8 @@ def update_seconds(
 def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
     return [
         f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
-        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right LoRA?"
+        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right "
+        "LoRA?"
         for task, figures in tasks.items()
         for teacher in figures["teachers"]
         if teacher["kind"] != "base" and teacher["gap_to_base"] <= teacher["rounding"]
@@ -235,11 +239,11 @@ def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
 
 
 def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
-    """For each task the first row that is evaluated and, by a caption, the images of the models, all from the same noise."""
+    """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
     evaluated = trainer.eval_dataset
     if isinstance(evaluated, Mapping):
         evaluated = next(iter(evaluated.values()))
-    firsts: dict[str, Row] = {}  # an evaluation need not have every task
+    firsts: dict[str, Row] = {}  # an evaluation may lack tasks, whose rows are then of the training data
     for dataset in (trainer.train_dataset, evaluated):
         if dataset is not None:
             firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}

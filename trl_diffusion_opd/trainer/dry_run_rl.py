@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run by reward would do, shown before it starts: a round drawn and scored, what an update costs, and pictures."""
+"""The dry run of training by reward: draws and scores one round, and shows the cost of an update and some images."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,7 +49,7 @@ from .rl_round import Rollout, Round
 
 logger = logging.getLogger(__name__)
 
-# Completions of a task's first prompt that are shown.
+# The most completions of a task's first prompt that are shown.
 _SHOWN = 4
 
 
@@ -63,28 +63,29 @@ def dry_run(
     frozen: list[nn.Module],
 ) -> dict[str, JSON]:
     """
-    Shows what `trainer.train()` would do, without training: see [`DiffusionRLTrainer.dry_run`].
+    Shows what `trainer.train()` would do, without training. See [`DiffusionRLTrainer.dry_run`].
 
-    The first round is drawn and scored as training will do it, and the loss of one micro-batch of each task goes backward.
-    No weight, gradient, metric or random state changes.
+    It draws and scores the first round as training would, and runs the backward of one micro-batch's loss of each
+    task. No weight, gradient, metric or random state changes.
 
     Args:
-        trainer ([`DiffusionTrainer`]): one that has not trained yet. Called on all processes.
-        roll_out, losses (`Callable`): its own, as [`DiffusionRLTrainer`] describes them.
-        frozen (`list[nn.Module]`): what else than the student computes velocities.
+        trainer ([`DiffusionTrainer`]): a trainer that has not trained yet. All processes must call this function.
+        roll_out, losses (`Callable`): its methods, as [`DiffusionRLTrainer`] describes them.
+        frozen (`list[nn.Module]`): the networks besides the student that compute velocities.
 
     Returns:
         `dict`:
-        - `"tasks"`: by task `"prompts"` and `"completions"` of a round, `"frac_reward_zero_std"` (the share of its groups
-          without signal), `"rewards"`: by name `"mean"` and `"std"` over the round, NaN where it applies to nothing; and
-          `"images"`: by caption and reward the score of each image that is shown (on the main process).
-        - `"generation_time"`, `"reward_time"`: seconds of the round, the latter by reward and meanwhile.
-        - `"forwards_per_update"`, `"backwards_per_update"`, `"forwards"`, `"backwards"`: samples that networks see, of an
-          update and of the run, over all processes. Guidance shows each sample twice.
-        - `"seconds_per_update"`, `"updates"`, `"seconds"`: of rounds and losses alone.
-        - `"memory"`: by part, `{"dtype", "bytes", "how"}`, as [`estimate_memory`] says, and the tensors of a round; on one
-          process and without sharding.
-        - `"warnings"`: names of rewards that had one value in every group.
+        - `"tasks"`: for each task `"prompts"` and `"completions"` of a round; `"frac_reward_zero_std"`, the share of
+          its groups without signal; `"rewards"`, by name `"mean"` and `"std"` over the round, NaN for a reward that
+          applies to nothing; and on the main process `"images"`, by caption and reward the score of each image that is
+          shown.
+        - `"generation_time"`, `"reward_time"`: seconds of drawing the round, and of each reward meanwhile.
+        - `"forwards_per_update"`, `"backwards_per_update"`, `"forwards"`, `"backwards"`: samples that the networks
+          compute in an update and in the run, over all processes. With guidance each sample counts twice.
+        - `"seconds_per_update"`, `"updates"`, `"seconds"`: the time of rounds and losses alone.
+        - `"memory"`: for each part `{"dtype", "bytes", "how"}`, as in [`estimate_memory`], and the tensors of a round;
+          on one process without sharding.
+        - `"warnings"`: names of rewards that had one value within every group.
     """
     sampler = trainer.make_sampler()
     batches = [[trainer.train_dataset[row] for row in rows] for rows in first_update(trainer, sampler)]
@@ -115,7 +116,7 @@ def dry_run(
 
 
 def _show(trainer: DiffusionTrainer, report: dict[str, JSON], pictures: Pictures, warnings: Iterable[str]) -> None:
-    """Adds the scores of the pictures to the report, and prints it, on the main process."""
+    """On the main process, adds the scores of the images to the report and prints it."""
     if trainer.accelerator.is_main_process:
         for warning in warnings:
             logger.warning(warning)
@@ -130,7 +131,7 @@ def _show(trainer: DiffusionTrainer, report: dict[str, JSON], pictures: Pictures
 def _cost(
     trainer: DiffusionTrainer, sampler: TaskSampler, clock: Clock, of_round: Forwards, of_losses: Forwards
 ) -> dict[str, JSON]:
-    """Seconds and samples of an update and of the run, from one round and the losses of a micro-batch of each task."""
+    """Estimates seconds and samples of an update and of the run, from one round and one micro-batch's loss a task."""
     passes, processes = trainer.passes, trainer.accelerator.num_processes
     micro_batches, updates = trainer.rounds.micro_batches, number_of_updates(trainer, sampler)
     seconds = clock.median("round") / passes
@@ -156,7 +157,7 @@ def _losses(
     networks: list[nn.Module],
     clock: Clock,
 ) -> tuple[Forwards, int]:
-    """Takes the loss of each task's first micro-batch: what the networks see, and the bytes that it needs."""
+    """Computes the loss of each task's first micro-batch. Returns the samples computed, and the bytes used."""
     parameters, device = trainer.student.parameters(), trainer.accelerator.device
 
     def take(rollout: Rollout) -> int:
@@ -168,7 +169,7 @@ def _losses(
             used = max(used, peak.without(torch.autograd.grad(loss, parameters, allow_unused=True)))
         return used
 
-    used = [take(rollouts[0])]  # the first one sets things up
+    used = [take(rollouts[0])]  # a first call that is not timed, since it sets things up
     with counted(networks) as count:
         for task, rollout in zip(trainer.tasks, rollouts, strict=False):
             with clock(f"loss {task}"):
@@ -187,7 +188,7 @@ def _below(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, JSON]]:
-    """A round's figures by task."""
+    """The figures of a round, by task."""
     completions = trainer.samples_of_task
     figures = {}
     for task, of_task in drawn.figures.items():
@@ -204,7 +205,7 @@ def _of_tasks(trainer: DiffusionTrainer, drawn: Round) -> dict[str, dict[str, JS
 
 
 def _draw(trainer: DiffusionTrainer, rollouts: list[Rollout], batches: list[list[Row]]) -> Pictures:
-    """For each task's first prompt what an evaluation draws, and completions of its group as they were scored."""
+    """Draws each task's first prompt as in an evaluation, and decodes completions of its group as they were scored."""
     scale = trainer.args.evaluation_guidance
     shown = min(_SHOWN, trainer.repeats, trainer.micro_batch_size)
     pictures: Pictures = {}

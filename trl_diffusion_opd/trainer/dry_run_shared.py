@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the dry runs of all trainers share: clocks, memory, the first update's rows, and the picture."""
+"""Shared parts of the dry runs: clocks, memory, the rows of the first update, and pictures."""
 
 import inspect
 import math
@@ -49,7 +49,7 @@ from .memory_estimate import estimate_memory
 
 
 def first_update(trainer: DiffusionTrainer, sampler: TaskSampler) -> list[list[int]]:
-    """Rows of the training data in each of this process's micro-batches of the first update."""
+    """The rows of the training data in each of this process's micro-batches of the first update."""
     size, accelerator = trainer.micro_batch_size, trainer.accelerator
     length = size * accelerator.num_processes
     rows = list(islice(sampler, length * len(trainer.rounds)))
@@ -58,7 +58,7 @@ def first_update(trainer: DiffusionTrainer, sampler: TaskSampler) -> list[list[i
 
 
 def number_of_updates(trainer: DiffusionTrainer, sampler: TaskSampler) -> int:
-    """Optimizer steps of the whole run."""
+    """The number of optimizer steps of the whole run."""
     epochs = trainer.args.num_train_epochs
     return (
         trainer.args.max_steps if trainer.args.max_steps > 0 else math.ceil(epochs * sampler.rounds * sampler.passes)
@@ -67,7 +67,7 @@ def number_of_updates(trainer: DiffusionTrainer, sampler: TaskSampler) -> int:
 
 @contextmanager
 def as_in_training(trainer: DiffusionTrainer) -> Iterator[nn.Module]:
-    """The trained model as it computes once Trainer has prepared it: with checkpointing and in mixed precision."""
+    """Context that yields the trained model as Trainer prepares it: with checkpointing and mixed precision."""
     model = trainer.student.model
     if trainer.args.activation_checkpointing:
         trained: Any = trainer.model
@@ -86,7 +86,7 @@ def as_in_training(trainer: DiffusionTrainer) -> Iterator[nn.Module]:
 
 
 class Clock:
-    """Seconds of calls, the median of each kind: the first one sets things up, and others may have to wait."""
+    """Measures the seconds of calls by name. The median is robust against the first call, which sets things up."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -104,7 +104,7 @@ class Clock:
 
 @dataclass
 class Forwards:
-    """How many samples networks have seen forward, and with gradients, so backward too. Guidance shows each of them twice."""
+    """Numbers of samples in forwards, and in forwards with gradient. With guidance each sample counts twice."""
 
     forwards: int = 0
     backwards: int = 0
@@ -112,7 +112,7 @@ class Forwards:
 
 @contextmanager
 def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
-    """Counts what the networks see meanwhile. LoRAs of one network are that network."""
+    """Context that counts the samples that the networks compute. LoRAs on one network count as that network."""
     count = Forwards()
 
     def hook(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def counted(networks: Sequence[nn.Module]) -> Iterator[Forwards]:
         count.backwards += rows * torch.is_grad_enabled()
 
     bases = [network.get_base_model() if isinstance(network, PeftModel) else network for network in networks]
-    # By identity: a student and the base that it is a LoRA of are one network.
+    # By identity, since a student's LoRA and its base are one network.
     handles = [
         base.register_forward_pre_hook(hook, with_kwargs=True) for base in {id(one): one for one in bases}.values()
     ]
@@ -141,7 +141,7 @@ def in_use(device: torch.device) -> int:
 
 
 class Peak:
-    """Bytes above those in use at its beginning: their peak on CUDA, elsewhere the most that [`look`] has seen."""
+    """The peak of bytes above those in use at the start. On CUDA it is exact, elsewhere it is sampled by [`look`]."""
 
     def __init__(self, device: torch.device):
         self.device, self._before, self._seen = device, in_use(device), 0
@@ -158,40 +158,40 @@ class Peak:
         return self._seen
 
     def without(self, gradients: Sequence[Tensor | None]) -> int:
-        """Bytes but for gradients, which are held at the end."""
-        if self.device.type != "cuda":  # looked at before there were any
+        """The peak without the gradients, which are held at the end."""
+        if self.device.type != "cuda":  # it was sampled before there were gradients
             return self.bytes
         return self.bytes - sum(gradient.nbytes for gradient in gradients if gradient is not None)
 
 
 def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, what: str) -> dict[str, MemoryRow]:
     """
-    [`estimate_memory`] for the trainer's device, without sharding.
+    Returns [`estimate_memory`] for the trainer's device without sharding, plus the method's own parts.
 
     Args:
-        trainer
-        extra (`dict[str, int]`): bytes that the method keeps besides, by name, counted.
-        measured (`int`): bytes above those in use before, as measured.
-        what (`str`): what they were measured in.
+        trainer ([`DiffusionTrainer`])
+        extra (`dict[str, int]`): bytes of further parts that the method keeps, by name.
+        measured (`int`): measured peak of bytes above those in use before.
+        what (`str`): the measured computation, for the row's text.
     """
     rows = estimate_memory(trainer)
     peak = rows.pop("peak")
     for name, size in extra.items():
         rows[name] = {"dtype": "", "bytes": size, "how": "counted"}
         peak["bytes"] += size
-    if trainer.accelerator.device.type == "cuda":  # elsewhere a process's memory says little of its tensors'
+    if trainer.accelerator.device.type == "cuda":  # elsewhere a process's memory says little about its tensors
         rows["activations, measured"] = {"dtype": "", "bytes": measured, "how": f"peak of {what}, not in the sum"}
     return {**rows, "peak": peak}
 
 
 # Pictures
 
-# By task: the row of the data, and the images by caption.
+# For each task the row of the data, and the images by caption.
 Pictures = dict[str, tuple[Row, dict[str, Image.Image]]]
 
 
 def draw(evaluator: ImageEvaluator, module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
-    """The image that an evaluation draws first for a task, if this is its first prompt."""
+    """Draws the image that an evaluation would draw first for a task with this first prompt."""
     ((_, image),) = draw_images(
         evaluator.field,
         module,
@@ -206,7 +206,7 @@ def draw(evaluator: ImageEvaluator, module: nn.Module, task: str, prompt: str, g
 def score_pictures(
     evaluator: ImageEvaluator, pictures: Pictures, state: TrainerState
 ) -> dict[str, dict[str, dict[str, float | None]]]:
-    """By task, caption and reward the score of every image; none of a reward that hangs, with a warning."""
+    """Scores every image, by task, caption and reward. If a reward hangs, there is a warning and no score."""
     scored = {}
     for task, (row, images) in pictures.items():
         with evaluator.monitor(task, state) as scorer:
@@ -221,7 +221,7 @@ def score_pictures(
 def write_pictures(
     output_dir: str | None, pictures: Pictures, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
 ) -> None:
-    """One file an image, and one with all of them and each one's first reward, in the output folder."""
+    """Writes each image to a file, and one picture of all images with their first reward, into the output folder."""
     from ..reporting import plots
 
     folder = Path(output_dir or ".") / DRY_RUN_FOLDER

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Images of the student, drawn and scored: for evaluations, for logged completions and for dry runs."""
+"""Draws and scores images of the student: for evaluations, logged completions and dry runs."""
 
 import math
 import time
@@ -37,12 +37,12 @@ from .base_config import DiffusionConfig
 
 class ImageEvaluator:
     """
-    Images of a student and their rewards. The noise of an image is fixed by the seed, its task and its number, so that
-    evaluations can be compared.
+    Draws images of a student and scores them. The noise of an image depends only on the seed, its task and its number,
+    so evaluations can be compared.
 
     Args:
-        field ([`VelocityField`]): the velocity on the grid of evaluations.
-        student ([`Student`]): whose averaged weights are evaluated.
+        field ([`VelocityField`]): the pipeline's velocity on the noise levels of evaluations.
+        student ([`Student`]): the student, evaluated with its averaged weights.
         tasks (`list[str]`): the tasks of the training data.
         reward_funcs (`dict[str, list[Callable]]`): the rewards of each task.
         args ([`DiffusionConfig`]), accelerator ([`~accelerate.Accelerator`])
@@ -65,7 +65,7 @@ class ImageEvaluator:
         self.accelerator = accelerator
 
     def monitor(self, task: str, state: TrainerState) -> Scorer:
-        """A scorer whose scores are looked at and not trained on: without them training goes on."""
+        """Makes a scorer for scores that are only logged. If a reward times out, training goes on."""
         return Scorer(self.reward_funcs[task], state, self.args.reward_timeout, on_timeout="none", task=task)
 
     def draw(
@@ -76,7 +76,10 @@ class ImageEvaluator:
         update: int = 0,
         on_batch: Callable[[list[int], list[Image]], None] | None = None,
     ) -> list[tuple[int, Image]]:
-        """Images of `dataset[rows]` as `(position in rows, image)`, this process's share of them, with the weights as they are."""
+        """
+        Draws this process's share of the images of `dataset[rows]` with the current weights, as
+        `(position in rows, image)`.
+        """
         try:
             return draw_images(
                 self.field,
@@ -99,7 +102,7 @@ class ImageEvaluator:
 
         Args:
             dataset ([`~datasets.Dataset`]), prefix (`str`), state ([`~transformers.TrainerState`])
-            of_method (`Callable`): what the method itself measures with these weights.
+            of_method (`Callable`): returns the method's own metrics with these weights.
 
         Returns:
             `tuple`: the metrics, as the trainer's `evaluate` describes them, and the number of images.
@@ -135,8 +138,8 @@ class ImageEvaluator:
         logged: dict[str, list[float]],
     ) -> dict[str, list[float | None]]:
         """
-        Scores of the images of `dataset[rows]` by reward, drawn while those before them are scored. Adds what it took to
-        `seconds`, and to `logged` what the rewards logged.
+        Draws and scores the images of `dataset[rows]`; each batch is scored while the next is drawn. Returns scores by
+        reward. Adds the time to `seconds`, and the rewards' own metrics to `logged`.
         """
         with self.monitor(task, state) as scorer:
 
@@ -154,7 +157,7 @@ class ImageEvaluator:
         return {name: gather_object(values) for name, values in scores.items()}
 
     def completions(self, dataset: Dataset, state: TrainerState) -> list[Completion]:
-        """Images for the first prompts of each task, with the averaged weights. The same on every process."""
+        """Draws images for the first prompts of each task with the averaged weights. The same on every process."""
         shown: list[tuple[int, int, Completion]] = []
         with self.student.ema_weights():
             for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
@@ -174,7 +177,7 @@ class ImageEvaluator:
 
 
 def gathered(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """The values that the rewards of all processes have logged, by the name of the metric."""
+    """Gathers the values that rewards have logged on all processes, by the name of the metric."""
     values: dict[str, list[float]] = defaultdict(list)
     for name, value in gather_object([(name, value) for name, of_name in metrics.items() for value in of_name]):
         values[name].append(value)
@@ -182,6 +185,6 @@ def gathered(metrics: Mapping[str, list[float]]) -> dict[str, list[float]]:
 
 
 def applicable_mean(values: list[float | None] | list[float]) -> float:
-    """The mean of those that are numbers; NaN without any."""
+    """The mean of the values that are numbers; NaN if there are none."""
     applicable = [value for value in values if value is not None and not math.isnan(value)]
     return sum(applicable) / len(applicable) if applicable else math.nan

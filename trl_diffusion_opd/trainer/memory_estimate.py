@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The peak memory of training by part: what a trainer's networks hold, and activations from shapes alone."""
+"""Estimates the peak memory of training, part by part: counted weights, and activations computed from shapes alone."""
 
 import itertools
 from collections import defaultdict
@@ -31,9 +31,9 @@ from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_i
 from .base_trainer import DiffusionTrainer
 
 
-# Rows of the data among which the longest prompt is looked for.
+# The longest prompt is looked for among so many rows of the data.
 _LOOKED_AT = 1000
-# Side of the square weight on which an optimizer shows what it keeps: above the size from which 8-bit ones are 8-bit.
+# Side of the square weight used to measure an optimizer's memory: large enough for 8-bit optimizers to use 8 bits.
 _PROBE = 1024
 
 
@@ -41,24 +41,26 @@ def estimate_memory(
     trainer: DiffusionTrainer, *, device_type: str | None = None, shards: int = 1
 ) -> dict[str, MemoryRow]:
     """
-    The peak memory of training by part, in bytes, on one process's device.
+    Estimates the peak memory of training on one process's device, part by part, in bytes.
 
     Weights are counted. Activations are those of the student's forward and backward on one micro-batch of the data's
-    longest prompt, from shapes alone: a network of any size is estimated in seconds, also where it would not fit. An
-    optimizer is asked what it keeps of a small weight. Not counted: what the allocator rounds up and keeps, kernels'
-    workspaces, the CUDA context (some .5 GiB), DDP's buckets, the decoder's activations in evaluations, reward models.
+    longest prompt. They are computed from shapes alone, so a network of any size takes seconds, even if it does not
+    fit. The optimizer's memory is measured on a small weight. Not counted: memory that the allocator rounds up and
+    keeps, workspaces of kernels, the CUDA context (some 0.5 GiB), DDP's buckets, the decoder's activations in
+    evaluations, reward models.
 
     Args:
-        trainer ([`DiffusionOPDTrainer`] or another of this package)
+        trainer ([`DiffusionOPDTrainer`] or another of this package): the trainer.
         device_type (`str`, *optional*):
-            `"cuda"` for what mixed precision keeps there (layer norms are float32), `"cpu"` for what it keeps here; that of
-            the trainer if not given.
+            `"cuda"` or `"cpu"`: the device whose mixed precision is assumed (on CUDA layer norms are float32). By
+            default, the trainer's.
         shards (`int`, *optional*, defaults to 1):
-            Processes that share the student's network and its optimizer, under FSDP2. Two of its blocks are whole at a time,
-            what is outside of the blocks, and the gradients.
+            Number of processes that share the student's network and its optimizer under FSDP2. Two blocks at a time,
+            the weights outside of blocks, and the gradients are still whole.
 
     Returns:
-        `dict`: by part `{"dtype", "bytes", "how"}`; the last one is `"peak"`, whose `"how"` names what happens then.
+        `dict`: for each part `{"dtype", "bytes", "how"}`. The last part is `"peak"`; its `"how"` says when it is
+            reached.
     """
     student = trainer.student.parameters()
     dtypes = {p.dtype for p in student}
@@ -70,7 +72,7 @@ def estimate_memory(
                 rows[name]["bytes"] //= shards
     trained = sum(p.nbytes for p in student)
     state, temporary = optimizer_bytes(trainer)
-    # FSDP2 splits them in the update's last backward.
+    # FSDP2 splits the gradients only in the update's last backward.
     rows["gradients"] = _row(trained, dtypes, "as the student" if shards == 1 else "as the student, whole")
     rows["optimizer"] = _row(round(state * trained) // shards, set(), f"{state:.2f} bytes a byte of the student")
     resident = sum(row["bytes"] for row in rows.values())
@@ -99,7 +101,7 @@ def _row(size: int, dtypes: set[torch.dtype], how: str) -> MemoryRow:
 
 
 def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, MemoryRow], dict[str, MemoryRow]]:
-    """Rows of what is always on the device, and of what `offload_encoders` keeps in host memory between uses."""
+    """Rows for weights that are always on the device, and for those that `offload_encoders` keeps in host memory."""
     student, frozen = trainer.student.parameters(), trainer.frozen_parts()
     taken = {id(tensor) for tensor in itertools.chain(student, *frozen.values())}
     rows, elsewhere = {}, {}
@@ -130,7 +132,7 @@ def _gathered(trainer: DiffusionTrainer) -> int:
 
 
 def optimizer_bytes(trainer: DiffusionTrainer) -> tuple[float, float]:
-    """What the optimizer keeps, and what it needs besides in a step: in bytes, for a byte of the trained weights."""
+    """Bytes that the optimizer keeps, and that it needs more in a step, for each byte of the trained weights."""
     weight = nn.Parameter(torch.ones(_PROBE, _PROBE, dtype=trainer.student.parameters()[0].dtype))
     weight = nn.Parameter(weight.detach().to(trainer.accelerator.device))
     if trainer.optimizer is None:
@@ -140,16 +142,16 @@ def optimizer_bytes(trainer: DiffusionTrainer) -> tuple[float, float]:
         used = (
             trainer.optimizer.optimizer if isinstance(trainer.optimizer, AcceleratedOptimizer) else trainer.optimizer
         )
-        # Not by its constructor, which need not take all that it keeps.
+        # Copied without its constructor, whose arguments are not known.
         optimizer = object.__new__(type(used))
         optimizer.__dict__.update(used.__dict__)
-        optimizer.__dict__.pop("step", None)  # a schedule's, which is bound to the other one
+        optimizer.__dict__.pop("step", None)  # a scheduler's wrapper, which is bound to the original optimizer
         optimizer.state, optimizer.param_groups = defaultdict(dict), [{**used.param_groups[0], "params": [weight]}]
     return optimizer_step_bytes(optimizer, weight)
 
 
 def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) -> int | None:
-    """The activations' part of [`estimate_memory`]; `None` where a network cannot be followed by shapes alone."""
+    """The bytes of activations in [`estimate_memory`]. `None` if a network's shapes depend on values."""
     base = trainer.base_pipeline.components["transformer"]
     args = trainer.args
     model = trainer.student.model
@@ -157,7 +159,7 @@ def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) 
     if args.activation_checkpointing:
         base.enable_gradient_checkpointing()
     device_type = device_type or trainer.accelerator.device.type
-    # Teachers' forwards keep nothing, but may have more rows than a student without guidance.
+    # Teachers' forwards keep nothing for a backward, but with guidance they may have more rows than the student's.
     trained = trainer.trained_scale
     scales = {scale for task in trainer.tasks for scale in trainer.guidance_scales(task)} - {trained}
     try:
@@ -181,7 +183,7 @@ def _of_scale(
     calls: list[dict[str, object]] = []
 
     def network(**inputs: object) -> tuple:
-        # Some pipelines guide with a call each for prompt and empty prompt: an answer lets them come to the second.
+        # Some pipelines call the network once for the prompt and once for the empty prompt. Zeros let them go on.
         calls.append(inputs)
         _, (velocity,) = pass_in_shapes(model, base, [inputs], device_type, precision, backward=False)
         return (tree_map(lambda v: torch.zeros(v.shape, dtype=v.dtype, device=trainer.accelerator.device), velocity),)

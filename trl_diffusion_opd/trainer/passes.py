@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The student's forward and backward, whatever accelerate has wrapped around it."""
+"""The student's forward and backward in training, under any wrapper of accelerate (DDP, FSDP, DeepSpeed)."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class StudentPasses:
-    """What [`DiffusionTrainer`] computes of the student in training. Of the trainer it uses what is declared here."""
+    """[`DiffusionTrainer`]'s methods for the student's forward and backward. They use the attributes declared here."""
 
     args: DiffusionConfig
     state: TrainerState
@@ -49,9 +49,9 @@ class StudentPasses:
     @contextmanager
     def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
         """
-        Reduces gradients only in the round's last backward.
+        Context that reduces gradients among processes only in the round's last backward.
 
-        `no_sync` alone is not enough: under DeepSpeed every backward with `sync_gradients` is an optimizer step, and
+        `no_sync` alone is not enough. Under DeepSpeed every backward with `sync_gradients` is an optimizer step, and
         FSDP2's `no_sync` turns the reduction on again when it ends.
         """
         state = self.accelerator.gradient_state
@@ -66,15 +66,15 @@ class StudentPasses:
             state._set_sync_gradients(True)
 
     def _backward(self, loss: Tensor) -> None:
-        # DeepSpeed would divide by the accumulation steps once more: a task's share is in the loss already.
+        # The loss includes the task's share already, so DeepSpeed must not divide by the accumulation steps again.
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         with self._part("backward"):
             self.accelerator.backward(loss, **options)
 
     @staticmethod
     def _in_eval_mode(model: nn.Module) -> None:
-        """No dropout; checkpointing in diffusers depends on the grad mode alone."""
-        if model.training:  # Trainer's mode. To set it takes a walk over all modules
+        """Turns dropout off. Checkpointing in diffusers depends only on the grad mode, so it stays on."""
+        if model.training:  # Trainer sets it. Checked first, since eval() walks over all modules
             model.eval()
 
     def _student_velocity(
@@ -86,8 +86,8 @@ class StudentPasses:
         guidance_scale: float | None = None,
         field: VelocityField | None = None,
     ) -> Tensor:
-        """The student's velocity with gradient. Under DDP all of a replay counts as one forward of the wrapper."""
-        own = self.student.model  # what is wrapped
+        """The student's velocity with gradient. To DDP, a whole pipeline step is one forward of the wrapper."""
+        own = self.student.model  # the network inside the wrapper
         field = self.velocity_field if field is None else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         with self._part("student"):
@@ -103,22 +103,22 @@ class StudentPasses:
 
     def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
         """
-        A micro-batch's figures of all processes.
+        Gathers a micro-batch's figures from all processes, and checks that they are finite.
 
         Args:
-            task (`str`): its task.
-            levels (`dict[int, float]`, *optional*): noise levels of its n trained steps by their numbers, for the message.
-                Not given where the figures belong to no step.
+            task (`str`): the micro-batch's task.
+            levels (`dict[int, float]`, *optional*): noise levels of the n trained steps by step number, for the
+                message. `None` if the figures belong to no step.
             values (`Tensor` of shape `(k, n)`): k figures of every step, on this process.
 
         Returns:
             `Tensor` of shape `(processes, k, n)`, float64, on the CPU.
 
         Raises:
-            [`FloatingPointError`]: on all processes, if a figure of one is not finite.
+            [`FloatingPointError`]: on all processes, if a figure of any process is not finite.
         """
-        # One collective and one wait for the device a micro-batch, and all processes decide alike.
-        everyone = self.accelerator.gather(values[None]).cpu().double()  # not every device knows float64
+        # One collective and one wait for the device in each micro-batch. All processes decide alike.
+        everyone = self.accelerator.gather(values[None]).cpu().double()  # not every device has float64
         bad = [i for i in range(everyone.shape[2]) if not everyone[:, :, i].isfinite().all()]
         if bad:
             where = "in"
@@ -126,13 +126,14 @@ class StudentPasses:
                 step, level = list(levels.items())[bad[0]]
                 where = f"at step {step} (noise level {level:.3f}) of"
             raise FloatingPointError(
-                f"The loss of task {task!r} is not finite {where} update {self.state.global_step + 1}. Training stops before the "
-                "optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype float32."
+                f"The loss of task {task!r} is not finite {where} update {self.state.global_step + 1}. Training stops "
+                "before the optimizer's step; the last checkpoint is untouched. Try a smaller learning_rate, or dtype "
+                "float32."
             )
         return everyone
 
     def _warn_of_idle_weights(self) -> None:
-        """Says which of the trained weights take no part: the forward passes them by, or an operation has no gradient."""
+        """Warns of trained weights without gradient, which the forward or the backward does not reach."""
         if (
             self.is_deepspeed_enabled or not self.accelerator.is_main_process
         ):  # DeepSpeed keeps the gradients to itself
@@ -141,7 +142,8 @@ class StudentPasses:
         idle = [name for name, parameter in trained.items() if parameter.grad is None]
         if idle:
             logger.warning(
-                f"{len(idle)} of the {len(trained)} tensors that are trained got no gradient in the first update, such as {shown(idle[0])}, "
-                "and stay as they are. Either the transformer does not use these layers, and target_modules of peft_config need "
-                "not name them, or something in its forward passes no gradient, such as an attention backend."
+                f"{len(idle)} of the {len(trained)} trained tensors got no gradient in the first update, such as "
+                f"{shown(idle[0])}. They "
+                "are not trained. Either the transformer does not use these layers, so target_modules of peft_config "
+                "need not name them, or a part of its forward passes no gradient, such as an attention backend."
             )

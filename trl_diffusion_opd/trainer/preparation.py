@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-What a trainer is made of before Trainer is: pipeline, velocity field, student, tasks, rewards and the method's own parts. All that is
-wrong is collected here and raised in one message.
+Prepares a trainer's parts before Trainer's own constructor runs: pipeline, velocity field, student, tasks, rewards,
+and the method's own parts. It collects all problems and raises them in one message.
 """
 
 import copy
@@ -74,17 +74,17 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Parts:
     """
-    What a trainer is made of.
+    The parts of a trainer.
 
     Attributes:
         args ([`DiffusionConfig`]), pipeline ([`~diffusers.DiffusionPipeline`])
-        undo (`ExitStack`): what gives the pipeline back as it was.
-        train_dataset, eval_dataset: with the column of tasks as plain names.
-        given_rewards, given_teachers: as the constructor was given them.
-        rounds ([`Rounds`]), reward_funcs (`dict[str, list[Callable]]`): without tasks where the data can't be trained on.
-        offload ([`Offload`]): the parts that leave the device between calls.
+        undo (`ExitStack`): callbacks that restore the pipeline if the trainer cannot start.
+        train_dataset, eval_dataset: the datasets, with tasks as plain names.
+        given_rewards, given_teachers: as the constructor got them.
+        rounds ([`Rounds`]), reward_funcs (`dict[str, list[Callable]]`): empty if the data can't be trained on.
+        offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
-        method (`dict`): attributes that the trainer has for its method.
+        method (`dict`): the method's own attributes of the trainer.
     """
 
     args: DiffusionConfig
@@ -110,7 +110,10 @@ class Parts:
         return (component for component in self.pipeline.components.values() if isinstance(component, nn.Module))
 
     def use_attention_backend(self, network: nn.Module, as_student: bool = False) -> Callable[[], None] | None:
-        """Sets what `attention_backend` says, or refuses it. Mixed precision is for the student's network alone."""
+        """
+        Sets the attention backend of a network, or refuses it. Returns a function that undoes it. Mixed precision is
+        used only for the student's network.
+        """
         args = self.args
         if args.attention_backend is None:
             return None
@@ -121,22 +124,22 @@ class Parts:
 
 
 class Method:
-    """What a trainer's class does for its method before there is a trainer."""
+    """Hooks of a trainer's class that run before there is a trainer object."""
 
     config_class: ClassVar[type[DiffusionConfig]]
 
     @classmethod
     def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
-        """Names of what the trainer's `_evaluate_method` returns for a dataset, without prefix."""
+        """Names of the metrics that the trainer's `_evaluate_method` returns for a dataset, without prefix."""
         return []
 
     @classmethod
     def look_at_base(cls, parts: Parts) -> None:
-        """Looks at the pipeline while its transformer is the base alone."""
+        """Can inspect the pipeline before the student's LoRA is added to its transformer."""
 
     @classmethod
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
-        """Puts what the method needs beyond the student into `parts.method`, and everything that is wrong into `problems`."""
+        """Adds what the method needs besides the student to `parts.method`, and all problems to `problems`."""
 
 
 def prepare(
@@ -153,16 +156,16 @@ def prepare(
     peft_config: PeftConfig | str | None,
 ) -> Parts:
     """
-    Makes everything that a trainer consists of.
+    Makes all parts of a trainer.
 
     Args:
-        trainer (`type[DiffusionTrainer]`): its class.
-        undo (`ExitStack`): gets what gives the pipeline back as it was.
+        trainer (`type[DiffusionTrainer]`): the trainer's class.
+        undo (`ExitStack`): gets callbacks that restore the pipeline.
         model, args, train_dataset, eval_dataset, reward_funcs, teachers, quantization_config, peft_config:
             As the trainers take them.
 
     Raises:
-        [`ValueError`]: with everything that is wrong in one message.
+        [`ValueError`]: if anything is wrong. One message lists everything.
     """
     args = _checked(trainer, model, args)
     set_seed(args.seed)  # before the LoRA's random initialisation
@@ -170,14 +173,15 @@ def prepare(
     parts.given_rewards, parts.given_teachers = reward_funcs, teachers
     problems = Problems()
     _look_at_data(parts, trainer, problems)
-    # Problems of the data don't keep the model from being checked, so that one message says everything. These do:
+    # After problems of the data, the model is still checked, so that one message lists everything. After `unfit` it
+    # isn't.
     unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
     unfit += model_problems(parts.pipeline, args, peft_config)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
-            "student_init='merge' starts from the mean of the teachers' LoRAs, and there are no teachers. Name a LoRA, or "
-            "say './merge' if a folder of that name is meant."
+            "student_init='merge' starts from the mean of the teachers' LoRAs, but there are no teachers. Name a "
+            "LoRA, or write './merge' if you mean a folder of that name."
         )
     if not unfit:
         _make_field(parts, unfit)
@@ -195,16 +199,14 @@ def prepare(
 
 
 def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: DiffusionConfig | None) -> DiffusionConfig:
-    """The arguments, by default with an `output_dir` that is named after the model and the method."""
+    """Returns the arguments; by default, the config's defaults with an `output_dir` named after model and method."""
     wanted = trainer.config_class
     if args is None:
         name = model if isinstance(model, str) else str(model.config.get("_name_or_path"))
         method = wanted.__name__.removeprefix("Diffusion").removesuffix("Config")
         args = wanted(f"{name.rstrip('/').split('/')[-1]}-{method}")
     if not isinstance(args, wanted):
-        raise ValueError(
-            f"args is a {type(args).__name__}, which is for another trainer: {trainer.__name__} takes a {wanted.__name__}."
-        )
+        raise ValueError(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
     return args
 
 
@@ -216,7 +218,7 @@ def _load(
     quantization_config: QuantizationConfig,
     undo: ExitStack,
 ) -> Parts:
-    """The pipeline, loaded if it is given by name, and nothing done to it."""
+    """Loads the pipeline if it is given by name, and changes nothing in it."""
     init_kwargs = args.model_init_kwargs
     assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
     pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
@@ -231,7 +233,7 @@ def _load(
 
 
 def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> None:
-    """Finds the tasks and the rewards of each."""
+    """Finds the tasks and their rewards, and checks the data."""
     args, column = parts.args, parts.args.task_column
     problems += training_data_problems(parts.train_dataset, column)
     if problems:
@@ -250,7 +252,7 @@ def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> No
 
 
 def _make_field(parts: Parts, unfit: Problems) -> None:
-    """Puts the pipeline where it computes, and makes the velocity field of it."""
+    """Moves the pipeline to its device and makes the velocity field."""
     args, kwargs = parts.args, parts.args.generation_kwargs
     assert kwargs is None or isinstance(kwargs, dict)  # the config has parsed or refused strings
     store: PromptStore | None = None
@@ -262,7 +264,7 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
             parts.offload = Offload(offloaded(parts.pipeline), args.device)
             parts.undo.callback(parts.offload.remove)
     for module in parts.modules():
-        module.eval()  # the checks below encode prompts, which are kept: without dropout
+        module.eval()  # without dropout: the checks below encode prompts, and the embeddings are kept
         if all(module is not other for other in parts.offload.modules):
             module.to(args.device)  # the checks below run the pipeline
     if unfit:
@@ -301,17 +303,17 @@ def _make_student(
 
 
 def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.Module:
-    """The LoRA that is trained on its base, or the transformer itself."""
+    """Returns the network with the student: the base with the trained LoRA, or the transformer itself."""
     transformer, init = parts.transformer, parts.args.student_init
     model: nn.Module
     if peft_config is None:
         model = transformer.requires_grad_(True)
-    elif init not in (None, MERGE):  # a merge needs the teachers, which are loaded later
+    elif init not in (None, MERGE):  # a merge is done later, when the teachers are loaded
         config, weights, files = read_lora(parts.pipeline, parse_teacher(init))
         own = (config.r, config.lora_alpha)
         if isinstance(peft_config, LoraConfig) and (peft_config.r, peft_config.lora_alpha) != own:
             logger.warning(
-                f"The student goes on from {init}, a LoRA of rank {config.r} and alpha {config.lora_alpha}. The "
+                f"The student starts from {init}, a LoRA of rank {config.r} and alpha {config.lora_alpha}. The "
                 f"peft_config of rank {peft_config.r} and alpha {peft_config.lora_alpha} has no effect."
             )
         try:
@@ -320,20 +322,20 @@ def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.M
             raise TeacherError(f"{files.label}: {error}") from error
     else:
         config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
-        config = copy.deepcopy(config)  # the caller's stays as it is
-        config.base_model_name_or_path = None  # PEFT warns of another base than this one, which has no name to it
+        config = copy.deepcopy(config)  # the caller's config must not change
+        config.base_model_name_or_path = None  # PEFT warns if it differs from the base's, which has none here
         config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
-        config.lora_dropout = 0.0  # the walk's forward is the training forward: it must be deterministic
-        config.inference_mode = False  # that of a config which was read from a saved LoRA freezes it
+        config.lora_dropout = 0.0  # the forward that draws the image is also the trained one: it must be deterministic
+        config.inference_mode = False  # a config read from a saved LoRA has True, which would freeze it
         model = get_peft_model(transformer, config, adapter_name=STUDENT_ADAPTER)
     model.eval()
-    # Names under which Trainer looks for what diffusers calls enable_gradient_checkpointing.
+    # Trainer's name for what diffusers calls enable_gradient_checkpointing.
     model.activation_checkpointing_enable = lambda **_: transformer.enable_gradient_checkpointing()  # type: ignore
     return model
 
 
 def _push_problems(parts: Parts, full_weights: bool) -> Sequence[str]:
-    # One process asks, and all of them stop or go on.
+    # One process asks the Hub, and all processes get the answer.
     args, found = parts.args, [Problems()]
     if args.process_index == 0:
         found = [Problems(hub_problems(args, parts.pipeline, full_weights, args.hub_token))]
@@ -343,10 +345,10 @@ def _push_problems(parts: Parts, full_weights: bool) -> Sequence[str]:
 
 
 def _settle(parts: Parts) -> None:
-    """What is done last, once nothing is wrong."""
+    """Takes the last steps, when there are no problems."""
     args = parts.args
     if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every trained parameter takes part; the search costs time
+        args.ddp_find_unused_parameters = False  # every trained parameter is used; the search costs time
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
     if args.torch_compile:
@@ -355,7 +357,7 @@ def _settle(parts: Parts) -> None:
 
 
 def _restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
-    """What sets modules' devices and modes, and which of their parameters are trained, to what they are now."""
+    """Returns a function that restores the modules' current devices, modes, and `requires_grad` of parameters."""
     modules = list(components)
     devices = [(module, parameter.device) for module in modules for parameter in [*module.parameters()][:1]]
     modes = [(part, part.training) for module in modules for part in module.modules()]
@@ -374,7 +376,7 @@ def _restorer(components: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 def _without_student(transformer: nn.Module) -> Callable[[], None]:
-    """What takes the student, and all that was made of it, out of the pipeline's transformer."""
+    """Returns a function that removes the student and everything made for it from the pipeline's transformer."""
 
     def remove() -> None:
         remove_adapters(transformer)

@@ -75,7 +75,7 @@ class DiffusionRLConfig(DiffusionConfig):
     )
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "The standard deviation that advantages are divided by, if any.", "choices": list(SCALINGS)},
+        metadata={"help": "Standard deviation that advantages are divided by, if any.", "choices": list(SCALINGS)},
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",

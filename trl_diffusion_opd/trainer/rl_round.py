@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A round of reinforcement learning: completions of its prompts, their scores and advantages."""
+"""Data of a round of reinforcement learning: the drawn completions, their advantages and metrics."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ class Rollout:
 
     Attributes:
         task (`str`), prompts (`list[str]`)
-        positions (`list[int]`): numbers of its completions among the task's of this round, over all processes.
-        latents (`Tensor` of shape `(B, ...)`): the completions at level 0, before they are decoded.
-        record: what the method's walk kept.
-        advantages (`Tensor` of shape `(B,)`, float32): known when the round is scored.
+        positions (`list[int]`): numbers of its completions among those of the task in this round, over all processes.
+        latents (`Tensor` of shape `(B, ...)`): the completions as latents at level 0.
+        record: what the method kept of the trajectories.
+        advantages (`Tensor` of shape `(B,)`, float32): zero until the round is scored.
     """
 
     task: str
@@ -49,11 +49,11 @@ class Round:
 
     Attributes:
         rollouts (`list[Rollout]`): its micro-batches.
-        figures (`dict[str, dict[str, float]]`): metrics of the rewards of each task.
-        logged (`dict[str, list[float]]`): what the rewards logged themselves.
-        seconds (`dict[str, float]`): what it took.
-        constant (`dict[str, bool]`): by reward that counts whether it was the same in every group.
-        applied (`set[str]`): rewards with a value.
+        figures (`dict[str, dict[str, float]]`): metrics of each task's rewards.
+        logged (`dict[str, list[float]]`): metrics that the rewards logged themselves.
+        seconds (`dict[str, float]`): seconds of drawing and of each reward.
+        constant (`dict[str, bool]`): for each reward with a weight, whether it had one value within every group.
+        applied (`set[str]`): rewards that gave any value.
     """
 
     rollouts: list[Rollout]
@@ -64,14 +64,14 @@ class Round:
     applied: set[str] = field(default_factory=set)
 
     def warnings(self, update: int) -> dict[str, str]:
-        """What to say of rewards that were the same in every group of every task, which teaches nothing."""
+        """Warnings for rewards that had one value within every group, so that nothing is learned from them."""
         return {
-            name: f"Reward {name!r} had one value in every group of update {update}, so it says "
-            "nothing of which completion is better. If this goes on, give it degrees, choose prompts that "
-            "sometimes succeed, or raise num_generations. This is said once."
+            name: f"In update {update} every image of each prompt got the same reward from {name!r}, so there is nothing to "
+            "learn from it. If this continues, use a graded reward, prompts that sometimes succeed, or a larger "
+            "num_generations. This is said once."
             if name in self.applied
-            else f"Reward {name!r} was None for every image of update {update}, so it teaches "
-            "nothing. Look at what it needs of the prompts and of the columns. This is said once."
+            else f"In update {update} reward {name!r} was None for every image, so there is nothing to learn from it. Check "
+            "which prompts and columns it needs. This is said once."
             for name, is_constant in self.constant.items()
             if is_constant
         }

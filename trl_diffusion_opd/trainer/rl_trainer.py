@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the trainers by reward share: rollouts in groups, their scores and advantages, several updates on each. No loss."""
+"""The base of trainers that learn from rewards: it draws, scores and trains on groups of images. It has no loss."""
 
 import json
 import logging
@@ -54,15 +54,16 @@ logger = logging.getLogger(__name__)
 
 class DiffusionRLTrainer(DiffusionTrainer):
     """
-    Base of the trainers by reward.
+    Base class of the trainers that learn from rewards.
 
-    A round draws groups of completions of its prompts, scores them, and computes advantages. Then `num_iterations`
-    optimizer steps use them, micro-batch by micro-batch as they were drawn. A trainer derives from it and overrides
-    [`_draw_rollout`] (the walk), [`losses`] and [`_record`].
+    A round draws groups of completions (images) for its prompts, scores them, and computes advantages. Then
+    `num_iterations` optimizer steps train on them, in the micro-batches in which they were drawn. A trainer derives
+    from it and overrides [`_draw_rollout`] (which draws the images), [`losses`] and [`_record`].
 
     Args:
         reward_funcs (function, `list` or `dict` from task to either):
-            What is maximised. A name is a reward of this package or an import path. Every task needs one at least.
+            The rewards to maximize. A name is a reward of this package or an import path. Every task needs at least
+            one.
         model, args, train_dataset, eval_dataset, callbacks, optimizers, quantization_config, peft_config:
             As [`DiffusionTrainer`] takes them.
     """
@@ -71,7 +72,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
     timed_parts = (*DiffusionTrainer.timed_parts, "rollout", "decoding", "rewards", "reference")
     reward_weights: dict[str, float]
     backbone: Backbone | None = (
-        None  # a trainer's `prepare_method` makes it where another role than the student's is played
+        None  # made by a trainer's `prepare_method` if networks besides the student are computed
     )
 
     def __init__(
@@ -102,34 +103,34 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, object]:
         """
-        Walks from noise to completions with the student as it is. Called without gradients.
+        Draws completions with the current student. Called without gradients.
 
         Args:
-            task (`str`), prompts (`list[str]`): one prompt a completion.
-            generators (`list[torch.Generator]`): one a completion; all of its noise comes from it.
+            task (`str`), prompts (`list[str]`): the task, and one prompt for each completion.
+            generators (`list[torch.Generator]`): one for each completion, for all of its noise.
 
         Returns:
-            `tuple`: the latents at level 0, and what [`_train_on`] needs of the walk.
+            `tuple`: the latents at level 0, and the record of the trajectory that [`losses`] needs.
         """
         raise NotImplementedError
 
     def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """
-        The forwards of one micro-batch, in order: each returns its share of the update's loss, to go backward before the next one,
-        and its figures, of shape `(k,)`, for [`_record`].
+        Returns one function for each forward of a micro-batch, in order. Each returns its share of the update's loss
+        and figures of shape `(k,)` for [`_record`]. The backward of a loss runs before the next function is called.
         """
         raise NotImplementedError
 
     def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
         """
-        Keeps the metrics of a micro-batch, from all processes, which refuse what is not finite.
+        Logs the metrics of a micro-batch over all processes. All processes stop if one is not finite.
 
         Args:
-            rollout ([`Rollout`])
-            figures (`Tensor` of shape `(k, n)`): of its n forwards.
+            rollout ([`Rollout`]): the micro-batch.
+            figures (`Tensor` of shape `(k, n)`): the k figures of its n forwards.
 
         Returns:
-            `Tensor`: the micro-batch's loss, times its share.
+            `Tensor`: the micro-batch's loss, times its share in the update.
         """
         raise NotImplementedError
 
@@ -141,13 +142,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
         assert isinstance(args, DiffusionRLConfig)
         unrewarded = [task for task, functions in parts.reward_funcs.items() if not functions]
         if parts.given_rewards is None:
-            problems.append("reward_funcs is missing: the rewards are what is trained for.")
+            problems.append("reward_funcs is missing: this trainer maximizes rewards, so it needs at least one.")
         elif unrewarded:
             problems.append(
-                f"reward_funcs: tasks {unrewarded} have none, so their prompts would teach nothing. Give each a reward, or "
-                "leave out their prompts."
+                f"reward_funcs: tasks {unrewarded} have no reward, so nothing can be learned from their prompts. Give "
+                "each task a reward, or leave out its prompts."
             )
-        # The base looks at the prompts that are evaluated.
+        # The base class only checks the prompts of evaluations.
         problems += scored_data_problems(parts.reward_funcs, parts.train_dataset, None, args.task_column)
         if parts.rounds.tasks:
             parts.method["reward_weights"] = _reward_weights(parts, problems)
@@ -170,21 +171,21 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def dry_run(self) -> dict[str, JSON]:
         """
-        What a run would do, without one: the first round is drawn and scored, and one micro-batch of each task goes forward
-        and backward.
+        Shows what a run would do, without training. It draws and scores the first round, and runs the forward and
+        backward of one micro-batch of each task.
 
-        Prints, for every task, its rewards (mean and spread) and the share of its groups that have no signal; the seconds of
-        drawing and of each reward; seconds and network forwards of an update and of the run; and memory. Images of the
-        first prompt of each task, as an evaluation and as the round draws it, go to `dry_run/` in the output folder.
-        Nothing is trained, pushed or reported to a tracker. Call it before `train`, on all processes.
+        Prints for every task its rewards (mean and spread) and the share of groups without signal; the seconds of
+        drawing and of each reward; seconds and network forwards of an update and of the run; and memory. Images of
+        each task's first prompt, drawn as in an evaluation and as in the round, are saved to `dry_run/` in the output
+        folder. Nothing is trained, pushed or sent to a tracker. Call it before `train`, on all processes.
 
         Returns:
-            `dict`: what is printed, as [`~dry_run_rl.dry_run`] describes it.
+            `dict`: the printed figures, as [`~dry_run_rl.dry_run`] describes them.
         """
         return dry_run_rl.dry_run(self, self.roll_out, self.losses, self.frozen_networks())
 
     def frozen_networks(self) -> list[nn.Module]:
-        """What else than the student computes velocities here."""
+        """The networks besides the student that compute velocities."""
         return [] if self.backbone is None else self.backbone.networks()
 
     def frozen_parts(self) -> dict[str, list[nn.Parameter]]:
@@ -197,13 +198,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device
     ) -> tuple[list[Rollout], Tensor | int | None]:
         """
-        The micro-batches of an optimizer step: completions, where the loader has prompts.
+        Returns the micro-batches of an optimizer step: completions, drawn for the loader's prompts.
 
-        Trainer asks for all of a step at once, which is a whole round. The first step of a round draws and scores, the
-        others train on the same completions.
+        Trainer asks for all micro-batches of a step at once; they are a whole round. The round's first step draws and
+        scores completions, and the others train on the same ones.
 
         Raises:
-            [`RuntimeError`]: if the rows of such another step are not those that were drawn for.
+            [`RuntimeError`]: if the loader gives a later step other prompts than the completions were drawn for.
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.state.global_step % self.args.num_iterations == 0:
@@ -214,12 +215,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
             prompts = [[row["prompt"] for row in rows] for rows in batches]
             if prompts != [rollout.prompts for rollout in self._rollouts]:
                 raise RuntimeError(
-                    f"Update {self.state.global_step + 1} goes on with a round's completions (num_iterations="
-                    f"{self.args.num_iterations}), and the data loader has other prompts than they were drawn for."
+                    f"Update {self.state.global_step + 1} trains on the completions of the round before it "
+                    f"(num_iterations={self.args.num_iterations}), but the data loader gives other prompts than they "
+                    "were drawn for."
                 )
         return self._rollouts if batches else [], num_items
 
-    # Trainer's inputs are a dict of tensors.
+    # The type of `inputs` differs from Trainer's, whose inputs are a dict of tensors.
     def training_step(  # type: ignore[override]
         self, model: nn.Module, inputs: Rollout, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -235,12 +237,12 @@ class DiffusionRLTrainer(DiffusionTrainer):
         return mean
 
     def floating_point_ops(self, inputs: object) -> int:
-        """Trainer would look for a language model's inputs in a rollout. Not counted, as in the other trainers here."""
+        """Returns 0: FLOPs are not counted. Trainer's own method would look for a language model's inputs."""
         return 0
 
     @torch.no_grad()
     def roll_out(self, batches: list[list[Row]]) -> Round:
-        """Draws and scores the completions of a round, task by task, each scored while the next ones are drawn."""
+        """Draws and scores the completions of a round, task by task. Each batch is scored while the next is drawn."""
         self.student.model.eval()
         rollouts: dict[int, Rollout] = {}
         drawn = Round([])
@@ -272,13 +274,13 @@ class DiffusionRLTrainer(DiffusionTrainer):
     def _set_advantages(
         self, task: str, rollouts: list[Rollout], scores: dict[str, list[float | None]], drawn: Round
     ) -> None:
-        """Advantages of a task's completions, from the scores of all processes' groups."""
+        """Sets the advantages of a task's completions, from the scores of all processes."""
         args, size = self.args, self.args.num_generations
         positions = [position for rollout in rollouts for position in rollout.positions]
         prompts = [prompt for rollout in rollouts for prompt in rollout.prompts]
         columns = list(scores)
         rows = zip(positions, prompts, *scores.values(), strict=True)
-        # In the order of the prompts: the same on any number of processes.
+        # Sorted by position, so that the result does not depend on the number of processes.
         everyone = sorted(gather_object(list(rows)), key=lambda row: row[0])
         self._check_drawn_groups(task, everyone)
         values = torch.tensor(
@@ -288,7 +290,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for name, column in zip(columns, values.T, strict=True):
             figures[f"rewards/{name}/mean"] = float(column.nanmean())
             figures[f"rewards/{name}/std"] = _std(column)
-        # A combined reward's parts are logged, and not added once more.
+        # The parts of a combined reward are logged, but not added again.
         names = [reward_name(function) for function in self.reward_funcs[task]]
         rewards = values[:, [columns.index(name) for name in names]]
         weights = torch.tensor([self.reward_weights[name] for name in names], dtype=torch.float64)
@@ -299,7 +301,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
         for name, of_reward, column in zip(names, constant_groups(rewards, size).T, rewards.T, strict=True):
             if not column.isnan().all():
                 drawn.applied.add(name)
-            if self.reward_weights[name] != 0:  # else it is only watched
+            if self.reward_weights[name] != 0:  # with weight 0 it is only logged
                 drawn.constant[name] = drawn.constant.get(name, True) and bool(of_reward.all())
         advantages = group_advantages(
             rewards, weights, size, args.scale_rewards, args.multi_objective_aggregation, args.advantage_clip
@@ -309,21 +311,23 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _check_drawn_groups(self, task: str, rows: list[tuple]) -> None:
         """
-        Completions are compared within their group, which their positions tell: each group must be of one prompt.
+        Checks that each group has one prompt. Positions define the groups; `rows` are `(position, prompt, ...)` of all
+        processes, sorted.
 
         Raises:
-            [`RuntimeError`]: on all processes, if one is not. `rows` are those of all, `(position, prompt, ...)` in order.
+            [`RuntimeError`]: on all processes, if a group is incomplete or has several prompts.
         """
         size = self.args.num_generations
         groups = [{row[1] for row in rows[first : first + size]} for first in range(0, len(rows), size)]
         if [row[0] for row in rows] != list(range(len(rows))) or any(len(prompts) > 1 for prompts in groups):
             raise RuntimeError(
-                f"The completions of task {task!r} in update {self.state.global_step + 1} are not whole groups of num_generations="
-                f"{size} of one prompt each, so they cannot be compared. Leave get_train_dataloader as it is."
+                f"The completions of task {task!r} in update {self.state.global_step + 1} are not whole groups of "
+                f"num_generations={size} with one prompt each, so they cannot be compared. Don't override "
+                "get_train_dataloader."
             )
 
     def _log_round(self, drawn: Round) -> None:
-        """Keeps a round's metrics, and says once of a reward that it was the same within every group: it then teaches nothing."""
+        """Logs a round's metrics. Warns, once for each reward, if it was constant within every group."""
         metrics = self._metrics["train"]
         for name, values in drawn.logged.items():
             metrics[name] += values
@@ -344,8 +348,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         step, n = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"], self.args.num_iterations
         if step % n:
             problems.append(
-                f"it is from the middle of a round: update {step} with num_iterations={n}. Resume from a checkpoint whose "
-                f"number is a multiple of {n}."
+                f"it is from the middle of a round: update {step} with num_iterations={n}. Resume from a checkpoint "
+                f"with a number that is a multiple of {n}."
             )
         return problems
 
@@ -370,7 +374,7 @@ def _std(values: Tensor) -> float:
 
 
 def _reward_weights(parts: Parts, problems: Problems) -> dict[str, float]:
-    """By the name of the reward, in the order in which they were given."""
+    """The weight of each reward by name, in the order in which the rewards were given."""
     args = parts.args
     assert isinstance(args, DiffusionRLConfig)
     tasks = parts.given_rewards if isinstance(parts.given_rewards, Mapping) else parts.rounds.tasks
@@ -384,7 +388,8 @@ def _reward_weights(parts: Parts, problems: Problems) -> dict[str, float]:
         )
     elif names and not any(weights):
         problems.append(
-            f"reward_weights={weights}: all are 0, so nothing would be trained for. Give one of {', '.join(names)} a weight."
+            f"reward_weights={weights}: all are 0, so there is nothing to learn. Give one of {', '.join(names)} a "
+            "weight."
         )
     return dict(zip(names, map(float, weights), strict=False))
 
@@ -398,12 +403,12 @@ def _group_problems(args: DiffusionRLConfig, micro_batches: int) -> list[str]:
     return [
         f"A task has {args.train_batch_size * others} completions a round (per_device_train_batch_size="
         f"{args.train_batch_size} x {args.world_size} process(es) x {micro_batches} micro-batch(es) of the task), "
-        f"which are not whole groups of num_generations={size}. Use per_device_train_batch_size={fitting}."
+        f"which can't be split into groups of num_generations={size}. Use per_device_train_batch_size={fitting}."
     ]
 
 
 def equip(parts: Parts, backbone: Backbone, problems: Problems) -> Backbone:
-    """Has the networks beside the student's compute as the arguments say."""
+    """Sets the attention backend of the networks besides the student."""
     with problems.collect():
         for network in backbone.networks():
             parts.use_attention_backend(network)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""An optimizer step is a round: every task has the same number of micro-batches in it, and they take turns."""
+"""Divides an optimizer step among the tasks: every task has the same number of micro-batches, and tasks take turns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ from .base_config import DiffusionConfig
 @dataclass(frozen=True)
 class Rounds:
     """
-    What belongs to which task, and when it has its turn.
+    The rows of each task, and the tasks' turns in a round. A round is one optimizer step.
 
     Attributes:
-        rows (`dict[str, np.ndarray]`): by task the rows of the training data.
-        weights (`dict[str, float]`): by task its weight in the loss.
-        micro_batches (`int`): of each task in a round, on each process.
-        task_column (`str`)
+        rows (`dict[str, np.ndarray]`): rows of the training data, by task.
+        weights (`dict[str, float]`): weight in the loss, by task.
+        micro_batches (`int`): micro-batches of each task in a round, on each process.
+        task_column (`str`): the column that names the task.
     """
 
     rows: Mapping[str, np.ndarray]
@@ -44,7 +44,7 @@ class Rounds:
 
     @classmethod
     def of(cls, rows: Mapping[str, np.ndarray], args: DiffusionConfig, problems: Problems) -> "Rounds":
-        """The rounds that `args` asks for. Sets their `gradient_accumulation_steps` if they leave it open."""
+        """Makes the rounds that `args` asks for. Sets `gradient_accumulation_steps` in `args` if it is `None`."""
         tasks, n = list(rows), max(1, len(rows))
         if tasks and args.gradient_accumulation_steps is None:
             args.gradient_accumulation_steps = n
@@ -52,13 +52,17 @@ class Rounds:
         if tasks and steps % n:
             problems.append(
                 f"gradient_accumulation_steps={steps} is not a multiple of the {n} tasks "
-                f"({', '.join(tasks)}), which all have an equal part of an update. Use {-(-steps // n) * n}, or leave it unset."
+                f"({', '.join(tasks)}), which all have an equal part of an update. Use {-(-steps // n) * n}, or leave "
+                "it unset."
             )
         given = args.task_weights or {}
         assert isinstance(given, dict)  # the config has parsed or refused strings
         unknown = [task for task in given if task not in tasks]
         if tasks and unknown:
-            problems.append(f"task_weights names tasks {unknown} without prompts; the data has {tasks}.")
+            problems.append(
+                f"task_weights has a weight for {', '.join(f'task {task!r}' for task in unknown)}, but no prompt in "
+                f"train_dataset has that task. Tasks found: {tasks}."
+            )
         weights = {task: float(given.get(task, 1.0)) for task in tasks}
         return cls(rows, weights, steps // n, args.task_column)
 
@@ -76,11 +80,11 @@ class Rounds:
         return self.micro_batches * len(self.rows)
 
     def share(self, task: str) -> float:
-        """Factor of a micro-batch's mean loss, such that an update's losses add up to the weighted mean over tasks."""
+        """The factor of a micro-batch's mean loss. With it, an update's losses sum to the weighted mean over tasks."""
         return self.weights[task] / sum(self.weights.values()) / self.micro_batches
 
     def sampler(self, batch_size: int, seed: int, repeats: int, passes: int) -> TaskSampler:
-        """The order of the rows, as [`TaskSampler`] takes its arguments."""
+        """Makes the sampler that orders the rows. See [`TaskSampler`] for the arguments."""
         return TaskSampler(
             [*self.rows.values()],
             batch_size=batch_size,
@@ -94,26 +98,26 @@ class Rounds:
         self, number: int, rows: Sequence[Row], size: int, update: int, process: tuple[int, int]
     ) -> tuple[str, list[int]]:
         """
-        Task of a round's micro-batch, and its samples' positions among the task's samples of this round.
+        Returns the task of a round's micro-batch, and its samples' positions among the task's samples in the round.
 
         Args:
-            number (`int`): of the micro-batch in the round.
-            rows (`list[dict]`): its rows, of which there must be `size`.
-            update (`int`): for the message.
-            process (`tuple[int, int]`): index of this process and number of processes.
+            number (`int`): number of the micro-batch in the round.
+            rows (`list[dict]`): its rows.
+            size (`int`): how many rows it must have.
+            update (`int`): number of the update, for the message.
+            process (`tuple[int, int]`): index of this process, and number of processes.
 
         Raises:
-            [`RuntimeError`]: if its rows are of another task than the one whose turn it is, of several, or not as many as it
-                has. A data loader that was replaced, or one that hands out rows in another order, would have them taught by
-                another task's teacher.
+            [`RuntimeError`]: if the rows are not `size` rows of the task whose turn it is. This happens with a
+                replaced or reordering data loader, and would train rows on another task's teacher.
         """
         task, index = self.tasks[number % len(self.rows)], number // len(self.rows)
         found = sorted({task_of(row, self.task_column) for row in rows})
         if found != [task] or len(rows) != size:
             raise RuntimeError(
-                f"Micro-batch {number + 1} of update {update} has {len(rows)} rows of {', '.join(found)}, where "
-                f"{size} of {task!r} are due. Rounds of tasks need the trainer's own data loader and sampler, which hand out the "
-                "rows in order: leave get_train_dataloader and accelerator_config as they are."
+                f"Micro-batch {number + 1} of update {update} has {len(rows)} rows of {', '.join(found)}, but it "
+                f"should have {size} of {task!r}. Tasks take turns, so the rows must come in order from the trainer's "
+                "own data loader and sampler: don't override get_train_dataloader, and leave accelerator_config unset."
             )
         rank, world = process
         first = index * world + rank

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tells a trainer where in a run it is."""
+"""A callback that calls a trainer's own hooks when a run begins and after each update."""
 
 import logging
 from collections.abc import Callable
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 class RunCallback(TrainerCallback):
     """
-    Calls a trainer where Trainer calls its callbacks.
+    Calls a trainer's hooks at three moments of a run.
 
     Args:
         begin (`Callable`): called when training begins.
@@ -46,8 +46,8 @@ class RunCallback(TrainerCallback):
         restore_best(args.output_dir, state)
         if state.global_step >= state.max_steps:
             logger.warning(
-                f"This run is finished: it has made {state.global_step} of {state.max_steps} updates. To extend it, set a larger "
-                "max_steps (or num_train_epochs)."
+                f"This run is finished: {state.global_step} of {state.max_steps} updates are done. To extend it, set "
+                "a larger max_steps (or num_train_epochs)."
             )
         self._begin()
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The files of a run: the saved student, checkpoints, the model card, and what is sent to the Hub."""
+"""Saves and loads the files of a run: the student, checkpoints, the model card. Pushes them to the Hub."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +49,14 @@ from .rounds import Rounds
 from .teaching import manifest_problems
 
 
-if TYPE_CHECKING:  # its methods go on to Trainer's, which stands behind it in a trainer's bases
+if TYPE_CHECKING:  # its methods call Trainer's with super(): Trainer comes after it in a trainer's bases
     from trl.trainer.base_trainer import _BaseTrainer as _Behind
 else:
     _Behind = object
 
 
 class RunFiles(_Behind):
-    """What [`DiffusionTrainer`] writes, reads back and sends to the Hub. Of the trainer it uses what is declared here."""
+    """[`DiffusionTrainer`]'s methods for files and the Hub. They use the attributes declared here."""
 
     args: DiffusionConfig
     model: nn.Module
@@ -82,15 +82,15 @@ class RunFiles(_Behind):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the student's averaged weights: see [`Student.save`].
+        Saves the student's averaged weights, as [`Student.save`] describes. All processes must call it.
 
         Raises:
-            [`FloatingPointError`]: on all processes, if they are not finite.
+            [`FloatingPointError`]: on all processes, if weights are not finite.
         """
         self._refuse_what_is_not_finite()
         with self.student.ema_weights():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                # Trainer's would gather the base and the teachers too, and save nothing under FSDP's SHARDED_STATE_DICT.
+                # Trainer's method would also gather the base and teachers, and saves nothing with SHARDED_STATE_DICT.
                 self._save(output_dir, self.student.whole_weights(keep=self.args.should_save))
                 if self.args.push_to_hub and not _internal_call:
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -98,7 +98,10 @@ class RunFiles(_Behind):
                 super().save_model(output_dir, _internal_call)
 
     def _refuse_what_is_not_finite(self) -> None:
-        """An optimizer's step that overflows shows in no loss of this update. All processes decide alike."""
+        """
+        Refuses to save weights or optimizer states that are not finite. An overflow in the optimizer's step does not
+        show in the update's loss. All processes decide alike.
+        """
         bad = not_finite(self.student.named_states())
         if self.optimizer is not None and not self.is_deepspeed_enabled:
             states = enumerate(self.optimizer.state.values())
@@ -108,8 +111,9 @@ class RunFiles(_Behind):
         bad = gather_object(bad) if self.accelerator.num_processes > 1 else bad
         if bad:
             raise FloatingPointError(
-                f"{len(bad)} trained tensors are not finite after update {self.state.global_step}, such as {bad[0]}. Nothing of "
-                f"them is saved. Try a smaller learning_rate, or dtype float32. {checkpoint.resume_advice(self.args.output_dir)}"
+                f"{len(bad)} trained tensors are not finite after update {self.state.global_step}, such as {bad[0]}. "
+                "They are not saved. Try a smaller learning_rate, or dtype float32. "
+                f"{checkpoint.resume_advice(self.args.output_dir)}"
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -121,11 +125,11 @@ class RunFiles(_Behind):
                 write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
 
     def _save_state(self, folder: Path) -> None:
-        """Writes into a checkpoint what training goes on from, besides Trainer's own files. All processes call it."""
+        """Writes the weights that training resumes from into a checkpoint. All processes must call it."""
         self.student.save_state(folder, self.args.should_save)
 
     def _load_state(self, folder: Path) -> None:
-        """Restores what [`_save_state`] wrote."""
+        """Loads what [`_save_state`] wrote."""
         self.student.load_state(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
@@ -144,7 +148,8 @@ class RunFiles(_Behind):
         if args.push_to_hub:
             self._push_checkpoint(folder)
         if self._stop.stopped:
-            # Not the end of Trainer's: it may delete this checkpoint for a better one, and scripts go on to evaluate and push.
+            # Ends the process here. Trainer's own end may delete this checkpoint for a better one, and scripts would
+            # then evaluate and push.
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             self._stop.leave(self.state.global_step, self.args.output_dir)
 
@@ -154,7 +159,7 @@ class RunFiles(_Behind):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:
-        # Under DeepSpeed Trainer has its engine load its own files, and leaves it at that.
+        # Under DeepSpeed, Trainer only has the engine load its own files.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled and resume_from_checkpoint is not None:
             self._load_state(Path(resume_from_checkpoint))
@@ -181,7 +186,7 @@ class RunFiles(_Behind):
         settings.restore(self.optimizer, self.lr_scheduler)
 
     def _check_resume(self, folder: Path) -> list[str]:
-        """What in a checkpoint does not fit this run, a sentence each."""
+        """Lists what in a checkpoint does not fit this run, a sentence each."""
         manifest = {} if self.bank is None else self.bank.manifest()
         return checkpoint.grid_problems(folder, self.velocity_field.levels) + manifest_problems(folder, manifest)
 
@@ -202,7 +207,7 @@ class RunFiles(_Behind):
 
     # Card and Hub
 
-    # As TRL's, which is not Trainer's.
+    # The signature is TRL's, which differs from Trainer's.
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
@@ -212,10 +217,10 @@ class RunFiles(_Behind):
             write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
 
     def card_facts(self) -> CardFacts:
-        """What the model card says of this run. Its method is what the trainer's `_card_fields` says."""
+        """Collects this run's facts for the model card. The method's own come from `_card_fields`."""
         args, dataset = self.args, self.eval_dataset
         first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
-        # What the evaluation itself passes: families differ in the name of guidance, its offset and what turns it on.
+        # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
         options = self.evaluator.field.call_options([first], args.evaluation_guidance)
         single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
         return CardFacts(
@@ -234,7 +239,7 @@ class RunFiles(_Behind):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository that is pushed to. Takes what [`~transformers.Trainer`]'s takes."""
+        """Creates the Hub repository. Takes the arguments of [`~transformers.Trainer`]'s method."""
         if self.is_world_process_zero():
             args = self.args
             self.hub_model_id = make_repository(
@@ -246,7 +251,7 @@ class RunFiles(_Behind):
             self.push_in_progress = None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer calls it before the checkpoint is complete: [`_save_checkpoint`] pushes when it is."""
+        """Does nothing: Trainer calls it before the checkpoint is complete. [`_save_checkpoint`] pushes afterwards."""
 
     def _push_checkpoint(self, folder: Path) -> None:
         args, state = self.args, self.state
@@ -278,27 +283,27 @@ class RunFiles(_Behind):
         **kwargs: Any,
     ) -> Any:
         """
-        Saves the student with its card and uploads what of the output folder `hub.files.PUSHED_FILES` names. Call it on all
-        processes.
+        Saves the student with its card, and uploads those files of the output folder that `hub.files.PUSHED_FILES`
+        names. Call it on all processes.
 
         Args:
-            commit_message (`str`, *optional*, defaults to `"End of training"`)
-            blocking (`bool`, *optional*, defaults to `True`): whether to return only when the upload is done.
-            token (`str`, *optional*): with write permission, by default `hub_token` of the arguments.
-            revision (`str`, *optional*): branch to commit to, by default `hub_revision` of the arguments.
-            private (`bool`, *optional*): whether a repository that is made is private, by default `hub_private_repo`.
+            commit_message (`str`, *optional*, defaults to `"End of training"`): message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`): whether to wait until the upload is done.
+            token (`str`, *optional*): token with write permission. By default, `hub_token` of the arguments.
+            revision (`str`, *optional*): branch to commit to. By default, `hub_revision` of the arguments.
+            private (`bool`, *optional*): whether a new repository is private. By default, `hub_private_repo`.
             kwargs: passed to [`create_model_card`].
 
         Returns:
-            The [`~huggingface_hub.CommitInfo`], or with `blocking=False` a future of it; `None` on other processes.
+            The [`~huggingface_hub.CommitInfo`], or with `blocking=False` a future of it. `None` on other processes.
 
         Raises:
-            [`~hub.repository.PushError`]: if the upload fails; the student is saved by then.
+            [`~hub.repository.PushError`]: if the upload fails. The student is then saved locally.
         """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
         if self.is_world_process_zero():
-            self._finish_current_push()  # it reads the files that are written next
+            self._finish_current_push()  # a running push reads the files that are overwritten next
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -310,7 +315,7 @@ class RunFiles(_Behind):
                 if problems:
                     raise PushError(" ".join(problems).rstrip("."))
                 self.init_hf_repo(token, private)
-            self.create_model_card(**kwargs)  # which names the repository
+            self.create_model_card(**kwargs)  # again: now it can name the repository
         assert self.hub_model_id is not None
         return hub.push(
             folder, self.hub_model_id, commit_message, blocking, token=token, revision=revision or args.hub_revision

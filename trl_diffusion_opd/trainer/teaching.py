@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What trainers with frozen teachers do before Trainer is: load them, and compare them with those of a checkpoint."""
+"""Loads the frozen teachers of a trainer, and compares them with those of a checkpoint."""
 
 import json
 from collections.abc import Mapping
@@ -37,24 +37,24 @@ from .preparation import Parts
 
 def load_teachers(parts: Parts, problems: Problems, default_scale: float | None, batched: bool) -> None:
     """
-    Loads the teachers that the trainer was given onto the student's backbone: `bank` and, with `student_init="merge"`,
-    `merge_report` of the method.
+    Loads the trainer's teachers onto the student's backbone. Sets `bank` in `parts.method`, and with
+    `student_init="merge"` also `merge_report`.
 
     Args:
-        parts ([`Parts`]), problems ([`Problems`])
-        default_scale (`float`, *optional*): guidance scale of teachers that name none, by default the student's.
+        parts ([`Parts`]), problems ([`Problems`]): the trainer's parts, and where problems are added.
+        default_scale (`float`, *optional*): guidance scale of teachers that name none. By default, the student's.
         batched (`bool`): whether the teachers of a task share a forward.
     """
     args, field = parts.args, parts.velocity_field
     if batched and args.torch_compile:
         problems.append(
-            "batch_teachers=True with torch_compile=True: compiled blocks would be compiled again for every number of "
-            "rows of every teacher. Leave out one of the two."
+            "batch_teachers=True with torch_compile=True: the blocks would be compiled again for every number of rows "
+            "of every teacher. Leave out one of the two."
         )
     with problems.collect():
         specs = parts.given_teachers
         assert specs is not None  # a trainer without teachers does not call this
-        # Where the data cannot tell the tasks, the teachers are still looked at.
+        # If the data has no usable tasks, the teachers are still checked.
         named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
         bank = TeacherBank(
             Backbone.of(parts.student),
@@ -80,12 +80,12 @@ def place(
     bank: TeacherBank, device: torch.device, student: Student, compiling: tuple[str | None, str | None] | None
 ) -> None:
     """
-    Puts the teachers where they compute.
+    Moves the teachers to the device, compiles them if asked, and checks that none of their parameters is trained.
 
     Args:
-        bank ([`TeacherBank`]), device (`torch.device`)
-        student ([`Student`]): by identity, no teacher's parameter may be among those that it trains: PEFT's switches flip
-            `requires_grad`.
+        bank ([`TeacherBank`]), device (`torch.device`): the teachers and their device.
+        student ([`Student`]): the student. PEFT's own switches change `requires_grad`, so its parameters are compared
+            with the teachers'.
         compiling (`tuple[str, str]`, *optional*): backend and mode, if blocks are compiled.
     """
     bank.backbone.to(device)
@@ -101,14 +101,14 @@ def _recorded_manifest(args: DiffusionConfig) -> Manifest | None:
     folder = Path(found) if found else None
     if folder is None or not (folder / MANIFEST_FILE).exists():
         return None
-    # The rest of the checkpoint is looked at when training begins.
+    # The other files of the checkpoint are checked when training begins.
     if is_sealed(folder) and (problems := damage_problems(folder, [MANIFEST_FILE])):
         raise ValueError("\n".join(f"{folder.name}: {problem}" for problem in problems))
     return json.loads((folder / MANIFEST_FILE).read_text())
 
 
 def manifest_problems(folder: Path, ours: Manifest) -> list[str]:
-    """Whether a checkpoint was trained with the teachers of this run's manifest, which is empty without teachers."""
+    """Refuses a checkpoint trained with other teachers than those in `ours`, which is empty without teachers."""
     path = folder / MANIFEST_FILE
     recorded = json.loads(path.read_text()) if path.exists() else {}
     if recorded.keys() != ours.keys():
