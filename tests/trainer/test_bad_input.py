@@ -469,7 +469,7 @@ def test_one_message_lists_everything_and_the_pipeline_is_as_it_was(tmp_path, lo
         "eval_dataset has 1 empty prompt(s), the first in row 1.",
         "reward_funcs: no prompts for task 'anatomy'",
         "gradient_accumulation_steps=4 is not a multiple of the 3 tasks",
-        "num_trained_timesteps=9: only 3 of the 4 steps",
+        "num_trained_timesteps=9: only 3 of the 4 steps can be trained",
         "task 'style': broken: its config asks for 1 tensors that the file lacks",
         teachers={"count": "base", "ocr": str(lora), "style": str(tmp_path / "broken")},
         eval_dataset=Dataset.from_dict({"prompt": ["a", ""], "task": ["ocr", "ocr"]}),
