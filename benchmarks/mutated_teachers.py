@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 How teachers from strangers are read: 1,000 of them, each a sound one with something changed in its config, metadata, header, tensors or
 index.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 A Hub on 127.0.0.1 for all tests of a process, and the device that they run on. The Hub is here, and above every other
 import, because libraries read HF_ENDPOINT and HF_HOME when they are imported.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """SD3.5-M at 512 px in bfloat16 with random weights and three LoRA teachers: seconds, arithmetic, memory and kernels of an update."""
 
 import sys

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Every family of pipelines that the tests have: its velocity against the pipeline's own, in half precision, and one update."""
 
 import sys

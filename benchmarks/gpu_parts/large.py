@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """FLUX.1-dev's transformer, 12 billion random weights in bfloat16, with a LoRA and a teacher: what fits, and what was foretold."""
 
 import statistics

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """What makes an update cheaper, on SD3.5-M's shape: fewer steps, an unguided student, compilation, several teachers at once, attention, Adam."""
 
 import statistics

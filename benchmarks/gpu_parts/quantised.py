@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """A base in 8 bits by torchao, and by bitsandbytes where it is installed: the LoRA's gradient, memory and time."""
 
 import statistics

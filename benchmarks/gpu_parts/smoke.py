@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The four trainers on the tiny base: their figures against the CPU's, in three precisions, and what a run needs around them."""
 
 import math

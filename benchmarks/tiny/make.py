@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Trains the tiny world's base from scratch: `python benchmarks/tiny/make.py --output_dir weights`.
 
 It runs the stages `vae`, `base` and `check` in this order, or those that `--stages` names. A stage reads the results

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Draws the picture for the tiny world's page: correct images, and those of base and teachers for the same prompts."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Trains the two parts of the tiny world's base: the VAE, and the transformer together with the text encoders."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Builds the untrained tiny pipeline: a `StableDiffusion3Pipeline` with less than three million parameters."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """GRPO's losses against the papers' equations, in float64, on a small flow whose velocity is an MLP."""
 
 import math

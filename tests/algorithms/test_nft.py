@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The loss of DiffusionNFT against the paper's equations, on a small flow in float64, and what it has its optimum at."""
 
 import copy

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The command that measures a GPU, in small on a CPU: on the day of a GPU the script is not what fails."""
 
 import json

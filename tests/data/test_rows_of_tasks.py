@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The rows of a micro-batch say their task, and those of a group their prompt: a data loader of another order stops a run."""
 
 from collections.abc import Callable, Iterator

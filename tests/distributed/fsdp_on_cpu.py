@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """FSDP2 on CPUs with gloo, which accelerate does not start by itself: it knows FSDP on accelerators only."""
 
 from typing import Any

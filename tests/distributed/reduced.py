@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Callbacks that count what is handed over to be reduced over the processes, by update."""
 
 import torch.distributed as dist

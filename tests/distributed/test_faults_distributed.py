@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """One of two processes is killed, raises or cannot write: the other stops too, says so, and the run can go on."""
 
 import json

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 One of two processes over which DeepSpeed splits the training: every method, of which some go through a checkpoint. Writes
 what it saw, under its rank, for the test.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """One of two processes over which FSDP2 splits the model. Writes what it saw, under its rank, for the test."""
 
 import json

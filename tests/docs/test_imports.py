@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 Every module of the package can be the first one that is imported: none needs another's import order. What they import is a
 dependency, and what is not needed yet is not imported yet.

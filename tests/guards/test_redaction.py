@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Secrets of other names and services stay out of what is shown, ordinary values stay in; a stranger's text is short and on one line."""
 
 import random

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 A fake Hub on 127.0.0.1 that keeps everything in memory. It answers the requests of huggingface_hub for creating
 repositories, uploading and downloading, and makes faults on demand.

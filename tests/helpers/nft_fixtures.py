@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Makes a tiny NFT trainer in one call, and computes its update as the paper writes it, with the transformer's own
 forward."""
 

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """A TCP server on 127.0.0.1 without HTTP: a test writes every byte of its answers."""
 
 import socket

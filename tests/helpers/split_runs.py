@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The runs that are trained both under FSDP2 and on one process, for comparison: all methods, and full fine-tuning."""
 
 import functools

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Builds a complete Stable Diffusion 3 pipeline with a few thousand random weights, offline, and LoRAs for it."""
 
 import copy

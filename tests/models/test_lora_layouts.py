@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Every tensor of a LoRA's file is used, or the file is refused by that tensor's name, in every layout that diffusers converts."""
 
 import math

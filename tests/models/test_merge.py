@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Merged LoRAs: the mean of the updates and its best approximation, PEFT's methods, files, and what is refused."""
 
 import json

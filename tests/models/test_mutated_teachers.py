@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 Teachers with something changed, drawn by seed: each is refused in the one message, or has the function that its files say. The whole of
 it, in processes with limits, is `benchmarks/mutated_teachers.py`.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """What a stranger's files may say: what multiplies the matrices, which layers are meant, and what happens where files can't be read."""
 
 import ast

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """What a student's LoRA may be: whatever its config says is in the saved file, and base and teachers stay where they are."""
 
 from dataclasses import dataclass, field

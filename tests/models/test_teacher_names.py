@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """A teacher that is named by its file, and a LoRA whose file has any name, here and on the Hub."""
 
 from unittest.mock import Mock

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """What a pipeline carries beside its weights: what would be silently wrong is refused with what undoes it, the rest changes nothing."""
 
 import types

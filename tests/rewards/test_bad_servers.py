@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Rewards that ask a server which answers in bad faith: how long that takes, how much memory, and what is said of it."""
 
 import gc

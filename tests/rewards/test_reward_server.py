@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The example's reward server before callers in bad faith: what it takes of them, how long, and what it answers."""
 
 import base64

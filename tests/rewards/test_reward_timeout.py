@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Rewards that hang: named, without a score in an evaluation, an error where they are trained on, and the program exits."""
 
 import asyncio

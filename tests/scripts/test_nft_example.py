@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The script that trains a teacher by DiffusionNFT, run as a user runs it; what it saves is a teacher."""
 
 import json

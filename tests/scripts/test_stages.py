@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Stages one after another: each from the LoRA before, gone on with after a kill, and refused where they don't fit."""
 
 import json

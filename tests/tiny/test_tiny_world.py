@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The embedded tiny world: verifiers, prompts, shipped weights, and the scripts that make them."""
 
 from __future__ import annotations

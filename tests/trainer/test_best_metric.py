@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """A metric that no evaluation will have is refused before the first step, and every one that there will be is let through."""
 
 import pytest

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 Nothing that is not on the accelerator reaches what is, no float64 reaches it, and no step waits for it: for every family
 and every trainer, on an accelerator without values.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """A trainer that does not start gives the caller's pipeline back as it was, whatever was raised and wherever."""
 
 import pytest

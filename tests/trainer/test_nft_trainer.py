@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """DiffusionNFT: an update against the paper's, the old policy, what is learned, resumed and refused."""
 
 import math

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """What an update accumulates is the gradient of the whole loss, and it costs the forwards that it should."""
 
 from collections import Counter

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Supervised fine-tuning: its loss and gradient against another implementation, its images, and what it refuses."""
 
 import copy

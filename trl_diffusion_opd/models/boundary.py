@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Turns any error that a downloaded file causes in a library into an error that names the teacher."""
 
 from collections.abc import Callable, Iterator

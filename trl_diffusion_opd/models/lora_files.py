@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Reads a LoRA's files: its matrices, their layers, ranks and scales. Anything that would be dropped is refused."""
 
 from __future__ import annotations

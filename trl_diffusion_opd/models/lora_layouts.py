@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Converts the key layouts of LoRA files with the pipeline's own loader, and refuses tensors that it would drop."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Checks a downloaded LoRA's options (`LoraConfig` fields): types, finite numbers, nothing beyond its matrices."""
 
 from __future__ import annotations

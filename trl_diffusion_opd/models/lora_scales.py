@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 Finds out which layers a downloaded LoRA is for, and their ranks and scales, and replaces its config's patterns by the
 names of these layers.

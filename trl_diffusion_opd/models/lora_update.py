@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Checks how much a LoRA changes its base: its update must be finite, and neither negligible nor overwhelming."""
 
 import math

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """[`TeacherConfig`], and the short forms in which a user may name a teacher."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Finds the files of a teacher, locally or on the Hub, and downloads no more than needed."""
 
 from __future__ import annotations

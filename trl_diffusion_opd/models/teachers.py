@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Loads the frozen teachers (LoRAs on the shared base, the base itself, or whole transformers) and runs them."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Reads a whole transformer as a teacher. Anything that does not fit the base exactly is refused."""
 
 from __future__ import annotations

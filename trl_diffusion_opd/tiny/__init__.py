@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The tiny world, for demos and tests: a 32 px `StableDiffusion3Pipeline`, three teachers, prompts and rewards.
 
 Importing it loads only numpy and PIL. The weights are ordinary folders that diffusers and PEFT can load.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Makes the prompts of the tiny world's three tasks, splits them, and turns each into a scene that can be drawn."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Draws the scenes of the tiny world: 32 x 32 px images of a board with 2 x 2 cells."""
 
 from __future__ import annotations

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """The reward functions of the tiny world. They score an image from its pixels and from what its prompt asks for.
 
 Each task has two functions with the same signature, called by keyword with the dataset's columns. One gives a verdict
