@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-For the processes that tests start with this folder on their path: none of them quantises anything, and to import bitsandbytes and
+For the processes that tests start with this folder on their path: none of them quantizes anything, and to import bitsandbytes and
 torchao, which diffusers and PEFT do where they find them, takes each two seconds. Here they are not found.
 """
 

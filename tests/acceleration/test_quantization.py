@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Quantised bases: the float32 LoRA on them, what is refused, what they hold. bitsandbytes and torchao run on this CPU."""
+"""Quantized bases: the float32 LoRA on them, what is refused, what they hold. bitsandbytes and torchao run on this CPU."""
 
 import logging
 
@@ -99,7 +99,7 @@ def update(output_dir, pipeline, loras, **options):
     return trainer, recorder.gradients[0]
 
 
-# Against float32 with the dequantised weights
+# Against float32 with the dequantized weights
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +112,7 @@ def test_what_a_layer_stands_for(kind, base):
 
 @pytest.fixture(scope="module")
 def unquantized(tmp_path_factory, loras):
-    return update(tmp_path_factory.mktemp("unquantised"), make_base(), loras)[1]
+    return update(tmp_path_factory.mktemp("unquantized"), make_base(), loras)[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -126,7 +126,7 @@ def test_loss_and_gradient(kind, base, loras, unquantized, tmp_path):
     tolerance = 1e-3 if kind == "int8" else 1e-5
     assert train_losses(trainer) == pytest.approx(train_losses(exact), rel=tolerance)
     assert relative_difference(gradient, expected) < tolerance
-    # To the base that was quantised it is far more.
+    # To the base that was quantized it is far more.
     assert relative_difference(gradient, unquantized) > 10 * tolerance
 
 
@@ -168,7 +168,7 @@ def test_output_projection_is_dequantized_in_float32(base):
     with torch.no_grad():
         output = forward_of(transformer)
     layer = transformer.proj_out
-    exact = weight(layer, "nf4").bfloat16().float()  # dequantised, a weight is in the base's dtype
+    exact = weight(layer, "nf4").bfloat16().float()  # dequantized, a weight is in the base's dtype
     expected = nn.functional.linear(seen[0].float(), exact, layer.bias.float())
     patches = output.reshape(2, 4, 4, 2, 4, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 16)
     torch.testing.assert_close(patches, expected, rtol=1e-5, atol=1e-6)
@@ -251,7 +251,7 @@ def test_what_is_saved_quantized(base, loras, tmp_path):
 
 
 def test_the_whole_of_a_run(base, loras, tmp_path):
-    """The base as a teacher, moving average, checkpoints and resuming, images, files for a base that is not quantised."""
+    """The base as a teacher, moving average, checkpoints and resuming, images, files for a base that is not quantized."""
     options = dict(
         quantization_config=config("nf4"), max_steps=2, ema_decay=0.9, learning_rate=1e-2, gradient_checkpointing=True
     )
@@ -267,7 +267,7 @@ def test_the_whole_of_a_run(base, loras, tmp_path):
     assert torch.isfinite(image).all()
     trainer.save_model(str(tmp_path / "saved"))
     trainer.create_model_card()
-    assert "base float32, its weights quantised (nf4 by bitsandbytes)" in (tmp_path / "run" / "README.md").read_text()
+    assert "base float32, its weights quantized (nf4 by bitsandbytes)" in (tmp_path / "run" / "README.md").read_text()
     plain = make_base()
     plain.load_lora_weights(str(tmp_path / "saved"))
     saved = {name: p for name, p in plain.transformer.named_parameters() if "lora_" in name}
@@ -317,7 +317,7 @@ def test_other_trainers(method, kind, base, tmp_path):
 
 
 def test_full_teacher(base, loras, tmp_path):
-    """A transformer that is not quantised teaches on a base that is."""
+    """A transformer that is not quantized teaches on a base that is."""
     trainer = make_trainer(tmp_path, str(base), load(base, "nf4", torch.bfloat16), dtype="bfloat16")
     (teacher,) = trainer.bank.teachers["count"]
     with torch.no_grad(), trainer.bank.use(teacher) as module:
@@ -329,8 +329,8 @@ def test_full_teacher(base, loras, tmp_path):
 
 
 def test_quantized_full_teacher(base, loras, tmp_path):
-    load(base, "torchao int8").save_pretrained(tmp_path / "quantised")
-    trainer = make_trainer(tmp_path / "run", str(tmp_path / "quantised"), load(base, "torchao int8"))
+    load(base, "torchao int8").save_pretrained(tmp_path / "quantized")
+    trainer = make_trainer(tmp_path / "run", str(tmp_path / "quantized"), load(base, "torchao int8"))
     (teacher,) = trainer.bank.backbone.networks()
     assert len(list(quantized_layers(teacher))) > 20
     trainer.train()
@@ -388,7 +388,7 @@ def test_full_weights(base, loras, tmp_path):
     refused(
         tmp_path,
         loras,
-        "peft_config=None trains all weights, and the base's are quantised (Int8Tensor by torchao). Train a LoRA",
+        "peft_config=None trains all weights, and the base's are quantized (Int8Tensor by torchao). Train a LoRA",
         "task_weights has a weight for task 'ocr'",
         pipeline=str(base),
         quantization_config=config("torchao int8"),
@@ -398,7 +398,7 @@ def test_full_weights(base, loras, tmp_path):
     refused(
         tmp_path,
         loras,
-        "the base's are quantised (8 bits by bitsandbytes)",
+        "the base's are quantized (8 bits by bitsandbytes)",
         pipeline=load(base, "int8"),
         peft_config=None,
     )
@@ -428,17 +428,17 @@ def test_config_of_no_component(base, loras, tmp_path):
 def test_bitsandbytes_without_a_gpu(base, loras, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = "cannot be quantised: No GPU found. A GPU is needed for quantization. (diffusers needs a GPU to quantise by bitsandbytes"
+    message = "cannot be quantized: No GPU found. A GPU is needed for quantization. (diffusers needs a GPU to quantize by bitsandbytes"
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=config("nf4"))
 
 
 @pytest.mark.parametrize(
     ("quant_type", "message"),
     [
-        (Int8DynamicActivationInt8WeightConfig(), "passes no gradient or a wrong one. Quantise by"),
+        (Int8DynamicActivationInt8WeightConfig(), "passes no gradient or a wrong one. Quantize by"),
         (
             IntxWeightOnlyConfig(),
-            "diffusers cannot train on a base that is quantised by torchao's IntxWeightOnlyConfig",
+            "diffusers cannot train on a base that is quantized by torchao's IntxWeightOnlyConfig",
         ),
     ],
 )
@@ -459,14 +459,14 @@ def test_sharding(base, tmp_path, monkeypatch):
 def test_other_library(base, loras, tmp_path):
     pipeline = load(base, "torchao int8")
     pipeline.transformer.quantization_method = type(pipeline.transformer.quantization_method).GGUF
-    refused(tmp_path, loras, "quantised by gguf. A LoRA can only be trained on one", pipeline=pipeline)
+    refused(tmp_path, loras, "quantized by gguf. A LoRA can only be trained on one", pipeline=pipeline)
 
 
 # Memory
 
 
 def counted_by_hand(transformer, kind):
-    """Bytes of a transformer: those of its quantised layers by the formulas of the documentation."""
+    """Bytes of a transformer: those of its quantized layers by the formulas of the documentation."""
     layers = dict(quantized_layers(transformer))
     rest = [
         t

@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-The tiny pipeline, quantised, and its float32 reference, whose weights are dequantised without the package's code.
+The tiny pipeline, quantized, and its float32 reference, whose weights are dequantized without the package's code.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def config(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def without_gpu(monkeypatch: Any) -> None:
-    """diffusers asks for a GPU before it quantises by bitsandbytes, whose layers run on a CPU as well."""
+    """diffusers asks for a GPU before it quantizes by bitsandbytes, whose layers run on a CPU as well."""
     for quantizer in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer):
         monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
         monkeypatch.setattr(quantizer, "update_device_map", lambda self, device_map: {"": "cpu"})
@@ -76,7 +76,7 @@ def load(folder: str | Path, kind: str, dtype: torch.dtype = torch.float32) -> S
 
 
 def weight(layer: nn.Linear, kind: str) -> torch.Tensor:
-    """The float32 weight that a quantised layer stands for."""
+    """The float32 weight that a quantized layer stands for."""
     stored: Any = layer.weight
     if kind.startswith("nf4"):
         state, packed = stored.quant_state, stored.data.flatten()
@@ -112,7 +112,7 @@ class Int8Inputs(nn.Linear):
 @torch.no_grad()
 def dequantized(quantized: nn.Module, kind: str, into: nn.Module) -> nn.Module:
     """
-    `into`, a float32 network of the same layers, with the weights of `quantised`, and its rounding of inputs if any.
+    `into`, a float32 network of the same layers, with the weights of `quantized`, and its rounding of inputs if any.
     """
     layers = dict(into.named_modules())
     for name, layer in quantized.named_modules():

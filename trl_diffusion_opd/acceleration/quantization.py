@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Reads and checks bases whose weights are quantised by bitsandbytes or torchao, and says what can be trained on them.
+Reads and checks bases whose weights are quantized by bitsandbytes or torchao, and says what can be trained on them.
 """
 
 import copy
@@ -43,7 +43,7 @@ _GRADIENT_ERROR = 0.05
 
 
 def weight_kind(weight: Tensor) -> Kind | None:
-    """How a weight is quantised: by bitsandbytes in 4 or 8 bits, or by torchao; `None` if it is not quantised."""
+    """How a weight is quantized: by bitsandbytes in 4 or 8 bits, or by torchao; `None` if it is not quantized."""
     if type(weight).__module__.startswith("torchao."):
         return "torchao"
     kind = get_bnb_param_type(weight)
@@ -53,7 +53,7 @@ def weight_kind(weight: Tensor) -> Kind | None:
 
 def quantized_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """
-    Yields name and layer of the linear layers with quantised weights. Both libraries quantise only linear layers.
+    Yields name and layer of the linear layers with quantized weights. Both libraries quantize only linear layers.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and weight_kind(module.weight) is not None:
@@ -61,13 +61,13 @@ def quantized_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def is_quantized(network: nn.Module) -> bool:
-    """Whether any weight of the network is quantised."""
+    """Whether any weight of the network is quantized."""
     return next(quantized_layers(network), None) is not None
 
 
 @torch.no_grad()
 def dequantized(layer: nn.Linear) -> Tensor:
-    """The weight of a linear layer, quantised or not, as floating point numbers: `(out_features, in_features)`."""
+    """The weight of a linear layer, quantized or not, as floating point numbers: `(out_features, in_features)`."""
     weight: Any = layer.weight
     kind = weight_kind(weight)
     if kind is None:
@@ -78,11 +78,11 @@ def dequantized(layer: nn.Linear) -> Tensor:
 
 
 def base_weight(network: nn.Module) -> nn.Parameter:
-    """A weight that shows the network's dtype and device: the first that is in no LoRA and no quantised layer."""
+    """A weight that shows the network's dtype and device: the first that is in no LoRA and no quantized layer."""
     return next(
         parameter
         for name, module in network.named_modules()
-        # A quantised layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
+        # A quantized layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
         if "lora_" not in name and not (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None)
         for parameter in module.parameters(recurse=False)
         if parameter.is_floating_point()
@@ -117,7 +117,7 @@ def scales(network: nn.Module) -> list[Tensor]:
 
 
 def described(network: nn.Module) -> str:
-    """How a network's weights are quantised, as text for messages; empty if they are not."""
+    """How a network's weights are quantized, as text for messages; empty if they are not."""
     names = {
         "8bit": lambda weight: "8 bits",
         "4bit": lambda weight: weight.quant_type,
@@ -161,7 +161,7 @@ def failures_named(name: str, config: PipelineQuantizationConfig | None) -> Iter
     Explains why the base `name` can't be loaded with `config` in its block.
 
     Raises:
-        [`ValueError`]: if the quantiser can't run here. The message says which one can.
+        [`ValueError`]: if the quantizer can't run here. The message says which one can.
     """
     try:
         yield
@@ -169,19 +169,19 @@ def failures_named(name: str, config: PipelineQuantizationConfig | None) -> Iter
         if config is None:
             raise
         raise ValueError(
-            f"The base {name!r} cannot be quantised: {shown(error, 500)} (diffusers needs a GPU to quantise by "
+            f"The base {name!r} cannot be quantized: {shown(error, 500)} (diffusers needs a GPU to quantize by "
             "bitsandbytes; torchao's Int8WeightOnlyConfig works on a CPU too.)"
         ) from error
 
 
 def named_components(config: PipelineQuantizationConfig) -> list[str]:
-    """The names of the components that a config quantises; empty if it names none."""
+    """The names of the components that a config quantizes; empty if it names none."""
     return list(config.quant_mapping or config.components_to_quantize or ())
 
 
 def prepare(network: nn.Module) -> None:
     """
-    Prepares a network that bitsandbytes has quantised for training in eval mode.
+    Prepares a network that bitsandbytes has quantized for training in eval mode.
 
     On CPUs with AVX512-BF16, its 4-bit layers would rearrange their weights in the first forward without gradients,
     for example a teacher's. From then on they would pass no gradient and refuse some shapes.
@@ -223,12 +223,12 @@ _ONCE = _Once()
 
 
 def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[str]:
-    """Why nothing can be trained on a transformer because of how it is quantised; empty if it can."""
+    """Why nothing can be trained on a transformer because of how it is quantized; empty if it can."""
     method = transformer.__dict__.get("quantization_method")
     if method is not None and method not in ("bitsandbytes", "torchao"):
         return [
-            f"The base's transformer is quantised by {method.value}. A LoRA can only be trained on one that is "
-            "quantised by bitsandbytes or torchao."
+            f"The base's transformer is quantized by {method.value}. A LoRA can only be trained on one that is "
+            "quantized by bitsandbytes or torchao."
         ]
     first: dict[type, tuple[str, nn.Linear]] = {}
     for name, layer in quantized_layers(transformer):
@@ -237,8 +237,8 @@ def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[st
         return []
     if full_weights:
         return [
-            f"peft_config=None trains all weights, and the base's are quantised ({described(transformer)}). Train a "
-            "LoRA (peft_config='default' or a LoraConfig), or load the base without quantisation."
+            f"peft_config=None trains all weights, and the base's are quantized ({described(transformer)}). Train a "
+            "LoRA (peft_config='default' or a LoraConfig), or load the base without quantization."
         ]
     if any(_is_rearranged(layer) for _, layer in quantized_layers(transformer)):
         return [
@@ -249,12 +249,12 @@ def quantization_problems(transformer: nn.Module, full_weights: bool) -> list[st
     if quantizer is not None and not quantizer.is_trainable:
         how = type(quantizer.quantization_config.quant_type).__name__  # torchao's: bitsandbytes' are all trainable
         return [
-            f"diffusers cannot train on a base that is quantised by torchao's {how}. Use bitsandbytes, or torchao's "
+            f"diffusers cannot train on a base that is quantized by torchao's {how}. Use bitsandbytes, or torchao's "
             "Int8WeightOnlyConfig or Float8WeightOnlyConfig."
         ]
     return [
-        f"The base is quantised ({described(layer)}), and its layer {name} passes no gradient or a wrong one. "
-        "Quantise by bitsandbytes, or only the weights by torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
+        f"The base is quantized ({described(layer)}), and its layer {name} passes no gradient or a wrong one. "
+        "Quantize by bitsandbytes, or only the weights by torchao's Int8WeightOnlyConfig or Float8WeightOnlyConfig."
         for name, layer in first.values()
         if not _passes_gradient(layer)
     ]

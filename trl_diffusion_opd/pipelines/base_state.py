@@ -177,7 +177,7 @@ def _foreign_parts(transformer: ModelMixin) -> list[str]:
         plain = type(transformer).from_config(transformer.config)
     expected = dict(plain.named_modules())
     found = dict(transformer.named_modules())
-    # A quantised layer's class is derived from the plain layer's.
+    # A quantized layer's class is derived from the plain layer's.
     foreign = [name for name, m in found.items() if name not in expected or not isinstance(m, type(expected[name]))]
     # An optional part that is None is not a module.
     missing = [name for name in expected if name not in found]

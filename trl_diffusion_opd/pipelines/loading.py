@@ -51,7 +51,7 @@ def load_pipeline(
         dtype (`str`): dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
         model_init_kwargs (`dict`, *optional*): further arguments of `from_pretrained`, such as `revision` and
             `variant`.
-        quantization_config (*optional*): a quantisation config of diffusers, for the transformer or the whole
+        quantization_config (*optional*): a quantization config of diffusers, for the transformer or the whole
         pipeline.
 
     Raises:

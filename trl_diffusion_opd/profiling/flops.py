@@ -31,7 +31,7 @@ class FlopCount:
     Counts the floating-point operations of each part of an update, while `counting` is true.
 
     It sees matrix products, convolutions and attention that PyTorch computes, but not kernels of other packages
-    (attention backends, quantised products).
+    (attention backends, quantized products).
     """
 
     def __init__(self) -> None:

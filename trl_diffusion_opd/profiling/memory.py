@@ -46,7 +46,7 @@ class MemoryRow(TypedDict):
 
 
 def bytes_of(tensor: Tensor) -> int:
-    """The bytes of a tensor. A quantised tensor is the sum of its parts."""
+    """The bytes of a tensor. A quantized tensor is the sum of its parts."""
     return sum(part.nbytes for part in plain_tensors(tensor))
 
 
@@ -141,7 +141,7 @@ def _float32(value: object) -> object:
 
 class _Dequantizing(torch.autograd.Function):
     """
-    A linear layer with frozen weights that are fully dequantised for each product. If `keeps` is true, the layer
+    A linear layer with frozen weights that are fully dequantized for each product. If `keeps` is true, the layer
     stores its inputs where gradient checkpointing can't free them, like bitsandbytes' 8-bit layers.
     """
 
@@ -159,7 +159,7 @@ class _Dequantizing(torch.autograd.Function):
 
 @contextmanager
 def _kernels_in_shapes(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """Replaces the kernels of quantised layers in its block by code that allocates and keeps the same memory."""
+    """Replaces the kernels of quantized layers in its block by code that allocates and keeps the same memory."""
 
     def kernel(layer: Any) -> Callable[[Tensor], Tensor]:
         kind, shape = weight_kind(layer.weight), (layer.out_features, layer.in_features)
@@ -169,7 +169,7 @@ def _kernels_in_shapes(layers: Sequence[nn.Linear]) -> Iterator[None]:
             return _Dequantizing.apply(inner, shape, layer.bias, kind == "8bit").to(x.dtype)
 
         def torchao(x: Tensor) -> Tensor:
-            # PyTorch's own operations. The product keeps the dequantised weight for its backward.
+            # PyTorch's own operations. The product keeps the dequantized weight for its backward.
             product = torch.mm(x.reshape(-1, shape[1]), x.new_empty(shape).t()) * x.new_empty(shape[0])
             product = product.reshape(*x.shape[:-1], shape[0])
             return (product if layer.bias is None else product + layer.bias).to(x.dtype)
@@ -246,7 +246,7 @@ def pass_in_shapes(
     state = {name: fake(tensor) for name, tensor in [*step.named_parameters(), *step.named_buffers()]}
     quantized = list(quantized_layers(step))
     for name, layer in quantized:
-        with shapes:  # as if not quantised, for code that reads the weight's dtype
+        with shapes:  # as if not quantized, for code that reads the weight's dtype
             state[f"{name}.weight"] = torch.empty(layer.out_features, layer.in_features, dtype=base_weight(base).dtype)
     inputs = tree_map(fake, [dict(call) for call in calls])
     known = [*state.values(), *(leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))]

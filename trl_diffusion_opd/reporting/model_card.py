@@ -188,7 +188,7 @@ def _settings(facts: CardFacts) -> dict[str, object]:
         "gradient clipping": args.max_grad_norm,
         "moving average": average_in_words(args.ema_decay, args.ema_update_interval),
         "precision": f"base {args.dtype}"
-        + (f", its weights quantised ({quantized})" if quantized else "")
+        + (f", its weights quantized ({quantized})" if quantized else "")
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
         "seed": args.seed,
     }
