@@ -88,6 +88,14 @@ def test_a_teacher_for_another_base(tmp_path):
     )
 
 
+def test_no_teachers(tmp_path):
+    refused(
+        tmp_path,
+        "teachers=None: name a teacher for every task, such as a folder, owner/repo or 'base'.",
+        teachers=None,
+    )
+
+
 def drop_one(tensors):
     name = next(key for key in sorted(tensors) if "to_q.lora_B" in key)
     return {key: value for key, value in tensors.items() if key != name}

@@ -134,16 +134,15 @@ class StudentPasses:
 
     def _warn_of_idle_weights(self) -> None:
         """Warns of trained weights without gradient, which the forward or the backward does not reach."""
-        if (
-            self.is_deepspeed_enabled or not self.accelerator.is_main_process
-        ):  # DeepSpeed keeps the gradients to itself
+        # DeepSpeed keeps the gradients to itself.
+        if self.is_deepspeed_enabled or not self.accelerator.is_main_process:
             return
         trained = self.student.named_parameters()
         idle = [name for name, parameter in trained.items() if parameter.grad is None]
         if idle:
             logger.warning(
                 f"{len(idle)} of the {len(trained)} trained tensors got no gradient in the first update, such as "
-                f"{shown(idle[0])}. They "
-                "are not trained. Either the transformer does not use these layers, so target_modules of peft_config "
-                "need not name them, or a part of its forward passes no gradient, such as an attention backend."
+                f"{shown(idle[0])}. They are not trained. Either the transformer does not use these layers, so "
+                "target_modules of peft_config need not name them, or a part of its forward passes no gradient, such "
+                "as an attention backend."
             )

@@ -51,9 +51,11 @@ def load_teachers(parts: Parts, problems: Problems, default_scale: float | None,
             "batch_teachers=True with torch_compile=True: the blocks would be compiled again for every number of rows "
             "of every teacher. Leave out one of the two."
         )
+    specs = parts.given_teachers
+    if specs is None:
+        problems.append("teachers=None: name a teacher for every task, such as a folder, owner/repo or 'base'.")
+        return
     with problems.collect():
-        specs = parts.given_teachers
-        assert specs is not None  # a trainer without teachers does not call this
         # If the data has no usable tasks, the teachers are still checked.
         named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
         bank = TeacherBank(
