@@ -101,6 +101,7 @@ def test_the_whole_story(monkeypatch, capsys, base):
     assert len(list((out / "completions").glob("step_*.png"))) >= 1
     shown = capsys.readouterr().out
     assert "eval_text/brightness" in shown
+    assert "The student is in out; README.md there says how to load it." in shown
     table = shown.rstrip().splitlines()[-8:]  # the console ends with the report
     assert all(any(task in line for line in table) for task in report["tasks"])
 
