@@ -29,7 +29,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
-from ..guards.files import JSON
+from ..guards.files import JSON, read_json
 from ..guards.redaction import public_arguments, shown
 from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, PROMPTS_FILE
 
@@ -169,8 +169,7 @@ def prompt_changes(folder: Path, now: PromptsDigest) -> list[Change]:
 
 def recorded(folder: Path) -> list[dict[str, object]]:
     """Reads the changes that earlier resumes had made when the checkpoint was saved."""
-    path = folder / CHANGES_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return read_json(folder / CHANGES_FILE) or []
 
 
 def record(changes: Sequence[Change], update: int) -> list[dict[str, object]]:

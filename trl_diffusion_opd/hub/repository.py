@@ -20,14 +20,13 @@ Also creates it.
 import json
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
 from huggingface_hub import get_token, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils.hub import hf_api
 
 from ..guards.files import JSON
-from ..guards.redaction import last_part, public_name, shown
+from ..guards.redaction import last_part, shown
 from .errors import ERRORS, http_reason, retried
 from .files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LORA_FILES
 
@@ -155,12 +154,6 @@ def _same_base(one: str, two: str) -> bool:
     if "/" in one and "/" in two:
         return one == two
     return one.split("/")[-1] == two.split("/")[-1]
-
-
-def pushed_kind(pipeline: DiffusionPipeline, is_lora: bool) -> tuple[str | None, str | None]:
-    """The base's name and the class of fully trained weights (`None` for a LoRA), for [`repository_problems`]."""
-    kind = None if is_lora else type(pipeline.components.get("transformer")).__name__
-    return public_name(pipeline.config.get("_name_or_path")), kind
 
 
 def make_repository(

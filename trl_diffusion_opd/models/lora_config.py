@@ -68,15 +68,13 @@ def config_problems(config: LoraConfig) -> list[str]:
             continue
         problems.append(
             f"peft_config: {name}={value!r} goes beyond lora_A and lora_B: it would change what base and teachers "
-            "compute, or be lost "
-            f"when the student is saved. Leave it out. {_INSTEAD.get(name, '')}".rstrip()
+            f"compute, or be lost when the student is saved. Leave it out. {_INSTEAD.get(name, '')}".rstrip()
         )
     init = config.init_lora_weights
     if (init.lower() if isinstance(init, str) else init) not in _INITS:
         problems.append(
             f"peft_config: init_lora_weights={init!r} changes the base's own weights, which all teachers share, or "
-            "needs data "
-            'that the trainer does not have. Use True, "gaussian" or "orthogonal".'
+            'needs data that the trainer does not have. Use True, "gaussian" or "orthogonal".'
         )
     return problems
 

@@ -198,8 +198,7 @@ def _check_tensors(files: TeacherFiles, tensors: dict[str, torch.Tensor]) -> Non
         if not any(value.any() for value in matrices):
             raise TeacherError(
                 f"{label}: every lora_{side} of {name} is zero, so this teacher is the base model. Was it saved "
-                "before "
-                'training? If the base is meant, say "base".'
+                'before training? If the base is meant, say "base".'
             )
 
 

@@ -152,8 +152,7 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         if pickles:
             raise TeacherError(
                 f"{label}: holds {', '.join(pickles)} but no {', '.join(missing)}. Pickled weights are not read; "
-                "convert "
-                'them where you trust them: safetensors.torch.save_file(torch.load("'
+                'convert them where you trust them: safetensors.torch.save_file(torch.load("'
                 f'{pickles[0]}", weights_only=True), "{missing[0]}")'
             )
         raise TeacherError(

@@ -62,7 +62,7 @@ from accelerate.utils import release_memory
 
 from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
-from ..guards.files import JSON, write_json
+from ..guards.files import JSON, read_json, write_json
 from ..hub.files import ADAPTER_FILE, FINISHED_FILE, STAGE_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
@@ -182,7 +182,7 @@ def _folder_problems(stages: Sequence[Stage], output_dir: Path) -> list[str]:
     problems: list[str] = []
     for stage, before in zip(stages, _beginnings(stages), strict=True):
         folder = output_dir / stage.name
-        recorded = _read(folder / STAGE_FILE)
+        recorded = read_json(folder / STAGE_FILE)
         if recorded is None:
             continue
         needed = [name for name in (before, *stage.teachers) if name is not None]
@@ -212,10 +212,6 @@ def _record(stage: Stage, before: str | None, output_dir: Path) -> dict[str, JSO
 def _digest(folder: Path) -> str:
     with open(folder / ADAPTER_FILE, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read(path: Path) -> dict[str, JSON] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 # From a file

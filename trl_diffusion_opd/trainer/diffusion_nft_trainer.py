@@ -94,8 +94,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
             Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use instead of those of `args`.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model,
-        *optional*):
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or diffusers' config for a model, *optional*):
             How a base that is given by name is quantized, with bitsandbytes or torchao. A config for a model is
             applied to the transformer. The LoRA stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):
@@ -161,14 +160,16 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         levels = self._drawn_levels()
         share = self.rounds.share(rollout.task) / len(levels)
         noises = [gaussian(generators, rollout.latents) for _ in levels]
-        return [partial(self._loss, model, rollout, t, eps, share) for t, eps in zip(levels, noises, strict=True)]
+        r = optimality(rollout.advantages, self.args.advantage_clip)
+        return [partial(self._loss, model, rollout, r, t, eps, share) for t, eps in zip(levels, noises, strict=True)]
 
-    def _loss(self, model: nn.Module, rollout: Rollout, t: float, eps: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, model: nn.Module, rollout: Rollout, r: Tensor, t: float, eps: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
         args, prompts, x0 = self.args, rollout.prompts, rollout.latents
         # As in the paper's code. If student and old policy are equal, the gradient is then that of flow matching times
         # the clipped advantage, for any advantage_clip and nft_beta.
         scale = args.advantage_clip / args.nft_beta
-        r = optimality(rollout.advantages, args.advantage_clip)
         x = noised(x0, eps, t)
         with torch.no_grad(), self._part("reference"), self.backbone.use(OLD) as network:
             old = self.velocity_field(x, t, prompts, args.guidance_scale, network)

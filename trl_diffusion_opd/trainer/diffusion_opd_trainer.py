@@ -97,8 +97,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and scheduler to use instead of those of `args`.
-        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or a config of diffusers for a model,
-        *optional*):
+        quantization_config ([`~diffusers.PipelineQuantizationConfig`] or diffusers' config for a model, *optional*):
             How a base that is given by name is quantized, with bitsandbytes or torchao. A config for a model is
             applied to the transformer. The LoRA stays float32.
         peft_config ([`~peft.LoraConfig`], *optional*, defaults to `"default"`):

@@ -14,7 +14,6 @@
 
 """Loads the frozen teachers of a trainer, and compares them with those of a checkpoint."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from peft import PeftModel
 from ..checkpointing.checkpoint import damage_problems, last_complete
 from ..checkpointing.seal import is_sealed
 from ..data.tasks import SINGLE_TASK
+from ..guards.files import read_json
 from ..hub.files import MANIFEST_FILE
 from ..models.backbone import Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
@@ -106,13 +106,12 @@ def _recorded_manifest(args: DiffusionConfig) -> Manifest | None:
     # The other files of the checkpoint are checked when training begins.
     if is_sealed(folder) and (problems := damage_problems(folder, [MANIFEST_FILE])):
         raise ValueError("\n".join(f"{folder.name}: {problem}" for problem in problems))
-    return json.loads((folder / MANIFEST_FILE).read_text())
+    return read_json(folder / MANIFEST_FILE)
 
 
 def manifest_problems(folder: Path, ours: Manifest) -> list[str]:
     """Refuses a checkpoint trained with other teachers than those in `ours`, which is empty without teachers."""
-    path = folder / MANIFEST_FILE
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    recorded = read_json(folder / MANIFEST_FILE) or {}
     if recorded.keys() != ours.keys():
         return [f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}."]
     problems = []
