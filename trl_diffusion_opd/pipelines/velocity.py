@@ -352,20 +352,30 @@ class VelocityField:
         """
         if guidance_scale in self._working_scales:
             return
-        x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
-        rows = []
-        for scale in (1.0, guidance_scale):
-            stand_in = StandIn(self._base, self._base)
-            with torch.no_grad():
-                self._velocity(x, float(self.levels[0]), [""], scale, stand_in)
-            rows.append(stand_in.rows)
-        if rows[0] == rows[1]:
+        without, guided = self._rows(1.0), self._rows(guidance_scale)
+        if without == guided:
             raise ValueError(
                 f"guidance_scale={guidance_scale} does nothing: {type(self.pipeline).__name__} gives its transformer "
-                f"{rows[1]} row(s) a prompt, as at 1.0. Set guidance_scale=1.0 (a guidance embedding, as Flux has "
+                f"{guided} row(s) a prompt, as at 1.0. Set guidance_scale=1.0 (a guidance embedding, as Flux has "
                 "one, is set through generation_kwargs)."
             )
         self._working_scales.add(guidance_scale)
+
+    def default_guidance_scale(self) -> float:
+        """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
+        given = self._parameters[self._guidance].default if self._guidance in self._parameters else None
+        if not isinstance(given, int | float):
+            return 1.0
+        scale = float(given) + self._guidance_offset
+        return scale if scale >= 1 and self._rows(scale) != self._rows(1.0) else 1.0  # Klein is distilled: none
+
+    def _rows(self, guidance_scale: float) -> int:
+        """The number of rows that the transformer gets for one prompt. Guidance adds some."""
+        x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
+        stand_in = StandIn(self._base, self._base)
+        with torch.no_grad():
+            self._velocity(x, float(self.levels[0]), [""], guidance_scale, stand_in)
+        return stand_in.rows
 
     @torch.no_grad()
     def check_rows(self, guidance_scale: float) -> None:
