@@ -22,7 +22,9 @@ from collections.abc import Sequence
 import torch
 from accelerate.commands.config import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..problems import Refusal
 from .arguments import config_path
 
 
@@ -41,7 +43,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         The launcher's words, then the others.
 
     Raises:
-        [`ValueError`]: if `--accelerate_config` names no config.
+        [`Refusal`]: if `--accelerate_config` names no config.
     """
     options: list[list[str]] = []
     for word in words:
@@ -55,7 +57,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if name == "--accelerate_config":
             given = [value, *option[1:]] if equals else option[1:]
             if len(given) != 1:
-                raise ValueError(f"--accelerate_config takes one name or file, but has {given}.")
+                raise Refusal(f"--accelerate_config takes one name or file, but has {given}.")
             ours += ["--config_file", config_path("accelerate_config", given[0], "accelerate_configs")]
         elif _is_launchers(option):
             ours += option
@@ -92,4 +94,11 @@ def launch(words: Sequence[str], command: str, arguments: Sequence[str]) -> None
     try:
         launch_command(given)
     except subprocess.CalledProcessError as error:  # the command has printed the reason
-        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+        sys.exit(_status(error.returncode))
+    except ChildFailedError as error:  # the same for several processes
+        sys.exit(_status(error.get_first_failure()[1].exitcode))
+
+
+def _status(code: int) -> int:
+    """The exit status that a shell gives to a process: the launcher counts those that a signal ended below 0."""
+    return code if code > 0 else 128 - code

@@ -20,13 +20,17 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
-from ..trainer.option_checks import unknown_option
-from .arguments import PACKAGE, QuantizationArguments, config_path, configs
+from ..pipelines.loading_options import full_dtype
+from ..problems import Refusal
+from ..trainer.option_checks import UNUSED, WITHOUT_EFFECT, unknown_option
+from .arguments import QuantizationArguments, config_path, configs
+from .values import PACKAGE
 
 
 # Options that are fields of no dataclass. TRL's parser reads --config before it parses; `launching` takes the
@@ -49,6 +53,7 @@ _LAUNCHER_OPTIONS = (
 
 
 _COMMAND, _QUANTIZATION, _INHERITED = "options", "quantization of the base", "transformers.TrainingArguments"
+_NOT_LISTED = "Not listed: options of transformers.TrainingArguments that have no effect here."
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -80,8 +85,23 @@ class CommandParser(TrlParser):
     def __init__(self, dataclass_types: Sequence[type], prog: str | None = None, launched: bool = False):
         usage = "%(prog)s [--config NAME|FILE] [options]"
         # To TRL the type of a dataclass is one of its own.
-        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
+        super().__init__(
+            dataclass_types,  # type: ignore[arg-type]
+            prog=prog,
+            usage=usage,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # `--lr` would be short for three options, none of which is the learning rate
+        )
+        for action in self._actions:
+            if action.dest == "report_to":
+                action.nargs = "+"  # as in a YAML file
+            elif action.dest == "dtype":
+                action.type = full_dtype
         self.options_of_the_command = (*_OPTIONS, *_LAUNCHER_OPTIONS) if launched else _OPTIONS
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses a command line in words, without the list of all options."""
+        raise Refusal(f"{self.prog}: {message}")
 
     def unclaimed(self, arguments: Sequence[str]) -> list[str]:
         """Returns the words of a command line and of its `--config` that belong to no option. Makes no dataclass."""
@@ -89,22 +109,26 @@ class CommandParser(TrlParser):
         found: list[str] = []
         if "--config" in words:
             at = words.index("--config")
-            with open(words[at + 1], encoding="utf-8") as file:
-                content = yaml.safe_load(file)
+            content = _content(words[at + 1])
             words[at : at + 2] = []
-            if isinstance(content, dict):  # otherwise the parser itself says what is wrong, when it reads the file
-                found = self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
+            found = self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
         return found + self.parse_known_args(words)[1]
 
     def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Returns the dataclasses, then the list of words that belong to none of them."""
-        return self.parse_args_and_config(config_by_name(arguments), return_remaining_strings=True)
+        words = config_by_name(arguments)
+        if "--config" in words:
+            _content(words[words.index("--config") + 1])
+        try:
+            return self.parse_args_and_config(words, return_remaining_strings=True)
+        except ValueError as error:  # some are transformers' own
+            raise Refusal(str(error)) from error
 
     def format_help(self) -> str:
         """Lists the command's own options first, and those of transformers' `TrainingArguments` last."""
         groups: dict[str, list[argparse.Action]] = {title: [] for title in self._titles()}
         for action in self._actions:
-            if action.dest != "help":
+            if action.dest not in ("help", *WITHOUT_EFFECT, *UNUSED):
                 groups[self._title(action.dest)].append(action)
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
@@ -113,6 +137,8 @@ class CommandParser(TrlParser):
             formatter.add_arguments(self.options_of_the_command if i == 0 else ())
             formatter.add_arguments(sorted(actions, key=lambda action: not action.required))
             formatter.end_section()
+        if len(self.dataclass_types) > 1:
+            formatter.add_text(_NOT_LISTED)
         return formatter.format_help()
 
     def _titles(self) -> list[str]:
@@ -132,6 +158,17 @@ def _is_ours(owner: type) -> bool:
     return owner.__module__.partition(".")[0] == PACKAGE.name
 
 
+def _content(path: str) -> dict[str, Any]:
+    """Reads a YAML file of options."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"--config: {path!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise Refusal(f"--config: {path!r} is not a mapping from options to values.")
+    return content
+
+
 def config_by_name(arguments: Sequence[str]) -> list[str]:
     """Returns the words of a command line, with the name after `--config` replaced by its path."""
     words = list(arguments)
@@ -141,7 +178,7 @@ def config_by_name(arguments: Sequence[str]) -> list[str]:
     if "--config" in words:
         at = words.index("--config") + 1
         if at == len(words):
-            raise ValueError("--config needs the name of a config in the package, or of a file.")
+            raise Refusal("--config needs the name of a config in the package, or of a file.")
         words[at] = config_path("config", os.path.expanduser(words[at]))
     return words
 
@@ -155,7 +192,7 @@ def parse(dataclass_types: Sequence[type], arguments: Sequence[str] | None = Non
         arguments (`list[str]`, *optional*): the words. By default, those of the process.
 
     Raises:
-        [`ValueError`]: for an option that none of them has. The message names another trainer's config that has it.
+        [`Refusal`]: for an option that none of them has. The message names another trainer's config that has it.
     """
     *parsed, rest = CommandParser(dataclass_types).read(sys.argv[1:] if arguments is None else arguments)
     refuse(dataclass_types, rest)
@@ -167,9 +204,9 @@ def refuse(dataclass_types: Sequence[type], words: Sequence[str]) -> None:
     Refuses words that belong to no option.
 
     Raises:
-        [`ValueError`]: if there are any.
+        [`Refusal`]: if there are any.
     """
     unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
     problems = [unknown_option(dataclass_types[-1], name, configs(), dataclass_types[0]) for name in unknown]
     if words:
-        raise ValueError("\n".join(problems or [f"{list(words)} belong to no option."]))
+        raise Refusal("\n".join(problems or [f"{list(words)} belong to no option."]))

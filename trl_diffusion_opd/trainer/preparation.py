@@ -51,7 +51,7 @@ from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
 from ..pipelines.velocity import VelocityField
-from ..problems import Problems
+from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
@@ -65,6 +65,7 @@ from .checks import (
     scored_data_problems,
     training_data_problems,
 )
+from .option_checks import evaluation_problems
 from .rounds import Rounds
 
 
@@ -177,6 +178,7 @@ def prepare(
     # isn't.
     unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
     unfit += model_problems(parts.pipeline, args, peft_config)
+    problems += evaluation_problems(args, eval_dataset)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
@@ -206,7 +208,7 @@ def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: Diffus
         method = wanted.__name__.removeprefix("Diffusion").removesuffix("Config")
         args = wanted(f"{name.rstrip('/').split('/')[-1]}-{method}")
     if not isinstance(args, wanted):
-        raise ValueError(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
+        raise Refusal(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
     return args
 
 
