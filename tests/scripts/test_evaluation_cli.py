@@ -26,6 +26,7 @@ import pytest
 import yaml
 from helpers.example_script import command_line
 from helpers.launching import launcher, surroundings
+from helpers.refusals import command_refuses
 from helpers.stub_reward import brightness, redness
 from helpers.tiny_sd3 import make_lora, make_pipeline
 
@@ -150,8 +151,8 @@ class Counted:
         return images
 
 
-def test_bad_seconds(monkeypatch, models):
-    with pytest.raises(ValueError, match="reward_timeout=-1.0: it must be a positive number of seconds, or unset"):
+def test_bad_seconds(monkeypatch, capsys, models):
+    with command_refuses(capsys, "reward_timeout=-1.0: it must be a positive number of seconds, or unset"):
         run(monkeypatch, settings_of(models), "--reward_timeout", "-1")
 
 
@@ -212,11 +213,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("label", REFUSED)
-def test_mistakes_are_named(monkeypatch, models, label):
+def test_mistakes_are_named(monkeypatch, capsys, models, label):
     changed, message = REFUSED[label]
-    with pytest.raises(ValueError) as error:
+    with command_refuses(capsys, message):
         run(monkeypatch, settings_of(models, **changed))
-    assert message in str(error.value)
     assert not Path("out").exists()
 
 
@@ -258,9 +258,8 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
             {"student": repository},
             {"teachers": [f"{t}={repository}" for t in TASKS]},
         ):
-            with pytest.raises(ValueError) as error:
+            with command_refuses(capsys, repository, message):
                 run(monkeypatch, {**settings, **where})
-            assert repository in str(error.value) and message in str(error.value), where
     assert not Path("out").exists()
 
 

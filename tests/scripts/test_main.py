@@ -35,6 +35,7 @@ from trl_diffusion_opd.scripts.arguments import config_path
 from trl_diffusion_opd.scripts.launching import split
 from trl_diffusion_opd.scripts.parser import CommandParser, parse
 from trl_diffusion_opd.scripts.prompts import load_prompts
+from trl_diffusion_opd.scripts.refusals import REFUSED
 from trl_diffusion_opd.scripts.stages import read_stages
 from trl_diffusion_opd.scripts.values import PACKAGE, packaged
 from trl_diffusion_opd.trainer.option_checks import UNUSED, WITHOUT_EFFECT
@@ -61,12 +62,18 @@ def launches(monkeypatch):
     return found
 
 
-def refused(*words):
-    """The message with which the command ends."""
-    with pytest.raises(SystemExit) as done:
-        main.main(words)
-    assert isinstance(done.value.code, str) and "usage" not in done.value.code
-    return done.value.code
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that refuses its words, and returns what it prints."""
+
+    def message(*words):
+        with pytest.raises(SystemExit) as done:
+            main.main(words)
+        printed = capsys.readouterr().err.rstrip()
+        assert done.value.code == REFUSED and "usage" not in printed and "Traceback" not in printed
+        return printed
+
+    return message
 
 
 # Help
@@ -145,17 +152,18 @@ def test_a_file_wins_over_a_config_of_its_name():
     assert parse(opd.ARGUMENTS, given)[1].max_steps == 7
 
 
-def test_what_there_is_is_told():
+def test_what_there_is_is_told(refused):
     message = refused("opd", "--config", "tinny")
     assert "--config: there is no file 'tinny'" in message and "sd35_24gb, sd35_80gb, tiny, tiny_grpo" in message
     message = refused("opd", "--config", "tiny", "--accelerate_config", "fsdp9")
     assert "--accelerate_config: there is no file 'fsdp9'" in message and "cpu, deepspeed_zero2" in message
-    message = refused("stages", "--accelerate_config")
+    message = refused("stages", "--accelerate_config", "cpu")
     assert message == "trl-diffusion-opd stages: the following arguments are required: --stages"
+    assert refused("opd", "--config", "tiny", "--accelerate_config").startswith("--accelerate_config takes one name")
     assert "--config needs the name" in refused("opd", "--config")
 
 
-def test_unknown_options_are_told_with_whose_they_are(launches):
+def test_unknown_options_are_told_with_whose_they_are(launches, refused):
     message = refused("opd", "--config", "tiny", "--num_iterations", "2", "--num_processes", "2", "--zzz", "1")
     assert "DiffusionOPDConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and" in message
     assert "has no 'zzz'. No config of this package has it." in message and "num_processes" not in message

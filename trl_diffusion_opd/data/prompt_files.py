@@ -17,7 +17,8 @@
 import codecs
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,12 @@ from typing import NamedTuple
 import pyarrow as pa
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..guards.redaction import shown
 from ..problems import Refusal
-from .tasks import plain_prompts, prompt_problems
+from .tasks import PROMPT_COLUMNS, plain_prompts, prompt_problems
 
 
 # Suffix of a file -> the loader of `datasets` and its arguments. utf-8-sig drops a byte order mark before the first
@@ -43,8 +45,6 @@ _FORMATS: dict[str, tuple[str, dict[str, str]]] = {
     ".parquet": ("parquet", {}),
 }
 _BLOCK = 1 << 20
-# The columns that are taken as the prompt: the first of them that a source has.
-PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 
 class Source(NamedTuple):
@@ -90,16 +90,15 @@ def load_source(option: str, source: str, prompt_column: str | None = None) -> S
     if problem is not None:
         raise Refusal(problem)
     suffix = _suffix(source)
-    if suffix == ".txt":
-        return Source(_without_blanks(option, source, _load_file(option, source, *_FORMATS[suffix])), ())
-    if suffix in _FORMATS:
+    if suffix not in _FORMATS:
+        return _with_prompts(option, source, _of_hub(option, source), prompt_column)
+    with _no_progress():
         part = _load_file(option, source, *_FORMATS[suffix])
-    else:
-        part = _of_hub(option, source)
-    # CSV and parquet files may hold large strings, which are a different type to `datasets`.
-    text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
-    if text:
+        # CSV and parquet files may hold large strings, which are a different type to `datasets`.
+        text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
         part = part.cast(Features({**part.features, **text}))
+    if suffix == ".txt":
+        return Source(_without_blanks(option, source, part), ())
     return _with_prompts(option, source, part, prompt_column)
 
 
@@ -141,12 +140,10 @@ def _likely_column(part: Dataset) -> str | None:
 
 
 def _without_blanks(option: str, path: str, lines: Dataset) -> Dataset:
-    full = [row for row, line in enumerate(lines["text"]) if line and line.strip()]
-    if not full:
+    texts = [line for line in lines["text"] if line and line.strip()]
+    if not texts:
         raise Refusal(f"--{option}: the file {path!r} has only blank lines.")
-    if len(full) < len(lines):
-        lines = lines.select(full)
-    return lines.rename_column("text", "prompt")
+    return Dataset.from_dict({"prompt": texts})
 
 
 def _place(source: str, row: int) -> str:
@@ -175,6 +172,18 @@ def _of_hub(option: str, source: str) -> Dataset:
             f"--{option}: {source!r} is no file here, and no dataset of the Hub can be loaded by that name: "
             f"{shown(error, 500)}"
         ) from error
+
+
+@contextmanager
+def _no_progress() -> Iterator[None]:
+    """Context without the progress bars of `datasets`: a local file is read at once."""
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 def _suffix(source: str) -> str:

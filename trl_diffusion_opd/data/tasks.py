@@ -31,6 +31,8 @@ from ..guards.redaction import shown
 
 # The one task of a dataset without a task column.
 SINGLE_TASK = "default"
+# The columns that commands take as the prompt: the first of them that a source has.
+PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Number of prompts that are encoded together (a "company").
 COMPANY = 8
 # Maximum number of characters in a task's name.
@@ -78,7 +80,9 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     """Says what is wrong with a dataset of prompts, one sentence each. `name` is how messages call it."""
     columns = dataset.column_names
     if "prompt" not in columns:
-        return [f"{name} has no column 'prompt'; its columns are {columns}. Rename yours with rename_column."]
+        likely = next((one for one in PROMPT_COLUMNS if one in columns), None)
+        remedy = "Rename yours with rename_column." if likely is None else f"Use rename_column({likely!r}, 'prompt')."
+        return [f"{name} has no column 'prompt'; its columns are {columns}. {remedy}"]
     problems = prompt_problems(dataset, name, "row {}".format, "rename it with rename_column")
     if task_column in columns:
         problems += _task_problems(dataset, task_column, name)

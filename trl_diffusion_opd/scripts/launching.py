@@ -14,6 +14,7 @@
 
 """Starts a command on all devices through accelerate's launcher."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..problems import Refusal
 from .arguments import config_path
+from .refusals import REFUSED
 
 
 # The module that the launcher starts. It runs a command in its own process and ignores the launcher's options.
@@ -91,12 +93,17 @@ def launch(words: Sequence[str], command: str, arguments: Sequence[str]) -> None
         [`SystemExit`]: if the command fails, with its exit status.
     """
     given = launch_command_parser().parse_args([*words, "--module", MODULE, command, *arguments])
+    # It says, after the command's own message, that the others are ended, and repeats the first failure's status.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         launch_command(given)
     except subprocess.CalledProcessError as error:  # the command has printed the reason
         sys.exit(_status(error.returncode))
     except ChildFailedError as error:  # the same for several processes
-        sys.exit(_status(error.get_first_failure()[1].exitcode))
+        status = _status(error.get_first_failure()[1].exitcode)
+        if status != REFUSED:
+            print(error, file=sys.stderr)  # which process failed first
+        sys.exit(status)
 
 
 def _status(code: int) -> int:

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int
         `int`: the exit status.
 
     Raises:
-        [`SystemExit`]: with its message and the exit status 1, if the command refuses what it was given.
+        [`SystemExit`]: after a message, if the command refuses what it was given.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.argv[0] = PROG  # for messages that repeat the command
@@ -106,6 +106,7 @@ def _run(name: str, given: Sequence[str], may_launch: bool) -> None:
         launcher, unknown = split(unknown)
     refuse(module.ARGUMENTS, unknown)
     if launched and may_launch and needs_launcher(launcher):
+        parser.require(given)
         launch(launcher, name, given)
         return
     *parsed, _ = parser.read(given)

@@ -18,6 +18,7 @@ import argparse
 import copy
 import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,26 +102,45 @@ class CommandParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuses a command line in words, without the list of all options."""
-        raise Refusal(f"{self.prog}: {message}")
+        one_spelling = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
+        raise Refusal(f"{self.prog}: {one_spelling}")
 
     def unclaimed(self, arguments: Sequence[str]) -> list[str]:
         """Returns the words of a command line and of its `--config` that belong to no option. Makes no dataclass."""
+        words, found = self._with_config(arguments)
+        asks_help = not {"-h", "--help"}.isdisjoint(words)
+        required = [action for action in self._actions if action.required and not asks_help]
+        for action in required:
+            action.required = False  # a misspelt option is told first
+        try:
+            return found + self.parse_known_args(words)[1]
+        finally:
+            for action in required:
+                action.required = True
+
+    def require(self, arguments: Sequence[str]) -> None:
+        """
+        Refuses a command line that lacks an option. Makes no dataclass.
+
+        Raises:
+            [`Refusal`]: if an option is missing, in it and in its `--config`.
+        """
+        self.parse_known_args(self._with_config(arguments)[0])
+
+    def _with_config(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Takes defaults from a command line's `--config`. Returns the other words, and those that it does not know."""
         words = config_by_name(arguments)
-        found: list[str] = []
-        if "--config" in words:
-            at = words.index("--config")
-            content = _content(words[at + 1])
-            words[at : at + 2] = []
-            found = self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
-        return found + self.parse_known_args(words)[1]
+        if "--config" not in words:
+            return words, []
+        at = words.index("--config")
+        content = _content(words[at + 1])
+        words[at : at + 2] = []
+        return words, self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
 
     def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Returns the dataclasses, then the list of words that belong to none of them."""
-        words = config_by_name(arguments)
-        if "--config" in words:
-            _content(words[words.index("--config") + 1])
         try:
-            return self.parse_args_and_config(words, return_remaining_strings=True)
+            return self.parse_args_and_config(config_by_name(arguments), return_remaining_strings=True)
         except ValueError as error:  # some are transformers' own
             raise Refusal(str(error)) from error
 
@@ -194,8 +214,9 @@ def parse(dataclass_types: Sequence[type], arguments: Sequence[str] | None = Non
     Raises:
         [`Refusal`]: for an option that none of them has. The message names another trainer's config that has it.
     """
-    *parsed, rest = CommandParser(dataclass_types).read(sys.argv[1:] if arguments is None else arguments)
-    refuse(dataclass_types, rest)
+    parser, words = CommandParser(dataclass_types), sys.argv[1:] if arguments is None else arguments
+    refuse(dataclass_types, parser.unclaimed(words))
+    *parsed, _ = parser.read(words)
     return tuple(parsed)
 
 

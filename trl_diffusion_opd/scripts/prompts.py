@@ -68,7 +68,8 @@ def load_datasets(
             for task, sources in by_task(option, values).items():
                 for source in map(packaged, sources):
                     with problems.collect():
-                        found.setdefault(option, []).append((task, load_source(option, source, prompt_column)))
+                        loaded = load_source(option, source, prompt_column)
+                        found.setdefault(option, []).append((task, loaded))
     problems += _column_problems(prompt_column, [source for parts in found.values() for _, source in parts])
     datasets: dict[str, Dataset | None] = dict.fromkeys(given)
     for option, parts in found.items():
@@ -121,12 +122,12 @@ def _joined(option: str, parts: Sequence[tuple[str, Source]], task_column: str) 
 
 
 def _column_problems(prompt_column: str | None, sources: Sequence[Source]) -> list[str]:
-    """Refuses a `--prompt_column` that no source has. Text files have no columns."""
-    tables = [source for source in sources if source.columns]
-    if prompt_column is None or not tables or any(prompt_column in source.columns for source in tables):
+    """Refuses a `--prompt_column` that no source has."""
+    names = dict.fromkeys(name for source in sources for name in source.columns)
+    if prompt_column is None or not sources or prompt_column in names:
         return []
-    names = dict.fromkeys(name for source in tables for name in source.columns)
-    return [f"--prompt_column: no source has a column {prompt_column!r}; they have {', '.join(names)}."]
+    have = f"they have {', '.join(names)}" if names else "text files have none"
+    return [f"--prompt_column: no source has a column {prompt_column!r}; {have}."]
 
 
 def _tell(sources: Iterable[Source]) -> None:

@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from ..problems import Refusal
 
 
+# The exit status of a command that refuses its input, as argparse has it. An error that nobody foresaw gives 1.
+REFUSED = 2
 # In seconds: longer than a launcher takes to notice that a process has ended.
 _HEAD_START = 10.0
 
@@ -35,7 +37,7 @@ def refusals_told() -> Iterator[None]:
     Of the processes that a launcher has started on a machine, one prints the message.
 
     Raises:
-        [`SystemExit`]: for a [`Refusal`]. The exit status is 1.
+        [`SystemExit`]: for a [`Refusal`], with the exit status [`REFUSED`].
     """
     try:
         yield
@@ -43,4 +45,5 @@ def refusals_told() -> Iterator[None]:
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
             # Processes mostly refuse the same. When the first one has said it, the launcher ends this one.
             time.sleep(_HEAD_START)
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)

@@ -63,6 +63,7 @@ from .checks import (
     loading_problems,
     model_problems,
     scored_data_problems,
+    task_column_problems,
     training_data_problems,
 )
 from .option_checks import evaluation_problems
@@ -238,6 +239,13 @@ def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> No
     """Finds the tasks and their rewards, and checks the data."""
     args, column = parts.args, parts.args.task_column
     problems += training_data_problems(parts.train_dataset, column)
+    if not problems:
+        of_tasks = {
+            "teachers": parts.given_teachers,
+            "reward_funcs": parts.given_rewards,
+            "task_weights": args.task_weights,
+        }
+        problems += task_column_problems(parts.train_dataset, column, of_tasks, "train_dataset")
     if problems:
         return
     rows = task_rows(parts.train_dataset, column)
