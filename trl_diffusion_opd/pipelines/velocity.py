@@ -35,7 +35,8 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
-from .checks import guidance_name, option_problems, pipeline_problems
+from .checks import option_problems, pipeline_problems
+from .guidance import guidance_embedding, guidance_lines, guidance_name
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
@@ -110,7 +111,7 @@ class VelocityField:
             options["max_sequence_length"] = max_sequence_length
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
         self._options = options
-        self._guidance = guidance_name(self._parameters)
+        self._guidance = guidance_name(self._base, self._parameters)
         self._cache = PromptCache(store=prompt_store)
         self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._working_scales = {1.0}
@@ -363,11 +364,19 @@ class VelocityField:
 
     def default_guidance_scale(self) -> float:
         """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
-        given = self._parameters[self._guidance].default if self._guidance in self._parameters else None
+        given = None if self._guidance is None else self._parameters[self._guidance].default
         if not isinstance(given, int | float):
             return 1.0
         scale = float(given) + self._guidance_offset
-        return scale if scale >= 1 and self._rows(scale) != self._rows(1.0) else 1.0  # Klein is distilled: none
+        if scale <= 1 or self._rows(scale) == self._rows(1.0):  # a distilled Klein ignores its default
+            return 1.0
+        self._working_scales.add(scale)
+        return scale
+
+    def guidance_lines(self, guidance_scale: float, is_default: bool) -> list[str]:
+        """Says what this scale is and costs, and what else guides. See [`~guidance.guidance_lines`]."""
+        embedding = guidance_embedding(self._base, self._parameters, self._options)
+        return guidance_lines(guidance_scale, self._guidance, is_default, embedding)
 
     def _rows(self, guidance_scale: float) -> int:
         """The number of rows that the transformer gets for one prompt. Guidance adds some."""
@@ -399,7 +408,7 @@ class VelocityField:
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
         options = {"prompt": prompts, **self._options}
-        if self._guidance in self._parameters:
+        if self._guidance is not None:
             options[self._guidance] = guidance_scale - self._guidance_offset
         if "negative_prompt" in self._parameters:
             negative = options.get("negative_prompt")

@@ -96,6 +96,33 @@ def print_trained(parameters: Iterable[nn.Parameter]) -> None:
     print_line(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
 
 
+def update_line(processes: int, samples: int, tasks: int, micro_batches: int, num_generations: int | None = None) -> str:
+    """
+    The samples of an update as a product.
+
+    Args:
+        processes (`int`), samples (`int`): number of processes, and samples of a micro-batch on each.
+        tasks (`int`), micro_batches (`int`): number of tasks, and micro-batches of each on a process.
+        num_generations (`int`, *optional*): images drawn for each prompt; `None` if an image is a prompt's only one.
+    """
+    names = "process", "prompt" if num_generations is None else "image", "task", "micro-batch"
+    counts = processes, samples, tasks, micro_batches
+    product = " x ".join(_counted(n, name) for n, name in zip(counts, names, strict=True) if n > 1 or name != "micro-batch")
+    total = processes * samples * tasks * micro_batches
+    line = f"{product} = {_counted(total, 'sample')} an update"
+    if num_generations is None:
+        return f"{line}."
+    of_task = processes * samples * micro_batches // num_generations
+    return (
+        f"{line}: {_counted(of_task, 'prompt')} x {_counted(num_generations, 'generation')} x {_counted(tasks, 'task')}."
+    )
+
+
+def _counted(number: int, name: str) -> str:
+    plural = name if number == 1 else f"{name}es" if name.endswith(("s", "ch")) else f"{name}s"
+    return f"{number:,} {plural}"
+
+
 def print_line(text: str) -> None:
     _console().print(text)
 

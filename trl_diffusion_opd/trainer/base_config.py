@@ -75,8 +75,9 @@ class DiffusionConfig(_BaseConfig):
         noise_level (`float`, *optional*):
             How much noise a stochastic sampler adds at each step (`eta`). `None` is 0.7. Refused with `"ode"` and
             `"dpm2m"`, which add none.
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
+        guidance_scale (`float`, *optional*):
             Scale of classifier-free guidance; 1.0 is no guidance. For pipelines with a `true_cfg_scale`, this sets it.
+            `None` is the default of the pipeline's own `__call__`; the trainer then sets the number.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
             Size of the images in pixels.
         max_sequence_length (`int`, *optional*):
@@ -193,7 +194,10 @@ class DiffusionConfig(_BaseConfig):
         default=None,
         metadata={"help": "How much noise the sampler adds (eta). 0.7 if not set. Not for ode and dpm2m."},
     )
-    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance scale; 1.0 is none."})
+    guidance_scale: float = field(
+        default=None,  # type: ignore[assignment]  # None until the pipeline is known
+        metadata={"help": "Classifier-free guidance scale; 1.0 is none. If not set, the pipeline's own default."},
+    )
     height: int = field(default=512, metadata={"help": "Height of the images in pixels."})
     width: int = field(default=512, metadata={"help": "Width of the images in pixels."})
     max_sequence_length: int | None = field(

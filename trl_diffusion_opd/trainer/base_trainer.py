@@ -136,6 +136,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self._settle(parts)
             self._take(parts)
             self._start()
+            self._say_start(parts.guidance_lines)
             undo.pop_all()
 
     def _settle(self, parts: Parts) -> None:
@@ -179,6 +180,13 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
+
+    def _say_start(self, guidance: list[str]) -> None:
+        generations = None if self.repeats == 1 else self.repeats
+        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
+        if self.is_world_process_zero():
+            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
+                tables.print_line(line)
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error

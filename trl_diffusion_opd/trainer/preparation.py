@@ -85,6 +85,7 @@ class Parts:
         offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
         method (`dict`): the method's own attributes of the trainer.
+        guidance_lines (`list[str]`): what the start says about guidance.
     """
 
     args: DiffusionConfig
@@ -100,6 +101,7 @@ class Parts:
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
+    guidance_lines: list[str] = field(default_factory=list)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -279,6 +281,16 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
             generation_kwargs=kwargs,
             prompt_store=store,
         )
+        _settle_guidance(parts)
+
+
+def _settle_guidance(parts: Parts) -> None:
+    """Sets `guidance_scale` in the arguments if it is `None`, and writes the lines about guidance."""
+    args = parts.args
+    is_default = args.guidance_scale is None
+    if is_default:
+        args.guidance_scale = parts.velocity_field.default_guidance_scale()
+    parts.guidance_lines = parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
 
 
 def _make_student(
