@@ -180,7 +180,9 @@ def test_a_guidance_embedding_is_named_where_there_is_one(case: Case) -> None:
     lines = case.field.guidance_lines(case.family.guidance_scale, is_default=False)
     if case.pipeline.transformer.config.get("guidance_embeds"):
         assert case.family.guidance_name == "true_cfg_scale"
-        assert f"guidance_scale {case.family.guidance_scale}: classifier-free guidance (true_cfg_scale), two" in lines[0]
+        assert (
+            f"guidance_scale {case.family.guidance_scale}: classifier-free guidance (true_cfg_scale), two" in lines[0]
+        )
         assert lines[1] == "The guidance embedding is 3.5, as given."
     else:
         assert lines == [f"guidance_scale {case.family.guidance_scale}."]

@@ -105,6 +105,6 @@ def guidance_lines(scale: float, name: str | None, is_default: bool, embedding: 
             "usually trained with guidance_scale 1.0, which is half the work."
         )
     value = "unset" if embedding.value is None else str(embedding.value)
-    how = f'generation_kwargs=\'{{"{embedding.option}": …}}\''
+    how = f"generation_kwargs='{{\"{embedding.option}\": …}}'"
     whose = "as given" if embedding.is_given else f"the pipeline's own default; set it with {how}"
     return [line, f"The guidance embedding is {value}, {whose}."]

@@ -41,6 +41,7 @@ from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded, PromptStore
+from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
 from .view import (
     DecoderStandIn,
     PipelineView,
@@ -117,7 +118,7 @@ class VelocityField:
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
-        self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
+        self._probe = Probe.of(pipeline.scheduler)
         self._guidance_offset = 0.0
         self._latent_map: LatentMap | None = None
         self.set_grid(num_inference_steps)
@@ -280,6 +281,15 @@ class VelocityField:
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
         for prompt in prompts:
             yield self._step(x, 1.0, [prompt], guidance_scale, StandIn(stop, self._base)).encoded
+
+    @torch.no_grad()
+    def text_limits(self) -> list[TextLimit]:
+        """What each text encoder reads of a prompt at most; empty if unknown. Encodes a short prompt."""
+        recorded = recorders(self.pipeline.components)
+        view = self._view(StandIn(stop, self._base), self._probe.at(1.0), cache=NoCache(), **recorded)
+        self._call(view, [TRIAL_PROMPT], 1.0, generator=[torch.Generator().manual_seed(0)])
+        default = self._parameters.get("max_sequence_length")
+        return limits(recorded, self._options.get("max_sequence_length", default and default.default))
 
     @torch.no_grad()
     def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Images:
@@ -464,11 +474,10 @@ class VelocityField:
             self.pipeline,
             transformer=transformer,
             scheduler=scheduler,
-            cache=self._cache,
             encoding=self.encoding,
             x=x,
             prepared=None if x is None else self._extras(list(prompts)),
-            **{"decoding": False, **parts},
+            **{"cache": self._cache, "decoding": False, **parts},
         )
 
     def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
@@ -489,9 +498,3 @@ class VelocityField:
                 prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators
             )
         return self._prepared[key]
-
-
-def _euler_config(scheduler: SchedulerMixin) -> Mapping[str, object]:
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return scheduler.config
-    return {"num_train_timesteps": scheduler.config.num_train_timesteps}

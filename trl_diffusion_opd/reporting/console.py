@@ -96,7 +96,9 @@ def print_trained(parameters: Iterable[nn.Parameter]) -> None:
     print_line(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
 
 
-def update_line(processes: int, samples: int, tasks: int, micro_batches: int, num_generations: int | None = None) -> str:
+def update_line(
+    processes: int, samples: int, tasks: int, micro_batches: int, num_generations: int | None = None
+) -> str:
     """
     The samples of an update as a product.
 
@@ -107,15 +109,15 @@ def update_line(processes: int, samples: int, tasks: int, micro_batches: int, nu
     """
     names = "process", "prompt" if num_generations is None else "image", "task", "micro-batch"
     counts = processes, samples, tasks, micro_batches
-    product = " x ".join(_counted(n, name) for n, name in zip(counts, names, strict=True) if n > 1 or name != "micro-batch")
+    product = " x ".join(
+        _counted(n, name) for n, name in zip(counts, names, strict=True) if n > 1 or name != "micro-batch"
+    )
     total = processes * samples * tasks * micro_batches
     line = f"{product} = {_counted(total, 'sample')} an update"
     if num_generations is None:
         return f"{line}."
     of_task = processes * samples * micro_batches // num_generations
-    return (
-        f"{line}: {_counted(of_task, 'prompt')} x {_counted(num_generations, 'generation')} x {_counted(tasks, 'task')}."
-    )
+    return f"{line}: {_counted(of_task, 'prompt')} x {_counted(num_generations, 'generation')} x {_counted(tasks, 'task')}."
 
 
 def _counted(number: int, name: str) -> str:

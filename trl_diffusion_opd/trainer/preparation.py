@@ -50,6 +50,7 @@ from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
+from ..pipelines.text_length import cut_warning, silence_tokenizers
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
@@ -69,6 +70,9 @@ from .rounds import Rounds
 
 
 logger = logging.getLogger(__name__)
+
+# Prompts whose length is measured at most: a tokenizer takes about a second for them.
+_MEASURED_PROMPTS = 10_000
 
 
 @dataclass
@@ -187,6 +191,8 @@ def prepare(
         )
     if not unfit:
         _make_field(parts, unfit)
+    if not unfit and parts.rounds.tasks:
+        _warn_of_long_prompts(parts)
     if not unfit:
         _make_student(parts, trainer, peft_config, unfit, problems)
     if not unfit:
@@ -291,6 +297,15 @@ def _settle_guidance(parts: Parts) -> None:
     if is_default:
         args.guidance_scale = parts.velocity_field.default_guidance_scale()
     parts.guidance_lines = parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
+
+
+def _warn_of_long_prompts(parts: Parts) -> None:
+    """Warns of training prompts that no text encoder reads whole."""
+    silence_tokenizers(parts.pipeline.components)
+    found = parts.velocity_field.text_limits()
+    first = parts.train_dataset.select_columns(["prompt"])[:_MEASURED_PROMPTS]["prompt"]
+    if parts.args.process_index == 0 and (warning := cut_warning(dict.fromkeys(first), found)) is not None:
+        logger.warning(warning)
 
 
 def _make_student(
