@@ -88,15 +88,18 @@ def test_the_longest_encoder_decides():
     assert "longer than 256 tokens" in cut_warning([between, long], limits)
 
 
-def test_transformers_own_line_is_replaced(tmp_path, caplog):
+def test_lines_of_transformers_and_diffusers_are_replaced(tmp_path, caplog, monkeypatch):
     pipeline = FAMILIES["sd3"].build()
     long = prompt_of(200, "end")
     with caplog.at_level(logging.WARNING):
-        logging.getLogger("transformers").propagate = True
+        for name in ("transformers", "diffusers"):
+            monkeypatch.setattr(logging.getLogger(name), "propagate", True)
         dataset = Dataset.from_list([{"prompt": "a cat"}, {"prompt": long}, {"prompt": long}])
         trainer = make_trainer(tmp_path, "base", pipeline, train_dataset=dataset, max_sequence_length=16)
         trainer.train()
-    assert "indexing errors" not in caplog.text
+        assert "indexing errors" not in caplog.text and "was truncated" not in caplog.text
+        pipeline.encode_prompt([long], None, None, max_sequence_length=16)
+        assert caplog.text.count("was truncated") == 3, "a call of the user's own says it"
     assert "1 of 2 prompts is longer than 77 tokens" in caplog.text, "77 of CLIP, 16 of T5"
 
 

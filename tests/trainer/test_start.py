@@ -101,7 +101,9 @@ def test_a_transformer_with_a_guidance_embedding(tmp_path, capsys):
     shown = words(capsys)
     assert "guidance_scale 4.5: classifier-free guidance (true_cfg_scale), two forwards a step." in shown
     assert "The guidance embedding is 3.5, the pipeline's own default; set it with generation_kwargs=" in shown
-    trainer = family_trainer(family, tmp_path / "b", "base", guidance_scale=None, generation_kwargs={"guidance_scale": 2})
+    trainer = family_trainer(
+        family, tmp_path / "b", "base", guidance_scale=None, generation_kwargs={"guidance_scale": 2}
+    )
     shown = words(capsys)
     assert trainer.args.guidance_scale == 1.0
     assert "1.0, the pipeline's own default: no classifier-free guidance (true_cfg_scale), one forward" in shown

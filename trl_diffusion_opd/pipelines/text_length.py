@@ -17,7 +17,9 @@ Finds prompts that are cut because they are too long. Several text encoders may 
 a prompt is cut only if none of them reads all of it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +126,29 @@ def cut_warning(prompts: Iterable[str], found: list[TextLimit]) -> str | None:
         f"{len(cut)} of {count} prompts {verb} {max(limit.length for limit in found)} tokens, and only the beginning is "
         f"read, the first: '{shown(cut[0], 200)}'. Shorten them, or raise max_sequence_length if the pipeline allows it."
     )
+
+
+@contextmanager
+def no_cut_lines(pipeline_class: type) -> Iterator[None]:
+    """
+    Leaves out the lines in which a pipeline shows what it cuts from its prompts. It shows each batch in full, with its
+    padding, also where another encoder reads the whole prompt.
+    """
+    modules = {
+        base.__module__ for base in pipeline_class.__mro__ if base.__module__.startswith("diffusers.pipelines.")
+    }
+    loggers = [logging.getLogger(module) for module in modules]
+    for logger in loggers:
+        logger.addFilter(_is_no_cut_line)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_no_cut_line)
+
+
+def _is_no_cut_line(record: logging.LogRecord) -> bool:
+    return "part of your input was truncated" not in record.getMessage()
 
 
 def silence_tokenizers(components: Mapping[str, object]) -> None:

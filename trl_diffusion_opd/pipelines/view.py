@@ -33,6 +33,7 @@ from ..acceleration.quantization import base_weight, dequantized
 from .images import Images
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded
+from .text_length import no_cut_lines
 
 
 T = TypeVar("T")
@@ -264,7 +265,7 @@ class PipelineView(DiffusionPipeline):
         return self.transformer.device
 
     def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
-        with self.encoding():
+        with self.encoding(), no_cut_lines(type(self)):
             self.encoded.append(self.cache.encode(super().encode_prompt, *args, **kwargs))
         return self.encoded[-1]
 
