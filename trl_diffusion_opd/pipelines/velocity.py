@@ -285,7 +285,7 @@ class VelocityField:
     @torch.no_grad()
     def text_limits(self) -> list[TextLimit]:
         """What each text encoder reads of a prompt at most; empty if unknown. Encodes a short prompt."""
-        recorded = recorders(self.pipeline.components)
+        recorded: dict[str, Any] = recorders(self.pipeline.components)
         view = self._view(StandIn(stop, self._base), self._probe.at(1.0), cache=NoCache(), **recorded)
         self._call(view, [TRIAL_PROMPT], 1.0, generator=[torch.Generator().manual_seed(0)])
         default = self._parameters.get("max_sequence_length")
