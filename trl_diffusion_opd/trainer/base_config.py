@@ -122,9 +122,10 @@ class DiffusionConfig(_BaseConfig):
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to draw images for fixed prompts at the start and at every evaluation. A grid of the images, and a
-            table of prompts and rewards, are saved under `completions/` in the output folder and sent to the trackers.
-            The rewards are also printed.
+            Whether to draw images for fixed prompts at the start and at every evaluation; without evaluations
+            (`eval_strategy="no"`) at every save and at the end. A picture with the images of base, teachers and
+            student side by side, and a table of prompts and rewards, are saved under `completions/` in the output
+            folder and sent to the trackers. The rewards are also printed.
         num_completions_to_print (`int`, *optional*, defaults to `4`):
             Prompts of each task in that table.
 
@@ -240,7 +241,9 @@ class DiffusionConfig(_BaseConfig):
     # Parameters that control the logging
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Draw and log images for fixed prompts at the start and at every evaluation."},
+        metadata={
+            "help": "Draw and log images for fixed prompts at the start and at evaluations; without these, at saves."
+        },
     )
     num_completions_to_print: int = field(
         default=4, metadata={"help": "Prompts of each task whose images are logged."}

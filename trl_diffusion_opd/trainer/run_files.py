@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..checkpointing import checkpoint
@@ -79,6 +79,7 @@ class RunFiles(_Behind):
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
+    _log_completions: Callable[[], None]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -134,6 +135,7 @@ class RunFiles(_Behind):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self._refuse_what_is_not_finite()
+        self._show_without_evaluation()
         args, saves = self.args, self.args.should_save
         saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
         with checkpoint.written(*saved) as folder:
@@ -152,6 +154,11 @@ class RunFiles(_Behind):
             # then evaluate and push.
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             self._stop.leave(self.state.global_step, self.args.output_dir)
+
+    def _show_without_evaluation(self) -> None:
+        """Logs the student's images at a save and at the end, if no evaluations log them. Not while stopping."""
+        if self.args.eval_strategy == IntervalStrategy.NO and not self._stop.stopped:
+            self._log_completions()
 
     def _checkpoint_bytes(self) -> int:
         return checkpoint.tensor_bytes(self.student.parameters(), self.student.is_lora, self.optimizer)
