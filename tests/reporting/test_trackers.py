@@ -35,9 +35,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from trl_diffusion_opd.reporting import trackers
 from trl_diffusion_opd.guards.files import file_name
-from trl_diffusion_opd.reporting import plots
+from trl_diffusion_opd.reporting import plots, trackers
 from trl_diffusion_opd.reporting.completions import Beside, Completion, last_completions, log_completions
 from trl_diffusion_opd.reporting.trackers import tensorboard_writers
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from ..acceleration.sharding import forget_gathered, own_part, split_like, whole, whole_shape
 from ..guards.file_modes import give_usual_mode
-from ..guards.files import JSON
+from ..guards.files import JSON, read_json, write_json
 from ..guards.redaction import public_name, shown
-from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
+from ..hub.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
 from .average import moving_average, step_number
 
 
@@ -71,6 +71,13 @@ def default_lora_config(transformer: nn.Module) -> LoraConfig:
     return LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets)
 
 
+def name_base(folder: Path, base_id: str) -> None:
+    """Writes the base's Hub id into the `adapter_config.json` of a saved student, if it has one."""
+    config = read_json(folder / ADAPTER_CONFIG_FILE)
+    if config is not None:
+        write_json(folder / ADAPTER_CONFIG_FILE, config | {"base_model_name_or_path": base_id}, sort_keys=True)
+
+
 class Student:
     """
     The trained weights of `model` and their exponential moving average.
@@ -84,6 +91,8 @@ class Student:
             Decay of the average. `"auto"` adapts it to the length of the run; `None` or 0 keeps no average.
         ema_update_interval (`int`, *optional*, defaults to `1`):
             The average takes a step every so many updates.
+        base_id (`str`, *optional*):
+            The base's Hub id for `adapter_config.json`. By default, the name that the pipeline was loaded by.
     """
 
     def __init__(
@@ -92,9 +101,11 @@ class Student:
         pipeline: DiffusionPipeline,
         ema_decay: float | str | None = None,
         ema_update_interval: int = 1,
+        base_id: str | None = None,
     ):
         self.model = model
         self.pipeline = pipeline
+        self.base_id = base_id
         self.is_lora = isinstance(model, PeftModel)
         self._class_name = type(model).__name__  # FSDP2 gives the model a class of its own
         self.ema_decay = ema_decay
@@ -196,7 +207,7 @@ class Student:
         weights = {name: w.detach().to("cpu").contiguous() for name, w in weights.items()}
         config = model.peft_config[STUDENT_ADAPTER]
         inference_mode, config.inference_mode = config.inference_mode, True
-        config.base_model_name_or_path = public_name(self.pipeline.config.get("_name_or_path"))
+        config.base_model_name_or_path = self.base_id or public_name(self.pipeline.config.get("_name_or_path"))
         config.save_pretrained(folder)
         config.inference_mode = inference_mode
         save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})

@@ -154,7 +154,8 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         args, field = parts.args, parts.velocity_field
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
-        self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
+        average = args.ema_decay, args.ema_update_interval
+        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
         self._pictures = TrainingPictures(self.evaluator, self.references)
