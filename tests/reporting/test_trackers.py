@@ -219,9 +219,7 @@ def test_tensorboard(run, expected):
     assert seen.keys() == expected.keys()
     assert [seen[key] for key in expected] == pytest.approx(list(expected.values()), rel=1e-6)
     grids = events.Images("completions_grid")
-    assert [(event.step, event.width, event.height) for event in grids] == [
-        (step, 3 * 128, 2 * 128) for step in LOGGED
-    ]
+    assert [event.step for event in grids] == LOGGED
     for step, event in zip(LOGGED, grids, strict=True):
         picture = run.out / "completions" / f"step_{step:06d}.png"
         assert (pixels(event.encoded_image_string) == pixels(picture.read_bytes())).all()
