@@ -144,7 +144,8 @@ class TestCommand:
         assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tester/flux"
         assert "**0.900**" in card.text and "(samples.png)" in card.text and "curves.png" not in files
         # The gallery and the last picture
-        assert "<Gallery />" in card.text and "(completions/step_000012.png)" in card.text
+        assert "<Gallery />" in card.text and "this student, after update 12:" in card.text
+        assert "![Images after update 12](completions/step_000012.png)" in card.text
         assert card.data.widget == [
             {"text": "a sign |\\u202e open", "output": {"url": "completions/sample_ocr_1.png"}},
             {"text": "a dog", "output": {"url": "completions/sample_a%252Fb_1.png"}},

@@ -185,7 +185,7 @@ class TestReferences:
 def test_files(tmp_path, teachers):
     make_trainer(tmp_path, teachers, max_steps=1, save_strategy="no", **SHOWN).train()
     last = last_completions(tmp_path)
-    assert last["update"] == 1 and Image.open(tmp_path / last["picture"]).width > 500
+    assert last["step"] == 1 and Image.open(tmp_path / last["picture"]).width > 500
     assert {sample["task"] for sample in last["samples"]} == {"count", "draw"}
     assert all(Image.open(tmp_path / sample["file"]).size == (16, 16) for sample in last["samples"])
     assert not list((tmp_path / "completions").glob(".*"))

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from ..acceleration.sharding import forget_gathered, own_part, split_like, whole, whole_shape
 from ..guards.file_modes import give_usual_mode
-from ..guards.files import JSON, read_json, write_json
+from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
-from ..hub.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
+from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
 from .average import moving_average, step_number
 
 
@@ -69,13 +69,6 @@ def default_lora_config(transformer: nn.Module) -> LoraConfig:
             f"({', '.join(ATTENTION_TARGETS)}). Name the layers in peft_config=LoraConfig(target_modules=[...])."
         )
     return LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=targets)
-
-
-def name_base(folder: Path, base_id: str) -> None:
-    """Writes the base's Hub id into the `adapter_config.json` of a saved student, if it has one."""
-    config = read_json(folder / ADAPTER_CONFIG_FILE)
-    if config is not None:
-        write_json(folder / ADAPTER_CONFIG_FILE, config | {"base_model_name_or_path": base_id}, sort_keys=True)
 
 
 class Student:

@@ -129,7 +129,7 @@ def last_completions(output_dir: str | Path) -> JSON:
     Reads what [`log_completions`] has logged last in an output folder.
 
     Returns:
-        `dict` or `None` if nothing was logged: `"update"`, `"beside"` (whether base or teachers are beside the student),
+        `dict` or `None` if nothing was logged: `"step"`, `"beside"` (whether base or teachers are beside the student),
         `"picture"` (a file in the output folder), and `"samples"`, a list of `{"task", "prompt", "file"}`.
     """
     return read_json(Path(output_dir) / COMPLETIONS_FOLDER / LAST_COMPLETIONS_FILE)
@@ -147,7 +147,7 @@ def _save_samples(completions: Sequence[Completion], folder: Path, picture: str,
         os.replace(folder / f".{name}", folder / name)
         samples.append({"task": completion.task, "prompt": completion.prompt, "file": f"{folder.name}/{name}"})
     has_others = any(completion.beside for completion in completions)
-    shown = {"update": step, "beside": has_others, "picture": f"{folder.name}/{picture}", "samples": samples}
+    shown = {"step": step, "beside": has_others, "picture": f"{folder.name}/{picture}", "samples": samples}
     write_json(folder / LAST_COMPLETIONS_FILE, shown)
 
 

@@ -17,8 +17,10 @@
 import logging
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
@@ -57,6 +60,11 @@ STYLE: dict[Any, Any] = {
 }
 # The largest width or height, in inches. matplotlib refuses pictures of 2^16 pixels a side or more.
 _LARGEST = 400.0
+# Fonts for prompts in scripts that matplotlib's own font lacks. The first installed ones are used.
+_FURTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans"),
+)
 # Longer prompts are cut, or they would leave no room for the images. The page of samples has them in full.
 _PROMPT_LINES = 4
 # Images up to this size are shown with their pixels.
@@ -263,7 +271,8 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path, title: str | None 
     bands = -(-len(by_task) // columns)
     deepest = max(map(len, by_task.values()))
     side = _side(rows)
-    with rc_context(STYLE):
+    with rc_context({**STYLE, "font.family": _fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # one for each sign that no font has, at each picture
         height = bands * ((side + 0.65) * deepest + 0.7) + (0.4 if title else 0)
         size = (side * models * columns + 0.3 * columns, min(_LARGEST, height))
         figure = Figure(figsize=size, layout="constrained")
@@ -280,6 +289,12 @@ def plot_samples(rows: Sequence[SampleRow], path: str | Path, title: str | None 
                 for axes in places[len(row.images) :]:
                     axes.set_axis_off()
         _save(figure, path)
+
+
+@cache
+def _fonts() -> list[str]:
+    installed = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _FURTHER_FONTS if name in installed)]
 
 
 def _side(rows: Sequence[SampleRow]) -> float:

@@ -27,6 +27,7 @@ from huggingface_hub import EvalResult
 from ..guards.files import JSON, read_json, write_json
 from ..guards.redaction import last_part, public_text, shown
 from ..hub.files import (
+    ADAPTER_CONFIG_FILE,
     CARD_CONTENT_FILE,
     CARD_FILE,
     CURVES_PICTURE,
@@ -152,6 +153,13 @@ def rewrite_card(folder: Path, repository: str, base_id: str | None = None) -> s
         content |= {"base_id": base_id, "is_tiny": False}  # type: ignore[typeddict-item]
     render_student_card(folder, content, repository)
     return None
+
+
+def name_base(folder: Path, base_id: str) -> None:
+    """Writes the base's Hub id into the `adapter_config.json` of a saved student, if it has one."""
+    config = read_json(folder / ADAPTER_CONFIG_FILE)
+    if config is not None:
+        write_json(folder / ADAPTER_CONFIG_FILE, config | {"base_model_name_or_path": base_id}, sort_keys=True)
 
 
 def _digest(path: Path) -> str:

@@ -32,9 +32,8 @@ from ..hub.errors import ERRORS, http_reason, retried
 from ..hub.files import CONFIG_FILE, CURVES_PICTURE, LORA_FILES, PICTURES, REPORT_FILE
 from ..hub.names import repository_id_problem
 from ..hub.push import push_folder, pushed_line
-from ..models.student import name_base
 from ..reporting.cards import unnamed_base
-from ..reporting.student_card import card_content, rewrite_card
+from ..reporting.student_card import card_content, name_base, rewrite_card
 
 
 def main(arguments: Sequence[str]) -> None:
