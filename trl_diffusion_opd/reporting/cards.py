@@ -46,7 +46,7 @@ def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
     path = str(files(__package__) / "templates" / template)
     # Names of tasks, rewards, layers and teachers can hold anything, and cards are public. So all text is escaped.
     shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
-    return ModelCard.from_template(data, template_path=path, **shows, **fields)
+    return ModelCard.from_template(data, template_path=path, **{"versions": framework_versions()} | shows | fields)
 
 
 def _public(show: Callable[..., str]) -> Callable[..., str]:

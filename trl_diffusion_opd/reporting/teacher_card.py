@@ -26,7 +26,7 @@ from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
 from ..models.teacher_config import TeacherConfig
 from ..models.teacher_files import find_files
-from .cards import as_list, card_data, framework_versions, hub_id, is_tiny, literals, render, results_of, save
+from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
 
@@ -98,7 +98,6 @@ def write_teacher_card(
         base_id=base_id,
         base_name=public_name(base) or last_part(base),
         is_tiny=is_tiny(base),
-        versions=framework_versions(),
         repository=repository,
         subfolder=subfolder,
         folder_name=last_part(str(folder)),
