@@ -48,11 +48,11 @@ def publish(trainer: "DiffusionTrainer") -> None:
     """Writes the model card, pushes if `push_to_hub` is set, ends the trackers, and says where the student is."""
     with extra("The model card"):
         trainer.create_model_card()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.end()
     if trainer.is_world_process_zero():
         print(f"\nThe student is in {trainer.args.output_dir}; {CARD_FILE} there says how to load it.\n")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()  # its last line is the link
+    trainer.end()
 
 
 def train_by_reward(

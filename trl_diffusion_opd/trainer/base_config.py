@@ -27,6 +27,7 @@ from trl.trainer.base_config import _BaseConfig
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
 from ..guards.files import JSON
 from ..guards.finite import infinite_options
+from ..hub.names import repository_id_problem
 from ..models.average import FOLLOWING
 from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
 from ..problems import Problems
@@ -120,12 +121,20 @@ class DiffusionConfig(_BaseConfig):
             Seconds to wait for one call of a reward function; `None` for no limit. In an evaluation, a late call
             counts as no score, with a warning. If training needs the reward, training stops.
 
+        > Parameters that control sharing
+
+        hub_base_model (`str`, *optional*):
+            The base's id on the Hub (`owner/name`) where `model` is a folder or was made in memory. The model card and
+            `adapter_config.json` name it, since nobody else has the folder. Needed to push such a student. The
+            repository need not exist yet.
+
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to draw images for fixed prompts at the start and at every evaluation. A grid of the images, and a
-            table of prompts and rewards, are saved under `completions/` in the output folder and sent to the trackers.
-            The rewards are also printed.
+            Whether to draw images for fixed prompts at the start and at every evaluation; without evaluations
+            (`eval_strategy="no"`) at every save and at the end. A picture with the images of base, teachers and
+            student side by side, and a table of prompts and rewards, are saved under `completions/` in the output
+            folder and sent to the trackers. The rewards are also printed.
         num_completions_to_print (`int`, *optional*, defaults to `4`):
             Prompts of each task in that table.
 
@@ -241,10 +250,17 @@ class DiffusionConfig(_BaseConfig):
         default=900.0, metadata={"help": "Seconds to wait for one call of a reward function; None for no limit."}
     )
 
+    # Parameters that control sharing
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "The base's Hub id (owner/name) in the model card, if the base is a folder."}
+    )
+
     # Parameters that control the logging
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Draw and log images for fixed prompts at the start and at every evaluation."},
+        metadata={
+            "help": "Draw and log images for fixed prompts at the start and at evaluations; without these, at saves."
+        },
     )
     num_completions_to_print: int = field(
         default=4, metadata={"help": "Prompts of each task whose images are logged."}
@@ -340,6 +356,8 @@ class DiffusionConfig(_BaseConfig):
                 f"prompt_cache_max_size={self.prompt_cache_max_size!r}: it must be a number with a unit, such as "
                 "'50GB'."
             )
+        if self.hub_base_model is not None and (reason := repository_id_problem(self.hub_base_model)) is not None:
+            problems.append(f"hub_base_model={self.hub_base_model!r}: {reason}.")
         problems += self._noise_problems()
         problems += self._range_problems()
         unusable = timeout_problems(self.reward_timeout)

@@ -50,9 +50,8 @@ from ..models.teachers import TeacherBank, TeacherSpec
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.completions import log_completions
 from ..reporting.model_card import MethodFacts
-from ..reporting.trackers import tensorboard_writers, use_public_trackers
+from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
@@ -62,6 +61,7 @@ from .preparation import Method, Parts, prepare
 from .run_callback import RunCallback
 from .run_files import RunFiles
 from .teaching import place
+from .training_pictures import Reference, TrainingPictures, base_reference, teacher_references
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # The parts of an update whose time is measured.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
-    _grid_at = -1  # the update at which images were last shown
 
     def __init__(
         self,
@@ -156,9 +155,11 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         args, field = parts.args, parts.velocity_field
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
-        self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
+        average = args.ema_decay, args.ema_update_interval
+        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
+        self._pictures = TrainingPictures(self.evaluator, self.references)
         self.__dict__.update(parts.method)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
@@ -291,9 +292,15 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._micro_step = 0  # an epoch begins with a whole round, also if it is resumed
         super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._show_without_evaluation()  # now, since the trackers end in Trainer's method
+        return super()._finalize_training(*args, **kwargs)
+
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
         self._say_average(self.state.max_steps)
+        if self.state.global_step > 0:
+            self._pictures.logged_at = self.state.global_step  # resumed: the run before has drawn it
         self._log_completions()
         if self.state.global_step == 0:
             self._compare_tasks()
@@ -446,18 +453,22 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def references(self, task: str) -> list[Reference]:
+        """The frozen models whose images are shown beside the student's: the base, and the task's teachers."""
+        backbone = None if self.bank is None else self.bank.backbone
+        references = base_reference(self.student, backbone, self.args.evaluation_guidance, self.state)
+        return references if self.bank is None else references + teacher_references(self.bank, task)
+
     def _log_completions(self) -> None:
-        """Logs the student's images, at most once an update. Prompts and noise are fixed, to compare images."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
+        """Logs the student's images. See [`TrainingPictures.log`]."""
+        if not self.args.log_completions:
             return
-        self._grid_at = self.state.global_step
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(dataset, Mapping):
             dataset = next(iter(dataset.values()))
-        shown = self.evaluator.completions(dataset, self.state)
-        if self.accelerator.is_main_process:
-            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
-            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
+        self._in_eval_mode(self.model)
+        self._pictures.log(dataset, self.state, self.callback_handler.callbacks)
+        self.offload.rest()
 
     @contextmanager
     def averaged_student(self) -> Iterator[nn.Module]:

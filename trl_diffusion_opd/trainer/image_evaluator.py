@@ -17,13 +17,15 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL.Image import Image
+from torch import nn
 from transformers import TrainerState
 
 from ..data.tasks import task_rows
@@ -33,6 +35,10 @@ from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion
 from ..rewards import RewardFunc, Scorer, reward_name
 from .base_config import DiffusionConfig
+
+
+# A network, the guidance scale it draws with, and its name for messages.
+DrawnModel = tuple[nn.Module, float, str]
 
 
 class ImageEvaluator:
@@ -75,24 +81,26 @@ class ImageEvaluator:
         rows: list[int],
         update: int = 0,
         on_batch: Callable[[list[int], list[Image]], None] | None = None,
+        model: DrawnModel | None = None,
     ) -> list[tuple[int, Image]]:
         """
-        Draws this process's share of the images of `dataset[rows]` with the current weights, as
-        `(position in rows, image)`.
+        Draws this process's share of the images of `dataset[rows]`, as `(position in rows, image)`, with the student's
+        current weights or another `model`.
         """
+        network, scale, name = model or (self.student.model, self.args.evaluation_guidance, "student")
         try:
             return draw_images(
                 self.field,
-                self.student.model,
+                network,
                 [dataset[row]["prompt"] for row in rows],
                 entropy=[self.args.seed, self.tasks.index(task)],
-                guidance_scale=self.args.evaluation_guidance,
+                guidance_scale=scale,
                 batch_size=self.args.per_device_eval_batch_size,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
                 on_batch=on_batch,
             )
         except FloatingPointError as error:
-            raise FloatingPointError(f"The student after update {update}, task {task!r}: {error}") from error
+            raise FloatingPointError(f"The {name} after update {update}, task {task!r}: {error}") from error
 
     def evaluate(
         self, dataset: Dataset, prefix: str, state: TrainerState, of_method: Callable[[], dict[str, float]]
@@ -156,13 +164,29 @@ class ImageEvaluator:
             logged[name] += values
         return {name: gather_object(values) for name, values in scores.items()}
 
-    def completions(self, dataset: Dataset, state: TrainerState) -> list[Completion]:
-        """Draws images for the first prompts of each task with the averaged weights. The same on every process."""
+    def completions(
+        self,
+        dataset: Dataset,
+        state: TrainerState,
+        tasks: Collection[str] | None = None,
+        model: DrawnModel | None = None,
+    ) -> list[Completion]:
+        """
+        Draws images for the first prompts of each task. The same on every process.
+
+        Args:
+            dataset ([`~datasets.Dataset`]), state ([`~transformers.TrainerState`])
+            tasks (`list[str]`, *optional*): the tasks to draw for. By default, all.
+            model ([`DrawnModel`], *optional*): the model that draws. By default, the student with its averaged
+                weights.
+        """
         shown: list[tuple[int, int, Completion]] = []
-        with self.student.ema_weights():
+        with self.student.ema_weights() if model is None else nullcontext():
             for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
+                if tasks is not None and task not in tasks:
+                    continue
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
-                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step)
+                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step, model=model)
                 images = [image for _, image in mine]
                 with self.monitor(task, state) as scorer:
                     scorer.submit([entries[i] for i, _ in mine], images)

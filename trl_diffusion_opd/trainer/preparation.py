@@ -57,6 +57,7 @@ from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (
+    base_name_problems,
     evaluation_data_problems,
     hub_problems,
     launch_problems,
@@ -183,6 +184,7 @@ def prepare(
     # isn't.
     unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
     unfit += model_problems(parts.pipeline, args, peft_config)
+    problems += base_name_problems(args, parts.pipeline)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
