@@ -233,7 +233,7 @@ def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
     scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
     _print_scores(console, "One image of each model", "model", scored)
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
         f"{report['updates']} "
         "updates. This is the time of single forwards and one backward on a micro-batch of each task, times the "
         "number of steps. It leaves out the optimizer, encoding of prompts, evaluations and checkpoints."
@@ -279,7 +279,7 @@ def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:
         "all processes. With guidance the network computes each sample twice."
     )
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
         f"{report['updates']} "
         "updates. This is the time of one round and of the loss on a micro-batch of each task. It leaves out the "
         "optimizer, evaluations and checkpoints."
@@ -310,7 +310,8 @@ def _print_scores(
         console.print(images)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as text, such as `6 min 30 s`."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 
