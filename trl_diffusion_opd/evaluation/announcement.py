@@ -16,21 +16,21 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..reporting.console import duration
+from ..reporting.console import duration, print_facts
 from ..reporting.report import Setting
-from .plan import Batch, Model, Plan
+from .plan import Batch, Plan
 
 
-def announcement(
+def announce(
     plan: Plan,
     settings: Mapping[str, Setting],
     scales: Mapping[str, Setting],
     size: tuple[int, int],
     num_processes: int,
     output_dir: str | None,
-) -> str:
+) -> None:
     """
-    Says how many images are drawn, how, and how many of them are there already.
+    Prints how many images are drawn, how, and how many of them are there already.
 
     Args:
         plan ([`Plan`])
@@ -39,34 +39,42 @@ def announcement(
         num_processes (`int`): number of processes that share the work.
         output_dir (`str`, *optional*): where images, scores and the report are kept.
     """
-    steps, text = settings["num_inference_steps"], settings["max_sequence_length"]
-    length = "text as long as the pipeline takes" if text["value"] is None else f"text up to {text['value']} tokens"
-    how = f"{size[0]} x {size[1]} px, {steps['value']} steps of the deterministic sampler, {length}"
-    named = {
-        f"{name}={settings[name]['value']}": settings[name]["source"]
-        for name in ("num_inference_steps", "height", "width", "max_sequence_length", "generation_kwargs")
-        if settings[name]["value"] is not None
-    }
-    lines = [
-        _counted(plan),
-        f"  images: {how}",
-        f"  settings: {_by_source(named)}",
-        f"  guidance: {_by_source({f'{name} {_number(one)}': one['source'] for name, one in scales.items()})}",
+    facts = [
+        ("images", _how(settings, size)),
+        ("guidance", _by_source([(f"{name} {_number(one)}", one["source"]) for name, one in scales.items()])),
     ]
-    lines += [f"  {model.names[0]} is also {', '.join(model.names[1:])}: drawn once" for model in _shared(plan)]
-    lines += [
-        f"  task {task!r}: its {len(part.prompts)} prompts are repeated with other noise, for {part.num_images} images"
+    facts += [
+        ("drawn once", f"{' = '.join(model.names)}: the same model") for model in plan.models if len(model.names) > 1
+    ]
+    facts += [
+        ("repeated", f"task {task!r} has {_plural(len(part.prompts), 'prompt')} for its images: other noise each time")
         for task, part in plan.tasks.items()
         if part.num_images > len(part.prompts)
     ]
     there = plan.num_images - plan.num_drawn
     if there:
-        scored = f", {plan.num_rescored:,} of them lack a score" if plan.num_rescored else ""
-        lines.append(f"  {there:,} of the images are there from an earlier run and are reused{scored}")
+        rest = f"{plan.num_drawn:,} are drawn now" if plan.num_drawn else "nothing is drawn"
+        scored = f", and {plan.num_rescored:,} of them are scored anew" if plan.num_rescored else ""
+        facts.append(("reused", f"{_plural(there, 'image')} of an earlier run{scored}; {rest}"))
     if num_processes > 1:
-        lines.append(f"  {num_processes} processes share the work")
-    lines.append("  nothing is kept on disk (no output_dir)" if output_dir is None else f"  output: {output_dir}")
-    return "\n".join(lines)
+        facts.append(("processes", f"{num_processes}, which share the work"))
+    facts.append(("output", "nothing is kept on disk (no output_dir)" if output_dir is None else output_dir))
+    print_facts(_counted(plan), facts)
+
+
+def _how(settings: Mapping[str, Setting], size: tuple[int, int]) -> str:
+    sources = dict.fromkeys(settings[side]["source"] for side in ("height", "width"))
+    steps, length = settings["num_inference_steps"], settings["max_sequence_length"]
+    text = "text as long as the pipeline takes" if length["value"] is None else f"text up to {length['value']} tokens"
+    parts = [
+        (f"{size[0]} x {size[1]} px", " and ".join(sources)),
+        (f"{steps['value']} steps of the deterministic sampler", steps["source"]),
+        (text, length["source"]),
+    ]
+    options = settings["generation_kwargs"]
+    if options["value"] is not None:
+        parts.append((f"generation_kwargs {options['value']}", options["source"]))
+    return _by_source(parts)
 
 
 def _counted(plan: Plan) -> str:
@@ -83,14 +91,10 @@ def _counted(plan: Plan) -> str:
     return f"Evaluation: {models} x {each} = {plan.num_images:,}"
 
 
-def _shared(plan: Plan) -> list[Model]:
-    return [model for model in plan.models if len(model.names) > 1]
-
-
-def _by_source(sources: Mapping[str, str]) -> str:
-    """Lists texts, those of one source together."""
+def _by_source(parts: Sequence[tuple[str, str]]) -> str:
+    """Lists texts, each given with its source, those of one source together."""
     grouped: dict[str, list[str]] = {}
-    for text, source in sources.items():
+    for text, source in parts:
         grouped.setdefault(source, []).append(text)
     return "; ".join(f"{', '.join(texts)} ({source})" for source, texts in grouped.items())
 
@@ -126,7 +130,7 @@ def timed(plan: Plan, num_processes: int, seconds: float | None) -> str:
     The last line of a dry run: how long all would take.
 
     Args:
-        plan ([`Plan`]), num_processes (`int`): as in [`announcement`].
+        plan ([`Plan`]), num_processes (`int`): as in [`announce`].
         seconds (`float`, *optional*): the time that the first batch took; `None` if there is nothing to draw.
     """
     if seconds is None:

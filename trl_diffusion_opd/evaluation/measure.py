@@ -152,7 +152,7 @@ class _Worker:
             }
             bar = stack.enter_context(tqdm(total=total, unit=" images"))
             for batch in batches:
-                bar.set_description(f"{shown(batch.model.names[0])} on {shown(batch.task)}")
+                bar.set_description(f"{shown(batch.task)} by {shown(batch.model.names[0])}", refresh=False)
                 if batch.is_drawn:
                     start = time.perf_counter()
                     images = dict(zip(batch.numbers, self.draw(batch), strict=True))

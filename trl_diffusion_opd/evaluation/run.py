@@ -46,7 +46,7 @@ from ..reporting.console import print_line
 from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from .announcement import announcement, timed
+from .announcement import announce, timed
 from .files import write_results
 from .measure import measure, time_batch
 from .plan import Options, Plan, Task, make_plan
@@ -228,7 +228,7 @@ def _announce(
     (image,) = field.decode(field.initial_latents([""], generators), [""])  # noise, of the right size
     assert isinstance(image, Image)
     folder = None if store is None else str(store.folder)
-    print_line(announcement(plan, *choice.for_report(), image.size, PartialState().num_processes, folder))
+    announce(plan, *choice.for_report(), image.size, PartialState().num_processes, folder)
     for warning in choice.warnings:
         logger.warning(warning)
     try_rewards(plan, image)

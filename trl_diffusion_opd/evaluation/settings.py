@@ -170,7 +170,8 @@ def resolve(given: Mapping[str, object], records: Mapping[str, Record], warnings
         elif any(one != next(iter(known.values())) for one in known.values()):
             listed = ", ".join(f"{student!r} {recorded}" for student, recorded in known.items())
             problems.append(
-                f"The students' trainings differ in {name}: {listed}. One report draws all with the same: give {name}."
+                f"The students' trainings differ in {name}: {listed}. One report draws all with the same one: give "
+                f"{name}."
             )
         else:
             default = NUM_INFERENCE_STEPS if name == "num_inference_steps" else None

@@ -96,6 +96,18 @@ def print_trained(parameters: Iterable[nn.Parameter]) -> None:
     print_line(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
 
 
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Prints a line, and below it facts, each as (what, text)."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, text in facts:
+        table.add_row(f"  {what}", text)
+    console = _console()
+    console.print(title)
+    console.print(table)
+
+
 def print_line(text: str) -> None:
     _console().print(text)
 

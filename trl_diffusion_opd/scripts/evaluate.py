@@ -177,7 +177,8 @@ def student_folder(students: Mapping[str, str]) -> str | None:
     if len(students) != 1:
         return None
     with suppress(ValueError):  # no student, which the evaluation refuses with all else
-        folder = local_folder(parse_teacher(next(iter(students.values()))))
+        config = parse_teacher(next(iter(students.values())))
+        folder = None if config.model_name_or_path == "base" else local_folder(config)
         return None if folder is None else str(folder)
     return None
 
