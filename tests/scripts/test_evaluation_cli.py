@@ -34,7 +34,7 @@ from trl_diffusion_opd.evaluation import evaluate_retention, measure
 from trl_diffusion_opd.evaluation import run as evaluation_run
 from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
-from trl_diffusion_opd.scripts.evaluate import student_folder
+from trl_diffusion_opd.scripts.evaluate import student_folder, where
 
 
 MODULE = "trl_diffusion_opd.scripts.evaluate"
@@ -193,7 +193,11 @@ def test_the_report_is_beside_a_single_student_that_is_here(monkeypatch, capsys,
     assert {task: one["num_images"] for task, one in report["tasks"].items()} == {"lines": 1, "text": 2}
     shown = capsys.readouterr().out
     assert f"The report is {student}/retention.md" in shown
-    assert f"`trl-diffusion-opd push {student} owner/name` uploads it with the student." in shown
+    assert f"`trl-diffusion-opd push {student} owner/name` puts it into the student's card." in shown
+    assert where("out", str(student)).endswith(
+        f"`trl-diffusion-opd push {student} owner/name --report out` puts it into the student's card."
+    )
+    assert "push" not in where("out", None)
     assert "| guidance of student " in (student / "retention.md").read_text()
     # Anything else has a folder of its own.
     assert student_folder({"a": str(student), "b": "base"}) is None

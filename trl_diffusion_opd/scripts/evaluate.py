@@ -184,11 +184,12 @@ def student_folder(students: Mapping[str, str]) -> str | None:
 
 
 def where(output_dir: str, student: str | None) -> str:
-    """Says where the report is, and how it gets into the student's model card."""
+    """Says where the report is, and how it gets into the model card of a student that is on this machine."""
     text = f"The report is {os.path.join(output_dir, TABLES_FILE)}; {PAGE_FILE} beside it shows the images."
-    if student is None or os.path.realpath(output_dir) != os.path.realpath(student):
+    if student is None:
         return text
-    return f"{text} `trl-diffusion-opd push {output_dir} owner/name` uploads it with the student."
+    report = "" if os.path.realpath(output_dir) == os.path.realpath(student) else f" --report {output_dir}"
+    return f"{text} `trl-diffusion-opd push {student} owner/name{report}` puts it into the student's card."
 
 
 if __name__ == "__main__":
