@@ -16,6 +16,7 @@
 """What an evaluation takes from its students' trainings, and what it says where they differ."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,7 +146,7 @@ class TestGuidance:
         specs = {"base": [TeacherConfig("base")], "teacher/ocr": [teacher or TeacherConfig("t")]}
         specs |= {name: [config] for name, config in students.items()}
         choice = choose({**OPEN, "guidance_scale": given}, teacher_scale, specs, students, {"opd": record})
-        _, scales = choice.with_default(7.0).for_report()
+        _, scales = choice.with_default(SimpleNamespace(default_guidance_scale=lambda: 7.0)).for_report()
         return {name: (one["value"], one["source"]) for name, one in scales.items()}, choice.warnings
 
     def test_a_teacher_as_its_student_learned_from_it(self):

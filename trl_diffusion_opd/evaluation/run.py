@@ -48,7 +48,7 @@ from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name
 from ..rewards.scoring import score_names, timeout_problems
 from .announcement import announce, timed
 from .files import write_results
-from .measure import measure, time_batch
+from .measure import Measured, measure, time_batch
 from .plan import Options, Plan, Task, make_plan
 from .rehearsal import try_rewards
 from .retention import retention_report
@@ -178,45 +178,76 @@ def evaluate_retention(
     options = Options(batch_size, seed, num_samples, keep_images, reward_timeout)
     problems += _option_problems(options, num_images, pipeline, dtype, quantization_config, model_init_kwargs, named)
     specs, functions = _models_and_rewards(teachers, named, reward_funcs, dataset, rows, problems)
-    configs = {name: specs[name][0] for name in named if name in specs}
-    records, unreadable = broadcast_object_list([read_records(configs) if state.is_main_process else None])[0]
-    problems += unreadable
     given: dict[str, object] = {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "height": height,
     }
     given |= {"width": width, "max_sequence_length": max_sequence_length, "generation_kwargs": generation_kwargs}
-    choice = Choice({}, {}, [])
-    with problems.collect():
-        choice = choose(given, teacher_guidance_scale, specs, configs, records)
+    choice = _chosen(given, teacher_guidance_scale, specs, named, problems)
     problems.raise_under("The evaluation cannot start")
 
     tasks = _tasks(dataset, rows, functions, cross_task_rewards, num_images)
     base = _loaded(pipeline, dtype, model_init_kwargs, quantization_config, state.device)
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
+    return _evaluate(base, specs, choice, tasks, list(named), options, store, dry_run)
+
+
+def _evaluate(
+    base: DiffusionPipeline,
+    specs: Mapping[str, list[TeacherConfig]],
+    choice: Choice,
+    tasks: Mapping[str, Task],
+    students: list[str],
+    options: Options,
+    store: Store | None,
+    dry_run: bool,
+) -> Report | None:
+    """Does what [`evaluate_retention`] has prepared."""
+    is_main = PartialState().is_main_process
     with borrowed(base) as transformer:
         depends: dict[str, object] = {"base": None if store is None else _shared_digest(base)}
         with failing_together():
             field = VelocityField(base, **choice.options())
-            if choice.asks_pipeline():
-                choice = choice.with_default(field.default_guidance_scale())
+            choice = choice.with_default(field)
             bank = _bank(field, transformer, base, specs, choice)
         plan = make_plan(bank, tasks, depends | _depends(field, choice.options()), options, store)
         with failing_together():  # the others wait
-            if state.is_main_process:
+            if is_main:
                 _announce(field, bank, plan, choice, store, dry_run)
         if dry_run:
             return None
         measured = measure(field, bank, plan, store)
-    own = {task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()}
-    report = retention_report(measured.scores, {task: f"teacher/{task}" for task in rows}, list(named), seed, own)
-    report["settings"], report["guidance_scales"] = choice.for_report()
+    report = _report(measured, tasks, students, options.seed, choice)
     with failing_together():  # all processes wait until the files are written
-        if state.is_main_process:
+        if is_main:
             logger.info(measured.told())
             if store is not None:
-                write_results(store, report, measured, tasks, num_samples)
+                write_results(store, report, measured, tasks, options.num_samples)
+    return report
+
+
+def _chosen(
+    given: Mapping[str, object],
+    teacher_scale: float | None,
+    specs: Mapping[str, list[TeacherConfig]],
+    students: Collection[str],
+    problems: Problems,
+) -> Choice:
+    """Chooses how to draw. One process reads the students' files for all. Adds what does not fit to `problems`."""
+    configs = {name: specs[name][0] for name in students if name in specs}
+    is_main = PartialState().is_main_process
+    records, unreadable = broadcast_object_list([read_records(configs) if is_main else None])[0]
+    problems += unreadable
+    with problems.collect():
+        return choose(given, teacher_scale, specs, configs, records)
+    return Choice({}, {}, [])
+
+
+def _report(measured: Measured, tasks: Mapping[str, Task], students: list[str], seed: int, choice: Choice) -> Report:
+    own = {task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()}
+    report = retention_report(measured.scores, {task: f"teacher/{task}" for task in tasks}, students, seed, own)
+    report["settings"], report["guidance_scales"] = choice.for_report()
     return report
 
 

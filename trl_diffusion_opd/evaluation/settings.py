@@ -28,6 +28,7 @@ from ..hub.errors import download
 from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
 from ..models.teacher_config import TeacherConfig, TeacherError, local_folder
 from ..models.teacher_files import read_json
+from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..reporting.report import Setting
 
@@ -298,12 +299,11 @@ class Choice:
         """The arguments of a [`VelocityField`]."""
         return {name: setting["value"] for name, setting in self.settings.items() if name != "guidance_scale"}
 
-    def asks_pipeline(self) -> bool:
-        """Whether a guidance scale is the pipeline's own default."""
-        return any(one["value"] is None for of_model in self.scales.values() for one in of_model)
-
-    def with_default(self, scale: float) -> "Choice":
+    def with_default(self, field: VelocityField) -> "Choice":
         """The same with the pipeline's own guidance scale, where that is asked for."""
+        if all(one["value"] is not None for of_model in self.scales.values() for one in of_model):
+            return self
+        scale = field.default_guidance_scale()
 
         def filled(one: Setting) -> Setting:
             return {"value": scale if one["value"] is None else one["value"], "source": one["source"]}

@@ -194,9 +194,8 @@ _SCORES = {"compose": _compose, "letters": _letters, "style": _style}
 def _score(task: str, version: int, images: list[Image.Image], spec: list[str | None]) -> list[float | None]:
     scores: list[float | None] = []
     for image, text in zip(images, spec, strict=True):
-        parsed = None if text is None else json.loads(text)
-        applies = parsed is not None and parsed["task"] == task
-        scores.append(_SCORES[task](image, parsed)[version] if applies else None)
+        parsed = {"task": None} if text is None else json.loads(text)
+        scores.append(_SCORES[task](image, parsed)[version] if parsed["task"] == task else None)
     return scores
 
 
