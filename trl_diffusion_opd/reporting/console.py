@@ -125,6 +125,18 @@ def _counted(number: int, name: str) -> str:
     return f"{number:,} {plural}"
 
 
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Prints a line, and below it facts, each as (what, text)."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, text in facts:
+        table.add_row(f"  {what}", text)
+    console = _console()
+    console.print(title)
+    console.print(table)
+
+
 def print_line(text: str) -> None:
     _console().print(text)
 
@@ -262,7 +274,7 @@ def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
     scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
     _print_scores(console, "One image of each model", "model", scored)
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
         f"{report['updates']} "
         "updates. This is the time of single forwards and one backward on a micro-batch of each task, times the "
         "number of steps. It leaves out the optimizer, encoding of prompts, evaluations and checkpoints."
@@ -308,7 +320,7 @@ def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:
         "all processes. With guidance the network computes each sample twice."
     )
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
         f"{report['updates']} "
         "updates. This is the time of one round and of the loss on a micro-batch of each task. It leaves out the "
         "optimizer, evaluations and checkpoints."
@@ -339,7 +351,8 @@ def _print_scores(
         console.print(images)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as text, such as `6 min 30 s`."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 

@@ -141,8 +141,10 @@ def plot_retention(report: Report, path: str | Path) -> None:
             axes.set_xticks([])
         handles = [Patch(color=color) for color in colors.values()]
         _legend(figure, handles, [_label(name) for name in colors])
+        counts = sorted({entry["num_images"] for entry in tasks.values()})
+        images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         figure.supxlabel(
-            f"mean over {report['num_images']} images a task, 95% intervals; the number is the student's retention",
+            f"mean over {images} images a task, with its 95% interval; the number is the student's retention",
             fontsize=8,
             color="#555555",
         )
