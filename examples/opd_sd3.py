@@ -47,7 +47,9 @@ accelerate launch examples/opd_sd3.py \
 
 from trl_diffusion_opd.scripts.opd import ARGUMENTS, main
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

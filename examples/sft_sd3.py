@@ -40,8 +40,10 @@ accelerate launch examples/sft_sd3.py \
 """
 
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 from trl_diffusion_opd.scripts.sft import ARGUMENTS, main
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

@@ -50,7 +50,9 @@ With several tasks (`--prompts ocr=… geneval=…`, a reward for each) it is mu
 
 from trl_diffusion_opd.scripts.grpo import ARGUMENTS, main
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

@@ -24,12 +24,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..acceleration.processes import world_problems
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
 from ..guards.files import JSON
 from ..guards.finite import infinite_options
 from ..hub.names import repository_id_problem
 from ..models.average import FOLLOWING
-from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
+from ..pipelines.loading_options import DTYPES, dtype_name, full_dtype, model_init_problems
 from ..problems import Problems
 from ..rewards.scoring import timeout_problems
 from .option_checks import idle_options, unknown_option
@@ -290,6 +291,7 @@ class DiffusionConfig(_BaseConfig):
         for name in ("checkpointing", "checkpointing_kwargs"):
             if given[f"activation_{name}"] is None:
                 given[f"activation_{name}"] = given[f"gradient_{name}"]
+        self.dtype = full_dtype(self.dtype)
         if isinstance(given["ema_decay"], str):  # a command line gives text
             with suppress(ValueError):
                 given["ema_decay"] = float(given["ema_decay"])
@@ -349,6 +351,7 @@ class DiffusionConfig(_BaseConfig):
             )
         problems += self._choice_problems("dtype", "sampler")
         problems += idle_options(self)
+        problems += world_problems()
         try:
             convert_file_size_to_int(self.prompt_cache_max_size)
         except ValueError:

@@ -47,6 +47,7 @@ from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
+from ..problems import Refusal
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
@@ -141,7 +142,7 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     def _settle(self, parts: Parts) -> None:
         """Configures accelerate, which exists from now on."""
         if self.args.n_gpu > 1:
-            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
+            raise Refusal("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self._mixed_precision = self.accelerator.mixed_precision

@@ -52,7 +52,7 @@ from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
 from ..pipelines.text_length import cut_warning, silence_tokenizers
 from ..pipelines.velocity import VelocityField
-from ..problems import Problems
+from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
@@ -65,8 +65,10 @@ from .checks import (
     loading_problems,
     model_problems,
     scored_data_problems,
+    task_column_problems,
     training_data_problems,
 )
+from .option_checks import evaluation_problems
 from .rounds import Rounds
 
 
@@ -185,6 +187,7 @@ def prepare(
     unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
     unfit += model_problems(parts.pipeline, args, peft_config)
     problems += base_name_problems(args, parts.pipeline)
+    problems += evaluation_problems(args, eval_dataset)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
@@ -216,7 +219,7 @@ def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: Diffus
         method = wanted.__name__.removeprefix("Diffusion").removesuffix("Config")
         args = wanted(f"{name.rstrip('/').split('/')[-1]}-{method}")
     if not isinstance(args, wanted):
-        raise ValueError(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
+        raise Refusal(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
     return args
 
 
@@ -246,6 +249,13 @@ def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> No
     """Finds the tasks and their rewards, and checks the data."""
     args, column = parts.args, parts.args.task_column
     problems += training_data_problems(parts.train_dataset, column)
+    if not problems:
+        of_tasks = {
+            "teachers": parts.given_teachers,
+            "reward_funcs": parts.given_rewards,
+            "task_weights": args.task_weights,
+        }
+        problems += task_column_problems(parts.train_dataset, column, of_tasks, "train_dataset")
     if problems:
         return
     rows = task_rows(parts.train_dataset, column)
