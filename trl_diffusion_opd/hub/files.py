@@ -42,6 +42,7 @@ FINISHED_FILE = "finished"
 
 # In the output folder itself
 LOCK_FILE = ".lock"
+REFERENCES_FILE = "base_and_teachers.json"
 COMPLETIONS_FOLDER = "completions"
 DRY_RUN_FOLDER = "dry_run"
 DRY_RUN_PICTURE = "dry_run.png"
