@@ -17,6 +17,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from rich.cells import cell_len
 from rich.table import Table
 
 from ..rewards.common_scale import Reference
@@ -59,7 +60,7 @@ def print_evaluation(
         str(method): method is not None,
         f"lowest {method}": method is not None and not any(rewards.values()),
     }
-    table = Table(title=title)
+    table = Table(title=title, min_width=cell_len(title))
     for name, used in columns.items():
         if used:
             table.add_column(name, justify="left" if name in ("task", "reward") else "right", overflow="fold")

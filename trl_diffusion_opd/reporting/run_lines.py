@@ -107,7 +107,7 @@ def times_left(every: int, done: int, steps: int, delay: float = 0) -> int:
         every (`int`), delay (`float`): it is due at multiples of `every`, from update `delay` on.
         done (`int`), steps (`int`): updates done, and updates of the run.
     """
-    due = steps // every - max(done - 1, math.ceil(delay) - 1) // every
+    due = steps // every - max(done - 1, math.ceil(delay) - 1, 0) // every
     at_end = steps % every != 0 and steps >= delay  # it is also done after the last update
     return max(0, due) + at_end
 
