@@ -585,7 +585,7 @@ class TestPlots:
             plots.plot_curves(log, tmp_path / "curves.png")
             assert [axes.get_title() for axes in figures[0].axes] == titles
             scales = {axes.get_title(): axes.get_yscale() for axes in figures[0].axes}
-            assert all((scale == "linear") == ("reward" in title) for title, scale in scales.items())
+            assert all((scale == "log") == title.startswith("KL") for title, scale in scales.items())
         # Fewer updates than logging_steps: the run has trained, and goes on to its card.
         plots.plot_curves([{"step": 5, "train_runtime": 3.0, "train_loss": 0.1}], tmp_path / "none.png")
         assert len(figures) == 1

@@ -318,11 +318,11 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
     of_all = {name: {name: (_BASE, _STYLES[0])} if name in series else {} for name in ("loss", "reward_std")}
     panels: list[tuple[str, dict[str, tuple[str, _Style]], bool]] = [
-        ("velocity gap to the task's teacher", gap, True),
+        ("velocity gap to the task's teacher", gap, False),
         ("reward in training", trained, False),
         ("spread of the reward", of_all["reward_std"], False),
         # The loss of a method that has one of these is another view of it, or says nothing (GRPO's is near 0).
-        ("loss", loss or ({} if gap or trained else of_all["loss"]), True),
+        ("loss", loss or ({} if gap or trained else of_all["loss"]), not loss),
         ("KL to the base" if trained else "KL to the task's teacher", kl, True),
         ("reward in evaluation", rewards, False),
     ]

@@ -63,7 +63,8 @@ def number(value: float) -> str:
     if not math.isfinite(value) or size >= 1e5 or 0 < size < 0.00995:
         mantissa, e, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if e else mantissa
-    text = f"{value:.{2 if size < 10 else 1 if size < 100 else 0}f}"
+    digits = ".2g" if size < 0.0995 else ".2f" if size < 10 else ".1f" if size < 100 else ".0f"
+    text = f"{value:{digits}}"
     return "0" if value == 0 else text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
 
 
