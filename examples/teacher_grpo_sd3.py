@@ -40,7 +40,7 @@ accelerate launch examples/teacher_grpo_sd3.py \
     --per_device_train_batch_size 8 \
     --gradient_accumulation_steps 12 \
     --beta 0.009 \
-    --max_sequence_length 128 \
+    --max_sequence_length 128 --guidance_scale 4.5 \
     --max_steps 2000 \
     --output_dir sd35-ocr-teacher
 ```

@@ -154,7 +154,11 @@ def test_a_file_wins_over_a_config_of_its_name():
 
 def test_what_there_is_is_told(refused):
     message = refused("opd", "--config", "tinny")
-    assert "--config: there is no file 'tinny'" in message and "sd35_24gb, sd35_80gb, tiny, tiny_grpo" in message
+    assert (
+        "--config: there is no file 'tinny'" in message
+        and "sd35_24gb, sd35_80gb, tiny, tiny_grpo" in message
+        and "flux1_dev_24gb" in message
+    )
     message = refused("opd", "--config", "tiny", "--accelerate_config", "fsdp9")
     assert "--accelerate_config: there is no file 'fsdp9'" in message and "cpu, deepspeed_zero2" in message
     message = refused("stages", "--accelerate_config", "cpu")

@@ -48,7 +48,7 @@ def test_defaults():
         "num_inference_steps": 10,
         "sampler": "ode",
         "noise_level": None,
-        "guidance_scale": 4.5,
+        "guidance_scale": None,
         "height": 512,
         "width": 512,
         "max_sequence_length": None,

@@ -35,7 +35,7 @@ stages:
     trainer: grpo
     prompts: [ocr=prompts/ocr.txt]
     reward_funcs: [ocr=ocr]
-    config: {max_steps: 300, sampler: flow_sde}
+    config: {max_steps: 300, sampler: flow_sde, guidance_scale: 4.5}
 ```
 
 With `from_base: true` a stage starts from the base instead. So one file can also train teachers and then the student

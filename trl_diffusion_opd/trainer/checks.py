@@ -40,6 +40,7 @@ from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
 from ..problems import Problems
+from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
@@ -267,4 +268,19 @@ def hub_problems(
     """Reasons why a run can't push to the repository in `args`. See [`~hub.repository.repository_problems`]."""
     name = repository_name(args.hub_model_id, args.output_dir)
     kind = type(pipeline.components.get("transformer")).__name__ if full_weights else None
-    return repository_problems(name, public_name(pipeline.config.get("_name_or_path")), kind, token)
+    base = pipeline.config.get("_name_or_path")
+    problems = repository_problems(name, args.hub_base_model or public_name(base), kind, token)
+    if args.hub_base_model is None and hub_id(base) is None and not is_tiny(base):
+        problems.append(f"The student can't be shared yet: {unnamed_base(public_name(base), '--hub_base_model')}")
+    return problems
+
+
+def base_name_problems(args: DiffusionConfig, pipeline: DiffusionPipeline) -> list[str]:
+    """Says if `hub_base_model` contradicts the base, which was loaded from the Hub under another name."""
+    loaded = hub_id(pipeline.config.get("_name_or_path"))
+    if args.hub_base_model in (None, loaded) or loaded is None:
+        return []
+    return [
+        f"hub_base_model={args.hub_base_model!r}, but the base comes from {loaded!r} on the Hub, which the model card "
+        "names. Leave it out: it is for a base from a folder."
+    ]
