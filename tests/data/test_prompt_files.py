@@ -117,7 +117,7 @@ def test_what_is_refused(label):
 def test_one_message_for_all_files_and_options():
     Path("a.txt").write_text("\n")
     Path("b.csv").write_text("x\na b\n")
-    Path("good.csv").write_text("title\na\n")
+    Path("good.csv").write_text("caption\na\n")
     given = {"prompts": ["one=a.txt", "two=b.csv", "three=c.tsv"], "eval_prompts": ["one=missing.txt"], "test_prompts": None}
     with pytest.raises(Refusal) as error:
         load_datasets(given, "task")
@@ -130,7 +130,7 @@ def test_one_message_for_all_files_and_options():
     lines = str(error.value).splitlines()
     assert sorted(line.partition(" ")[0] for line in lines) == sorted(start.partition(" ")[0] for start in starts)
     assert all(any(line.startswith(start) for line in lines) for start in starts)
-    with pytest.raises(Refusal, match="--prompt_column: no source has a column 'tilte'; they have title."):
+    with pytest.raises(Refusal, match="--prompt_column: no source has a column 'tilte'; they have caption."):
         load_tasks("dataset", ["one=good.csv"], "task", "tilte")
     with pytest.raises(Refusal, match="--prompt_column: no source has a column 'x'; text files have none."):
         Path("a.txt").write_text("a\n")
