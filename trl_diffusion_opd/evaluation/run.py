@@ -30,7 +30,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from PIL.Image import Image
 
-from ..acceleration.processes import failing_together
+from ..acceleration.processes import failing_together, world_problems
 from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
@@ -375,7 +375,7 @@ def _option_problems(
     model_init_kwargs: dict[str, JSON] | None,
     students: Collection[str],
 ) -> list[str]:
-    problems = []
+    problems = world_problems()
     for name, value, least in (
         ("num_images", 1 if num_images is None else num_images, 1),
         ("batch_size", options.batch_size, 1),

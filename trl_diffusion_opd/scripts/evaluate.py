@@ -45,9 +45,13 @@ from ..evaluation.run import evaluate_retention
 from ..guards.files import JSON
 from ..hub.files import PAGE_FILE, TABLES_FILE
 from ..models.teacher_config import local_folder, parse_teacher
-from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers, packaged
+from ..pipelines.loading_options import full_dtype
+from .arguments import load_rewards, load_students, load_teachers
 from .parser import parse
+from .prompts import load_tasks
+from .refusals import refusals_told
 from .training import show_warnings
+from .values import json_object, packaged
 
 
 DEFAULT_FOLDER = "outputs/evaluation"
@@ -71,6 +75,8 @@ class EvaluationArguments:
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         model_init_kwargs (`dict`, *optional*): further arguments to load the base, such as
             `{"revision": "...", "variant": "fp16"}`.
+        prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
+            else `text`.
         task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
         output_dir (`str`, *optional*): folder for images, scores and the report. By default the folder of the student,
             where its model card finds the report; `outputs/evaluation` for several students, or one of the Hub.
@@ -90,6 +96,9 @@ class EvaluationArguments:
     )
     reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the sources with the prompts; prompt, caption or text if not set."}
     )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
     cross_task_rewards: bool = field(
@@ -140,6 +149,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        self.dtype = full_dtype(self.dtype)
         # From a command line; a YAML file gives dicts.
         for name in ("reward_kwargs", "generation_kwargs", "model_init_kwargs"):
             given = getattr(self, name)
@@ -149,7 +159,16 @@ class EvaluationArguments:
 
 ARGUMENTS = (EvaluationArguments,)
 # These name what is loaded here. The other arguments are options of `evaluate_retention`.
-LOADED = ("base", "teachers", "student", "reward_funcs", "dataset", "teacher_guidance_scales", "reward_kwargs")
+LOADED = (
+    "base",
+    "teachers",
+    "student",
+    "reward_funcs",
+    "dataset",
+    "teacher_guidance_scales",
+    "reward_kwargs",
+    "prompt_column",
+)
 
 
 def main(args: EvaluationArguments) -> None:
@@ -165,7 +184,7 @@ def main(args: EvaluationArguments) -> None:
         load_teachers(args.teachers, args.teacher_guidance_scales),
         students,
         load_rewards(args.reward_funcs, reward_kwargs),
-        load_tasks("dataset", args.dataset, args.task_column),
+        load_tasks("dataset", args.dataset, args.task_column, args.prompt_column),
         **{name: value for name, value in vars(args).items() if name not in LOADED},
     )
     if report is not None and PartialState().is_main_process:
@@ -193,4 +212,5 @@ def where(output_dir: str, student: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))
