@@ -118,7 +118,11 @@ def test_one_message_for_all_files_and_options():
     Path("a.txt").write_text("\n")
     Path("b.csv").write_text("x\na b\n")
     Path("good.csv").write_text("caption\na\n")
-    given = {"prompts": ["one=a.txt", "two=b.csv", "three=c.tsv"], "eval_prompts": ["one=missing.txt"], "test_prompts": None}
+    given = {
+        "prompts": ["one=a.txt", "two=b.csv", "three=c.tsv"],
+        "eval_prompts": ["one=missing.txt"],
+        "test_prompts": None,
+    }
     with pytest.raises(Refusal) as error:
         load_datasets(given, "task")
     starts = (

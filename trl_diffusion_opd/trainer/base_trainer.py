@@ -46,7 +46,6 @@ from ..data.tasks import TaskSampler, plain_dataset
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
-from ..problems import Refusal
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
@@ -92,12 +91,10 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     args: DiffusionConfig
     # How often each prompt is repeated in a round, and each round in an epoch.
     repeats, passes = 1, 1
-    # Settings that resumes of this run have changed: see `checkpoint.begin`.
-    changes: list[dict[str, object]] = []
+    changes: list[dict[str, object]] = []  # settings that resumes of this run have changed: see `checkpoint.begin`
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
-    # The parts of an update whose time is measured.
-    timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
+    timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")  # of an update
     _has_compared = False
 
     def __init__(
@@ -143,8 +140,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _settle(self, parts: Parts) -> None:
         """Configures accelerate, which exists from now on."""
-        if self.args.n_gpu > 1:
-            raise Refusal("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self._mixed_precision = self.accelerator.mixed_precision
