@@ -43,7 +43,6 @@ from ..checkpointing import checkpoint
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
-from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
@@ -61,6 +60,7 @@ from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
 from .run_callback import RunCallback
 from .run_files import RunFiles
+from .start_lines import StartLines
 from .teaching import place
 from .training_pictures import Reference, TrainingPictures, base_reference, teacher_references
 
@@ -68,7 +68,7 @@ from .training_pictures import Reference, TrainingPictures, base_reference, teac
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, StartLines, RunFiles, _BaseTrainer):
     """
     Base class of the diffusion trainers. It trains a diffusers pipeline, on prompts of several tasks.
 
@@ -182,13 +182,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
-
-    def _say_start(self, guidance: list[str]) -> None:
-        generations = None if self.repeats == 1 else self.repeats
-        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
-        if self.is_world_process_zero():
-            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
-                tables.print_line(line)
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
@@ -312,15 +305,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
-
-    def _say_average(self, updates: int) -> None:
-        """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""
-        if not self.is_world_process_zero():
-            return
-        average = self.args.ema_decay, updates, self.args.ema_update_interval
-        tables.print_line(average_line(*average))
-        if (problem := lag_problem(*average)) is not None:
-            logger.warning(problem)
 
     def _begin_costs(self) -> None:
         rate, device = 0.0, self.accelerator.device
