@@ -567,15 +567,29 @@ class TestPlots:
             for axes in figures[0].axes
         }
         assert lines == {
-            "loss": [[[5, 0.3], [10, 0.2]]],
+            "loss": [[[5, 0.3], [10, 0.2]]],  # there is nothing better, such as a velocity gap
             "KL to the task's teacher": [[[5, 0.1], [10, 0.05]], [[5, 0.4], [10, 0.2]]],
             "reward in evaluation": [[[5, 0.5]], [[5, 0.6]]],
         }
         figures.clear()
         log = [{"step": 5, "loss": 0.3, "reward": 0.4, "reward/cold": 0.4, "rewards/red/mean": 0.4, "kl/cold": 0.1}]
         plots.plot_curves([*log, {"step": 5, "eval_cold/red": 0.5}], tmp_path / "curves.png")
-        titles = ["loss", "KL to the base", "reward in training", "reward in evaluation"]
+        titles = ["reward in training", "KL to the base", "reward in evaluation"]
         assert [axes.get_title() for axes in figures[0].axes] == titles
+        # What matters first is on the left. A KL that begins with 0 is logarithmic too.
+        spread = [{"step": s, "loss": 0.0, "reward/a": 0.4, "reward_std": 0.1, "kl/a": 0.01 * s} for s in range(3)]
+        gaps = [{"step": s, "loss": 0.1, "velocity_gap/a": 0.4, "kl/a": 0.1} for s in range(3)]
+        losses = [{"step": s, "loss": 0.1, "loss/a": 0.1} for s in range(3)]
+        for log, titles in (
+            (spread, ["reward in training", "spread of the reward", "KL to the base"]),
+            (gaps, ["velocity gap to the task's teacher", "KL to the task's teacher"]),
+            (losses, ["loss"]),
+        ):
+            figures.clear()
+            plots.plot_curves(log, tmp_path / "curves.png")
+            assert [axes.get_title() for axes in figures[0].axes] == titles
+            scales = {axes.get_title(): axes.get_yscale() for axes in figures[0].axes}
+            assert all((scale == "log") == title.startswith("KL") for title, scale in scales.items())
         # Fewer updates than logging_steps: the run has trained, and goes on to its card.
         plots.plot_curves([{"step": 5, "train_runtime": 3.0, "train_loss": 0.1}], tmp_path / "none.png")
         assert len(figures) == 1

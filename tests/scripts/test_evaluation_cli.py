@@ -307,13 +307,13 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
         "team/gated": "the repository is gated. Accept its terms on",
     }
     for repository, message in refused.items():
-        for where in (
+        for place in (
             {"base": repository},
             {"student": repository},
             {"teachers": [f"{t}={repository}" for t in TASKS]},
         ):
             with command_refuses(capsys, repository, message):
-                run(monkeypatch, {**settings, **where})
+                run(monkeypatch, {**settings, **place})
     assert not Path("out").exists()
 
 

@@ -101,8 +101,9 @@ def test_the_whole_story(monkeypatch, capsys, base):
         Image.open(out / name).verify()
     assert len(list((out / "completions").glob("step_*.png"))) >= 1
     shown = capsys.readouterr().out
-    assert "eval_text/brightness" in shown
-    assert "The student is in out; README.md there says how to load it." in shown
+    assert "Evaluation of the average" in shown and "{'loss'" not in shown
+    assert shown.count("The student is in out") == 1
+    assert 'The student is in out: pipe.load_lora_weights("out")' in shown
     table = shown.rstrip().splitlines()[-8:]  # the console ends with the report
     assert all(any(task in line for line in table) for task in report["tasks"])
 

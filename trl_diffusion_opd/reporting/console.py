@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from tqdm import tqdm
 
 from ..algorithms.opd import StepPlan, dominant_step
 from ..algorithms.samplers import SamplerTable
@@ -139,6 +140,15 @@ def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
 
 def print_line(text: str) -> None:
     _console().print(text)
+
+
+def print_table(table: Table) -> None:
+    _console().print(table)
+
+
+def print_unwrapped(text: str) -> None:
+    """Prints a text whose lines stay as long as they are."""
+    _console().print(text, soft_wrap=True)
 
 
 def print_resume(checkpoint: str, update: int, changes: Sequence[tuple[str, str, str]]) -> None:
@@ -366,6 +376,10 @@ class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         text = visible(text, keep="\n\t") if len(text) <= _LONGEST_TEXT else shown(text, _LONGEST_TEXT)
         return super().render_str(text, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with tqdm.external_write_mode():  # takes the bars off a terminal, and draws them again below the text
+            super().print(*objects, **options)
 
 
 def _console() -> Console:

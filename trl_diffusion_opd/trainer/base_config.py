@@ -118,6 +118,10 @@ class DiffusionConfig(_BaseConfig):
             Guidance scale of an evaluation. `None` is `guidance_scale`.
         num_eval_images (`int`, *optional*):
             Images of each task in an evaluation, spread over its prompts. `None` is one for each prompt.
+        eval_base_and_teachers (`bool`, *optional*, defaults to `True`):
+            Whether the first evaluation also scores the base and each task's teachers, on the same prompts and noise.
+            They are shown beside the student's rewards, and `eval_reward` is then the share of the teachers' gain that
+            the student has. It takes as long as two more evaluations, once. Without rewards nothing is done.
         reward_timeout (`float`, *optional*, defaults to `900`):
             Seconds to wait for one call of a reward function; `None` for no limit. In an evaluation, a late call
             counts as no score, with a warning. If training needs the reward, training stops.
@@ -246,6 +250,10 @@ class DiffusionConfig(_BaseConfig):
     )
     num_eval_images: int | None = field(
         default=None, metadata={"help": "Images of each task in an evaluation. If not set, one for each prompt."}
+    )
+    eval_base_and_teachers: bool = field(
+        default=True,
+        metadata={"help": "Score base and teachers once, at the first evaluation, to compare the student with them."},
     )
     reward_timeout: float | None = field(
         default=900.0, metadata={"help": "Seconds to wait for one call of a reward function; None for no limit."}

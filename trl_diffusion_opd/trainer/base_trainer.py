@@ -51,24 +51,26 @@ from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
+from ..reporting.run_lines import use_lines
 from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .image_evaluator import ImageEvaluator, applicable_mean
+from .image_evaluator import ImageEvaluator
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
+from .references import BaseAndTeachers
 from .run_callback import RunCallback
 from .run_files import RunFiles
-from .start_lines import StartLines
+from .run_logs import RunLogs
 from .teaching import place
-from .training_pictures import Reference, TrainingPictures, base_reference, teacher_references
+from .training_pictures import FrozenModel, TrainingPictures, base_model, teacher_models
 
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(Method, StudentPasses, StartLines, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     """
     Base class of the diffusion trainers. It trains a diffusers pipeline, on prompts of several tasks.
 
@@ -160,12 +162,14 @@ class DiffusionTrainer(Method, StudentPasses, StartLines, RunFiles, _BaseTrainer
         self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
-        self._pictures = TrainingPictures(self.evaluator, self.references)
+        self._pictures = TrainingPictures(self.evaluator, self.frozen_models)
         self.__dict__.update(parts.method)
+        self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
+        use_lines(self.callback_handler.callbacks)
         self.offload.rest()
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
@@ -413,8 +417,9 @@ class DiffusionTrainer(Method, StudentPasses, StartLines, RunFiles, _BaseTrainer
 
         Returns:
             `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over tasks of their
-            rewards' means), and timings: the seconds of drawing, `eval_generation_time`, and of each reward meanwhile,
-            `eval_reward_time/{reward}`. With a dict of datasets, the names are `eval_{name}_…`.
+            rewards' means, on a common scale: see [`on_common_scale`]), and timings: the seconds of drawing,
+            `eval_generation_time`, and of each reward meanwhile, `eval_reward_time/{reward}`. With a dict of datasets,
+            the names are `eval_{name}_…`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -427,22 +432,28 @@ class DiffusionTrainer(Method, StudentPasses, StartLines, RunFiles, _BaseTrainer
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
+        references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(
-            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
+            dataset,
+            metric_key_prefix,
+            self.state,
+            lambda: self._evaluate_method(dataset, metric_key_prefix),
+            references,
         )
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
         self.log(metrics)
+        self._print_evaluation(metrics, dataset, metric_key_prefix, references)
         self._log_completions()  # the first log opens the trackers
         self.offload.rest()
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def references(self, task: str) -> list[Reference]:
+    def frozen_models(self, task: str) -> list[FrozenModel]:
         """The frozen models whose images are shown beside the student's: the base, and the task's teachers."""
         backbone = None if self.bank is None else self.bank.backbone
-        references = base_reference(self.student, backbone, self.args.evaluation_guidance, self.state)
-        return references if self.bank is None else references + teacher_references(self.bank, task)
+        models = base_model(self.student, backbone, self.args.evaluation_guidance, self.state)
+        return models if self.bank is None else models + teacher_models(self.bank, task)
 
     def _log_completions(self) -> None:
         """Logs the student's images. See [`TrainingPictures.log`]."""
@@ -482,10 +493,5 @@ class DiffusionTrainer(Method, StudentPasses, StartLines, RunFiles, _BaseTrainer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log: it gets the metrics gathered since the one before
-            metrics = {name: applicable_mean(values) for name, values in self._metrics["train"].items()}
-            logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
-            logs |= self._cost.metrics(
-                self.samples_of_task * len(self.tasks), bool(self.args.activation_checkpointing)
-            )
-            self._metrics["train"].clear()
+            self._add_metrics(logs, self.samples_of_task * len(self.tasks))
         super().log(logs, start_time)
