@@ -182,13 +182,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
 
-    def _say_start(self, guidance: list[str]) -> None:
-        generations = None if self.repeats == 1 else self.repeats
-        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
-        if self.is_world_process_zero():
-            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
-                tables.print_line(line)
-
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
         tables.print_teachers(bank.summary(), self.rounds.counts, lost)

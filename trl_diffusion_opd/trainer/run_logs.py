@@ -17,6 +17,7 @@
 import logging
 import math
 
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainerState
 
@@ -31,6 +32,7 @@ from ..rewards.scoring import score_names
 from .base_config import DiffusionConfig
 from .image_evaluator import applicable_mean
 from .references import References
+from .rounds import Rounds
 
 
 logger = logging.getLogger(__name__)
@@ -44,8 +46,24 @@ class RunLogs:
     student: Student
     tasks: list[str]
     reward_funcs: dict[str, list[RewardFunc]]
+    accelerator: Accelerator
+    rounds: Rounds
+    repeats: int
     _cost: UpdateCost
     _metrics: dict[str, dict[str, list[float]]]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of a micro-batch on a process."""
+        raise NotImplementedError
+
+    def _say_start(self, guidance: list[str]) -> None:
+        """Prints the samples of an update as a product, and the lines about guidance."""
+        generations = None if self.repeats == 1 else self.repeats
+        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
+        if self.state.is_world_process_zero:
+            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
+                tables.print_line(line)
 
     def _add_metrics(self, logs: dict[str, float], samples: int) -> None:
         """Adds the metrics gathered since the last training log, and what the updates took."""
