@@ -125,6 +125,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, processes: Forks) -> SimpleNam
     return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[one.output for one in ended])
 
 
+def trackers_name(name: str) -> str:
+    """A metric's name in trackers: timings of updates have a section of their own."""
+    if name.startswith("eval_"):
+        return f"eval/{name[5:]}"
+    is_time = name in ("step_time", "generation_time") or name.startswith(("time/", "reward_time/"))
+    return f"time/{name.removeprefix('time/')}" if is_time else f"train/{name}"
+
+
 @pytest.fixture(scope="module")
 def expected(run) -> dict[str, float]:
     """Every scalar of the log, by `(its name in trackers, update)`: the last one where there are several."""
@@ -132,9 +140,11 @@ def expected(run) -> dict[str, float]:
     for entry in run.reports[0]["log"]:
         for name, value in entry.items():
             if name != "step":
-                shown = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                scalars[shown, entry["step"]] = value
+                scalars[trackers_name(name), entry["step"]] = value
     assert {step for name, step in scalars if name == "train/kl/count"} == {1, 2, 3, 4}
+    times = {name for name, _ in scalars if name.startswith("time/")}
+    # Parts that do not occur in this run, such as the base's forwards, are not sent.
+    assert {"time/step_time", "time/student"} <= times and not times & {"time/reference", "time/rollout"}
     assert {step for name, step in scalars if name == "eval/draw/brightness"} == {2, 4}
     return scalars
 
@@ -412,3 +422,25 @@ def test_a_space_that_cannot_be_reached_does_not_stop_a_push(monkeypatch, caplog
     finally:
         callback._trackio.context_vars.current_project.reset(token)
     assert "500: down" in caplog.text
+
+
+def test_sections():
+    logs = {
+        "kl": 1,
+        "time/student": 2,
+        "step_time": 3,
+        "reward_time/ocr": 4,
+        "eval_reward_time/ocr": 5,
+        "eval_kl/a": 6,
+    }
+    names = ["train/kl", "time/student", "time/step_time", "time/reward_time/ocr", "eval/reward_time/ocr", "eval/kl/a"]
+    assert trackers.in_sections(logs) == dict(zip(names, range(1, 7), strict=True))
+
+
+@pytest.mark.parametrize(("name", "folder"), [("three/teachers", "three%2Fteachers_"), (None, "")])
+def test_the_run_folder_of_tensorboard_has_the_runs_name(tmp_path, name, folder):
+    callback = trackers._TensorBoard()
+    callback._init_summary_writer(SimpleNamespace(output_dir=str(tmp_path), run_name=name))
+    callback.tb_writer.close()
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith(folder) and made.name.removeprefix(folder)[:3].isalpha()

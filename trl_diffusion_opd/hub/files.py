@@ -43,6 +43,7 @@ FINISHED_FILE = "finished"
 # In the output folder itself
 LOCK_FILE = ".lock"
 CARD_CONTENT_FILE = ".card.json"  # what the card is rendered from
+REFERENCES_FILE = "base_and_teachers.json"
 COMPLETIONS_FOLDER = "completions"
 LAST_COMPLETIONS_FILE = "last.json"  # in this folder: the images that the card shows
 DRY_RUN_FOLDER = "dry_run"

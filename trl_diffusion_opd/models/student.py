@@ -213,6 +213,15 @@ class Student:
             _sort_metadata(Path(folder) / LORA_FILE)
         give_usual_mode(folder, ADAPTER_FILE, LORA_FILE)
 
+    def load_line(self, folder: str | Path) -> str:
+        """Returns the line of Python that loads into a pipeline `pipe` of the base what [`save`] wrote."""
+        name = json.dumps(str(folder), ensure_ascii=False)
+        if not self.is_lora:
+            return f"pipe.transformer = {self._class_name}.from_pretrained({name})"
+        if isinstance(self.pipeline, LoraBaseMixin):
+            return f"pipe.load_lora_weights({name})"
+        return f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name}).merge_and_unload()"
+
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """
         Writes the raw weights, from which training resumes ([`save`] writes the averaged ones). All processes must

@@ -120,6 +120,7 @@ def results_of(
 ) -> list[EvalResult]:
     if value is None:
         return []
+    num_images = report["tasks"][task].get("num_images", report["num_images"])
     task, metric, metric_name = (shown(public_text(text)) for text in (task, metric, metric_name))
     result = EvalResult(
         task_type=_TASK,
@@ -128,7 +129,7 @@ def results_of(
         dataset_type=datasets[0] if len(datasets) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "-", task),
         dataset_name=f"held-out prompts of {task}",
         dataset_config=task,
-        dataset_args={"num_images": report["num_images"]},
+        dataset_args={"num_images": num_images},
         metric_type=metric,
         metric_name=metric_name,
         metric_value=round(value, 4),

@@ -141,8 +141,10 @@ def plot_retention(report: Report, path: str | Path) -> None:
             axes.set_xticks([])
         handles = [Patch(color=color) for color in colors.values()]
         _legend(figure, handles, [_label(name) for name in colors])
+        counts = sorted({entry["num_images"] for entry in tasks.values()})
+        images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         figure.supxlabel(
-            f"mean over {report['num_images']} images a task, 95% intervals; the number is the student's retention",
+            f"mean over {images} images a task, with its 95% interval; the number is the student's retention",
             fontsize=8,
             color="#555555",
         )
@@ -337,36 +339,42 @@ _STYLES: tuple[_Style, ...] = ("-", "--", ":", "-.")
 
 def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """
-    Draws training curves against updates: the loss, and each task's KL and rewards (in training and in evaluation).
+    Draws training curves against updates, a line a task, what to look at first on the left.
 
-    If nothing of this was logged, for example in a run shorter than `logging_steps`, it only logs a warning.
+    For distillation it is the velocity gap, for RL the reward and its spread, for fine-tuning the loss. Then come the
+    KL and the rewards of evaluations. Panels without data are left out. If nothing of this was logged, for example in
+    a run shorter than `logging_steps`, it only logs a warning.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
-        path (`str` or `Path`): the PNG file to write. Panels without data are left out.
+        path (`str` or `Path`): the PNG file to write.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for entry in log_history:
         for key, value in entry.items():
             if isinstance(value, int | float) and key != "step":
                 series.setdefault(key, []).append((entry["step"], value))
+    of_tasks = ("velocity_gap", "kl", "reward", "loss")
     named = [key.partition("/") for key in series]
-    tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in ("kl", "reward")))
+    tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in of_tasks))
     colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
-    loss: dict[str, tuple[str, _Style]] = {key: (_BASE, "-") for key in ("loss",) if key in series}
-    kl, trained = (
+    gap, kl, trained, loss = (
         {f"{prefix}/{task}": (color, _STYLES[0]) for task, color in colors.items() if f"{prefix}/{task}" in series}
-        for prefix in ("kl", "reward")
+        for prefix in of_tasks
     )
     rewards: dict[str, tuple[str, _Style]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
+    of_all = {name: {name: (_BASE, _STYLES[0])} if name in series else {} for name in ("loss", "reward_std")}
     panels: list[tuple[str, dict[str, tuple[str, _Style]], bool]] = [
-        ("loss", loss, True),
-        ("KL to the base" if trained else "KL to the task's teacher", kl, True),
+        ("velocity gap to the task's teacher", gap, False),
         ("reward in training", trained, False),
+        ("spread of the reward", of_all["reward_std"], False),
+        # The loss of a method that has one of these is another view of it, or says nothing (GRPO's is near 0).
+        ("loss", loss or ({} if gap or trained else of_all["loss"]), not loss),
+        ("KL to the base" if trained else "KL to the task's teacher", kl, True),
         ("reward in evaluation", rewards, False),
     ]
     panels = [panel for panel in panels if panel[1]]
@@ -401,7 +409,8 @@ def _plot_panel(
     for key, (color, style) in lines.items():
         steps, values = zip(*series[key], strict=True)
         axes.plot(steps, values, style, color=color, linewidth=1.8, marker="o" if len(steps) < 30 else "", ms=3)
-    if logarithmic and all(value > 0 for key in lines for _, value in series[key]):
+    # A logarithmic axis leaves out what is 0, such as a KL to the base at the first update.
+    if logarithmic and any(value > 0 for key in lines for _, value in series[key]):
         axes.set_yscale("log")
     axes.set_title(title)
     axes.set_xlabel("updates")

@@ -43,31 +43,34 @@ from ..checkpointing import checkpoint
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
-from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
+from ..problems import Refusal
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
+from ..reporting.run_lines import use_lines
 from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .image_evaluator import ImageEvaluator, applicable_mean
+from .image_evaluator import ImageEvaluator
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
+from .references import BaseAndTeachers
 from .run_callback import RunCallback
 from .run_files import RunFiles
+from .run_logs import RunLogs
 from .teaching import place
-from .training_pictures import Reference, TrainingPictures, base_reference, teacher_references
+from .training_pictures import FrozenModel, TrainingPictures, base_model, teacher_models
 
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     """
     Base class of the diffusion trainers. It trains a diffusers pipeline, on prompts of several tasks.
 
@@ -135,12 +138,13 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self._settle(parts)
             self._take(parts)
             self._start()
+            self._say_start(parts.guidance_lines)
             undo.pop_all()
 
     def _settle(self, parts: Parts) -> None:
         """Configures accelerate, which exists from now on."""
         if self.args.n_gpu > 1:
-            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
+            raise Refusal("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self._mixed_precision = self.accelerator.mixed_precision
@@ -158,12 +162,14 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
-        self._pictures = TrainingPictures(self.evaluator, self.references)
+        self._pictures = TrainingPictures(self.evaluator, self.frozen_models)
         self.__dict__.update(parts.method)
+        self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
+        use_lines(self.callback_handler.callbacks)
         self.offload.rest()
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
@@ -180,6 +186,13 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
+
+    def _say_start(self, guidance: list[str]) -> None:
+        generations = None if self.repeats == 1 else self.repeats
+        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
+        if self.is_world_process_zero():
+            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
+                tables.print_line(line)
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
@@ -304,15 +317,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
 
-    def _say_average(self, updates: int) -> None:
-        """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""
-        if not self.is_world_process_zero():
-            return
-        average = self.args.ema_decay, updates, self.args.ema_update_interval
-        tables.print_line(average_line(*average))
-        if (problem := lag_problem(*average)) is not None:
-            logger.warning(problem)
-
     def _begin_costs(self) -> None:
         rate, device = 0.0, self.accelerator.device
         if device.type == "cuda":
@@ -420,8 +424,9 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
         Returns:
             `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over tasks of their
-            rewards' means), and timings: the seconds of drawing, `eval_generation_time`, and of each reward meanwhile,
-            `eval_reward_time/{reward}`. With a dict of datasets, the names are `eval_{name}_…`.
+            rewards' means, on a common scale: see [`on_common_scale`]), and timings: the seconds of drawing,
+            `eval_generation_time`, and of each reward meanwhile, `eval_reward_time/{reward}`. With a dict of datasets,
+            the names are `eval_{name}_…`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -434,22 +439,28 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
+        references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(
-            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
+            dataset,
+            metric_key_prefix,
+            self.state,
+            lambda: self._evaluate_method(dataset, metric_key_prefix),
+            references,
         )
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
         self.log(metrics)
+        self._print_evaluation(metrics, dataset, metric_key_prefix, references)
         self._log_completions()  # the first log opens the trackers
         self.offload.rest()
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def references(self, task: str) -> list[Reference]:
+    def frozen_models(self, task: str) -> list[FrozenModel]:
         """The frozen models whose images are shown beside the student's: the base, and the task's teachers."""
         backbone = None if self.bank is None else self.bank.backbone
-        references = base_reference(self.student, backbone, self.args.evaluation_guidance, self.state)
-        return references if self.bank is None else references + teacher_references(self.bank, task)
+        models = base_model(self.student, backbone, self.args.evaluation_guidance, self.state)
+        return models if self.bank is None else models + teacher_models(self.bank, task)
 
     def _log_completions(self) -> None:
         """Logs the student's images. See [`TrainingPictures.log`]."""
@@ -489,10 +500,5 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log: it gets the metrics gathered since the one before
-            metrics = {name: applicable_mean(values) for name, values in self._metrics["train"].items()}
-            logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
-            logs |= self._cost.metrics(
-                self.samples_of_task * len(self.tasks), bool(self.args.activation_checkpointing)
-            )
-            self._metrics["train"].clear()
+            self._add_metrics(logs, self.samples_of_task * len(self.tasks))
         super().log(logs, start_time)

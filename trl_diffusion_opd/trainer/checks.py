@@ -34,7 +34,7 @@ from ..acceleration.quantization import (
     pipeline_config,
     quantization_problems,
 )
-from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
@@ -208,6 +208,26 @@ def training_data_problems(dataset: object, task_column: str) -> list[str]:
     return dataset_problems(dataset, task_column, "train_dataset")
 
 
+def task_column_problems(dataset: Dataset, task_column: str, given: Mapping[str, object], name: str) -> list[str]:
+    """
+    Says if a dataset has no column of tasks, although options have values for several.
+
+    Args:
+        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the dataset, and how messages call it.
+        given (`dict`): options by name; those that are dicts are by task.
+    """
+    by_task = {
+        option: value for option, value in given.items() if isinstance(value, Mapping) and set(value) - {SINGLE_TASK}
+    }
+    if task_column in dataset.column_names or not by_task:
+        return []
+    option, value = next(iter(by_task.items()))
+    return [
+        f"{name} has no column {task_column!r}, but {option} is a dict for the tasks {[*value]}. Add the column, or name "
+        f"yours with task_column: there are {dataset.column_names}. With one task, give {option} without a dict."
+    ]
+
+
 def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:
     """Reasons why a run that trains `tasks` can't evaluate on `eval_dataset`, a dataset or a dict of datasets."""
     problems = []
@@ -219,6 +239,8 @@ def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list
             problems.append(f"{name} is a {type(dataset).__name__}; it must be a datasets.Dataset, or a dict of them.")
             continue
         found = dataset_problems(dataset, task_column, name)
+        if not found and task_column not in dataset.column_names and tasks != [SINGLE_TASK]:
+            found = [f"{name} has no column {task_column!r} that names the task, as train_dataset has."]
         problems += found
         unknown = [] if found else [task for task in task_rows(dataset, task_column) if task not in tasks]
         if unknown:

@@ -252,10 +252,10 @@ def _draw(trainer: DiffusionTrainer) -> Pictures:
     pictures: Pictures = {}
     for task, row in firsts.items():
         of_task = {}
-        for reference in trainer.references(task):
-            with reference.use() as module:
-                image = draw(trainer.evaluator, module, task, row["prompt"], reference.guidance_scale)
-            of_task[reference.caption] = image
+        for frozen in trainer.frozen_models(task):
+            with frozen.use() as module:
+                image = draw(trainer.evaluator, module, task, row["prompt"], frozen.guidance_scale)
+            of_task[frozen.caption] = image
         with trainer.student.ema_weights():
             of_task[captioned("student", scale)] = draw(
                 trainer.evaluator, trainer.student.model, task, row["prompt"], scale

@@ -47,7 +47,7 @@ from .image_evaluator import gathered
 from .preparation import Parts
 from .rl_config import DiffusionRLConfig
 from .rl_round import Rollout, Round
-from .training_pictures import Reference, base_reference
+from .training_pictures import FrozenModel, base_model
 
 
 logger = logging.getLogger(__name__)
@@ -185,8 +185,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
         """
         return dry_run_rl.dry_run(self, self.roll_out, self.losses, self.frozen_networks())
 
-    def references(self, task: str) -> list[Reference]:
-        return base_reference(self.student, self.backbone, self.args.evaluation_guidance, self.state)
+    def frozen_models(self, task: str) -> list[FrozenModel]:
+        return base_model(self.student, self.backbone, self.args.evaluation_guidance, self.state)
 
     def frozen_networks(self) -> list[nn.Module]:
         """The networks besides the student that compute velocities."""

@@ -85,7 +85,8 @@ class RunFiles(_Behind):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the student's averaged weights, as [`Student.save`] describes. All processes must call it.
+        Saves the student's averaged weights, as [`Student.save`] describes, and says how to load them. All processes
+        must call it.
 
         Raises:
             [`FloatingPointError`]: on all processes, if weights are not finite.
@@ -99,6 +100,9 @@ class RunFiles(_Behind):
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
                 super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.is_world_process_zero():
+            folder = output_dir or self.args.output_dir
+            tables.print_unwrapped(f"The student is in {folder}: {self.student.load_line(folder)}")
 
     def _refuse_what_is_not_finite(self) -> None:
         """

@@ -33,7 +33,7 @@ from .image_evaluator import ImageEvaluator
 
 
 @dataclass(frozen=True)
-class Reference:
+class FrozenModel:
     """
     A frozen model whose images are shown beside the student's.
 
@@ -57,11 +57,11 @@ def captioned(name: str, guidance_scale: float) -> str:
     return f"{name}, CFG {guidance_scale:g}"
 
 
-def base_reference(
+def base_model(
     student: Student, backbone: Backbone | None, guidance_scale: float, state: TrainerState
-) -> list[Reference]:
+) -> list[FrozenModel]:
     """
-    Returns the base as a reference.
+    Returns the base as a frozen.
 
     If all weights are trained and nobody keeps a copy of the base, the student is the base before its first update.
     Afterwards there is none, and the list is empty.
@@ -74,39 +74,39 @@ def base_reference(
         backbone = Backbone.of(student.model)
     if backbone is not None and backbone.network is not None:
         known = backbone
-        return [Reference("base", guidance_scale, lambda: known.use(BASE))]
+        return [FrozenModel("base", guidance_scale, lambda: known.use(BASE))]
     if state.global_step == 0:
-        return [Reference("base", guidance_scale, lambda: nullcontext(student.model))]
+        return [FrozenModel("base", guidance_scale, lambda: nullcontext(student.model))]
     return []
 
 
-def teacher_references(bank: TeacherBank, task: str) -> list[Reference]:
-    """Returns a task's teachers as references, each with its own guidance scale."""
+def teacher_models(bank: TeacherBank, task: str) -> list[FrozenModel]:
+    """Returns a task's teachers, each with its own guidance scale."""
     roles = bank.teachers[task]
     return [
-        Reference("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, partial(bank.use, role))
+        FrozenModel("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, partial(bank.use, role))
         for i, role in enumerate(roles, start=1)
     ]
 
 
 class TrainingPictures:
     """
-    Draws and logs the student's images for fixed prompts and noise, to compare the pictures of a run. The references'
+    Draws and logs the student's images for fixed prompts and noise, to compare the pictures of a run. The frozen models'
     images are drawn once and kept.
 
     Args:
         evaluator ([`ImageEvaluator`]): draws and scores images.
-        references (`Callable`): returns the references of a task.
+        frozen_models (`Callable`): returns the frozen models that are shown with a task.
 
     Attributes:
         logged_at (`int`): the update of the last picture.
     """
 
-    def __init__(self, evaluator: ImageEvaluator, references: Callable[[str], list[Reference]]):
+    def __init__(self, evaluator: ImageEvaluator, frozen_models: Callable[[str], list[FrozenModel]]):
         self.evaluator = evaluator
-        self.references = references
+        self.frozen_models = frozen_models
         self.logged_at = -1
-        # For each task, and each of its prompts, the references' images by caption.
+        # For each task, and each of its prompts, the frozen models' images by caption.
         self._kept: dict[str, list[dict[str, Beside]]] | None = None
 
     def log(self, dataset: Dataset, state: TrainerState, callbacks: Sequence[TrainerCallback]) -> None:
@@ -123,7 +123,7 @@ class TrainingPictures:
         self.logged_at = state.global_step
         args = self.evaluator.args
         if self._kept is None:
-            self._kept = self._draw_references(dataset, state)
+            self._kept = self._draw_frozen(dataset, state)
         shown: list[Completion] = []
         for completion in self.evaluator.completions(dataset, state):
             number = sum(one.task == completion.task for one in shown)
@@ -133,15 +133,15 @@ class TrainingPictures:
             trackers, writers = args.report_to or [], tensorboard_writers(callbacks)
             log_completions(shown, args.output_dir or ".", state.global_step, trackers, writers)
 
-    def _draw_references(self, dataset: Dataset, state: TrainerState) -> dict[str, list[dict[str, Beside]]]:
+    def _draw_frozen(self, dataset: Dataset, state: TrainerState) -> dict[str, list[dict[str, Beside]]]:
         args = self.evaluator.args
         kept: dict[str, list[dict[str, Beside]]] = {}
         for task, rows in task_rows(dataset, args.task_column).items():
             of_task = kept[task] = [{} for _ in rows[: args.num_completions_to_print]]
-            for reference in self.references(task):
-                with reference.use() as network:
-                    model = network, reference.guidance_scale, reference.name
+            for frozen in self.frozen_models(task):
+                with frozen.use() as network:
+                    model = network, frozen.guidance_scale
                     drawn = self.evaluator.completions(dataset, state, [task], model)
                 for of_prompt, one in zip(of_task, drawn, strict=True):
-                    of_prompt[reference.caption] = Beside(one.image, one.rewards)
+                    of_prompt[frozen.caption] = Beside(one.image, one.rewards)
         return kept
