@@ -285,10 +285,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self._micro_step = 0  # an epoch begins with a whole round, also if it is resumed
         super()._run_epoch(*args, **kwargs)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._show_without_evaluation()  # now, since the trackers end in Trainer's method
-        return super()._finalize_training(*args, **kwargs)
-
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
         self._say_average(self.state.max_steps)
@@ -449,17 +445,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         backbone = None if self.bank is None else self.bank.backbone
         models = base_model(self.student, backbone, self.args.evaluation_guidance, self.state)
         return models if self.bank is None else models + teacher_models(self.bank, task)
-
-    def _log_completions(self) -> None:
-        """Logs the student's images. See [`TrainingPictures.log`]."""
-        if not self.args.log_completions:
-            return
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        self._in_eval_mode(self.model)
-        self._pictures.log(dataset, self.state, self.callback_handler.callbacks)
-        self.offload.rest()
 
     @contextmanager
     def averaged_student(self) -> Iterator[nn.Module]:
