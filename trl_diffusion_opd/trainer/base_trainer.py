@@ -423,6 +423,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
+        self._in_eval_mode(self.model)
         references = self.references.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(
