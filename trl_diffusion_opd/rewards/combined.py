@@ -178,10 +178,11 @@ class CombinedReward(Reward):
 
 def load_reward(spec: str, **options: Any) -> RewardFunc:
     """
-    Loads a reward function by its name, or by its import path `package.module:function`. A class is instantiated.
+    Loads a reward function by its name, by its import path `package.module:function`, or by its file
+    `path/my_rewards.py:function`. A class is instantiated.
 
     Args:
-        spec (`str`): a name from this package, an import path, or several of them joined by `+`. Those are added with
+        spec (`str`): a name from this package, an import path, a file, or several of them joined by `+`. Those are added with
             equal weights by [`CombinedReward`].
         options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
 

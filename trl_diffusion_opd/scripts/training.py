@@ -49,7 +49,7 @@ def publish(trainer: "DiffusionTrainer") -> None:
     with extra("The model card"):
         trainer.create_model_card()
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # its last line is the link
     trainer.end()
 
 
@@ -62,7 +62,7 @@ def train_by_reward(
     show_warnings()
     if script_args.dry_run:
         training_args.push_to_hub = False  # or the trainer would make the repository
-    trainer = trainer_class(**script_args.for_trainer(training_args, script_args.rewards()))
+    trainer = trainer_class(**script_args.for_trainer(training_args))
     if script_args.dry_run:
         trainer.dry_run()
         trainer.end()

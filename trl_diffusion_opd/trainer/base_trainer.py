@@ -46,13 +46,13 @@ from ..data.tasks import TaskSampler, plain_dataset
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
+from ..problems import Refusal
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.completions import log_completions
 from ..reporting.model_card import MethodFacts
 from ..reporting.run_lines import use_lines
-from ..reporting.trackers import tensorboard_writers, use_public_trackers
+from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
@@ -64,6 +64,7 @@ from .run_callback import RunCallback
 from .run_files import RunFiles
 from .run_logs import RunLogs
 from .teaching import place
+from .training_pictures import FrozenModel, TrainingPictures, base_model, teacher_models
 
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     # The parts of an update whose time is measured.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
-    _grid_at = -1  # the update at which images were last shown
 
     def __init__(
         self,
@@ -138,12 +138,13 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             self._settle(parts)
             self._take(parts)
             self._start()
+            self._say_start(parts.guidance_lines)
             undo.pop_all()
 
     def _settle(self, parts: Parts) -> None:
         """Configures accelerate, which exists from now on."""
         if self.args.n_gpu > 1:
-            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
+            raise Refusal("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self._mixed_precision = self.accelerator.mixed_precision
@@ -157,11 +158,13 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         args, field = parts.args, parts.velocity_field
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
-        self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
+        average = args.ema_decay, args.ema_update_interval
+        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
+        self._pictures = TrainingPictures(self.evaluator, self.frozen_models)
         self.__dict__.update(parts.method)
-        self.references = BaseAndTeachers(self.evaluator, self.bank)
+        self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
@@ -183,6 +186,13 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
+
+    def _say_start(self, guidance: list[str]) -> None:
+        generations = None if self.repeats == 1 else self.repeats
+        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
+        if self.is_world_process_zero():
+            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
+                tables.print_line(line)
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
@@ -287,9 +297,15 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self._micro_step = 0  # an epoch begins with a whole round, also if it is resumed
         super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._show_without_evaluation()  # now, since the trackers end in Trainer's method
+        return super()._finalize_training(*args, **kwargs)
+
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
         self._say_average(self.state.max_steps)
+        if self.state.global_step > 0:
+            self._pictures.logged_at = self.state.global_step  # resumed: the run before has drawn it
         self._log_completions()
         if self.state.global_step == 0:
             self._compare_tasks()
@@ -424,7 +440,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
         self._in_eval_mode(self.model)
-        references = self.references.of(dataset, self.state, self.run if self.is_in_train else None)
+        references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(
             dataset,
@@ -441,18 +457,22 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def frozen_models(self, task: str) -> list[FrozenModel]:
+        """The frozen models whose images are shown beside the student's: the base, and the task's teachers."""
+        backbone = None if self.bank is None else self.bank.backbone
+        models = base_model(self.student, backbone, self.args.evaluation_guidance, self.state)
+        return models if self.bank is None else models + teacher_models(self.bank, task)
+
     def _log_completions(self) -> None:
-        """Logs the student's images, at most once an update. Prompts and noise are fixed, to compare images."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
+        """Logs the student's images. See [`TrainingPictures.log`]."""
+        if not self.args.log_completions:
             return
-        self._grid_at = self.state.global_step
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(dataset, Mapping):
             dataset = next(iter(dataset.values()))
-        shown = self.evaluator.completions(dataset, self.state)
-        if self.accelerator.is_main_process:
-            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
-            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
+        self._in_eval_mode(self.model)
+        self._pictures.log(dataset, self.state, self.callback_handler.callbacks)
+        self.offload.rest()
 
     @contextmanager
     def averaged_student(self) -> Iterator[nn.Module]:

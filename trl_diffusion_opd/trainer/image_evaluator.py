@@ -17,8 +17,8 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL.Image import Image
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerState
 
@@ -38,6 +38,10 @@ from ..reporting.completions import Completion
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.common_scale import Reference, on_common_scale
 from .base_config import DiffusionConfig
+
+
+# A network, and the guidance scale it draws with.
+DrawnModel = tuple[nn.Module, float]
 
 
 @dataclass
@@ -102,10 +106,7 @@ class ImageEvaluator:
         Draws this process's share of the images of `dataset[rows]`, as `(position in rows, image)`: with the student's
         current weights, or with another model's `velocity`.
         """
-
-        def of_student(x: Tensor, t: float, prompts: list[str]) -> Tensor:
-            return self.field(x, t, prompts, self.args.evaluation_guidance, self.student.model)
-
+        of_student = self._velocity(self.student.model, self.args.evaluation_guidance)
         try:
             return draw_with(
                 self.field,
@@ -119,6 +120,9 @@ class ImageEvaluator:
         except FloatingPointError as error:
             who = f"The student after update {update}" if velocity is None else "Base or teacher"
             raise FloatingPointError(f"{who}, task {task!r}: {error}") from error
+
+    def _velocity(self, network: nn.Module, guidance_scale: float) -> Velocity:
+        return lambda x, t, prompts: self.field(x, t, prompts, guidance_scale, network)
 
     def evaluate(
         self,
@@ -203,13 +207,30 @@ class ImageEvaluator:
             record.logged[name] += values
         return {name: gather_object(values) for name, values in scores.items()}
 
-    def completions(self, dataset: Dataset, state: TrainerState) -> list[Completion]:
-        """Draws images for the first prompts of each task with the averaged weights. The same on every process."""
+    def completions(
+        self,
+        dataset: Dataset,
+        state: TrainerState,
+        tasks: Collection[str] | None = None,
+        model: DrawnModel | None = None,
+    ) -> list[Completion]:
+        """
+        Draws images for the first prompts of each task. The same on every process.
+
+        Args:
+            dataset ([`~datasets.Dataset`]), state ([`~transformers.TrainerState`])
+            tasks (`list[str]`, *optional*): the tasks to draw for. By default, all.
+            model ([`DrawnModel`], *optional*): the model that draws. By default, the student with its averaged
+                weights.
+        """
         shown: list[tuple[int, int, Completion]] = []
-        with self.student.ema_weights():
+        with self.student.ema_weights() if model is None else nullcontext():
             for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
+                if tasks is not None and task not in tasks:
+                    continue
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
-                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step)
+                velocity = None if model is None else self._velocity(*model)
+                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step, velocity=velocity)
                 images = [image for _, image in mine]
                 with self.monitor(task, state) as scorer:
                     scorer.submit([entries[i] for i, _ in mine], images)
