@@ -36,7 +36,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import QuantizationConfig, base_weight
+from ..acceleration.quantization import QuantizationConfig
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
@@ -47,7 +47,6 @@ from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
 from ..problems import Refusal
-from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
@@ -316,12 +315,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
-
-    def _begin_costs(self) -> None:
-        rate, device = 0.0, self.accelerator.device
-        if device.type == "cuda":
-            rate = matmul_rate(device, self.mixed_dtype or base_weight(self.student.model).dtype)
-        self._cost.begin(rate, self.passes)
 
     @property
     def mixed_dtype(self) -> torch.dtype | None:
