@@ -316,11 +316,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
 
-    @property
-    def mixed_dtype(self) -> torch.dtype | None:
-        """The dtype of mixed precision, if it is on."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains, or resumes an interrupted run. Only one run at a time can train into an output folder.

@@ -50,7 +50,7 @@ class RunLogs:
     reward_funcs: dict[str, list[RewardFunc]]
     accelerator: Accelerator
     passes: int
-    mixed_dtype: torch.dtype | None
+    _mixed_precision: str
     _cost: UpdateCost
     _metrics: dict[str, dict[str, list[float]]]
 
@@ -60,6 +60,11 @@ class RunLogs:
         logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
         logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
         self._metrics["train"].clear()
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """The dtype of mixed precision, if it is on."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
     def _begin_costs(self) -> None:
         """Begins to measure updates. On a GPU, with the rate that its arithmetic is compared with."""
