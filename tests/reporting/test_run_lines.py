@@ -152,6 +152,7 @@ class TestEnd:
         log = [{"loss": 1.0, **{f"reward/{i}": 0.5 + 0.1 * (k > 0) for i in range(30)}} for k in range(2)]
         (line,) = summary(log)
         assert line.startswith("Reward from") and line.endswith(", and 18 more.")
+        assert summary([{"loss": 1.0, "loss/a": 0.5, "loss/b": 0.25}]) == ["Loss: a .50, b .25."]
         assert summary([]) == summary([{"loss": 1.0}]) == []
 
     def test_best(self):

@@ -255,6 +255,8 @@ def summary(log_history: Sequence[Mapping[str, float]]) -> list[str]:
     before, now = of_tasks(first, measure.prefix), of_tasks(last, measure.prefix)
     named = worst_first(now, before, measure.rises)[:_SUMMED_UP] if len(now) > _SUMMED_UP else list(now)
     title = {"gap": "Velocity gap"}.get(measure.title, measure.title.capitalize())
+    if before == now:  # a run with one line
+        return [f"{title}: {', '.join(f'{shown(task)} {number(now[task])}' for task in named)}."]
     changes = [f"{shown(task)} {number(before[task])} -> {number(now[task])}" for task in named]
     more = f", and {len(now) - len(named)} more" if len(now) > len(named) else ""
     return [f"{title} from the first to the last line: {', '.join(changes)}{more}."]
