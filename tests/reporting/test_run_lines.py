@@ -91,7 +91,7 @@ class TestCallback:
         grpo_trainer(tmp_path / "grpo", width).train()
         assert "reward .16  spread 0  " in capsys.readouterr().out
         sft_trainer(tmp_path / "sft", train_dataset=image_dataset()).train()
-        assert "1/1  loss " in (printed := capsys.readouterr().out) and "Loss from the first to the last" in printed
+        assert "1/1  loss " in (printed := capsys.readouterr().out) and "Loss: count " in printed
 
     def test_it_says_again_what_an_update_takes_if_that_changes_by_half(self, capsys):
         callback = RunLines()
@@ -105,7 +105,7 @@ class TestCallback:
         make_trainer(tmp_path, teachers, **options).train()
         capsys.readouterr()
         make_trainer(tmp_path, teachers, **options).train(resume_from_checkpoint=True)
-        assert "updates in" not in capsys.readouterr().out
+        assert "update in" not in capsys.readouterr().out
 
 
 class TestClock:

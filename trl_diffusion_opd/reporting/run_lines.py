@@ -214,7 +214,9 @@ class RunLines(ProgressCallback):
         if self._said_time is None:
             self._say_time()
         updates = state.global_step - int(self._started_at)
-        tables.print_unwrapped(f"\n{updates} updates in {duration(time.monotonic() - self._start)}.")
+        tables.print_unwrapped(
+            f"\n{updates} update{'s' if updates > 1 else ''} in {duration(time.monotonic() - self._start)}."
+        )
         for line in summary(state.log_history):
             tables.print_unwrapped(line)
         if (best := best_line(args, state)) is not None:
