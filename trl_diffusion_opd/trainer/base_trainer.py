@@ -36,7 +36,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import QuantizationConfig, base_weight
+from ..acceleration.quantization import QuantizationConfig
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
@@ -46,7 +46,6 @@ from ..data.tasks import TaskSampler, plain_dataset
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
-from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
@@ -301,17 +300,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
 
-    def _begin_costs(self) -> None:
-        rate, device = 0.0, self.accelerator.device
-        if device.type == "cuda":
-            rate = matmul_rate(device, self.mixed_dtype or base_weight(self.student.model).dtype)
-        self._cost.begin(rate, self.passes)
-
-    @property
-    def mixed_dtype(self) -> torch.dtype | None:
-        """The dtype of mixed precision, if it is on."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
         Trains, or resumes an interrupted run. Only one run at a time can train into an output folder.
@@ -423,6 +411,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
+        self._in_eval_mode(self.model)
         references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(

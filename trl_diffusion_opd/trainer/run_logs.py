@@ -17,13 +17,16 @@
 import logging
 import math
 
+import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainerState
 
+from ..acceleration.quantization import base_weight
 from ..data.tasks import task_rows
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
+from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.evaluation_table import print_evaluation
@@ -49,6 +52,8 @@ class RunLogs:
     accelerator: Accelerator
     rounds: Rounds
     repeats: int
+    passes: int
+    _mixed_precision: str
     _cost: UpdateCost
     _metrics: dict[str, dict[str, list[float]]]
 
@@ -71,6 +76,18 @@ class RunLogs:
         logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
         logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
         self._metrics["train"].clear()
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """The dtype of mixed precision, if it is on."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
+
+    def _begin_costs(self) -> None:
+        """Begins to measure updates. On a GPU, with the rate that its arithmetic is compared with."""
+        rate, device = 0.0, self.accelerator.device
+        if device.type == "cuda":
+            rate = matmul_rate(device, self.mixed_dtype or base_weight(self.student.model).dtype)
+        self._cost.begin(rate, self.passes)
 
     def _say_average(self, updates: int) -> None:
         """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""
