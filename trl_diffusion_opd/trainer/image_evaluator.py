@@ -50,7 +50,7 @@ class Recording:
     What drawing and scoring images adds to, beside their scores.
 
     Attributes:
-        bar ([`~tqdm.tqdm`]): the bar that counts the images.
+        bar (`tqdm`): the bar that counts the images.
         seconds (`dict[str, float]`): seconds of drawing, and of each reward meanwhile.
         logged (`dict[str, list[float]]`): the rewards' own metrics.
     """
