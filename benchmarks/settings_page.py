@@ -33,7 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 from scaling import with_tables
-from settings import retention
+from settings import GAP_ONLY, retention
 
 from trl_diffusion_opd.tiny import TASKS
 
@@ -43,19 +43,26 @@ RESULTS = {name: SOURCE / "results" / f"{name}.json" for name in ("settings", "s
 PAGES = [SOURCE / f"{name}.md" for name in ("choosing_settings", "when_it_does_not_work")]
 PICTURE = SOURCE / "images" / "symptoms.png"
 # The students that a setting is compared with are in its table too.
-COMPARED = {"batch": ("prompts", "all"), "weights": ("prompts", "all"), "rank_and_rate": ("prompts", "all")}
-NAMES = {("prompts", "all"): {"prompts": "all", "batch": "8", "weights": "none", "rank_and_rate": "64, 0.002"}}
+COMPARED = {
+    "batch": [("updates", "50"), ("prompts", "all"), ("updates", "100")],
+    "weights": [("prompts", "all")],
+    "rank_and_rate": [("prompts", "all")],
+}
+NAMES = {
+    ("prompts", "all"): {"batch": "8 x 100", "weights": "none", "rank_and_rate": "64, 0.002"},
+    ("updates", "50"): {"batch": "16 x 50"},
+    ("updates", "100"): {"batch": "16 x 100"},
+}
 # Rows of the picture: folders of kept images.
 ROWS = {
     "base": "reference base/1_10",
+    "style teacher": "reference style/1_10",
+    "compose teacher asked at 7.5": "reference compose/7.5_10",
     "50 updates, no mistake": "healthy/1_10",
     "LoRA at strength 3": "healthy/strength_3",
     "rate x 100": "rate x 100/1_10",
-    "teachers asked at 7.5": "teachers at guidance 7.5/1_10",
     "folded in, drawn at 4.5": "guidance folded in/4.5_10",
-    "guided, drawn without": "guided/1_10",
     "alike prompts": "alike prompts/1_10",
-    "two steps, drawn with 40": "two steps/1_40",
     "reward hacking": "reward hacking/1_10",
 }
 
@@ -75,10 +82,9 @@ def of_settings(results: list[dict[str, Any]], start: dict[str, float]) -> dict[
         "updates": "updates",
         "prompts": "prompts per task",
         "rank_and_rate": "rank, rate",
-        "batch": "prompts per task and update",
+        "batch": "prompts per task x updates",
         "weights": "`task_weights`",
     }
-    header = [*(f"gap {task}" for task in TASKS), *TASKS, "mean retention"]
     found = {}
     for name, title in titles.items():
         group = name.replace("_", " ")
@@ -86,20 +92,22 @@ def of_settings(results: list[dict[str, Any]], start: dict[str, float]) -> dict[
         if name == "updates":
             rows += [result for result in results if result["group"] == "seed"]
         if name in COMPARED:
-            rows = [result for result in results if (result["group"], result["value"]) == COMPARED[name]] + rows
-        extra = ["gap on training prompts"] if name == "prompts" else []
-        lines = []
+            by_name = {(result["group"], result["value"]): result for result in results}
+            rows = [by_name[one] for one in COMPARED[name]] + rows
+        header = [title, *(f"gap {task}" for task in TASKS)]
+        lines = [[label(name, result), *(f"{result['gap'][task]:.3f}" for task in TASKS)] for result in rows]
+        if group not in GAP_ONLY:
+            header += [*TASKS, "mean retention"]
+            for line, kept in zip(lines, map(retention, rows), strict=True):
+                line += [f"{value:.3f}" for value in (*kept.values(), statistics.mean(kept.values()))]
         if name == "updates":
-            lines.append(["0, the base", *(f"{start[task]:.3f}" for task in TASKS), *["0"] * (len(TASKS) + 1)])
-        for result in rows:
-            kept = retention(result)
-            line = [label(name, result), *(f"{result['gap'][task]:.3f}" for task in TASKS)]
-            line += [f"{value:.3f}" for value in (*kept.values(), statistics.mean(kept.values()))]
-            if extra:
+            lines.insert(0, ["0, the base", *(f"{start[task]:.3f}" for task in TASKS), *["0"] * (len(TASKS) + 1)])
+        if name == "prompts":
+            header.append("gaps on training prompts")
+            for line, result in zip(lines, rows, strict=True):
                 own = result["gap_on_training_prompts"]
                 line.append("-" if own is None else ", ".join(f"{own[task]:.3f}" for task in TASKS))
-            lines.append(line)
-        found[name] = markdown([title, *header, *extra], lines)
+        found[name] = markdown(header, lines)
     return {**found, "converged": converged(results, start)}
 
 
@@ -138,21 +146,19 @@ def of_symptoms(results: dict[str, Any]) -> dict[str, str]:
             continue
         drawn = result["drawn"][0]
         gaps = [
-            f"{result['before'][task]:.2f} → {result['gap'][task]:.2f}" if task in result["gap"] else "-"
+            f"{result['before'][task]:.3f} → {result['gap'][task]:.3f}" if task in result["gap"] else "-"
             for task in TASKS
         ]
-        lines.append([name, *gaps, *scores(drawn), f"{mean_colours(drawn):.3f}"])
+        lines.append([name, *gaps, *rest(drawn)])
         if len(result["drawn"]) > 1:
             ways += [way(name, one) for one in result["drawn"]]
-    strengths = [
-        [f"{one['strength']:g}", *scores(one), f"{mean_colours(one):.3f}"] for one in results["healthy"]["strengths"]
-    ]
+    strengths = [[f"{one['strength']:g}", *rest(one)] for one in results["healthy"]["strengths"]]
     references = [
         way("base" if name == "base" else f"{name} teacher", one)
         for name, models in results["reference"]["models"].items()
         for one in models
     ]
-    columns = [*TASKS, "saturation"]
+    columns = [*TASKS, "saturation", "dusk on scenes"]
     return {
         "symptoms": markdown(["mistake", *(f"gap {task}" for task in TASKS), *columns], lines),
         "ways": markdown(["student", "guidance", "steps", *columns], ways),
@@ -162,13 +168,15 @@ def of_symptoms(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def scores(drawn: dict[str, Any]) -> list[str]:
-    return [f"{drawn['scores'][task]:.3f}" for task in TASKS]
+def rest(drawn: dict[str, Any]) -> list[str]:
+    """The scores, the mean saturation of all images, and how much of style's dusk is on the scenes of compose."""
+    figures = (*(drawn["scores"][task] for task in TASKS), mean_colours(drawn), drawn["dusk_of_compose"])
+    return [f"{figure:.3f}" for figure in figures]
 
 
 def way(name: str, drawn: dict[str, Any]) -> list[str]:
     """A row of a model that was drawn in several ways."""
-    return [name, f"{drawn['guidance_scale']:g}", str(drawn["steps"]), *scores(drawn), f"{mean_colours(drawn):.3f}"]
+    return [name, f"{drawn['guidance_scale']:g}", str(drawn["steps"]), *rest(drawn)]
 
 
 def hacking(results: dict[str, Any]) -> str:

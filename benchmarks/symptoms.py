@@ -18,7 +18,7 @@ Provokes what can go wrong in a training, on the tiny world, and records what is
     OMP_NUM_THREADS=1 python benchmarks/symptoms.py --output docs/source/results/symptoms.json
     python benchmarks/symptoms.py --picture docs/source/images/symptoms.png --output docs/source/results/symptoms.json
 
-Every student is that of `benchmarks/settings.py` with 50 updates and one mistake. What is in the file already is not done
+Every student is that of `benchmarks/settings.py` with 50 updates (20 where they end in noise) and one mistake. What is in the file already is not done
 again. The picture shows the same prompts and noise for all of them; it is drawn from what `--images` has kept.
 """
 
@@ -42,7 +42,9 @@ from trl_diffusion_opd import DiffusionGRPOConfig, DiffusionGRPOTrainer, Diffusi
 from trl_diffusion_opd.models.teachers import add_adapter, parse_teacher, read_lora
 
 
-NUM_IMAGES = 128
+# Of each task.
+NUM_IMAGES = {"reference": 128, "healthy": 128, "rate / 100": 128}
+FEWER_IMAGES = 64
 DRAWN = (1.0, NUM_STEPS)  # guidance scale and steps, where a symptom does not say otherwise
 # Two prompts of each task in the picture.
 NUM_SHOWN = 2
@@ -50,23 +52,17 @@ NUM_SHOWN = 2
 STUDENTS: dict[str, dict[str, Any]] = {
     "healthy": {"draw": [DRAWN, (2.5, NUM_STEPS), (4.5, NUM_STEPS), (1.0, 5), (1.0, 40)]},
     "rate / 100": {"changes": {"learning_rate": 2e-5}},
-    "rate x 100": {"changes": {"learning_rate": 0.2}},
+    "rate x 100": {"changes": {"learning_rate": 0.2, "max_steps": 20}},
     "alike prompts": {"alike": True},
-    "teachers at guidance 7.5": {"changes": {"teacher_guidance_scale": 7.5}},
     "guidance folded in": {
         "changes": {"teacher_guidance_scale": 2.5},
         "draw": [DRAWN, (2.5, NUM_STEPS), (4.5, NUM_STEPS)],
-    },
-    "guided": {"changes": {"guidance_scale": 2.5}, "draw": [(2.5, NUM_STEPS), DRAWN, (4.5, NUM_STEPS)]},
-    "two steps": {
-        "changes": {"num_inference_steps": 2, "num_trained_timesteps": None, "skip_last_steps": 0},
-        "draw": [(1.0, 2), DRAWN, (1.0, 40)],
     },
 }
 # Strengths of the healthy student's LoRA.
 STRENGTHS = (0.5, 1.0, 2.0, 3.0)
 # beta of a teacher by a reward that can be had without the prompt.
-HACKED = {"reward hacking": 0.0, "reward hacking, beta 0.1": 0.1}
+HACKED = {"reward hacking": 0.0}
 
 
 def darkness(prompts: list[str], images: list[Image.Image], **columns: Any) -> list[float]:
@@ -96,13 +92,21 @@ def colours(images: list[Image.Image]) -> dict[str, float]:
     }
 
 
-def drawn(pipeline: Callable[..., Any], guidance: float, steps: int, keep: Path | None) -> dict[str, Any]:
+def drawn(
+    pipeline: Callable[..., Any], guidance: float, steps: int, keep: Path | None, num_images: int
+) -> dict[str, Any]:
     """What a model scores on held-out prompts, and the colours of its images. The noise is the same for all models."""
-    found: dict[str, Any] = {"guidance_scale": guidance, "steps": steps, "scores": {}, "colours": {}}
+    found: dict[str, Any] = {
+        "guidance_scale": guidance,
+        "steps": steps,
+        "num_images": num_images,
+        "scores": {},
+        "colours": {},
+    }
     for task in tiny.TASKS:
-        rows = rows_of(task, tiny.dataset("test"), NUM_IMAGES)
+        rows = rows_of(task, tiny.dataset("test"), num_images)
         images = []
-        for start in range(0, NUM_IMAGES, 64):
+        for start in range(0, num_images, 64):
             generators = [torch.Generator().manual_seed(start + i) for i in range(64)]
             batch = list(rows["prompt"][start : start + 64])
             images += pipeline(
@@ -161,9 +165,9 @@ def student(name: str, folder: Path, images: Path | None) -> dict[str, Any]:
     gaps = [f"{kind}/{task}" for kind in ("velocity_gap", "kl") for task in teachers]
     result["history"] = history(trainer, [*gaps, "grad_norm", "loss"])
     result["gap"] = velocity_gaps(trainer, test)
-    keep = None if images is None else images / name
+    keep, number = None if images is None else images / name, NUM_IMAGES.get(name, FEWER_IMAGES)
     result["drawn"] = [
-        drawn(trainer.pipeline, *one, None if keep is None else keep / f"{one[0]:g}_{one[1]}")
+        drawn(trainer.pipeline, *one, None if keep is None else keep / f"{one[0]:g}_{one[1]}", number)
         for one in symptom.get("draw", [DRAWN])
     ]
     if name == "healthy":
@@ -181,7 +185,7 @@ def strengths(folder: Path, keep: Path | None) -> list[dict[str, Any]]:
     for strength in STRENGTHS:
         pipeline.set_adapters(["student"], [strength])
         place = None if keep is None else keep / f"strength_{strength:g}"
-        found.append({"strength": strength, **drawn(pipeline, *DRAWN, place)})
+        found.append({"strength": strength, **drawn(pipeline, *DRAWN, place, NUM_IMAGES["healthy"])})
     return found
 
 
@@ -196,8 +200,8 @@ def hacked(name: str, folder: Path, images: Path | None) -> dict[str, Any]:
         num_inference_steps=8,
         sde_window_range=[0, 4],
         num_generations=12,
-        per_device_train_batch_size=48,
-        max_steps=40,
+        per_device_train_batch_size=24,
+        max_steps=25,
         learning_rate=1e-3,
         beta=HACKED[name],
         reward_weights=[1.0, 0.0],
@@ -213,7 +217,7 @@ def hacked(name: str, folder: Path, images: Path | None) -> dict[str, Any]:
     trainer.train()
     names = [name for name in trainer.state.log_history[-2] if name.startswith(("reward", "kl", "frac"))]
     place = None if images is None else images / name / "1_10"
-    return {"history": history(trainer, names), "drawn": [drawn(trainer.pipeline, *DRAWN, place)]}
+    return {"history": history(trainer, names), "drawn": [drawn(trainer.pipeline, *DRAWN, place, FEWER_IMAGES)]}
 
 
 def reference(images: Path | None) -> dict[str, Any]:
@@ -228,7 +232,13 @@ def reference(images: Path | None) -> dict[str, Any]:
         scales = (1.0, 2.5, 4.5, 7.5) if name == "base" else (1.0, 2.5, 7.5)
         keep = None if images is None else images / f"reference {name}"
         result[name] = [
-            drawn(pipeline, scale, NUM_STEPS, None if keep is None else keep / f"{scale:g}_{NUM_STEPS}")
+            drawn(
+                pipeline,
+                scale,
+                NUM_STEPS,
+                None if keep is None else keep / f"{scale:g}_{NUM_STEPS}",
+                NUM_IMAGES["reference"],
+            )
             for scale in scales
         ]
     return {"models": result}

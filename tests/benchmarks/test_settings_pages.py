@@ -17,6 +17,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def results(name: str) -> list | dict:
     return json.loads(settings_page.RESULTS[name].read_text(encoding="utf-8"))
 
 
+def numbers(found: object) -> Iterator[float]:
+    """Every number in a result."""
+    if isinstance(found, dict | list):
+        for one in found.values() if isinstance(found, dict) else found:
+            yield from numbers(one)
+    elif isinstance(found, float):
+        yield found
+
+
 def figures(text: str) -> set[str]:
     return set(FIGURE.findall(text))
 
@@ -66,6 +76,7 @@ def test_every_figure_has_its_source(page):
     linked = {name for name in re.findall(r"\]\((\w+)(?:#[\w-]+)?\)", text) if (SOURCE / f"{name}.md").exists()}
     linked -= {one.stem for one in settings_page.PAGES}
     known = figures("\n".join(tables().values())) | PUBLISHED
+    known |= {f"{number:.3f}" for name in settings_page.RESULTS for number in numbers(results(name))}
     for name in linked:
         known |= figures((SOURCE / f"{name}.md").read_text(encoding="utf-8"))
     known |= {f"0{figure}" for figure in re.findall(r"(?<![\d.])\.\d{2,}", (SOURCE / "cost.md").read_text())}
