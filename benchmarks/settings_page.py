@@ -57,7 +57,7 @@ NAMES = {
 ROWS = {
     "base": "reference base/1_10",
     "style teacher": "reference style/1_10",
-    "compose teacher asked at 7.5": "reference compose/7.5_10",
+    "compose at guidance 7.5": "reference compose/7.5_10",
     "50 updates, no mistake": "healthy/1_10",
     "LoRA at strength 3": "healthy/strength_3",
     "rate x 100": "rate x 100/1_10",
