@@ -54,6 +54,7 @@ from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
 from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.problems import Problems
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 from trl_diffusion_opd.scripts.stages import Stage, read_stages, run_stages
 
 
@@ -139,4 +140,5 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse((ScriptArguments,)))
+    with refusals_told():
+        main(*parse((ScriptArguments,)))

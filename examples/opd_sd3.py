@@ -38,7 +38,7 @@ accelerate launch examples/opd_sd3.py \
                geneval=quanhaol/DiffusionOPD/GenEvalTeacher/lora \
     --teacher_guidance_scales geneval=1.0 \
     --prompts aesthetic=prompts/aesthetic.txt ocr=prompts/ocr.txt geneval=prompts/geneval.jsonl \
-    --max_sequence_length 128 \
+    --max_sequence_length 128 --guidance_scale 4.5 \
     --per_device_train_batch_size 8 \
     --max_steps 1000 \
     --output_dir sd35-opd
@@ -47,7 +47,9 @@ accelerate launch examples/opd_sd3.py \
 
 from trl_diffusion_opd.scripts.opd import ARGUMENTS, main
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

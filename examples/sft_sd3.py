@@ -32,7 +32,7 @@ accelerate launch examples/sft_sd3.py \
     --model_name_or_path stabilityai/stable-diffusion-3.5-medium \
     --dtype bfloat16 \
     --prompts style=owner/images \
-    --max_sequence_length 128 \
+    --max_sequence_length 128 --guidance_scale 4.5 \
     --per_device_train_batch_size 8 \
     --max_steps 1000 \
     --output_dir sd35-sft
@@ -40,8 +40,10 @@ accelerate launch examples/sft_sd3.py \
 """
 
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 from trl_diffusion_opd.scripts.sft import ARGUMENTS, main
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

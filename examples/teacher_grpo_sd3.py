@@ -40,7 +40,7 @@ accelerate launch examples/teacher_grpo_sd3.py \
     --per_device_train_batch_size 8 \
     --gradient_accumulation_steps 12 \
     --beta 0.009 \
-    --max_sequence_length 128 \
+    --max_sequence_length 128 --guidance_scale 4.5 \
     --max_steps 2000 \
     --output_dir sd35-ocr-teacher
 ```
@@ -50,7 +50,9 @@ With several tasks (`--prompts ocr=… geneval=…`, a reward for each) it is mu
 
 from trl_diffusion_opd.scripts.grpo import ARGUMENTS, main
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

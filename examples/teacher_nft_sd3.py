@@ -46,7 +46,9 @@ accelerate launch --config_file examples/accelerate_configs/multi_gpu.yaml examp
 
 from trl_diffusion_opd.scripts.nft import ARGUMENTS, main
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

@@ -35,9 +35,11 @@ from accelerate import PartialState
 
 from trl_diffusion_opd import DiffusionOPDConfig, evaluate_retention, tiny
 from trl_diffusion_opd.evaluation.retention import retention_table, scores_table
-from trl_diffusion_opd.scripts.arguments import packaged
+from trl_diffusion_opd.problems import Refusal
 from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
 from trl_diffusion_opd.scripts.stages import StageSpec, read_stages, run_stages
+from trl_diffusion_opd.scripts.values import packaged
 
 
 @dataclass
@@ -74,7 +76,7 @@ def main(script_args: ScriptArguments) -> None:
     if script_args.num_test_images < 1:
         problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Refusal("\n".join(problems))
 
     folder = run_stages(stages, output_dir)
     settings = student.make_config(folder, None)
@@ -94,4 +96,5 @@ def main(script_args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse((ScriptArguments,)))
+    with refusals_told():
+        main(*parse((ScriptArguments,)))

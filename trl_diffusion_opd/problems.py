@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Collects problems, so that one error message lists everything that is wrong."""
+"""Refusals of what a user gave, and how their problems are collected: one message lists everything that is wrong."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +22,10 @@ from .guards.redaction import shown, visible
 
 # In characters: longer than any line that the package itself writes.
 _LONGEST_LINE = 2000
+
+
+class Refusal(ValueError):
+    """Raised for input that cannot be used. The message says what is wrong and what to do; nothing is broken."""
 
 
 class Problems(list[str]):
@@ -46,12 +50,12 @@ class Problems(list[str]):
                 that are bullets already are indented below the line before them.
 
         Raises:
-            [`ValueError`]: if there is a problem.
+            [`Refusal`]: if there is a problem.
         """
         if self:
             lines = "\n".join(f"- {_shown(problem)}" for problem in dict.fromkeys(self)).split("\n")
             nested = (line.replace("- ", "  ", 1) if line.startswith("- - ") else line for line in lines)
-            raise ValueError("\n".join([f"{header}:", *nested]))
+            raise Refusal("\n".join([f"{header}:", *nested]))
 
 
 def _shown(problem: str) -> str:

@@ -166,7 +166,7 @@ def test_task_rows_reads_a_long_column_once(monkeypatch):
 PROBLEMS = {
     "no prompt": (
         {"caption": ["a"], "task": ["ocr"]},
-        "data has no column 'prompt'; its columns are ['caption', 'task']. Rename yours with rename_column.",
+        "data has no column 'prompt'; its columns are ['caption', 'task']. Use rename_column('caption', 'prompt').",
     ),
     "empty": ({"prompt": [], "task": []}, "data is empty."),
     "empty prompts": (

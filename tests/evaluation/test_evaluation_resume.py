@@ -30,7 +30,9 @@ from diffusers import DiffusionPipeline
 from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
 
 from trl_diffusion_opd.evaluation import REPORT_FILE, evaluate_retention, measure, store
+from trl_diffusion_opd.evaluation import run as evaluation_run
 from trl_diffusion_opd.evaluation.identity import reward_digest
+from trl_diffusion_opd.evaluation.rehearsal import try_rewards
 from trl_diffusion_opd.evaluation.store import Store
 from trl_diffusion_opd.models.teachers import TeacherConfig
 from trl_diffusion_opd.pipelines.fingerprints import base_digest
@@ -84,10 +86,18 @@ def without_pictures(setattr):
         setattr(plots, name, lambda *arguments: None)
 
 
+def uncounted(plan, image):
+    """Tries the rewards, and forgets these calls."""
+    before = list(CALLS)
+    try_rewards(plan, image)
+    CALLS[:] = before
+
+
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """The same rounding in this process and in those that are forked."""
     without_pictures(monkeypatch.setattr)
+    monkeypatch.setattr(evaluation_run, "try_rewards", uncounted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     CALLS.clear()
@@ -368,6 +378,7 @@ def test_scoring_works_while_the_next_batch_is_drawn(loras, tmp_path, monkeypatc
         return [0.0] * len(images)
 
     monkeypatch.setattr(measure, "draw_batch", drawing)
+    monkeypatch.setattr(evaluation_run, "try_rewards", lambda *arguments: None)  # nothing is drawn yet
     evaluate(loras, None, reward_funcs=patient)
     assert waited == [True] * 24
 

@@ -138,8 +138,10 @@ class TestReport:
     def test_table(self):
         scores = make_scores()
         report = retention_report(scores, TEACHERS, ["student"])
-        lines = retention_table(report).splitlines()
-        assert len({len(line) for line in lines}) == 1 and len(lines) == 5
+        *lines, blank, caption = retention_table(report).splitlines()
+        assert len({len(line) for line in lines}) == 1 and len(lines) == 5 and not blank
+        assert "2,000 resamples of a task's images (400 a task), the same for base, teacher and student" in caption
+        assert "The mean is over the 1 of 2 tasks whose teacher gains 0.05 or more" in caption
         cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         assert cells[0] == ["task", "reward", "base", "teacher", "student", "retention", "95% interval"]
         entry = report["tasks"]["a"]

@@ -56,6 +56,7 @@ TINY_SETTINGS: dict[str, Any] = dict(
     report_to="none",
     disable_tqdm=True,
     use_cpu=True,
+    eval_base_and_teachers=False,  # most tests are not about them, and they take time
 )
 # Further settings. An average that changes with every update:
 AVERAGED = dict(ema_decay=0.9, ema_update_interval=1)

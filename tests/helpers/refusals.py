@@ -12,12 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Gets the message with which options are refused."""
+"""Gets the message with which options are refused, or a command ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+
+from trl_diffusion_opd.scripts import refusals
 
 
 def only_problem(config: Callable[..., object], **options: Any) -> str:
@@ -27,3 +30,14 @@ def only_problem(config: Callable[..., object], **options: Any) -> str:
     head, problem = str(error.value).splitlines()
     assert head == f"{config.__name__}:" and problem.startswith("- ")
     return problem
+
+
+@contextmanager
+def command_refuses(capsys: pytest.CaptureFixture[str], *messages: str) -> Iterator[None]:
+    """Asserts that a command in its block ends with these words, among others, and without a traceback."""
+    with pytest.raises(SystemExit) as done:
+        yield
+    printed = capsys.readouterr().err
+    assert done.value.code == refusals.REFUSED
+    assert all(message in printed for message in messages), printed
+    assert "Traceback" not in printed and "usage" not in printed

@@ -174,6 +174,7 @@ class TestRoundTrip:
             "README.md",
             "radar.png",
             *(f"completions/step_{step:06d}.png" for step in (0, 1, 2)),
+            *(f"completions/sample_{task}_1.png" for task in ("ocr", "style")),
         }
         assert isinstance(files["pytorch_lora_weights.safetensors"], Stored) == (mode == "xet")
         titles = [commit.title for commit in hub.repositories["tester/student"].commits.values()]

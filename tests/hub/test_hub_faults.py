@@ -50,6 +50,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def _trainer(folder: Path, teachers: dict[str, str], **options):
     defaults = dict(max_steps=3, save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="tester/student")
+    defaults["hub_base_model"] = "tester/base"
     return make_trainer(folder / "out", teachers, **{**defaults, "hub_strategy": "every_save", **options})
 
 

@@ -146,6 +146,7 @@ def test_nothing_leaks(hub, tmp_path, monkeypatch, capfd):
             log_completions=True,
             push_to_hub=True,
             hub_model_id="tester/student",
+            hub_base_model="tester/base",
             hub_strategy="all_checkpoints",
             hub_always_push=True,
             hub_token=TOKEN,

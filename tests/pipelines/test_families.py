@@ -154,6 +154,68 @@ def test_guidance_doubles_the_rows(case: Case) -> None:
         case.field.check_guidance(0.5)
 
 
+def test_default_guidance_is_that_of_the_pipelines_own_call(case: Case) -> None:
+    prompts = case.family.prompts[-1:]
+    options = case.family.call_kwargs(1.0, prompts)
+    del options[case.family.guidance_name]
+    pipeline = case.family.build()
+    pipeline.scheduler = recorder(pipeline.scheduler)
+    pipeline(**options, num_inference_steps=STEPS, generator=generators(1), output_type="latent")
+    scale = case.field.default_guidance_scale()
+    for level, x, v in pipeline.scheduler.trace:
+        assert torch.equal(case.field(x, level, list(prompts), scale), v)
+    case.field.check_guidance(scale)
+
+
+OWN_SCALES = {"sd3": 7.0, "flux": 1.0, "qwen_image": 4.0, "z_image": 6.0, "wan": 5.0}
+
+
+def test_default_guidance_in_numbers(case: Case) -> None:
+    for name, scale in OWN_SCALES.items():
+        if FAMILIES[name] is case.family:
+            assert case.field.default_guidance_scale() == scale
+
+
+def test_a_guidance_embedding_is_named_where_there_is_one(case: Case) -> None:
+    lines = case.field.guidance_lines(case.family.guidance_scale, is_default=False)
+    if case.pipeline.transformer.config.get("guidance_embeds"):
+        assert case.family.guidance_name == "true_cfg_scale"
+        assert (
+            f"guidance_scale {case.family.guidance_scale}: classifier-free guidance (true_cfg_scale), two" in lines[0]
+        )
+        assert lines[1] == "The guidance embedding is 3.5, as given."
+    else:
+        assert lines == [f"guidance_scale {case.family.guidance_scale}."]
+
+
+def test_an_embedding_that_is_the_only_guidance() -> None:
+    def received(**options: Any) -> list[float]:
+        seen: list[float] = []
+
+        def transformer(**inputs: Any) -> Any:
+            seen.append(float(inputs["guidance"]))
+            return pipeline.transformer(**inputs)
+
+        velocity = VelocityField(pipeline, num_inference_steps=2, **SIZE, generation_kwargs=flux2 | options)
+        x = velocity.initial_latents(["a"], generators(1))
+        velocity(x, 1.0, ["a"], velocity.default_guidance_scale(), transformer)
+        lines.extend(velocity.guidance_lines(1.0, is_default=True))
+        return seen
+
+    pipeline, lines = flux2_without_encoder(), []
+    flux2 = {"text_encoder_out_layers": (1, 2, 3)} if pipeline.components["text_encoder"] is not None else {}
+    assert received() == [4.0], "the default of the pipeline's own call"
+    assert received(guidance_scale=2.5) == [2.5]
+    none = "The pipeline has no classifier-free guidance: one forward a step."
+    how = "set it with generation_kwargs='{\"guidance_scale\": …}'"
+    assert lines == [
+        none,
+        f"The guidance embedding is 4.0, the pipeline's own default; {how}.",
+        none,
+        "The guidance embedding is 2.5, as given.",
+    ]
+
+
 @pytest.mark.parametrize("build", [lambda: flux2_klein(is_distilled=True), flux2_without_encoder])
 def test_guidance_that_a_pipeline_ignores_is_refused(build: Callable[[], DiffusionPipeline]) -> None:
     # A distilled Klein drops the scale, FLUX.2 feeds it to its transformer as an embedding.

@@ -35,8 +35,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from trl_diffusion_opd.reporting import trackers
-from trl_diffusion_opd.reporting.completions import Completion, log_completions
+from trl_diffusion_opd.guards.files import file_name
+from trl_diffusion_opd.reporting import plots, trackers
+from trl_diffusion_opd.reporting.completions import Beside, Completion, last_completions, log_completions
 from trl_diffusion_opd.reporting.trackers import tensorboard_writers
 
 
@@ -124,6 +125,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, processes: Forks) -> SimpleNam
     return SimpleNamespace(folder=folder, out=out, reports=reports, stdout=[one.output for one in ended])
 
 
+def trackers_name(name: str) -> str:
+    """A metric's name in trackers: timings of updates have a section of their own."""
+    if name.startswith("eval_"):
+        return f"eval/{name[5:]}"
+    is_time = name in ("step_time", "generation_time") or name.startswith(("time/", "reward_time/"))
+    return f"time/{name.removeprefix('time/')}" if is_time else f"train/{name}"
+
+
 @pytest.fixture(scope="module")
 def expected(run) -> dict[str, float]:
     """Every scalar of the log, by `(its name in trackers, update)`: the last one where there are several."""
@@ -131,9 +140,11 @@ def expected(run) -> dict[str, float]:
     for entry in run.reports[0]["log"]:
         for name, value in entry.items():
             if name != "step":
-                shown = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                scalars[shown, entry["step"]] = value
+                scalars[trackers_name(name), entry["step"]] = value
     assert {step for name, step in scalars if name == "train/kl/count"} == {1, 2, 3, 4}
+    times = {name for name, _ in scalars if name.startswith("time/")}
+    # Parts that do not occur in this run, such as the base's forwards, are not sent.
+    assert {"time/step_time", "time/student"} <= times and not times & {"time/reference", "time/rollout"}
     assert {step for name, step in scalars if name == "eval/draw/brightness"} == {2, 4}
     return scalars
 
@@ -153,7 +164,11 @@ def pixels(image) -> np.ndarray:
 def test_parquet(run, tmp_path):
     tables = {step: read_table(run, step, tmp_path) for step in LOGGED}
     names = {path.name for path in (run.out / "completions").iterdir()}
-    assert names == {f"completions_{s:05d}.parquet" for s in LOGGED} | {f"step_{s:06d}.png" for s in LOGGED}
+    assert names == {f"completions_{s:05d}.parquet" for s in LOGGED} | {f"step_{s:06d}.png" for s in LOGGED} | {
+        "last.json",
+        *(f"sample_count_{n}.png" for n in (1, 2, 3)),
+        "sample_draw_1.png",
+    }
     for step, table in tables.items():
         assert table.column_names == ["step", "prompt", "task", "image", "brightness", "even"]
         # Of four images on two processes, and of one, none is there twice.
@@ -214,9 +229,7 @@ def test_tensorboard(run, expected):
     assert seen.keys() == expected.keys()
     assert [seen[key] for key in expected] == pytest.approx(list(expected.values()), rel=1e-6)
     grids = events.Images("completions_grid")
-    assert [(event.step, event.width, event.height) for event in grids] == [
-        (step, 3 * 128, 2 * 128) for step in LOGGED
-    ]
+    assert [event.step for event in grids] == LOGGED
     for step, event in zip(LOGGED, grids, strict=True):
         picture = run.out / "completions" / f"step_{step:06d}.png"
         assert (pixels(event.encoded_image_string) == pixels(picture.read_bytes())).all()
@@ -328,18 +341,29 @@ def test_no_names_of_the_machine(run):
 # The parts
 
 
-def test_picture_has_a_row_a_task(tmp_path):
-    dotted = Image.new("RGB", (32, 16), "lime")
-    dotted.putpixel((31, 15), (0, 0, 0))
-    images = [Image.new("RGB", (32, 16), "red"), Image.new("RGB", (32, 16), "blue"), dotted]
-    completions = [Completion("", task, image, {}) for task, image in zip("aab", images, strict=True)]
-    log_completions(completions, tmp_path, 12, [], [])
-    seen = pixels((tmp_path / "completions" / "step_000012.png").read_bytes())
-    assert seen.shape == (2 * 128, 2 * 256, 3)
-    colours = [seen[y, x].tolist() for y in (0, 128) for x in (0, 256)]
-    assert colours == [[255, 0, 0], [0, 0, 255], [0, 255, 0], [255, 255, 255]]
-    assert (seen[248:, 248:256] == 0).all()
-    assert (seen[128:, :256].reshape(-1, 3) == [0, 255, 0]).all(-1).sum() == (32 * 16 - 1) * 8 * 8
+def test_picture_has_base_and_teachers_beside_the_student(tmp_path, monkeypatch):
+    drawn = []
+    plot = plots.plot_samples
+    monkeypatch.setattr(plots, "plot_samples", lambda rows, *a, **k: drawn.append((rows, k)) or plot(rows, *a, **k))
+    colours = {"base, CFG 2": "red", "teacher, CFG 1": "lime"}
+    beside = {name: Beside(Image.new("RGB", (16, 16), colour), {"x": 0.25}) for name, colour in colours.items()}
+    blue = Image.new("RGB", (16, 16), "blue")
+    rows = [
+        Completion("long " * 400 + "\u202e", "a", blue, {"x": 0.5}, label="student, CFG 2", beside=beside),
+        Completion("two", "b\n", blue, {}, beside={}),  # fewer models, and no rewards
+    ]
+    log_completions(rows, tmp_path, 12, [], [])
+    ((first, second), options) = drawn[0]
+    assert options == {"title": "update 12"} and first.reward == "x" and second.reward is None
+    assert first.scores == {"base, CFG 2": 0.25, "teacher, CFG 1": 0.25, "student, CFG 2": 0.5}
+    seen = pixels((tmp_path / "completions" / "step_000012.png").read_bytes()).reshape(-1, 3)
+    areas = [int((seen == colour).all(-1).sum()) for colour in ([255, 0, 0], [0, 255, 0], [0, 0, 255])]
+    assert areas[0] == pytest.approx(areas[1], rel=0.05) and areas[0] > 150**2
+    assert areas[2] == pytest.approx(2 * areas[0], rel=0.05)
+    assert last_completions(tmp_path)["samples"] == [
+        {"task": "a", "prompt": rows[0].prompt, "file": "completions/sample_a_1.png"},
+        {"task": "b\n", "prompt": "two", "file": f"completions/sample_{file_name(chr(98) + chr(10))}_1.png"},
+    ]
 
 
 def test_prompts_and_rewards_of_any_name(tmp_path, capsys):
@@ -398,3 +422,25 @@ def test_a_space_that_cannot_be_reached_does_not_stop_a_push(monkeypatch, caplog
     finally:
         callback._trackio.context_vars.current_project.reset(token)
     assert "500: down" in caplog.text
+
+
+def test_sections():
+    logs = {
+        "kl": 1,
+        "time/student": 2,
+        "step_time": 3,
+        "reward_time/ocr": 4,
+        "eval_reward_time/ocr": 5,
+        "eval_kl/a": 6,
+    }
+    names = ["train/kl", "time/student", "time/step_time", "time/reward_time/ocr", "eval/reward_time/ocr", "eval/kl/a"]
+    assert trackers.in_sections(logs) == dict(zip(names, range(1, 7), strict=True))
+
+
+@pytest.mark.parametrize(("name", "folder"), [("three/teachers", "three%2Fteachers_"), (None, "")])
+def test_the_run_folder_of_tensorboard_has_the_runs_name(tmp_path, name, folder):
+    callback = trackers._TensorBoard()
+    callback._init_summary_writer(SimpleNamespace(output_dir=str(tmp_path), run_name=name))
+    callback.tb_writer.close()
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.startswith(folder) and made.name.removeprefix(folder)[:3].isalpha()

@@ -14,6 +14,8 @@
 
 import asyncio
 import functools
+import importlib
+import json
 import sys
 
 import numpy as np
@@ -161,8 +163,47 @@ def test_modules_of_the_working_folder(tmp_path, monkeypatch):
         load_reward("rewards_of_the_folder:score")
     monkeypatch.chdir(tmp_path)
     assert load_reward("rewards_of_the_folder:score")(IMAGES) == [1.0, 1.0]
-    for spec in ("./rewards_of_the_folder.py:score", "rewards_of_the_folder.py:score"):
-        with pytest.raises(ValueError, match="is a path to a file. Name the module .*: rewards_of_the_folder:score."):
+
+
+def test_rewards_of_a_file(tmp_path, monkeypatch):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "beside_the_reward.py").write_text("VALUE = 0.5\n")
+    (folder / "json.py").write_text(
+        "from beside_the_reward import VALUE\n\ndef score(images, **columns):\n    return [VALUE] * len(images)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = load_reward("elsewhere/json.py:score")
+    assert found(IMAGES) == [0.5, 0.5] and found.__name__ == "score"
+    assert load_reward(f"{folder}/json.py:score") is load_reward("./elsewhere/json.py:score") is found
+    assert json.loads("[1]") == [1]  # the module of that name is still Python's
+    with pytest.raises(
+        ValueError, match="Reward 'elsewhere/json.py:scroe': elsewhere/json.py has no 'scroe'; it has score"
+    ):
+        load_reward("elsewhere/json.py:scroe")
+    with pytest.raises(ValueError, match="a path must end in .py, as elsewhere/json.py:score"):
+        load_reward("elsewhere/json:score")
+    with pytest.raises(ValueError, match="there is no file 'jsn.py'"):
+        load_reward("jsn.py:score")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("import os\n\nx = y\n", "NameError in wrong.py, line 3: name 'y' is not defined"),
+        ("def f(:\n", r"SyntaxError: .*\(wrong.py, line 1\)"),
+        ("import no_such_module\n", "ModuleNotFoundError in wrong.py, line 1: No module named 'no_such_module'"),
+    ],
+)
+def test_files_that_cannot_be_imported(tmp_path, monkeypatch, content, message):
+    (tmp_path / "wrong.py").write_text(content)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    for spec in ("wrong.py:f", "wrong:f"):
+        monkeypatch.delitem(sys.modules, "wrong", raising=False)
+        importlib.invalidate_caches()
+        with pytest.raises(ValueError, match=f"Reward '{spec}' cannot be imported: {message}"):
             load_reward(spec)
 
 
@@ -374,7 +415,7 @@ def test_load_reward():
     [
         ("clip", "There is no reward 'clip'. There are aesthetic, clipscore, geneval, .*trl-diffusion-opd.ocr."),
         ("no_such_module:f", "Reward 'no_such_module:f' cannot be imported: No module named 'no_such_module'"),
-        ("trl_diffusion_opd.rewards:nothing", "has no attribute 'nothing'"),
+        ("trl_diffusion_opd.rewards:nothing", "trl_diffusion_opd.rewards has no 'nothing'; it has no function"),
     ],
 )
 def test_load_reward_refuses(spec, message):

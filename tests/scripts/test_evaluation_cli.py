@@ -26,6 +26,7 @@ import pytest
 import yaml
 from helpers.example_script import command_line
 from helpers.launching import launcher, surroundings
+from helpers.refusals import command_refuses
 from helpers.stub_reward import brightness, redness
 from helpers.tiny_sd3 import make_lora, make_pipeline
 
@@ -34,6 +35,7 @@ from trl_diffusion_opd.evaluation import evaluate_retention, measure
 from trl_diffusion_opd.evaluation import run as evaluation_run
 from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
+from trl_diffusion_opd.scripts.evaluate import student_folder, where
 
 
 MODULE = "trl_diffusion_opd.scripts.evaluate"
@@ -119,6 +121,14 @@ def test_on_the_command_line(monkeypatch, capsys, models):
     assert again["scores"] == report["scores"]
 
 
+def test_a_reward_that_hangs_ends_it_before_anything_is_drawn(monkeypatch, models):
+    settings = settings_of(models, reward_funcs=[f"{task}=helpers.stub_reward:stuck" for task in TASKS])
+    message = r"Reward 'stuck' has given no scores for 1 images of task 'lines' in 0\.3 seconds \(reward_timeout\)\."
+    with pytest.raises(TimeoutError, match=message):
+        run(monkeypatch, settings, "--reward_timeout", "0.3")
+    assert not Path("out").exists()
+
+
 def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models):
     for name in ("plot_retention", "plot_samples"):
         monkeypatch.setattr(plots, name, lambda *arguments: None)
@@ -126,7 +136,8 @@ def test_a_reward_that_hangs_ends_it_and_it_goes_on(monkeypatch, capsys, models)
     message = (
         r"Reward 'stuck' has given no scores for 2 images in 0\.3 seconds \(reward_timeout\). Find out what it waits"
     )
-    with pytest.raises(TimeoutError, match=message) as error:
+    with monkeypatch.context() as without_trial, pytest.raises(TimeoutError, match=message) as error:
+        without_trial.setattr(evaluation_run, "try_rewards", lambda *arguments: None)  # it hangs later
         run(monkeypatch, settings, "--reward_timeout", "0.3")
     assert error.value.__notes__ == ["What has been drawn and scored is kept: the same command goes on from there."]
     drawn = len(list(Path("out").rglob("*.png")))
@@ -150,8 +161,52 @@ class Counted:
         return images
 
 
-def test_bad_seconds(monkeypatch, models):
-    with pytest.raises(ValueError, match="reward_timeout=-1.0: it must be a positive number of seconds, or unset"):
+def test_the_report_is_beside_a_single_student_that_is_here(monkeypatch, capsys, models, tmp_path):
+    for name in ("plot_retention", "plot_samples"):
+        monkeypatch.setattr(plots, name, lambda *arguments: None)
+    student = shutil.copytree(models / "student", tmp_path / "trained")
+    (student / "training_args.json").write_text(
+        json.dumps(
+            {
+                "eval_num_inference_steps": 2,
+                "guidance_scale": 2.0,
+                "height": 16,
+                "width": 16,
+                "max_sequence_length": 16,
+            }
+        )
+    )
+    options = ("num_images", "num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")
+    settings = {
+        name: value
+        for name, value in settings_of(models, student=str(student)).items()
+        if name not in (*options, "output_dir")
+    }
+    run(monkeypatch, settings, "--dry_run")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 models (base, 2 teachers, 1 student) x 3 images (1 lines, 2 text) = 12" in shown
+    assert "16 x 16 px, 2 steps of the deterministic sampler, text up to 16 tokens (student 'student')" in shown
+    assert "Nothing was written." in shown and "retention" not in shown
+    assert not any(path.name in ("images", "scores", "retention.json") for path in student.iterdir())
+    run(monkeypatch, settings)
+    report = json.loads((student / "retention.json").read_text())
+    assert report["settings"]["height"] == {"value": 16, "source": "student 'student'"}
+    assert {task: one["num_images"] for task, one in report["tasks"].items()} == {"lines": 1, "text": 2}
+    shown = capsys.readouterr().out
+    assert f"The report is {student}/retention.md" in shown
+    assert f"`trl-diffusion-opd push {student} owner/name` puts it into the student's card." in shown
+    assert where("out", str(student)).endswith(
+        f"`trl-diffusion-opd push {student} owner/name --report out` puts it into the student's card."
+    )
+    assert "push" not in where("out", None)
+    assert "| guidance of student " in (student / "retention.md").read_text()
+    # Anything else has a folder of its own.
+    assert student_folder({"a": str(student), "b": "base"}) is None
+    assert student_folder({"student": "owner/repo"}) is None and student_folder({"student": "base"}) is None
+
+
+def test_bad_seconds(monkeypatch, capsys, models):
+    with command_refuses(capsys, "reward_timeout=-1.0: it must be a positive number of seconds, or unset"):
         run(monkeypatch, settings_of(models), "--reward_timeout", "-1")
 
 
@@ -212,11 +267,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("label", REFUSED)
-def test_mistakes_are_named(monkeypatch, models, label):
+def test_mistakes_are_named(monkeypatch, capsys, models, label):
     changed, message = REFUSED[label]
-    with pytest.raises(ValueError) as error:
+    with command_refuses(capsys, message):
         run(monkeypatch, settings_of(models, **changed))
-    assert message in str(error.value)
     assert not Path("out").exists()
 
 
@@ -253,14 +307,13 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
         "team/gated": "the repository is gated. Accept its terms on",
     }
     for repository, message in refused.items():
-        for where in (
+        for place in (
             {"base": repository},
             {"student": repository},
             {"teachers": [f"{t}={repository}" for t in TASKS]},
         ):
-            with pytest.raises(ValueError) as error:
-                run(monkeypatch, {**settings, **where})
-            assert repository in str(error.value) and message in str(error.value), where
+            with command_refuses(capsys, repository, message):
+                run(monkeypatch, {**settings, **place})
     assert not Path("out").exists()
 
 

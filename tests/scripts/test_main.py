@@ -19,6 +19,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -26,13 +27,18 @@ import datasets
 import pytest
 import yaml
 from helpers.launching import LAUNCH, free_port, surroundings
+from transformers import TrainingArguments
 
 import trl_diffusion_opd
 from trl_diffusion_opd.scripts import env, launching, main, opd
-from trl_diffusion_opd.scripts.arguments import PACKAGE, config_path, load_prompts, packaged
+from trl_diffusion_opd.scripts.arguments import config_path
 from trl_diffusion_opd.scripts.launching import split
 from trl_diffusion_opd.scripts.parser import CommandParser, parse
+from trl_diffusion_opd.scripts.prompts import load_prompts
+from trl_diffusion_opd.scripts.refusals import REFUSED
 from trl_diffusion_opd.scripts.stages import read_stages
+from trl_diffusion_opd.scripts.values import PACKAGE, packaged
+from trl_diffusion_opd.trainer.option_checks import UNUSED, WITHOUT_EFFECT
 
 
 SHORT = "--max_steps 2 --eval_strategy no --eval_on_start false --log_completions false".split()
@@ -56,11 +62,18 @@ def launches(monkeypatch):
     return found
 
 
-def refused(capsys, *words):
-    with pytest.raises(SystemExit) as done:
-        main.main(words)
-    assert done.value.code == 2
-    return capsys.readouterr().err
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that refuses its words, and returns what it prints."""
+
+    def message(*words):
+        with pytest.raises(SystemExit) as done:
+            main.main(words)
+        printed = capsys.readouterr().err.rstrip()
+        assert done.value.code == REFUSED and "usage" not in printed and "Traceback" not in printed
+        return printed
+
+    return message
 
 
 # Help
@@ -103,13 +116,15 @@ def test_help_of_a_command_has_its_own_options_first(capsys):
     assert "--adam_beta1" not in own and "--max_steps" not in own
 
 
-def test_no_option_is_lost_in_help(capsys):
+def test_only_options_without_effect_are_not_in_help():
     parser = CommandParser(opd.ARGUMENTS)
     shown = parser.format_help()
     for name in parser.parse_known_args("--model_name_or_path a --teachers a=b --prompts a=b --output_dir o".split())[
         0
     ].__dict__:
-        assert f"--{name}" in shown, name
+        assert (f"--{name} " in shown) != (name in [*WITHOUT_EFFECT, *UNUSED]), name
+    assert {*WITHOUT_EFFECT, *UNUSED} <= {one.name for one in fields(TrainingArguments)}
+    assert "Not listed: options of transformers.TrainingArguments" in shown
 
 
 def test_unknown_commands_are_told_with_what_there_is(capsys):
@@ -137,23 +152,28 @@ def test_a_file_wins_over_a_config_of_its_name():
     assert parse(opd.ARGUMENTS, given)[1].max_steps == 7
 
 
-def test_what_there_is_is_told(capsys):
-    message = refused(capsys, "opd", "--config", "tinny")
-    assert "--config: there is no file 'tinny'" in message and "sd35_24gb, sd35_80gb, tiny, tiny_grpo" in message
-    message = refused(capsys, "opd", "--config", "tiny", "--accelerate_config", "fsdp9")
+def test_what_there_is_is_told(refused):
+    message = refused("opd", "--config", "tinny")
+    assert (
+        "--config: there is no file 'tinny'" in message
+        and "sd35_24gb, sd35_80gb, tiny, tiny_grpo" in message
+        and "flux1_dev_24gb" in message
+    )
+    message = refused("opd", "--config", "tiny", "--accelerate_config", "fsdp9")
     assert "--accelerate_config: there is no file 'fsdp9'" in message and "cpu, deepspeed_zero2" in message
-    message = refused(capsys, "stages", "--accelerate_config")
-    assert "usage: trl-diffusion-opd stages" in message and "are required: --stages" in message
-    assert "--config needs the name" in refused(capsys, "opd", "--config")
+    message = refused("stages", "--accelerate_config", "cpu")
+    assert message == "trl-diffusion-opd stages: the following arguments are required: --stages"
+    assert refused("opd", "--config", "tiny", "--accelerate_config").startswith("--accelerate_config takes one name")
+    assert "--config needs the name" in refused("opd", "--config")
 
 
-def test_unknown_options_are_told_with_whose_they_are(capsys, launches):
-    message = refused(capsys, "opd", "--config", "tiny", "--num_iterations", "2", "--num_processes", "2", "--zzz", "1")
+def test_unknown_options_are_told_with_whose_they_are(launches, refused):
+    message = refused("opd", "--config", "tiny", "--num_iterations", "2", "--num_processes", "2", "--zzz", "1")
     assert "DiffusionOPDConfig has no 'num_iterations'. It is an option of DiffusionGRPOConfig and" in message
     assert "has no 'zzz'. No config of this package has it." in message and "num_processes" not in message
-    message = refused(capsys, "opd", "--config", "tiny", "--num_test_imags", "2")
+    message = refused("opd", "--config", "tiny", "--num_test_imags", "2")
     assert "has no 'num_test_imags'. No config of this package has it. Did you mean 'num_test_images'?" in message
-    assert "['stray'] belong to no option" in refused(capsys, "opd", "--config", "tiny", "stray")
+    assert "['stray'] belong to no option" in refused("opd", "--config", "tiny", "stray")
     assert launches == []
 
 

@@ -124,6 +124,11 @@ class TestVerifiers:
         row = rows_of("letters", "test")[0]
         assert tiny.rewards["compose"](images=[tiny.render(row["spec"])], spec=[row["spec"]]) == [None]
 
+    def test_row_without_a_specification_does_not_apply(self) -> None:
+        row = rows_of("letters", "test")[0]
+        images, spec = [tiny.render(row["spec"])] * 2, [None, row["spec"]]
+        assert tiny.rewards["letters"](images=images, spec=spec) == [None, 1.0]
+
     def test_names_differ_so_that_all_can_be_logged_together(self) -> None:
         functions = [*tiny.rewards.values(), *tiny.graded_rewards.values()]
         assert len({function.__name__ for function in functions}) == 6

@@ -226,7 +226,7 @@ def test_code_from_the_hub(tmp_path):
 DATA = {
     "no prompt column": (
         TRAIN.rename_column("prompt", "caption"),
-        "train_dataset has no column 'prompt'; its columns are ['caption', 'task']. Rename yours with rename_column.",
+        "train_dataset has no column 'prompt'; its columns are ['caption', 'task']. Use rename_column('caption', 'prompt').",
     ),
     "empty prompts": (
         Dataset.from_dict({"prompt": ["a", " ", ""], "task": list(TASKS)}),
@@ -263,6 +263,34 @@ def test_evaluation_data(tmp_path):
             "good": TRAIN,
             "stream": TRAIN.to_iterable_dataset(),
         },
+    )
+
+
+def test_data_without_a_column_of_tasks(tmp_path):
+    plain = TRAIN.remove_columns("task")
+    refused(
+        tmp_path,
+        "train_dataset has no column 'task', but teachers is a dict for the tasks ['count', 'ocr']. Add the column, or "
+        "name yours with task_column: there are ['prompt']. With one task, give teachers without a dict.",
+        teachers={"count": "base", "ocr": "base"},
+        train_dataset=plain,
+        reward_funcs={"ocr": red},
+    )
+    refused(
+        tmp_path,
+        "eval_dataset has no column 'task' that names the task, as train_dataset has.",
+        eval_dataset=plain,
+    )
+    make_trainer(tmp_path, teachers={"default": "base"}, train_dataset=plain, eval_dataset=plain)
+
+
+@pytest.mark.parametrize("options", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_on_start": True}])
+def test_evaluations_of_nothing(tmp_path, options):
+    name, value = next(iter(options.items()))
+    refused(
+        tmp_path,
+        f"{name}={value!r}: there are no prompts to evaluate. Give --eval_prompts (in Python, eval_dataset), or leave",
+        options=options,
     )
 
 

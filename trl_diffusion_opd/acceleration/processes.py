@@ -14,12 +14,26 @@
 
 """Turns a failure of one process into an error on all of them, with a message that says what happened."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
+
+from ..problems import Refusal
+
+
+def world_problems() -> list[str]:
+    """Says if a launcher has started more processes than know of each other, so that each would work alone."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if launched == 1 or PartialState().num_processes > 1:
+        return []
+    return [
+        f"{launched} processes were launched, but they do not know of each other: each would work alone, and all would "
+        "write into one folder. On CPUs add --use_cpu true (in Python, use_cpu=True)."
+    ]
 
 
 def communication_failed(error: BaseException) -> bool:
@@ -61,7 +75,7 @@ def failing_together() -> Iterator[None]:
     wait for one another inside the block.
 
     Raises:
-        [`RuntimeError`]: if the block of another process has failed.
+        [`RuntimeError`]: if the block of another process has failed; a [`Refusal`] if that one has refused its input.
     """
     failure: Exception | None = None
     try:
@@ -69,10 +83,13 @@ def failing_together() -> Iterator[None]:
     except Exception as error:  # raised again below
         failure = error
     if PartialState().num_processes > 1:
-        told = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-        failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+        told = gather_object(
+            [None if failure is None else (f"{type(failure).__name__}: {failure}", isinstance(failure, Refusal))]
+        )
+        failed = [(rank, said) for rank, said in enumerate(told) if said is not None]
         if failed and failure is None:
-            rank, text = failed[0]
-            raise RuntimeError(f"Process {rank} of {len(told)} has failed, so the others stop as well. {text}")
+            rank, (text, is_refusal) = failed[0]
+            kind = Refusal if is_refusal else RuntimeError
+            raise kind(f"Process {rank} of {len(told)} has failed, so the others stop as well. {text}")
     if failure is not None:
         raise failure

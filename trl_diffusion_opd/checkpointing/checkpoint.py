@@ -49,7 +49,7 @@ from ..hub.files import (
     SEAL_FILE,
     ZERO3_FILES,
 )
-from ..problems import Problems
+from ..problems import Problems, Refusal
 from .resume import Change, PromptsDigest, record, recorded
 from .run_folder import name_of_run, set_aside
 from .seal import damage, is_sealed, run_of, seal, update_of
@@ -215,7 +215,7 @@ def begin(
     """
     folder = last_complete(output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
     if folder is None and resume_from_checkpoint is True:
-        raise ValueError(
+        raise Refusal(
             f"resume_from_checkpoint=True, but {output_dir} holds no complete checkpoint. Leave it out to begin a new "
             "run."
         )

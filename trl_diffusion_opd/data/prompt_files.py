@@ -15,13 +15,23 @@
 """Loads prompts from files and from datasets on the Hub. Its errors name the file and the place in it."""
 
 import codecs
+import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset, Features, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.errors import HfHubHTTPError
+
+from ..guards.redaction import shown
+from ..problems import Refusal
+from .tasks import PROMPT_COLUMNS, plain_prompts, prompt_problems
 
 
 # Suffix of a file -> the loader of `datasets` and its arguments. utf-8-sig drops a byte order mark before the first
@@ -37,6 +47,21 @@ _FORMATS: dict[str, tuple[str, dict[str, str]]] = {
 _BLOCK = 1 << 20
 
 
+class Source(NamedTuple):
+    """
+    The prompts of a source.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): with the column `prompt`.
+        columns (`tuple[str, ...]`): the columns that the source has; none for a text file.
+        note (`str`, *optional*): says which column is taken as the prompt, where a user may not expect it.
+    """
+
+    dataset: Dataset
+    columns: tuple[str, ...]
+    note: str | None = None
+
+
 def source_problem(option: str, source: str) -> str | None:
     """Says what is wrong with a source of prompts, without reading it; `None` if nothing is found."""
     is_known, is_there = _suffix(source) in _FORMATS, os.path.exists(source)
@@ -49,29 +74,116 @@ def source_problem(option: str, source: str) -> str | None:
     return None
 
 
-def load_source(option: str, source: str) -> Dataset:
+def load_source(option: str, source: str, prompt_column: str | None = None) -> Source:
     """
-    Loads the prompts of a file, or of a dataset on the Hub (`owner/name[:split]`). A column `text` becomes `prompt` if
-    there is none. Messages name the command line option `option`.
+    Loads the prompts of a file, or of a dataset on the Hub (`owner/name[:split]`). Messages name the command line
+    option `option`.
+
+    The prompts are the column `prompt_column` if the source has it, else the first of [`PROMPT_COLUMNS`] that it has.
+    It is then called `prompt`. Blank lines of a text file are left out.
 
     Raises:
-        [`ValueError`]: if a file is missing, of an unknown kind, empty, not in UTF-8, or broken. The message says
-        where.
+        [`Refusal`]: if a file is missing, of an unknown kind, empty, not in UTF-8, or broken, or if a prompt is missing
+            or is no text. The message says where.
     """
     problem = source_problem(option, source)
     if problem is not None:
-        raise ValueError(problem)
+        raise Refusal(problem)
     suffix = _suffix(source)
-    if suffix in _FORMATS:
+    if suffix not in _FORMATS:
+        return _with_prompts(option, source, _of_hub(option, source), prompt_column)
+    with _no_progress():
         part = _load_file(option, source, *_FORMATS[suffix])
-    else:
-        name, _, split = source.partition(":")
-        part = load_dataset(name, split=split or "train")
-    if "prompt" not in part.column_names and "text" in part.column_names:
-        part = part.rename_column("text", "prompt")
-    # CSV and parquet files may hold large strings, which are a different type to `datasets`.
-    text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
-    return part.cast(Features({**part.features, **text}))
+        # CSV and parquet files may hold large strings, which are a different type to `datasets`.
+        text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
+        part = part.cast(Features({**part.features, **text}))
+    if suffix == ".txt":
+        return Source(_without_blanks(option, source, part), ())
+    return _with_prompts(option, source, part, prompt_column)
+
+
+def _with_prompts(option: str, source: str, part: Dataset, prompt_column: str | None) -> Source:
+    """Calls the column with the prompts `prompt`, and checks them."""
+    columns = tuple(part.column_names)
+    named = dict.fromkeys(name for name in (prompt_column, *PROMPT_COLUMNS) if name in columns)
+    if not named:
+        likely = _likely_column(part)
+        advice = (
+            "; rename the one with the prompts" if likely is None else f"; rename it or give --prompt_column {likely}"
+        )
+        raise Refusal(f"--{option}: {source} has no column 'prompt' (it has {', '.join(columns)}){advice}.")
+    taken, *others = named
+    note = None
+    if taken != prompt_column and (others or taken != "prompt"):
+        also = f"; it also has {' and '.join(map(repr, others))}" if others else ""
+        note = f"{source}: column {taken!r} is taken as the prompt{also}"
+    if taken != "prompt":
+        if "prompt" in columns:
+            part = part.remove_columns("prompt")
+        part = part.rename_column(taken, "prompt")
+    part = plain_prompts(part)
+    problems = prompt_problems(part, source, lambda row: _place(source, row), "give --prompt_column")
+    if problems:
+        raise Refusal("\n".join(f"--{option}: {problem}" for problem in problems))
+    return Source(part, columns, note)
+
+
+def _likely_column(part: Dataset) -> str | None:
+    """The column that most likely holds the prompts: that of text with the most words. `None` without text."""
+    head = part.select(range(min(len(part), 100)))
+    words = {
+        name: sum(len(text.split()) for text in head[name] if text)
+        for name, kind in part.features.items()
+        if kind == Value("string")
+    }
+    return max(words, key=lambda name: words[name], default=None)
+
+
+def _without_blanks(option: str, path: str, lines: Dataset) -> Dataset:
+    texts = [line for line in lines["text"] if line and line.strip()]
+    if not texts:
+        raise Refusal(f"--{option}: the file {path!r} has only blank lines.")
+    return Dataset.from_dict({"prompt": texts})
+
+
+def _place(source: str, row: int) -> str:
+    """Where a row is in its file: its line, where rows have lines."""
+    suffix = _suffix(source)
+    if suffix in (".csv", ".tsv"):
+        with open(source, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
+            full = (reader.line_num for cells in reader if cells)
+            return f"line {next(islice(full, row + 1, None))}"  # the first names the columns
+    if suffix in (".json", ".jsonl"):
+        with open(source, encoding="utf-8-sig") as file:
+            lines = [number for number, line in enumerate(file, start=1) if line.strip()]
+            file.seek(0)
+            if not file.read(1_000).lstrip("\ufeff \n\r\t").startswith("["):
+                return f"line {lines[row]}"
+    return f"row {row}"
+
+
+def _of_hub(option: str, source: str) -> Dataset:
+    name, _, split = source.partition(":")
+    try:
+        return load_dataset(name, split=split or "train")
+    except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
+        raise Refusal(
+            f"--{option}: {source!r} is no file here, and no dataset of the Hub can be loaded by that name: "
+            f"{shown(error, 500)}"
+        ) from error
+
+
+@contextmanager
+def _no_progress() -> Iterator[None]:
+    """Context without the progress bars of `datasets`: a local file is read at once."""
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
 
 
 def _suffix(source: str) -> str:
@@ -80,7 +192,7 @@ def _suffix(source: str) -> str:
 
 def _load_file(option: str, path: str, file_format: str, options: Mapping[str, str]) -> Dataset:
     if os.path.getsize(path) == 0:
-        raise ValueError(f"--{option}: the file {path!r} is empty.")
+        raise Refusal(f"--{option}: the file {path!r} is empty.")
     if file_format != "parquet":
         _check_utf8(option, path)
     # `datasets` infers types from the first chunk, so one chunk must be the whole file: in GenEval's metadata some
@@ -90,7 +202,7 @@ def _load_file(option: str, path: str, file_format: str, options: Mapping[str, s
         return load_dataset(file_format, data_files=path, split="train", **options, **whole)
     except (DatasetGenerationError, pa.ArrowInvalid, StopIteration) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"--{option}: the file {path!r} cannot be read as {file_format}: {cause}") from error
+        raise Refusal(f"--{option}: the file {path!r} cannot be read as {file_format}: {cause}") from error
 
 
 def _check_utf8(option: str, path: str) -> None:
@@ -110,7 +222,7 @@ def _check_utf8(option: str, path: str) -> None:
                     if start == 0 and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                     else "ISO-8859-1"
                 )
-                raise ValueError(
+                raise Refusal(
                     f"--{option}: the file {path!r} is not in UTF-8: byte {start - pending + error.start}, in line "
                     f"{lines + place.count(10)}, is 0x{error.object[error.start]:02x}. Save it as UTF-8; if it is in "
                     f"{kind}: iconv -f {kind} -t UTF-8."

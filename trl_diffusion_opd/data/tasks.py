@@ -17,7 +17,7 @@ Checks datasets of prompts, and chooses the prompts of each update: the same num
 prompts a task has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -31,6 +31,8 @@ from ..guards.redaction import shown
 
 # The one task of a dataset without a task column.
 SINGLE_TASK = "default"
+# The columns that commands take as the prompt: the first of them that a source has.
+PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Number of prompts that are encoded together (a "company").
 COMPANY = 8
 # Maximum number of characters in a task's name.
@@ -78,7 +80,24 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     """Says what is wrong with a dataset of prompts, one sentence each. `name` is how messages call it."""
     columns = dataset.column_names
     if "prompt" not in columns:
-        return [f"{name} has no column 'prompt'; its columns are {columns}. Rename yours with rename_column."]
+        likely = next((one for one in PROMPT_COLUMNS if one in columns), None)
+        remedy = "Rename yours with rename_column." if likely is None else f"Use rename_column({likely!r}, 'prompt')."
+        return [f"{name} has no column 'prompt'; its columns are {columns}. {remedy}"]
+    problems = prompt_problems(dataset, name, "row {}".format, "rename it with rename_column")
+    if task_column in columns:
+        problems += _task_problems(dataset, task_column, name)
+    return problems
+
+
+def prompt_problems(dataset: Dataset, name: str, place: Callable[[int], str], remedy: str) -> list[str]:
+    """
+    Says what is wrong with the column `prompt` of a dataset, one sentence each.
+
+    Args:
+        dataset ([`~datasets.Dataset`]), name (`str`): the dataset, and how messages call it.
+        place (`Callable`): returns where a row is, by its number.
+        remedy (`str`): what to do if another column has the prompts.
+    """
     problems = []
     empty, unfit = [], []
     for row, prompt in enumerate(_values(dataset, "prompt")):
@@ -89,42 +108,44 @@ def dataset_problems(dataset: Dataset, task_column: str, name: str) -> list[str]
     if len(dataset) == 0:
         problems.append(f"{name} is empty.")
     if empty:
-        problems.append(f"{name} has {len(empty)} empty prompt(s), the first in row {empty[0]}. Remove them.")
+        problems.append(f"{name} has {len(empty)} empty prompt(s), the first in {place(empty[0])}. Remove them.")
     if unfit:
         row, prompt = unfit[0]
         problems.append(
-            f"{name} has {len(unfit)} prompt(s) that are not text, the first in row {row}: {_no_text(prompt)}"
+            f"{name} has {len(unfit)} prompt(s) that are not text, the first in {place(row)}: "
+            f"{_no_text(prompt, remedy)}"
         )
-    if task_column in columns:
-        bad, others, long = [], [], []
-        for row, task in enumerate(_values(dataset, task_column)):
-            if task is None or task == "":
-                bad.append(row)
-            elif not isinstance(task, str):
-                others.append((row, task))
-            elif len(task) > LONGEST_TASK:
-                long.append((row, task))
-        if long:
-            row, task = long[0]
-            problems.append(
-                f"{name} has {len(long)} row(s) with a task name of more than {LONGEST_TASK} characters, the first in "
-                f"row {row}: '{shown(task, 80)}'. Names of tasks appear in logs, files and cards: choose a shorter "
-                "one."
-            )
-        if bad:
-            problems.append(
-                f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}."
-            )
-        if others:
-            row, task = others[0]
-            problems.append(
-                f"{name} has {len(others)} task(s) in '{task_column}' that are not text, the first in row {row}: "
-                f"{task!r:.80}. Convert them: dataset.cast_column('{task_column}', Value('string'))."
-            )
     return problems
 
 
-def _no_text(prompt: object) -> str:
+def _task_problems(dataset: Dataset, task_column: str, name: str) -> list[str]:
+    problems = []
+    bad, others, long = [], [], []
+    for row, task in enumerate(_values(dataset, task_column)):
+        if task is None or task == "":
+            bad.append(row)
+        elif not isinstance(task, str):
+            others.append((row, task))
+        elif len(task) > LONGEST_TASK:
+            long.append((row, task))
+    if long:
+        row, task = long[0]
+        problems.append(
+            f"{name} has {len(long)} row(s) with a task name of more than {LONGEST_TASK} characters, the first in "
+            f"row {row}: '{shown(task, 80)}'. Names of tasks appear in logs, files and cards: choose a shorter one."
+        )
+    if bad:
+        problems.append(f"{name} has {len(bad)} row(s) without a task in '{task_column}', the first is row {bad[0]}.")
+    if others:
+        row, task = others[0]
+        problems.append(
+            f"{name} has {len(others)} task(s) in '{task_column}' that are not text, the first in row {row}: "
+            f"{task!r:.80}. Convert them: dataset.cast_column('{task_column}', Value('string'))."
+        )
+    return problems
+
+
+def _no_text(prompt: object, remedy: str) -> str:
     """Says what a prompt that is not text is instead, and what to do."""
     if _is_conversation(prompt):
         roles = ", ".join(str(message.get("role")) for message in prompt)
@@ -135,7 +156,7 @@ def _no_text(prompt: object) -> str:
     if isinstance(prompt, list):
         return f"a list, {prompt!r:.80}. A row has one prompt: make one row for each."
     kind = "a number" if isinstance(prompt, int | float) else f"a {type(prompt).__name__}"
-    return f"{kind}, {prompt!r:.80}. If another column has the texts, rename it with rename_column."
+    return f"{kind}, {prompt!r:.80}. If another column has the texts, {remedy}."
 
 
 def _is_conversation(prompt: object) -> TypeGuard[list[dict[str, JSON]]]:
@@ -161,24 +182,31 @@ def _plain_text(prompt: object) -> str | None:
 
 def plain_dataset(dataset: Any, task_column: str) -> Any:
     """
-    Converts the prompts and tasks of a dataset (or of a dict of datasets) to text where that is unambiguous.
-
-    TRL's datasets may hold conversations: one with a single user message becomes that message's text. Class labels
-    become their names. Everything else is returned unchanged.
+    Converts the prompts and tasks of a dataset (or of a dict of datasets) to text where that is unambiguous: prompts
+    as [`plain_prompts`], class labels to their names. Everything else is returned unchanged.
     """
     if isinstance(dataset, dict):
         return {name: plain_dataset(part, task_column) for name, part in dataset.items()}
     if not isinstance(dataset, Dataset):
         return dataset
-    prompts, labels = dataset.features.get("prompt"), dataset.features.get(task_column)
-    if prompts is not None and not _is_text(prompts):
-        texts = [_plain_text(prompt) for prompt in _values(dataset, "prompt")]
-        if None not in texts:
-            dataset = _with_column(dataset, "prompt", texts)
+    dataset, labels = plain_prompts(dataset), dataset.features.get(task_column)
     if isinstance(labels, ClassLabel):
         numbers = _values(dataset, task_column)
         names = [labels.names[n] if n is not None and n >= 0 else None for n in numbers]
         dataset = _with_column(dataset, task_column, names)
+    return dataset
+
+
+def plain_prompts(dataset: Dataset) -> Dataset:
+    """
+    Converts prompts to text where that is unambiguous. TRL's datasets may hold conversations: one with a single user
+    message becomes that message's text.
+    """
+    prompts = dataset.features.get("prompt")
+    if prompts is not None and not _is_text(prompts):
+        texts = [_plain_text(prompt) for prompt in _values(dataset, "prompt")]
+        if None not in texts:
+            return _with_column(dataset, "prompt", texts)
     return dataset
 
 

@@ -35,8 +35,9 @@ from ..hub.files import (
     TIMING_FILE,
 )
 from ..reporting.report import Report
-from .measure import Measured, Task
-from .retention import retention_table, scores_table
+from .measure import Measured
+from .plan import Task
+from .retention import retention_table, scores_table, settings_table
 from .store import Store
 
 
@@ -68,13 +69,13 @@ def write_results(
         write_json(folder / TIMING_FILE, {"seconds": measured.seconds, "images_drawn": measured.drawn})
     if (folder / "images").is_dir():
         write_json(folder / "images" / "index.json", _folders(store, measured))
-    write_file(folder / TABLES_FILE, f"# Retention\n\n{retention_table(report)}\n\n{scores_table(report)}\n")
+    tables = (retention_table(report), scores_table(report), settings_table(report))
+    write_file(folder / TABLES_FILE, "\n\n".join(["# Retention", *filter(None, tables)]) + "\n")
     with extra(f"The picture {RETENTION_PICTURE}"):
         plots.plot_retention(report, folder / RETENTION_PICTURE)
     with extra(f"The picture {RADAR_PICTURE}"):
         if len(plots.radar_axes(report)) >= plots.MIN_RADAR_AXES:
             plots.plot_radar(report, folder / RADAR_PICTURE)
-    num_samples = min(num_samples, report["num_images"])
     if num_samples:
         with extra(f"The picture {SAMPLES_PICTURE}"):
             plots.plot_samples(_sample_rows(store, report, measured, tasks, num_samples), folder / SAMPLES_PICTURE)
@@ -102,7 +103,7 @@ def _sample_rows(
     for task, part in tasks.items():
         reward = report["tasks"][task]["reward"]
         columns = {"base": "base", "teacher": f"teacher/{task}", **{name: name for name in students}}
-        for n, prompt in enumerate(part.rows(range(num_samples))["prompt"]):
+        for n, prompt in enumerate(part.rows(range(min(num_samples, part.num_images)))["prompt"]):
             images = {label: store.load(measured.keys[model, task], task, n) for label, model in columns.items()}
             scores = {label: measured.scores[model][task][reward][n] for label, model in columns.items()}
             shown.append(SampleRow(task, prompt, images, scores))
@@ -134,7 +135,7 @@ def samples_page(store: Store, report: Report, measured: Measured, tasks: Mappin
                     for model, of_model in measured.scores.items()
                 ],
             }
-            for n, prompt in enumerate(part.rows(range(num_samples))["prompt"])
+            for n, prompt in enumerate(part.rows(range(min(num_samples, part.num_images)))["prompt"])
         ]
         for task, part in tasks.items()
     }

@@ -18,81 +18,27 @@ while the next one is drawn.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, tqdm
-from datasets import Dataset
+from accelerate.utils import gather_object, tqdm
 from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
-from ..models.teachers import Role, TeacherBank, model_identity
+from ..guards.redaction import shown
+from ..models.teachers import TeacherBank
 from ..pipelines.drawing import draw_batch
 from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Row, Scorer, reward_name
 from ..rewards.scoring import call_reward, score_names
-from .identity import digest, reward_digest, rows_digest
+from .announcement import first_batch
+from .plan import Batch, Plan
 from .retention import Scores
 from .store import KnownScores, Store, merge
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    A task's part of the evaluation.
-
-    Attributes:
-        index (`int`): its place among the tasks. The noise depends on it.
-        prompts ([`~datasets.Dataset`]): its rows. If there are more images than rows, they are repeated in order.
-        functions (`list` of reward functions): its own rewards.
-        others (`list` of reward functions): other tasks' rewards that score its images too.
-    """
-
-    index: int
-    prompts: Dataset
-    functions: list[RewardFunc]
-    others: list[RewardFunc]
-
-    def rows(self, numbers: range) -> dict[str, list[Any]]:
-        """The dataset's rows for the images of these numbers, as columns."""
-        return self.prompts[[n % len(self.prompts) for n in numbers]]
-
-    def all_functions(self) -> list[RewardFunc]:
-        return [*self.functions, *self.others]
-
-
-@dataclass(frozen=True)
-class Options:
-    """
-    How many images are drawn, how, and which are kept.
-
-    Attributes:
-        num_images (`int`): images a task.
-        batch_size (`int`): images that a process draws at a time.
-        seed (`int`): seed of the noise.
-        num_samples (`int`): number of each task's first images that are always kept.
-        keep_images (`bool`): whether the other images are kept too.
-        reward_timeout (`float`, *optional*): seconds to wait for one call of a reward function; `None` for no limit.
-    """
-
-    num_images: int
-    batch_size: int
-    seed: int
-    num_samples: int
-    keep_images: bool
-    reward_timeout: float | None
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model to draw with: a weighted mean of networks, each with its guidance scale, and the model's names."""
-
-    roles: list[Role]
-    names: list[str]
 
 
 class _Seconds(TypedDict):
@@ -124,152 +70,62 @@ class Measured:
         return f"{self.drawn} images were drawn in {drawing:.1f} s; scoring meanwhile took {taken}."
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """
-    Images of one model for one task that are drawn together, and for each reward the images that it must still score.
-
-    Rounding depends on which images are drawn together, so this does not depend on processes or interruptions.
-    """
-
-    task: str
-    model: Model
-    key: str
-    numbers: range
-    is_drawn: bool
-    unscored: Mapping[str, list[int]]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Results of earlier runs: digests of rewards by task and name, numbers of stored images by key, and scores."""
-
-    rewards: dict[tuple[str, str], str | None]
-    images: dict[str, set[int]]
-    scores: KnownScores
-
-    def identity(self, key: str, task: str, function: RewardFunc, score: str) -> tuple[str, str, str]:
-        """The key under which the scores of a task's images are stored."""
-        return key, score, self.rewards[task, reward_name(function)] or ""
-
-    def unscored(self, key: str, task: str, function: RewardFunc, numbers: range) -> list[int]:
-        scored = [self.scores.get(self.identity(key, task, function, name), {}) for name in score_names(function)]
-        return [n for n in numbers if not all(n in of_name for of_name in scored)]
-
-
-def measure(
-    field: VelocityField,
-    bank: TeacherBank,
-    tasks: Mapping[str, Task],
-    settings: Mapping[str, object],
-    options: Options,
-    store: Store | None,
-) -> Measured:
+def measure(field: VelocityField, bank: TeacherBank, plan: Plan, store: Store | None) -> Measured:
     """
     Scores every model on every task. Call it on all processes; all return the same.
 
     Args:
         field ([`VelocityField`]): the base, with the noise grid.
         bank ([`TeacherBank`]): all models, by name.
-        tasks (`dict[str, Task]`)
-        settings (`dict`): everything that all images depend on besides model, prompt and noise, ready for JSON.
-        options ([`Options`])
-        store ([`Store`], *optional*): where images and scores are kept. Those that are there already are reused.
+        plan ([`Plan`]): what is missing.
+        store ([`Store`], *optional*): where images and scores are kept, as the plan was made for.
 
     Raises:
-        [`TimeoutError`]: if a call of a reward function took longer than `options.reward_timeout`.
+        [`TimeoutError`]: if a call of a reward function took longer than `reward_timeout`.
     """
-    state, num_images = PartialState(), options.num_images
-    models = _distinct_models(bank)
-    keys = {
-        (name, task): digest(
-            dict(settings), model_identity(model.roles), options.seed, task, part.index, part.prompts["prompt"][:]
-        )
-        for task, part in tasks.items()
-        for model in models
-        for name in model.names
-    }
-    # The main process looks for stored results on behalf of all: others might see files that are written meanwhile.
-    found: _Found = broadcast_object_list([_find(tasks, keys, store) if state.is_main_process else None])[0]
-    kept = 0 if store is None else num_images if options.keep_images else options.num_samples
-    batches = _plan(tasks, models, keys, found, num_images, options.batch_size, kept)
-    # Batches to draw and batches to score are divided among processes separately, since drawing takes longer.
-    mine = [
-        batch
-        for is_drawn in (True, False)
-        for batch in [b for b in batches if b.is_drawn == is_drawn][state.process_index :: state.num_processes]
-    ]
-    worker = _Worker(field, bank, tasks, found, options.seed, store, kept)
+    state = PartialState()
+    mine = plan.of_process(state.process_index, state.num_processes)
+    worker = _Worker(field, bank, plan, store)
     with failing_together():
         try:
-            seconds = worker.work(mine, options.reward_timeout)
+            seconds = worker.work(mine)
         except TimeoutError as error:
             if store is not None:
                 error.add_note("What has been drawn and scored is kept: the same command goes on from there.")
             raise
     everyone = gather_object([(worker.fresh, seconds, sum(len(batch.numbers) for batch in mine if batch.is_drawn))])
+    found = plan.found
     merge(found.scores, (scores for scores, _, _ in everyone))
     scores: Scores = {
         model: {
             task: {
-                name: [found.scores[found.identity(keys[model, task], task, f, name)][n] for n in range(num_images)]
+                name: [
+                    found.scores[found.identity(plan.keys[model, task], task, f, name)][n]
+                    for n in range(part.num_images)
+                ]
                 for f in part.all_functions()
                 for name in score_names(f)
             }
-            for task, part in tasks.items()
+            for task, part in plan.tasks.items()
         }
         for model in bank.teachers
     }
-    return Measured(scores, keys, _total([taken for _, taken, _ in everyone]), sum(drawn for _, _, drawn in everyone))
+    total = _total([taken for _, taken, _ in everyone])
+    return Measured(scores, plan.keys, total, sum(drawn for _, _, drawn in everyone))
 
 
-def _distinct_models(bank: TeacherBank) -> list[Model]:
-    """Merges models that are the same (also equal files in two places) into one with several names, drawn once."""
-    models: dict[str, Model] = {}
-    for name, roles in bank.teachers.items():
-        models.setdefault(digest(model_identity(roles)), Model(roles, [])).names.append(name)
-    return list(models.values())
-
-
-def _functions(tasks: Mapping[str, Task]) -> dict[str, RewardFunc]:
-    return {reward_name(function): function for part in tasks.values() for function in part.all_functions()}
-
-
-def _find(tasks: Mapping[str, Task], keys: Mapping[tuple[str, str], str], store: Store | None) -> _Found:
-    rewards: dict[tuple[str, str], str | None] = {}
-    digests = {name: reward_digest(function) for name, function in _functions(tasks).items()}
-    for task, part in tasks.items():
-        rows = rows_digest(part.prompts.to_dict())
-        for name, of_function in digests.items():
-            rewards[task, name] = None if of_function is None else digest(of_function, rows)
-    if store is None:
-        return _Found(rewards, {}, {})
-    return _Found(rewards, {key: store.numbers(key, task) for (_, task), key in keys.items()}, store.scores())
-
-
-def _plan(
-    tasks: Mapping[str, Task],
-    models: Sequence[Model],
-    keys: Mapping[tuple[str, str], str],
-    found: _Found,
-    num_images: int,
-    batch_size: int,
-    kept: int,
-) -> list[_Batch]:
-    """Lists the batches in which an image or a score is missing. If one image is missing, the whole batch is drawn."""
-    batches = []
-    for task, part in tasks.items():
-        for model in models:
-            key = keys[model.names[0], task]
-            for start in range(0, num_images, batch_size):
-                numbers = range(start, min(start + batch_size, num_images))
-                unscored = {reward_name(f): found.unscored(key, task, f, numbers) for f in part.all_functions()}
-                needed = {n for of_function in unscored.values() for n in of_function}
-                needed |= {n for n in numbers if n < kept}
-                is_drawn = not needed <= found.images.get(key, set())
-                if is_drawn or any(unscored.values()):
-                    batches.append(_Batch(task, model, key, numbers, is_drawn, unscored))
-    return batches
+def time_batch(field: VelocityField, bank: TeacherBank, plan: Plan) -> float | None:
+    """
+    Draws the first batch of this process and keeps nothing of it. Returns the seconds that it took, `None` if there
+    is nothing to draw.
+    """
+    state = PartialState()
+    batch = next((one for one in plan.of_process(state.process_index, state.num_processes) if one.is_drawn), None)
+    if batch is None:
+        return None
+    start = time.perf_counter()
+    _Worker(field, bank, plan, None).draw(batch)
+    return time.perf_counter() - start
 
 
 class _Worker:
@@ -280,65 +136,61 @@ class _Worker:
         fresh (`dict`): the new scores.
     """
 
-    def __init__(
-        self,
-        field: VelocityField,
-        bank: TeacherBank,
-        tasks: Mapping[str, Task],
-        found: _Found,
-        seed: int,
-        store: Store | None,
-        kept: int,
-    ):
-        self.field, self.bank, self.tasks, self.found = field, bank, tasks, found
-        self.seed, self.store, self.kept = seed, store, kept
+    def __init__(self, field: VelocityField, bank: TeacherBank, plan: Plan, store: Store | None):
+        self.field, self.bank, self.plan, self.store = field, bank, plan, store
         self.fresh: KnownScores = {}
 
-    def work(self, batches: Sequence[_Batch], reward_timeout: float | None) -> _Seconds:
+    def work(self, batches: Sequence[Batch]) -> _Seconds:
         """Works through the batches. Returns the seconds that it took: `generation`, and `rewards` by name."""
-        generation = 0.0
+        generation, timeout = 0.0, self.plan.options.reward_timeout
+        total = sum(len(batch.numbers) if batch.is_drawn else len(batch.missing) for batch in batches)
         with ExitStack() as stack:
             # One scorer for each function: after an interruption, functions may lack different scores.
             scorers = {
-                name: stack.enter_context(Scorer([function], None, reward_timeout, call=self.score))
-                for name, function in _functions(self.tasks).items()
+                name: stack.enter_context(Scorer([function], None, timeout, call=self.score))
+                for name, function in self.plan.functions().items()
             }
-            for batch in tqdm(batches, desc="Evaluating", unit="batch"):
-                missing = sorted({n for numbers in batch.unscored.values() for n in numbers})
+            bar = stack.enter_context(tqdm(total=total, unit=" images"))
+            for batch in batches:
+                bar.set_description(f"{shown(batch.task)} by {shown(batch.model.names[0])}", refresh=False)
                 if batch.is_drawn:
                     start = time.perf_counter()
                     images = dict(zip(batch.numbers, self.draw(batch), strict=True))
-                    generation += time.perf_counter() - start
+                    seconds = time.perf_counter() - start
+                    if not generation and not bar.disable:  # the bar of the main process
+                        bar.write(first_batch(batches, seconds))
+                    generation += seconds
                 else:
                     assert self.store is not None  # without a store everything is drawn
-                    images = {n: self.store.load(batch.key, batch.task, n) for n in missing}
-                columns = self.tasks[batch.task].rows(batch.numbers)
+                    images = {n: self.store.load(batch.key, batch.task, n) for n in batch.missing}
+                columns = self.plan.tasks[batch.task].rows(batch.numbers)
                 rows = {n: {name: columns[name][i] for name in columns} for i, n in enumerate(batch.numbers)}
                 for name, numbers in batch.unscored.items():
                     if numbers:
                         scorers[name].submit([rows[n] for n in numbers], [images[n] for n in numbers], batch)
+                bar.update(len(batch.numbers) if batch.is_drawn else len(batch.missing))
             for scorer in scorers.values():
                 scorer.results()
         return {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
 
-    def draw(self, batch: _Batch) -> list[Image]:
-        task = self.tasks[batch.task]
+    def draw(self, batch: Batch) -> list[Image]:
+        task = self.plan.tasks[batch.task]
 
         def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
             return self.bank.mean_velocity(self.field, batch.model.roles, x, t, prompts)
 
         try:
             prompts = task.rows(batch.numbers)["prompt"]
-            images = draw_batch(self.field, velocity, prompts, [self.seed, task.index], batch.numbers)
+            images = draw_batch(self.field, velocity, prompts, [self.plan.options.seed, task.index], batch.numbers)
         except FloatingPointError as error:
             raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error
         if self.store is not None:
             pairs = zip(batch.numbers, images, strict=True)
-            self.store.save(batch.key, batch.task, {n: image for n, image in pairs if n < self.kept})
+            self.store.save(batch.key, batch.task, {n: image for n, image in pairs if n < self.plan.kept[batch.task]})
         return images
 
     def score(
-        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: _Batch
+        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: Batch
     ) -> dict[str, list[float | None]]:
         """Calls a reward function and stores its scores at once. Runs in the function's own thread."""
         # Copies, since a function could change the images that other functions score in their threads.
@@ -346,7 +198,7 @@ class _Worker:
         try:
             scores = call_reward(function, rows, own)
         except BaseException as error:
-            if function not in self.tasks[batch.task].functions:
+            if function not in self.plan.tasks[batch.task].functions:
                 error.add_note(
                     f"Every reward scores the images of every task, here {reward_name(function)!r} those of task "
                     f"{batch.task!r}. A function must return None for rows that it does not apply to. Or set "
@@ -354,7 +206,7 @@ class _Worker:
                 )
             raise
         for name, values in scores.items():
-            identity = self.found.identity(batch.key, batch.task, function, name)
+            identity = self.plan.found.identity(batch.key, batch.task, function, name)
             by_number = dict(zip(batch.unscored[reward_name(function)], values, strict=True))
             self.fresh.setdefault(identity, {}).update(by_number)
             if self.store is not None and identity[2]:

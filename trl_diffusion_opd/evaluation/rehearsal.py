@@ -12,18 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Finds problems of the retention report that follows training, before training starts."""
+"""Finds problems of a retention report before anything is drawn: before a training that it follows, or at its start."""
 
 from collections.abc import Collection, Mapping, Sequence
 
 from datasets import Dataset
+from PIL.Image import Image
 from torch import nn
 
 from ..data.tasks import dataset_problems, task_rows
 from ..guards.redaction import shown
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
-from ..rewards import RewardFunc, Scorer, reward_data_problems, reward_name
+from ..problems import Problems
+from ..rewards import RewardFunc, Row, Scorer, reward_data_problems, reward_name
+from .plan import Plan
 
 
 def report_problems(
@@ -88,13 +91,70 @@ def rehearse_report(
             field, student, [row["prompt"]], entropy=[seed, index], guidance_scale=guidance_scale, batch_size=1
         )
         for name, function in every.items():
-            try:
-                with Scorer([function], None, reward_timeout, task=task) as scorer:
-                    scorer.submit([row], [image])
-                    scorer.results()
-            except Exception as error:
+            error = _failure(function, task, row, image, reward_timeout)
+            if error is not None:
                 raise ValueError(
                     f"The report at the end would fail: reward {name!r} can't score an image of task {task!r}, for "
                     f"the prompt '{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every "
                     "reward scores the images of all tasks. It must return None for rows that it does not apply to."
                 ) from error
+
+
+def try_rewards(plan: Plan, image: Image) -> None:
+    """
+    Has every reward score an image for the first row of every task that it must score, so that one that fails does so
+    before anything is drawn. Rewards without missing scores are not called.
+
+    Args:
+        plan ([`Plan`]): the evaluation.
+        image (`PIL.Image.Image`): any image of the right size.
+
+    Raises:
+        [`ValueError`]: if rewards fail. One message lists all, and the first one's error is the cause.
+        [`TimeoutError`]: if a reward does not answer.
+    """
+    needed = {(b.task, name) for b in plan.batches for name, numbers in b.unscored.items() if numbers}
+    problems, errors = Problems(), []
+    for name, function in plan.functions().items():
+        # Its own tasks first: if it fails there, other tasks tell nothing more.
+        tasks = sorted(plan.tasks, key=lambda task: function not in plan.tasks[task].functions)
+        for task in tasks:
+            if (task, name) not in needed:
+                continue
+            columns = plan.tasks[task].rows(range(1))
+            row = {column: values[0] for column, values in columns.items()}
+            error = _failure(function, task, row, image, plan.options.reward_timeout)
+            if isinstance(error, TimeoutError):
+                raise error
+            if error is None:
+                continue
+            errors.append(error)
+            is_own = function in plan.tasks[task].functions
+            whose = f"of {'its own ' if is_own else ''}task {task!r}"
+            problems.append(
+                f"reward {name!r} can't score an image {whose}, for the prompt '{shown(row['prompt'])}': "
+                f"{type(error).__name__}: {shown(error, 500)}."
+                + (
+                    ""
+                    if is_own
+                    else " It must return None for rows that it does not apply to. Or set cross_task_rewards=False "
+                    "(--no_cross_task_rewards): then only a task's own rewards score its images."
+                )
+            )
+            if is_own:
+                break
+    try:
+        problems.raise_under("The evaluation cannot start: every reward was tried on one image of every task")
+    except ValueError as refusal:
+        raise refusal from errors[0]
+
+
+def _failure(function: RewardFunc, task: str, row: Row, image: Image, timeout: float | None) -> Exception | None:
+    """The error of a reward that can't score an image; `None` if it can."""
+    try:
+        with Scorer([function], None, timeout, task=task) as scorer:
+            scorer.submit([row], [image.copy()])
+            scorer.results()
+    except Exception as error:  # whatever the function raises
+        return error
+    return None

@@ -96,26 +96,25 @@ def retention_report(
 
     Returns:
         `dict`, ready for JSON:
-        - `tasks`: for each task `reward` (the name of its score), `rewards` (its own rewards), the mean scores `base`,
-          `teacher` and `student`, `retention` = (student - base) / (teacher - base), and its interval `ci95`.
+        - `tasks`: for each task `reward` (the name of its score), `rewards` (its own rewards), `num_images`, the mean
+          scores `base`, `teacher` and `student`, `retention` = (student - base) / (teacher - base), and its interval `ci95`.
           Retention is not clipped. Retention and interval are `None` if the teacher's gain is less than 0.05; the
           interval is also `None` if the bootstrap can't tell the gain from zero. With several students, `students` has
           `student`, `retention` and `ci95` of each.
         - `mean_retention`, `mean_ci95`: the mean over the tasks that have a retention, and its interval.
-        - `num_images`: images a task; `seed`.
+        - `num_images`: images a task, of the smallest task if they differ; `seed`.
         - `scores`, `scores_ci95`: mean and interval of every reward for every model on every task.
     """
     reports: dict[str, TaskReport] = {}
     means: Means = {model: {} for model in scores}
     intervals: Intervals = {model: {} for model in scores}
     kept: dict[str, list[tuple[float, np.ndarray]]] = {student: [] for student in students}
-    num_images = 0
     for index, (task, teacher) in enumerate(teachers.items()):
         resampled: dict[str, dict[str, np.ndarray]] = {}
         for model, of_model in scores.items():
             values = np.array(list(of_model[task].values()), dtype=float)  # [reward, image]; None becomes NaN
             num_images = values.shape[1]
-            if not resampled:
+            if not resampled:  # the same resamples for all models
                 counts = resample_counts(num_images, [seed, index])
             mean = resampled_means(values, np.ones((1, num_images)))[0]
             resampled[model] = dict(zip(of_model[task], resampled_means(values, counts).T, strict=True))
@@ -133,7 +132,14 @@ def retention_report(
                 entries[student] = {"student": mine, "retention": retention, "ci95": interval(sampled)}
                 kept[student].append((retention, sampled))
         rewards = list(own[task]) if own is not None else [reward]
-        reports[task] = {"reward": reward, "rewards": rewards, "base": base, "teacher": goal, **entries[students[0]]}
+        reports[task] = {
+            "reward": reward,
+            "rewards": rewards,
+            "num_images": num_images,
+            "base": base,
+            "teacher": goal,
+            **entries[students[0]],
+        }
         if len(students) > 1:
             reports[task]["students"] = entries
     overall = {student: _overall(kept[student]) for student in students}
@@ -141,7 +147,7 @@ def retention_report(
         "tasks": reports,
         **overall[students[0]],
         "students": overall,
-        "num_images": num_images,
+        "num_images": min(entry["num_images"] for entry in reports.values()),
         "seed": seed,
         "scores": means,
         "scores_ci95": intervals,
@@ -163,7 +169,10 @@ def _number(value: float) -> float | None:
 
 
 def retention_table(report: Report) -> str:
-    """The report as a Markdown table, with a row for each task and student and one for the mean over tasks."""
+    """
+    The report as a Markdown table, with a row for each task and student and one for the mean over tasks. A line below
+    says what the intervals are.
+    """
     several = "students" in report
     header = [
         "task",
@@ -185,7 +194,40 @@ def retention_table(report: Report) -> str:
         overall = report if name is None else report["students"][name]
         blank = ["**mean**", "", "", "", *([cell(name)] if name else []), ""]
         rows.append([*blank, f"**{_cell(overall['mean_retention'])}**", _range(overall["mean_ci95"])])
-    return _table(header, rows, to_the_left=("task", "reward", "model"))
+    return f"{_table(header, rows, to_the_left=('task', 'reward', 'model'))}\n\n{_caption(report)}"
+
+
+def _caption(report: Report) -> str:
+    """Says over what the intervals are."""
+    counts = {entry["num_images"] for entry in report["tasks"].values()}
+    images = f"{min(counts):,}" if len(counts) == 1 else f"{min(counts):,} to {max(counts):,}"
+    whole = len(report["tasks"])
+    overall = [report, *report.get("students", {}).values()]
+    if all(one["mean_retention"] is None for one in overall):
+        mean = "No teacher gains 0.05 or more over the base, so there is no retention."
+    else:
+        kept = sum(entry["teacher"] is not None and _has_gain(entry) for entry in report["tasks"].values())
+        of = f"all {whole} tasks" if kept == whole else f"the {kept} of {whole} tasks whose teacher gains 0.05 or more"
+        mean = f"The mean is over {'the task' if whole == 1 else of}; its interval resamples each task's images."
+    return (
+        f"95% intervals: the spread over {NUM_RESAMPLES:,} resamples of a task's images ({images} a task), the same for "
+        f"base, teacher and student. They do not cover other seeds of training. {mean}"
+    )
+
+
+def _has_gain(entry: TaskReport) -> bool:
+    base, teacher = entry["base"], entry["teacher"]
+    return base is not None and teacher is not None and teacher - base >= MIN_GAIN
+
+
+def settings_table(report: Report) -> str:
+    """How the images of the report were drawn, as Markdown: each setting with where it came from."""
+    settings = {name: one for name, one in report.get("settings", {}).items() if one["value"] is not None}
+    scales = {f"guidance of {model}": one for model, one in report.get("guidance_scales", {}).items()}
+    rows = [[cell(name), cell(one["value"]), cell(one["source"])] for name, one in {**settings, **scales}.items()]
+    if not rows:
+        return ""
+    return f"## Settings\n\n{_table(['setting', 'value', 'from'], rows, to_the_left=('setting', 'value', 'from'))}"
 
 
 def scores_table(report: Report) -> str:

@@ -28,8 +28,9 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
+from PIL.Image import Image
 
-from ..acceleration.processes import failing_together
+from ..acceleration.processes import failing_together, world_problems
 from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
@@ -41,16 +42,24 @@ from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import DTYPES, model_init_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
+from ..reporting.console import print_line
 from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
+from .announcement import announce, timed
 from .files import write_results
-from .measure import Options, Task, measure
+from .measure import Measured, measure, time_batch
+from .plan import Options, Plan, Task, make_plan
+from .rehearsal import try_rewards
 from .retention import retention_report
+from .settings import Choice, choose, read_records
 from .store import Store
 
 
 logger = logging.getLogger(__name__)
+
+# Images a task, if there are more prompts and the caller names no number.
+MOST_IMAGES = 512
 
 
 def evaluate_retention(
@@ -60,9 +69,9 @@ def evaluate_retention(
     reward_funcs: RewardFuncs,
     dataset: Dataset,
     *,
-    num_images: int = 512,
-    num_inference_steps: int = 40,
-    guidance_scale: float = 4.5,
+    num_images: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     teacher_guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -79,7 +88,8 @@ def evaluate_retention(
     num_samples: int = 4,
     keep_images: bool = True,
     reward_timeout: float | None = 900.0,
-) -> Report:
+    dry_run: bool = False,
+) -> Report | None:
     """
     Measures how much of its teachers' gains over the base a student has.
 
@@ -88,6 +98,11 @@ def evaluate_retention(
     lost on other tasks. No image is drawn twice: a model with several roles is drawn once, and with `output_dir` the
     images and scores of an earlier or interrupted run are reused. Scoring runs while the next images are drawn. Under
     `accelerate launch` the processes share the work, and all of them return the report.
+
+    Settings that are not given are those of the students' own evaluations in training, as the `training_args.json` and
+    `teacher_manifest.json` beside each student say. Students that differ in one are refused until it is given. What no
+    student knows is the pipeline's own default. Before anything is drawn, every reward scores one image of every
+    task, and the main process prints what will be done. The report names each setting and its source.
 
     Args:
         pipeline (`str` or [`~diffusers.DiffusionPipeline`]):
@@ -101,17 +116,20 @@ def evaluate_retention(
             Rewards of each task.
         dataset ([`~datasets.Dataset`]):
             Held-out prompts: columns `prompt` and `task`. Other columns are passed to the reward functions.
-        num_images (`int`, *optional*, defaults to 512):
-            Images a task. If a task has fewer prompts, they are repeated with new noise.
-        num_inference_steps (`int`, *optional*, defaults to 40):
-            Steps of the deterministic sampler.
-        guidance_scale (`float`, *optional*, defaults to 4.5):
-            Guidance scale of the base and the students.
+        num_images (`int`, *optional*):
+            Images a task. By default one a prompt, and at most 512. If a task has fewer prompts, they are repeated
+            with new noise.
+        num_inference_steps (`int`, *optional*):
+            Steps of the deterministic sampler. By default the students' `eval_num_inference_steps`, else 40.
+        guidance_scale (`float`, *optional*):
+            Guidance scale of the base, and of students that name none. By default the students'
+            `eval_guidance_scale` or `guidance_scale`, else the pipeline's own.
         teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of teachers that name none of their own. `None` takes `guidance_scale`.
+            Guidance scale of teachers that name none of their own. By default the one at which the students learned
+            from the task's teachers, else `guidance_scale`.
         height (`int`, *optional*), width (`int`, *optional*), max_sequence_length (`int`, *optional*),
         generation_kwargs (`dict`, *optional*):
-            As in [`VelocityField`].
+            As in [`VelocityField`]. By default those of the students, else the pipeline's own.
         dtype (`str`, *optional*):
             Precision of a base that is given by name: `"float32"` (the default), `"bfloat16"` or `"float16"`.
         quantization_config (*optional*):
@@ -138,13 +156,17 @@ def evaluate_retention(
         reward_timeout (`float`, *optional*, defaults to 900):
             Seconds to wait for one call of a reward function; `None` for no limit. After that the evaluation stops.
             With `output_dir`, finished images and scores are kept.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check everything, try the rewards, draw one batch to time it, print what the evaluation would do, and stop.
+            Nothing is written.
 
     Returns:
-        `dict`: as [`retention_report`] returns it. Its models are `"base"`, `"teacher/<task>"` and the students'
-            names.
+        `dict`: as [`retention_report`] returns it, with `settings` and `guidance_scales`. Its models are `"base"`,
+            `"teacher/<task>"` and the students' names. `None` with `dry_run`.
 
     Raises:
-        [`ValueError`]: if an argument cannot be used. One message lists all problems, before anything is drawn.
+        [`ValueError`]: if an argument cannot be used, or a reward can't score an image. One message lists all
+            problems, before anything is drawn.
         [`TimeoutError`]: if a call of a reward function takes longer than `reward_timeout`.
     """
     # Without `cpu`, processes on a machine without an accelerator would not connect to each other.
@@ -153,33 +175,105 @@ def evaluate_retention(
     dataset = plain_dataset(dataset, task_column) if isinstance(dataset, Dataset) else dataset
     problems = _dataset_problems(dataset, task_column)
     rows = {} if problems else task_rows(dataset, task_column)
-    options = Options(num_images, batch_size, seed, num_samples, keep_images, reward_timeout)
-    problems += _option_problems(options, pipeline, dtype, quantization_config, model_init_kwargs, named)
-    specs, functions = _models_and_rewards(teachers, named, reward_funcs, dataset, rows, guidance_scale, problems)
+    options = Options(batch_size, seed, num_samples, keep_images, reward_timeout)
+    problems += _option_problems(options, num_images, pipeline, dtype, quantization_config, model_init_kwargs, named)
+    specs, functions = _models_and_rewards(teachers, named, reward_funcs, dataset, rows, problems)
+    given: dict[str, object] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+    }
+    given |= {"width": width, "max_sequence_length": max_sequence_length, "generation_kwargs": generation_kwargs}
+    choice = _chosen(given, teacher_guidance_scale, specs, named, problems)
     problems.raise_under("The evaluation cannot start")
 
-    tasks = _tasks(dataset, rows, functions, cross_task_rewards)
+    tasks = _tasks(dataset, rows, functions, cross_task_rewards, num_images)
     base = _loaded(pipeline, dtype, model_init_kwargs, quantization_config, state.device)
-    size = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
-    grid: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
+    return _evaluate(base, specs, choice, tasks, list(named), options, store, dry_run)
+
+
+def _evaluate(
+    base: DiffusionPipeline,
+    specs: Mapping[str, list[TeacherConfig]],
+    choice: Choice,
+    tasks: Mapping[str, Task],
+    students: list[str],
+    options: Options,
+    store: Store | None,
+    dry_run: bool,
+) -> Report | None:
+    """Does what [`evaluate_retention`] has prepared."""
+    is_main = PartialState().is_main_process
     with borrowed(base) as transformer:
-        settings: dict[str, object] = {"base": None if store is None else _shared_digest(base)}
+        depends: dict[str, object] = {"base": None if store is None else _shared_digest(base)}
         with failing_together():
-            field = VelocityField(base, **grid, generation_kwargs=generation_kwargs)
-            scale = guidance_scale if teacher_guidance_scale is None else teacher_guidance_scale
-            bank = _bank(field, transformer, base, specs, scale)
-        settings |= {"levels": field.levels.tolist(), "size": [*size.values()]}
-        settings["generation_kwargs"] = Hasher.hash(generation_kwargs or {})
-        measured = measure(field, bank, tasks, settings, options, store)
-    own = {task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()}
-    report = retention_report(measured.scores, {task: f"teacher/{task}" for task in rows}, list(named), seed, own)
+            field = VelocityField(base, **choice.options())
+            choice = choice.with_default(field)
+            bank = _bank(field, transformer, base, specs, choice)
+        plan = make_plan(bank, tasks, depends | _depends(field, choice.options()), options, store)
+        with failing_together():  # the others wait
+            if is_main:
+                _announce(field, bank, plan, choice, store, dry_run)
+        if dry_run:
+            return None
+        measured = measure(field, bank, plan, store)
+    report = _report(measured, tasks, students, options.seed, choice)
     with failing_together():  # all processes wait until the files are written
-        if state.is_main_process:
+        if is_main:
             logger.info(measured.told())
             if store is not None:
-                write_results(store, report, measured, tasks, num_samples)
+                write_results(store, report, measured, tasks, options.num_samples)
     return report
+
+
+def _chosen(
+    given: Mapping[str, object],
+    teacher_scale: float | None,
+    specs: Mapping[str, list[TeacherConfig]],
+    students: Collection[str],
+    problems: Problems,
+) -> Choice:
+    """Chooses how to draw. One process reads the students' files for all. Adds what does not fit to `problems`."""
+    configs = {name: specs[name][0] for name in students if name in specs}
+    is_main = PartialState().is_main_process
+    records, unreadable = broadcast_object_list([read_records(configs) if is_main else None])[0]
+    problems += unreadable
+    with problems.collect():
+        return choose(given, teacher_scale, specs, configs, records)
+    return Choice({}, {}, [])
+
+
+def _report(measured: Measured, tasks: Mapping[str, Task], students: list[str], seed: int, choice: Choice) -> Report:
+    own = {task: [name for f in part.functions for name in score_names(f)] for task, part in tasks.items()}
+    report = retention_report(measured.scores, {task: f"teacher/{task}" for task in tasks}, students, seed, own)
+    report["settings"], report["guidance_scales"] = choice.for_report()
+    return report
+
+
+def _announce(
+    field: VelocityField, bank: TeacherBank, plan: Plan, choice: Choice, store: Store | None, dry_run: bool
+) -> None:
+    """Prints what the evaluation will do, tries its rewards, and for a dry run draws a batch to time it."""
+    generators = [torch.Generator().manual_seed(0)]
+    (image,) = field.decode(field.initial_latents([""], generators), [""])  # noise, of the right size
+    assert isinstance(image, Image)
+    folder = None if store is None else str(store.folder)
+    announce(plan, *choice.for_report(), image.size, PartialState().num_processes, folder)
+    for warning in choice.warnings:
+        logger.warning(warning)
+    try_rewards(plan, image)
+    if dry_run:
+        print_line(timed(plan, PartialState().num_processes, time_batch(field, bank, plan)))
+
+
+def _depends(field: VelocityField, chosen: Mapping[str, Any]) -> dict[str, object]:
+    """What all images depend on besides the base, ready for JSON."""
+    return {
+        "levels": field.levels.tolist(),
+        "size": [chosen[name] for name in ("height", "width", "max_sequence_length")],
+        "generation_kwargs": Hasher.hash(chosen["generation_kwargs"] or {}),
+    }
 
 
 def _dataset_problems(dataset: object, task_column: str) -> Problems:
@@ -195,11 +289,10 @@ def _models_and_rewards(
     reward_funcs: RewardFuncs,
     dataset: Dataset,
     rows: Mapping[str, np.ndarray],
-    guidance_scale: float,
     problems: Problems,
 ) -> tuple[dict[str, list[TeacherConfig]], dict[str, list[RewardFunc]]]:
     """Returns all models by their names in the report, and rewards by task. Adds what does not fit to `problems`."""
-    specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base", guidance_scale=guidance_scale)]}
+    specs: dict[str, list[TeacherConfig]] = {"base": [TeacherConfig("base")]}
     functions: dict[str, list[RewardFunc]] = {}
     if rows:
         with problems.collect():
@@ -210,8 +303,7 @@ def _models_and_rewards(
         problems += [f"reward_funcs has no reward for task {task!r}." for task in rows if functions.get(task) == []]
         problems += reward_data_problems(functions, dataset, rows, "dataset")
     with problems.collect():
-        for name, configs in normalize_teachers(students, list(students)).items():
-            specs[name] = [_at(config, guidance_scale) for config in configs]
+        specs |= normalize_teachers(students, list(students))
     return specs, functions
 
 
@@ -220,6 +312,7 @@ def _tasks(
     rows: Mapping[str, np.ndarray],
     functions: Mapping[str, list[RewardFunc]],
     cross_task_rewards: bool,
+    num_images: int | None,
 ) -> dict[str, Task]:
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     return {
@@ -228,6 +321,7 @@ def _tasks(
             prompts=dataset.select(of_task),
             functions=functions[task],
             others=[f for f in every.values() if f not in functions[task]] if cross_task_rewards else [],
+            num_images=min(MOST_IMAGES, len(of_task)) if num_images is None else num_images,
         )
         for index, (task, of_task) in enumerate(rows.items())
     }
@@ -251,9 +345,16 @@ def _bank(
     transformer: ModelMixin,
     base: DiffusionPipeline,
     specs: Mapping[str, list[TeacherConfig]],
-    scale: float,
+    choice: Choice,
 ) -> TeacherBank:
-    bank = TeacherBank(Backbone(transformer), base, specs, scale)
+    scaled = {
+        name: [
+            replace(config, guidance_scale=scale["value"])
+            for config, scale in zip(configs, choice.scales[name], strict=True)
+        ]
+        for name, configs in specs.items()
+    }
+    bank = TeacherBank(Backbone(transformer), base, scaled, default_guidance_scale=1.0)  # each has its own
     bank.backbone.to(transformer.device)
     for one in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
         field.check_guidance(one)
@@ -267,15 +368,16 @@ def _shared_digest(base: DiffusionPipeline) -> str:
 
 def _option_problems(
     options: Options,
+    num_images: int | None,
     pipeline: str | DiffusionPipeline,
     dtype: str | None,
     quantization_config: QuantizationConfig,
     model_init_kwargs: dict[str, JSON] | None,
     students: Collection[str],
 ) -> list[str]:
-    problems = []
+    problems = world_problems()
     for name, value, least in (
-        ("num_images", options.num_images, 1),
+        ("num_images", 1 if num_images is None else num_images, 1),
         ("batch_size", options.batch_size, 1),
         ("num_samples", options.num_samples, 0),
     ):
@@ -295,7 +397,3 @@ def _option_problems(
         if given and not isinstance(pipeline, str):
             problems.append(f"{option} is for a base that is given by name. This one is loaded: load it with that.")
     return problems + model_init_problems(model_init_kwargs or {})
-
-
-def _at(config: TeacherConfig, guidance_scale: float) -> TeacherConfig:
-    return config if config.guidance_scale is not None else replace(config, guidance_scale=guidance_scale)

@@ -36,6 +36,7 @@ from huggingface_hub.errors import (
 
 from ..guards.redaction import public_text
 from ..guards.redaction import shown as quoted
+from ..problems import Refusal
 from .names import way_out
 
 
@@ -110,7 +111,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def explained(
-    shown: str, repo_id: str, revision: str | None = None, error_type: type[ValueError] = ValueError
+    shown: str, repo_id: str, revision: str | None = None, error_type: type[ValueError] = Refusal
 ) -> Iterator[None]:
     """
     Turns an error of the Hub in its block into one that says what to do. Other errors are raised unchanged.
@@ -118,7 +119,7 @@ def explained(
     Args:
         shown (`str`): how the message names what the user asked for.
         repo_id (`str`), revision (`str`, *optional*): the repository, and the branch, tag or commit in it.
-        error_type (`type`, *optional*, defaults to `ValueError`): the type of the error to raise.
+        error_type (`type`, *optional*, defaults to [`Refusal`]): the type of the error to raise.
     """
     try:
         yield
@@ -183,7 +184,7 @@ def download(
     repo_id: str,
     revision: str | None,
     patterns: list[str],
-    error_type: type[ValueError] = ValueError,
+    error_type: type[ValueError] = Refusal,
 ) -> Path:
     """
     Downloads the files of a repository that match the glob `patterns`. Other arguments are those of [`explained`].
@@ -207,7 +208,7 @@ def listing(
     revision: str | None,
     folder: Path,
     prefix: str,
-    error_type: type[ValueError] = ValueError,
+    error_type: type[ValueError] = Refusal,
 ) -> list[str]:
     """
     Lists the files of a repository whose path starts with `prefix`, without the prefix. Without a connection it lists

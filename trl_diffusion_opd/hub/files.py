@@ -42,7 +42,10 @@ FINISHED_FILE = "finished"
 
 # In the output folder itself
 LOCK_FILE = ".lock"
+CARD_CONTENT_FILE = ".card.json"  # what the card is rendered from
+REFERENCES_FILE = "base_and_teachers.json"
 COMPLETIONS_FOLDER = "completions"
+LAST_COMPLETIONS_FILE = "last.json"  # in this folder: the images that the card shows
 DRY_RUN_FOLDER = "dry_run"
 DRY_RUN_PICTURE = "dry_run.png"
 
@@ -73,4 +76,11 @@ STUDENT_FILES = (
 PICTURES = (RETENTION_PICTURE, RADAR_PICTURE, SAMPLES_PICTURE, CURVES_PICTURE)
 # The only files that are pushed. Others, such as logs and optimizer states, may contain tokens, paths and the
 # machine's name.
-PUSHED_FILES = (*STUDENT_FILES, CARD_FILE, REPORT_FILE, *PICTURES, f"{COMPLETIONS_FOLDER}/step_*.png")
+PUSHED_FILES = (
+    *STUDENT_FILES,
+    CARD_FILE,
+    REPORT_FILE,
+    *PICTURES,
+    f"{COMPLETIONS_FOLDER}/step_*.png",
+    f"{COMPLETIONS_FOLDER}/sample_*.png",
+)

@@ -12,7 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Checks that a path or a revision of a repository cannot lead out of the repository's folder."""
+"""
+Checks names of repositories, and that a path or a revision of one cannot lead out of the repository's folder.
+"""
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def repository_id_problem(name: str) -> str | None:
+    """Says why `name` can't be the id of a repository with its owner, for a message. `None` if it can."""
+    if name.count("/") != 1:
+        return "it must have the form owner/name"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return str(error).split("\n")[0].rstrip(".")
+    return None
 
 
 def way_out(path: str) -> str | None:

@@ -53,16 +53,40 @@ def push_folder(
     """
     folder = Path(folder)
     names = [path.relative_to(folder).as_posix() for path in matching_files(folder, PUSHED_FILES)]
-    return retried(
-        hf_api().upload_folder,
-        repo_id=repo_id,
-        folder_path=folder,
-        # By exact name: in the Hub's patterns a star also matches slashes, so "*.png" would match in every subfolder.
-        allow_patterns=[glob.escape(name) for name in names],
-        commit_message=commit_message,
-        token=token,
-        revision=revision,
-    )
+    with _without_notice():
+        return retried(
+            hf_api().upload_folder,
+            repo_id=repo_id,
+            folder_path=folder,
+            # By exact name: in the Hub's patterns a star also matches slashes, so "*.png" would match in every
+            # subfolder.
+            allow_patterns=[glob.escape(name) for name in names],
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+        )
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """
+    Leaves out huggingface_hub's notice that nothing has changed, as after a second push. Users take it for a failure.
+    """
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No files have been modified")
+
+    theirs = logging.getLogger("huggingface_hub.hf_api")
+    theirs.addFilter(is_other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(is_other)
+
+
+def pushed_line(repo_id: str, revision: str | None = None) -> str:
+    """The last line of a push: where the student is."""
+    return f"Pushed: {hf_api().endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
 
 
 def push(

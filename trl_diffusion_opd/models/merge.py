@@ -36,7 +36,7 @@ from ..guards.files import write_json
 from ..guards.redaction import shown
 from ..hub.files import MERGE_REPORT_FILE
 from ..pipelines.loading import borrowed
-from ..problems import Problems
+from ..problems import Problems, Refusal
 from .backbone import Backbone
 from .student import STUDENT_ADAPTER, Student
 from .teacher_config import TeacherSpec, normalize_teachers
@@ -118,7 +118,7 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
         for role in roles:
             teacher = role.teacher
             if teacher.kind == "full":
-                raise ValueError(
+                raise Refusal(
                     f"The teacher of task {task!r}, {teacher.source}, is a whole transformer. Only LoRAs can be "
                     "merged."
                 )
@@ -126,7 +126,7 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
                 share = task_share[task] / sum(task_share.values()) * role.weight
                 weights[teacher.name] = weights.get(teacher.name, 0.0) + share
     if not weights:
-        raise ValueError("There is nothing to merge: no teacher is a LoRA.")
+        raise Refusal("There is nothing to merge: no teacher is a LoRA.")
     return weights
 
 
@@ -149,7 +149,7 @@ def merge_adapters(model: PeftModel, weights: Mapping[str, float], target: str) 
     layers = _layers(model, [*weights, target])
     lacking = [name for name, layer in layers.items() if target not in layer.lora_A]
     if lacking:
-        raise ValueError(
+        raise Refusal(
             f"The student's LoRA has no place for {len(lacking)} of the layers that the teachers adapt, such as "
             f"{lacking[0]}. "
             "Name them in the target_modules of peft_config."
@@ -277,10 +277,10 @@ def _merge_by_peft(
     seed: int,
 ) -> MergeReport:
     if len(weights) < 2:
-        raise ValueError(f"method={method!r} merges two LoRAs or more, but there is only one. Use method='svd'.")
+        raise Refusal(f"method={method!r} merges two LoRAs or more, but there is only one. Use method='svd'.")
     ranks = {name: sorted({layer.r[name] for layer in adapted.values() if name in layer.r}) for name in weights}
     if not (method == "cat" or method.endswith("_svd")) and len({r for values in ranks.values() for r in values}) > 1:
-        raise ValueError(
+        raise Refusal(
             f"method={method!r} needs teachers of the same rank; theirs are {[*ranks.values()]}. Use 'svd'"
             + (f" or '{method}_svd'." if method != "linear" else ".")
         )
@@ -326,7 +326,7 @@ def _layers(model: PeftModel, adapters: Collection[str]) -> dict[str, LoraLayer]
         if layer.lora_embedding_A or any(part.weight.ndim != 2 for part in layer.lora_A.values())
     ]
     if other:
-        raise ValueError(f"Only LoRAs of linear layers can be merged; {other[0]} is not linear.")
+        raise Refusal(f"Only LoRAs of linear layers can be merged; {other[0]} is not linear.")
     return found
 
 

@@ -84,6 +84,8 @@ class Student:
             Decay of the average. `"auto"` adapts it to the length of the run; `None` or 0 keeps no average.
         ema_update_interval (`int`, *optional*, defaults to `1`):
             The average takes a step every so many updates.
+        base_id (`str`, *optional*):
+            The base's Hub id for `adapter_config.json`. By default, the name that the pipeline was loaded by.
     """
 
     def __init__(
@@ -92,9 +94,11 @@ class Student:
         pipeline: DiffusionPipeline,
         ema_decay: float | str | None = None,
         ema_update_interval: int = 1,
+        base_id: str | None = None,
     ):
         self.model = model
         self.pipeline = pipeline
+        self.base_id = base_id
         self.is_lora = isinstance(model, PeftModel)
         self._class_name = type(model).__name__  # FSDP2 gives the model a class of its own
         self.ema_decay = ema_decay
@@ -196,7 +200,7 @@ class Student:
         weights = {name: w.detach().to("cpu").contiguous() for name, w in weights.items()}
         config = model.peft_config[STUDENT_ADAPTER]
         inference_mode, config.inference_mode = config.inference_mode, True
-        config.base_model_name_or_path = public_name(self.pipeline.config.get("_name_or_path"))
+        config.base_model_name_or_path = self.base_id or public_name(self.pipeline.config.get("_name_or_path"))
         config.save_pretrained(folder)
         config.inference_mode = inference_mode
         save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
@@ -208,6 +212,15 @@ class Student:
             )
             _sort_metadata(Path(folder) / LORA_FILE)
         give_usual_mode(folder, ADAPTER_FILE, LORA_FILE)
+
+    def load_line(self, folder: str | Path) -> str:
+        """Returns the line of Python that loads into a pipeline `pipe` of the base what [`save`] wrote."""
+        name = json.dumps(str(folder), ensure_ascii=False)
+        if not self.is_lora:
+            return f"pipe.transformer = {self._class_name}.from_pretrained({name})"
+        if isinstance(self.pipeline, LoraBaseMixin):
+            return f"pipe.load_lora_weights({name})"
+        return f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name}).merge_and_unload()"
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """

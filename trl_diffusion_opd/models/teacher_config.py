@@ -23,10 +23,10 @@ from pathlib import Path
 
 from ..guards.redaction import shown
 from ..hub.names import way_out
-from ..problems import Problems
+from ..problems import Problems, Refusal
 
 
-class TeacherError(ValueError):
+class TeacherError(Refusal):
     """Raised for a teacher that cannot be used. The message says why and what to do."""
 
 
@@ -66,21 +66,19 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         name = shown(self.model_name_or_path)
         if not self.model_name_or_path.strip():
-            raise ValueError(
-                'A teacher has an empty name. Give "base", a folder, or owner/repo[/sub/folder][@revision].'
-            )
+            raise Refusal('A teacher has an empty name. Give "base", a folder, or owner/repo[/sub/folder][@revision].')
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(
+            raise Refusal(
                 f"The weight of teacher {name!r} is {self.weight}; it must be positive. Leave the teacher out instead "
                 "of giving it no weight."
             )
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ValueError(
+            raise Refusal(
                 f"guidance_scale of teacher {name!r} is {self.guidance_scale}; it must be a number of at least 0 "
                 "(1 is no guidance), or None for the trainer's own."
             )
         if self.weight_name is not None and not self.weight_name.endswith(".safetensors"):
-            raise ValueError(
+            raise Refusal(
                 f"weight_name of teacher {name!r} is {self.weight_name!r}; only .safetensors files are read. "
                 "Convert the file with safetensors.torch.save_file first."
             )
@@ -88,7 +86,7 @@ class TeacherConfig:
             value = getattr(self, option)
             reason = None if value is None else way_out(value.removesuffix("/"))
             if reason is not None:
-                raise ValueError(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
+                raise Refusal(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
 
 
 def local_folder(config: TeacherConfig) -> Path | None:
@@ -130,7 +128,7 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     if name == "base":
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
         if given:
-            raise ValueError(f'Teacher "base" is the base model itself and takes no {", ".join(given)}.')
+            raise Refusal(f'Teacher "base" is the base model itself and takes no {", ".join(given)}.')
         return config
     if local_folder(config) is not None:
         return config
@@ -138,7 +136,7 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     if file is not None and file.is_file():
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
         if given:
-            raise ValueError(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")
+            raise Refusal(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")
         return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)  # refuses pickles
 
     path, at, revision = name.partition("@")
@@ -146,7 +144,7 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     weight_name = parts.pop() if parts[-1].endswith(".safetensors") else None
     called = f"'{shown(name)}'"
     if len(parts) < 2 or "" in parts or parts[0] in (".", "..", "~") or (at and not revision):
-        raise ValueError(
+        raise Refusal(
             f"Teacher {called} is neither an existing folder nor of the form "
             "owner/repo[/sub/folder][/file.safetensors]"
             '[@revision], nor an existing .safetensors file. Check the path, or say "base" for the base model.'
@@ -154,11 +152,11 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     for part in (path, *([revision] if at else [])):
         reason = way_out(part)
         if reason is not None:
-            raise ValueError(f"Teacher {called} is no local file, and on the Hub {reason}.")
+            raise Refusal(f"Teacher {called} is no local file, and on the Hub {reason}.")
     if weight_name and config.weight_name not in (None, weight_name):
-        raise ValueError(f"Teacher {called} names a file, but weight_name is {config.weight_name!r}: give only one.")
+        raise Refusal(f"Teacher {called} names a file, but weight_name is {config.weight_name!r}: give only one.")
     if revision and config.revision not in (None, revision):
-        raise ValueError(f"Teacher {called} names {revision!r}, but revision is {config.revision!r}: give only one.")
+        raise Refusal(f"Teacher {called} names {revision!r}, but revision is {config.revision!r}: give only one.")
     subfolder = "/".join([*parts[2:], *([config.subfolder.strip("/")] if config.subfolder else [])])
     return replace(
         config,

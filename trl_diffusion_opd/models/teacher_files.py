@@ -155,10 +155,12 @@ def _find(config: TeacherConfig) -> TeacherFiles:
                 'convert them where you trust them: safetensors.torch.save_file(torch.load("'
                 f'{pickles[0]}", weights_only=True), "{missing[0]}")'
             )
+        inside = sorted(path.parent.name for path in folder.glob("*/*.safetensors"))
+        named = f" Name one of its folders ({some(list(dict.fromkeys(inside)))})." if inside else ""
         raise TeacherError(
-            f"{label}: has no {', '.join(missing)}. A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), "
-            f"a LoRA's file ({LORA_WEIGHT_NAME_SAFE}, the folder's only file, or weight_name=), a transformer "
-            "(config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
+            f"{label}: has no {', '.join(missing)}.{named} A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), "
+            f"a LoRA's file ({LORA_WEIGHT_NAME_SAFE}, the folder's only file, or one at the end of the path), a "
+            "transformer (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
     return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
@@ -189,7 +191,7 @@ def _lora_file(config: TeacherConfig, revision: str | None, folder: Path, prefix
     names = sorted(name for name in there if name.endswith(".safetensors") and "/" not in name)
     if len(names) > 1:
         raise TeacherError(
-            f"{label}: has several files ({some(names)}). Name one at the end of the path, or with weight_name=."
+            f"{label}: has several files ({some(names)}). Name one at the end of the path, such as {label}/{names[0]}."
         )
     return names[0] if names else LORA_WEIGHT_NAME_SAFE
 

@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
+from .guidance import guidance_name
 from .images import pixels_a_latent
 
 
@@ -53,12 +54,6 @@ MANAGED_OPTIONS = (
 )
 
 
-def guidance_name(parameters: Collection[str]) -> str:
-    """The name of the parameter for the scale of classifier-free guidance, in a pipeline with these parameters."""
-    # In Flux and Qwen-Image `guidance_scale` is an embedding and `true_cfg_scale` is classifier-free guidance.
-    return "true_cfg_scale" if "true_cfg_scale" in parameters else "guidance_scale"
-
-
 def option_problems(
     pipeline: DiffusionPipeline,
     parameters: Collection[str],
@@ -78,7 +73,7 @@ def option_problems(
                 f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, but training "
                 "runs one step at a time. Remove it."
             )
-        elif option in MANAGED_OPTIONS or option == guidance_name(parameters):
+        elif option in MANAGED_OPTIONS or option == guidance_name(pipeline.transformer, parameters):
             problems.append(f"generation_kwargs: {option!r} is set by the trainer's own arguments. Remove it.")
         elif option not in parameters:
             problems.append(f"generation_kwargs: {name} takes no {option!r}.")

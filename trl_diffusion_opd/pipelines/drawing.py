@@ -66,6 +66,25 @@ def draw_images(
     def velocity(x: Tensor, t: float, batch: list[str]) -> Tensor:
         return field(x, t, batch, guidance_scale, transformer)
 
+    return draw_with(
+        field, velocity, prompts, entropy=entropy, batch_size=batch_size, process=process, on_batch=on_batch
+    )
+
+
+def draw_with(
+    field: VelocityField,
+    velocity: Velocity,
+    prompts: list[str],
+    *,
+    entropy: Sequence[int],
+    batch_size: int,
+    process: tuple[int, int] = (0, 1),
+    on_batch: Callable[[list[int], list[Image]], None] | None = None,
+) -> list[tuple[int, Image]]:
+    """
+    Draws one image for each prompt with any velocity, such as the mean of several teachers'. Its arguments are those
+    of [`draw_images`], with `velocity(x, level, prompts)` in place of a transformer and a guidance scale.
+    """
     rank, world = process
     share = range(rank, -(-len(prompts) // world) * world, world)
     drawn: list[tuple[int, Image]] = []

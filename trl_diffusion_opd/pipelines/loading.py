@@ -29,7 +29,7 @@ from ..acceleration.quantization import QuantizationConfig, failures_named, pipe
 from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import explained, retried
-from ..problems import Problems
+from ..problems import Problems, Refusal
 from .base_state import transformer_problems
 from .loading_options import loading_options
 
@@ -58,7 +58,7 @@ def load_pipeline(
         [`ValueError`]: if it cannot be loaded. The message says what to check.
     """
     if not isinstance(model, str | DiffusionPipeline):
-        raise ValueError(
+        raise Refusal(
             f"The model is a {type(model).__name__}; it must be a Hub id, a folder or a diffusers pipeline (the "
             "trainer uses its transformer)."
         )
@@ -81,7 +81,7 @@ def _loaded(
         with failures_named(name, config), explained(f"The base model {name!r}", name, options.get("revision")):
             return retried(DiffusionPipeline.from_pretrained, name, **options)
     except (OSError, HFValidationError) as error:
-        raise ValueError(
+        raise Refusal(
             f"The base model {name!r} cannot be loaded. If it is a Hub id, check its spelling, your connection and, "
             "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors "
             f"weights. ({shown(error, 500)})"
@@ -103,7 +103,7 @@ def check_base_name(name: str) -> None:
         where = (
             f"{name!r} is" if files == [path] else f"{name!r} has no model_index.json, and {files[0].name!r} in it is"
         )
-        raise ValueError(
+        raise Refusal(
             f"The base {where} a single file, but a base's name must be a diffusers folder or a Hub id. If the file "
             f"holds the whole model: pipe = StableDiffusion3Pipeline.from_single_file({str(files[0])!r}), or the "
             "class of your model. Then pass pipe as the model, or call pipe.save_pretrained(folder) and name that "
@@ -119,7 +119,7 @@ def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
     """
     transformer = pipeline.components.get("transformer")
     if isinstance(transformer, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
-        raise ValueError(
+        raise Refusal(
             "The pipeline already carries a LoRA, which would count as part of the base. Remove it with "
             "pipe.unload_lora_weights(), and pass it as a student or a teacher."
         )

@@ -24,6 +24,12 @@ from ..guards.files import JSON
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def full_dtype(name: str) -> str:
+    """The name of a dtype that may be given by its short name, such as `"bfloat16"` for `"bf16"`."""
+    return _SHORT.get(name, name)
 
 
 def dtype_name(value: object) -> str | None:
@@ -31,7 +37,7 @@ def dtype_name(value: object) -> str | None:
     The name of a dtype for a base, such as `"bfloat16"` for `"bfloat16"`, `"torch.bfloat16"` or `torch.bfloat16`.
     `None` if a base can't be loaded in it.
     """
-    name = str(value).removeprefix("torch.")
+    name = full_dtype(str(value).removeprefix("torch."))
     return name if name in DTYPES else None
 
 

@@ -35,11 +35,13 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
-from .checks import guidance_name, option_problems, pipeline_problems
+from .checks import option_problems, pipeline_problems
+from .guidance import guidance_embedding, guidance_lines, guidance_name
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded, PromptStore
+from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
 from .view import (
     DecoderStandIn,
     PipelineView,
@@ -110,13 +112,13 @@ class VelocityField:
             options["max_sequence_length"] = max_sequence_length
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
         self._options = options
-        self._guidance = guidance_name(self._parameters)
+        self._guidance = guidance_name(self._base, self._parameters)
         self._cache = PromptCache(store=prompt_store)
         self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
         self._working_scales = {1.0}
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
-        self._probe = Probe.from_config(_euler_config(pipeline.scheduler))
+        self._probe = Probe.of(pipeline.scheduler)
         self._guidance_offset = 0.0
         self._latent_map: LatentMap | None = None
         self.set_grid(num_inference_steps)
@@ -281,6 +283,15 @@ class VelocityField:
             yield self._step(x, 1.0, [prompt], guidance_scale, StandIn(stop, self._base)).encoded
 
     @torch.no_grad()
+    def text_limits(self) -> list[TextLimit]:
+        """What each text encoder reads of a prompt at most; empty if unknown. Encodes a short prompt."""
+        recorded: dict[str, Any] = recorders(self.pipeline.components)
+        view = self._view(StandIn(stop, self._base), self._probe.at(1.0), cache=NoCache(), **recorded)
+        self._call(view, [TRIAL_PROMPT], 1.0, generator=[torch.Generator().manual_seed(0)])
+        default = self._parameters.get("max_sequence_length")
+        return limits(recorded, self._options.get("max_sequence_length", default and default.default))
+
+    @torch.no_grad()
     def decode(self, x: Tensor, prompts: list[str], output_type: str = "pil") -> Images:
         """
         Decodes final latents to images as the pipeline does, by running its `__call__` with a loop of no steps.
@@ -363,11 +374,19 @@ class VelocityField:
 
     def default_guidance_scale(self) -> float:
         """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
-        given = self._parameters[self._guidance].default if self._guidance in self._parameters else None
+        given = None if self._guidance is None else self._parameters[self._guidance].default
         if not isinstance(given, int | float):
             return 1.0
         scale = float(given) + self._guidance_offset
-        return scale if scale >= 1 and self._rows(scale) != self._rows(1.0) else 1.0  # Klein is distilled: none
+        if scale <= 1 or self._rows(scale) == self._rows(1.0):  # a distilled Klein ignores its default
+            return 1.0
+        self._working_scales.add(scale)
+        return scale
+
+    def guidance_lines(self, guidance_scale: float, is_default: bool) -> list[str]:
+        """Says what this scale is and costs, and what else guides. See [`~guidance.guidance_lines`]."""
+        embedding = guidance_embedding(self._base, self._parameters, self._options)
+        return guidance_lines(guidance_scale, self._guidance, is_default, embedding)
 
     def _rows(self, guidance_scale: float) -> int:
         """The number of rows that the transformer gets for one prompt. Guidance adds some."""
@@ -399,7 +418,7 @@ class VelocityField:
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
         options = {"prompt": prompts, **self._options}
-        if self._guidance in self._parameters:
+        if self._guidance is not None:
             options[self._guidance] = guidance_scale - self._guidance_offset
         if "negative_prompt" in self._parameters:
             negative = options.get("negative_prompt")
@@ -455,11 +474,10 @@ class VelocityField:
             self.pipeline,
             transformer=transformer,
             scheduler=scheduler,
-            cache=self._cache,
             encoding=self.encoding,
             x=x,
             prepared=None if x is None else self._extras(list(prompts)),
-            **{"decoding": False, **parts},
+            **{"cache": self._cache, "decoding": False, **parts},
         )
 
     def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
@@ -480,9 +498,3 @@ class VelocityField:
                 prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators
             )
         return self._prepared[key]
-
-
-def _euler_config(scheduler: SchedulerMixin) -> Mapping[str, object]:
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return scheduler.config
-    return {"num_train_timesteps": scheduler.config.num_train_timesteps}

@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any, NoReturn, Self, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from ..acceleration.quantization import base_weight, dequantized
 from .images import Images
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded
+from .text_length import no_cut_lines
 
 
 T = TypeVar("T")
@@ -50,6 +51,13 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     level: float | None = None
     own_timestep: float = 0.0
     velocity: Tensor | None = None
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin) -> "Probe":
+        """A probe with the scheduler's configuration, as far as it is an Euler scheduler's."""
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return cls.from_config(scheduler.config)
+        return cls(num_train_timesteps=scheduler.config.num_train_timesteps)
 
     def at(self, level: float | None, own_timestep: float = 0.0) -> "Probe":
         """A copy for one step at `level`, whose timestep in the pipeline is `own_timestep`. `None` means no step."""
@@ -257,7 +265,7 @@ class PipelineView(DiffusionPipeline):
         return self.transformer.device
 
     def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
-        with self.encoding():
+        with self.encoding(), no_cut_lines(type(self)):
             self.encoded.append(self.cache.encode(super().encode_prompt, *args, **kwargs))
         return self.encoded[-1]
 

@@ -187,6 +187,7 @@ class UpdateCost:
         self._rate = 0.0
         self._updates_a_round = 1
         self._peak = self._updates = 0
+        self._entered = {OTHER}
 
     def begin(self, flops_a_second: float, updates_a_round: int) -> None:
         """
@@ -222,7 +223,8 @@ class UpdateCost:
 
     def metrics(self, samples: int, checkpointing: bool) -> dict[str, float]:
         """
-        The metrics of the updates since the last call: means over the updates, and the peak of memory.
+        The metrics of the updates since the last call: means over the updates, and the peak of memory. Parts that no
+        update has entered so far are left out.
 
         Args:
             samples (`int`): number of samples in an update, over all processes.
@@ -233,7 +235,8 @@ class UpdateCost:
             return {}
         seconds = sum(update.total for update in updates)
         metrics = {"step_time": seconds / len(updates)}
-        for part in self.clock.parts:
+        self._entered.update(*(update.calls for update in updates))
+        for part in filter(self._entered.__contains__, self.clock.parts):
             metrics[f"time/{part}"] = sum(update.seconds[part] for update in updates) / len(updates)
         metrics["samples_per_second"] = samples * len(updates) / seconds
         metrics["peak_memory_gib"] = self._peak / 2**30

@@ -34,6 +34,7 @@ from transformers.utils.hub import hf_api
 from ..guards.markdown import cell, code, inline, literal
 from ..guards.redaction import public_text, public_value, shown
 from ..hub.files import CARD_FILE
+from ..tiny import BASE as TINY_BASE
 from .report import Report
 
 
@@ -45,7 +46,7 @@ def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
     path = str(files(__package__) / "templates" / template)
     # Names of tasks, rewards, layers and teachers can hold anything, and cards are public. So all text is escaped.
     shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
-    return ModelCard.from_template(data, template_path=path, versions=_versions(), **shows, **fields)
+    return ModelCard.from_template(data, template_path=path, **{"versions": framework_versions()} | shows | fields)
 
 
 def _public(show: Callable[..., str]) -> Callable[..., str]:
@@ -53,7 +54,7 @@ def _public(show: Callable[..., str]) -> Callable[..., str]:
 
 
 @cache  # takes some 50 ms, and a card is written with every checkpoint
-def _versions() -> dict[str, str]:
+def framework_versions() -> dict[str, str]:
     found = {}
     with suppress(PackageNotFoundError):  # a checkout that is on the path but not installed
         found["trl-diffusion-opd"] = version("trl-diffusion-opd")
@@ -78,6 +79,7 @@ def card_data(
     tags: list[str],
     datasets: list[str],
     results: list[EvalResult],
+    widget: list[dict[str, Any]] | None = None,
 ) -> ModelCardData:
     licence: dict[str, Any] = _base_license(base_id) if base_id else {}
     return ModelCardData(
@@ -88,6 +90,7 @@ def card_data(
         library_name="diffusers",
         pipeline_tag=_TASK,
         tags=[shown(tag) for tag in dict.fromkeys(tags)],
+        widget=widget or None,
         model_name=shown(name) if results else None,
         eval_results=results or None,
     )
@@ -117,6 +120,7 @@ def results_of(
 ) -> list[EvalResult]:
     if value is None:
         return []
+    num_images = report["tasks"][task].get("num_images", report["num_images"])
     task, metric, metric_name = (shown(public_text(text)) for text in (task, metric, metric_name))
     result = EvalResult(
         task_type=_TASK,
@@ -125,7 +129,7 @@ def results_of(
         dataset_type=datasets[0] if len(datasets) == 1 else re.sub(r"[^A-Za-z0-9._-]+", "-", task),
         dataset_name=f"held-out prompts of {task}",
         dataset_config=task,
-        dataset_args={"num_images": report["num_images"]},
+        dataset_args={"num_images": num_images},
         metric_type=metric,
         metric_name=metric_name,
         metric_value=round(value, 4),
@@ -151,6 +155,20 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def is_tiny(name: str | None) -> bool:
+    """Whether a base is the one of the tiny world, which everybody has who has this package."""
+    return name is not None and os.path.realpath(name) == os.path.realpath(TINY_BASE)
+
+
+def unnamed_base(shown_name: str | None, option: str) -> str:
+    """Says that a student's base has no Hub id, and what to do, for a message."""
+    which = "was made in memory" if shown_name is None else f"is a folder of this machine ({shown_name!r})"
+    return (
+        f"its base {which}, so nobody else could load the student. Name the base's Hub id with {option} owner/name; "
+        "if it is not on the Hub, push it there too (pipe.push_to_hub('owner/name'), before or after)."
+    )
 
 
 def literals(options: Mapping[str, object], secrets: list[str]) -> dict[str, str]:

@@ -12,10 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Logs the student's images for fixed prompts after each evaluation: to files, to the console, and to trackers."""
+"""Logs the student's images for fixed prompts during training: to files, to the console, and to trackers."""
 
-import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
-from diffusers.utils import make_image_grid
 from PIL import Image
 from pyarrow.parquet import write_table
 
+from ..guards.extras import extra
+from ..guards.files import JSON, file_name, read_json, write_json
 from ..guards.markdown import cell
-from ..hub.files import COMPLETIONS_FOLDER
+from ..hub.files import COMPLETIONS_FOLDER, LAST_COMPLETIONS_FILE
 from .console import print_completions, reward_cell
 
 
@@ -38,14 +39,26 @@ if TYPE_CHECKING:
 
 TABLE_NAME = "completions"
 GRID_NAME = "completions_grid"
-# Smaller images are enlarged by a whole factor until they have this many pixels on the shorter side.
-_VISIBLE_SIZE = 128
 _FEATURES = {
     "step": datasets.Value("int64"),
     "prompt": datasets.Value("string"),
     "task": datasets.Value("string"),
     "image": datasets.Image(),
 }
+
+
+@dataclass(frozen=True)
+class Beside:
+    """
+    An image of a frozen model, shown beside the student's for the same prompt and noise.
+
+    Attributes:
+        image (`PIL.Image.Image`)
+        rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
+    """
+
+    image: Image.Image
+    rewards: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,8 @@ class Completion:
         image (`PIL.Image.Image`)
         rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
         columns (`dict`): values that rewards logged for the image with `log_extra`.
+        label (`str`): how the picture names the student.
+        beside (`dict[str, Beside]`): images of the base and the teachers, by the name that the picture shows.
     """
 
     prompt: str
@@ -65,6 +80,8 @@ class Completion:
     image: Image.Image
     rewards: dict[str, float | None]
     columns: dict[str, object] = field(default_factory=dict)
+    label: str = "student"
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
 
 def log_completions(
@@ -75,32 +92,63 @@ def log_completions(
     writers: Sequence["SummaryWriter"],
 ) -> None:
     """
-    Logs images of the student as a table with one row an image, and as a picture with one row a task.
+    Logs images of the student as a table with one row an image, and as a picture with one row a prompt.
 
     Both are saved in `completions/` in the output folder. The table is `completions_{global_step}.parquet`, with the
     columns `step`, `prompt`, `task`, `image`, one for each reward, and those that rewards logged with `log_extra`. The
-    picture is `step_{global_step}.png`. Trackers in `report_to` that can show pictures (tensorboard, wandb, trackio)
-    get both at the current update, as `completions` and `completions_grid`. Rewards are also printed. Call it on the
-    main process.
+    picture is `step_{global_step}.png`: for each prompt the images of base, teachers and student. Trackers in
+    `report_to` that can show pictures (tensorboard, wandb, trackio) get both at the current update, as `completions`
+    and `completions_grid`. Rewards are also printed. The student's images are also saved one by one for the model
+    card, as `sample_{task}_{number}.png`; the next call overwrites them. Call it on the main process.
 
     Args:
-        completions (`list[Completion]`): images of one size, in the order in which they are shown.
+        completions (`list[Completion]`): the images, in the order in which they are shown.
         output_dir (`str` or `Path`), step (`int`): the run's output folder, and the current update.
         report_to (`list[str]`): names of the trackers.
         writers (`list`): TensorBoard's writers, as [`~trackers.tensorboard_writers`] finds them.
     """
     if not completions:
         return
-    picture = _picture(completions)
     folder = Path(output_dir) / COMPLETIONS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"step_{step:06d}.png")
-    rewards, extra = _reward_columns(completions), _extra_columns(completions)
+    rewards, columns = _reward_columns(completions), _extra_columns(completions)
     # Not to_parquet, which shows a progress bar for its one batch.
-    write_table(_dataset(completions, rewards, extra, step).data.table, folder / f"completions_{step:05d}.parquet")
+    write_table(_dataset(completions, rewards, columns, step).data.table, folder / f"completions_{step:05d}.parquet")
     if rewards:
         print_completions([(one.prompt, one.task) for one in completions], rewards, step)
-    _send(completions, rewards, extra, picture, step, report_to, writers)
+    picture = folder / f"step_{step:06d}.png"
+    with extra(f"The picture {picture.name}"):
+        _draw(completions, picture, step)
+        _save_samples(completions, folder, picture.name, step)
+        with Image.open(picture) as image:
+            _send(completions, rewards, columns, image.convert("RGB"), step, report_to, writers)
+
+
+def last_completions(output_dir: str | Path) -> JSON:
+    """
+    Reads what [`log_completions`] has logged last in an output folder.
+
+    Returns:
+        `dict` or `None` if nothing was logged: `"step"`, `"beside"` (whether base or teachers are beside the student),
+        `"picture"` (a file in the output folder), and `"samples"`, a list of `{"task", "prompt", "file"}`.
+    """
+    return read_json(Path(output_dir) / COMPLETIONS_FOLDER / LAST_COMPLETIONS_FILE)
+
+
+def _save_samples(completions: Sequence[Completion], folder: Path, picture: str, step: int) -> None:
+    """Saves the student's images one by one, and the list of them that the model card reads."""
+    counts: dict[str, int] = {}
+    samples = []
+    for completion in completions:
+        n = counts[completion.task] = counts.get(completion.task, 0) + 1
+        name = f"sample_{file_name(completion.task)}_{n}.png"
+        # Replaced at once: an upload in the background may be reading the image before.
+        completion.image.save(folder / f".{name}", format="PNG")
+        os.replace(folder / f".{name}", folder / name)
+        samples.append({"task": completion.task, "prompt": completion.prompt, "file": f"{folder.name}/{name}"})
+    has_others = any(completion.beside for completion in completions)
+    shown = {"step": step, "beside": has_others, "picture": f"{folder.name}/{picture}", "samples": samples}
+    write_json(folder / LAST_COMPLETIONS_FILE, shown)
 
 
 def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
@@ -145,41 +193,40 @@ def _dataset(
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _picture(completions: Sequence[Completion]) -> Image.Image:
-    rows: dict[str, list[Image.Image]] = {}
+def _draw(completions: Sequence[Completion], path: Path, step: int) -> None:
+    from . import plots  # matplotlib takes a second to import
+
+    rows = []
     for completion in completions:
-        rows.setdefault(completion.task, []).append(completion.image)
-    width, height = completions[0].image.size
-    factor = math.ceil(_VISIBLE_SIZE / min(width, height))
-    columns = max(map(len, rows.values()))
-    blank = Image.new("RGB", (width, height), "white")
-    cells = [image for images in rows.values() for image in images + [blank] * (columns - len(images))]
-    # Nearest shows the pixels that were generated, without a blur between them.
-    cells = [cell.convert("RGB").resize((width * factor, height * factor), Image.Resampling.NEAREST) for cell in cells]
-    return make_image_grid(cells, rows=len(rows), cols=columns)
+        models = {**completion.beside, completion.label: completion}
+        reward = next(iter(completion.rewards), None)
+        scores = {label: None if reward is None else model.rewards.get(reward) for label, model in models.items()}
+        images = {label: model.image for label, model in models.items()}
+        rows.append(plots.SampleRow(completion.task, completion.prompt, images, scores, reward))
+    plots.plot_samples(rows, path, title=f"update {step}")
 
 
 def _send(
     completions: Sequence[Completion],
     rewards: dict[str, list[float | None]],
-    extra: dict[str, list[str | None]],
+    columns: dict[str, list[str | None]],
     picture: Image.Image,
     step: int,
     report_to: Sequence[str],
     writers: Sequence["SummaryWriter"],
 ) -> None:
-    tasks = dict.fromkeys(completion.task for completion in completions)
-
     def media(tracker: ModuleType) -> dict[str, object]:
         """Table and picture as objects of wandb or trackio (same class names). The update is the x axis."""
         images = [tracker.Image(completion.image) for completion in completions]
         rows = [
             [completion.prompt, completion.task, image, *values]
-            for completion, image, *values in zip(completions, images, *rewards.values(), *extra.values(), strict=True)
+            for completion, image, *values in zip(
+                completions, images, *rewards.values(), *columns.values(), strict=True
+            )
         ]
         return {
-            TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards, *extra], data=rows),
-            GRID_NAME: tracker.Image(picture, caption=f"rows: {', '.join(tasks)}"),
+            TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards, *columns], data=rows),
+            GRID_NAME: tracker.Image(picture),
             "train/global_step": step,
         }
 

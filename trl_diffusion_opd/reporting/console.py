@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from tqdm import tqdm
 
 from ..algorithms.opd import StepPlan, dominant_step
 from ..algorithms.samplers import SamplerTable
@@ -96,8 +97,58 @@ def print_trained(parameters: Iterable[nn.Parameter]) -> None:
     print_line(f"Trained parameters: {sum(parameter.numel() for parameter in parameters):,}")
 
 
+def update_line(
+    processes: int, samples: int, tasks: int, micro_batches: int, num_generations: int | None = None
+) -> str:
+    """
+    The samples of an update as a product.
+
+    Args:
+        processes (`int`), samples (`int`): number of processes, and samples of a micro-batch on each.
+        tasks (`int`), micro_batches (`int`): number of tasks, and micro-batches of each on a process.
+        num_generations (`int`, *optional*): images drawn for each prompt; `None` if an image is a prompt's only one.
+    """
+    names = "process", "prompt" if num_generations is None else "image", "task", "micro-batch"
+    counts = processes, samples, tasks, micro_batches
+    product = " x ".join(
+        _counted(n, name) for n, name in zip(counts, names, strict=True) if n > 1 or name != "micro-batch"
+    )
+    total = processes * samples * tasks * micro_batches
+    line = f"{product} = {_counted(total, 'sample')} an update"
+    if num_generations is None:
+        return f"{line}."
+    of_task = processes * samples * micro_batches // num_generations
+    return f"{line}: {_counted(of_task, 'prompt')} x {_counted(num_generations, 'generation')} x {_counted(tasks, 'task')}."
+
+
+def _counted(number: int, name: str) -> str:
+    plural = name if number == 1 else f"{name}es" if name.endswith(("s", "ch")) else f"{name}s"
+    return f"{number:,} {plural}"
+
+
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Prints a line, and below it facts, each as (what, text)."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, text in facts:
+        table.add_row(f"  {what}", text)
+    console = _console()
+    console.print(title)
+    console.print(table)
+
+
 def print_line(text: str) -> None:
     _console().print(text)
+
+
+def print_table(table: Table) -> None:
+    _console().print(table)
+
+
+def print_unwrapped(text: str) -> None:
+    """Prints a text whose lines stay as long as they are."""
+    _console().print(text, soft_wrap=True)
 
 
 def print_resume(checkpoint: str, update: int, changes: Sequence[tuple[str, str, str]]) -> None:
@@ -233,7 +284,7 @@ def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
     scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
     _print_scores(console, "One image of each model", "model", scored)
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
         f"{report['updates']} "
         "updates. This is the time of single forwards and one backward on a micro-batch of each task, times the "
         "number of steps. It leaves out the optimizer, encoding of prompts, evaluations and checkpoints."
@@ -279,7 +330,7 @@ def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:
         "all processes. With guidance the network computes each sample twice."
     )
     console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {_duration(report['seconds'])} for "
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
         f"{report['updates']} "
         "updates. This is the time of one round and of the loss on a micro-batch of each task. It leaves out the "
         "optimizer, evaluations and checkpoints."
@@ -310,7 +361,8 @@ def _print_scores(
         console.print(images)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time as text, such as `6 min 30 s`."""
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 
@@ -324,6 +376,10 @@ class _Console(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         text = visible(text, keep="\n\t") if len(text) <= _LONGEST_TEXT else shown(text, _LONGEST_TEXT)
         return super().render_str(text, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with tqdm.external_write_mode():  # takes the bars off a terminal, and draws them again below the text
+            super().print(*objects, **options)
 
 
 def _console() -> Console:

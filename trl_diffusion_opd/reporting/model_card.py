@@ -13,7 +13,7 @@
 # limitations under the License.
 
 
-"""Writes the model card of a student."""
+"""Collects what a student's model card says about its run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,29 +23,21 @@ from typing import Any, TypedDict
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
-from huggingface_hub import EvalResult
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerState
 
 from ..acceleration.quantization import described
-from ..guards.files import read_json
-from ..guards.redaction import known_tokens, last_part, public_name
-from ..hub.files import CURVES_PICTURE, RADAR_PICTURE, REPORT_FILE, RETENTION_PICTURE, SAMPLES_PICTURE
+from ..guards.redaction import known_tokens, public_name, public_text
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
-from .cards import as_list, card_data, hub_id, literals, render, results_of, save
-from .report import Report
+from .cards import as_list, framework_versions, hub_id, is_tiny, literals
+from .student_card import Content, render_student_card
 
 
-# The pictures of the card and their captions, in the card's order.
-_PICTURES = {
-    SAMPLES_PICTURE: "The same prompts and noise: base, teacher, student",
-    RETENTION_PICTURE: "Score of the base, the teachers and this student on each task",
-    RADAR_PICTURE: "All rewards of base, teachers and student",
-    CURVES_PICTURE: "Training curves",
-}
+# Arguments that the card shows as they are.
+_SHOWN_ARGUMENTS = ("sampler", "guidance_scale", "num_inference_steps", "eval_num_inference_steps", "dtype")
 
 
 class MethodFacts(TypedDict, total=False):
@@ -71,6 +63,7 @@ class CardFacts:
         tasks (`list[str]`): the tasks, in order.
         repository (`str`, *optional*): Hub id where the student is or will be.
         call_options (`dict`): arguments of the pipeline for an image as in the evaluation.
+        examples (`dict[str, str]`): a prompt of each task.
         changes (`list[dict]`): settings that resumes have changed.
         method (`str`, *optional*): a sentence on how the student learned.
         teachers (`dict`): teachers of each task, as the manifest lists them.
@@ -88,6 +81,7 @@ class CardFacts:
     tasks: Sequence[str]
     repository: str | None
     call_options: Mapping[str, object]
+    examples: Mapping[str, str] = field(default_factory=dict)
     changes: Sequence[Mapping[str, object]] = ()
     method: str | None = None
     teachers: Manifest = field(default_factory=dict)
@@ -103,7 +97,8 @@ def write_model_card(
     tags: str | list[str] | None = None,
 ) -> None:
     """
-    Writes the model card `README.md` of a student into its folder.
+    Writes the model card `README.md` of a student into its folder, and what it is rendered from, so that
+    [`~student_card.rewrite_card`] can render it again for another repository.
 
     If the folder has the report `retention.json` and its pictures, the card shows them. The licence is copied from the
     base's card on the Hub; if that can't be read, the card names none.
@@ -115,53 +110,36 @@ def write_model_card(
         dataset_name (`str` or `list[str]`, *optional*): Hub ids of the training data. Local paths are left out.
         tags (`str` or `list[str]`, *optional*): tags besides the method's own.
     """
-    folder, args, repository = Path(folder), facts.args, facts.repository
+    folder, args = Path(folder), facts.args
     is_lora = isinstance(facts.model, PeftModel)
     base = facts.pipeline.config.get("_name_or_path")
-    base_id = hub_id(base)
-    datasets = [name for name in as_list(dataset_name) if hub_id(name)]
-    name = model_name or (repository or last_part(str(folder))).split("/")[-1]
-    report = read_json(folder / REPORT_FILE)
-    data = card_data(
-        name,
-        base_id,
-        relation="adapter" if is_lora else "finetune",
-        tags=[*facts.tags, *(["lora"] if is_lora else []), *as_list(tags)],
-        datasets=datasets,
-        results=student_results(report, datasets) if report else [],
-    )
-    card = render(
-        "model_card.md",
-        data,
-        model_name=name,
-        base_id=base_id,
-        base_name=public_name(base) or "base",
-        repository=repository,
-        folder_name=last_part(str(folder)),
-        facts=facts,
-        args=args,
-        eval_guidance_scale=args.evaluation_guidance,
-        call_options=literals(facts.call_options, known_tokens(args)),
-        kind=_kind(facts),
-        transformer_class=type(facts.pipeline.components["transformer"]).__name__,
-        settings=_settings(facts) | {**facts.settings},
-        report=report,
-        pictures={picture: text for picture, text in _PICTURES.items() if (folder / picture).exists()},
-        datasets=datasets,
-    )
-    save(card, folder)
-
-
-def student_results(report: Report, datasets: list[str]) -> list[EvalResult]:
-    """The student's score and retention on each task of a report, as results for the `model-index`."""
-    results = []
-    for task, row in report["tasks"].items():
-        results += results_of(report, datasets, task, row["reward"], row["reward"], row["student"], None)
-        interval = row["ci95"]
-        results += results_of(
-            report, datasets, task, "retention", "Retention of the teacher's gain", row["retention"], interval
-        )
-    return results
+    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
+    content: Content = {
+        "model_name": model_name,
+        "base_id": args.hub_base_model or hub_id(base),
+        "base_name": public_name(base) or "base",
+        "is_tiny": is_tiny(base) and args.hub_base_model is None,
+        "load_options": {name: str(options[name]) for name in ("revision", "variant") if options.get(name)},
+        "kind": _kind(facts),
+        "transformer_class": type(facts.pipeline.components["transformer"]).__name__,
+        "tags": [*facts.tags, *(["lora"] if is_lora else []), *as_list(tags)],
+        "datasets": [name for name in as_list(dataset_name) if hub_id(name)],
+        "facts": {
+            "trainer_name": facts.trainer_name,
+            "paper": {**facts.paper},
+            "method": facts.method,
+            "teachers": facts.teachers,
+            "changes": [{**change} for change in facts.changes],
+            "no_walk": facts.no_walk,
+        },
+        "args": {name: args.to_dict()[name] for name in _SHOWN_ARGUMENTS}
+        | {"evaluation_guidance": args.evaluation_guidance},
+        "call_options": literals(facts.call_options, known_tokens(args)),
+        "examples": {task: public_text(prompt, known_tokens(args)) for task, prompt in facts.examples.items()},
+        "settings": {name: str(value) for name, value in (_settings(facts) | {**facts.settings}).items()},
+        "versions": framework_versions(),
+    }
+    render_student_card(folder, content, facts.repository)
 
 
 def _kind(facts: CardFacts) -> str:

@@ -17,8 +17,10 @@
 import logging
 import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +30,13 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from PIL.Image import Image, Resampling
 
+from ..guards.redaction import shown, visible
 from .report import Report
 
 
@@ -56,8 +60,15 @@ STYLE: dict[Any, Any] = {
 }
 # The largest width or height, in inches. matplotlib refuses pictures of 2^16 pixels a side or more.
 _LARGEST = 400.0
+# Fonts for prompts in scripts that matplotlib's own font lacks. The first installed ones are used.
+_FURTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("PingFang SC", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS", "Noto Sans"),
+)
 # Longer prompts are cut, or they would leave no room for the images. The page of samples has them in full.
 _PROMPT_LINES = 4
+# Images up to this size are shown with their pixels.
+_SMALL = 128
 _TASKS_A_BAND, _IMAGES_A_BAND = 3, 15
 MIN_RADAR_AXES = 3
 # The worst model's distance from the centre on each axis. At the centre itself, all axes would meet.
@@ -73,12 +84,14 @@ class SampleRow:
         task (`str`), prompt (`str`)
         images (`dict[str, PIL.Image.Image]`): images by the model's label, in the order in which they are shown.
         scores (`dict[str, float | None]`): the reward of each image, by the same labels.
+        reward (`str`, *optional*): the reward's name, to show it with the task.
     """
 
     task: str
     prompt: str
     images: Mapping[str, Image]
     scores: Mapping[str, float | None]
+    reward: str | None = None
 
 
 def plot_retention(report: Report, path: str | Path) -> None:
@@ -128,8 +141,10 @@ def plot_retention(report: Report, path: str | Path) -> None:
             axes.set_xticks([])
         handles = [Patch(color=color) for color in colors.values()]
         _legend(figure, handles, [_label(name) for name in colors])
+        counts = sorted({entry["num_images"] for entry in tasks.values()})
+        images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         figure.supxlabel(
-            f"mean over {report['num_images']} images a task, 95% intervals; the number is the student's retention",
+            f"mean over {images} images a task, with its 95% interval; the number is the student's retention",
             fontsize=8,
             color="#555555",
         )
@@ -238,41 +253,77 @@ def _cycle(count: int, start: int = 0) -> list[str]:
     return [COLORS[(start + i) % len(COLORS)] for i in range(count)]
 
 
-def plot_samples(rows: Sequence[SampleRow], path: str | Path) -> None:
+def plot_samples(rows: Sequence[SampleRow], path: str | Path, title: str | None = None) -> None:
     """
     Draws images side by side: a row for each prompt, a column for each model, tasks beside each other. The score is
     under each image.
 
-    Small images are enlarged by a whole factor. All rows must have the same models.
+    Small images are enlarged by a whole factor. Where a row has fewer models than others, places stay empty.
+
+    Args:
+        rows (`list[SampleRow]`): the rows, at least one.
+        path (`str` or `Path`): the PNG file to write.
+        title (`str`, *optional*): a line above the whole picture.
     """
     by_task: dict[str, list[SampleRow]] = {}
     for row in rows:
         by_task.setdefault(row.task, []).append(row)
-    models = len(rows[0].images)
+    models = max(len(row.images) for row in rows)
     columns = max(1, min(len(by_task), _TASKS_A_BAND, _IMAGES_A_BAND // models))
     bands = -(-len(by_task) // columns)
     deepest = max(map(len, by_task.values()))
-    with rc_context(STYLE):
-        size = (1.35 * models * columns + 0.3 * columns, min(_LARGEST, bands * (2.0 * deepest + 0.7)))
+    side = _side(rows)
+    with rc_context({**STYLE, "font.family": _fonts()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # one for each sign that no font has, at each picture
+        height = bands * ((side + 0.65) * deepest + 0.7) + (0.4 if title else 0)
+        size = (side * models * columns + 0.3 * columns, min(_LARGEST, height))
         figure = Figure(figsize=size, layout="constrained")
+        if title:
+            figure.suptitle(visible(title), fontweight="bold", fontsize=11)
         blocks = figure.subfigures(bands, columns, squeeze=False).ravel()
         for block, (task, of_task) in zip(blocks, by_task.items(), strict=False):
-            block.suptitle(task, fontweight="bold")
+            block.suptitle(_heading(task, of_task[0].reward), fontweight="bold")
             for strip, row in zip(np.ravel(block.subfigures(deepest, 1)), of_task, strict=False):
-                strip.suptitle(_caption(row.prompt, 19 * models), fontsize=8.5, style="italic")
-                for axes, (label, image) in zip(np.ravel(strip.subplots(1, models)), row.images.items(), strict=True):
-                    axes.imshow(np.asarray(_enlarged(image)), interpolation="none")
-                    axes.set_xticks([])
-                    axes.set_yticks([])
-                    axes.spines[:].set_visible(False)
-                    score = row.scores[label]
-                    caption = textwrap.fill(label, 18)
-                    axes.set_xlabel(caption if score is None else f"{caption}\n{_value(score)}", fontsize=8.5)
+                strip.suptitle(_caption(row.prompt, round(14 * side * models)), fontsize=8.5, style="italic")
+                places = np.ravel(strip.subplots(1, models))
+                for axes, (label, image) in zip(places, row.images.items(), strict=False):
+                    _place(axes, image, label, row.scores[label])
+                for axes in places[len(row.images) :]:
+                    axes.set_axis_off()
         _save(figure, path)
 
 
+@cache
+def _fonts() -> list[str]:
+    installed = set(fontManager.get_font_names())
+    return ["DejaVu Sans", *(name for name in _FURTHER_FONTS if name in installed)]
+
+
+def _side(rows: Sequence[SampleRow]) -> float:
+    """The side of an image's place in inches: as wide as the images, within limits."""
+    width = max(image.width for row in rows for image in row.images.values())
+    return min(max(width / STYLE["savefig.dpi"], 1.35), 2.2)
+
+
+def _place(axes: Axes, image: Image, label: str, score: float | None) -> None:
+    # Small images show their pixels; large ones are shrunk smoothly.
+    axes.imshow(np.asarray(_enlarged(image)), interpolation="none" if max(image.size) <= _SMALL else "antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    caption = textwrap.fill(visible(label), 18)
+    axes.set_xlabel(caption if score is None else f"{caption}\n{_value(score)}", fontsize=8.5)
+
+
+def _heading(task: str, reward: str | None) -> str:
+    heading = shown(" ".join(task.split()), 60)
+    return heading if reward in (None, task) else f"{heading} (score: {shown(reward, 40)})"
+
+
 def _caption(prompt: str, width: int) -> str:
-    return textwrap.fill(prompt, width, max_lines=_PROMPT_LINES, placeholder=" …")
+    # Cut first: a prompt may have a million characters. Invisible ones are shown as Python writes them.
+    line = visible(" ".join(prompt[: 9 * _PROMPT_LINES * width].split())[: (_PROMPT_LINES + 1) * width])
+    return textwrap.fill(line, width, max_lines=_PROMPT_LINES, placeholder=" …")
 
 
 def _enlarged(image: Image, size: int = 256) -> Image:
@@ -288,36 +339,42 @@ _STYLES: tuple[_Style, ...] = ("-", "--", ":", "-.")
 
 def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """
-    Draws training curves against updates: the loss, and each task's KL and rewards (in training and in evaluation).
+    Draws training curves against updates, a line a task, what to look at first on the left.
 
-    If nothing of this was logged, for example in a run shorter than `logging_steps`, it only logs a warning.
+    For distillation it is the velocity gap, for RL the reward and its spread, for fine-tuning the loss. Then come the
+    KL and the rewards of evaluations. Panels without data are left out. If nothing of this was logged, for example in
+    a run shorter than `logging_steps`, it only logs a warning.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
-        path (`str` or `Path`): the PNG file to write. Panels without data are left out.
+        path (`str` or `Path`): the PNG file to write.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for entry in log_history:
         for key, value in entry.items():
             if isinstance(value, int | float) and key != "step":
                 series.setdefault(key, []).append((entry["step"], value))
+    of_tasks = ("velocity_gap", "kl", "reward", "loss")
     named = [key.partition("/") for key in series]
-    tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in ("kl", "reward")))
+    tasks = list(dict.fromkeys(task for prefix, _, task in named if task and prefix in of_tasks))
     colors = dict(zip(tasks, _cycle(len(tasks)), strict=True))
-    loss: dict[str, tuple[str, _Style]] = {key: (_BASE, "-") for key in ("loss",) if key in series}
-    kl, trained = (
+    gap, kl, trained, loss = (
         {f"{prefix}/{task}": (color, _STYLES[0]) for task, color in colors.items() if f"{prefix}/{task}" in series}
-        for prefix in ("kl", "reward")
+        for prefix in of_tasks
     )
     rewards: dict[str, tuple[str, _Style]] = {}
     for task, color in colors.items():
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
+    of_all = {name: {name: (_BASE, _STYLES[0])} if name in series else {} for name in ("loss", "reward_std")}
     panels: list[tuple[str, dict[str, tuple[str, _Style]], bool]] = [
-        ("loss", loss, True),
-        ("KL to the base" if trained else "KL to the task's teacher", kl, True),
+        ("velocity gap to the task's teacher", gap, False),
         ("reward in training", trained, False),
+        ("spread of the reward", of_all["reward_std"], False),
+        # The loss of a method that has one of these is another view of it, or says nothing (GRPO's is near 0).
+        ("loss", loss or ({} if gap or trained else of_all["loss"]), not loss),
+        ("KL to the base" if trained else "KL to the task's teacher", kl, True),
         ("reward in evaluation", rewards, False),
     ]
     panels = [panel for panel in panels if panel[1]]
@@ -352,7 +409,8 @@ def _plot_panel(
     for key, (color, style) in lines.items():
         steps, values = zip(*series[key], strict=True)
         axes.plot(steps, values, style, color=color, linewidth=1.8, marker="o" if len(steps) < 30 else "", ms=3)
-    if logarithmic and all(value > 0 for key in lines for _, value in series[key]):
+    # A logarithmic axis leaves out what is 0, such as a KL to the base at the first update.
+    if logarithmic and any(value > 0 for key in lines for _, value in series[key]):
         axes.set_yscale("log")
     axes.set_title(title)
     axes.set_xlabel("updates")

@@ -14,7 +14,7 @@
 
 """The type of the retention report, which `retention_report` makes and `retention.json` holds."""
 
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 Means = dict[str, dict[str, dict[str, float | None]]]  # by model, task and reward
@@ -36,8 +36,17 @@ class KeptOverall(TypedDict):
     mean_ci95: list[float] | None
 
 
+class Setting(TypedDict):
+    """A setting with which images were drawn, and where it came from: given, a student's training, or a default."""
+
+    value: Any
+    source: str
+
+
 class TaskReport(Kept):
     """A task of the report, with the entries of the first student."""
+
+    num_images: int
 
     reward: str
     rewards: list[str]
@@ -55,3 +64,6 @@ class Report(KeptOverall):
     scores: Means
     scores_ci95: Intervals
     students: NotRequired[dict[str, KeptOverall]]  # if there are several
+    # By `evaluate_retention`: how all images were drawn, and each model's guidance scale.
+    settings: NotRequired[dict[str, Setting]]
+    guidance_scales: NotRequired[dict[str, Setting]]

@@ -26,7 +26,7 @@ from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
 from ..models.teacher_config import TeacherConfig
 from ..models.teacher_files import find_files
-from .cards import as_list, card_data, hub_id, literals, render, results_of, save
+from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
 
@@ -97,6 +97,7 @@ def write_teacher_card(
         model_name=name,
         base_id=base_id,
         base_name=public_name(base) or last_part(base),
+        is_tiny=is_tiny(base),
         repository=repository,
         subfolder=subfolder,
         folder_name=last_part(str(folder)),

@@ -13,15 +13,16 @@
 # limitations under the License.
 
 """
-Callbacks for TensorBoard, Weights & Biases and Trackio that differ from Transformers' in two ways: everything is
-logged with the update as its step, and no token, local path or machine name is sent. Images are logged in
-`completions.py`.
+Callbacks for TensorBoard, Weights & Biases and Trackio that differ from Transformers' in three ways: everything is
+logged with the update as its step, timings have a section of their own, and no token, local path or machine name is
+sent. Images are logged in `completions.py`.
 """
 
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -33,6 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from ..guards.files import file_name
 from ..guards.redaction import public_arguments
 from ..models.student import STUDENT_ADAPTER
 
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_TIMES = ("step_time", "generation_time")
+_TIME_PREFIXES = ("time/", "reward_time/")
 
 
 def use_public_trackers(callbacks: list[TrainerCallback]) -> None:
@@ -86,12 +91,31 @@ def _shown_arguments(args: TrainingArguments) -> TrainingArguments:
     return shown
 
 
+def in_sections(logs: Mapping[str, float]) -> dict[str, float]:
+    """
+    Names metrics as Transformers does, with the prefix `train/` or `eval/`, but timings of updates with `time/`: they
+    are many, and would hide the others.
+    """
+    named = {}
+    for name, value in rewrite_logs(logs).items():
+        metric = name.removeprefix("train/")
+        is_time = metric in _TIMES or metric.startswith(_TIME_PREFIXES)
+        named[f"time/{metric.removeprefix('time/')}" if is_time and metric != name else name] = value
+    return named
+
+
+def _own_section() -> AbstractContextManager[object]:
+    # Transformers' callbacks name the metrics with this function of their module.
+    return patch("transformers.integrations.integration_utils.rewrite_logs", in_sections)
+
+
 class _TensorBoard(TensorBoardCallback):
     logging_dir: str | None
 
     def _init_summary_writer(self, args: TrainingArguments) -> None:
         if self.logging_dir is None:  # the default contains the machine's name
-            self.logging_dir = os.path.join(args.output_dir or ".", "runs", f"{datetime.now():%b%d_%H-%M-%S}")
+            named = f"{file_name(args.run_name)}_" if args.run_name else ""
+            self.logging_dir = os.path.join(args.output_dir or ".", "runs", f"{named}{datetime.now():%b%d_%H-%M-%S}")
         # The file's name contains it too, and no option changes that.
         with patch("socket.gethostname", return_value="run"):
             super()._init_summary_writer(args)
@@ -106,6 +130,10 @@ class _TensorBoard(TensorBoardCallback):
         # Without the model: TensorBoard's callback expects a language model's config.
         super().on_train_begin(_shown_arguments(args), state, control)
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        with _own_section():
+            super().on_log(args, state, control, **kwargs)
+
 
 class _Wandb(WandbCallback):
     def setup(self, args: TrainingArguments, state: TrainerState, model: nn.Module, **kwargs: object) -> None:
@@ -113,6 +141,10 @@ class _Wandb(WandbCallback):
         os.environ.setdefault("WANDB__DISABLE_META", "true")
         os.environ.setdefault("WANDB_HOST", "trainer")
         super().setup(_shown_arguments(args), state, _ShownModel(model), **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        with _own_section():
+            super().on_log(args, state, control, **kwargs)
 
 
 class _Trackio(TrackioCallback):
@@ -142,7 +174,7 @@ class _Trackio(TrackioCallback):
         if state.is_world_process_zero:
             # Without a step Trackio uses its own counter, which counts calls.
             step = state.global_step
-            self._trackio.log({**rewrite_logs(logs), "train/global_step": step}, step=step)
+            self._trackio.log({**in_sections(logs or {}), "train/global_step": step}, step=step)
 
     def on_push_begin(
         self,

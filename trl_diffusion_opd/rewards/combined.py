@@ -37,6 +37,11 @@ SCALES: Mapping[str, float] = MappingProxyType(
 )
 
 
+def scale_of(function: RewardFunc) -> float:
+    """The divisor that brings a reward near 1: of this package's rewards that of `SCALES`, and 1 of all others."""
+    return SCALES.get(function.name, 1.0) if isinstance(function, Reward) else 1.0
+
+
 class CombinedReward(Reward):
     """
     The weighted sum of several rewards, each divided by its scale. It is `None` if one of them does not apply.
@@ -102,10 +107,7 @@ class CombinedReward(Reward):
         ]
         if problems:
             raise ValueError("\n".join(f"Reward {name!r}: {problem}" for problem in problems))
-        self.scales = {
-            key: float(scales.get(key, SCALES.get(key, 1.0) if isinstance(component, Reward) else 1.0))
-            for key, component in self.components.items()
-        }
+        self.scales = {key: float(scales.get(key, scale_of(component))) for key, component in self.components.items()}
         of_package = [component for component in self.components.values() if isinstance(component, Reward)]
         self.columns = tuple(dict.fromkeys(column for component in of_package for column in component.columns))
         self.bounds = self._bounds()
@@ -176,10 +178,11 @@ class CombinedReward(Reward):
 
 def load_reward(spec: str, **options: Any) -> RewardFunc:
     """
-    Loads a reward function by its name, or by its import path `package.module:function`. A class is instantiated.
+    Loads a reward function by its name, by its import path `package.module:function`, or by its file
+    `path/my_rewards.py:function`. A class is instantiated.
 
     Args:
-        spec (`str`): a name from this package, an import path, or several of them joined by `+`. Those are added with
+        spec (`str`): a name from this package, an import path, a file, or several of them joined by `+`. Those are added with
             equal weights by [`CombinedReward`].
         options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
 

@@ -12,16 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Finds a reward by one of this package's names or by an import path, and checks its options."""
+"""Finds a reward by one of this package's names, an import path or a file, and checks its options."""
 
 import functools
-import importlib
+import hashlib
+import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from ..problems import Refusal
 from .base import Reward, RewardFunc
 
 
@@ -62,36 +67,74 @@ def check_named(spec: str, **options: object) -> None:
 
 def _imported(spec: str, options: Mapping[str, object]) -> Any:
     """Imports the function or class of an import path, and checks the options for it."""
-    module, colon, name = spec.partition(":")
+    place, colon, name = spec.rpartition(":")
     if not colon:
-        raise ValueError(
+        raise Refusal(
             f"There is no reward {spec!r}. There are {', '.join(REWARDS)} (ocr needs `pip install "
             '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), sums of them such as '
-            "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function."
+            "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function, or by its file, "
+            "my_rewards.py:function."
         )
-    if module.endswith(".py") or "/" in module:
-        path = module.removesuffix(".py").strip("./").replace("/", ".")
-        raise ValueError(
-            f"Reward {spec!r} is a path to a file. Name the module as Python imports it, from the working folder: "
-            f"{path}:{name}."
-        )
-    # A script's search path has its own folder, but not the working folder. `python -m` has that one too.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    module = _module(spec, place)
     try:
-        found = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"Reward {spec!r} cannot be imported: {error}. Modules are searched in the working folder, "
-            f"{os.getcwd()!r}, and among the installed packages."
+        found = functools.reduce(getattr, name.split("."), module)
+    except AttributeError as error:
+        members = inspect.getmembers(module, lambda value: inspect.isfunction(value) or inspect.isclass(value))
+        own = [key for key, value in members if value.__module__ == module.__name__ and not key.startswith("_")]
+        raise Refusal(
+            f"Reward {spec!r}: {place} has no {name!r}; it has {', '.join(own) or 'no function'}."
         ) from error
     if inspect.isclass(found):
         _check_options(spec, found, options)
     elif options:
-        raise ValueError(f"Reward {spec!r} is a function and takes no options, but {sorted(options)} are given.")
+        raise Refusal(f"Reward {spec!r} is a function and takes no options, but {sorted(options)} are given.")
     elif not callable(found):
-        raise ValueError(f"Reward {spec!r} is not a function but a {type(found).__name__}.")
+        raise Refusal(f"Reward {spec!r} is not a function but a {type(found).__name__}.")
     return found
+
+
+def _module(spec: str, place: str) -> ModuleType:
+    """Imports a module by its name, also from the working folder, or by the path of its file."""
+    is_file = place.endswith(".py")
+    if is_file and not os.path.isfile(place):
+        raise Refusal(f"Reward {spec!r}: there is no file {place!r}. The working folder is {os.getcwd()!r}.")
+    if "/" in place and not is_file:
+        raise Refusal(f"Reward {spec!r}: a path must end in .py, as {place}.py:{spec.rpartition(':')[2]}.")
+    try:
+        if is_file:
+            return _of_file(Path(place))
+        # A script's search path has its own folder, but not the working folder. `python -m` has that one too.
+        if os.getcwd() not in sys.path and "" not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(place)
+    except Exception as error:  # the module is the user's: it can raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+            raise Refusal(
+                f"Reward {spec!r} cannot be imported: {error}. Modules are searched in the working folder, "
+                f"{os.getcwd()!r}, and among the installed packages. For a file elsewhere give its path, "
+                "my_rewards.py:function."
+            ) from error
+        frame = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")][-1]
+        where = "" if isinstance(error, SyntaxError) else f" in {Path(frame.filename).name}, line {frame.lineno}"
+        raise Refusal(f"Reward {spec!r} cannot be imported: {type(error).__name__}{where}: {error}.") from error
+
+
+def _of_file(path: Path) -> ModuleType:
+    """Imports a file. It is named after its content, so that a file is imported once, from wherever it is."""
+    name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))  # for what it imports from beside it, as a script can
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the path ends in .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _check_options(spec: str, reward: RewardFunc, options: Mapping[str, object]) -> None:
@@ -106,13 +149,13 @@ def _check_options(spec: str, reward: RewardFunc, options: Mapping[str, object])
     ]
     if missing:
         given = ", ".join(f'"{name}": ...' for name in missing)
-        raise ValueError(
+        raise Refusal(
             f"Reward {spec!r} needs {', '.join(missing)}: load_reward({spec!r}, "
             f"{', '.join(f'{m}=...' for m in missing)}) in Python, --reward_kwargs '{{\"{spec}\": {{{given}}}}}' on the command line."
         )
     unknown = [name for name in options if name not in parameters]
     if unknown and not takes_any:
-        raise ValueError(f"Reward {spec!r} has no options {unknown}; it has {list(parameters)}.")
+        raise Refusal(f"Reward {spec!r} has no options {unknown}; it has {list(parameters)}.")
 
 
 def reward_class(name: str) -> Callable[..., Reward]:

@@ -14,30 +14,27 @@
 
 """The commands' arguments beyond a trainer's config. Lists are given as `--option task=value task=value …`."""
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from datasets import Dataset, concatenate_datasets
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import trainer
-from ..data.prompt_files import load_source, source_problem
-from ..data.tasks import plain_dataset
 from ..guards.files import JSON
 from ..models.teacher_config import TeacherConfig
+from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, check_reward, load_reward
+from ..trainer.option_checks import evaluation_problems
+from .prompts import load_datasets
+from .values import PACKAGE, OfTasks, by_task, json_object, packaged, single
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..acceleration.quantization import QuantizationConfig
     from ..trainer.base_config import DiffusionConfig
-
-
-PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(kw_only=True)
@@ -68,11 +65,11 @@ class QuantizationArguments:
     def __post_init__(self) -> None:
         given = [name for name in ("load_in_4bit", "load_in_8bit", "torchao_quant_type") if getattr(self, name)]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join('--' + name for name in given)} exclude each other. Give one of them.")
+            raise Refusal(f"{' and '.join('--' + name for name in given)} exclude each other. Give one of them.")
         for name in given:
             library = "torchao" if name == "torchao_quant_type" else "bitsandbytes"
             if find_spec(library) is None:
-                raise ValueError(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
+                raise Refusal(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
 
     def quantization_config(self, dtype: str) -> "QuantizationConfig":
         """Makes diffusers' quantization config; `None` without one. `dtype` is the layers' compute dtype."""
@@ -106,14 +103,20 @@ class ScriptArguments(QuantizationArguments):
         prompts (`list[str]`): `task=source`. A source is a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv,
             tsv or parquet file.
         eval_prompts (`list[str]`, *optional*): `task=source` of the prompts that are evaluated during training.
+        prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
+            else `text`.
         reward_funcs (`list[str]`, *optional*): `task=name` of a reward of the package, or
-            `task=package.module:function`. Name a task several times to give it several rewards.
+            `task=package.module:function`, or `task=my_file.py:function`. Name a task several times to give it several
+            rewards.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         full_finetuning (`bool`, *optional*, defaults to `False`): train all weights instead of a LoRA.
         lora_r (`int`, *optional*, defaults to `32`), lora_alpha (`int`, *optional*, defaults to `64`): rank and alpha
             of the LoRA.
         lora_target_modules (`list[str]`, *optional*): layers of the LoRA. By default, the attention projections.
     """
+
+    # The options that name prompts.
+    of_prompts: ClassVar[tuple[str, ...]] = ("prompts", "eval_prompts")
 
     model_name_or_path: str = field(metadata={"help": "The base: a Hub id or a folder."})
     prompts: list[str] = field(
@@ -122,8 +125,12 @@ class ScriptArguments(QuantizationArguments):
     eval_prompts: list[str] | None = field(
         default=None, metadata={"help": "task=source …, evaluated during training."}
     )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the sources with the prompts; prompt, caption or text if not set."}
+    )
     reward_funcs: list[str] | None = field(
-        default=None, metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+        default=None,
+        metadata={"help": "task=name …: a reward of the package, or module:function, my_file.py:function"},
     )
     reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
@@ -149,18 +156,38 @@ class ScriptArguments(QuantizationArguments):
         assert not isinstance(self.reward_kwargs, str)  # strings are parsed
         return self.reward_kwargs or {}
 
-    def for_trainer(self, args: "DiffusionConfig", reward_funcs: dict[str, list[RewardFunc]]) -> dict[str, Any]:
+    def datasets(self, args: "DiffusionConfig") -> "dict[str, Dataset | None]":
+        """
+        Loads the prompts of all options that name some, by option. `args` is the trainer's config.
+
+        Raises:
+            [`Refusal`]: if a file or an option cannot be used. One message lists everything.
+        """
+        problems = Problems(evaluation_problems(args, self.eval_prompts))
+        given = {option: getattr(self, option) for option in self.of_prompts}
+        return load_datasets(given, args.task_column, self.prompt_column, problems)
+
+    def for_trainer(
+        self,
+        args: "DiffusionConfig",
+        datasets: "dict[str, Dataset | None] | None" = None,
+        reward_funcs: dict[str, list[RewardFunc]] | None = None,
+    ) -> dict[str, Any]:
         """
         Makes the arguments of a trainer, except for its teachers.
 
         Args:
             args ([`DiffusionConfig`]): the trainer's config.
-            reward_funcs (`dict`): as [`~ScriptArguments.rewards`] returns them.
+            datasets (`dict`, *optional*), reward_funcs (`dict`, *optional*):
+                As [`~ScriptArguments.datasets`] and [`~ScriptArguments.rewards`] return them. By default, they are
+                loaded.
         """
         from peft import LoraConfig
 
         from ..models.student import ATTENTION_TARGETS
 
+        if datasets is None:
+            datasets = self.datasets(args)
         lora = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
@@ -169,10 +196,10 @@ class ScriptArguments(QuantizationArguments):
         )
         return {
             "model": packaged(self.model_name_or_path),
-            "reward_funcs": reward_funcs or None,
+            "reward_funcs": (self.rewards() if reward_funcs is None else reward_funcs) or None,
             "args": args,
-            "train_dataset": load_prompts("prompts", self.prompts, args.task_column),
-            "eval_dataset": load_prompts("eval_prompts", self.eval_prompts, args.task_column),
+            "train_dataset": datasets["prompts"],
+            "eval_dataset": datasets["eval_prompts"],
             "quantization_config": self.quantization_config(args.dtype),
             "peft_config": None if self.full_finetuning else lora,
         }
@@ -215,18 +242,10 @@ class TeacherScriptArguments(ScriptArguments):
     """
 
     reward_funcs: list[str] = field(
-        metadata={"help": "task=name …: a reward of the package, or package.module:function"}
+        metadata={"help": "task=name …: a reward of the package, or module:function, my_file.py:function"}
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Draw and score a round, show what the run would do, and stop."}
-    )
-
-
-def packaged(path: str) -> str:
-    """Looks up a path in the installed package if it begins with `trl_diffusion_opd/` and does not exist locally."""
-    inside = PACKAGE.parent / path
-    return (
-        str(inside) if path.startswith(f"{PACKAGE.name}/") and not os.path.exists(path) and inside.exists() else path
     )
 
 
@@ -239,13 +258,13 @@ def config_path(option: str, name: str, folder: str = "configs") -> str:
         folder (`str`, *optional*, defaults to `"configs"`): the package's folder to look in.
 
     Raises:
-        [`ValueError`]: if there is neither. The message lists the package's names.
+        [`Refusal`]: if there is neither. The message lists the package's names.
     """
     if os.path.isfile(name):
         return name
     known = {path.stem: path for path in (PACKAGE / folder).glob("*.yaml")}
     if name not in known:
-        raise ValueError(
+        raise Refusal(
             f"--{option}: there is no file {name!r}, and the package has no config of that name. It has "
             f"{', '.join(sorted(known))}."
         )
@@ -259,104 +278,16 @@ def configs() -> list[type]:
     return [one for one in found if not one.__subclasses__()]  # not the shared base classes
 
 
-def json_object(option: str, text: str) -> dict[str, JSON]:
-    """Parses an option that is given as a JSON object."""
-    reason = ""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        value, reason = None, f" ({error})"
-    if not isinstance(value, dict):
-        raise ValueError(
-            f'--{option}: {text!r} is not a JSON object such as \'{{"key": {{"name": 1}}}}\', with names and texts in double '
-            f"quotes.{reason}"
-        )
-    return value
-
-
-# `task=value` strings. A YAML file may have a mapping instead, from task to a value or a list of values.
-OfTasks = list[str] | Mapping[str, JSON]
-
-
-def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> dict[str, list[str]]:
-    """Groups `task=value` strings by task. `what` is the form of a string in messages."""
-    if isinstance(values, Mapping):
-        given = {str(task): value if isinstance(value, list) else [value] for task, value in values.items()}
-        unset = [task for task, of_task in given.items() if not of_task or None in of_task]
-        if unset:
-            raise ValueError(f"--{option}: task {unset[0]!r} has no value.")
-        return {task: [str(value) for value in of_task] for task, of_task in given.items()}
-    result: dict[str, list[str]] = {}
-    for value in [values] if isinstance(values, str) else values or []:  # YAML may have a single value without a list
-        if isinstance(value, Mapping):  # "- task: value"
-            for task, of_task in by_task(option, value).items():
-                result.setdefault(task, []).extend(of_task)
-            continue
-        task, equals, content = value.partition("=")
-        if not (task and equals and content):
-            raise ValueError(f"--{option}: {value!r} is not of the form {what}.")
-        result.setdefault(task, []).append(content)
-    return result
-
-
-def source_problems(option: str, values: OfTasks | None) -> list[str]:
-    """Lists problems of prompt sources that can be found without reading them."""
-    try:
-        sources = by_task(option, values)
-    except ValueError as error:
-        return [str(error)]
-    found = (source_problem(option, packaged(source)) for of_task in sources.values() for source in of_task)
-    return [problem for problem in found if problem is not None]
-
-
-def load_prompts(option: str, values: OfTasks | None, task_column: str) -> Dataset | None:
-    """Loads all tasks' sources into one dataset, with the column `prompt` and the task's name in `task_column`."""
-    parts = []
-    for task, sources in by_task(option, values).items():
-        for source in sources:
-            part = plain_dataset(load_source(option, packaged(source)), task_column)
-            if task_column in part.column_names:
-                part = part.remove_columns(task_column)
-            parts.append(part.add_column(task_column, [task] * len(part)))
-    try:
-        return concatenate_datasets(parts) if parts else None
-    except ValueError as error:
-        raise ValueError(f"--{option}: a column has different types in different sources. {error}") from error
-
-
-def load_tasks(option: str, values: OfTasks, task_column: str) -> Dataset:
-    """Loads prompts as [`load_prompts`], or from one source that has a column with the task's name."""
-    single = _single(values)
-    if single is None or "=" in single:
-        dataset = load_prompts(option, values, task_column)
-        assert dataset is not None
-        return dataset
-    dataset = plain_dataset(load_source(option, packaged(single)), task_column)
-    if task_column not in dataset.column_names:
-        raise ValueError(
-            f"--{option}: {single!r} has no column {task_column!r} that names the tasks; it has "
-            f"{dataset.column_names}. Name the column with --task_column, or give task=source."
-        )
-    return dataset
-
-
-def _single(values: OfTasks) -> str | None:
-    """Returns the value if there is exactly one (a YAML file may give it without a list), else `None`."""
-    if isinstance(values, str):
-        return values
-    return values[0] if not isinstance(values, Mapping) and len(values) == 1 and isinstance(values[0], str) else None
-
-
 def load_scales(values: OfTasks | None, tasks: Collection[str]) -> dict[str, float]:
     """Reads the guidance scales by task."""
     option, scales = "teacher_guidance_scales", {}
     for task, given in by_task(option, values).items():
         if task not in tasks:
-            raise ValueError(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
+            raise Refusal(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
         try:
             scales[task] = float(given[-1])
         except ValueError as error:
-            raise ValueError(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
+            raise Refusal(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
     return scales
 
 
@@ -372,13 +303,13 @@ def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[Tea
 
 def load_students(option: str, values: OfTasks) -> dict[str, str]:
     """Reads the students by name. A single one may have no name, and is then called `student`."""
-    single = _single(values)
-    if single is not None and (os.path.exists(single) or "=" not in single):
-        return {"student": packaged(single)}
+    only = single(values)
+    if only is not None and (os.path.exists(only) or "=" not in only):
+        return {"student": packaged(only)}
     students = by_task(option, values, what="name=spec")
     twice = [name for name, specs in students.items() if len(specs) > 1]
     if twice:
-        raise ValueError(f"--{option}: {twice[0]!r} names {len(students[twice[0]])} students. Give each its own name.")
+        raise Refusal(f"--{option}: {twice[0]!r} names {len(students[twice[0]])} students. Give each its own name.")
     return {name: packaged(specs[0]) for name, specs in students.items()}
 
 
@@ -389,9 +320,18 @@ def load_rewards(values: OfTasks | None, options: Mapping[str, Mapping[str, JSON
     Args:
         values (`list[str]`, *optional*): `task=name`.
         options (`dict`): arguments of named rewards, by name.
+
+    Raises:
+        [`Refusal`]: if rewards cannot be loaded. One message lists everything.
     """
     specs, names = _reward_names(values, options)
-    loaded = {name: load_reward(name, **options.get(name, {})) for name in names}
+    problems, loaded = Problems(), {}
+    for name in names:
+        try:
+            loaded[name] = load_reward(name, **options.get(name, {}))
+        except (ImportError, ValueError) as error:
+            problems.append(str(error))
+    problems.raise_under("--reward_funcs")
     return {task: [loaded[name] for name in of_task] for task, of_task in specs.items()}
 
 
@@ -418,7 +358,7 @@ def _reward_names(
     names = list(dict.fromkeys(name for of_task in specs.values() for name in of_task))
     unused = sorted(options.keys() - set(names))
     if unused:
-        raise ValueError(
+        raise Refusal(
             f"--reward_kwargs has options for {unused}, but --reward_funcs does not name them. It has {names}."
         )
     return specs, names

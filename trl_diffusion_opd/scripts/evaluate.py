@@ -24,16 +24,18 @@ trl-diffusion-opd evaluate \
     --student opd=quanhaol/DiffusionOPD/Student/lora mine=outputs/sd35-opd \
     --reward_funcs aesthetic=pickscore ocr=ocr \
     --dataset aesthetic=prompts/aesthetic_test.txt ocr=prompts/ocr_test.txt \
-    --max_sequence_length 128 \
     --output_dir outputs/evaluation
 ```
 
-All options can also be in a YAML file that `--config` names. Images and scores of an earlier run in the output folder
-are
+Guidance, steps, size and text length are those that the students were trained with, unless options say otherwise. All
+options can also be in a YAML file that `--config` names. Images and scores of an earlier run in the output folder are
 reused: an interrupted run continues, and students or rewards can be added later.
 """
 
 import logging
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from accelerate import PartialState
@@ -41,9 +43,18 @@ from accelerate import PartialState
 from ..evaluation.retention import retention_table, scores_table
 from ..evaluation.run import evaluate_retention
 from ..guards.files import JSON
-from .arguments import json_object, load_rewards, load_students, load_tasks, load_teachers, packaged
+from ..hub.files import PAGE_FILE, TABLES_FILE
+from ..models.teacher_config import local_folder, parse_teacher
+from ..pipelines.loading_options import full_dtype
+from .arguments import load_rewards, load_students, load_teachers
 from .parser import parse
+from .prompts import load_tasks
+from .refusals import refusals_told
 from .training import show_warnings
+from .values import json_object, packaged
+
+
+DEFAULT_FOLDER = "outputs/evaluation"
 
 
 @dataclass
@@ -59,12 +70,16 @@ class EvaluationArguments:
         reward_funcs (`list[str]`): `task=name` of a reward of the package, or `task=package.module:function`.
         dataset (`list[str]`): `task=source` of the prompts, or one source with a column that names the task. A source
             is a Hub dataset (`owner/name[:split]`) or a text, jsonl, csv, tsv or parquet file.
-        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers with another scale than
-            `guidance_scale`.
+        teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers with another scale than the
+            student learned from them at.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         model_init_kwargs (`dict`, *optional*): further arguments to load the base, such as
             `{"revision": "...", "variant": "fp16"}`.
+        prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
+            else `text`.
         task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
+        output_dir (`str`, *optional*): folder for images, scores and the report. By default the folder of the student,
+            where its model card finds the report; `outputs/evaluation` for several students, or one of the Hub.
     """
 
     base: str = field(metadata={"help": "The base: a Hub id or a folder."})
@@ -77,23 +92,39 @@ class EvaluationArguments:
         metadata={"help": "task=source …, or one Hub dataset or file with a column that names the task."}
     )
     teacher_guidance_scales: list[str] | None = field(
-        default=None, metadata={"help": "task=scale … for teachers with another scale than guidance_scale."}
+        default=None, metadata={"help": "task=scale … for teachers with another scale than in training."}
     )
     reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
+    )
+    prompt_column: str | None = field(
+        default=None, metadata={"help": "Column of the sources with the prompts; prompt, caption or text if not set."}
     )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
     cross_task_rewards: bool = field(
         default=True, metadata={"help": "Whether every reward scores the images of every task."}
     )
-    num_images: int = field(default=512, metadata={"help": "Images a task."})
-    num_inference_steps: int = field(default=40, metadata={"help": "Steps of the deterministic sampler."})
-    guidance_scale: float = field(default=4.5, metadata={"help": "Guidance scale of base and students; 1 is none."})
-    height: int | None = field(default=None, metadata={"help": "Height of the images in pixels."})
-    width: int | None = field(default=None, metadata={"help": "Width of the images in pixels."})
-    max_sequence_length: int | None = field(default=None, metadata={"help": "Longest prompt in tokens."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "Images a task. If not set, one a prompt, and at most 512."}
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the deterministic sampler. If not set, the student's, or 40."}
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Guidance scale of base and students; 1 is none. If not set, the student's."},
+    )
+    height: int | None = field(
+        default=None, metadata={"help": "Height of the images in pixels. If not set, the student's."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the images in pixels. If not set, the student's."}
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens. If not set, the student's."}
+    )
     generation_kwargs: dict[str, JSON] | str | None = field(
-        default=None, metadata={"help": "JSON: further arguments of the pipeline's call."}
+        default=None, metadata={"help": "JSON: further arguments of the pipeline's call. If not set, the student's."}
     )
     model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments to load the base, such as its revision and variant."}
@@ -101,14 +132,24 @@ class EvaluationArguments:
     dtype: str = field(default="float32", metadata={"help": "Precision of the base: float32, bfloat16 or float16."})
     batch_size: int = field(default=32, metadata={"help": "Images that each process draws at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the noise and of the bootstrap."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for images, scores and the report."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for images, scores and the report. If not set, the folder of a single local student, else "
+            f"{DEFAULT_FOLDER}."
+        },
+    )
     num_samples: int = field(default=4, metadata={"help": "Prompts a task that are shown with their images."})
     keep_images: bool = field(default=True, metadata={"help": "Whether to keep the images that are not shown."})
     reward_timeout: float | None = field(
         default=900.0, metadata={"help": "Seconds to wait for one call of a reward function; None for no limit."}
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check all, try the rewards, time one batch, say what would be done, stop."}
+    )
 
     def __post_init__(self) -> None:
+        self.dtype = full_dtype(self.dtype)
         # From a command line; a YAML file gives dicts.
         for name in ("reward_kwargs", "generation_kwargs", "model_init_kwargs"):
             given = getattr(self, name)
@@ -118,7 +159,16 @@ class EvaluationArguments:
 
 ARGUMENTS = (EvaluationArguments,)
 # These name what is loaded here. The other arguments are options of `evaluate_retention`.
-LOADED = ("base", "teachers", "student", "reward_funcs", "dataset", "teacher_guidance_scales", "reward_kwargs")
+LOADED = (
+    "base",
+    "teachers",
+    "student",
+    "reward_funcs",
+    "dataset",
+    "teacher_guidance_scales",
+    "reward_kwargs",
+    "prompt_column",
+)
 
 
 def main(args: EvaluationArguments) -> None:
@@ -126,17 +176,41 @@ def main(args: EvaluationArguments) -> None:
     logging.getLogger("trl_diffusion_opd").setLevel(logging.INFO)  # to show the time taken
     reward_kwargs = args.reward_kwargs or {}
     assert isinstance(reward_kwargs, dict)  # strings are parsed
+    students = load_students("student", args.student)
+    folder = student_folder(students)
+    args.output_dir = args.output_dir or folder or DEFAULT_FOLDER
     report = evaluate_retention(
         packaged(args.base),
         load_teachers(args.teachers, args.teacher_guidance_scales),
-        load_students("student", args.student),
+        students,
         load_rewards(args.reward_funcs, reward_kwargs),
-        load_tasks("dataset", args.dataset, args.task_column),
+        load_tasks("dataset", args.dataset, args.task_column, args.prompt_column),
         **{name: value for name, value in vars(args).items() if name not in LOADED},
     )
-    if PartialState().is_main_process:
-        print(f"{retention_table(report)}\n\n{scores_table(report)}")
+    if report is not None and PartialState().is_main_process:
+        print(f"{retention_table(report)}\n\n{scores_table(report)}\n\n{where(args.output_dir, folder)}")
+
+
+def student_folder(students: Mapping[str, str]) -> str | None:
+    """The folder of a single student that is on this machine, else `None`."""
+    if len(students) != 1:
+        return None
+    with suppress(ValueError):  # no student, which the evaluation refuses with all else
+        config = parse_teacher(next(iter(students.values())))
+        folder = None if config.model_name_or_path == "base" else local_folder(config)
+        return None if folder is None else str(folder)
+    return None
+
+
+def where(output_dir: str, student: str | None) -> str:
+    """Says where the report is, and how it gets into the model card of a student that is on this machine."""
+    text = f"The report is {os.path.join(output_dir, TABLES_FILE)}; {PAGE_FILE} beside it shows the images."
+    if student is None:
+        return text
+    report = "" if os.path.realpath(output_dir) == os.path.realpath(student) else f" --report {output_dir}"
+    return f"{text} `trl-diffusion-opd push {student} owner/name{report}` puts it into the student's card."
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

@@ -17,6 +17,7 @@
 from ..trainer.diffusion_grpo_config import DiffusionGRPOConfig
 from .arguments import TeacherScriptArguments
 from .parser import parse
+from .refusals import refusals_told
 from .training import train_by_reward
 
 
@@ -31,4 +32,5 @@ def main(script_args: TeacherScriptArguments, training_args: DiffusionGRPOConfig
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

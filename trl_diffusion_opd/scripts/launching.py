@@ -14,6 +14,7 @@
 
 """Starts a command on all devices through accelerate's launcher."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -22,8 +23,11 @@ from collections.abc import Sequence
 import torch
 from accelerate.commands.config import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from ..problems import Refusal
 from .arguments import config_path
+from .refusals import REFUSED
 
 
 # The module that the launcher starts. It runs a command in its own process and ignores the launcher's options.
@@ -41,7 +45,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         The launcher's words, then the others.
 
     Raises:
-        [`ValueError`]: if `--accelerate_config` names no config.
+        [`Refusal`]: if `--accelerate_config` names no config.
     """
     options: list[list[str]] = []
     for word in words:
@@ -55,7 +59,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if name == "--accelerate_config":
             given = [value, *option[1:]] if equals else option[1:]
             if len(given) != 1:
-                raise ValueError(f"--accelerate_config takes one name or file, but has {given}.")
+                raise Refusal(f"--accelerate_config takes one name or file, but has {given}.")
             ours += ["--config_file", config_path("accelerate_config", given[0], "accelerate_configs")]
         elif _is_launchers(option):
             ours += option
@@ -89,7 +93,19 @@ def launch(words: Sequence[str], command: str, arguments: Sequence[str]) -> None
         [`SystemExit`]: if the command fails, with its exit status.
     """
     given = launch_command_parser().parse_args([*words, "--module", MODULE, command, *arguments])
+    # It says, after the command's own message, that the others are ended, and repeats the first failure's status.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         launch_command(given)
     except subprocess.CalledProcessError as error:  # the command has printed the reason
-        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+        sys.exit(_status(error.returncode))
+    except ChildFailedError as error:  # the same for several processes
+        status = _status(error.get_first_failure()[1].exitcode)
+        if status != REFUSED:
+            print(error, file=sys.stderr)  # which process failed first
+        sys.exit(status)
+
+
+def _status(code: int) -> int:
+    """The exit status that a shell gives to a process: the launcher counts those that a signal ended below 0."""
+    return code if code > 0 else 128 - code

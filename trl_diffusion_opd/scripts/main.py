@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int
 
     Returns:
         `int`: the exit status.
+
+    Raises:
+        [`SystemExit`]: after a message, if the command refuses what it was given.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     sys.argv[0] = PROG  # for messages that repeat the command
@@ -78,31 +81,36 @@ def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int
         hint = f" Did you mean {alike[0]!r}?" if alike else ""
         print(f"{PROG}: there is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         return 2
+    from .refusals import refusals_told
+
+    with refusals_told():
+        _run(name, given, may_launch)
+    return 0
+
+
+def _run(name: str, given: Sequence[str], may_launch: bool) -> None:
     module = importlib.import_module(f".{name}", __package__)
     if name in ("push", "env"):
         module.main(given)
-        return 0
+        return
 
     from .parser import CommandParser, refuse
 
     launched = name not in _IN_ONE_PROCESS
     parser = CommandParser(module.ARGUMENTS, prog=f"{PROG} {name}", launched=launched)
-    try:
-        launcher: list[str] = []
-        unknown = parser.unclaimed(given)
-        if launched:
-            from .launching import launch, needs_launcher, split
+    launcher: list[str] = []
+    unknown = parser.unclaimed(given)
+    if launched:
+        from .launching import launch, needs_launcher, split
 
-            launcher, unknown = split(unknown)
-        refuse(module.ARGUMENTS, unknown)
-        if launched and may_launch and needs_launcher(launcher):
-            launch(launcher, name, given)
-            return 0
-        *parsed, _ = parser.read(given)
-    except ValueError as error:
-        parser.error(str(error))
+        launcher, unknown = split(unknown)
+    refuse(module.ARGUMENTS, unknown)
+    if launched and may_launch and needs_launcher(launcher):
+        parser.require(given)
+        launch(launcher, name, given)
+        return
+    *parsed, _ = parser.read(given)
     module.main(*parsed)
-    return 0
 
 
 if __name__ == "__main__":

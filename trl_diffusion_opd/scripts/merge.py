@@ -29,9 +29,12 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.merge import METHODS, merge_teachers
 from ..pipelines.loading import load_pipeline
-from ..pipelines.loading_options import model_init_problems
-from .arguments import by_task, json_object, load_teachers, packaged
+from ..pipelines.loading_options import full_dtype, model_init_problems
+from ..problems import Refusal
+from .arguments import load_teachers
 from .parser import parse
+from .refusals import refusals_told
+from .values import by_task, json_object, packaged
 
 
 @dataclass
@@ -68,6 +71,7 @@ class MergeArguments:
     )
 
     def __post_init__(self) -> None:
+        self.dtype = full_dtype(self.dtype)
         if isinstance(self.model_init_kwargs, str):  # from a command line; a YAML file gives a dict
             self.model_init_kwargs = json_object("model_init_kwargs", self.model_init_kwargs)
 
@@ -80,13 +84,13 @@ def main(arguments: MergeArguments) -> None:
     assert isinstance(model_init_kwargs, dict)  # strings are parsed
     problems = model_init_problems(model_init_kwargs)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise Refusal("\n".join(problems))
     weights = {}
     for task, values in by_task("weights", arguments.weights).items():
         try:
             weights[task] = float(values[-1])
         except ValueError as error:
-            raise ValueError(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
+            raise Refusal(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
     report = merge_teachers(
         load_pipeline(packaged(arguments.base), arguments.dtype, model_init_kwargs=model_init_kwargs),
         load_teachers(arguments.teachers, None),
@@ -106,4 +110,5 @@ def main(arguments: MergeArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

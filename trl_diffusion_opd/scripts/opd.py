@@ -16,12 +16,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..data.tasks import task_rows
 from ..guards.extras import extra
+from ..problems import Refusal
 from ..trainer.diffusion_opd_config import DiffusionOPDConfig
-from .arguments import TaughtArguments, load_prompts
+from .arguments import TaughtArguments
 from .parser import parse
+from .refusals import refusals_told
 from .training import publish, show_warnings, train
 
 
@@ -40,6 +43,8 @@ class OPDScriptArguments(TaughtArguments):
             and stop.
     """
 
+    of_prompts: ClassVar[tuple[str, ...]] = (*TaughtArguments.of_prompts, "test_prompts")
+
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
     test_prompts: list[str] | None = field(
         default=None, metadata={"help": "task=source …: held-out prompts for the retention report at the end."}
@@ -55,8 +60,8 @@ ARGUMENTS = (OPDScriptArguments, DiffusionOPDConfig)
 
 def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> None:
     show_warnings()
-    teachers, rewards = script_args.teachers_by_task(), script_args.rewards()
-    test_dataset = load_prompts("test_prompts", script_args.test_prompts, training_args.task_column)
+    teachers, datasets = script_args.teachers_by_task(), script_args.datasets(training_args)
+    rewards, test_dataset = script_args.rewards(), datasets["test_prompts"]
     tested: Collection[str] = []
     if test_dataset is not None:  # refuse now what the report at the end would refuse
         from ..evaluation import report_problems
@@ -65,7 +70,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
         if script_args.num_test_images < 1:
             problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise Refusal("\n".join(problems))
         tested = task_rows(test_dataset, training_args.task_column)  # may be fewer than the trained tasks
 
     # Imported here, so that --help and errors in the arguments show sooner.
@@ -74,7 +79,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
 
     if script_args.dry_run:
         training_args.push_to_hub = False  # or the trainer would make the repository
-    arguments = script_args.for_trainer(training_args, rewards)
+    arguments = script_args.for_trainer(training_args, datasets, rewards)
     trainer = DiffusionOPDTrainer(teachers=teachers, **arguments)
     if script_args.dry_run:
         trainer.dry_run()
@@ -113,4 +118,5 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

@@ -18,15 +18,20 @@ import argparse
 import copy
 import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 from trl import TrlParser
 
-from ..trainer.option_checks import unknown_option
-from .arguments import PACKAGE, QuantizationArguments, config_path, configs
+from ..pipelines.loading_options import full_dtype
+from ..problems import Refusal
+from ..trainer.option_checks import UNUSED, WITHOUT_EFFECT, unknown_option
+from .arguments import QuantizationArguments, config_path, configs
+from .values import PACKAGE
 
 
 # Options that are fields of no dataclass. TRL's parser reads --config before it parses; `launching` takes the
@@ -49,6 +54,7 @@ _LAUNCHER_OPTIONS = (
 
 
 _COMMAND, _QUANTIZATION, _INHERITED = "options", "quantization of the base", "transformers.TrainingArguments"
+_NOT_LISTED = "Not listed: options of transformers.TrainingArguments that have no effect here."
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -80,31 +86,69 @@ class CommandParser(TrlParser):
     def __init__(self, dataclass_types: Sequence[type], prog: str | None = None, launched: bool = False):
         usage = "%(prog)s [--config NAME|FILE] [options]"
         # To TRL the type of a dataclass is one of its own.
-        super().__init__(dataclass_types, prog=prog, usage=usage, formatter_class=_HelpFormatter)  # type: ignore[arg-type]
+        super().__init__(
+            dataclass_types,  # type: ignore[arg-type]
+            prog=prog,
+            usage=usage,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # `--lr` would be short for three options, none of which is the learning rate
+        )
+        for action in self._actions:
+            if action.dest == "report_to":
+                action.nargs = "+"  # as in a YAML file
+            elif action.dest == "dtype":
+                action.type = full_dtype
         self.options_of_the_command = (*_OPTIONS, *_LAUNCHER_OPTIONS) if launched else _OPTIONS
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses a command line in words, without the list of all options."""
+        one_spelling = re.sub(r"(--\w+)/--[\w-]+", r"\1", message)
+        raise Refusal(f"{self.prog}: {one_spelling}")
 
     def unclaimed(self, arguments: Sequence[str]) -> list[str]:
         """Returns the words of a command line and of its `--config` that belong to no option. Makes no dataclass."""
+        words, found = self._with_config(arguments)
+        asks_help = not {"-h", "--help"}.isdisjoint(words)
+        required = [action for action in self._actions if action.required and not asks_help]
+        for action in required:
+            action.required = False  # a misspelt option is told first
+        try:
+            return found + self.parse_known_args(words)[1]
+        finally:
+            for action in required:
+                action.required = True
+
+    def require(self, arguments: Sequence[str]) -> None:
+        """
+        Refuses a command line that lacks an option. Makes no dataclass.
+
+        Raises:
+            [`Refusal`]: if an option is missing, in it and in its `--config`.
+        """
+        self.parse_known_args(self._with_config(arguments)[0])
+
+    def _with_config(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Takes defaults from a command line's `--config`. Returns the other words, and those that it does not know."""
         words = config_by_name(arguments)
-        found: list[str] = []
-        if "--config" in words:
-            at = words.index("--config")
-            with open(words[at + 1], encoding="utf-8") as file:
-                content = yaml.safe_load(file)
-            words[at : at + 2] = []
-            if isinstance(content, dict):  # otherwise the parser itself says what is wrong, when it reads the file
-                found = self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
-        return found + self.parse_known_args(words)[1]
+        if "--config" not in words:
+            return words, []
+        at = words.index("--config")
+        content = _content(words[at + 1])
+        words[at : at + 2] = []
+        return words, self.set_defaults_with_config(**{k: v for k, v in content.items() if k != "env"})
 
     def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
         """Returns the dataclasses, then the list of words that belong to none of them."""
-        return self.parse_args_and_config(config_by_name(arguments), return_remaining_strings=True)
+        try:
+            return self.parse_args_and_config(config_by_name(arguments), return_remaining_strings=True)
+        except ValueError as error:  # some are transformers' own
+            raise Refusal(str(error)) from error
 
     def format_help(self) -> str:
         """Lists the command's own options first, and those of transformers' `TrainingArguments` last."""
         groups: dict[str, list[argparse.Action]] = {title: [] for title in self._titles()}
         for action in self._actions:
-            if action.dest != "help":
+            if action.dest not in ("help", *WITHOUT_EFFECT, *UNUSED):
                 groups[self._title(action.dest)].append(action)
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])
@@ -113,6 +157,8 @@ class CommandParser(TrlParser):
             formatter.add_arguments(self.options_of_the_command if i == 0 else ())
             formatter.add_arguments(sorted(actions, key=lambda action: not action.required))
             formatter.end_section()
+        if len(self.dataclass_types) > 1:
+            formatter.add_text(_NOT_LISTED)
         return formatter.format_help()
 
     def _titles(self) -> list[str]:
@@ -132,6 +178,17 @@ def _is_ours(owner: type) -> bool:
     return owner.__module__.partition(".")[0] == PACKAGE.name
 
 
+def _content(path: str) -> dict[str, Any]:
+    """Reads a YAML file of options."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Refusal(f"--config: {path!r} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise Refusal(f"--config: {path!r} is not a mapping from options to values.")
+    return content
+
+
 def config_by_name(arguments: Sequence[str]) -> list[str]:
     """Returns the words of a command line, with the name after `--config` replaced by its path."""
     words = list(arguments)
@@ -141,7 +198,7 @@ def config_by_name(arguments: Sequence[str]) -> list[str]:
     if "--config" in words:
         at = words.index("--config") + 1
         if at == len(words):
-            raise ValueError("--config needs the name of a config in the package, or of a file.")
+            raise Refusal("--config needs the name of a config in the package, or of a file.")
         words[at] = config_path("config", os.path.expanduser(words[at]))
     return words
 
@@ -155,10 +212,11 @@ def parse(dataclass_types: Sequence[type], arguments: Sequence[str] | None = Non
         arguments (`list[str]`, *optional*): the words. By default, those of the process.
 
     Raises:
-        [`ValueError`]: for an option that none of them has. The message names another trainer's config that has it.
+        [`Refusal`]: for an option that none of them has. The message names another trainer's config that has it.
     """
-    *parsed, rest = CommandParser(dataclass_types).read(sys.argv[1:] if arguments is None else arguments)
-    refuse(dataclass_types, rest)
+    parser, words = CommandParser(dataclass_types), sys.argv[1:] if arguments is None else arguments
+    refuse(dataclass_types, parser.unclaimed(words))
+    *parsed, _ = parser.read(words)
     return tuple(parsed)
 
 
@@ -167,9 +225,9 @@ def refuse(dataclass_types: Sequence[type], words: Sequence[str]) -> None:
     Refuses words that belong to no option.
 
     Raises:
-        [`ValueError`]: if there are any.
+        [`Refusal`]: if there are any.
     """
     unknown = dict.fromkeys(word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--"))
     problems = [unknown_option(dataclass_types[-1], name, configs(), dataclass_types[0]) for name in unknown]
     if words:
-        raise ValueError("\n".join(problems or [f"{list(words)} belong to no option."]))
+        raise Refusal("\n".join(problems or [f"{list(words)} belong to no option."]))

@@ -22,6 +22,7 @@ Without `--teachers`, the sources of `--prompts` must have a column of images.
 from ..trainer.diffusion_sft_config import DiffusionSFTConfig
 from .arguments import TaughtArguments
 from .parser import parse
+from .refusals import refusals_told
 from .training import publish, show_warnings, train
 
 
@@ -34,10 +35,11 @@ def main(script_args: TaughtArguments, training_args: DiffusionSFTConfig) -> Non
     from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
 
     teachers = script_args.teachers_by_task() or None
-    trainer = DiffusionSFTTrainer(teachers=teachers, **script_args.for_trainer(training_args, script_args.rewards()))
+    trainer = DiffusionSFTTrainer(teachers=teachers, **script_args.for_trainer(training_args))
     train(trainer)
     publish(trainer)
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

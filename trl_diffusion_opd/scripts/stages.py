@@ -35,7 +35,7 @@ stages:
     trainer: grpo
     prompts: [ocr=prompts/ocr.txt]
     reward_funcs: [ocr=ocr]
-    config: {max_steps: 300, sampler: flow_sde}
+    config: {max_steps: 300, sampler: flow_sde, guidance_scale: 4.5}
 ```
 
 With `from_base: true` a stage starts from the base instead. So one file can also train teachers and then the student
@@ -66,10 +66,13 @@ from ..guards.files import JSON, read_json, write_json
 from ..hub.files import ADAPTER_FILE, FINISHED_FILE, STAGE_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..models.teacher_files import find_files
-from ..problems import Problems
-from ..trainer.option_checks import unknown_option
-from .arguments import OfTasks, TaughtArguments, by_task, config_path, configs, reward_problems, source_problems
+from ..problems import Problems, Refusal
+from ..trainer.option_checks import evaluation_problems, unknown_option
+from .arguments import TaughtArguments, config_path, configs, reward_problems
 from .parser import parse
+from .prompts import source_problems
+from .refusals import refusals_told
+from .values import OfTasks, by_task
 
 
 if TYPE_CHECKING:
@@ -115,7 +118,7 @@ def run_stages(stages: Sequence[Stage], output_dir: str | Path) -> Path:
         `Path`: the folder of the last stage, with the final LoRA.
 
     Raises:
-        [`ValueError`]: before anything is run, if a name is missing, invalid or used twice, or if a folder holds a
+        [`Refusal`]: before anything is run, if a name is missing, invalid or used twice, or if a folder holds a
             stage with other settings or another start. One message lists everything.
     """
     output_dir = Path(output_dir)
@@ -244,7 +247,9 @@ class StageSpec(TaughtArguments):
     def problems(self, output_dir: str) -> list[str]:
         """Lists problems that can be found before it is run, without loading weights or asking the Hub."""
         problems = [
-            f for option in ("prompts", "eval_prompts") for f in source_problems(option, getattr(self, option))
+            problem
+            for option in self.of_prompts
+            for problem in source_problems(option, getattr(self, option), self.prompt_column)
         ]
         problems += reward_problems(self.reward_funcs, self.options_of_rewards())
         problems += self._teacher_problems(Path(output_dir))
@@ -252,6 +257,7 @@ class StageSpec(TaughtArguments):
             args = self.make_config(Path(output_dir) / self.name, None)
         except ValueError as error:
             return [*problems, *str(error).replace("\n- ", " ").splitlines()]
+        problems += evaluation_problems(args, self.eval_prompts)
         if args.ema_decay and 0 < args.max_steps < args.ema_update_interval:
             problems.append(
                 f"config: max_steps={args.max_steps} is less than ema_update_interval={args.ema_update_interval}: the "
@@ -280,7 +286,7 @@ class StageSpec(TaughtArguments):
         Makes the trainer's config.
 
         Raises:
-            [`ValueError`]: if the config refuses a value, or has no field of a given name.
+            [`Refusal`]: if the config refuses a value, or has no field of a given name.
         """
         options = {**self.config, "output_dir": str(output_dir)}
         if student_init is not None:
@@ -290,14 +296,14 @@ class StageSpec(TaughtArguments):
         config_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Config")
         unknown = sorted(options.keys() - {one.name for one in fields(config_class)})
         if unknown:
-            raise ValueError("\n".join(unknown_option(config_class, name, configs()) for name in unknown))
+            raise Refusal("\n".join(unknown_option(config_class, name, configs()) for name in unknown))
         return config_class(**options)
 
     def make_trainer(self, output_dir: Path, student_init: str | None) -> "DiffusionTrainer":
         args = self.make_config(output_dir, student_init)
         trainer_class = getattr(importlib.import_module("trl_diffusion_opd"), f"{_TRAINERS[self.trainer]}Trainer")
         arguments = {"teachers": self.teachers_by_task()} if self.teachers else {}
-        return trainer_class(**self.for_trainer(args, self.rewards()), **arguments)
+        return trainer_class(**self.for_trainer(args), **arguments)
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
@@ -319,13 +325,13 @@ def read_stages(path: str | Path, output_dir: str | None = None) -> tuple[list[S
         The stages and the output folder.
 
     Raises:
-        [`ValueError`]: if anything in the file is wrong, or a prompt file, reward or local teacher cannot be found.
+        [`Refusal`]: if anything in the file is wrong, or a prompt file, reward or local teacher cannot be found.
             One message lists everything, for all stages.
     """
     path = config_path("stages", str(path), "stage_configs")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list) or "output_dir" not in content:
-        raise ValueError(f"{path}: it needs an output_dir and a list of stages.")
+        raise Refusal(f"{path}: it needs an output_dir and a list of stages.")
     problems = [
         f"{key!r} is none of output_dir, shared, stages."
         for key in content.keys() - {"output_dir", "shared", "stages"}
@@ -429,4 +435,5 @@ def main(arguments: StagesArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(ARGUMENTS))
+    with refusals_told():
+        main(*parse(ARGUMENTS))

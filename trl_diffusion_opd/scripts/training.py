@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..guards.extras import extra
-from ..hub.files import CARD_FILE, CURVES_PICTURE
+from ..hub.files import CURVES_PICTURE
 
 
 if TYPE_CHECKING:
@@ -45,14 +45,12 @@ def train(trainer: "DiffusionTrainer") -> None:
 
 
 def publish(trainer: "DiffusionTrainer") -> None:
-    """Writes the model card, pushes if `push_to_hub` is set, ends the trackers, and says where the student is."""
+    """Writes the model card, pushes if `push_to_hub` is set, and ends the trackers."""
     with extra("The model card"):
         trainer.create_model_card()
     if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub()  # its last line is the link
     trainer.end()
-    if trainer.is_world_process_zero():
-        print(f"\nThe student is in {trainer.args.output_dir}; {CARD_FILE} there says how to load it.\n")
 
 
 def train_by_reward(
@@ -64,7 +62,7 @@ def train_by_reward(
     show_warnings()
     if script_args.dry_run:
         training_args.push_to_hub = False  # or the trainer would make the repository
-    trainer = trainer_class(**script_args.for_trainer(training_args, script_args.rewards()))
+    trainer = trainer_class(**script_args.for_trainer(training_args))
     if script_args.dry_run:
         trainer.dry_run()
         trainer.end()

@@ -16,7 +16,7 @@
 
 Each task has two functions with the same signature, called by keyword with the dataset's columns. One gives a verdict
 (0 or 1; for style a smooth score) for reports, the other a graded score in [0, 1] for training. Images are RGB PIL
-images of 32 x 32 px. A row of another task gets None ("does not apply").
+images of 32 x 32 px. A row of another task, or without a specification, gets None ("does not apply").
 """
 
 from __future__ import annotations
@@ -191,20 +191,20 @@ def _style(image: Image.Image, spec: Spec) -> tuple[float, float]:
 _SCORES = {"compose": _compose, "letters": _letters, "style": _style}
 
 
-def _score(task: str, version: int, images: list[Image.Image], spec: list[str]) -> list[float | None]:
+def _score(task: str, version: int, images: list[Image.Image], spec: list[str | None]) -> list[float | None]:
     scores: list[float | None] = []
     for image, text in zip(images, spec, strict=True):
-        parsed = json.loads(text)
+        parsed = {"task": None} if text is None else json.loads(text)
         scores.append(_SCORES[task](image, parsed)[version] if parsed["task"] == task else None)
     return scores
 
 
-def compose(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+def compose(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """1 if the image has exactly the objects of the prompt, with the right colours, shapes and relation, else 0."""
     return _score("compose", 0, images, spec)
 
 
-def compose_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+def compose_graded(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """
     The mean over objects of their scores for colour and shape. Missing and surplus objects count 0. A wrong relation
     leaves 60% of it.
@@ -212,22 +212,22 @@ def compose_graded(images: list[Image.Image], spec: list[str], **_: object) -> l
     return _score("compose", 1, images, spec)
 
 
-def letters(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+def letters(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """1 if both letters are clear and match best in their place, else 0."""
     return _score("letters", 0, images, spec)
 
 
-def letters_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+def letters_graded(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """The mean over both letters of the correlation with the right letter, scaled from 0 at 0.4 to 1 at 0.9."""
     return _score("letters", 1, images, spec)
 
 
-def style(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+def style(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """How close the ground is to dusk (violet above, orange below). Linear in the degree of styling."""
     return _score("style", 0, images, spec)
 
 
-def style_graded(images: list[Image.Image], spec: list[str], **_: object) -> list[float | None]:
+def style_graded(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """The same smooth score as `style`."""
     return _score("style", 1, images, spec)
 

@@ -24,11 +24,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 
+from ..acceleration.processes import world_problems
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
 from ..guards.files import JSON
 from ..guards.finite import infinite_options
+from ..hub.names import repository_id_problem
 from ..models.average import FOLLOWING
-from ..pipelines.loading_options import DTYPES, dtype_name, model_init_problems
+from ..pipelines.loading_options import DTYPES, dtype_name, full_dtype, model_init_problems
 from ..problems import Problems
 from ..rewards.scoring import timeout_problems
 from .option_checks import idle_options, unknown_option
@@ -75,8 +77,9 @@ class DiffusionConfig(_BaseConfig):
         noise_level (`float`, *optional*):
             How much noise a stochastic sampler adds at each step (`eta`). `None` is 0.7. Refused with `"ode"` and
             `"dpm2m"`, which add none.
-        guidance_scale (`float`, *optional*, defaults to `4.5`):
+        guidance_scale (`float`, *optional*):
             Scale of classifier-free guidance; 1.0 is no guidance. For pipelines with a `true_cfg_scale`, this sets it.
+            `None` is the default of the pipeline's own `__call__`; the trainer then sets the number.
         height (`int`, *optional*, defaults to `512`), width (`int`, *optional*, defaults to `512`):
             Size of the images in pixels.
         max_sequence_length (`int`, *optional*):
@@ -115,16 +118,28 @@ class DiffusionConfig(_BaseConfig):
             Guidance scale of an evaluation. `None` is `guidance_scale`.
         num_eval_images (`int`, *optional*):
             Images of each task in an evaluation, spread over its prompts. `None` is one for each prompt.
+        eval_base_and_teachers (`bool`, *optional*, defaults to `True`):
+            Whether the first evaluation also scores the base and each task's teachers, on the same prompts and noise.
+            They are shown beside the student's rewards, and `eval_reward` is then the share of the teachers' gain that
+            the student has. It takes as long as two more evaluations, once. Without rewards nothing is done.
         reward_timeout (`float`, *optional*, defaults to `900`):
             Seconds to wait for one call of a reward function; `None` for no limit. In an evaluation, a late call
             counts as no score, with a warning. If training needs the reward, training stops.
 
+        > Parameters that control sharing
+
+        hub_base_model (`str`, *optional*):
+            The base's id on the Hub (`owner/name`) where `model` is a folder or was made in memory. The model card and
+            `adapter_config.json` name it, since nobody else has the folder. Needed to push such a student. The
+            repository need not exist yet.
+
         > Parameters that control the logging
 
         log_completions (`bool`, *optional*, defaults to `False`):
-            Whether to draw images for fixed prompts at the start and at every evaluation. A grid of the images, and a
-            table of prompts and rewards, are saved under `completions/` in the output folder and sent to the trackers.
-            The rewards are also printed.
+            Whether to draw images for fixed prompts at the start and at every evaluation; without evaluations
+            (`eval_strategy="no"`) at every save and at the end. A picture with the images of base, teachers and
+            student side by side, and a table of prompts and rewards, are saved under `completions/` in the output
+            folder and sent to the trackers. The rewards are also printed.
         num_completions_to_print (`int`, *optional*, defaults to `4`):
             Prompts of each task in that table.
 
@@ -193,7 +208,10 @@ class DiffusionConfig(_BaseConfig):
         default=None,
         metadata={"help": "How much noise the sampler adds (eta). 0.7 if not set. Not for ode and dpm2m."},
     )
-    guidance_scale: float = field(default=4.5, metadata={"help": "Classifier-free guidance scale; 1.0 is none."})
+    guidance_scale: float = field(
+        default=None,  # type: ignore[assignment]  # None until the pipeline is known
+        metadata={"help": "Classifier-free guidance scale; 1.0 is none. If not set, the pipeline's own default."},
+    )
     height: int = field(default=512, metadata={"help": "Height of the images in pixels."})
     width: int = field(default=512, metadata={"help": "Width of the images in pixels."})
     max_sequence_length: int | None = field(
@@ -233,14 +251,25 @@ class DiffusionConfig(_BaseConfig):
     num_eval_images: int | None = field(
         default=None, metadata={"help": "Images of each task in an evaluation. If not set, one for each prompt."}
     )
+    eval_base_and_teachers: bool = field(
+        default=True,
+        metadata={"help": "Score base and teachers once, at the first evaluation, to compare the student with them."},
+    )
     reward_timeout: float | None = field(
         default=900.0, metadata={"help": "Seconds to wait for one call of a reward function; None for no limit."}
+    )
+
+    # Parameters that control sharing
+    hub_base_model: str | None = field(
+        default=None, metadata={"help": "The base's Hub id (owner/name) in the model card, if the base is a folder."}
     )
 
     # Parameters that control the logging
     log_completions: bool = field(
         default=False,
-        metadata={"help": "Draw and log images for fixed prompts at the start and at every evaluation."},
+        metadata={
+            "help": "Draw and log images for fixed prompts at the start and at evaluations; without these, at saves."
+        },
     )
     num_completions_to_print: int = field(
         default=4, metadata={"help": "Prompts of each task whose images are logged."}
@@ -270,6 +299,7 @@ class DiffusionConfig(_BaseConfig):
         for name in ("checkpointing", "checkpointing_kwargs"):
             if given[f"activation_{name}"] is None:
                 given[f"activation_{name}"] = given[f"gradient_{name}"]
+        self.dtype = full_dtype(self.dtype)
         if isinstance(given["ema_decay"], str):  # a command line gives text
             with suppress(ValueError):
                 given["ema_decay"] = float(given["ema_decay"])
@@ -329,6 +359,7 @@ class DiffusionConfig(_BaseConfig):
             )
         problems += self._choice_problems("dtype", "sampler")
         problems += idle_options(self)
+        problems += world_problems()
         try:
             convert_file_size_to_int(self.prompt_cache_max_size)
         except ValueError:
@@ -336,6 +367,8 @@ class DiffusionConfig(_BaseConfig):
                 f"prompt_cache_max_size={self.prompt_cache_max_size!r}: it must be a number with a unit, such as "
                 "'50GB'."
             )
+        if self.hub_base_model is not None and (reason := repository_id_problem(self.hub_base_model)) is not None:
+            problems.append(f"hub_base_model={self.hub_base_model!r}: {reason}.")
         problems += self._noise_problems()
         problems += self._range_problems()
         unusable = timeout_problems(self.reward_timeout)

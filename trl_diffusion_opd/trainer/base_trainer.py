@@ -43,31 +43,34 @@ from ..checkpointing import checkpoint
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
-from ..models.average import average_line, lag_problem
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
+from ..problems import Refusal
 from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
-from ..reporting.completions import log_completions
 from ..reporting.model_card import MethodFacts
-from ..reporting.trackers import tensorboard_writers, use_public_trackers
+from ..reporting.run_lines import use_lines
+from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
-from .image_evaluator import ImageEvaluator, applicable_mean
+from .image_evaluator import ImageEvaluator
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
+from .references import BaseAndTeachers
 from .run_callback import RunCallback
 from .run_files import RunFiles
+from .run_logs import RunLogs
 from .teaching import place
+from .training_pictures import FrozenModel, TrainingPictures, base_model, teacher_models
 
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     """
     Base class of the diffusion trainers. It trains a diffusers pipeline, on prompts of several tasks.
 
@@ -96,7 +99,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
     # The parts of an update whose time is measured.
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
     _has_compared = False
-    _grid_at = -1  # the update at which images were last shown
 
     def __init__(
         self,
@@ -136,12 +138,13 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
             self._settle(parts)
             self._take(parts)
             self._start()
+            self._say_start(parts.guidance_lines)
             undo.pop_all()
 
     def _settle(self, parts: Parts) -> None:
         """Configures accelerate, which exists from now on."""
         if self.args.n_gpu > 1:
-            raise ValueError("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
+            raise Refusal("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self._mixed_precision = self.accelerator.mixed_precision
@@ -155,14 +158,18 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         args, field = parts.args, parts.velocity_field
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
-        self.student = Student(parts.student, parts.pipeline, args.ema_decay, args.ema_update_interval)
+        average = args.ema_decay, args.ema_update_interval
+        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
+        self._pictures = TrainingPictures(self.evaluator, self.frozen_models)
         self.__dict__.update(parts.method)
+        self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
         self._stop = StopRequest(self.accelerator, say=tables.print_line)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
+        use_lines(self.callback_handler.callbacks)
         self.offload.rest()
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
@@ -179,6 +186,13 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
+
+    def _say_start(self, guidance: list[str]) -> None:
+        generations = None if self.repeats == 1 else self.repeats
+        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
+        if self.is_world_process_zero():
+            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
+                tables.print_line(line)
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
@@ -283,9 +297,15 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self._micro_step = 0  # an epoch begins with a whole round, also if it is resumed
         super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._show_without_evaluation()  # now, since the trackers end in Trainer's method
+        return super()._finalize_training(*args, **kwargs)
+
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
         self._say_average(self.state.max_steps)
+        if self.state.global_step > 0:
+            self._pictures.logged_at = self.state.global_step  # resumed: the run before has drawn it
         self._log_completions()
         if self.state.global_step == 0:
             self._compare_tasks()
@@ -296,15 +316,6 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
-
-    def _say_average(self, updates: int) -> None:
-        """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""
-        if not self.is_world_process_zero():
-            return
-        average = self.args.ema_decay, updates, self.args.ema_update_interval
-        tables.print_line(average_line(*average))
-        if (problem := lag_problem(*average)) is not None:
-            logger.warning(problem)
 
     def _begin_costs(self) -> None:
         rate, device = 0.0, self.accelerator.device
@@ -413,8 +424,9 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
         Returns:
             `dict[str, float]`: `eval_{task}/{reward}` for every reward, `eval_reward` (the mean over tasks of their
-            rewards' means), and timings: the seconds of drawing, `eval_generation_time`, and of each reward meanwhile,
-            `eval_reward_time/{reward}`. With a dict of datasets, the names are `eval_{name}_…`.
+            rewards' means, on a common scale: see [`on_common_scale`]), and timings: the seconds of drawing,
+            `eval_generation_time`, and of each reward meanwhile, `eval_reward_time/{reward}`. With a dict of datasets,
+            the names are `eval_{name}_…`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
@@ -427,29 +439,39 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
+        references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(
-            dataset, metric_key_prefix, self.state, lambda: self._evaluate_method(dataset, metric_key_prefix)
+            dataset,
+            metric_key_prefix,
+            self.state,
+            lambda: self._evaluate_method(dataset, metric_key_prefix),
+            references,
         )
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=count)
         self.log(metrics)
+        self._print_evaluation(metrics, dataset, metric_key_prefix, references)
         self._log_completions()  # the first log opens the trackers
         self.offload.rest()
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def frozen_models(self, task: str) -> list[FrozenModel]:
+        """The frozen models whose images are shown beside the student's: the base, and the task's teachers."""
+        backbone = None if self.bank is None else self.bank.backbone
+        models = base_model(self.student, backbone, self.args.evaluation_guidance, self.state)
+        return models if self.bank is None else models + teacher_models(self.bank, task)
+
     def _log_completions(self) -> None:
-        """Logs the student's images, at most once an update. Prompts and noise are fixed, to compare images."""
-        if not self.args.log_completions or self._grid_at == self.state.global_step:
+        """Logs the student's images. See [`TrainingPictures.log`]."""
+        if not self.args.log_completions:
             return
-        self._grid_at = self.state.global_step
         dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         if isinstance(dataset, Mapping):
             dataset = next(iter(dataset.values()))
-        shown = self.evaluator.completions(dataset, self.state)
-        if self.accelerator.is_main_process:
-            folder, step, trackers = self.args.output_dir or ".", self.state.global_step, self.args.report_to or []
-            log_completions(shown, folder, step, trackers, tensorboard_writers(self.callback_handler.callbacks))
+        self._in_eval_mode(self.model)
+        self._pictures.log(dataset, self.state, self.callback_handler.callbacks)
+        self.offload.rest()
 
     @contextmanager
     def averaged_student(self) -> Iterator[nn.Module]:
@@ -478,10 +500,5 @@ class DiffusionTrainer(Method, StudentPasses, RunFiles, _BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log: it gets the metrics gathered since the one before
-            metrics = {name: applicable_mean(values) for name, values in self._metrics["train"].items()}
-            logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
-            logs |= self._cost.metrics(
-                self.samples_of_task * len(self.tasks), bool(self.args.activation_checkpointing)
-            )
-            self._metrics["train"].clear()
+            self._add_metrics(logs, self.samples_of_task * len(self.tasks))
         super().log(logs, start_time)

@@ -34,12 +34,13 @@ from ..acceleration.quantization import (
     pipeline_config,
     quantization_problems,
 )
-from ..data.tasks import dataset_problems, plain_dataset, task_rows
+from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
 from ..problems import Problems
+from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems
 from .base_config import DiffusionConfig
 
@@ -207,6 +208,26 @@ def training_data_problems(dataset: object, task_column: str) -> list[str]:
     return dataset_problems(dataset, task_column, "train_dataset")
 
 
+def task_column_problems(dataset: Dataset, task_column: str, given: Mapping[str, object], name: str) -> list[str]:
+    """
+    Says if a dataset has no column of tasks, although options have values for several.
+
+    Args:
+        dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the dataset, and how messages call it.
+        given (`dict`): options by name; those that are dicts are by task.
+    """
+    by_task = {
+        option: value for option, value in given.items() if isinstance(value, Mapping) and set(value) - {SINGLE_TASK}
+    }
+    if task_column in dataset.column_names or not by_task:
+        return []
+    option, value = next(iter(by_task.items()))
+    return [
+        f"{name} has no column {task_column!r}, but {option} is a dict for the tasks {[*value]}. Add the column, or name "
+        f"yours with task_column: there are {dataset.column_names}. With one task, give {option} without a dict."
+    ]
+
+
 def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:
     """Reasons why a run that trains `tasks` can't evaluate on `eval_dataset`, a dataset or a dict of datasets."""
     problems = []
@@ -218,6 +239,8 @@ def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list
             problems.append(f"{name} is a {type(dataset).__name__}; it must be a datasets.Dataset, or a dict of them.")
             continue
         found = dataset_problems(dataset, task_column, name)
+        if not found and task_column not in dataset.column_names and tasks != [SINGLE_TASK]:
+            found = [f"{name} has no column {task_column!r} that names the task, as train_dataset has."]
         problems += found
         unknown = [] if found else [task for task in task_rows(dataset, task_column) if task not in tasks]
         if unknown:
@@ -245,4 +268,19 @@ def hub_problems(
     """Reasons why a run can't push to the repository in `args`. See [`~hub.repository.repository_problems`]."""
     name = repository_name(args.hub_model_id, args.output_dir)
     kind = type(pipeline.components.get("transformer")).__name__ if full_weights else None
-    return repository_problems(name, public_name(pipeline.config.get("_name_or_path")), kind, token)
+    base = pipeline.config.get("_name_or_path")
+    problems = repository_problems(name, args.hub_base_model or public_name(base), kind, token)
+    if args.hub_base_model is None and hub_id(base) is None and not is_tiny(base):
+        problems.append(f"The student can't be shared yet: {unnamed_base(public_name(base), '--hub_base_model')}")
+    return problems
+
+
+def base_name_problems(args: DiffusionConfig, pipeline: DiffusionPipeline) -> list[str]:
+    """Says if `hub_base_model` contradicts the base, which was loaded from the Hub under another name."""
+    loaded = hub_id(pipeline.config.get("_name_or_path"))
+    if args.hub_base_model in (None, loaded) or loaded is None:
+        return []
+    return [
+        f"hub_base_model={args.hub_base_model!r}, but the base comes from {loaded!r} on the Hub, which the model card "
+        "names. Leave it out: it is for a base from a folder."
+    ]

@@ -64,7 +64,7 @@ class DiffusionNFTConfig(DiffusionRLConfig):
     > [!NOTE]
     > These parameters have default values different from [`DiffusionRLConfig`]:
     > - `sampler`: Defaults to `"dpm2m"` instead of `"ode"`. Any sampler works, since only the images are used.
-    > - `guidance_scale`: Defaults to `1.0` instead of `4.5`: the student learns to work without guidance.
+    > - `guidance_scale`: Defaults to `1.0` instead of the pipeline's own: the student learns to work without guidance.
     > - `scale_rewards`: Defaults to `"batch"` instead of `"group"`.
     >
     > An image with the advantage `advantage_clip` counts as certainly good, one with its negative as certainly bad.

@@ -205,6 +205,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             else:
                 tables.print_tasks(self.rounds.counts)
             tables.print_trained(self.student.parameters())
+            tables.print_line("Training is without guidance; guidance_scale is for teachers and evaluations.")
 
     # Images
 

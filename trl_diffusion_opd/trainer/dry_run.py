@@ -46,6 +46,7 @@ from .dry_run_shared import (
     score_pictures,
     write_pictures,
 )
+from .training_pictures import captioned
 
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         "seconds": seconds * updates,
         "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
-    images = _draw(trainer, bank)
+    images = _draw(trainer)
     if trainer.accelerator.is_main_process:
         scored = score_pictures(trainer.evaluator, images, trainer.state)
         for task, of_task in scored.items():
@@ -238,7 +239,7 @@ def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
 # Pictures
 
 
-def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
+def _draw(trainer: DiffusionTrainer) -> Pictures:
     """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
     evaluated = trainer.eval_dataset
     if isinstance(evaluated, Mapping):
@@ -251,15 +252,12 @@ def _draw(trainer: DiffusionTrainer, bank: TeacherBank) -> Pictures:
     pictures: Pictures = {}
     for task, row in firsts.items():
         of_task = {}
-        with bank.use(None) as module:
-            of_task[f"base, CFG {scale:g}"] = draw(trainer.evaluator, module, task, row["prompt"], scale)
-        for i, role in enumerate(bank.teachers[task], start=1):
-            name = "teacher" if len(bank.teachers[task]) == 1 else f"teacher {i}"
-            with bank.use(role) as module:
-                image = draw(trainer.evaluator, module, task, row["prompt"], role.guidance_scale)
-            of_task[f"{name}, CFG {role.guidance_scale:g}"] = image
+        for frozen in trainer.frozen_models(task):
+            with frozen.use() as module:
+                image = draw(trainer.evaluator, module, task, row["prompt"], frozen.guidance_scale)
+            of_task[frozen.caption] = image
         with trainer.student.ema_weights():
-            of_task[f"student, CFG {scale:g}"] = draw(
+            of_task[captioned("student", scale)] = draw(
                 trainer.evaluator, trainer.student.model, task, row["prompt"], scale
             )
         pictures[task] = row, of_task

@@ -226,16 +226,13 @@ def write_pictures(
 
     folder = Path(output_dir or ".") / DRY_RUN_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    widest = max(len(of_task) for _, of_task in pictures.values())
     rows = []
     for task, (row, of_task) in pictures.items():
         scores = {caption: next(iter(scored[task][caption].values()), None) for caption in of_task}
         for caption, image in of_task.items():
             model = caption.split(",")[0].replace(" ", "_")
             image.save(folder / f"{file_name(task)}_{model}.png")
-        # All rows of the picture have the same number of models.
-        width, height = next(iter(of_task.values())).size
-        blanks = {" " * n: Image.new("RGB", (width, height), "white") for n in range(1, widest - len(of_task) + 1)}
-        rows.append(plots.SampleRow(task, row["prompt"], {**of_task, **blanks}, {**scores, **dict.fromkeys(blanks)}))
+        reward = next((name for of_image in scored[task].values() for name in of_image), None)
+        rows.append(plots.SampleRow(task, row["prompt"], of_task, scores, reward))
     with extra(f"The picture {DRY_RUN_PICTURE}"):
         plots.plot_samples(rows, folder / DRY_RUN_PICTURE)

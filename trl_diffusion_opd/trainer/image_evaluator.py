@@ -17,22 +17,47 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL.Image import Image
+from torch import nn
+from tqdm import tqdm
 from transformers import TrainerState
 
 from ..data.tasks import task_rows
 from ..models.student import Student
-from ..pipelines.drawing import draw_images
+from ..pipelines.drawing import Velocity, draw_with
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Completion
 from ..rewards import RewardFunc, Scorer, reward_name
+from ..rewards.common_scale import Reference, on_common_scale
 from .base_config import DiffusionConfig
+
+
+# A network, and the guidance scale it draws with.
+DrawnModel = tuple[nn.Module, float]
+
+
+@dataclass
+class Recording:
+    """
+    What drawing and scoring images adds to, beside their scores.
+
+    Attributes:
+        bar ([`~tqdm.tqdm`]): the bar that counts the images.
+        seconds (`dict[str, float]`): seconds of drawing, and of each reward meanwhile.
+        logged (`dict[str, list[float]]`): the rewards' own metrics.
+    """
+
+    bar: tqdm
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    logged: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 class ImageEvaluator:
@@ -75,27 +100,37 @@ class ImageEvaluator:
         rows: list[int],
         update: int = 0,
         on_batch: Callable[[list[int], list[Image]], None] | None = None,
+        velocity: Velocity | None = None,
     ) -> list[tuple[int, Image]]:
         """
-        Draws this process's share of the images of `dataset[rows]` with the current weights, as
-        `(position in rows, image)`.
+        Draws this process's share of the images of `dataset[rows]`, as `(position in rows, image)`: with the student's
+        current weights, or with another model's `velocity`.
         """
+        of_student = self._velocity(self.student.model, self.args.evaluation_guidance)
         try:
-            return draw_images(
+            return draw_with(
                 self.field,
-                self.student.model,
+                of_student if velocity is None else velocity,
                 [dataset[row]["prompt"] for row in rows],
                 entropy=[self.args.seed, self.tasks.index(task)],
-                guidance_scale=self.args.evaluation_guidance,
                 batch_size=self.args.per_device_eval_batch_size,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
                 on_batch=on_batch,
             )
         except FloatingPointError as error:
-            raise FloatingPointError(f"The student after update {update}, task {task!r}: {error}") from error
+            who = f"The student after update {update}" if velocity is None else "Base or teacher"
+            raise FloatingPointError(f"{who}, task {task!r}: {error}") from error
+
+    def _velocity(self, network: nn.Module, guidance_scale: float) -> Velocity:
+        return lambda x, t, prompts: self.field(x, t, prompts, guidance_scale, network)
 
     def evaluate(
-        self, dataset: Dataset, prefix: str, state: TrainerState, of_method: Callable[[], dict[str, float]]
+        self,
+        dataset: Dataset,
+        prefix: str,
+        state: TrainerState,
+        of_method: Callable[[], dict[str, float]],
+        references: Mapping[str, Mapping[str, Reference]],
     ) -> tuple[dict[str, float], int]:
         """
         Draws images for the prompts of `dataset` with the averaged weights and scores them.
@@ -103,66 +138,99 @@ class ImageEvaluator:
         Args:
             dataset ([`~datasets.Dataset`]), prefix (`str`), state ([`~transformers.TrainerState`])
             of_method (`Callable`): returns the method's own metrics with these weights.
+            references (`dict`): scores of base and teachers by task and reward, as far as they are known.
 
         Returns:
             `tuple`: the metrics, as the trainer's `evaluate` describes them, and the number of images.
         """
         metrics: dict[str, float] = {}
-        seconds: dict[str, float] = defaultdict(float)
-        logged: dict[str, list[float]] = defaultdict(list)
-        task_means, num_images = [], 0
-        with self.student.ema_weights():
-            for task, rows in task_rows(dataset, self.args.task_column).items():
-                count = self.args.num_eval_images or len(rows)
-                scores = self._score_task(dataset, task, np.resize(rows, count).tolist(), state, seconds, logged)
+        task_means = []
+        counts = {
+            task: np.resize(rows, self.args.num_eval_images or len(rows)).tolist()
+            for task, rows in task_rows(dataset, self.args.task_column).items()
+        }
+        num_images = sum(map(len, counts.values()))
+        with self.student.ema_weights(), self.recording(num_images, "evaluation") as record:
+            for task, rows in counts.items():
+                scores = self.score_task(dataset, task, rows, state, record)
                 means = {name: applicable_mean(values) for name, values in scores.items()}
                 metrics |= {f"{prefix}_{task}/{name}": value for name, value in means.items()}
-                task_means.append(
-                    applicable_mean([means[reward_name(function)] for function in self.reward_funcs[task]])
-                )
-                num_images += count
+                scaled = [
+                    on_common_scale(function, means[name], references.get(task, {}).get(name))
+                    for function in self.reward_funcs[task]
+                    for name in [reward_name(function)]
+                ]
+                task_means.append(applicable_mean(scaled))
             metrics |= of_method()
         if any(self.reward_funcs.values()):
             metrics[f"{prefix}_reward"] = applicable_mean(task_means)
-        metrics |= {f"{prefix}_{name}": applicable_mean(values) for name, values in logged.items()}
-        metrics |= {f"{prefix}_{name}": value for name, value in seconds.items()}
+        metrics |= {f"{prefix}_{name}": applicable_mean(values) for name, values in record.logged.items()}
+        metrics |= {f"{prefix}_{name}": value for name, value in record.seconds.items()}
         return metrics, num_images
 
-    def _score_task(
+    @contextmanager
+    def recording(self, images: int, title: str) -> Iterator[Recording]:
+        """Context for drawing and scoring so many images. On a terminal it shows a bar, on the main process."""
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        # disable=None: none where the output is a file.
+        with tqdm(total=images, desc=title, unit="image", leave=False, disable=True if hidden else None) as bar:
+            yield Recording(bar)
+
+    def score_task(
         self,
         dataset: Dataset,
         task: str,
         rows: list[int],
         state: TrainerState,
-        seconds: dict[str, float],
-        logged: dict[str, list[float]],
+        record: Recording,
+        velocity: Velocity | None = None,
     ) -> dict[str, list[float | None]]:
         """
-        Draws and scores the images of `dataset[rows]`; each batch is scored while the next is drawn. Returns scores by
-        reward. Adds the time to `seconds`, and the rewards' own metrics to `logged`.
+        Draws and scores the images of `dataset[rows]`, the student's or those of another `velocity`; each batch is
+        scored while the next is drawn. Returns scores by reward, of all processes.
         """
         with self.monitor(task, state) as scorer:
 
             def submit(positions: list[int], images: list[Image]) -> None:
                 scorer.submit([dataset[rows[i]] for i in positions], images)
+                record.bar.update(
+                    min(len(positions) * self.accelerator.num_processes, record.bar.total - record.bar.n)
+                )
 
             start = time.perf_counter()
-            self.draw(dataset, task, rows, state.global_step, submit)
-            seconds["generation_time"] += time.perf_counter() - start - scorer.waited
+            self.draw(dataset, task, rows, state.global_step, submit, velocity)
+            record.seconds["generation_time"] += time.perf_counter() - start - scorer.waited
             scores = scorer.results()
         for name, taken in scorer.seconds.items():
-            seconds[f"reward_time/{name}"] += taken
+            record.seconds[f"reward_time/{name}"] += taken
         for name, values in gathered(scorer.log.metrics).items():
-            logged[name] += values
+            record.logged[name] += values
         return {name: gather_object(values) for name, values in scores.items()}
 
-    def completions(self, dataset: Dataset, state: TrainerState) -> list[Completion]:
-        """Draws images for the first prompts of each task with the averaged weights. The same on every process."""
+    def completions(
+        self,
+        dataset: Dataset,
+        state: TrainerState,
+        tasks: Collection[str] | None = None,
+        model: DrawnModel | None = None,
+    ) -> list[Completion]:
+        """
+        Draws images for the first prompts of each task. The same on every process.
+
+        Args:
+            dataset ([`~datasets.Dataset`]), state ([`~transformers.TrainerState`])
+            tasks (`list[str]`, *optional*): the tasks to draw for. By default, all.
+            model ([`DrawnModel`], *optional*): the model that draws. By default, the student with its averaged
+                weights.
+        """
         shown: list[tuple[int, int, Completion]] = []
-        with self.student.ema_weights():
+        with self.student.ema_weights() if model is None else nullcontext():
             for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
+                if tasks is not None and task not in tasks:
+                    continue
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
-                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step)
+                velocity = None if model is None else self._velocity(*model)
+                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step, velocity=velocity)
                 images = [image for _, image in mine]
                 with self.monitor(task, state) as scorer:
                     scorer.submit([entries[i] for i, _ in mine], images)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
 
@@ -44,7 +45,6 @@ REPLACED = {
     "group_by_length": "Prompts are not ordered by length here.",
     "adafactor": "Use optim='adafactor'.",
     "mixed_precision": "Use bf16 or fp16.",
-    "train_batch_size": "Use per_device_train_batch_size.",
     "resolution": "Use height and width.",
     "num_train_timesteps": "Use num_inference_steps.",
     "checkpointing_steps": "Use save_strategy='steps' and save_steps.",
@@ -55,15 +55,45 @@ REPLACED = {
     "adam_weight_decay": "Use weight_decay.",
     "max_prompt_length": "Use max_sequence_length.",
     "torch_dtype": "Use dtype.",
-    "rank": "Use lora_r.",
+    "precision": "Use dtype, or bf16 or fp16.",
     "use_peft": "A LoRA is the default; full_finetuning turns it off.",
     "reward_model_name_or_path": "Use reward_funcs.",
     "dataset_name": "Use prompts, as task=owner/name.",
     "pretrained_model_name_or_path": "Use model_name_or_path.",
+    "lora_r": "Set it in peft_config=LoraConfig(r=...) of the trainer.",
+    "lora_alpha": "Set it in peft_config=LoraConfig(lora_alpha=...) of the trainer.",
+    "lora_target_modules": "Set them in peft_config=LoraConfig(target_modules=...) of the trainer.",
+}
+
+# Short and other names that people type, and the options that they may mean.
+_MEANT = {
+    **dict.fromkeys(("lr", "rate"), ("learning_rate",)),
+    **dict.fromkeys(("rank", "lora_rank", "network_dim"), ("lora_r", "rank")),
+    **dict.fromkeys(("alpha", "network_alpha"), ("lora_alpha",)),
+    **dict.fromkeys(("batch_size", "train_batch_size", "bs"), ("per_device_train_batch_size", "batch_size")),
+    "eval_batch_size": ("per_device_eval_batch_size",),
+    "steps": ("num_inference_steps", "max_steps"),
+    **dict.fromkeys(("inference_steps", "sampling_steps", "sample_steps"), ("num_inference_steps",)),
+    **dict.fromkeys(("train_steps", "iterations", "updates"), ("max_steps",)),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "true_cfg_scale"), ("guidance_scale",)),
+    **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
+    **dict.fromkeys(
+        ("base", "model", "base_model", "model_name", "model_name_or_path"), ("model_name_or_path", "base")
+    ),
+    **dict.fromkeys(("grad_accum", "accumulation_steps"), ("gradient_accumulation_steps",)),
+    **dict.fromkeys(("prompt", "data", "train_data", "dataset"), ("prompts", "dataset")),
+    **dict.fromkeys(("prompt_key", "caption_column", "text_column"), ("prompt_column",)),
+    "teacher": ("teachers",),
+    **dict.fromkeys(("reward", "rewards", "reward_fn"), ("reward_funcs",)),
+    **dict.fromkeys(("output", "output_folder", "out", "save_dir"), ("output_dir",)),
+    "resume": ("resume_from_checkpoint",),
+    **dict.fromkeys(("eval_every", "eval_interval"), ("eval_steps",)),
+    **dict.fromkeys(("save_every", "save_interval"), ("save_steps",)),
+    **dict.fromkeys(("num_frames", "frames"), ("generation_kwargs",)),
 }
 
 # Options that Trainer's own loop reads, but the trainers here do not.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "auto_find_batch_size": "The batch size must not change during a run. The dry run and estimate_memory() say what fits.",
     "train_sampling_strategy": "Prompts come in rounds of tasks, in random order.",
     "length_column_name": "Prompts come in rounds of tasks, in random order.",
@@ -74,14 +104,30 @@ _WITHOUT_EFFECT = {
     "bf16_full_eval": "Evaluations are in the precision of training: see dtype and bf16.",
     "fp16_full_eval": "Evaluations are in the precision of training: see dtype and fp16.",
 }
+# Others of Trainer's options that nothing here reads. They do no harm, and are not refused.
+UNUSED = (
+    "batch_eval_metrics",
+    "do_eval",
+    "do_predict",
+    "do_train",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "label_names",
+    "liger_kernel_config",
+    "prediction_loss_only",
+    "use_cache",
+)
 # They take the optimizer's step inside of their own backward.
 _OPTIMIZERS_WITHOUT_STEP = ("lomo", "adalomo")
 
 
 def unknown_option(config_class: type, name: str, configs: Sequence[type] = (), others: type | None = None) -> str:
     """
-    Makes the message for an option that a config does not have. It names another config that has it, its replacement,
-    or an option with a similar name.
+    Makes the message for an option that a config does not have. It names another config that has it, what is meant by
+    a common other name, its replacement, or an option with a similar name.
 
     Args:
         config_class (`type`), name (`str`): the config, and the unknown option.
@@ -94,6 +140,9 @@ def unknown_option(config_class: type, name: str, configs: Sequence[type] = (), 
     said = f"{config_class.__name__} has no {name!r}."
     if owners:
         return f"{said} It is an option of {' and '.join(sorted(owners))}."
+    meant = [f"{one!r}" for one in _MEANT.get(name, ()) if one in known]
+    if meant:
+        return f"{said} Did you mean {' or '.join(meant)}?"
     if name in REPLACED:
         return f"{said} {REPLACED[name]}"
     return (
@@ -103,11 +152,26 @@ def unknown_option(config_class: type, name: str, configs: Sequence[type] = (), 
     )
 
 
+def evaluation_problems(args: TrainingArguments, eval_dataset: object) -> list[str]:
+    """Says which options ask for evaluations of no prompts. `eval_dataset` is `None` where there are none."""
+    asking = []
+    if args.eval_strategy != IntervalStrategy.NO:
+        asking.append(f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r}")
+    if args.eval_on_start:
+        asking.append("eval_on_start=True")
+    if eval_dataset is not None or not asking:
+        return []
+    return [
+        f"{' and '.join(asking)}: there are no prompts to evaluate. Give --eval_prompts (in Python, eval_dataset), or "
+        "leave it out."
+    ]
+
+
 def idle_options(args: TrainingArguments) -> list[str]:
     """Lists Trainer's options that are set but would have no effect here, or do not work."""
     defaults = {known.name: known.default for known in fields(args)}
-    idle = {name: value for name, value in vars(args).items() if name in _WITHOUT_EFFECT and value != defaults[name]}
-    problems = [f"{name}={value!r} has no effect here. {_WITHOUT_EFFECT[name]}" for name, value in idle.items()]
+    idle = {name: value for name, value in vars(args).items() if name in WITHOUT_EFFECT and value != defaults[name]}
+    problems = [f"{name}={value!r} has no effect here. {WITHOUT_EFFECT[name]}" for name, value in idle.items()]
     optimizer = OptimizerNames(args.optim).value
     if optimizer in _OPTIMIZERS_WITHOUT_STEP:
         problems.append(f"optim={optimizer!r} is not supported: it steps inside of a backward of its own.")

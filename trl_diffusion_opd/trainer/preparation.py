@@ -50,12 +50,14 @@ from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
+from ..pipelines.text_length import cut_warning, silence_tokenizers
 from ..pipelines.velocity import VelocityField
-from ..problems import Problems
+from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, RewardFuncs, rewards_by_task
 from .base_config import MERGE, DiffusionConfig
 from .best_metric import metric_problems
 from .checks import (
+    base_name_problems,
     evaluation_data_problems,
     hub_problems,
     launch_problems,
@@ -63,12 +65,17 @@ from .checks import (
     loading_problems,
     model_problems,
     scored_data_problems,
+    task_column_problems,
     training_data_problems,
 )
+from .option_checks import evaluation_problems
 from .rounds import Rounds
 
 
 logger = logging.getLogger(__name__)
+
+# Prompts whose length is measured at most: a tokenizer takes about a second for them.
+_MEASURED_PROMPTS = 10_000
 
 
 @dataclass
@@ -85,6 +92,7 @@ class Parts:
         offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
         method (`dict`): the method's own attributes of the trainer.
+        guidance_lines (`list[str]`): what the start says about guidance.
     """
 
     args: DiffusionConfig
@@ -100,6 +108,7 @@ class Parts:
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
+    guidance_lines: list[str] = field(default_factory=list)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -177,6 +186,8 @@ def prepare(
     # isn't.
     unfit = Problems(loading_problems(model, parts.pipeline, args, quantization_config))
     unfit += model_problems(parts.pipeline, args, peft_config)
+    problems += base_name_problems(args, parts.pipeline)
+    problems += evaluation_problems(args, eval_dataset)
     problems += launch_problems(parts.transformer, args) + loader_problems(args)
     if args.student_init == MERGE and teachers is None:
         problems.append(
@@ -185,6 +196,8 @@ def prepare(
         )
     if not unfit:
         _make_field(parts, unfit)
+    if not unfit and parts.rounds.tasks:
+        _warn_of_long_prompts(parts)
     if not unfit:
         _make_student(parts, trainer, peft_config, unfit, problems)
     if not unfit:
@@ -206,7 +219,7 @@ def _checked(trainer: type[Method], model: str | DiffusionPipeline, args: Diffus
         method = wanted.__name__.removeprefix("Diffusion").removesuffix("Config")
         args = wanted(f"{name.rstrip('/').split('/')[-1]}-{method}")
     if not isinstance(args, wanted):
-        raise ValueError(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
+        raise Refusal(f"args is a {type(args).__name__}, but {trainer.__name__} takes a {wanted.__name__}.")
     return args
 
 
@@ -236,6 +249,13 @@ def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> No
     """Finds the tasks and their rewards, and checks the data."""
     args, column = parts.args, parts.args.task_column
     problems += training_data_problems(parts.train_dataset, column)
+    if not problems:
+        of_tasks = {
+            "teachers": parts.given_teachers,
+            "reward_funcs": parts.given_rewards,
+            "task_weights": args.task_weights,
+        }
+        problems += task_column_problems(parts.train_dataset, column, of_tasks, "train_dataset")
     if problems:
         return
     rows = task_rows(parts.train_dataset, column)
@@ -279,6 +299,25 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
             generation_kwargs=kwargs,
             prompt_store=store,
         )
+        _settle_guidance(parts)
+
+
+def _settle_guidance(parts: Parts) -> None:
+    """Sets `guidance_scale` in the arguments if it is `None`, and writes the lines about guidance."""
+    args = parts.args
+    is_default = args.guidance_scale is None
+    if is_default:
+        args.guidance_scale = parts.velocity_field.default_guidance_scale()
+    parts.guidance_lines = parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
+
+
+def _warn_of_long_prompts(parts: Parts) -> None:
+    """Warns of training prompts that no text encoder reads whole."""
+    silence_tokenizers(parts.pipeline.components)
+    found = parts.velocity_field.text_limits()
+    first = parts.train_dataset.select_columns(["prompt"])[:_MEASURED_PROMPTS]["prompt"]
+    if parts.args.process_index == 0 and (warning := cut_warning(dict.fromkeys(first), found)) is not None:
+        logger.warning(warning)
 
 
 def _make_student(

@@ -47,6 +47,7 @@ from .image_evaluator import gathered
 from .preparation import Parts
 from .rl_config import DiffusionRLConfig
 from .rl_round import Rollout, Round
+from .training_pictures import FrozenModel, base_model
 
 
 logger = logging.getLogger(__name__)
@@ -183,6 +184,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
             `dict`: the printed figures, as [`~dry_run_rl.dry_run`] describes them.
         """
         return dry_run_rl.dry_run(self, self.roll_out, self.losses, self.frozen_networks())
+
+    def frozen_models(self, task: str) -> list[FrozenModel]:
+        return base_model(self.student, self.backbone, self.args.evaluation_guidance, self.state)
 
     def frozen_networks(self) -> list[nn.Module]:
         """The networks besides the student that compute velocities."""

@@ -26,12 +26,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress
 
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
 from ..checkpointing.stopping import StopRequest
+from ..data.tasks import task_rows
 from ..guards.files import write_json
 from ..guards.finite import not_finite
 from ..guards.redaction import public_arguments
@@ -41,6 +42,7 @@ from ..hub.repository import PushError, make_repository, repository_name
 from ..models.student import STUDENT_ADAPTER, Student
 from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
+from ..reporting import console as tables
 from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
 from .base_config import DiffusionConfig
 from .checks import hub_problems
@@ -79,10 +81,12 @@ class RunFiles(_Behind):
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
+    _log_completions: Callable[[], None]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Saves the student's averaged weights, as [`Student.save`] describes. All processes must call it.
+        Saves the student's averaged weights, as [`Student.save`] describes, and says how to load them. All processes
+        must call it.
 
         Raises:
             [`FloatingPointError`]: on all processes, if weights are not finite.
@@ -96,6 +100,9 @@ class RunFiles(_Behind):
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
                 super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.is_world_process_zero():
+            folder = output_dir or self.args.output_dir
+            tables.print_unwrapped(f"The student is in {folder}: {self.student.load_line(folder)}")
 
     def _refuse_what_is_not_finite(self) -> None:
         """
@@ -134,6 +141,7 @@ class RunFiles(_Behind):
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         self._refuse_what_is_not_finite()
+        self._show_without_evaluation()
         args, saves = self.args, self.args.should_save
         saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
         with checkpoint.written(*saved) as folder:
@@ -152,6 +160,11 @@ class RunFiles(_Behind):
             # then evaluate and push.
             self.callback_handler.on_train_end(self.args, self.state, self.control)
             self._stop.leave(self.state.global_step, self.args.output_dir)
+
+    def _show_without_evaluation(self) -> None:
+        """Logs the student's images at a save and at the end, if no evaluations log them. Not while stopping."""
+        if self.args.eval_strategy == IntervalStrategy.NO and not self._stop.stopped:
+            self._log_completions()
 
     def _checkpoint_bytes(self) -> int:
         return checkpoint.tensor_bytes(self.student.parameters(), self.student.is_lora, self.optimizer)
@@ -219,7 +232,9 @@ class RunFiles(_Behind):
     def card_facts(self) -> CardFacts:
         """Collects this run's facts for the model card. The method's own come from `_card_fields`."""
         args, dataset = self.args, self.eval_dataset
-        first = (dataset if isinstance(dataset, Dataset) else self.train_dataset)[0]["prompt"]
+        shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
+        examples = {task: shown[int(rows[0])]["prompt"] for task, rows in task_rows(shown, args.task_column).items()}
+        first = next(iter(examples.values()))
         # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
         options = self.evaluator.field.call_options([first], args.evaluation_guidance)
         single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
@@ -234,6 +249,7 @@ class RunFiles(_Behind):
             tasks=self.tasks,
             repository=self.hub_model_id or args.hub_model_id,
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
+            examples=examples,
             changes=self.changes,
             **self._card_fields(),
         )
@@ -317,6 +333,8 @@ class RunFiles(_Behind):
                 self.init_hf_repo(token, private)
             self.create_model_card(**kwargs)  # again: now it can name the repository
         assert self.hub_model_id is not None
-        return hub.push(
-            folder, self.hub_model_id, commit_message, blocking, token=token, revision=revision or args.hub_revision
-        )
+        branch = revision or args.hub_revision
+        pushed = hub.push(folder, self.hub_model_id, commit_message, blocking, token=token, revision=branch)
+        if blocking:
+            tables.print_line(hub.pushed_line(self.hub_model_id, branch))
+        return pushed

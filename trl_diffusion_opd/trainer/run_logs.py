@@ -1,0 +1,78 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a run says of itself: the metrics of its updates, the table of an evaluation, the lines at start and end."""
+
+import logging
+import math
+
+from datasets import Dataset
+from transformers import TrainerState
+
+from ..data.tasks import task_rows
+from ..models.average import average_line, lag_problem
+from ..models.student import Student
+from ..profiling.timing import UpdateCost
+from ..reporting import console as tables
+from ..reporting.evaluation_table import print_evaluation
+from ..rewards import RewardFunc
+from ..rewards.scoring import score_names
+from .base_config import DiffusionConfig
+from .image_evaluator import applicable_mean
+from .references import References
+
+
+logger = logging.getLogger(__name__)
+
+
+class RunLogs:
+    """[`DiffusionTrainer`]'s methods for its logs and the console. They use the attributes declared here."""
+
+    args: DiffusionConfig
+    state: TrainerState
+    student: Student
+    tasks: list[str]
+    reward_funcs: dict[str, list[RewardFunc]]
+    _cost: UpdateCost
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def _add_metrics(self, logs: dict[str, float], samples: int) -> None:
+        """Adds the metrics gathered since the last training log, and what the updates took."""
+        metrics = {name: applicable_mean(values) for name, values in self._metrics["train"].items()}
+        logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
+        logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
+        self._metrics["train"].clear()
+
+    def _say_average(self, updates: int) -> None:
+        """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""
+        if not self.state.is_world_process_zero:
+            return
+        average = self.args.ema_decay, updates, self.args.ema_update_interval
+        tables.print_line(average_line(*average))
+        if (problem := lag_problem(*average)) is not None:
+            logger.warning(problem)
+
+    def _print_evaluation(
+        self, metrics: dict[str, float], dataset: Dataset, prefix: str, references: References
+    ) -> None:
+        if not self.state.is_world_process_zero:
+            return
+        rewards = {
+            task: [name for function in self.reward_funcs[task] for name in score_names(function)]
+            for task in task_rows(dataset, self.args.task_column)
+        }
+        of_average = " of the average" if self.student.ema is not None else ""
+        name = "" if prefix == "eval" else f" on {prefix.removeprefix('eval_')}"
+        title = f"Evaluation{of_average}{name} at update {self.state.global_step}"
+        print_evaluation(metrics, self.state.log_history, references, rewards, prefix, title)
