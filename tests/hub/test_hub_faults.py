@@ -122,7 +122,7 @@ class TestBeforeTheFirstStep:
         hub.create("tester/student", files)
         pipeline = make_pipeline()
         pipeline.register_to_config(_name_or_path="someone/base")
-        message = self._refused(tmp_path, teachers, pipeline=pipeline)
+        message = self._refused(tmp_path, teachers, pipeline=pipeline, hub_base_model=None)
         assert f"hub_model_id='tester/student' holds {found}. Choose another name, or empty it." in message
         assert set(hub.files("tester/student")) == set(files)
 
@@ -131,7 +131,9 @@ class TestBeforeTheFirstStep:
         hub.create("tester/student", {"pytorch_lora_weights.safetensors": b"", "README.md": card})
         pipeline = make_pipeline()
         pipeline.register_to_config(_name_or_path="someone/base")
-        assert "a LoRA for another base, 'someone/flux'" in self._refused(tmp_path, teachers, pipeline=pipeline)
+        assert "a LoRA for another base, 'someone/flux'" in self._refused(
+            tmp_path, teachers, pipeline=pipeline, hub_base_model=None
+        )
 
     def test_a_lora_where_all_weights_go(self, hub, tmp_path, teachers):
         hub.create("tester/student", {"pytorch_lora_weights.safetensors": b""})

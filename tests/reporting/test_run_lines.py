@@ -91,7 +91,7 @@ class TestCallback:
         grpo_trainer(tmp_path / "grpo", width).train()
         assert "reward .16  spread 0  " in capsys.readouterr().out
         sft_trainer(tmp_path / "sft", train_dataset=image_dataset()).train()
-        assert "1/1  loss " in (printed := capsys.readouterr().out) and "Loss from the first to the last" in printed
+        assert "1/1  loss " in (printed := capsys.readouterr().out) and "Loss: count " in printed
 
     def test_it_says_again_what_an_update_takes_if_that_changes_by_half(self, capsys):
         callback = RunLines()
@@ -105,7 +105,7 @@ class TestCallback:
         make_trainer(tmp_path, teachers, **options).train()
         capsys.readouterr()
         make_trainer(tmp_path, teachers, **options).train(resume_from_checkpoint=True)
-        assert "updates in" not in capsys.readouterr().out
+        assert "update in" not in capsys.readouterr().out
 
 
 class TestClock:
@@ -152,6 +152,7 @@ class TestEnd:
         log = [{"loss": 1.0, **{f"reward/{i}": 0.5 + 0.1 * (k > 0) for i in range(30)}} for k in range(2)]
         (line,) = summary(log)
         assert line.startswith("Reward from") and line.endswith(", and 18 more.")
+        assert summary([{"loss": 1.0, "loss/a": 0.5, "loss/b": 0.25}]) == ["Loss: a .50, b .25."]
         assert summary([]) == summary([{"loss": 1.0}]) == []
 
     def test_best(self):

@@ -56,7 +56,7 @@ def spelled(images, trainer_state, **columns):
 
 
 def references(trainer):
-    return trainer.references.of(trainer.eval_dataset, trainer.state, None)
+    return trainer.base_and_teachers.of(trainer.eval_dataset, trainer.state, None)
 
 
 def test_base_and_teacher_are_what_a_student_like_them_scores(tmp_path, teachers):
@@ -79,7 +79,7 @@ def test_eval_reward_is_the_share_of_the_gain(tmp_path, teachers):
         tmp_path, teachers, reward_funcs=brightness, eval_dataset=make_dataset(count=3, draw=2), **MEASURED
     )
     known = {"count": {"brightness": Reference(0.2, 0.6, True)}, "draw": {"brightness": Reference(0.2, 0.6, False)}}
-    trainer.references._known[trainer.references._key(trainer.eval_dataset)] = known
+    trainer.base_and_teachers._known[trainer.base_and_teachers._key(trainer.eval_dataset)] = known
     scores = trainer.evaluate()
     shares = (scores["eval_count/brightness"] - 0.2) / 0.4, scores["eval_draw/brightness"]
     assert scores["eval_reward"] == pytest.approx(sum(shares) / 2)

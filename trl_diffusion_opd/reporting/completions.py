@@ -198,7 +198,7 @@ def _draw(completions: Sequence[Completion], path: Path, step: int) -> None:
 
     rows = []
     for completion in completions:
-        models = {**completion.beside, completion.label: completion}
+        models = {**completion.beside, completion.label: Beside(completion.image, completion.rewards)}
         reward = next(iter(completion.rewards), None)
         scores = {label: None if reward is None else model.rewards.get(reward) for label, model in models.items()}
         images = {label: model.image for label, model in models.items()}

@@ -18,7 +18,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
@@ -142,7 +142,7 @@ def write_model_card(
     render_student_card(folder, content, facts.repository)
 
 
-def _kind(facts: CardFacts) -> str:
+def _kind(facts: CardFacts) -> Literal["lora", "peft", "full"]:
     """
     How the student is loaded: `"lora"` by diffusers, `"peft"` if the pipeline cannot load LoRAs, or `"full"` for a
     whole transformer.

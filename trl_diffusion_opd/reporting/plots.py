@@ -367,7 +367,9 @@ def plot_curves(log_history: Sequence[Mapping[str, float]], path: str | Path) ->
         # eval_<task>/<reward>, or eval_<split>_<task>/<reward>
         found = [key for key in series if re.fullmatch(rf"eval_(.+_)?{re.escape(task)}/.+", key)]
         rewards |= {key: (color, style) for key, style in zip(found, _STYLES * len(found), strict=False)}
-    of_all = {name: {name: (_BASE, _STYLES[0])} if name in series else {} for name in ("loss", "reward_std")}
+    of_all: dict[str, dict[str, tuple[str, _Style]]] = {
+        name: {name: (_BASE, _STYLES[0])} if name in series else {} for name in ("loss", "reward_std")
+    }
     panels: list[tuple[str, dict[str, tuple[str, _Style]], bool]] = [
         ("velocity gap to the task's teacher", gap, False),
         ("reward in training", trained, False),

@@ -214,7 +214,9 @@ class RunLines(ProgressCallback):
         if self._said_time is None:
             self._say_time()
         updates = state.global_step - int(self._started_at)
-        tables.print_unwrapped(f"\n{updates} updates in {duration(time.monotonic() - self._start)}.")
+        tables.print_unwrapped(
+            f"\n{updates} update{'s' if updates > 1 else ''} in {duration(time.monotonic() - self._start)}."
+        )
         for line in summary(state.log_history):
             tables.print_unwrapped(line)
         if (best := best_line(args, state)) is not None:
@@ -255,6 +257,8 @@ def summary(log_history: Sequence[Mapping[str, float]]) -> list[str]:
     before, now = of_tasks(first, measure.prefix), of_tasks(last, measure.prefix)
     named = worst_first(now, before, measure.rises)[:_SUMMED_UP] if len(now) > _SUMMED_UP else list(now)
     title = {"gap": "Velocity gap"}.get(measure.title, measure.title.capitalize())
+    if before == now:  # a run with one line
+        return [f"{title}: {', '.join(f'{shown(task)} {number(now[task])}' for task in named)}."]
     changes = [f"{shown(task)} {number(before[task])} -> {number(now[task])}" for task in named]
     more = f", and {len(now) - len(named)} more" if len(now) > len(named) else ""
     return [f"{title} from the first to the last line: {', '.join(changes)}{more}."]

@@ -150,7 +150,7 @@ def rewrite_card(folder: Path, repository: str, base_id: str | None = None) -> s
         return f"{CARD_FILE} was edited by hand, so it is pushed as it is: check the names in it yourself."
     content: Content = kept["content"]
     if base_id is not None:
-        content |= {"base_id": base_id, "is_tiny": False}  # type: ignore[typeddict-item]
+        content |= {"base_id": base_id, "is_tiny": False}
     render_student_card(folder, content, repository)
     return None
 

@@ -130,9 +130,9 @@ class _TensorBoard(TensorBoardCallback):
         # Without the model: TensorBoard's callback expects a language model's config.
         super().on_train_begin(_shown_arguments(args), state, control)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, *others: Any, **kwargs: Any) -> None:
         with _own_section():
-            super().on_log(args, state, control, **kwargs)
+            super().on_log(args, state, control, *others, **kwargs)
 
 
 class _Wandb(WandbCallback):
@@ -142,9 +142,9 @@ class _Wandb(WandbCallback):
         os.environ.setdefault("WANDB_HOST", "trainer")
         super().setup(_shown_arguments(args), state, _ShownModel(model), **kwargs)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, *others: Any, **kwargs: Any) -> None:
         with _own_section():
-            super().on_log(args, state, control, **kwargs)
+            super().on_log(args, state, control, *others, **kwargs)
 
 
 class _Trackio(TrackioCallback):

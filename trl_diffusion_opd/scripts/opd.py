@@ -112,9 +112,9 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
                 quantization_config=arguments["quantization_config"],
                 **training_args.retention_options(),
             )
-    publish(trainer)
     if report is not None and trainer.is_world_process_zero():
         print(retention_table(report))
+    publish(trainer)  # last, since a push ends with its link
 
 
 if __name__ == "__main__":

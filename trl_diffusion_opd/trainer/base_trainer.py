@@ -36,7 +36,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
 
 from ..acceleration.processes import lost_process_named
-from ..acceleration.quantization import QuantizationConfig, base_weight
+from ..acceleration.quantization import QuantizationConfig
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
@@ -46,8 +46,6 @@ from ..data.tasks import TaskSampler, plain_dataset
 from ..models.merge import MergeReport
 from ..models.student import Student
 from ..models.teachers import TeacherBank, TeacherSpec
-from ..problems import Refusal
-from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
@@ -92,12 +90,10 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     args: DiffusionConfig
     # How often each prompt is repeated in a round, and each round in an epoch.
     repeats, passes = 1, 1
-    # Settings that resumes of this run have changed: see `checkpoint.begin`.
-    changes: list[dict[str, object]] = []
+    changes: list[dict[str, object]] = []  # settings that resumes of this run have changed: see `checkpoint.begin`
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
-    # The parts of an update whose time is measured.
-    timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")
+    timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")  # of an update
     _has_compared = False
 
     def __init__(
@@ -143,8 +139,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _settle(self, parts: Parts) -> None:
         """Configures accelerate, which exists from now on."""
-        if self.args.n_gpu > 1:
-            raise Refusal("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
         if self.is_fsdp_enabled:
             leave_precision_alone(self.accelerator.state.fsdp_plugin)
         self._mixed_precision = self.accelerator.mixed_precision
@@ -186,13 +180,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _start(self) -> None:
         """Prints what will be trained. Called at the end of the constructor."""
-
-    def _say_start(self, guidance: list[str]) -> None:
-        generations = None if self.repeats == 1 else self.repeats
-        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
-        if self.is_world_process_zero():
-            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
-                tables.print_line(line)
 
     def _print_teachers(self, bank: TeacherBank) -> None:
         lost = None if self.merge_report is None else self.merge_report.error
@@ -297,10 +284,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self._micro_step = 0  # an epoch begins with a whole round, also if it is resumed
         super()._run_epoch(*args, **kwargs)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self._show_without_evaluation()  # now, since the trackers end in Trainer's method
-        return super()._finalize_training(*args, **kwargs)
-
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
         self._say_average(self.state.max_steps)
@@ -316,17 +299,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
-
-    def _begin_costs(self) -> None:
-        rate, device = 0.0, self.accelerator.device
-        if device.type == "cuda":
-            rate = matmul_rate(device, self.mixed_dtype or base_weight(self.student.model).dtype)
-        self._cost.begin(rate, self.passes)
-
-    @property
-    def mixed_dtype(self) -> torch.dtype | None:
-        """The dtype of mixed precision, if it is on."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
@@ -439,6 +411,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
         dataset = plain_dataset(dataset, self.args.task_column)
+        self._in_eval_mode(self.model)
         references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()
         metrics, count = self.evaluator.evaluate(
@@ -461,17 +434,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         backbone = None if self.bank is None else self.bank.backbone
         models = base_model(self.student, backbone, self.args.evaluation_guidance, self.state)
         return models if self.bank is None else models + teacher_models(self.bank, task)
-
-    def _log_completions(self) -> None:
-        """Logs the student's images. See [`TrainingPictures.log`]."""
-        if not self.args.log_completions:
-            return
-        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        if isinstance(dataset, Mapping):
-            dataset = next(iter(dataset.values()))
-        self._in_eval_mode(self.model)
-        self._pictures.log(dataset, self.state, self.callback_handler.callbacks)
-        self.offload.rest()
 
     @contextmanager
     def averaged_student(self) -> Iterator[nn.Module]:

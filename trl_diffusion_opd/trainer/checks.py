@@ -113,6 +113,8 @@ def model_problems(
 def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]:
     """Conflicts among `args` and the launcher's settings, which are in the environment."""
     problems = Problems()
+    if args.n_gpu > 1:
+        problems.append("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
     is_module = isinstance(transformer, nn.Module)
     # With one process FSDP splits nothing.
     plugin = args.fsdp_plugin_args

@@ -140,7 +140,9 @@ class BaseAndTeachers:
                     else None
                 )
                 names = [reward_name(function) for function in evaluator.reward_funcs[task]]
-                found[task] = {name: _reference(base[name], teacher and teacher[name]) for name in names}
+                found[task] = {
+                    name: _reference(base[name], None if teacher is None else teacher[name]) for name in names
+                }
         return found
 
     def _is_base(self, task: str) -> bool:

@@ -14,7 +14,7 @@
 
 """Saves and loads the files of a run: the student, checkpoints, the model card. Pushes them to the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 from transformers.utils.hub import PushInProgress
 
+from ..acceleration.offload import Offload
 from ..checkpointing import checkpoint
 from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
 from ..checkpointing.stopping import StopRequest
@@ -49,6 +50,7 @@ from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
 from .rounds import Rounds
 from .teaching import manifest_problems
+from .training_pictures import TrainingPictures
 
 
 if TYPE_CHECKING:  # its methods call Trainer's with super(): Trainer comes after it in a trainer's bases
@@ -81,7 +83,9 @@ class RunFiles(_Behind):
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
-    _log_completions: Callable[[], None]
+    _pictures: TrainingPictures
+    _in_eval_mode: Callable[[nn.Module], None]
+    offload: Offload
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -165,6 +169,21 @@ class RunFiles(_Behind):
         """Logs the student's images at a save and at the end, if no evaluations log them. Not while stopping."""
         if self.args.eval_strategy == IntervalStrategy.NO and not self._stop.stopped:
             self._log_completions()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._show_without_evaluation()  # now, since the trackers end in Trainer's method
+        return super()._finalize_training(*args, **kwargs)
+
+    def _log_completions(self) -> None:
+        """Logs the student's images. See [`TrainingPictures.log`]."""
+        if not self.args.log_completions:
+            return
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, Mapping):
+            dataset = next(iter(dataset.values()))
+        self._in_eval_mode(self.model)
+        self._pictures.log(dataset, self.state, self.callback_handler.callbacks)
+        self.offload.rest()
 
     def _checkpoint_bytes(self) -> int:
         return checkpoint.tensor_bytes(self.student.parameters(), self.student.is_lora, self.optimizer)

@@ -17,12 +17,16 @@
 import logging
 import math
 
+import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainerState
 
+from ..acceleration.quantization import base_weight
 from ..data.tasks import task_rows
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
+from ..profiling.flops import matmul_rate
 from ..profiling.timing import UpdateCost
 from ..reporting import console as tables
 from ..reporting.evaluation_table import print_evaluation
@@ -31,6 +35,7 @@ from ..rewards.scoring import score_names
 from .base_config import DiffusionConfig
 from .image_evaluator import applicable_mean
 from .references import References
+from .rounds import Rounds
 
 
 logger = logging.getLogger(__name__)
@@ -44,8 +49,26 @@ class RunLogs:
     student: Student
     tasks: list[str]
     reward_funcs: dict[str, list[RewardFunc]]
+    accelerator: Accelerator
+    rounds: Rounds
+    repeats: int
+    passes: int
+    _mixed_precision: str
     _cost: UpdateCost
     _metrics: dict[str, dict[str, list[float]]]
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of a micro-batch on a process."""
+        raise NotImplementedError
+
+    def _say_start(self, guidance: list[str]) -> None:
+        """Prints the samples of an update as a product, and the lines about guidance."""
+        generations = None if self.repeats == 1 else self.repeats
+        counts = self.micro_batch_size, len(self.tasks), self.rounds.micro_batches
+        if self.state.is_world_process_zero:
+            for line in (tables.update_line(self.accelerator.num_processes, *counts, generations), *guidance):
+                tables.print_line(line)
 
     def _add_metrics(self, logs: dict[str, float], samples: int) -> None:
         """Adds the metrics gathered since the last training log, and what the updates took."""
@@ -53,6 +76,18 @@ class RunLogs:
         logs |= {name: value for name, value in metrics.items() if not math.isnan(value)}
         logs |= self._cost.metrics(samples, bool(self.args.activation_checkpointing))
         self._metrics["train"].clear()
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """The dtype of mixed precision, if it is on."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._mixed_precision)
+
+    def _begin_costs(self) -> None:
+        """Begins to measure updates. On a GPU, with the rate that its arithmetic is compared with."""
+        rate, device = 0.0, self.accelerator.device
+        if device.type == "cuda":
+            rate = matmul_rate(device, self.mixed_dtype or base_weight(self.student.model).dtype)
+        self._cost.begin(rate, self.passes)
 
     def _say_average(self, updates: int) -> None:
         """Prints how old the evaluated and saved weights will be, and warns if that is too old for this run."""

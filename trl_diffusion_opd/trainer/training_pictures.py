@@ -17,6 +17,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 from datasets import Dataset
 from torch import nn
@@ -83,9 +84,7 @@ def teacher_models(bank: TeacherBank, task: str) -> list[FrozenModel]:
     """Returns a task's teachers, each with its own guidance scale."""
     roles = bank.teachers[task]
     return [
-        FrozenModel(
-            "teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, lambda role=role: bank.use(role)
-        )
+        FrozenModel("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, partial(bank.use, role))
         for i, role in enumerate(roles, start=1)
     ]
 

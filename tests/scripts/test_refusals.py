@@ -1,0 +1,178 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How commands end that refuse what they were given, alone and under a launcher, and other names of options."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers.launching import free_port, surroundings
+from helpers.refusals import command_refuses
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from trl_diffusion_opd import DiffusionOPDConfig, tiny
+from trl_diffusion_opd.acceleration import processes as acceleration_processes
+from trl_diffusion_opd.acceleration.processes import world_problems
+from trl_diffusion_opd.models.teacher_config import TeacherError
+from trl_diffusion_opd.problems import Problems, Refusal
+from trl_diffusion_opd.scripts import grpo, launching, merge, opd, refusals
+from trl_diffusion_opd.scripts.evaluate import ARGUMENTS as EVALUATION
+from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.scripts.refusals import refusals_told
+
+
+NEEDED = "--model_name_or_path a --teachers a=base --prompts a=b.txt --output_dir o --use_cpu true".split()
+
+
+def test_a_refusal_is_told_and_an_error_is_not_hidden(capsys):
+    for refusal in (Refusal("no cat"), TeacherError("no cat")):
+        with command_refuses(capsys, "no cat"), refusals_told():
+            raise refusal
+    with command_refuses(capsys, "It cannot start:\n- no cat"), refusals_told():
+        Problems(["no cat"]).raise_under("It cannot start")
+    with pytest.raises(ValueError, match="a bug"), refusals_told():
+        raise ValueError("a bug")
+
+
+def test_the_first_process_says_it_first(capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr(refusals.time, "sleep", slept.append)
+    for rank, expected in (("0", []), ("1", [10.0])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with command_refuses(capsys, "no cat"), refusals_told():
+            raise Refusal("no cat")
+        assert slept == expected
+
+
+@pytest.mark.parametrize(("code", "status", "told"), [(refusals.REFUSED, 2, False), (1, 1, True), (-15, 143, True)])
+def test_the_status_of_several_processes(monkeypatch, capsys, tmp_path, code, status, told):
+    def fails(given):
+        failure = ProcessFailure(0, 1, code, str(tmp_path / "none.json"))
+        raise ChildFailedError("a command", {0: failure})
+
+    monkeypatch.setattr(launching, "launch_command", fails)
+    with pytest.raises(SystemExit) as done:
+        launching.launch([], "opd", [])
+    assert done.value.code == status
+    assert ("Root Cause" in capsys.readouterr().err) == told
+
+
+# Processes that do not know of each other
+
+
+def test_processes_that_would_train_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world_problems() == []  # set by something else than a launcher
+    monkeypatch.setenv("RANK", "0")
+    (problem,) = world_problems()
+    assert problem.startswith("2 processes were launched, but they do not know of each other") and "use_cpu" in problem
+
+    class Both:
+        num_processes = 2
+
+    monkeypatch.setattr(acceleration_processes, "PartialState", Both)
+    assert world_problems() == []
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert world_problems() == []
+
+
+def test_a_trainers_config_refuses_them(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(Refusal, match="2 processes were launched, but they do not know of each other"):
+        DiffusionOPDConfig("out")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_refusal_on_two_processes(tmp_path, processes):
+    """Of the launcher: without `use_cpu` they would train alone, and with it they refuse a size."""
+    (tmp_path / "a.txt").write_text("a cat\n")
+    code = "import sys; from trl_diffusion_opd.scripts.main import main; sys.exit(main())"
+    words = ["opd", "--model_name_or_path", tiny.BASE, "--teachers", "a=base", "--prompts", "a=a.txt"]
+    words += ["--output_dir", "out", "--height", "33", "--bf16", "false", "--report_to", "none"]
+    words += ["--accelerate_config", "multi_gpu", "--mixed_precision", "no", "--num_processes", "2"]
+    for more, message in (
+        ([], "2 processes were launched, but they do not know of each other"),
+        (["--use_cpu", "true"], "height=33 is not a multiple of 4"),
+    ):
+        command = [sys.executable, "-c", code, *words, "--main_process_port", str(free_port()), *more]
+        done = subprocess.run(command, cwd=tmp_path, env=surroundings(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == refusals.REFUSED, done.stderr[-3000:]
+        assert done.stderr.count(message) == 1 and "Traceback" not in done.stderr
+        assert done.stderr.rstrip().splitlines()[-1].startswith("- ")  # the launcher adds nothing
+    assert not (tmp_path / "out").exists()
+
+
+# Names
+
+
+MEANT = {
+    "lr": "'learning_rate'",
+    "lora_rank": "'lora_r'",
+    "rank": "'lora_r'",
+    "batch_size": "'per_device_train_batch_size'",
+    "steps": "'num_inference_steps' or 'max_steps'",
+    "cfg": "'guidance_scale'",
+    "epochs": "'num_train_epochs'",
+    "base": "'model_name_or_path'",
+    "model": "'model_name_or_path'",
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_names_that_people_type(name, tmp_path):
+    message = f"DiffusionOPDConfig has no '{name}'. Did you mean {MEANT[name]}\\?"
+    with pytest.raises(Refusal, match=message):
+        parse(opd.ARGUMENTS, [f"--{name}", "1"])  # told before what is missing
+    (tmp_path / "run.yaml").write_text(f"{name}: 1\n")
+    with pytest.raises(Refusal, match=message):
+        parse(opd.ARGUMENTS, [*NEEDED, "--config", str(tmp_path / "run.yaml")])
+
+
+def test_names_are_those_of_the_command():
+    with pytest.raises(Refusal, match="EvaluationArguments has no 'model'. Did you mean 'base'"):
+        parse(EVALUATION, ["--model", "x"])
+    with pytest.raises(TypeError, match="has no 'rank'.$"):  # in Python it is peft_config's
+        DiffusionOPDConfig("out", rank=4)
+    with pytest.raises(TypeError, match=r"has no 'lora_r'. Set it in peft_config=LoraConfig\(r=...\)"):
+        DiffusionOPDConfig("out", lora_r=4)
+
+
+def test_several_trackers_and_short_dtypes(tmp_path):
+    arguments = [*NEEDED, "--report_to", "tensorboard", "trackio"]
+    for short, full in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("float16", "float16")):
+        _, args = parse(opd.ARGUMENTS, [*arguments, "--dtype", short])
+        assert args.report_to == ["tensorboard", "trackio"] and args.dtype == full
+        (tmp_path / "run.yaml").write_text(f"dtype: {short}\nreport_to: none\n")
+        _, args = parse(opd.ARGUMENTS, [*NEEDED, "--config", str(tmp_path / "run.yaml")])
+        assert args.report_to == [] and args.dtype == full
+        assert DiffusionOPDConfig("out", dtype=short, use_cpu=True).dtype == full
+    given = "--base a --teachers a=base --output_dir o --dtype bf16".split()
+    assert parse(merge.ARGUMENTS, given)[0].dtype == "bfloat16"
+    evaluated = [*given, "--student", "s", "--reward_funcs", "a=ocr", "--dataset", "a=b.txt"]
+    assert parse(EVALUATION, evaluated)[0].dtype == "bfloat16"
+
+
+def test_no_option_is_short_for_another():
+    with pytest.raises(Refusal, match="has no 'max_step'.*Did you mean 'max_steps'"):
+        parse(grpo.ARGUMENTS, [*NEEDED, "--max_step", "4"])
+
+
+@pytest.mark.parametrize("content", ["a: [1\n", "- a\n", "just words\n"])
+def test_broken_configs(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(Refusal, match="--config: '.*run.yaml' is not"):
+        parse(opd.ARGUMENTS, ["--config", str(tmp_path / "run.yaml")])
