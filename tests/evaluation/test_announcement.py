@@ -116,7 +116,7 @@ class TestAnnouncement:
         # 4 forwards take 10 s. Left are 8 with guidance, 4 of two teachers, 1 of a last image; what is scored is free.
         batches = [batch(4, 1.0), batch(4, 4.5), batch(2, 1.0, 1.0), batch(1, 1.0), batch(9, 1.0, is_drawn=False)]
         assert first_batch(batches, 10.0) == (
-            "The first batch of 4 images took 10.0 s; 3 batches are left, about 0 min 32 s."
+            "The first batch of 4 images took 10.0 s; 3 batches are left, about 32 s."
         )
         assert first_batch(batches[:1], 1.0) == "The first batch of 4 images took 1.0 s; it is the only one."
 

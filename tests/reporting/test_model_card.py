@@ -184,7 +184,7 @@ class TestStudent:
         assert training_seconds(logs) == 200.0 and training_seconds([{"step": 3, "loss": 1.0}]) is None
         trainer.state.log_history = logs
         write_card(trainer)
-        assert "| training time | 3.3 minutes, without evaluation and saving |" in read_card(trainer).text
+        assert "| training time | 3 min, without evaluation and saving |" in read_card(trainer).text
 
     @pytest.mark.parametrize("kind", ["lora", "peft", "full"])
     def test_its_code_makes_the_students_image(self, kind, trainer, base, tmp_path, monkeypatch):

@@ -16,7 +16,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..reporting.console import duration, print_facts
+from ..reporting.console import print_facts
+from ..reporting.progress import duration
 from ..reporting.report import Setting
 from .plan import Batch, Plan
 

@@ -31,6 +31,7 @@ from ..algorithms.separability import Pair
 from ..guards.files import JSON
 from ..guards.redaction import shown, visible
 from ..profiling.memory import MemoryRow
+from .progress import duration
 
 
 if TYPE_CHECKING:
@@ -359,12 +360,6 @@ def _print_scores(
                 images.add_row(task, caption, name, reward_cell(value))
     if images.row_count:
         console.print(images)
-
-
-def duration(seconds: float) -> str:
-    """A time as text, such as `6 min 30 s`."""
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"
 
 
 class _Console(Console):

@@ -33,6 +33,7 @@ from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
 from .cards import as_list, framework_versions, hub_id, is_tiny, literals
+from .progress import duration
 from .student_card import Content, render_student_card
 
 
@@ -179,7 +180,7 @@ def _settings(facts: CardFacts) -> dict[str, object]:
     settings["hardware"] = _hardware(args.device, args.world_size)
     seconds = training_seconds(facts.state.log_history)
     if seconds is not None:
-        settings["training time"] = f"{_duration(seconds)}, without evaluation and saving"
+        settings["training time"] = f"{duration(seconds)}, without evaluation and saving"
     return settings
 
 
@@ -201,10 +202,3 @@ def training_seconds(log_history: list[dict[str, float]]) -> float | None:
             seconds += entry["step_time"] * (entry["step"] - last)
             last = int(entry["step"])
     return seconds if last else None
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"

@@ -38,7 +38,9 @@ def train(trainer: "DiffusionTrainer") -> None:
 
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
+    # Without a push of Trainer's: `publish` pushes once, with curves, report and card.
+    trainer.save_model(args.output_dir, _internal_call=True)
+    trainer.say_where(args.output_dir)
     if trainer.is_world_process_zero():
         with extra(f"The picture {CURVES_PICTURE}"):
             plot_curves(trainer.state.log_history, Path(args.output_dir) / CURVES_PICTURE)

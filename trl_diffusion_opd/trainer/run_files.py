@@ -104,7 +104,12 @@ class RunFiles(_Behind):
                     self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             else:
                 super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
+        if not _internal_call:
+            self.say_where(output_dir)
+
+    def say_where(self, output_dir: str | None = None) -> None:
+        """Prints where the student was saved, and the line that loads it."""
+        if self.is_world_process_zero():
             folder = output_dir or self.args.output_dir
             tables.print_unwrapped(f"The student is in {folder}: {self.student.load_line(folder)}")
 
