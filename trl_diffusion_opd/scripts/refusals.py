@@ -12,13 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Ends a command that refuses its input: with the message, and without a traceback."""
+"""Ends a command that refuses its input: with the message, without a traceback and without a list of all options."""
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from ..problems import Refusal
 
@@ -27,6 +29,14 @@ from ..problems import Refusal
 REFUSED = 2
 # In seconds: longer than a launcher takes to notice that a process has ended.
 _HEAD_START = 10.0
+
+
+class RefusingParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, as those of [`~parser.CommandParser`] are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a [`Refusal`]."""
+        raise Refusal(f"{self.prog}: {message}. `{self.prog} --help` shows the options.")
 
 
 @contextmanager
