@@ -71,7 +71,7 @@ def _imported(spec: str, options: Mapping[str, object]) -> Any:
     if not colon:
         raise Refusal(
             f"There is no reward {spec!r}. There are {', '.join(REWARDS)} (ocr needs `pip install "
-            '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), sums of them such as '
+            '".[ocr]"` in a checkout of trl-diffusion-opd, unifiedreward ".[unifiedreward]"), sums of them such as '
             "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function, or by its file, "
             "my_rewards.py:function."
         )
