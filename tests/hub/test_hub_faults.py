@@ -96,7 +96,7 @@ class TestBeforeTheFirstStep:
 
     def test_an_impossible_name(self, hub, tmp_path, teachers):
         message = self._refused(tmp_path, teachers, hub_model_id="tester/my student")
-        assert "hub_model_id='tester/my student' can't be the name of a repository" in message
+        assert "hub_model_id='tester/my student': no repository can have that name. Repo id must" in message
 
     @pytest.mark.parametrize("kind", ["dataset", "space"])
     def test_another_kind_of_repository(self, kind, hub, tmp_path, teachers):

@@ -93,7 +93,7 @@ def repository_problems(
     try:
         return _repository_problems(name, token, base_name, transformer_class, asked)
     except HFValidationError as error:
-        return [f"{asked.name}{name!r} can't be the name of a repository. {error}"]
+        return [f"{asked.name}{name!r}: no repository can have that name. {error}"]
     except ERRORS as error:
         return [f"{asked.switch}{http_reason(error)}."]
 
