@@ -17,6 +17,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -240,7 +241,7 @@ def test_what_else_is_launched(monkeypatch, launches, reason):
     if reason == "several devices":
         monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 2)
     else:
-        Path(launching.default_config_file).write_text("num_processes: 1\n")
+        shutil.copy(config_path("x", "cpu", "accelerate_configs"), launching.default_config_file)
     ran = []
     monkeypatch.setattr(opd, "main", lambda *parsed: ran.append(parsed))
     given = ["opd", "--config", "tiny", "--use_cpu", "true"]

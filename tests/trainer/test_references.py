@@ -113,7 +113,7 @@ def test_once_a_run_and_not_again_at_a_resume(tmp_path, teachers, capsys):
 
     calls = []
     run(calls)
-    assert sum(calls) == (2 + 2) * 6  # two evaluations, and once base and teachers
+    assert sum(calls) == 2 * 2 + (2 + 2) * 6  # a trial a task; two evaluations, and once base and teachers
     printed = " ".join(capsys.readouterr().out.split())
     assert "Base and teachers are scored once on the evaluation's prompts: 12 images" in printed
     kept = json.loads((tmp_path / REFERENCES_FILE).read_text())

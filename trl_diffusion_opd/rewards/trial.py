@@ -18,12 +18,17 @@ import inspect
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
 from ..guards.redaction import shown
 from .base import RewardFunc, Row, reward_name
 from .scoring import OnTimeout, Scorer, call_reward
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 
 # Two images: one value, whatever the number of images, would be right for one by accident.
@@ -38,6 +43,7 @@ def trial_error(
     image: Image,
     timeout: float | None,
     on_timeout: OnTimeout = "raise",
+    trainer_state: "TrainerState | None" = None,
 ) -> Exception | None:
     """
     Has a reward score [`NUM_TRIED`] images in one call.
@@ -46,14 +52,15 @@ def trial_error(
         function (reward function), task (`str`): the reward, and the images' task for messages.
         rows (`list[dict]`): the dataset's first rows of the task. If there are fewer than images, they are repeated.
         image (`PIL.Image.Image`): any image of the right size.
-        timeout (`float`, *optional*), on_timeout (`str`, *optional*, defaults to `"raise"`): as in [`Scorer`].
+        timeout (`float`, *optional*), on_timeout (`str`, *optional*, defaults to `"raise"`), trainer_state
+            ([`~transformers.TrainerState`], *optional*): as in [`Scorer`].
 
     Returns:
         The error of a reward that can't; `None` if it can.
     """
     tried = [rows[n % len(rows)] for n in range(NUM_TRIED)]
     try:
-        with Scorer([function], None, timeout, on_timeout, task=task) as scorer:
+        with Scorer([function], trainer_state, timeout, on_timeout, task=task) as scorer:
             scorer.submit(tried, [image.copy() for _ in tried])
             scorer.results()
     except Exception as error:  # whatever the function raises
@@ -74,7 +81,7 @@ def trial_problem(function: RewardFunc, whose: str, row: Row, error: Exception) 
     place = f" ({Path(own[0].filename).name}, line {own[0].lineno})" if own else ""
     return (
         f"reward {reward_name(function)!r} can't score an image {whose}, for the prompt '{shown(row['prompt'])}': "
-        f"{type(error).__name__}: {shown(error, 500)}{place}."
+        f"{type(error).__name__}: {shown(error, 500).rstrip('.')}{place}."
     )
 
 

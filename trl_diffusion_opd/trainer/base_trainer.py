@@ -27,10 +27,11 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import IntervalStrategy, TrainOutput, speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
@@ -52,6 +53,7 @@ from ..reporting.model_card import MethodFacts
 from ..reporting.run_lines import use_lines
 from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
+from ..rewards.scoring import OnTimeout
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator
@@ -356,6 +358,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             self.accelerator,
             args.reward_timeout,
             self.on_reward_timeout,
+            self.state,
         )
 
     def _scored_datasets(self) -> list[Dataset]:

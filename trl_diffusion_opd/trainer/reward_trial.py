@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from PIL.Image import Image
+from transformers import TrainerState
 
 from ..data.tasks import task_rows
 from ..problems import Problems
@@ -36,6 +37,7 @@ def try_rewards(
     accelerator: Accelerator,
     timeout: float | None,
     on_timeout: OnTimeout,
+    state: TrainerState,
 ) -> None:
     """
     Has every reward of every task score two images of noise, in one call. Only the main process does, since a call may
@@ -47,7 +49,7 @@ def try_rewards(
             and the column of their tasks. The first dataset that has a task gives its rows.
         noise (`Callable`): makes an image of the right size. It is not called without rewards.
         accelerator ([`~accelerate.Accelerator`])
-        timeout (`float`, *optional*), on_timeout (`str`): as in [`Scorer`].
+        timeout (`float`, *optional*), on_timeout (`str`), state ([`~transformers.TrainerState`]): as in [`Scorer`].
 
     Raises:
         [`Refusal`]: on all processes, if rewards fail. One message lists all of them.
@@ -61,7 +63,7 @@ def try_rewards(
     if tried and accelerator.is_main_process:
         image = noise()
         for task, function in tried:
-            error = trial_error(function, task, rows[task], image, timeout, on_timeout)
+            error = trial_error(function, task, rows[task], image, timeout, on_timeout, state)
             if error is not None:
                 found[0].append(trial_problem(function, f"of task {task!r}", rows[task][0], error))
     if tried and accelerator.num_processes > 1:
