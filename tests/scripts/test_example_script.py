@@ -195,11 +195,12 @@ REFUSED = {
 }
 
 
-def test_a_reward_that_the_report_would_fail_at(monkeypatch, base):
+def test_a_reward_that_the_report_would_fail_at(monkeypatch, capsys, base):
     given = ("--test_prompts", "text=text.txt", "--reward_funcs", "text=helpers.stub_reward:fails")
-    with pytest.raises(
-        ValueError, match="reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyErr"
-    ):
+    message = (
+        "reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyError: 'label' (stub_rewar"
+    )
+    with command_refuses(capsys, message):
         run_opd(monkeypatch, base, *given, teachers="text=base", prompts="text=text.txt")
     assert not any(Path("out").iterdir())  # before training
 
@@ -292,7 +293,10 @@ FILES = {
     ),
     "cut.txt": ("ü".encode()[:1], "'cut.txt' is not in UTF-8: byte 0, in line 1, is 0xc3."),
     "none.txt": (b"", "the file 'none.txt' is empty."),
-    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "the file 'broken.jsonl' cannot be read as json: "),
+    "broken.jsonl": (
+        b'{"prompt": "a"}\n{"prompt": \n',
+        "the file 'broken.jsonl' cannot be read as json: line 2, column ",
+    ),
     "broken.csv": (b"prompt\na\nb,c,d\n", "the file 'broken.csv' cannot be read as csv: Error tokenizing data."),
     "broken.parquet": (b"nothing", "the file 'broken.parquet' cannot be read as parquet: Parquet"),
 }

@@ -24,7 +24,8 @@ from PIL.Image import Image
 
 from ..guards.redaction import shown
 from .base import RewardFunc, Row, reward_name
-from .scoring import OnTimeout, Scorer, call_reward
+from .remote import RemoteRewardError
+from .scoring import OnTimeout, RewardTimeout, Scorer, call_reward
 
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 # Two images: one value, whatever the number of images, would be right for one by accident.
 NUM_TRIED = 2
 _PACKAGE = Path(__file__).parents[1]
+# The files that call functions of a user, or subclasses of `Reward`.
+_CALLERS = ("scoring.py", "base.py", "combined.py")
 
 
 def trial_error(
@@ -86,9 +89,18 @@ def trial_problem(function: RewardFunc, whose: str, row: Row, error: Exception) 
 
 
 def is_of_reward(error: BaseException) -> bool:
-    """Whether an error came out of the call of a reward function."""
+    """
+    Whether an error is the end of a call of a reward function: a function of the user's has raised it, what it
+    returned is refused, a reward's server failed, or a call took too long. An error inside of one of this package's
+    own rewards is not.
+    """
+    if isinstance(error, RewardTimeout | RemoteRewardError):
+        return True
     code = inspect.unwrap(call_reward).__code__
-    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    called = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+    ours = [Path(file).name for file in files if _PACKAGE in Path(file).parents]
+    return called and ours[-1] in _CALLERS
 
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:

@@ -27,7 +27,6 @@ from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
-from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -329,7 +328,8 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             disable_input_dtype_casting(self.model),
             self._stop.listening(),
         ):
-            self._try_rewards()
+            try_rewards(self.evaluator, self._scored_datasets(), self.on_reward_timeout, self.state)
+            self.offload.rest()
             checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
             begun = checkpoint.begin(
                 self.args.output_dir, resume_from_checkpoint, self.accelerator, self._check_resume, self._changes_since
@@ -338,28 +338,6 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
             return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
-
-    def _try_rewards(self) -> None:
-        """Refuses rewards that the run will call, but that fail."""
-
-        def noise() -> Image:
-            field = self.evaluator.field
-            (image,) = field.decode(field.initial_latents([""], [torch.Generator().manual_seed(0)]), [""])
-            assert isinstance(image, Image)
-            self.offload.rest()
-            return image
-
-        args = self.args
-        try_rewards(
-            self.reward_funcs,
-            self._scored_datasets(),
-            args.task_column,
-            noise,
-            self.accelerator,
-            args.reward_timeout,
-            self.on_reward_timeout,
-            self.state,
-        )
 
     def _scored_datasets(self) -> list[Dataset]:
         """The datasets whose images the rewards score during training."""

@@ -203,9 +203,14 @@ def training_data_problems(dataset: object, task_column: str) -> list[str]:
                 "train_dataset is a DatasetDict. Choose one of its splits, such as "
                 f"dataset[{next(iter(dataset), 'train')!r}]."
             ]
+        advice = (
+            "Dataset.from_list([...])"
+            if isinstance(dataset, list) or dataset is None
+            else ("Dataset.from_list(list(iterable)), if it is a streamed dataset")
+        )
         return [
             f"train_dataset is {kind}; it must be a datasets.Dataset, since every update needs prompts of all tasks. "
-            "Make one of a streamed dataset with Dataset.from_list(list(iterable))."
+            f"Make one with {advice}."
         ]
     return dataset_problems(dataset, task_column, "train_dataset")
 

@@ -14,56 +14,47 @@
 
 """Tries the rewards of a run before its first update, so that it does not end at its first evaluation."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from PIL.Image import Image
 from transformers import TrainerState
 
 from ..data.tasks import task_rows
 from ..problems import Problems
-from ..rewards import RewardFunc, Row
+from ..rewards import Row
 from ..rewards.scoring import OnTimeout
 from ..rewards.trial import NUM_TRIED, trial_error, trial_problem
+from .image_evaluator import ImageEvaluator
 
 
 def try_rewards(
-    reward_funcs: Mapping[str, Sequence[RewardFunc]],
-    datasets: Iterable[Dataset],
-    task_column: str,
-    noise: Callable[[], Image],
-    accelerator: Accelerator,
-    timeout: float | None,
-    on_timeout: OnTimeout,
-    state: TrainerState,
+    evaluator: ImageEvaluator, datasets: Iterable[Dataset], on_timeout: OnTimeout, state: TrainerState
 ) -> None:
     """
     Has every reward of every task score two images of noise, in one call. Only the main process does, since a call may
     cost money; call it on all of them.
 
     Args:
-        reward_funcs (`dict[str, list[Callable]]`): the rewards of each task.
-        datasets (`list` of [`~datasets.Dataset`]), task_column (`str`): the prompts whose images the run will score,
-            and the column of their tasks. The first dataset that has a task gives its rows.
-        noise (`Callable`): makes an image of the right size. It is not called without rewards.
-        accelerator ([`~accelerate.Accelerator`])
-        timeout (`float`, *optional*), on_timeout (`str`), state ([`~transformers.TrainerState`]): as in [`Scorer`].
+        evaluator ([`ImageEvaluator`]): the rewards of each task, and the size of images.
+        datasets (`list` of [`~datasets.Dataset`]): the prompts whose images the run will score. The first dataset that
+            has a task gives its rows.
+        on_timeout (`str`), state ([`~transformers.TrainerState`]): as in [`Scorer`].
 
     Raises:
         [`Refusal`]: on all processes, if rewards fail. One message lists all of them.
     """
+    args, accelerator = evaluator.args, evaluator.accelerator
     rows: dict[str, list[Row]] = {}
     for dataset in datasets:
-        for task, numbers in task_rows(dataset, task_column).items():
+        for task, numbers in task_rows(dataset, args.task_column).items():
             rows.setdefault(task, [dataset[int(n)] for n in numbers[:NUM_TRIED]])
-    tried = [(task, function) for task in rows for function in reward_funcs[task]]
+    tried = [(task, function) for task in rows for function in evaluator.reward_funcs[task]]
     found: list[list[str]] = [[]]
     if tried and accelerator.is_main_process:
-        image = noise()
+        image = evaluator.noise()
         for task, function in tried:
-            error = trial_error(function, task, rows[task], image, timeout, on_timeout, state)
+            error = trial_error(function, task, rows[task], image, args.reward_timeout, on_timeout, state)
             if error is not None:
                 found[0].append(trial_problem(function, f"of task {task!r}", rows[task][0], error))
     if tried and accelerator.num_processes > 1:
