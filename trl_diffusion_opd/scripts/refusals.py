@@ -69,13 +69,19 @@ def _end(message: str, status: int) -> NoReturn:
 
 def _known_end(error: Exception) -> str | None:
     """What to tell of an error that is no fault of the package; `None` for one that may be."""
-    from ..rewards.trial import is_of_reward, own_frames  # slow to import, and needed only now
+    # Slow to import, and needed only now.
+    from ..rewards.remote import RemoteRewardError
+    from ..rewards.scoring import RewardTimeout
+    from ..rewards.trial import is_of_reward, own_frames
 
+    text = "\n".join([str(error), *vars(error).get("__notes__", [])])
     if is_of_reward(error):
         frames = own_frames(error)
-        said = "".join(traceback.format_exception_only(error)).rstrip() if frames else str(error)
+        if not frames or isinstance(error, RewardTimeout | RemoteRewardError):
+            return text
+        said = "".join(traceback.format_exception_only(error)).rstrip()
         return f"A reward function has failed:\n{''.join(traceback.format_list(frames))}{said}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, FloatingPointError) and PACKAGE in Path(last.filename).parents:
-        return str(error)
+        return text
     return None
