@@ -36,6 +36,7 @@ from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
+from ..models.teacher_files import find_files
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_pipeline
@@ -217,8 +218,12 @@ def _evaluate(
                 _announce(field, bank, plan, choice, store, dry_run)
         if dry_run:
             return None
+        with failing_together():
+            # Now, since a training may write other weights into the folder while images are drawn.
+            weights = {name: _weights(specs[name][0]) for name in students}
         measured = measure(field, bank, plan, store)
     report = _report(measured, tasks, students, options.seed, choice)
+    report["weights_sha256"] = weights
     with failing_together():  # all processes wait until the files are written
         if is_main:
             logger.info(measured.told())
@@ -249,6 +254,10 @@ def _report(measured: Measured, tasks: Mapping[str, Task], students: list[str], 
     report = retention_report(measured.scores, {task: f"teacher/{task}" for task in tasks}, students, seed, own)
     report["settings"], report["guidance_scales"] = choice.for_report()
     return report
+
+
+def _weights(student: TeacherConfig) -> str | None:
+    return None if student.model_name_or_path == "base" else find_files(student).weights_sha256()
 
 
 def _announce(

@@ -160,7 +160,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.__dict__.update(parts.method)
         self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
-        self._stop = StopRequest(self.accelerator, say=tables.print_line)
+        self._stop = StopRequest(self.accelerator, say=tables.print_unwrapped)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
         use_lines(self.callback_handler.callbacks)

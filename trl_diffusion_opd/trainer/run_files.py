@@ -154,7 +154,7 @@ class RunFiles(_Behind):
         args, saves = self.args, self.args.should_save
         saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
         with checkpoint.written(*saved) as folder:
-            self.create_model_card()
+            self._write_card(folder.name)
             with checkpoint.older_ones_kept(args):
                 super()._save_checkpoint(model, trial)
             self._save_state(folder)
@@ -249,12 +249,21 @@ class RunFiles(_Behind):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
-        if self.is_world_process_zero():
-            folder = self.args.output_dir or "."
-            write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
+        self._write_card(None, model_name, dataset_name, tags)
 
-    def card_facts(self) -> CardFacts:
-        """Collects this run's facts for the model card. The method's own come from `_card_fields`."""
+    def _write_card(self, checkpoint: str | None, *names: str | list[str] | None) -> None:
+        """Writes the card of the student in the output folder, or of one in a checkpoint there."""
+        if self.is_world_process_zero():
+            write_model_card(self.args.output_dir or ".", self.card_facts(checkpoint), *names)
+
+    def card_facts(self, checkpoint: str | None = None) -> CardFacts:
+        """
+        Collects this run's facts for the model card. The method's own come from `_card_fields`.
+
+        Args:
+            checkpoint (`str`, *optional*): the folder of the checkpoint that the card is of, if it is not of the
+                output folder's student.
+        """
         args, dataset = self.args, self.eval_dataset
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
         examples = {task: shown[int(rows[0])]["prompt"] for task, rows in task_rows(shown, args.task_column).items()}
@@ -275,6 +284,7 @@ class RunFiles(_Behind):
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
             examples=examples,
             changes=self.changes,
+            checkpoint=checkpoint,
             **self._card_fields(),
         )
 
