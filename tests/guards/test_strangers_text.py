@@ -132,11 +132,13 @@ class TestMarkdown:
     def test_tables_of_a_report_and_of_completions(self, odd):
         def report(name: str) -> dict:
             of_task = {"reward": name, "rewards": [name], "base": 0.1, "teacher": 0.9, "student": 0.5, "ci95": None}
+            of_task["num_images"] = 4
             scores = {model: {name: {name: 0.5}} for model in ("base", f"s{name}")}
             return {
                 "tasks": {
                     name: {**of_task, "retention": 0.5, "students": {f"s{name}": {**of_task, "retention": 0.5}}}
                 },
+                "mean_retention": 0.5,
                 "students": {f"s{name}": {"mean_retention": 0.5, "mean_ci95": None}},
                 "scores": scores,
                 "scores_ci95": {model: {name: {name: None}} for model in scores},

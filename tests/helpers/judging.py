@@ -32,6 +32,7 @@ from helpers.tiny_sd3 import forward, make_pipeline
 
 from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.teachers import TeacherBank, parse_teacher
+from trl_diffusion_opd.problems import Refusal
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Judge:
             except Exception as error:  # what is raised is what is judged
                 seconds = time.perf_counter() - start
                 start_of_it = rf"The teachers cannot be used:\n- task 't': {self.folder.name}(/[\w.]+)?: "
-                is_right = type(error) is ValueError and re.match(start_of_it, str(error)) is not None
+                is_right = type(error) is Refusal and re.match(start_of_it, str(error)) is not None
                 is_right = is_right and len(str(error)) < 3000
                 said = str(error).removeprefix("The teachers cannot be used:\n- task 't': the-teacher: ")
                 return Verdict(

@@ -203,7 +203,7 @@ class TestTogether:
             pass
 
     def test_another_fails(self, told):
-        told[0] = "OSError: disk full"
+        told[0] = ("OSError: disk full", False)
         with pytest.raises(RuntimeError, match="Process 1 of 2 has failed.*OSError: disk full"):
             with processes.failing_together():
                 pass

@@ -76,6 +76,8 @@ logger = logging.getLogger(__name__)
 
 # Prompts whose length is measured at most: a tokenizer takes about a second for them.
 _MEASURED_PROMPTS = 10_000
+# Tokens that every family's text encoders read at least, together: CLIP's.
+_SHORTEST_LIMIT = 77
 
 
 @dataclass
@@ -314,8 +316,12 @@ def _settle_guidance(parts: Parts) -> None:
 def _warn_of_long_prompts(parts: Parts) -> None:
     """Warns of training prompts that no text encoder reads whole."""
     silence_tokenizers(parts.pipeline.components)
-    found = parts.velocity_field.text_limits()
     first = parts.train_dataset.select_columns(["prompt"])[:_MEASURED_PROMPTS]["prompt"]
+    # A token has at least one byte. Some pipelines put words of their own into the length, hence the half.
+    bound = (parts.args.max_sequence_length or _SHORTEST_LIMIT) // 2
+    if max(len(prompt.encode()) for prompt in first) < bound:
+        return  # the limits themselves would cost a run of the text encoders
+    found = parts.velocity_field.text_limits()
     if parts.args.process_index == 0 and (warning := cut_warning(dict.fromkeys(first), found)) is not None:
         logger.warning(warning)
 
