@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_diffusion_opd.checkpointing.checkpoint import checkpoints
 from trl_diffusion_opd.checkpointing.seal import damage, is_sealed, run_of, seal, update_of
+from trl_diffusion_opd.problems import Refusal
 
 
 OPTIONS = dict(max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2)
@@ -124,7 +125,7 @@ def test_a_new_run_sets_aside_what_another_has_left(copied, teachers, caplog):
     assert run_of(copied / "checkpoint-1") != left
     aside = copied / "earlier-run-1"
     assert {run_of(folder) for folder in checkpoints(aside)} == {left} and len(checkpoints(aside)) == 2
-    assert "(checkpoint-1, checkpoint-2). They were moved to earlier-run-1." in caplog.text
+    assert "(checkpoint-1, checkpoint-2). They were moved to earlier-run-1, with" in caplog.text
     # It can still be gone on with, and what lies in the folder now is not this run's either.
     trainer = make_trainer(copied, teachers, **OPTIONS)
     trainer.train(resume_from_checkpoint=str(aside / "checkpoint-2"))
@@ -146,7 +147,7 @@ def test_two_runs_at_once(tmp_path, teachers):
     class Intruder(StopAt):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                with pytest.raises(RuntimeError) as error:
+                with pytest.raises(Refusal) as error:
                     second.train()
                 told.append(str(error.value))
 

@@ -49,7 +49,9 @@ from ..hub.files import (
     SEAL_FILE,
     ZERO3_FILES,
 )
+from ..models.lora_layouts import some
 from ..problems import Problems, Refusal
+from .results import images_after, results
 from .resume import Change, PromptsDigest, record, recorded
 from .run_folder import name_of_run, set_aside
 from .seal import damage, is_sealed, run_of, seal, update_of
@@ -199,15 +201,18 @@ def begin(
     accelerator: Accelerator,
     check: Callable[[Path], list[str]],
     compare: Callable[[Path], list[Change]],
+    drawn_now: bool = False,
 ) -> Beginning:
     """
-    Finds where training starts. Checkpoints that this run does not continue (another run's, or later ones than the one
-    it resumes from) are moved aside.
+    Finds where training starts. What this run does not continue is moved aside: checkpoints of another run or later
+    than the one it resumes from, with the results beside them, and images of later updates.
 
     Args:
         output_dir (`str`, *optional*), resume_from_checkpoint (`str` or `bool`, *optional*), accelerator
         check: Returns the problems of resuming from a complete checkpoint, a sentence each.
         compare: Returns the settings that differ from a checkpoint's.
+        drawn_now (`bool`, *optional*, defaults to `False`): whether the images in the folder are this run's, which was
+            evaluated before its first update.
 
     Raises:
         [`ValueError`]: on all processes, if the checkpoint does not exist or cannot be resumed from. One message lists
@@ -230,18 +235,36 @@ def begin(
         Problems(problems).raise_under(f"Can't resume from {resumed.name}")
     run = name_of_run(resumed, accelerator)
     update = 0 if resumed is None else update_of(resumed)
-    others = []
-    if accelerator.is_main_process:  # only this process moves them
-        others = [one for one in checkpoints(output_dir) if run_of(one) != run or _number(one) > update]
-    aside = set_aside(others, accelerator)
-    if aside is not None:
-        logger.warning(
-            f"{output_dir} holds checkpoints that this run does not go on from "
-            f"({', '.join(one.name for one in others)}). They were moved to {aside.name}. To go on from one of them, "
-            "give it as resume_from_checkpoint."
-        )
+    if accelerator.is_main_process:
+        _set_others_aside(Path(output_dir or "."), resumed, run, update, drawn_now)
+    accelerator.wait_for_everyone()
     kept = [] if resumed is None else recorded(resumed) + record(changes, update)
     return Beginning(resumed, run, update, changes, kept)
+
+
+def _set_others_aside(output_dir: Path, resumed: Path | None, run: str, update: int, drawn_now: bool) -> None:
+    """Moves aside what the run does not go on from, and says so."""
+    others = [one for one in checkpoints(output_dir) if run_of(one) != run or _number(one) > update]
+    left: list[Path] = []
+    if others or resumed is None or resumed.parent.resolve() != output_dir.resolve():
+        left = results(output_dir, run)
+    if not drawn_now:
+        left += images_after(output_dir, None if resumed is None else update)
+    aside = set_aside([*others, *left], output_dir)
+    if aside is None:
+        return
+    if others:
+        logger.warning(
+            f"{output_dir} holds checkpoints that this run does not go on from "
+            f"({', '.join(one.name for one in others)}). They were moved to {aside.name}"
+            f"{', with the results beside them' if left else ''}. To go on from one of them, give it as "
+            "resume_from_checkpoint."
+        )
+    else:
+        logger.warning(
+            f"{output_dir} holds results that this run does not go on from "
+            f"({some([one.name for one in left])}). They were moved to {aside.name}."
+        )
 
 
 def _looked_at(

@@ -325,8 +325,16 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             self._stop.listening(),
         ):
             checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
+            drawn_now = self._pictures.logged_at == 0 == self.state.global_step
+            if not drawn_now:  # they are of an earlier training of this trainer
+                self._pictures.logged_at = -1
             begun = checkpoint.begin(
-                self.args.output_dir, resume_from_checkpoint, self.accelerator, self._check_resume, self._changes_since
+                self.args.output_dir,
+                resume_from_checkpoint,
+                self.accelerator,
+                self._check_resume,
+                self._changes_since,
+                drawn_now=drawn_now,
             )
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:

@@ -31,6 +31,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..acceleration.offload import Offload
 from ..checkpointing import checkpoint
+from ..checkpointing.results import set_report_aside
 from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import task_rows
@@ -41,6 +42,7 @@ from ..hub import push as hub
 from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
 from ..hub.repository import PushError, make_repository, repository_name
 from ..models.student import STUDENT_ADAPTER, Student
+from ..models.teacher_files import weights_in
 from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from ..reporting import console as tables
@@ -139,6 +141,7 @@ class RunFiles(_Behind):
             write_json(Path(folder) / ARGUMENTS_FILE, public_arguments(self.args), sort_keys=True)
             if self.bank is not None:
                 write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
+            set_report_aside(Path(folder), weights_in(Path(folder)))
 
     def _save_state(self, folder: Path) -> None:
         """Writes the weights that training resumes from into a checkpoint. All processes must call it."""
@@ -313,6 +316,7 @@ class RunFiles(_Behind):
         by_epoch = args.save_strategy == SaveStrategy.EPOCH
         at = f"epoch {int(state.epoch or 0)}" if by_epoch else f"step {state.global_step}"
         assert self.hub_model_id is not None  # `init_hf_repo` has made it
+        set_report_aside(Path(args.output_dir), weights_in(folder))  # its student is copied there
         self.push_in_progress = hub.push_checkpoint(
             folder,
             args.output_dir,
