@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,7 @@ from ..hub.files import (
     ARGUMENTS_FILE,
     CHANGES_FILE,
     DEEPSPEED_FILES,
+    EVALUATION_SETTINGS_FILE,
     GRID_FILE,
     PROMPTS_FILE,
     SEAL_FILE,
@@ -120,7 +121,12 @@ def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
 
 
 def describe(
-    folder: Path, args: TrainingArguments, levels: Tensor, prompts: PromptsDigest, changes: Sequence[object]
+    folder: Path,
+    args: TrainingArguments,
+    levels: Tensor,
+    prompts: PromptsDigest,
+    evaluation: Mapping[str, object],
+    changes: Sequence[object],
 ) -> None:
     """
     Writes the records into a checkpoint that a resume compares with its own settings.
@@ -130,10 +136,12 @@ def describe(
         args ([`~transformers.TrainingArguments`])
         levels (`Tensor`): the noise grid.
         prompts (`dict`): as [`~resume.prompts_of`] returns it.
+        evaluation (`dict`): the settings of evaluations by name, ready for JSON.
         changes (`list[dict]`): settings that resumes have changed so far.
     """
     write_json(folder / GRID_FILE, {"levels": levels.tolist()}, sort_keys=True)
     write_json(folder / PROMPTS_FILE, prompts, sort_keys=True)
+    write_json(folder / EVALUATION_SETTINGS_FILE, evaluation, sort_keys=True)
     if changes:
         write_json(folder / CHANGES_FILE, changes, sort_keys=True)
     # It is a path of this machine, and would be pushed. The state also has the number of the best update.
@@ -310,8 +318,18 @@ def _older(folder: Path) -> str:
     return f"Go on from the older {older[-1].name}: resume_from_checkpoint={str(older[-1])!r}."
 
 
-def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
-    """Sets the path of the best checkpoint in a resumed run's state, since saved states have no paths."""
+def restore_best(output_dir: str | Path | None, state: TrainerState, comparable_after: int = -1) -> None:
+    """
+    Sets the path of the best checkpoint in a resumed run's state, since saved states have no paths.
+
+    If evaluations measure something else since an update, the best one before it is forgotten.
+
+    Args:
+        output_dir (`str`, *optional*), state ([`~transformers.TrainerState`])
+        comparable_after (`int`, *optional*, defaults to -1): as [`~resume.comparable_after`] returns it.
+    """
+    if (state.best_global_step or 0) <= comparable_after:
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     if state.best_model_checkpoint is None and state.best_global_step:
         best = Path(output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() else None

@@ -47,7 +47,7 @@ from ..reporting.console import print_line
 from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from .announcement import announce, timed
+from .announcement import announce, replaced, timed
 from .files import write_results
 from .measure import Measured, measure, time_batch
 from .plan import Options, Plan, Task, make_plan
@@ -269,6 +269,8 @@ def _announce(
     assert isinstance(image, Image)
     folder = None if store is None else str(store.folder)
     announce(plan, *choice.for_report(), image.size, PartialState().num_processes, folder)
+    if store is not None and not dry_run and (line := replaced(store.folder, plan)) is not None:
+        logger.warning(line)
     for warning in choice.warnings:
         logger.warning(warning)
     try_rewards(plan, image)

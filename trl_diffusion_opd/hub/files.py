@@ -31,6 +31,7 @@ RAW_FILE = "student_raw.safetensors"
 OLD_POLICY_FILE = "old_policy.safetensors"
 GRID_FILE = "noise_grid.json"
 PROMPTS_FILE = "prompts.json"
+EVALUATION_SETTINGS_FILE = "evaluation.json"
 CHANGES_FILE = "changes.json"
 SEAL_FILE = "complete"
 DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process

@@ -25,7 +25,7 @@ from ..trainer.diffusion_opd_config import DiffusionOPDConfig
 from .arguments import TaughtArguments
 from .parser import parse
 from .refusals import refusals_told
-from .training import publish, show_warnings, train
+from .training import publish, show_warnings, student_is_safe, train
 
 
 @dataclass(kw_only=True)
@@ -100,7 +100,8 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     train(trainer)
     report = None
     if test_dataset is not None:
-        with extra("The retention report", "`trl-diffusion-opd evaluate` makes it from the saved student."):
+        told = "`trl-diffusion-opd evaluate` makes it from the saved student."
+        with student_is_safe(trainer), extra("The retention report", told):
             report = evaluate_retention(
                 arguments["model"],
                 {task: teachers[task] for task in tested},

@@ -15,11 +15,17 @@
 """Shared steps of the training commands: train, save the student with its curves, write its card, push."""
 
 import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..checkpointing.checkpoint import last_complete
+from ..checkpointing.stopping import command_to_go_on
 from ..guards.extras import extra
 from ..hub.files import CURVES_PICTURE
+from ..reporting.console import print_unwrapped
 
 
 if TYPE_CHECKING:
@@ -44,6 +50,28 @@ def train(trainer: "DiffusionTrainer") -> None:
     if trainer.is_world_process_zero():
         with extra(f"The picture {CURVES_PICTURE}"):
             plot_curves(trainer.state.log_history, Path(args.output_dir) / CURVES_PICTURE)
+
+
+@contextmanager
+def student_is_safe(trainer: "DiffusionTrainer") -> Iterator[None]:
+    """
+    Context for what comes after the training. Ctrl-C in it says that the student is saved, and how to finish.
+
+    Raises:
+        [`SystemExit`]: at Ctrl-C, with a shell's exit status for it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder = trainer.args.output_dir
+        if trainer.is_world_process_zero():
+            again = (
+                "`trl-diffusion-opd evaluate` makes the report from it."
+                if last_complete(folder) is None
+                else f"The same command makes the rest, without training again:\n  {command_to_go_on()}"
+            )
+            print_unwrapped(f"\nStopped, as asked, after the training. The student is safe in {folder}. {again}")
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 def publish(trainer: "DiffusionTrainer") -> None:

@@ -40,6 +40,7 @@ from ..acceleration.quantization import QuantizationConfig
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
+from ..checkpointing.resume import comparable_after
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
@@ -286,6 +287,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
+        checkpoint.restore_best(self.args.output_dir, self.state, comparable_after(self.changes))
         self._say_average(self.state.max_steps)
         if self.state.global_step > 0:
             self._pictures.logged_at = self.state.global_step  # resumed: the run before has drawn it
@@ -339,6 +341,8 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             self.run, self.changes = begun.run, begun.record
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
+                if comparable_after(self.changes) == begun.update:
+                    tables.print_line("Evaluations now measure something else: the best so far begins anew.")
             return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
     def get_batch_samples(

@@ -19,8 +19,6 @@ from collections.abc import Callable
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpointing.checkpoint import restore_best
-
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +41,6 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        restore_best(args.output_dir, state)
         if state.global_step >= state.max_steps:
             logger.warning(
                 f"This run is finished: {state.global_step} of {state.max_steps} updates are done. To extend it, set "

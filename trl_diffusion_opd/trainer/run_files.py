@@ -32,7 +32,7 @@ from transformers.utils.hub import PushInProgress
 from ..acceleration.offload import Offload
 from ..checkpointing import checkpoint
 from ..checkpointing.results import set_report_aside
-from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
+from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, counted, prompts_of
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import task_rows
 from ..guards.files import write_json
@@ -47,6 +47,7 @@ from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from ..reporting import console as tables
 from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
+from ..rewards import RewardFunc, reward_name
 from .base_config import DiffusionConfig
 from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
@@ -81,6 +82,7 @@ class RunFiles(_Behind):
     student: Student
     evaluator: ImageEvaluator
     tasks: list[str]
+    reward_funcs: dict[str, list[RewardFunc]]
     changes: list[dict[str, object]]
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
@@ -162,7 +164,14 @@ class RunFiles(_Behind):
                 super()._save_checkpoint(model, trial)
             self._save_state(folder)
             if saves:
-                checkpoint.describe(folder, args, self.velocity_field.levels, self.prompts_digest(), self.changes)
+                checkpoint.describe(
+                    folder,
+                    args,
+                    self.velocity_field.levels,
+                    self.prompts_digest(),
+                    self.evaluation_settings(),
+                    self.changes,
+                )
         if saves:
             checkpoint.delete_older(args, self.state)
         if args.push_to_hub:
@@ -233,13 +242,30 @@ class RunFiles(_Behind):
     def _changes_since(self, folder: Path) -> list[Change]:
         model = self.student.model
         lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
-        return changes_since(folder, self.args, lora, self.prompts_digest())
+        return changes_since(folder, self.args, lora, self.prompts_digest(), self.evaluation_settings())
 
     def prompts_digest(self) -> PromptsDigest:
         """Returns the number of training prompts of each task, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
         return self._prompts_digest
+
+    def evaluation_settings(self) -> dict[str, object]:
+        """What the scores of evaluations depend on, by name. JSON can hold it."""
+        args, dataset = self.args, self.eval_dataset
+        if dataset is None:
+            return {}
+        settings: dict[str, object] = {
+            "num_eval_images": args.num_eval_images,
+            "eval_num_inference_steps": args.eval_num_inference_steps,
+            "guidance": args.evaluation_guidance,
+        }
+        for name, part in (dataset if isinstance(dataset, Mapping) else {"": dataset}).items():
+            of_part = f" in {name}" if name else ""
+            for task, digest in prompts_of(part, task_rows(part, args.task_column)).items():
+                settings[f"prompts of {task}{of_part}"] = counted(digest)
+                settings[f"rewards of {task}"] = ", ".join(map(reward_name, self.reward_funcs[task])) or None
+        return settings
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
