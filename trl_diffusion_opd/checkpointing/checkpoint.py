@@ -356,6 +356,11 @@ def grid_problems(folder: Path, levels: Tensor) -> list[str]:
     saved = torch.tensor(json.loads((folder / GRID_FILE).read_text())["levels"], dtype=torch.float64)
     if saved.shape == levels.shape and torch.allclose(saved, levels, rtol=0, atol=1e-6):
         return []
+    if saved.shape != levels.shape:
+        return [
+            f"num_inference_steps was {len(saved) - 1}, is {len(levels) - 1}: it was trained on another noise grid. Use "
+            "its num_inference_steps."
+        ]
     rounded = [[round(t, 3) for t in grid.tolist()] for grid in (saved, levels)]
     return [
         f"it was trained on the noise grid {rounded[0]}, this run has {rounded[1]}. Use its num_inference_steps, "

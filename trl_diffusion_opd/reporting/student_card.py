@@ -157,7 +157,7 @@ def _say_that_it_is_left_out(folder: str, measured: str | None) -> None:
 
 def _pictures(folder: Path, has_report: bool, goes_on: bool) -> dict[str, str]:
     """The pictures that belong to the student, with their captions."""
-    left_out = () if has_report else (SAMPLES_PICTURE, RETENTION_PICTURE, RADAR_PICTURE)
+    left_out: tuple[str, ...] = () if has_report else (SAMPLES_PICTURE, RETENTION_PICTURE, RADAR_PICTURE)
     left_out += (CURVES_PICTURE,) if goes_on else ()
     return {name: text for name, text in _PICTURES.items() if name not in left_out and (folder / name).exists()}
 

@@ -24,18 +24,38 @@ from typing import TYPE_CHECKING
 from ..checkpointing.checkpoint import last_complete
 from ..checkpointing.stopping import command_to_go_on
 from ..guards.extras import extra
-from ..hub.files import CURVES_PICTURE
+from ..hub.files import CURVES_PICTURE, DRY_RUN_FOLDER
 from ..reporting.console import print_unwrapped
 
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
+    from ..trainer import DiffusionOPDTrainer, DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
     from .arguments import TeacherScriptArguments
+
+
+class _Lines(logging.Formatter):
+    """The package's own messages are for users: they come without the name of a module."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        own = record.name.split(".")[0] == "trl_diffusion_opd"
+        return f"{record.levelname}{'' if own else f' {record.name}'}: {record.message}"
 
 
 def show_warnings() -> None:
     """Prints the package's log messages on the console."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    shown = logging.StreamHandler()
+    shown.setFormatter(_Lines())
+    logging.basicConfig(handlers=[shown])
+
+
+def only_show(trainer: "DiffusionOPDTrainer | DiffusionRLTrainer") -> None:
+    """Makes the dry run of a trainer, and says at its end that it was one."""
+    trainer.dry_run()
+    if trainer.is_world_process_zero():
+        pictures = Path(trainer.args.output_dir) / DRY_RUN_FOLDER
+        where = f" Its pictures are in {pictures}." if pictures.is_dir() else ""
+        print_unwrapped(f"Dry run: nothing was trained.{where}")
+    trainer.end()
 
 
 def train(trainer: "DiffusionTrainer") -> None:
@@ -94,8 +114,7 @@ def train_by_reward(
         training_args.push_to_hub = False  # or the trainer would make the repository
     trainer = trainer_class(**script_args.for_trainer(training_args))
     if script_args.dry_run:
-        trainer.dry_run()
-        trainer.end()
+        only_show(trainer)
         return
     train(trainer)
     publish(trainer)

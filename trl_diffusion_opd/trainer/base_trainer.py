@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -92,6 +93,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     # How often each prompt is repeated in a round, and each round in an epoch.
     repeats, passes = 1, 1
     changes: list[dict[str, object]] = []  # settings that resumes of this run have changed: see `checkpoint.begin`
+    was_finished = False  # whether a resume has found nothing left to train
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")  # of an update
@@ -339,6 +341,10 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
                 drawn_now=drawn_now,
             )
             self.run, self.changes = begun.run, begun.record
+            self.was_finished = 0 < self.args.max_steps <= begun.update
+            if self.was_finished:  # nothing is trained, so no change takes effect
+                self.changes = self.changes[: len(self.changes) - len(begun.changes)]
+                begun = replace(begun, changes=[])
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
                 if comparable_after(self.changes) == begun.update:

@@ -14,7 +14,9 @@
 
 """Saves and loads the files of a run: the student, checkpoints, the model card. Pushes them to the Hub."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +49,7 @@ from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from ..reporting import console as tables
 from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
+from ..reporting.student_card import card_content, render_student_card
 from ..rewards import RewardFunc, reward_name
 from .base_config import DiffusionConfig
 from .checks import hub_problems
@@ -60,6 +63,21 @@ if TYPE_CHECKING:  # its methods call Trainer's with super(): Trainer comes afte
     from trl.trainer.base_trainer import _BaseTrainer as _Behind
 else:
     _Behind = object
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """Leaves out Transformers' list of changed arguments: ours has them, with more."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "do not match the ones in the" not in record.getMessage()
+
+    theirs = logging.getLogger("transformers.trainer_utils")
+    theirs.addFilter(is_other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(is_other)
 
 
 class RunFiles(_Behind):
@@ -84,6 +102,7 @@ class RunFiles(_Behind):
     tasks: list[str]
     reward_funcs: dict[str, list[RewardFunc]]
     changes: list[dict[str, object]]
+    was_finished: bool
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
@@ -214,6 +233,13 @@ class RunFiles(_Behind):
             self._load_state(Path(resume_from_checkpoint))
         return prepared
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        with _without_notice():
+            done = super()._init_training_state(max_steps, *args, **kwargs)
+        # Of a resumed run, Trainer takes logging_steps, eval_steps and save_steps from the checkpoint, not from args.
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_state(Path(resume_from_checkpoint))
 
@@ -280,10 +306,23 @@ class RunFiles(_Behind):
         """Writes the model card `README.md` into the output folder."""
         self._write_card(None, model_name, dataset_name, tags)
 
-    def _write_card(self, checkpoint: str | None, *names: str | list[str] | None) -> None:
+    def _write_card(
+        self,
+        checkpoint: str | None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
         """Writes the card of the student in the output folder, or of one in a checkpoint there."""
-        if self.is_world_process_zero():
-            write_model_card(self.args.output_dir or ".", self.card_facts(checkpoint), *names)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir or ".")
+        kept = card_content(folder) if self.was_finished else None
+        if kept is not None and kept["settings"]["updates"] == str(self.state.global_step):
+            # Nothing was trained, so this run's settings are not the student's.
+            render_student_card(folder, kept | {"checkpoint": checkpoint}, self.hub_model_id)
+        else:
+            write_model_card(folder, self.card_facts(checkpoint), model_name, dataset_name, tags)
 
     def card_facts(self, checkpoint: str | None = None) -> CardFacts:
         """
