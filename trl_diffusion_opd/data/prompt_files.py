@@ -16,6 +16,7 @@
 
 import codecs
 import csv
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -201,8 +202,23 @@ def _load_file(option: str, path: str, file_format: str, options: Mapping[str, s
     try:
         return load_dataset(file_format, data_files=path, split="train", **options, **whole)
     except (DatasetGenerationError, pa.ArrowInvalid, StopIteration) as error:
-        cause = error.__cause__ or error
+        cause = (file_format == "json" and _broken_line(path)) or error.__cause__ or error
         raise Refusal(f"--{option}: the file {path!r} cannot be read as {file_format}: {cause}") from error
+
+
+def _broken_line(path: str) -> str | None:
+    """What is wrong with the first line of a jsonl file that is not JSON; `None` if each line is, or with one value."""
+    with open(path, encoding="utf-8-sig") as file:
+        if file.read(1_000).lstrip().startswith("["):
+            return None
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except json.JSONDecodeError as error:
+                return f"line {number}, column {error.colno}: {error.msg}."
+    return None
 
 
 def _check_utf8(option: str, path: str) -> None:

@@ -15,21 +15,37 @@
 """Shared steps of the training commands: train, save the student with its curves, write its card, push."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.trainer_utils import IntervalStrategy
 
 from ..guards.extras import extra
 from ..hub.files import CURVES_PICTURE
 
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
+    from ..trainer import DiffusionConfig, DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
     from .arguments import TeacherScriptArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 def show_warnings() -> None:
     """Prints the package's log messages on the console."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+
+
+def warn_of_idle_rewards(args: "DiffusionConfig", rewards: Mapping[str, object], has_test_prompts: bool) -> None:
+    """Warns, on one process, of rewards that a run that does not train on them will never call."""
+    is_evaluated = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    if rewards and not is_evaluated and not args.log_completions and not has_test_prompts and args.process_index == 0:
+        logger.warning(
+            "--reward_funcs are given, but no images are scored: they are not part of the loss, and there are neither "
+            "evaluations (--eval_prompts with --eval_strategy) nor a report."
+        )
 
 
 def train(trainer: "DiffusionTrainer") -> None:
