@@ -28,7 +28,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+from trl_diffusion_opd.guards.files import write_json
 from trl_diffusion_opd.models.student import Student
+from trl_diffusion_opd.models.teacher_files import weights_in
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 from trl_diffusion_opd.reporting.model_card import write_model_card
 
@@ -121,6 +123,11 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
         eval_dataset=None,
         evaluator=SimpleNamespace(field=VelocityField(pipeline, num_inference_steps=4, height=16, width=16)),
     )
+
+
+def write_report(folder: Path, report: dict = REPORT) -> None:
+    """A report of the student in a folder."""
+    write_json(folder / "retention.json", report | {"weights_sha256": {"student": weights_in(folder)}})
 
 
 def write_card(trainer: SimpleNamespace, *names: str, **options: object) -> None:

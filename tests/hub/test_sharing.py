@@ -33,6 +33,7 @@ from trl_diffusion_opd import DiffusionOPDConfig, tiny
 from trl_diffusion_opd.hub import push as hub_push
 from trl_diffusion_opd.hub.names import repository_id_problem
 from trl_diffusion_opd.hub.repository import PushError
+from trl_diffusion_opd.models.teacher_files import weights_in
 from trl_diffusion_opd.reporting.completions import Beside, Completion, log_completions
 from trl_diffusion_opd.scripts import push
 from trl_diffusion_opd.scripts.main import main as command
@@ -194,7 +195,8 @@ class TestCommand:
 
     def test_a_stranger_can_use_it(self, run, base, hub, capsys, tmp_path, monkeypatch):
         (tmp_path / "report").mkdir()
-        (tmp_path / "report" / "retention.json").write_text(json.dumps(REPORT))
+        of_it = REPORT | {"weights_sha256": {"student": weights_in(out(run))}}
+        (tmp_path / "report" / "retention.json").write_text(json.dumps(of_it))
         (tmp_path / "report" / "samples.png").write_bytes(b"samples")
         (tmp_path / "report" / "curves.png").write_bytes(b"no part of a report")
         log_images(out(run))

@@ -15,7 +15,6 @@
 """The model cards of students and teachers: metadata, text, and that their code does what it says."""
 
 import copy
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +33,7 @@ from helpers.card_helpers import (
     shown_lora,
     stand_in,
     write_card,
+    write_report,
 )
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -69,7 +69,7 @@ def trainer(base: StableDiffusion3Pipeline, tmp_path: Path) -> SimpleNamespace:
 
 
 def _write_report(trainer: SimpleNamespace) -> None:
-    (Path(trainer.args.output_dir) / "retention.json").write_text(json.dumps(REPORT))
+    write_report(Path(trainer.args.output_dir))
 
 
 class TestStudent:

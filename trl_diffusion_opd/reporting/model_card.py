@@ -72,6 +72,7 @@ class CardFacts:
         settings (`dict`): further settings of the method, for the table.
         no_walk (`bool`): whether the method trains without a sampler.
         steps_drawn (`bool`): whether each update trains other steps of the walk, so that its curves jump.
+        checkpoint (`str`, *optional*): the folder of the checkpoint that the card is of, while the training goes on.
     """
 
     trainer_name: str
@@ -91,6 +92,7 @@ class CardFacts:
     settings: Mapping[str, object] = field(default_factory=dict)
     no_walk: bool = False
     steps_drawn: bool = False
+    checkpoint: str | None = None
 
 
 def write_model_card(
@@ -104,7 +106,7 @@ def write_model_card(
     Writes the model card `README.md` of a student into its folder, and what it is rendered from, so that
     [`~student_card.rewrite_card`] can render it again for another repository.
 
-    If the folder has the report `retention.json` and its pictures, the card shows them. The licence is copied from the
+    If the folder has the student's report `retention.json` and its pictures, the card shows them. The licence is copied from the
     base's card on the Hub; if that can't be read, the card names none.
 
     Args:
@@ -143,6 +145,7 @@ def write_model_card(
         "examples": {task: public_text(prompt, known_tokens(args)) for task, prompt in facts.examples.items()},
         "settings": {name: str(value) for name, value in (_settings(facts) | {**facts.settings}).items()},
         "versions": framework_versions(),
+        "checkpoint": facts.checkpoint,
     }
     render_student_card(folder, content, facts.repository)
 
