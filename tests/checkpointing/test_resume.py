@@ -209,6 +209,19 @@ def test_everything_that_does_not_fit_is_told_at_once(stopped, teachers):
     assert message.count("\n- ") == 2
 
 
+def test_a_folder_that_is_no_checkpoint(stopped, teachers, tmp_path):
+    trainer = make_trainer(tmp_path / "out", teachers, max_steps=2)
+    (tmp_path / "empty").mkdir()
+    for folder, advice in (
+        (tmp_path / "empty", "Name a folder checkpoint-… of a run's output folder."),
+        (stopped, f"The last one in it: resume_from_checkpoint={str(stopped / 'checkpoint-1')!r}."),
+    ):
+        with pytest.raises(ValueError) as error:
+            trainer.train(resume_from_checkpoint=str(folder))
+        (said,) = str(error.value).splitlines()[1:]
+        assert said == f"- {str(folder)!r} is not a checkpoint (it has no trainer_state.json). {advice}"
+
+
 def test_incomplete_checkpoint_is_refused(stopped, teachers):
     (stopped / "checkpoint-1" / "complete").rename(stopped / "complete")
     trainer = make_trainer(stopped / "elsewhere", teachers, max_steps=2)

@@ -165,21 +165,22 @@ class TestTrial:
         with pytest.raises(ValueError) as error:
             evaluate(loras, {"cold": [red, broken], "warm": narrow}, dry_run=True)
         header, own, other = str(error.value).split("\n")
-        assert header == "The evaluation cannot start: every reward was tried on one image of every task:"
+        assert header == "The evaluation cannot start: every reward was tried on two images of every task:"
         assert own == (
-            "- reward 'broken' can't score an image of its own task 'cold', for the prompt 'cold 0': KeyError: 'label'."
+            "- reward 'broken' can't score an image of its own task 'cold', for the prompt 'cold 0': KeyError: 'label' "
+            f"(test_announcement.py, line {broken.__code__.co_firstlineno + 2})."
         )
         assert other.startswith("- reward 'narrow' can't score an image of task 'cold', for the prompt 'cold 0': KeyE")
         assert other.endswith(
             "Or set cross_task_rewards=False (--no_cross_task_rewards): then only a task's own "
             "rewards score its images."
         )
-        assert tried == [(["cold 0"], (16, 16))]  # it fails on its own task, so others tell nothing more
+        assert tried == [(["cold 0", "cold 1"], (16, 16))]  # it fails on its own task, so others tell nothing more
         assert isinstance(error.value.__cause__, KeyError)
 
     def test_what_is_scored_already_is_not_tried(self, loras, tmp_path):
         CALLS.clear()
         evaluate(loras, costly, num_images=1, output_dir=tmp_path, num_samples=0)
-        assert CALLS == [1] * (2 + 3 * 2)  # a trial a task; then three models
+        assert CALLS == [2] * 2 + [1] * (3 * 2)  # a trial of two images a task; then three models
         evaluate(loras, {"cold": [costly, red], "warm": costly}, num_images=1, output_dir=tmp_path, num_samples=0)
         assert len(CALLS) == 2 + 3 * 2

@@ -535,7 +535,10 @@ def test_hub_teachers_are_fetched_alone_and_pinned_on_resume(tmp_path, monkeypat
 def test_offline_and_missing_repositories_are_named(pipeline, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"owner/missing@v3: not in the local cache, and the Hub cannot be reached"):
+    with pytest.raises(
+        ValueError,
+        match=r"owner/missing@v3: no such folder here, not in the local cache, and the Hub cannot be reached",
+    ):
         make_bank(pipeline, "owner/missing/lora@v3")
 
     for error, message in (

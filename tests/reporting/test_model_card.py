@@ -178,6 +178,21 @@ class TestStudent:
         assert "| **mean** | | | | | **0.900** | 0.800 to 1.010 |" in text and "64 images a task, seed 7" in text
         assert text.index("](samples.png)") < text.index("](radar.png)") and "](retention.png)" not in text
 
+    def test_curves_that_jump_are_explained(self, trainer):
+        """Where each update trains other steps, and where there are curves to see."""
+        note = "single points of the training curves jump"
+        facts = {**FIELDS, "steps_drawn": True}
+        trainer._card_fields = lambda: facts
+        write_card(trainer)
+        assert note not in read_card(trainer).text
+        (Path(trainer.args.output_dir) / "curves.png").write_bytes(b"a picture")
+        write_card(trainer)
+        assert note in read_card(trainer).text
+        facts["steps_drawn"] = False
+        write_card(trainer)
+        text = read_card(trainer).text
+        assert note not in text and "![Training curves](curves.png)" in text
+
     def test_training_time_adds_up_over_resumes(self, trainer):
         # 10 updates of 2 s, then 30 of 6 s.
         logs = [{"step": 10, "step_time": 2.0}, {"step": 10, "eval_loss": 1.0}, {"step": 40, "step_time": 6.0}]

@@ -152,6 +152,10 @@ REFUSED = {
         {"teachers": "base"},
         "--teachers: 'base' is not of the form task=value.",
     ),
+    "a file alone": (
+        {"prompts": "text.txt"},
+        "--prompts: 'text.txt' is not of the form task=value. Name its task, such as text=text.txt.",
+    ),
     "no task": ({"prompts": "=text.txt"}, "--prompts: '=text.txt' is not of the form task=value."),
     "no value": ({"reward_funcs": "text="}, "--reward_funcs: 'text=' is not of the form task=value."),
     "file type": (
@@ -195,13 +199,44 @@ REFUSED = {
 }
 
 
-def test_a_reward_that_the_report_would_fail_at(monkeypatch, base):
+def test_a_reward_that_the_report_would_fail_at(monkeypatch, capsys, base):
     given = ("--test_prompts", "text=text.txt", "--reward_funcs", "text=helpers.stub_reward:fails")
-    with pytest.raises(
-        ValueError, match="reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyErr"
-    ):
+    message = (
+        "reward 'fails' can't score an image of task 'text', for the prompt 'one cat': KeyError: 'label' (stub_rewar"
+    )
+    with command_refuses(capsys, message):
         run_opd(monkeypatch, base, *given, teachers="text=base", prompts="text=text.txt")
     assert not any(Path("out").iterdir())  # before training
+
+
+EARLY = {
+    "a teacher for no task": (
+        ["--teachers", "text=base", "oc=base"],
+        ["no prompts for task 'oc'; the data has ['text']"],
+    ),
+    "all at once": (
+        [
+            *("--teachers", "oc=base", "--reward_funcs", "texts=helpers.stub_reward:width"),
+            *("--prompts", "text=text.txt", "other=text.txt", "--gradient_accumulation_steps", "3"),
+            *("--task_weights", '{"txt": 2}', "--resume_from_checkpoint", "nowhere"),
+        ],
+        [
+            "no teacher for task 'other', 'text'; teachers are given for ['oc']",
+            "no prompts for task 'oc'",
+            "reward_funcs: no prompts for task 'texts'",
+            "gradient_accumulation_steps=3 is not a multiple of the 2 tasks",
+            "task_weights has a weight for task 'txt'",
+            "resume_from_checkpoint: there is no folder 'nowhere'.",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("label", EARLY)
+def test_what_names_alone_show_is_refused_before_a_model_is_loaded(monkeypatch, capsys, label):
+    words, messages = EARLY[label]
+    with command_refuses(capsys, "The run cannot start:", *messages):
+        run_opd(monkeypatch, "owner/not-there", *words, teachers="text=base", prompts="text=text.txt")
 
 
 @pytest.mark.parametrize("label", REFUSED)
@@ -292,7 +327,10 @@ FILES = {
     ),
     "cut.txt": ("ü".encode()[:1], "'cut.txt' is not in UTF-8: byte 0, in line 1, is 0xc3."),
     "none.txt": (b"", "the file 'none.txt' is empty."),
-    "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "the file 'broken.jsonl' cannot be read as json: "),
+    "broken.jsonl": (
+        b'{"prompt": "a"}\n{"prompt": \n',
+        "the file 'broken.jsonl' cannot be read as json: line 2, column ",
+    ),
     "broken.csv": (b"prompt\na\nb,c,d\n", "the file 'broken.csv' cannot be read as csv: Error tokenizing data."),
     "broken.parquet": (b"nothing", "the file 'broken.parquet' cannot be read as parquet: Parquet"),
 }

@@ -17,6 +17,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -228,7 +229,7 @@ def test_a_launch_config_by_its_name(launches):
 
 
 def test_launch_options_in_a_config(launches, tmp_path):
-    Path("launch.yaml").write_text("num_processes: 1\n")
+    Path("launch.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 1\n")
     content = yaml.safe_load(Path(config_path("config", "tiny")).read_text())
     Path("run.yaml").write_text(yaml.safe_dump({**content, "accelerate_config": "launch.yaml", "num_processes": 2}))
     assert main.main(["opd", "--config", "run.yaml"]) == 0
@@ -240,7 +241,7 @@ def test_what_else_is_launched(monkeypatch, launches, reason):
     if reason == "several devices":
         monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 2)
     else:
-        Path(launching.default_config_file).touch()
+        shutil.copy(config_path("x", "cpu", "accelerate_configs"), launching.default_config_file)
     ran = []
     monkeypatch.setattr(opd, "main", lambda *parsed: ran.append(parsed))
     given = ["opd", "--config", "tiny", "--use_cpu", "true"]
@@ -248,6 +249,41 @@ def test_what_else_is_launched(monkeypatch, launches, reason):
     assert len(launches) == 1 and not ran
     main.main(given, may_launch=False)  # on each process that the launcher has started
     assert len(launches) == len(ran) == 1 and ran[0][1].max_steps == 300
+
+
+@pytest.mark.parametrize(
+    ("words", "devices", "reason"),
+    [
+        (["--accelerate_config", "cpu", "--num_processes", "2"], 0, "cpu.yaml is for one process"),
+        (["--accelerate_config", "multi_gpu", "--cpu"], 0, "--cpu is for one process"),
+        (["--num_processes", "2"], 0, "this machine has fewer than two devices"),
+        (["--num_processes", "2"], 1, "this machine has fewer than two devices"),
+        (["--accelerate_config", "single_gpu", "--num_processes", "2"], 2, "single_gpu.yaml is for one process"),
+    ],
+)
+def test_one_process_is_not_started_for_several(monkeypatch, launches, refused, words, devices, reason):
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: devices)
+    message = refused("opd", "--config", "tiny", *words)
+    number = 8 if "--cpu" in words else 2
+    advice = f"--accelerate_config multi_gpu --num_processes {number}" + ("" if devices == 2 else " --use_cpu true")
+    assert reason in message and message.endswith(advice) and not launches
+    main.main(["opd", "--config", "tiny", *advice.split()])  # the advice itself is launched
+    assert launches[0].num_processes == number
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"),
+    [
+        (["--accelerate_config", "cpu"], 0),
+        (["--accelerate_config", "cpu", "--num_processes", "2", "--multi_gpu"], 0),
+        (["--num_processes", "1"], 0),
+        (["--num_processes", "2"], 2),
+        (["--accelerate_config", "fsdp2", "--num_processes", "2"], 0),
+    ],
+)
+def test_what_starts_as_many_processes_as_asked_for(monkeypatch, launches, words, devices):
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: devices)
+    assert main.main(["opd", "--config", "tiny", *words]) == 0 and len(launches) == 1
 
 
 def test_the_launched_leave_the_launchers_options_to_it(monkeypatch, launches):

@@ -14,19 +14,26 @@
 
 """How commands end that refuse what they were given, alone and under a launcher, and other names of options."""
 
+import math
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
+import torch
 from helpers.launching import free_port, surroundings
 from helpers.refusals import command_refuses
+from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from trl_diffusion_opd import DiffusionOPDConfig, tiny
 from trl_diffusion_opd.acceleration import processes as acceleration_processes
 from trl_diffusion_opd.acceleration.processes import world_problems
 from trl_diffusion_opd.models.teacher_config import TeacherError
+from trl_diffusion_opd.pipelines.images import decoded
 from trl_diffusion_opd.problems import Problems, Refusal
+from trl_diffusion_opd.rewards import Scorer, load_reward, score
 from trl_diffusion_opd.scripts import grpo, launching, merge, opd, refusals
 from trl_diffusion_opd.scripts.evaluate import ARGUMENTS as EVALUATION
 from trl_diffusion_opd.scripts.parser import parse
@@ -44,6 +51,62 @@ def test_a_refusal_is_told_and_an_error_is_not_hidden(capsys):
         Problems(["no cat"]).raise_under("It cannot start")
     with pytest.raises(ValueError, match="a bug"), refusals_told():
         raise ValueError("a bug")
+
+
+def ends_with(capsys, function, *arguments):
+    """Calls a function as a command would; returns what is printed when it ends with the status 1."""
+    with pytest.raises(SystemExit) as done, refusals_told():
+        function(*arguments)
+    printed = capsys.readouterr().err
+    assert done.value.code == refusals.FAILED and "Traceback" not in printed
+    return printed
+
+
+def test_a_rewards_error_is_told_with_its_own_lines(capsys):
+    def helper():
+        raise KeyError("label")
+
+    def mine(images, **columns):
+        helper()
+
+    def short(images, **columns):
+        return [1.0]
+
+    async def later(images, **columns):
+        helper()
+
+    rows, images = [{"prompt": "a"}, {"prompt": "b"}], [Image.new("RGB", (4, 4))] * 2
+
+    def threaded(function, timeout=None):
+        with Scorer([function], timeout=timeout) as scorer:
+            scorer.submit(rows, images)
+            scorer.results()
+
+    for function in (mine, later):
+        for call in (threaded, lambda one: score([one], rows, images)):
+            printed = ends_with(capsys, call, function)
+            assert printed.startswith("A reward function has failed:\n") and printed.endswith("KeyError: 'label'\n")
+            assert printed.count("test_refusals.py") == 2 and "trl_diffusion_opd" not in printed
+    assert ends_with(capsys, threaded, short).startswith("Reward function 'short' returned 1 values")
+    hanging = lambda images: time.sleep(1)  # noqa: E731
+    assert "given no scores for 2 images in 0.05 seconds" in ends_with(capsys, threaded, hanging, 0.05)
+
+
+def test_an_error_inside_of_the_packages_own_reward_is_not_hidden(capsys, monkeypatch):
+    def fault(*arguments, **options):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(Image.Image, "save", fault)
+    reward = load_reward("jpeg_compressibility")
+    with pytest.raises(KeyError), refusals_told():
+        score([reward], [{"prompt": "a"}], [Image.new("RGB", (4, 4))])
+
+
+def test_figures_that_are_not_finite_end_a_command_with_their_message(capsys):
+    printed = ends_with(capsys, decoded, torch.full((1, 3), math.nan), lambda: [])
+    assert printed == "1 of 1 images have latents with NaN or infinity: the model computes NaN.\n"
+    with pytest.raises(FloatingPointError), refusals_told(), np.errstate(all="raise"):
+        np.float64(1) / np.float64(0)  # not found by this package
 
 
 def test_the_first_process_says_it_first(capsys, monkeypatch):

@@ -164,8 +164,8 @@ def offline(monkeypatch, tmp_path):
 def test_a_teacher_that_cannot_be_reached(tmp_path, offline):
     refused(
         tmp_path,
-        "task 'count': owner/nothing: not in the local cache, and the Hub cannot be reached. Download it once with",
-        "task 'style': owner/nothing@v2: not in the local cache",
+        "task 'count': owner/nothing: no such folder here, not in the local cache, and the Hub cannot be reached. Download it once with",
+        "task 'style': owner/nothing@v2: no such folder here, not in the local cache",
         teachers={"count": "owner/nothing/lora", "ocr": "base", "style": "owner/nothing@v2"},
     )
 
@@ -176,7 +176,9 @@ def test_a_base_that_cannot_be_reached(tmp_path, offline, monkeypatch, exists):
         error = RepositoryNotFoundError("404 Client Error: Repository Not Found", response=Mock(headers={}))
         monkeypatch.setattr("diffusers.pipelines.pipeline_utils.model_info", Mock(side_effect=error))
     reason = (
-        "not in the local cache, and the Hub cannot be" if exists is None else "no such folder here and no such repo"
+        "no such folder here, not in the local cache, and the Hub cannot be"
+        if exists is None
+        else "no such folder here and no such repo"
     )
     with pytest.raises(ValueError, match=f"The base model 'owner/nothing': {reason}"):
         make_trainer(tmp_path, model="owner/nothing")

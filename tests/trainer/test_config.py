@@ -28,6 +28,7 @@ from trl_diffusion_opd.problems import Refusal
 from trl_diffusion_opd.scripts import arguments as cli
 from trl_diffusion_opd.scripts import grpo, nft, opd, sft
 from trl_diffusion_opd.scripts.parser import parse as read
+from trl_diffusion_opd.trainer import option_checks
 from trl_diffusion_opd.trainer.option_checks import REPLACED as TAKEN_PLACES
 
 
@@ -253,6 +254,17 @@ REFUSED = {
     "teacher guidance": ({"teacher_guidance_scale": 0.5}, "teacher_guidance_scale=0.5: it must be at least 1.0."),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps=0: it must be at least 1."),
     "accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0: it must be at least 1."),
+    "batch size": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0: it must be at least 1."),
+    "eval batch size": ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size=0: it must be at least 1."),
+    "no update": ({"max_steps": 0}, "max_steps=0: it must be at least 1, or -1 for as many updates as"),
+    "no epoch": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0: there would be no update."),
+    "saves": ({"save_steps": 0}, "save_steps=0: it must be positive: a number of updates, or a fraction below 1."),
+    "logs": ({"logging_steps": -1}, "logging_steps=-1: it must be positive"),
+    "evaluations": ({"eval_strategy": "steps", "eval_steps": -2}, "eval_steps=-2: it must be positive"),
+    "seed": ({"seed": -1}, "seed=-1: it must be from 0 to 4294967295."),
+    "data seed": ({"data_seed": 2**32}, "data_seed=4294967296: it must be from 0"),
+    "workers": ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1: it must not be negative."),
+    "tracker": ({"report_to": "tensorbord"}, "report_to names 'tensorbord'; it must be one of "),
     "eval images": ({"num_eval_images": 0}, "num_eval_images=0: it must be at least 1."),
     "batch size that is looked for": (
         {"auto_find_batch_size": True},
@@ -297,6 +309,15 @@ SFT_REFUSED = {
 )
 def test_refuses(config, given, message):
     assert message in only_problem(config, **given)
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    listed = ["wandb"]
+    monkeypatch.setattr(option_checks, "get_available_reporting_integrations", lambda: listed)
+    problem = only_problem(DiffusionOPDConfig, report_to=["wandb", "tensorboard"])
+    assert problem == "- report_to names tensorboard, which is not installed: pip install tensorboard"
+    listed.append("tensorboard")
+    assert DiffusionOPDConfig("out", report_to=["wandb", "tensorboard"]).report_to == ["wandb", "tensorboard"]
 
 
 def test_one_message_lists_everything():

@@ -228,11 +228,11 @@ class TestRehearsal:
 
         def first(prompts, images, **columns):
             seen.append((prompts, images[0].size))
-            return [None]
+            return [None] * len(images)
 
         before = {name: value.clone() for name, value in trainer.student.named_parameters().items()}
         self.rehearse(trainer, {"count": [first], "draw": [brightness]})
-        assert seen == [(["count0"], (16, 16)), (["draw0"], (16, 16))]
+        assert seen == [(["count0", "count1"], (16, 16)), (["draw0", "draw1"], (16, 16))]
         assert all(value.equal(before[name]) for name, value in trainer.student.named_parameters().items())
 
     def test_a_reward_that_would_end_the_report(self, trainer):

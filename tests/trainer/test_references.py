@@ -113,19 +113,19 @@ def test_once_a_run_and_not_again_at_a_resume(tmp_path, teachers, capsys):
 
     calls = []
     run(calls)
-    assert sum(calls) == (2 + 2) * 6  # two evaluations, and once base and teachers
+    assert sum(calls) == 2 * 2 + (2 + 2) * 6  # a trial a task; two evaluations, and once base and teachers
     printed = " ".join(capsys.readouterr().out.split())
     assert "Base and teachers are scored once on the evaluation's prompts: 12 images" in printed
     kept = json.loads((tmp_path / REFERENCES_FILE).read_text())
     calls.clear()
     run(calls, resume=True, max_steps=3)
-    assert sum(calls) == 6
+    assert sum(calls) == 4 + 6
     assert json.loads((tmp_path / REFERENCES_FILE).read_text()) == kept
     # With other noise they are others; and a new run does not take those of an old one in its folder.
     for options in (dict(resume=True, max_steps=4, seed=5), dict()):
         calls.clear()
         run(calls, **options)
-        assert sum(calls) == (12 if options else 24) + 6 * bool(options)
+        assert sum(calls) == 4 + (12 if options else 24) + 6 * bool(options)
 
 
 def test_without_rewards_or_if_turned_off_nothing_is_drawn(tmp_path, teachers):

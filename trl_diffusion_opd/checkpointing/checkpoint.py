@@ -284,6 +284,9 @@ def _looked_at(
     """Returns the problems of resuming from a checkpoint, and the settings that differ from its own."""
     if not folder.is_dir():
         return [f"there is no folder {str(folder)!r}."], []
+    is_named = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")  # a half-written one may lack any file
+    if not is_named and not (folder / TRAINER_STATE_NAME).is_file():
+        return [f"{str(folder)!r} is not a checkpoint (it has no {TRAINER_STATE_NAME}). {_inside(folder)}"], []
     if not is_sealed(folder):
         return [f"it was not saved to its end. {_older(folder)}"], []
     if damaged := damage_problems(folder):
@@ -307,6 +310,16 @@ def damage_problems(folder: Path, names: list[str] | None = None) -> list[str]:
 
 def _number(folder: Path) -> int:
     return int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def _inside(folder: Path) -> str:
+    """Says which complete checkpoint a folder holds, if it is an output folder."""
+    last = last_complete(folder)
+    return (
+        "Name a folder checkpoint-… of a run's output folder."
+        if last is None
+        else f"The last one in it: resume_from_checkpoint={str(last)!r}."
+    )
 
 
 def _older(folder: Path) -> str:

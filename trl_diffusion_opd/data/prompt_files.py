@@ -16,6 +16,7 @@
 
 import codecs
 import csv
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +110,9 @@ def _with_prompts(option: str, source: str, part: Dataset, prompt_column: str | 
     if not named:
         likely = _likely_column(part)
         advice = (
-            "; rename the one with the prompts" if likely is None else f"; rename it or give --prompt_column {likely}"
+            "; rename the one with the prompts, or name it with --prompt_column"
+            if likely is None
+            else f"; rename it or give --prompt_column {likely}"
         )
         raise Refusal(f"--{option}: {source} has no column 'prompt' (it has {', '.join(columns)}){advice}.")
     taken, *others = named
@@ -129,14 +132,18 @@ def _with_prompts(option: str, source: str, part: Dataset, prompt_column: str | 
 
 
 def _likely_column(part: Dataset) -> str | None:
-    """The column that most likely holds the prompts: that of text with the most words. `None` without text."""
+    """
+    The column that most likely holds the prompts: that of text with the most words. `None` if no column has two words
+    a row, since single words may as well be names of files.
+    """
     head = part.select(range(min(len(part), 100)))
     words = {
         name: sum(len(text.split()) for text in head[name] if text)
         for name, kind in part.features.items()
         if kind == Value("string")
     }
-    return max(words, key=lambda name: words[name], default=None)
+    likely = max(words, key=lambda name: words[name], default=None)
+    return likely if likely is not None and words[likely] >= 2 * len(head) else None
 
 
 def _without_blanks(option: str, path: str, lines: Dataset) -> Dataset:
@@ -201,8 +208,23 @@ def _load_file(option: str, path: str, file_format: str, options: Mapping[str, s
     try:
         return load_dataset(file_format, data_files=path, split="train", **options, **whole)
     except (DatasetGenerationError, pa.ArrowInvalid, StopIteration) as error:
-        cause = error.__cause__ or error
+        cause = (file_format == "json" and _broken_line(path)) or error.__cause__ or error
         raise Refusal(f"--{option}: the file {path!r} cannot be read as {file_format}: {cause}") from error
+
+
+def _broken_line(path: str) -> str | None:
+    """What is wrong with the first line of a jsonl file that is not JSON; `None` if each line is, or with one value."""
+    with open(path, encoding="utf-8-sig") as file:
+        if file.read(1_000).lstrip().startswith("["):
+            return None
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip():
+                    json.loads(line)
+            except json.JSONDecodeError as error:
+                return f"line {number}, column {error.colno}: {error.msg}."
+    return None
 
 
 def _check_utf8(option: str, path: str) -> None:

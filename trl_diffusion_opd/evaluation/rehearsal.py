@@ -21,11 +21,11 @@ from PIL.Image import Image
 from torch import nn
 
 from ..data.tasks import dataset_problems, task_rows
-from ..guards.redaction import shown
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
-from ..problems import Problems
-from ..rewards import RewardFunc, Row, Scorer, reward_data_problems, reward_name
+from ..problems import Problems, Refusal
+from ..rewards import RewardFunc, reward_data_problems, reward_name
+from ..rewards.trial import NUM_TRIED, trial_error, trial_problem
 from .plan import Plan
 
 
@@ -71,8 +71,8 @@ def rehearse_report(
     reward_timeout: float | None = None,
 ) -> None:
     """
-    Draws an image for the first prompt of each task with the untrained student, and has every reward score it. The
-    report does the same: rewards of other tasks show what a model lost there. Each process does all of it.
+    Draws an image for the first prompt of each task with the untrained student, and has every reward score it, twice
+    in one call. The report does the same: rewards of other tasks show what a model lost there. Each process does all of it.
 
     Args:
         field ([`VelocityField`]): the pipeline, with the report's noise grid.
@@ -90,19 +90,19 @@ def rehearse_report(
         ((_, image),) = draw_images(
             field, student, [row["prompt"]], entropy=[seed, index], guidance_scale=guidance_scale, batch_size=1
         )
-        for name, function in every.items():
-            error = _failure(function, task, row, image, reward_timeout)
+        for function in every.values():
+            error = trial_error(function, task, [dataset[int(n)] for n in rows[:NUM_TRIED]], image, reward_timeout)
             if error is not None:
-                raise ValueError(
-                    f"The report at the end would fail: reward {name!r} can't score an image of task {task!r}, for "
-                    f"the prompt '{shown(row['prompt'])}': {type(error).__name__}: {shown(error)}. In a report every "
-                    "reward scores the images of all tasks. It must return None for rows that it does not apply to."
+                raise Refusal(
+                    f"The report at the end would fail: {trial_problem(function, f'of task {task!r}', row, error)} In "
+                    "a report every reward scores the images of all tasks. It must return None for rows that it does "
+                    "not apply to."
                 ) from error
 
 
 def try_rewards(plan: Plan, image: Image) -> None:
     """
-    Has every reward score an image for the first row of every task that it must score, so that one that fails does so
+    Has every reward score an image for the first two rows of every task that it must score, so that one that fails does so
     before anything is drawn. Rewards without missing scores are not called.
 
     Args:
@@ -121,9 +121,9 @@ def try_rewards(plan: Plan, image: Image) -> None:
         for task in tasks:
             if (task, name) not in needed:
                 continue
-            columns = plan.tasks[task].rows(range(1))
-            row = {column: values[0] for column, values in columns.items()}
-            error = _failure(function, task, row, image, plan.options.reward_timeout)
+            columns = plan.tasks[task].rows(range(NUM_TRIED))
+            rows = [{column: values[n] for column, values in columns.items()} for n in range(NUM_TRIED)]
+            error = trial_error(function, task, rows, image, plan.options.reward_timeout)
             if isinstance(error, TimeoutError):
                 raise error
             if error is None:
@@ -132,8 +132,7 @@ def try_rewards(plan: Plan, image: Image) -> None:
             is_own = function in plan.tasks[task].functions
             whose = f"of {'its own ' if is_own else ''}task {task!r}"
             problems.append(
-                f"reward {name!r} can't score an image {whose}, for the prompt '{shown(row['prompt'])}': "
-                f"{type(error).__name__}: {shown(error, 500)}."
+                trial_problem(function, whose, rows[0], error)
                 + (
                     ""
                     if is_own
@@ -144,17 +143,6 @@ def try_rewards(plan: Plan, image: Image) -> None:
             if is_own:
                 break
     try:
-        problems.raise_under("The evaluation cannot start: every reward was tried on one image of every task")
+        problems.raise_under("The evaluation cannot start: every reward was tried on two images of every task")
     except ValueError as refusal:
         raise refusal from errors[0]
-
-
-def _failure(function: RewardFunc, task: str, row: Row, image: Image, timeout: float | None) -> Exception | None:
-    """The error of a reward that can't score an image; `None` if it can."""
-    try:
-        with Scorer([function], None, timeout, task=task) as scorer:
-            scorer.submit([row], [image.copy()])
-            scorer.results()
-    except Exception as error:  # whatever the function raises
-        return error
-    return None

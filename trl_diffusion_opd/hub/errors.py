@@ -148,7 +148,7 @@ def _read_reason(error: BaseException, repo_id: str, revision: str | None) -> st
         return f"the repository has no revision {revision!r}"
     if isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError)):
         return (
-            "not in the local cache, and the Hub cannot be reached. Download it once with "
+            "no such folder here, not in the local cache, and the Hub cannot be reached. Download it once with "
             f"`hf download {repo_id}` where there is a connection, unset HF_HUB_OFFLINE, or give a local folder."
         )
     if isinstance(cause, HfHubHTTPError) and not isinstance(cause, EntryNotFoundError):

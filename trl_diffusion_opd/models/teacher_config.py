@@ -135,9 +135,14 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     file = _path(name)
     if file is not None and file.is_file():
         given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
+        if file.suffix != ".safetensors":
+            raise Refusal(
+                f"Teacher '{shown(name)}' is a file of another kind than .safetensors; pickles (.bin, .pt, .ckpt) are "
+                "not read. Convert it with safetensors.torch.save_file first."
+            )
         if given:
             raise Refusal(f"Teacher '{shown(name)}' is a file and takes no {', '.join(given)}.")
-        return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)  # refuses pickles
+        return replace(config, model_name_or_path=str(file.parent), weight_name=file.name)
 
     path, at, revision = name.partition("@")
     parts = path.split("/")

@@ -48,6 +48,7 @@ class MethodFacts(TypedDict, total=False):
     teachers: Manifest
     settings: dict[str, str]
     no_walk: bool
+    steps_drawn: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class CardFacts:
         teachers (`dict`): teachers of each task, as the manifest lists them.
         settings (`dict`): further settings of the method, for the table.
         no_walk (`bool`): whether the method trains without a sampler.
+        steps_drawn (`bool`): whether each update trains other steps of the walk, so that its curves jump.
         checkpoint (`str`, *optional*): the folder of the checkpoint that the card is of, while the training goes on.
     """
 
@@ -89,6 +91,7 @@ class CardFacts:
     teachers: Manifest = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     no_walk: bool = False
+    steps_drawn: bool = False
     checkpoint: str | None = None
 
 
@@ -134,6 +137,7 @@ def write_model_card(
             "teachers": facts.teachers,
             "changes": [{**change} for change in facts.changes],
             "no_walk": facts.no_walk,
+            "steps_drawn": facts.steps_drawn,
         },
         "args": {name: args.to_dict()[name] for name in _SHOWN_ARGUMENTS}
         | {"evaluation_guidance": args.evaluation_guidance},

@@ -14,6 +14,7 @@
 
 """Finds a reward by one of this package's names, an import path or a file, and checks its options."""
 
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -69,9 +70,11 @@ def _imported(spec: str, options: Mapping[str, object]) -> Any:
     """Imports the function or class of an import path, and checks the options for it."""
     place, colon, name = spec.rpartition(":")
     if not colon:
+        alike = difflib.get_close_matches(spec, REWARDS, n=1, cutoff=0.7)
+        meant = f" Did you mean {alike[0]!r}?" if alike else ""
         raise Refusal(
-            f"There is no reward {spec!r}. There are {', '.join(REWARDS)} (ocr needs `pip install "
-            '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), sums of them such as '
+            f"There is no reward {spec!r}.{meant} There are {', '.join(REWARDS)} (ocr needs `pip install "
+            '".[ocr]"` in a checkout of trl-diffusion-opd, unifiedreward ".[unifiedreward]"), sums of them such as '
             "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function, or by its file, "
             "my_rewards.py:function."
         )

@@ -105,6 +105,10 @@ def score(
     return scores
 
 
+class RewardTimeout(TimeoutError):
+    """Raised if a call of a reward function takes longer than `reward_timeout`."""
+
+
 class Scorer:
     """
     Scores batches of images while the caller generates the next ones.
@@ -145,7 +149,7 @@ class Scorer:
 
     Raises:
         [`ValueError`]: if two functions have the same name.
-        [`TimeoutError`]: by `submit` and `results`, if a call takes too long.
+        [`RewardTimeout`]: by `submit` and `results`, if a call takes too long.
     """
 
     def __init__(
@@ -239,8 +243,8 @@ class Scorer:
         return {of_part: [None] * size for of_part in score_names(function)}
 
     @staticmethod
-    def _too_long(message: str) -> TimeoutError:
-        return TimeoutError(f"{message} Find out what it waits for, or give it more time.")
+    def _too_long(message: str) -> RewardTimeout:
+        return RewardTimeout(f"{message} Find out what it waits for, or give it more time.")
 
     def _timed(self, name: str, rows: Sequence[Row], images: Sequence[Image], batch: object) -> Scores:
         start = time.perf_counter()

@@ -69,7 +69,10 @@ class QuantizationArguments:
         for name in given:
             library = "torchao" if name == "torchao_quant_type" else "bitsandbytes"
             if find_spec(library) is None:
-                raise Refusal(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
+                raise Refusal(
+                    f'--{name} needs {library}. Install it with `pip install ".[quantization]"` in a checkout of '
+                    "trl-diffusion-opd."
+                )
 
     def quantization_config(self, dtype: str) -> "QuantizationConfig":
         """Makes diffusers' quantization config; `None` without one. `dtype` is the layers' compute dtype."""
@@ -147,6 +150,10 @@ class ScriptArguments(QuantizationArguments):
         if isinstance(self.reward_kwargs, str):  # from a command line; a YAML file gives a dict
             self.reward_kwargs = json_object("reward_kwargs", self.reward_kwargs)
 
+    def given_teachers(self) -> dict[str, list[TeacherConfig]]:
+        """The teachers of each task, of a command that has some."""
+        return {}
+
     def rewards(self) -> dict[str, list[RewardFunc]]:
         """Loads the reward functions of each task."""
         return load_rewards(self.reward_funcs, self.options_of_rewards())
@@ -181,13 +188,23 @@ class ScriptArguments(QuantizationArguments):
             datasets (`dict`, *optional*), reward_funcs (`dict`, *optional*):
                 As [`~ScriptArguments.datasets`] and [`~ScriptArguments.rewards`] return them. By default, they are
                 loaded.
+
+        Raises:
+            [`Refusal`]: for what [`early_problems`] finds. Nothing is loaded yet.
         """
         from peft import LoraConfig
 
         from ..models.student import ATTENTION_TARGETS
+        from ..trainer.checks import early_problems
 
         if datasets is None:
             datasets = self.datasets(args)
+        if reward_funcs is None:
+            reward_funcs = self.rewards()
+        train_dataset, eval_dataset = datasets["prompts"], datasets["eval_prompts"]
+        assert train_dataset is not None  # the option is required
+        problems = early_problems(train_dataset, eval_dataset, args, self.given_teachers(), reward_funcs)
+        Problems(problems).raise_under("The run cannot start")
         lora = LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
@@ -196,10 +213,10 @@ class ScriptArguments(QuantizationArguments):
         )
         return {
             "model": packaged(self.model_name_or_path),
-            "reward_funcs": (self.rewards() if reward_funcs is None else reward_funcs) or None,
+            "reward_funcs": reward_funcs or None,
             "args": args,
-            "train_dataset": datasets["prompts"],
-            "eval_dataset": datasets["eval_prompts"],
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
             "quantization_config": self.quantization_config(args.dtype),
             "peft_config": None if self.full_finetuning else lora,
         }
@@ -224,6 +241,9 @@ class TaughtArguments(ScriptArguments):
     teacher_guidance_scales: list[str] | None = field(
         default=None, metadata={"help": "task=scale … for teachers with another scale than teacher_guidance_scale."}
     )
+
+    def given_teachers(self) -> dict[str, list[TeacherConfig]]:
+        return self.teachers_by_task()
 
     def teachers_by_task(self) -> dict[str, list[TeacherConfig]]:
         """Makes the [`TeacherConfig`]s of each task; an empty dict if none are given."""

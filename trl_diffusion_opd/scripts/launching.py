@@ -14,6 +14,7 @@
 
 """Starts a command on all devices through accelerate's launcher."""
 
+import argparse
 import logging
 import os
 import subprocess
@@ -21,8 +22,9 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from accelerate.commands.config import default_config_file
+from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..problems import Refusal
@@ -90,9 +92,11 @@ def launch(words: Sequence[str], command: str, arguments: Sequence[str]) -> None
         command (`str`), arguments (`list[str]`): the command and its arguments, the same for every process.
 
     Raises:
+        [`Refusal`]: if several processes are asked for, but accelerate would start one.
         [`SystemExit`]: if the command fails, with its exit status.
     """
     given = launch_command_parser().parse_args([*words, "--module", MODULE, command, *arguments])
+    _refuse_one_of_several(given)
     # It says, after the command's own message, that the others are ended, and repeats the first failure's status.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
@@ -104,6 +108,36 @@ def launch(words: Sequence[str], command: str, arguments: Sequence[str]) -> None
         if status != REFUSED:
             print(error, file=sys.stderr)  # which process failed first
         sys.exit(status)
+
+
+def _refuse_one_of_several(given: argparse.Namespace) -> None:
+    """
+    Refuses a number of processes that accelerate would ignore: without a kind of parallelism, it starts one process
+    and says nothing.
+    """
+    config, file = None, given.config_file or default_config_file
+    if given.config_file is not None or (os.path.isfile(file) and not given.cpu):
+        config = load_config_from_file(file)
+    number = given.num_processes if config is None or given.num_processes is not None else config.num_processes
+    if number is None or number < 2 or given.mpirun_hostfile is not None:
+        return
+    if given.cpu:
+        reason = "--cpu is for one process"
+    elif any((given.multi_gpu, given.use_deepspeed, given.use_fsdp, given.use_megatron_lm, given.tpu)):
+        return
+    elif config is not None:
+        if config.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
+            return
+        reason = f"{os.path.basename(file)} is for one process"
+    elif torch.accelerator.device_count() < 2:
+        reason = "this machine has fewer than two devices"
+    else:
+        return
+    use_cpu = "" if torch.accelerator.device_count() >= number else " --use_cpu true"
+    raise Refusal(
+        f"num_processes={number}, but one process would be started: {reason}. For {number} processes: "
+        f"--accelerate_config multi_gpu --num_processes {number}{use_cpu}"
+    )
 
 
 def _status(code: int) -> int:

@@ -26,7 +26,7 @@ from ..trainer.diffusion_opd_config import DiffusionOPDConfig
 from .arguments import TaughtArguments
 from .parser import parse
 from .refusals import refusals_told
-from .training import only_show, publish, show_warnings, student_is_safe, train
+from .training import only_show, publish, show_warnings, student_is_safe, train, warn_of_idle_rewards
 
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
             raise Refusal("\n".join(problems))
         tested = task_rows(test_dataset, training_args.task_column)  # may be fewer than the trained tasks
 
+    if not script_args.dry_run:
+        warn_of_idle_rewards(training_args, rewards, test_dataset is not None)
     # Imported here, so that --help and errors in the arguments show sooner.
     from ..evaluation import evaluate_retention, rehearse_report, retention_table
     from ..trainer.diffusion_opd_trainer import DiffusionOPDTrainer

@@ -54,7 +54,10 @@ _LAUNCHER_OPTIONS = (
 
 
 _COMMAND, _QUANTIZATION, _INHERITED = "options", "quantization of the base", "transformers.TrainingArguments"
-_NOT_LISTED = "Not listed: options of transformers.TrainingArguments that have no effect here."
+_NOT_LISTED = (
+    "Not listed: options of transformers.TrainingArguments that have no effect here, and --no_NAME, which turns off the "
+    "option NAME."
+)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -148,7 +151,9 @@ class CommandParser(TrlParser):
         """Lists the command's own options first, and those of transformers' `TrainingArguments` last."""
         groups: dict[str, list[argparse.Action]] = {title: [] for title in self._titles()}
         for action in self._actions:
-            if action.dest not in ("help", *WITHOUT_EFFECT, *UNUSED):
+            # `--no_…` turns off what is on by default; its help would be that of the option itself.
+            is_negative = action.nargs == 0 and action.const is False
+            if not is_negative and action.dest not in ("help", *WITHOUT_EFFECT, *UNUSED):
                 groups[self._title(action.dest)].append(action)
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, [], [])

@@ -23,7 +23,7 @@ from ..trainer.diffusion_sft_config import DiffusionSFTConfig
 from .arguments import TaughtArguments
 from .parser import parse
 from .refusals import refusals_told
-from .training import publish, show_warnings, train
+from .training import publish, show_warnings, train, warn_of_idle_rewards
 
 
 ARGUMENTS = (TaughtArguments, DiffusionSFTConfig)
@@ -35,7 +35,9 @@ def main(script_args: TaughtArguments, training_args: DiffusionSFTConfig) -> Non
     from ..trainer.diffusion_sft_trainer import DiffusionSFTTrainer
 
     teachers = script_args.teachers_by_task() or None
-    trainer = DiffusionSFTTrainer(teachers=teachers, **script_args.for_trainer(training_args))
+    arguments = script_args.for_trainer(training_args)
+    warn_of_idle_rewards(training_args, arguments["reward_funcs"] or {}, has_test_prompts=False)
+    trainer = DiffusionSFTTrainer(teachers=teachers, **arguments)
     train(trainer)
     publish(trainer)
 

@@ -16,10 +16,12 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers.trainer_utils import IntervalStrategy
 
 from ..checkpointing.checkpoint import last_complete
 from ..checkpointing.stopping import command_to_go_on
@@ -29,8 +31,17 @@ from ..reporting.console import print_unwrapped
 
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionOPDTrainer, DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
+    from ..trainer import (
+        DiffusionConfig,
+        DiffusionOPDTrainer,
+        DiffusionRLConfig,
+        DiffusionRLTrainer,
+        DiffusionTrainer,
+    )
     from .arguments import TeacherScriptArguments
+
+
+logger = logging.getLogger(__name__)
 
 
 class _Lines(logging.Formatter):
@@ -56,6 +67,16 @@ def only_show(trainer: "DiffusionOPDTrainer | DiffusionRLTrainer") -> None:
         where = f" Its pictures are in {pictures}." if pictures.is_dir() else ""
         print_unwrapped(f"Dry run: nothing was trained.{where}")
     trainer.end()
+
+
+def warn_of_idle_rewards(args: "DiffusionConfig", rewards: Mapping[str, object], has_test_prompts: bool) -> None:
+    """Warns, on one process, of rewards that a run that does not train on them will never call."""
+    is_evaluated = args.eval_strategy != IntervalStrategy.NO or args.eval_on_start
+    if rewards and not is_evaluated and not args.log_completions and not has_test_prompts and args.process_index == 0:
+        logger.warning(
+            "--reward_funcs are given, but no images are scored: they are not part of the loss, and there are neither "
+            "evaluations (--eval_prompts with --eval_strategy) nor a report."
+        )
 
 
 def train(trainer: "DiffusionTrainer") -> None:

@@ -69,7 +69,9 @@ def by_task(option: str, values: OfTasks | None, what: str = "task=value") -> di
             continue
         task, equals, content = value.partition("=")
         if not (task and equals and content):
-            raise Refusal(f"--{option}: {value!r} is not of the form {what}.")
+            file = Path(value)
+            advice = f" Name its task, such as {file.stem}={value}." if file.suffix and not equals else ""
+            raise Refusal(f"--{option}: {value!r} is not of the form {what}.{advice}")
         result.setdefault(task, []).append(content)
     return result
 

@@ -33,7 +33,7 @@ from ..models.average import FOLLOWING
 from ..pipelines.loading_options import DTYPES, dtype_name, full_dtype, model_init_problems
 from ..problems import Problems
 from ..rewards.scoring import timeout_problems
-from .option_checks import idle_options, unknown_option
+from .option_checks import idle_options, step_problems, tracker_problems, unknown_option
 
 
 # The value of `student_init` that starts from the mean of the teachers' LoRAs.
@@ -358,7 +358,7 @@ class DiffusionConfig(_BaseConfig):
                 f"dtype={self.dtype!r}, but model_init_kwargs has {' and '.join(sorted(others))}: give only one."
             )
         problems += self._choice_problems("dtype", "sampler")
-        problems += idle_options(self)
+        problems += idle_options(self) + step_problems(self) + tracker_problems(self.report_to)
         problems += world_problems()
         try:
             convert_file_size_to_int(self.prompt_cache_max_size)

@@ -31,7 +31,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import IntervalStrategy, TrainOutput, speed_metrics
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import identity
@@ -54,12 +54,14 @@ from ..reporting.model_card import MethodFacts
 from ..reporting.run_lines import use_lines
 from ..reporting.trackers import use_public_trackers
 from ..rewards import RewardFuncs, Row
+from ..rewards.scoring import OnTimeout
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
 from .image_evaluator import ImageEvaluator
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
 from .references import BaseAndTeachers
+from .reward_trial import try_rewards
 from .run_callback import RunCallback
 from .run_files import RunFiles
 from .run_logs import RunLogs
@@ -97,6 +99,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")  # of an update
+    on_reward_timeout: OnTimeout = "none"  # as in `Scorer`
     _has_compared = False
 
     def __init__(
@@ -316,7 +319,8 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             `TrainOutput`: the number of updates, the mean loss, and Trainer's other metrics.
 
         Raises:
-            [`ValueError`]: if the checkpoint is damaged, or its run cannot be continued with these settings.
+            [`ValueError`]: if the checkpoint is damaged, or its run cannot be continued with these settings; or if a
+                reward that the run will call cannot score images.
         """
         with (
             one_run_at_a_time(self.args.output_dir, self.accelerator),
@@ -328,6 +332,8 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             disable_input_dtype_casting(self.model),
             self._stop.listening(),
         ):
+            try_rewards(self.evaluator, self._scored_datasets(), self.on_reward_timeout, self.state)
+            self.offload.rest()
             checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
             drawn_now = self._pictures.logged_at == 0 == self.state.global_step
             if not drawn_now:  # they are of an earlier training of this trainer
@@ -350,6 +356,15 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
                 if comparable_after(self.changes) == begun.update:
                     tables.print_line("Evaluations now measure something else: the best so far begins anew.")
             return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
+
+    def _scored_datasets(self) -> list[Dataset]:
+        """The datasets whose images the rewards score during training."""
+        args, dataset = self.args, self.eval_dataset
+        if args.eval_strategy == IntervalStrategy.NO and not args.eval_on_start and not args.log_completions:
+            return []
+        if dataset is None:
+            return [self.train_dataset]
+        return list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[Row]], num_batches: int, device: torch.device

@@ -38,11 +38,13 @@ from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
+from ..models.teacher_config import TeacherConfig, normalize_teachers
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
-from ..rewards import RewardFunc, reward_data_problems
+from ..rewards import RewardFunc, reward_data_problems, rewards_by_task
 from .base_config import DiffusionConfig
+from .rounds import Rounds
 
 
 def loading_problems(
@@ -203,9 +205,14 @@ def training_data_problems(dataset: object, task_column: str) -> list[str]:
                 "train_dataset is a DatasetDict. Choose one of its splits, such as "
                 f"dataset[{next(iter(dataset), 'train')!r}]."
             ]
+        advice = (
+            "Dataset.from_list([...])"
+            if isinstance(dataset, list) or dataset is None
+            else ("Dataset.from_list(list(iterable)), if it is a streamed dataset")
+        )
         return [
             f"train_dataset is {kind}; it must be a datasets.Dataset, since every update needs prompts of all tasks. "
-            "Make one of a streamed dataset with Dataset.from_list(list(iterable))."
+            f"Make one with {advice}."
         ]
     return dataset_problems(dataset, task_column, "train_dataset")
 
@@ -228,6 +235,37 @@ def task_column_problems(dataset: Dataset, task_column: str, given: Mapping[str,
         f"{name} has no column {task_column!r}, but {option} is a dict for the tasks {[*value]}. Add the column, or name "
         f"yours with task_column: there are {dataset.column_names}. With one task, give {option} without a dict."
     ]
+
+
+def early_problems(
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    args: DiffusionConfig,
+    teachers: Mapping[str, Sequence[TeacherConfig]] | None,
+    reward_funcs: Mapping[str, Sequence[RewardFunc]],
+) -> list[str]:
+    """
+    Finds in a command's arguments, before a model is loaded, what a trainer would refuse: tasks that do not fit each
+    other, and a checkpoint that is not there.
+
+    Args:
+        train_dataset ([`~datasets.Dataset`]), eval_dataset ([`~datasets.Dataset`], *optional*): the prompts.
+        args ([`DiffusionConfig`]): the trainer's config. `gradient_accumulation_steps` is set as the trainer sets it.
+        teachers (`dict`, *optional*), reward_funcs (`dict`): by task.
+    """
+    problems = Problems()
+    rows = task_rows(train_dataset, args.task_column)
+    if teachers:
+        with problems.collect():
+            normalize_teachers(teachers, list(rows))
+    with problems.collect():
+        rewards_by_task(reward_funcs or None, list(rows))
+    problems += evaluation_data_problems(eval_dataset, args.task_column, list(rows))
+    Rounds.of(rows, args, problems)
+    resumed = args.resume_from_checkpoint
+    if isinstance(resumed, str) and not os.path.isdir(resumed):
+        problems.append(f"resume_from_checkpoint: there is no folder {resumed!r}.")
+    return problems
 
 
 def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -92,6 +93,11 @@ class ImageEvaluator:
     def monitor(self, task: str, state: TrainerState) -> Scorer:
         """Makes a scorer for scores that are only logged. If a reward times out, training goes on."""
         return Scorer(self.reward_funcs[task], state, self.args.reward_timeout, on_timeout="none", task=task)
+
+    def noise(self) -> Image:
+        """An image of noise, of the size of the others."""
+        (image,) = self.field.decode(self.field.initial_latents([""], [torch.Generator().manual_seed(0)]), [""])
+        return image
 
     def draw(
         self,

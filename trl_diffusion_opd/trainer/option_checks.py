@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import OptimizerNames
 
@@ -120,6 +121,8 @@ UNUSED = (
     "prediction_loss_only",
     "use_cache",
 )
+# Trackers whose packages transformers does not look for.
+_UNLISTED_TRACKERS = ("azure_ml", "flyte")
 # They take the optimizer's step inside of their own backward.
 _OPTIMIZERS_WITHOUT_STEP = ("lomo", "adalomo")
 
@@ -165,6 +168,55 @@ def evaluation_problems(args: TrainingArguments, eval_dataset: object) -> list[s
         f"{' and '.join(asking)}: there are no prompts to evaluate. Give --eval_prompts (in Python, eval_dataset), or "
         "leave it out."
     ]
+
+
+def idle_evaluation(args: TrainingArguments, eval_dataset: object) -> str | None:
+    """A warning of prompts for evaluations where none takes place during training; `None` where some does."""
+    if eval_dataset is None or args.eval_strategy != IntervalStrategy.NO or args.eval_on_start:
+        return None
+    return (
+        "There are prompts for evaluations (--eval_prompts; in Python, eval_dataset), but eval_strategy is 'no': "
+        "nothing is evaluated during training. Add --eval_strategy steps --eval_steps 50."
+    )
+
+
+def tracker_problems(report_to: str | Sequence[str] | None) -> list[str]:
+    """Says which trackers of `report_to` there are not, or are not installed. A text is `"none"`."""
+    problems = []
+    for name in () if report_to is None or isinstance(report_to, str) else report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            problems.append(f"report_to names {name!r}; it must be one of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        elif name not in (*get_available_reporting_integrations(), *_UNLISTED_TRACKERS):
+            problems.append(f"report_to names {name}, which is not installed: pip install {name}")
+    return problems
+
+
+def step_problems(args: TrainingArguments) -> list[str]:
+    """Says which of Trainer's numbers would end a run with an error of another library, or with no update."""
+    problems = [
+        f"{name}={value}: it must be at least 1."
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size")
+        if (value := vars(args)[name]) < 1
+    ]
+    if args.max_steps == 0 or args.max_steps < -1:
+        problems.append(
+            f"max_steps={args.max_steps}: it must be at least 1, or -1 for as many updates as num_train_epochs has. A "
+            "look at a run without an update is the dry run."
+        )
+    if args.max_steps < 0 and args.num_train_epochs == 0:
+        problems.append("num_train_epochs=0: there would be no update.")
+    for what in ("logging", "eval", "save"):
+        is_by_steps = IntervalStrategy.STEPS == vars(args)[f"{what}_strategy"]
+        value = vars(args)[f"{what}_steps"]
+        if is_by_steps and value is not None and value <= 0:
+            problems.append(f"{what}_steps={value}: it must be positive: a number of updates, or a fraction below 1.")
+    for name in ("seed", "data_seed"):
+        value = vars(args)[name]
+        if value is not None and not 0 <= value < 2**32:
+            problems.append(f"{name}={value}: it must be from 0 to {2**32 - 1}.")
+    if args.dataloader_num_workers < 0:
+        problems.append(f"dataloader_num_workers={args.dataloader_num_workers}: it must not be negative.")
+    return problems
 
 
 def idle_options(args: TrainingArguments) -> list[str]:

@@ -68,7 +68,7 @@ from .checks import (
     task_column_problems,
     training_data_problems,
 )
-from .option_checks import evaluation_problems
+from .option_checks import evaluation_problems, idle_evaluation
 from .rounds import Rounds
 
 
@@ -209,6 +209,8 @@ def prepare(
     if args.push_to_hub:
         problems += _push_problems(parts, full_weights=peft_config is None)
     Problems([*unfit, *problems]).raise_under(f"{trainer.__name__} cannot start")
+    if args.process_index == 0 and (warning := idle_evaluation(args, eval_dataset)) is not None:
+        logger.warning(warning)
     _settle(parts)
     return parts
 

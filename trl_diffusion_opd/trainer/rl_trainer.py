@@ -71,6 +71,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     args: DiffusionRLConfig
     timed_parts = (*DiffusionTrainer.timed_parts, "rollout", "decoding", "rewards", "reference")
+    on_reward_timeout = "raise"
     reward_weights: dict[str, float]
     backbone: Backbone | None = (
         None  # made by a trainer's `prepare_method` if networks besides the student are computed
@@ -184,6 +185,9 @@ class DiffusionRLTrainer(DiffusionTrainer):
             `dict`: the printed figures, as [`~dry_run_rl.dry_run`] describes them.
         """
         return dry_run_rl.dry_run(self, self.roll_out, self.losses, self.frozen_networks())
+
+    def _scored_datasets(self) -> list[Dataset]:
+        return [self.train_dataset]
 
     def frozen_models(self, task: str) -> list[FrozenModel]:
         return base_model(self.student, self.backbone, self.args.evaluation_guidance, self.state)
