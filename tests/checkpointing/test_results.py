@@ -136,7 +136,7 @@ def test_what_is_evaluated_before_a_new_run_is_its_own(tmp_path, teachers):
 
 
 def test_files_of_others_are_no_results(tmp_path):
-    for name in ("README.md", "config.json", "notes.txt"):
+    for name in ("README.md", "config.json", "notes.txt", "radar.png"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "images").mkdir()
     assert results(tmp_path, "a run") == [] == images_after(tmp_path, None)

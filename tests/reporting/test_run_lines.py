@@ -150,7 +150,9 @@ class TestEnd:
         ]
         assert summary(log) == ["Velocity gap from the first to the last line: a .50 -> .10, b .40 -> .20."]
         log = [{"loss": 1.0, **{f"reward/{i}": 0.5 + 0.1 * (k > 0) for i in range(30)}} for k in range(2)]
-        (line,) = summary(log)
+        lines = summary(log)
+        assert all(len(one) <= 120 for one in lines)
+        line = " ".join(one.strip() for one in lines)
         assert line.startswith("Reward from") and line.endswith(", and 18 more.")
         assert summary([{"loss": 1.0, "loss/a": 0.5, "loss/b": 0.25}]) == ["Loss: a .50, b .25."]
         assert summary([]) == summary([{"loss": 1.0}]) == []

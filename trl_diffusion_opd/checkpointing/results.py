@@ -54,7 +54,7 @@ def results(folder: Path, run: str) -> list[Path]:
         run (`str`): name of the run that begins or goes on. Its scores of base and teachers stay.
     """
     names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, LORA_FILE, ARGUMENTS_FILE, MANIFEST_FILE, CURVES_PICTURE]
-    names += [*EVALUATION_FILES, CARD_CONTENT_FILE]
+    names += [CARD_CONTENT_FILE, *(EVALUATION_FILES if (folder / REPORT_FILE).is_file() else ())]
     found = [folder / name for name in names if (folder / name).is_file()]
     weights = sorted(folder.glob(FULL_FILES))
     if weights:
