@@ -538,6 +538,6 @@ def test_options_without_the_library(monkeypatch):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     QuantizationArguments()
     with pytest.raises(
-        ValueError, match=r"--load_in_8bit needs bitsandbytes: pip install 'trl-diffusion-opd\[quantiz"
+        ValueError, match=r'--load_in_8bit needs bitsandbytes. .* `pip install "\.\[quantization\]"` in'
     ):
         QuantizationArguments(load_in_8bit=True)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from trl_diffusion_opd.checkpointing.checkpoint import checkpoints
 from trl_diffusion_opd.checkpointing.seal import damage, is_sealed, run_of, seal, update_of
+from trl_diffusion_opd.problems import Refusal
 
 
 OPTIONS = dict(max_steps=3, save_strategy="steps", save_steps=1, learning_rate=1e-2)
@@ -124,7 +125,7 @@ def test_a_new_run_sets_aside_what_another_has_left(copied, teachers, caplog):
     assert run_of(copied / "checkpoint-1") != left
     aside = copied / "earlier-run-1"
     assert {run_of(folder) for folder in checkpoints(aside)} == {left} and len(checkpoints(aside)) == 2
-    assert "(checkpoint-1, checkpoint-2). They were moved to earlier-run-1." in caplog.text
+    assert "(checkpoint-1, checkpoint-2). They were moved to earlier-run-1, with" in caplog.text
     # It can still be gone on with, and what lies in the folder now is not this run's either.
     trainer = make_trainer(copied, teachers, **OPTIONS)
     trainer.train(resume_from_checkpoint=str(aside / "checkpoint-2"))
@@ -146,7 +147,7 @@ def test_two_runs_at_once(tmp_path, teachers):
     class Intruder(StopAt):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                with pytest.raises(RuntimeError) as error:
+                with pytest.raises(Refusal) as error:
                     second.train()
                 told.append(str(error.value))
 
@@ -232,6 +233,32 @@ def test_a_finished_run_says_so_and_can_be_extended(copied, teachers, caplog):
     trainer = make_trainer(copied, teachers, **{**OPTIONS, "max_steps": 3})
     trainer.train(resume_from_checkpoint=True)
     assert "finished" not in caplog.text and len(train_losses(trainer)) == 3
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_card_and_its_record(copied, teachers, capsys):
+    make_trainer(copied, teachers, **OPTIONS).train(resume_from_checkpoint=True)
+    capsys.readouterr()
+    again = make_trainer(copied, teachers, **{**OPTIONS, "learning_rate": 3e-4})
+    again.train(resume_from_checkpoint=True)
+    assert "learning_rate" not in capsys.readouterr().out and again.changes == []
+    again.save_model()
+    again.create_model_card()
+    card = (copied / "README.md").read_text()
+    assert "| learning rate | 0.01, " in card and "0.0003" not in card and "when the training was resumed" not in card
+    assert f'load_lora_weights("{copied.name}")' in card  # now the student is in the folder itself
+
+
+def test_fewer_updates_than_are_done(copied, teachers, caplog):
+    make_trainer(copied, teachers, **{**OPTIONS, "max_steps": 1}).train(resume_from_checkpoint=True)
+    assert "This run has done 2 updates, more than the 1 asked for. Nothing is trained" in caplog.text
+
+
+def test_a_resume_takes_its_own_intervals(copied, teachers, caplog):
+    trainer = make_trainer(copied, teachers, **{**OPTIONS, "max_steps": 6, "save_steps": 3, "logging_steps": 2})
+    trainer.train(resume_from_checkpoint=True)
+    assert {"checkpoint-3", "checkpoint-6"} <= {folder.name for folder in checkpoints(copied)}
+    assert not (copied / "checkpoint-5").exists() and "do not match the ones in" not in caplog.text
+    assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [1, 2, 4, 6]
 
 
 def test_weights_of_a_run_without_an_average_can_go_on_with_one(tmp_path, teachers, capsys):

@@ -17,6 +17,7 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from helpers.opd_fixtures import make_dataset, make_trainer, snapshot
 from transformers import TrainerCallback
 
 from trl_diffusion_opd.checkpointing.checkpoint import last_complete
+from trl_diffusion_opd.checkpointing.seal import seal
 from trl_diffusion_opd.checkpointing.stopping import command_to_go_on
+from trl_diffusion_opd.scripts.training import student_is_safe
 
 
 OPTIONS = dict(
@@ -162,3 +165,31 @@ def test_the_command_that_goes_on(monkeypatch):
     assert command_to_go_on() == "trl-diffusion-opd opd --config tiny --resume_from_checkpoint True"
     monkeypatch.setattr("sys.argv", ["opd.py", "--resume_from_checkpoint=out/checkpoint-2"])
     assert command_to_go_on() == "python opd.py --resume_from_checkpoint True"
+
+
+def test_after_a_stop_the_card_and_the_command_are_whole(tmp_path, teachers, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.argv", ["trl-diffusion-opd", "opd", *(f"--option_{i}=value" for i in range(20))])
+    folder = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        make_trainer(folder, teachers, callbacks=[Signal(signal.SIGTERM)], **OPTIONS).train()
+    assert f"\n  {command_to_go_on()}\n" in capsys.readouterr().out  # on one line, so that it can be pasted
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+    card = (folder / "README.md").read_text()
+    assert 'pipe.load_lora_weights("out/checkpoint-2")' in card and 'load_lora_weights("out")' not in card
+    assert (folder / "checkpoint-2" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_ctrl_c_after_the_training(tmp_path, monkeypatch, capsys, has_checkpoint):
+    monkeypatch.setattr("sys.argv", ["trl-diffusion-opd", "opd", "--config", "tiny"])
+    if has_checkpoint:
+        (tmp_path / "checkpoint-2").mkdir()
+        seal(tmp_path / "checkpoint-2", "a run", 2)
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path)), is_world_process_zero=lambda: True)
+    with pytest.raises(SystemExit) as ended, student_is_safe(trainer):
+        raise KeyboardInterrupt
+    said = capsys.readouterr().out
+    assert ended.value.code == 130 and f"The student is safe in {tmp_path}." in said
+    command = "\n  trl-diffusion-opd opd --config tiny --resume_from_checkpoint True\n"
+    assert (command in said) == has_checkpoint == ("`trl-diffusion-opd evaluate` makes" not in said)

@@ -112,6 +112,26 @@ def test_arguments_in_python(block):
                 assert free or not unknown, f"{name} has no {unknown}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "quickstart.md", "diffusion_opd_trainer.md", "tiny_world.md"])
+def test_images_are_drawn_as_the_student_was_trained(name):
+    """A pipeline's own guidance and text length draw another model than the one that was trained and measured."""
+    (page,) = (page for page in PAGES if page.name == name and page.parent in (ROOT, ROOT / "docs" / "source"))
+    calls = [
+        call
+        for block in BLOCKS[page]
+        if block.language == "python"
+        for call in ast.walk(ast.parse(block.text))
+        if isinstance(call, ast.Call)
+    ]
+    # `options = dict(...)` of a page, for `pipe(prompt, **options)`
+    shared = {one.arg for call in calls if ast.unparse(call.func) == "dict" for one in call.keywords}
+    drawn = [call for call in calls if re.fullmatch(r"pipe|trainer\.pipeline|pipe\.to\(.*\)", ast.unparse(call.func))]
+    for call in drawn:
+        given = set().union(*({one.arg} if one.arg else shared for one in call.keywords))
+        assert {"guidance_scale", "num_inference_steps", "max_sequence_length"} <= given, ast.unparse(call)
+    assert drawn
+
+
 class Parsed(Exception):
     """A script has taken its arguments, and would now begin. `rest`: those that no option has taken."""
 

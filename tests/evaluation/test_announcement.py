@@ -15,6 +15,8 @@
 
 """What an evaluation says before it draws, and what it finds out without drawing."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -98,6 +100,19 @@ class TestAnnouncement:
         assert report["num_images"] == 4 and calls == 2 * 6
         evaluate(loras, num_images=4, output_dir=tmp_path, num_samples=0)
         assert "reused 24 images of an earlier run; nothing is drawn" in shown(capsys)
+
+    def test_a_report_of_more_images_is_not_replaced_in_silence(self, loras, caplog, tmp_path):
+        evaluate(loras, num_images=3, output_dir=tmp_path, num_samples=0)
+        evaluate(loras, num_images=3, output_dir=tmp_path, num_samples=0)
+        evaluate(loras, num_images=2, output_dir=tmp_path, num_samples=0, dry_run=True)
+        assert "takes its place" not in caplog.text
+        evaluate(loras, num_images=2, output_dir=tmp_path, num_samples=0)
+        assert f"The report in {tmp_path} is of 3 images a task. This one, of 2, takes its place." in caplog.text
+
+    def test_the_report_names_the_weights_that_it_measured(self, loras):
+        report, _ = evaluate(loras, num_images=1)
+        with open(f"{loras['student']}/adapter_model.safetensors", "rb") as file:
+            assert report["weights_sha256"] == {"student": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def test_the_pipelines_own_size_and_guidance(self, loras, capsys):
         own = dict.fromkeys(("height", "width", "max_sequence_length", "guidance_scale", "num_inference_steps"))

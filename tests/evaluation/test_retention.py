@@ -55,6 +55,14 @@ class TestReport:
         assert report["scores"]["teacher/b"]["a"]["right"] == pytest.approx(np.mean(scores["teacher/b"]["a"]["right"]))
         assert (report["num_images"], report["seed"]) == (400, 3)
 
+    def test_too_few_images_are_told(self):
+        report = retention_report(make_scores(n=29), TEACHERS, ["student"])
+        assert "**29 images: too few for an interval.** Use 30 or more." in retention_table(report)
+        report["tasks"]["a"]["num_images"] = 30
+        assert "**29 images of b: too few for an interval.**" in retention_table(report)
+        report["tasks"]["b"]["num_images"] = 30
+        assert "too few" not in retention_table(report)
+
     def test_a_gain_below_the_limit_has_no_retention(self):
         report = retention_report(make_scores(), TEACHERS, ["student"])
         entry = report["tasks"]["b"]

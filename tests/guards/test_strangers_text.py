@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from helpers.card_helpers import FIELDS, REPORT, read_card, shown_lora, stand_in, write_card
+from helpers.card_helpers import FIELDS, REPORT, read_card, shown_lora, stand_in, write_card, write_report
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -187,7 +187,7 @@ class TestCards:
                 for i in range(len(ODD))
                 for row in [REPORT["tasks"]["ocr"]]
             }
-            (folder / "out" / "retention.json").write_text(json.dumps(REPORT | {"tasks": tasks}))
+            write_report(folder / "out", REPORT | {"tasks": tasks})
             trainer.changes = changes
             write_card(trainer, named("model"), tags=[named("tag")])
             return read_card(trainer)

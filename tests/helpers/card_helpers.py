@@ -28,7 +28,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionOPDTrainer
+from trl_diffusion_opd.guards.files import write_json
 from trl_diffusion_opd.models.student import Student
+from trl_diffusion_opd.models.teacher_files import weights_in
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 from trl_diffusion_opd.reporting.model_card import write_model_card
 
@@ -123,6 +125,11 @@ def stand_in(pipeline: StableDiffusion3Pipeline, folder: Path, model: torch.nn.M
     )
 
 
+def write_report(folder: Path, report: dict = REPORT) -> None:
+    """A report of the student in a folder."""
+    write_json(folder / "retention.json", report | {"weights_sha256": {"student": weights_in(folder)}})
+
+
 def write_card(trainer: SimpleNamespace, *names: str, **options: object) -> None:
     """The card of a stand-in, as its trainer writes it."""
     write_model_card(trainer.args.output_dir, DiffusionOPDTrainer.card_facts(trainer), *names, **options)
@@ -137,10 +144,9 @@ def code_of(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def run_code(code: str, seed: int = 3) -> dict:
-    """Runs a block with the noise of `seed` and returns its names."""
+def run_code(code: str) -> dict:
+    """Runs a block and returns its names."""
     names: dict = {}
-    code = code.replace("image = pipe(", f"torch.manual_seed({seed})\nimage = pipe(")
     exec(compile(code, "card", "exec"), names)
     return names
 
@@ -153,8 +159,8 @@ def run_card(text: str) -> Image.Image:
 
 def own_image(pipeline: StableDiffusion3Pipeline) -> Image.Image:
     """The image that the stand-in's card makes."""
-    torch.manual_seed(3)
-    return pipeline(prompt="a cat", height=16, width=16, guidance_scale=2.0, num_inference_steps=4).images[0]
+    options = {"height": 16, "width": 16, "guidance_scale": 2.0, "num_inference_steps": 4}
+    return pipeline(prompt="a cat", generator=torch.Generator().manual_seed(0), **options).images[0]
 
 
 def difference(one: Image.Image, two: Image.Image) -> int:

@@ -34,6 +34,7 @@ from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.hub import push as pushing
 from trl_diffusion_opd.hub.files import PUSHED_FILES
 from trl_diffusion_opd.hub.repository import PushError, make_repository, repository_problems
+from trl_diffusion_opd.problems import Refusal
 from trl_diffusion_opd.scripts import push
 
 
@@ -213,7 +214,7 @@ class TestRoundTrip:
     def test_a_run_that_has_ended_is_pushed_from_its_folder(self, hub, trainer):
         push.main([trainer.args.output_dir, "tester/late"])
         assert "pytorch_lora_weights.safetensors" in hub.files("tester/late")
-        with pytest.raises(SystemExit):
+        with pytest.raises(Refusal, match="cannot push: there is no student in nothing-here"):
             push.main(["nothing-here", "tester/late"])
 
     def test_a_branch(self, hub, trainer):

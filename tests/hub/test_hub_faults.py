@@ -96,7 +96,7 @@ class TestBeforeTheFirstStep:
 
     def test_an_impossible_name(self, hub, tmp_path, teachers):
         message = self._refused(tmp_path, teachers, hub_model_id="tester/my student")
-        assert "set hub_model_id to the name of a repository" in message
+        assert "hub_model_id='tester/my student': no repository can have that name. Repo id must" in message
 
     @pytest.mark.parametrize("kind", ["dataset", "space"])
     def test_another_kind_of_repository(self, kind, hub, tmp_path, teachers):
@@ -108,7 +108,7 @@ class TestBeforeTheFirstStep:
         "a whole pipeline": {"model_index.json": {}},
         "another model (GPT2LMHeadModel)": {"config.json": {"architectures": ["GPT2LMHeadModel"]}, "a.bin": None},
         "other weights (model.gguf)": {"model.gguf": None},
-        "a LoRA for another base, 'someone/flux' (this run's is 'someone/base')": {
+        "a LoRA for another base, 'someone/flux' (this student's is 'someone/base')": {
             "adapter_config.json": {"base_model_name_or_path": "someone/flux"},
             "adapter_model.safetensors": None,
         },
@@ -137,7 +137,7 @@ class TestBeforeTheFirstStep:
 
     def test_a_lora_where_all_weights_go(self, hub, tmp_path, teachers):
         hub.create("tester/student", {"pytorch_lora_weights.safetensors": b""})
-        assert "a LoRA, and this run trains all weights" in self._refused(tmp_path, teachers, peft_config=None)
+        assert "a LoRA, and this student is a whole transformer" in self._refused(tmp_path, teachers, peft_config=None)
 
     @pytest.mark.parametrize("files", [{}, {"README.md": b"# Mine"}, {"adapter_config.json": b"{}"}])
     def test_what_is_fine(self, files, hub, tmp_path, teachers):

@@ -17,6 +17,7 @@
 import copy
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,9 +30,13 @@ from peft import get_peft_model
 from PIL import Image
 
 from trl_diffusion_opd import DiffusionOPDConfig, tiny
+from trl_diffusion_opd.hub import push as hub_push
 from trl_diffusion_opd.hub.names import repository_id_problem
+from trl_diffusion_opd.hub.repository import PushError
+from trl_diffusion_opd.models.teacher_files import weights_in
 from trl_diffusion_opd.reporting.completions import Beside, Completion, log_completions
 from trl_diffusion_opd.scripts import push
+from trl_diffusion_opd.scripts.main import main as command
 
 
 PUSHING = {"push_to_hub": True, "hub_model_id": "tester/student"}
@@ -118,9 +123,10 @@ class TestTrainer:
 class TestCommand:
     def refusal(self, capsys, *arguments: object) -> str:
         with pytest.raises(SystemExit) as error:
-            push.main(list(map(str, arguments)))
-        assert error.value.code == 2
-        return capsys.readouterr().err
+            command(["push", *map(str, arguments)])
+        printed = capsys.readouterr().err
+        assert error.value.code == 2 and "usage" not in printed and "Traceback" not in printed
+        return printed
 
     def test_refused_without_the_base_s_id(self, run, hub, capsys):
         message = self.refusal(capsys, out(run), "tester/late", "--report", "nothing")
@@ -128,9 +134,69 @@ class TestCommand:
         assert "--report nothing: there is no retention.json in it" in message and hub.repositories == {}
         assert "form owner/name" in self.refusal(capsys, out(run), "tester/late", "--hub_base_model", "flux")
 
+    @pytest.mark.parametrize(
+        ("files", "found"),
+        [
+            ({"model_index.json": b"{}"}, "a whole pipeline"),
+            (
+                {"pytorch_lora_weights.safetensors": b"", "README.md": b"---\nbase_model: someone/sdxl\n---\n"},
+                "a LoRA for another base, 'someone/sdxl' (this student's is 'tester/flux')",
+            ),
+            (
+                {"config.json": b'{"_class_name": "SD3Transformer2DModel"}'},
+                "another model (SD3Transformer2DModel)",
+            ),
+            ({"model.gguf": b""}, "other weights (model.gguf)"),
+        ],
+    )
+    def test_a_repository_that_holds_something_else(self, files, found, run, hub, capsys):
+        hub.create("tester/late", files)
+        before = (out(run) / "README.md").read_text()
+        message = self.refusal(capsys, out(run), "tester/late", "--hub_base_model", "tester/flux")
+        wanted = f"the repository 'tester/late' holds {found}. Choose another name, or empty it."
+        assert message.splitlines() == ["cannot push:", f"- {wanted}"]
+        assert hub.files("tester/late") == files and (out(run) / "README.md").read_text() == before
+        # As the same function in Python
+        if "for another base" not in found:
+            with pytest.raises(PushError, match=re.escape(wanted)):
+                hub_push.push(str(out(run)), "tester/late", None, blocking=True)
+            job = hub_push.push(str(out(run)), "tester/late", None, blocking=False)
+            assert wanted[:-1] in str(job.exception()) and hub.files("tester/late") == files
+
+    def test_a_whole_transformer_goes_to_its_own_kind_alone(self, run, hub, capsys, tmp_path):
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "config.json").write_text('{"_class_name": "SD3Transformer2DModel"}')
+        hub.create("tester/lora", {"adapter_config.json": b"{}"})
+        message = self.refusal(capsys, tmp_path / "full", "tester/lora")
+        assert "holds a LoRA, and this student is a whole transformer" in message
+        hub.create("tester/full", {"config.json": b'{"_class_name": "SD3Transformer2DModel"}'})
+        assert hub_push.push_problems(tmp_path / "full", "tester/full") == []
+
+    def test_a_second_push_to_the_same_repository(self, run, hub):
+        for _ in range(2):
+            push.main([str(out(run)), "tester/late", "--hub_base_model", "tester/flux"])
+        assert hub_push.push_problems(out(run), "tester/late") == []
+
+    def test_a_new_branch(self, run, hub):
+        push.main([str(out(run)), "tester/late", "--hub_base_model", "tester/flux", "--revision", "trial"])
+        assert "adapter_config.json" in hub.files("tester/late", "trial")
+
+    def test_without_a_token(self, run, hub, capsys, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        message = self.refusal(capsys, out(run), "tester/late", "--hub_base_model", "tester/flux")
+        assert (
+            "- there is no token: log in with `hf auth login`, or set HF_TOKEN to one with write permission" in message
+        )
+        assert "hub_token" not in message and "push_to_hub" not in message
+
+    def test_a_command_line_that_is_wrong(self, run, hub, capsys):
+        message = self.refusal(capsys, out(run))
+        assert message.startswith("trl-diffusion-opd push: the following arguments are required: repo_id. `trl")
+
     def test_a_stranger_can_use_it(self, run, base, hub, capsys, tmp_path, monkeypatch):
         (tmp_path / "report").mkdir()
-        (tmp_path / "report" / "retention.json").write_text(json.dumps(REPORT))
+        of_it = REPORT | {"weights_sha256": {"student": weights_in(out(run))}}
+        (tmp_path / "report" / "retention.json").write_text(json.dumps(of_it))
         (tmp_path / "report" / "samples.png").write_bytes(b"samples")
         (tmp_path / "report" / "curves.png").write_bytes(b"no part of a report")
         log_images(out(run))

@@ -15,7 +15,6 @@
 """The model cards of students and teachers: metadata, text, and that their code does what it says."""
 
 import copy
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +33,7 @@ from helpers.card_helpers import (
     shown_lora,
     stand_in,
     write_card,
+    write_report,
 )
 from helpers.tiny_sd3 import make_lora, make_pipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -69,7 +69,7 @@ def trainer(base: StableDiffusion3Pipeline, tmp_path: Path) -> SimpleNamespace:
 
 
 def _write_report(trainer: SimpleNamespace) -> None:
-    (Path(trainer.args.output_dir) / "retention.json").write_text(json.dumps(REPORT))
+    write_report(Path(trainer.args.output_dir))
 
 
 class TestStudent:
@@ -177,6 +177,21 @@ class TestStudent:
         assert "| style | look | 0.500 | 0.520 | 0.500 | – | – |" in text
         assert "| **mean** | | | | | **0.900** | 0.800 to 1.010 |" in text and "64 images a task, seed 7" in text
         assert text.index("](samples.png)") < text.index("](radar.png)") and "](retention.png)" not in text
+
+    def test_curves_that_jump_are_explained(self, trainer):
+        """Where each update trains other steps, and where there are curves to see."""
+        note = "single points of the training curves jump"
+        facts = {**FIELDS, "steps_drawn": True}
+        trainer._card_fields = lambda: facts
+        write_card(trainer)
+        assert note not in read_card(trainer).text
+        (Path(trainer.args.output_dir) / "curves.png").write_bytes(b"a picture")
+        write_card(trainer)
+        assert note in read_card(trainer).text
+        facts["steps_drawn"] = False
+        write_card(trainer)
+        text = read_card(trainer).text
+        assert note not in text and "![Training curves](curves.png)" in text
 
     def test_training_time_adds_up_over_resumes(self, trainer):
         # 10 updates of 2 s, then 30 of 6 s.

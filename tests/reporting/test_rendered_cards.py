@@ -21,14 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.card_helpers import REPORT, code_of, read_card, run_code, shown_lora, stand_in, write_card
+from helpers.card_helpers import code_of, read_card, run_code, shown_lora, stand_in, write_card, write_report
 from helpers.example_script import load_script
 from helpers.tiny_sd3 import make_pipeline
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 from trl_diffusion_opd import TeacherConfig, tiny
-from trl_diffusion_opd.guards.files import write_json
 from trl_diffusion_opd.models.student import Student, default_lora_config
 from trl_diffusion_opd.scripts.arguments import load_teachers
 from trl_diffusion_opd.scripts.opd import ARGUMENTS
@@ -65,7 +64,7 @@ def test_the_students_card_is_the_templates(tmp_path):
     """Its numbers need the run; its headings, tables and fixed sentences don't."""
     pipeline = make_pipeline()
     trainer = stand_in(pipeline, tmp_path, get_peft_model(pipeline.transformer, shown_lora()))
-    write_json(tmp_path / "out" / "retention.json", REPORT)
+    write_report(tmp_path / "out")
     trainer.state.log_history = [{"step": 1, "step_time": 1.0}]
     write_card(trainer)
 

@@ -188,7 +188,7 @@ def load_without(*packages):
 def test_missing_package_names_the_extra(processes):
     packages = ("rapidocr", "onnxruntime", "Levenshtein")
     (done,) = processes.run(load_without, *packages, world=1)
-    install = 'Install it with `pip install "trl-diffusion-opd[ocr]"`.'
+    install = 'Install it with `pip install ".[ocr]"` in a checkout of trl-diffusion-opd.'
     assert done.code == 0 and done.output.splitlines() == [
         f'Reward "ocr" needs the package {package!r}. {install}' for package in packages
     ]

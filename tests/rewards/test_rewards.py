@@ -374,8 +374,8 @@ def test_by_task_lists_what_cannot_be_loaded(monkeypatch):
     clip, client, remote = str(error.value).splitlines()
     assert clip.startswith("reward_funcs: task 'a': There is no reward 'clip'. There are aesthetic, ")
     assert client == (
-        "reward_funcs: task 'a': Reward 'unifiedreward' needs the openai client: pip install "
-        '"trl-diffusion-opd[unifiedreward]".'
+        "reward_funcs: task 'a': Reward 'unifiedreward' needs the openai client. Install it with "
+        '`pip install ".[unifiedreward]"` in a checkout of trl-diffusion-opd.'
     )
     assert remote.startswith("reward_funcs: task 'b': Reward 'remote' needs url: ")
 

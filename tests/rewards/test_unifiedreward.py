@@ -200,7 +200,7 @@ def test_fingerprint():
 
 def test_without_the_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r'pip install "trl-diffusion-opd\[unifiedreward\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[unifiedreward\]"'):
         UnifiedReward("http://127.0.0.1:1")
 
 

@@ -21,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,15 @@ from ..hub.files import (
     ARGUMENTS_FILE,
     CHANGES_FILE,
     DEEPSPEED_FILES,
+    EVALUATION_SETTINGS_FILE,
     GRID_FILE,
     PROMPTS_FILE,
     SEAL_FILE,
     ZERO3_FILES,
 )
+from ..models.lora_layouts import some
 from ..problems import Problems, Refusal
+from .results import images_after, results
 from .resume import Change, PromptsDigest, record, recorded
 from .run_folder import name_of_run, set_aside
 from .seal import damage, is_sealed, run_of, seal, update_of
@@ -118,7 +121,12 @@ def older_ones_kept(args: TrainingArguments) -> Iterator[None]:
 
 
 def describe(
-    folder: Path, args: TrainingArguments, levels: Tensor, prompts: PromptsDigest, changes: Sequence[object]
+    folder: Path,
+    args: TrainingArguments,
+    levels: Tensor,
+    prompts: PromptsDigest,
+    evaluation: Mapping[str, object],
+    changes: Sequence[object],
 ) -> None:
     """
     Writes the records into a checkpoint that a resume compares with its own settings.
@@ -128,10 +136,12 @@ def describe(
         args ([`~transformers.TrainingArguments`])
         levels (`Tensor`): the noise grid.
         prompts (`dict`): as [`~resume.prompts_of`] returns it.
+        evaluation (`dict`): the settings of evaluations by name, ready for JSON.
         changes (`list[dict]`): settings that resumes have changed so far.
     """
     write_json(folder / GRID_FILE, {"levels": levels.tolist()}, sort_keys=True)
     write_json(folder / PROMPTS_FILE, prompts, sort_keys=True)
+    write_json(folder / EVALUATION_SETTINGS_FILE, evaluation, sort_keys=True)
     if changes:
         write_json(folder / CHANGES_FILE, changes, sort_keys=True)
     # It is a path of this machine, and would be pushed. The state also has the number of the best update.
@@ -199,15 +209,18 @@ def begin(
     accelerator: Accelerator,
     check: Callable[[Path], list[str]],
     compare: Callable[[Path], list[Change]],
+    drawn_now: bool = False,
 ) -> Beginning:
     """
-    Finds where training starts. Checkpoints that this run does not continue (another run's, or later ones than the one
-    it resumes from) are moved aside.
+    Finds where training starts. What this run does not continue is moved aside: checkpoints of another run or later
+    than the one it resumes from, with the results beside them, and images of later updates.
 
     Args:
         output_dir (`str`, *optional*), resume_from_checkpoint (`str` or `bool`, *optional*), accelerator
         check: Returns the problems of resuming from a complete checkpoint, a sentence each.
         compare: Returns the settings that differ from a checkpoint's.
+        drawn_now (`bool`, *optional*, defaults to `False`): whether the images in the folder are this run's, which was
+            evaluated before its first update.
 
     Raises:
         [`ValueError`]: on all processes, if the checkpoint does not exist or cannot be resumed from. One message lists
@@ -230,18 +243,36 @@ def begin(
         Problems(problems).raise_under(f"Can't resume from {resumed.name}")
     run = name_of_run(resumed, accelerator)
     update = 0 if resumed is None else update_of(resumed)
-    others = []
-    if accelerator.is_main_process:  # only this process moves them
-        others = [one for one in checkpoints(output_dir) if run_of(one) != run or _number(one) > update]
-    aside = set_aside(others, accelerator)
-    if aside is not None:
-        logger.warning(
-            f"{output_dir} holds checkpoints that this run does not go on from "
-            f"({', '.join(one.name for one in others)}). They were moved to {aside.name}. To go on from one of them, "
-            "give it as resume_from_checkpoint."
-        )
+    if accelerator.is_main_process:
+        _set_others_aside(Path(output_dir or "."), resumed, run, update, drawn_now)
+    accelerator.wait_for_everyone()
     kept = [] if resumed is None else recorded(resumed) + record(changes, update)
     return Beginning(resumed, run, update, changes, kept)
+
+
+def _set_others_aside(output_dir: Path, resumed: Path | None, run: str, update: int, drawn_now: bool) -> None:
+    """Moves aside what the run does not go on from, and says so."""
+    others = [one for one in checkpoints(output_dir) if run_of(one) != run or _number(one) > update]
+    left: list[Path] = []
+    if others or resumed is None or resumed.parent.resolve() != output_dir.resolve():
+        left = results(output_dir, run)
+    if not drawn_now:
+        left += images_after(output_dir, None if resumed is None else update)
+    aside = set_aside([*others, *left], output_dir)
+    if aside is None:
+        return
+    if others:
+        logger.warning(
+            f"{output_dir} holds checkpoints that this run does not go on from "
+            f"({', '.join(one.name for one in others)}). They were moved to {aside.name}"
+            f"{', with the results beside them' if left else ''}. To go on from one of them, give it as "
+            "resume_from_checkpoint."
+        )
+    else:
+        logger.warning(
+            f"{output_dir} holds results that this run does not go on from "
+            f"({some([one.name for one in left])}). They were moved to {aside.name}."
+        )
 
 
 def _looked_at(
@@ -300,8 +331,18 @@ def _older(folder: Path) -> str:
     return f"Go on from the older {older[-1].name}: resume_from_checkpoint={str(older[-1])!r}."
 
 
-def restore_best(output_dir: str | Path | None, state: TrainerState) -> None:
-    """Sets the path of the best checkpoint in a resumed run's state, since saved states have no paths."""
+def restore_best(output_dir: str | Path | None, state: TrainerState, comparable_after: int = -1) -> None:
+    """
+    Sets the path of the best checkpoint in a resumed run's state, since saved states have no paths.
+
+    If evaluations measure something else since an update, the best one before it is forgotten.
+
+    Args:
+        output_dir (`str`, *optional*), state ([`~transformers.TrainerState`])
+        comparable_after (`int`, *optional*, defaults to -1): as [`~resume.comparable_after`] returns it.
+    """
+    if (state.best_global_step or 0) <= comparable_after:
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
     if state.best_model_checkpoint is None and state.best_global_step:
         best = Path(output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -328,6 +369,11 @@ def grid_problems(folder: Path, levels: Tensor) -> list[str]:
     saved = torch.tensor(json.loads((folder / GRID_FILE).read_text())["levels"], dtype=torch.float64)
     if saved.shape == levels.shape and torch.allclose(saved, levels, rtol=0, atol=1e-6):
         return []
+    if saved.shape != levels.shape:
+        return [
+            f"num_inference_steps was {len(saved) - 1}, is {len(levels) - 1}: it was trained on another noise grid. Use "
+            "its num_inference_steps."
+        ]
     rounded = [[round(t, 3) for t in grid.tolist()] for grid in (saved, levels)]
     return [
         f"it was trained on the noise grid {rounded[0]}, this run has {rounded[1]}. Use its num_inference_steps, "

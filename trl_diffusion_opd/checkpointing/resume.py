@@ -31,11 +31,16 @@ from transformers import TrainingArguments
 
 from ..guards.files import JSON, read_json
 from ..guards.redaction import public_arguments, shown
-from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, PROMPTS_FILE
+from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, EVALUATION_SETTINGS_FILE, PROMPTS_FILE
 
 
 # Fields of a LoRA's config that give its saved matrices their meaning.
 _OF_THE_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+# What the name of a changed setting of the evaluation begins with
+_OF_THE_EVALUATION = "evaluation: "
+# Arguments that change the images of an evaluation too
+_OF_ITS_IMAGES = ("seed", "height", "width", "max_sequence_length", "generation_kwargs")
 
 # Entries of an optimizer's parameter group that training arguments set, besides the learning rate.
 _OF_A_GROUP = ("weight_decay", "betas", "eps")
@@ -93,18 +98,24 @@ class Change:
 
 
 def changes_since(
-    folder: Path, args: TrainingArguments, lora: LoraConfig | None, prompts: PromptsDigest
+    folder: Path,
+    args: TrainingArguments,
+    lora: LoraConfig | None,
+    prompts: PromptsDigest,
+    evaluation: Mapping[str, object],
 ) -> list[Change]:
     """
-    Lists what has changed since a checkpoint was saved: arguments, the student's LoRA, the prompts.
+    Lists what has changed since a checkpoint was saved: arguments, the student's LoRA, the prompts, the evaluation.
 
     Args:
         folder (`Path`), args ([`~transformers.TrainingArguments`]): the checkpoint, and this run's arguments.
         lora ([`~peft.LoraConfig`], *optional*): the student's config, if the student is a LoRA.
         prompts (`dict`): as [`prompts_of`] returns it.
+        evaluation (`dict`): the settings of evaluations by name, ready for JSON.
     """
     of_lora = [] if lora is None else lora_changes(folder, lora)
-    return argument_changes(folder, args) + of_lora + prompt_changes(folder, prompts)
+    changes = argument_changes(folder, args) + of_lora + prompt_changes(folder, prompts)
+    return changes + evaluation_changes(folder, evaluation)
 
 
 def argument_changes(folder: Path, args: TrainingArguments) -> list[Change]:
@@ -161,10 +172,42 @@ def prompt_changes(folder: Path, now: PromptsDigest) -> list[Change]:
     """Lists the tasks whose prompts have changed since the checkpoint was saved."""
     then = json.loads((folder / PROMPTS_FILE).read_text(encoding="utf-8"))
     return [
-        Change(f"prompts of {task}", then.get(task, {}).get("prompts"), now.get(task, {}).get("prompts"))
+        Change(f"prompts of {task}", counted(then.get(task)), counted(now.get(task)))
         for task in sorted(then.keys() | now.keys())
         if then.get(task) != now.get(task)
     ]
+
+
+def counted(digest: Mapping[str, int | str] | None) -> str | None:
+    """A number of prompts with their hash: other prompts may be as many."""
+    return None if digest is None else f"{digest['prompts']:,} (hash {str(digest['hash'])[:6]})"
+
+
+def evaluation_changes(folder: Path, now: Mapping[str, object]) -> list[Change]:
+    """Lists the settings of evaluations that have changed since the checkpoint was saved."""
+    then: dict[str, JSON] = read_json(folder / EVALUATION_SETTINGS_FILE) or {}
+    return [
+        Change(f"{_OF_THE_EVALUATION}{name}", then.get(name), now.get(name))
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    ]
+
+
+def comparable_after(changes: Sequence[Mapping[str, object]]) -> int:
+    """
+    Returns the update after which all evaluations of a run can be compared: the last at which a resume has changed what
+    they measure. -1 if none has.
+
+    Args:
+        changes (`list[dict]`): as [`record`] returns them.
+    """
+    found = [-1]
+    for change in changes:
+        name, after = change["name"], change["after"]
+        assert isinstance(name, str) and isinstance(after, int)
+        if name.startswith(_OF_THE_EVALUATION) or name in _OF_ITS_IMAGES:
+            found.append(after)
+    return max(found)
 
 
 def recorded(folder: Path) -> list[dict[str, object]]:

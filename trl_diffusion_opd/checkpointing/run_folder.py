@@ -17,7 +17,7 @@
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -26,7 +26,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from ..hub.files import LOCK_FILE
+from ..guards.files import write_file
+from ..hub.files import LOCK_FILE, PAGE_FILE
+from ..problems import Refusal
 from .seal import run_of
 
 
@@ -52,7 +54,7 @@ def one_run_at_a_time(output_dir: str | None, accelerator: Accelerator) -> Itera
     if it is killed.
 
     Raises:
-        [`RuntimeError`]: on all processes, if another run is training into the folder.
+        [`Refusal`]: on all processes, if another run is training into the folder.
     """
     lock = FileLock(os.path.join(output_dir or ".", LOCK_FILE))
     held = [True]
@@ -64,7 +66,7 @@ def one_run_at_a_time(output_dir: str | None, accelerator: Accelerator) -> Itera
     if accelerator.num_processes > 1:
         broadcast_object_list(held)
     if not held[0]:
-        raise RuntimeError(
+        raise Refusal(
             f"Another run is training into {output_dir}. The two would delete each other's checkpoints. Wait until it "
             "ends, or choose another output_dir."
         )
@@ -85,20 +87,26 @@ def name_of_run(resumed: Path | None, accelerator: Accelerator) -> str:
     return name[0]
 
 
-def set_aside(checkpoints: list[Path], accelerator: Accelerator) -> Path | None:
+def set_aside(paths: Sequence[Path], output_dir: Path) -> Path | None:
     """
-    Moves checkpoints of other runs into a new folder beside them. All processes must call it.
+    Moves files and folders of other runs into a new folder beside them. One process alone must call it.
+
+    Args:
+        paths (`list[Path]`), output_dir (`Path`): what to move, and the run's folder, which holds it.
 
     Returns:
-        `Path`: the folder, on the main process; `None` on others, or if there was nothing to move.
+        `Path`: the new folder; `None` if there was nothing to move.
     """
-    aside: Path | None = None
-    if accelerator.is_main_process and checkpoints:
-        parent = checkpoints[0].parent
-        numbered = (parent / f"{_ASIDE}-{number}" for number in count(1))
-        aside = next(folder for folder in numbered if not folder.exists())
-        aside.mkdir()
-        for folder in checkpoints:
-            folder.rename(aside / folder.name)
-    accelerator.wait_for_everyone()
+    if not paths:
+        return None
+    numbered = (output_dir / f"{_ASIDE}-{number}" for number in count(1))
+    aside = next(folder for folder in numbered if not folder.exists())
+    aside.mkdir()
+    for path in paths:
+        moved = aside / path.relative_to(output_dir)
+        moved.parent.mkdir(exist_ok=True)
+        path.rename(moved)
+    page = aside / PAGE_FILE
+    if page.exists():  # its images stay where they are: the next evaluation reuses them
+        write_file(page, page.read_text(encoding="utf-8").replace('"images/', '"../images/'))
     return aside

@@ -15,7 +15,10 @@
 """Says what an evaluation will do before it does it, and how long that will take."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from ..guards.files import read_json
+from ..hub.files import REPORT_FILE
 from ..reporting.console import print_facts
 from ..reporting.progress import duration
 from ..reporting.report import Setting
@@ -61,6 +64,18 @@ def announce(
         facts.append(("processes", f"{num_processes}, which share the work"))
     facts.append(("output", "nothing is kept on disk (no output_dir)" if output_dir is None else output_dir))
     print_facts(_counted(plan), facts)
+
+
+def replaced(folder: Path, plan: Plan) -> str | None:
+    """Says that the evaluation takes the place of a report of more images, if there is one in its folder."""
+    earlier = read_json(folder / REPORT_FILE)
+    now = min(part.num_images for part in plan.tasks.values())
+    if earlier is None or earlier["num_images"] <= now:
+        return None
+    return (
+        f"The report in {folder} is of {_plural(earlier['num_images'], 'image')} a task. This one, of {now:,}, takes its "
+        "place. Name another --output_dir to keep it."
+    )
 
 
 def _how(settings: Mapping[str, Setting], size: tuple[int, int]) -> str:

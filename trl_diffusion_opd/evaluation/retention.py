@@ -25,6 +25,8 @@ from ..reporting.report import Intervals, Kept, KeptOverall, Means, Report, Task
 # If the teacher's gain is smaller than this, no retention is computed: the quotient would be noise.
 MIN_GAIN = 0.05
 NUM_RESAMPLES = 2000
+# With fewer images a task than this, the resamples hold too few different values for an interval to cover 95%.
+ENOUGH_IMAGES = 30
 
 # scores[model][task][reward] is a list with one value for each image, None where the reward does not apply.
 Scores = dict[str, dict[str, dict[str, list[float | None]]]]
@@ -211,8 +213,20 @@ def _caption(report: Report) -> str:
         mean = f"The mean is over {'the task' if whole == 1 else of}; its interval resamples each task's images."
     return (
         f"95% intervals: the spread over {NUM_RESAMPLES:,} resamples of a task's images ({images} a task), the same for "
-        f"base, teacher and student. They do not cover other seeds of training. {mean}"
+        f"base, teacher and student. They do not cover other seeds of training. {mean}{_too_few(report)}"
     )
+
+
+def _too_few(report: Report) -> str:
+    """Says which tasks have too few images for their intervals to mean much."""
+    few = {task: entry["num_images"] for task, entry in report["tasks"].items() if entry["num_images"] < ENOUGH_IMAGES}
+    if not few:
+        return ""
+    counts = sorted(set(few.values()))
+    images = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    of = "" if len(few) == len(report["tasks"]) else f" of {', '.join(map(inline, few))}"
+    noun = "image" if counts == [1] else "images"
+    return f" **{images} {noun}{of}: too few for an interval.** Use {ENOUGH_IMAGES} or more."
 
 
 def _has_gain(entry: TaskReport) -> bool:

@@ -36,6 +36,7 @@ from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.teacher_config import TeacherSpec
+from ..models.teacher_files import find_files
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_pipeline
@@ -46,7 +47,7 @@ from ..reporting.console import print_line
 from ..reporting.report import Report
 from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name, rewards_by_task
 from ..rewards.scoring import score_names, timeout_problems
-from .announcement import announce, timed
+from .announcement import announce, replaced, timed
 from .files import write_results
 from .measure import Measured, measure, time_batch
 from .plan import Options, Plan, Task, make_plan
@@ -217,8 +218,12 @@ def _evaluate(
                 _announce(field, bank, plan, choice, store, dry_run)
         if dry_run:
             return None
+        with failing_together():
+            # Now, since a training may write other weights into the folder while images are drawn.
+            weights = {name: _weights(specs[name][0]) for name in students}
         measured = measure(field, bank, plan, store)
     report = _report(measured, tasks, students, options.seed, choice)
+    report["weights_sha256"] = weights
     with failing_together():  # all processes wait until the files are written
         if is_main:
             logger.info(measured.told())
@@ -251,6 +256,10 @@ def _report(measured: Measured, tasks: Mapping[str, Task], students: list[str], 
     return report
 
 
+def _weights(student: TeacherConfig) -> str | None:
+    return None if student.model_name_or_path == "base" else find_files(student).weights_sha256()
+
+
 def _announce(
     field: VelocityField, bank: TeacherBank, plan: Plan, choice: Choice, store: Store | None, dry_run: bool
 ) -> None:
@@ -260,6 +269,8 @@ def _announce(
     assert isinstance(image, Image)
     folder = None if store is None else str(store.folder)
     announce(plan, *choice.for_report(), image.size, PartialState().num_processes, folder)
+    if store is not None and not dry_run and (line := replaced(store.folder, plan)) is not None:
+        logger.warning(line)
     for warning in choice.warnings:
         logger.warning(warning)
     try_rewards(plan, image)

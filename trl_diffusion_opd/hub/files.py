@@ -31,6 +31,7 @@ RAW_FILE = "student_raw.safetensors"
 OLD_POLICY_FILE = "old_policy.safetensors"
 GRID_FILE = "noise_grid.json"
 PROMPTS_FILE = "prompts.json"
+EVALUATION_SETTINGS_FILE = "evaluation.json"
 CHANGES_FILE = "changes.json"
 SEAL_FILE = "complete"
 DEEPSPEED_FILES = "global_step*/*_optim_states.pt"  # one a process
@@ -60,6 +61,17 @@ RADAR_PICTURE = "radar.png"
 SAMPLES_PICTURE = "samples.png"
 CURVES_PICTURE = "curves.png"
 
+# What an evaluation writes besides its images and scores, which the next one reuses
+EVALUATION_FILES = (
+    REPORT_FILE,
+    SCORES_FILE,
+    TABLES_FILE,
+    TIMING_FILE,
+    PAGE_FILE,
+    RETENTION_PICTURE,
+    RADAR_PICTURE,
+    SAMPLES_PICTURE,
+)
 # A folder with one of these files is a LoRA.
 LORA_FILES = (ADAPTER_CONFIG_FILE, LORA_FILE)
 # The files of a saved student. A checkpoint has them as well.

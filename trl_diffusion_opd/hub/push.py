@@ -27,12 +27,32 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
+from ..guards.files import read_json
 from .errors import ERRORS, http_reason, retried
-from .files import PUSHED_FILES, STUDENT_FILES
-from .repository import PushError
+from .files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LORA_FILES, PUSHED_FILES, STUDENT_FILES
+from .repository import BY_COMMAND, PushError, repository_problems
 
 
 logger = logging.getLogger(__name__)
+
+
+def push_problems(folder: Path, repo_id: str, base_id: str | None = None, token: str | None = None) -> list[str]:
+    """
+    Asks the Hub what would keep the student in a folder from being pushed, as [`repository_problems`] does for a run.
+    What the student is, its folder says.
+
+    Args:
+        folder (`Path`), repo_id (`str`): the output folder, and the repository. Without an owner it is one of your own.
+        base_id (`str`, *optional*): the base's Hub id, if the folder's `adapter_config.json` does not say it.
+        token (`str`, *optional*): a token with write permission. Defaults to the one you are logged in with.
+
+    Returns:
+        `list[str]`: the problems, with what to do. Empty if the student can be pushed.
+    """
+    is_lora = any((folder / name).exists() for name in LORA_FILES)
+    config = read_json(folder / (ADAPTER_CONFIG_FILE if is_lora else CONFIG_FILE)) or {}
+    base = base_id or config.get("base_model_name_or_path")
+    return repository_problems(repo_id, base, None if is_lora else config.get("_class_name"), token, BY_COMMAND)
 
 
 def push_folder(
@@ -105,15 +125,22 @@ def push(
         The [`~huggingface_hub.CommitInfo`], or a future of it if `blocking=False`.
 
     Raises:
-        [`PushError`]: if the upload fails.
+        [`PushError`]: if the upload fails, or if the repository holds something that it would overwrite.
     """
     parts = (folder, repo_id, commit_message or "End of training")
     with failure_explained(folder, repo_id):
         if blocking:
-            return push_folder(*parts, **options)
-    job = hf_api().run_as_future(push_folder, *parts, **options)
+            return _push_checked(*parts, **options)
+    job = hf_api().run_as_future(_push_checked, *parts, **options)
     job.add_done_callback(lambda job: _report_failure(job, lambda error: _failure(folder, repo_id, error)))
     return job
+
+
+def _push_checked(folder: str, repo_id: str, message: str, token: str | None = None, **options: Any) -> CommitInfo:
+    problems = push_problems(Path(folder), repo_id, token=token)
+    if problems:
+        raise PushError(" ".join(problems).rstrip("."))
+    return push_folder(folder, repo_id, message, token=token, **options)
 
 
 @contextmanager

@@ -13,12 +13,13 @@
 # limitations under the License.
 
 """
-Checks the repository that a run pushes to, before training: may the run write there, and would it overwrite anything?
+Checks the repository that a student is pushed to: may it be written to, and would the push overwrite something else?
 Also creates it.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import get_token, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -38,16 +39,39 @@ class PushError(RuntimeError):
     """A student could not be uploaded. The message says where it is saved and how to upload it."""
 
 
+class Asked(NamedTuple):
+    """
+    How messages name what the user has set.
+
+    Attributes:
+        switch (`str`): what asks for the push, before a problem that is no repository's.
+        name (`str`): what stands before the name of the repository.
+        token (`str`): where a token can be given.
+    """
+
+    switch: str
+    name: str
+    token: str
+
+
+BY_CONFIG = Asked("push_to_hub=True: ", "hub_model_id=", "HF_TOKEN or hub_token")
+BY_COMMAND = Asked("", "the repository ", "HF_TOKEN")
+
+
 def repository_name(hub_model_id: str | None, output_dir: str | None) -> str:
     """The repository that a run pushes to: `hub_model_id` if given, else the name of the output folder."""
     return hub_model_id or last_part(output_dir or ".")
 
 
 def repository_problems(
-    name: str, base_name: str | None, transformer_class: str | None, token: str | None = None
+    name: str,
+    base_name: str | None,
+    transformer_class: str | None,
+    token: str | None = None,
+    asked: Asked = BY_CONFIG,
 ) -> list[str]:
     """
-    Asks the Hub what would keep a run from pushing: the token, the right to write, and what the repository already
+    Asks the Hub what would keep a student from being pushed: the token, the right to write, and what the repository already
     contains. Nothing is created or changed.
 
     Args:
@@ -55,6 +79,7 @@ def repository_problems(
         base_name (`str`, *optional*): the base's id or name, if known.
         transformer_class (`str`, *optional*): the student's class if all its weights are trained, `None` for a LoRA.
         token (`str`, *optional*): by default the one you are logged in with.
+        asked ([`Asked`], *optional*, defaults to `BY_CONFIG`): how messages name what the user has set.
 
     Returns:
         `list[str]`: the problems, with what to do. Empty if the run can push.
@@ -62,44 +87,45 @@ def repository_problems(
     token = token or get_token()
     if token is None:
         return [
-            "push_to_hub=True, and there is no token: log in with `hf auth login`, or set HF_TOKEN or hub_token to "
-            "one with write permission (https://huggingface.co/settings/tokens)."
+            f"{asked.switch}there is no token: log in with `hf auth login`, or set {asked.token} to one with write "
+            "permission (https://huggingface.co/settings/tokens)."
         ]
     try:
-        return _repository_problems(name, token, base_name, transformer_class)
+        return _repository_problems(name, token, base_name, transformer_class, asked)
     except HFValidationError as error:
-        return [f"push_to_hub=True: set hub_model_id to the name of a repository. {error}"]
+        return [f"{asked.name}{name!r}: no repository can have that name. {error}"]
     except ERRORS as error:
-        return [f"push_to_hub=True: {http_reason(error)}."]
+        return [f"{asked.switch}{http_reason(error)}."]
 
 
-def _repository_problems(name: str, token: str, base_name: str | None, transformer_class: str | None) -> list[str]:
+def _repository_problems(
+    name: str, token: str, base_name: str | None, transformer_class: str | None, asked: Asked
+) -> list[str]:
     api = hf_api()
     account = retried(api.whoami, token)
     # Other kinds of tokens (OAuth, fine-grained) have no role. `auth_check` below asks whether they may write.
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         return [
-            "push_to_hub=True: your token may only read. Make one with write permission on "
-            "https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or set HF_TOKEN or "
-            "hub_token."
+            f"{asked.switch}your token may only read. Make one with write permission on "
+            f"https://huggingface.co/settings/tokens and log in with it (`hf auth login`), or set {asked.token}."
         ]
     repo_id = name if "/" in name else f"{account['name']}/{name}"
     validate_repo_id(repo_id)
     owners = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in owners:
         return [
-            f"hub_model_id={repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, but your token belongs to "
+            f"{asked.name}{repo_id!r}: it belongs to {repo_id.split('/')[0]!r}, but your token belongs to "
             f"{account['name']!r}, who can push for {', '.join(owners)}. Choose one of them, or log in as the "
             "repository's owner."
         ]
     try:
         info = retried(api.model_info, repo_id, token=token)
     except GatedRepoError:
-        return [f"hub_model_id={repo_id!r}: the repository is gated and your token has no access to it."]
+        return [f"{asked.name}{repo_id!r}: the repository is gated and your token has no access to it."]
     except RepositoryNotFoundError:
         for kind in ("dataset", "space"):
             if retried(api.repo_exists, repo_id, repo_type=kind, token=token):
-                return [f"hub_model_id={repo_id!r} is a {kind} on the Hub, not a model. Choose another name."]
+                return [f"{asked.name}{repo_id!r} is a {kind} on the Hub, not a model. Choose another name."]
         return []
     try:
         retried(api.auth_check, repo_id, token=token, write=True)
@@ -108,13 +134,13 @@ def _repository_problems(name: str, token: str, base_name: str | None, transform
         # lost.
         if error.response.status_code in (401, 403):
             return [
-                f"hub_model_id={repo_id!r}: your token is not allowed to write there "
+                f"{asked.name}{repo_id!r}: your token is not allowed to write there "
                 f"({error.response.status_code}). Give it write permission on https://huggingface.co/settings/tokens."
             ]
     names = {sibling.rfilename for sibling in info.siblings or []}
     recorded = info.card_data.get("base_model") if info.card_data else None
     found = _foreign_content(repo_id, token, names, recorded, base_name, transformer_class)
-    return [f"hub_model_id={repo_id!r} holds {found}. Choose another name, or empty it."] if found else []
+    return [f"{asked.name}{repo_id!r} holds {found}. Choose another name, or empty it."] if found else []
 
 
 def _foreign_content(
@@ -125,11 +151,11 @@ def _foreign_content(
         return "a whole pipeline"
     if names.intersection(LORA_FILES):
         if transformer_class is not None:
-            return "a LoRA, and this run trains all weights"
+            return "a LoRA, and this student is a whole transformer"
         if recorded is None and ADAPTER_CONFIG_FILE in names:
             recorded = _read_json(repo_id, token, ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
         if isinstance(recorded, str) and base_name is not None and not _same_base(recorded, base_name):
-            return f"a LoRA for another base, '{shown(recorded)}' (this run's is {base_name!r})"
+            return f"a LoRA for another base, '{shown(recorded)}' (this student's is {base_name!r})"
         return None
     if CONFIG_FILE in names:
         config = _read_json(repo_id, token, CONFIG_FILE)

@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +90,10 @@ class TeacherFiles:
         listing = "".join(f"{digest}  {name}\n" for digest, name in zip(digests, self.names, strict=True))
         return hashlib.sha256(listing.encode()).hexdigest()
 
+    def weights_sha256(self) -> str:
+        """As [`sha256`], but over the weights alone: a push writes the base's id into the config beside them."""
+        return replace(self, names=tuple(name for name in self.names if name.endswith(".safetensors"))).sha256()
+
 
 def find_files(config: TeacherConfig) -> TeacherFiles:
     """
@@ -106,6 +111,13 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
             with open(files.folder / name, "rb"):
                 pass
         return files
+
+
+def weights_in(folder: Path) -> str | None:
+    """Returns the SHA-256 of the weights that a folder on this machine holds; `None` if it holds none to load."""
+    with suppress(TeacherError):
+        return find_files(TeacherConfig(str(folder.resolve()))).weights_sha256()
+    return None
 
 
 def _find(config: TeacherConfig) -> TeacherFiles:

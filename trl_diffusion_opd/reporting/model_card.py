@@ -48,6 +48,7 @@ class MethodFacts(TypedDict, total=False):
     teachers: Manifest
     settings: dict[str, str]
     no_walk: bool
+    steps_drawn: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class CardFacts:
         teachers (`dict`): teachers of each task, as the manifest lists them.
         settings (`dict`): further settings of the method, for the table.
         no_walk (`bool`): whether the method trains without a sampler.
+        steps_drawn (`bool`): whether each update trains other steps of the walk, so that its curves jump.
+        checkpoint (`str`, *optional*): the folder of the checkpoint that the card is of, while the training goes on.
     """
 
     trainer_name: str
@@ -88,6 +91,8 @@ class CardFacts:
     teachers: Manifest = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     no_walk: bool = False
+    steps_drawn: bool = False
+    checkpoint: str | None = None
 
 
 def write_model_card(
@@ -101,7 +106,7 @@ def write_model_card(
     Writes the model card `README.md` of a student into its folder, and what it is rendered from, so that
     [`~student_card.rewrite_card`] can render it again for another repository.
 
-    If the folder has the report `retention.json` and its pictures, the card shows them. The licence is copied from the
+    If the folder has the student's report `retention.json` and its pictures, the card shows them. The licence is copied from the
     base's card on the Hub; if that can't be read, the card names none.
 
     Args:
@@ -132,6 +137,7 @@ def write_model_card(
             "teachers": facts.teachers,
             "changes": [{**change} for change in facts.changes],
             "no_walk": facts.no_walk,
+            "steps_drawn": facts.steps_drawn,
         },
         "args": {name: args.to_dict()[name] for name in _SHOWN_ARGUMENTS}
         | {"evaluation_guidance": args.evaluation_guidance},
@@ -139,6 +145,7 @@ def write_model_card(
         "examples": {task: public_text(prompt, known_tokens(args)) for task, prompt in facts.examples.items()},
         "settings": {name: str(value) for name, value in (_settings(facts) | {**facts.settings}).items()},
         "versions": framework_versions(),
+        "checkpoint": facts.checkpoint,
     }
     render_student_card(folder, content, facts.repository)
 

@@ -143,11 +143,10 @@ def plot_retention(report: Report, path: str | Path) -> None:
         _legend(figure, handles, [_label(name) for name in colors])
         counts = sorted({entry["num_images"] for entry in tasks.values()})
         images = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        figure.supxlabel(
-            f"mean over {images} images a task, with its 95% interval; the number is the student's retention",
-            fontsize=8,
-            color="#555555",
-        )
+        others = any(name != f"teacher/{task}" for name in teachers for task in tasks)
+        pale = "; pale: teachers of other tasks" if others else ""
+        note = f"mean over {images} images a task, with its 95% interval{pale}; the number is the student's retention"
+        figure.supxlabel(textwrap.fill(note, int(15 * width)), fontsize=8, color="#555555")  # 15 letters an inch
         _save(figure, path)
 
 

@@ -64,6 +64,9 @@ class Report(KeptOverall):
     scores: Means
     scores_ci95: Intervals
     students: NotRequired[dict[str, KeptOverall]]  # if there are several
-    # By `evaluate_retention`: how all images were drawn, and each model's guidance scale.
+    # By `evaluate_retention`: the SHA-256 of each student's weights, by which a model card knows
+    # the report of its own; `None` for the base.
+    weights_sha256: NotRequired[dict[str, str | None]]
+    # How all images were drawn, and each model's guidance scale.
     settings: NotRequired[dict[str, Setting]]
     guidance_scales: NotRequired[dict[str, Setting]]

@@ -16,6 +16,7 @@
 
 import math
 import shutil
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -261,7 +262,8 @@ def summary(log_history: Sequence[Mapping[str, float]]) -> list[str]:
         return [f"{title}: {', '.join(f'{shown(task)} {number(now[task])}' for task in named)}."]
     changes = [f"{shown(task)} {number(before[task])} -> {number(now[task])}" for task in named]
     more = f", and {len(now) - len(named)} more" if len(now) > len(named) else ""
-    return [f"{title} from the first to the last line: {', '.join(changes)}{more}."]
+    line = f"{title} from the first to the last line: {', '.join(changes)}{more}."
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def best_line(args: TrainingArguments, state: TrainerState) -> str | None:

@@ -18,6 +18,7 @@ are kept in the folder, so that the card can be rendered again when the student 
 """
 
 import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 from urllib.parse import quote
@@ -36,8 +37,10 @@ from ..hub.files import (
     RETENTION_PICTURE,
     SAMPLES_PICTURE,
 )
+from ..models.teacher_files import weights_in
 from .cards import card_data, render, results_of, save
 from .completions import last_completions
+from .console import print_unwrapped
 from .report import Report
 
 
@@ -69,6 +72,7 @@ class Content(TypedDict):
         call_options: Arguments of the pipeline, as Python literals.
         examples: A prompt of each task.
         settings, versions: Rows of the table of settings, and versions of packages.
+        checkpoint: The folder of the checkpoint that the card is of, while the training goes on.
     """
 
     model_name: str | None
@@ -86,14 +90,16 @@ class Content(TypedDict):
     examples: dict[str, str]
     settings: dict[str, str]
     versions: dict[str, str]
+    checkpoint: str | None
 
 
 def render_student_card(folder: Path, content: Content, repository: str | None) -> None:
     """
     Writes `README.md` into a student's folder, and keeps `content` there.
 
-    If the folder has the report `retention.json` and its pictures, or images of the training, the card shows them. The
-    licence is copied from the base's card on the Hub; if that can't be read, the card names none.
+    If the folder has the report `retention.json` of this student with its pictures, or images of the training, the card
+    shows them. A report of other weights, such as those of an earlier run, is left out. The licence is copied from the
+    base's card on the Hub; if that can't be read, the card names none.
 
     Args:
         folder (`Path`): the output folder.
@@ -101,7 +107,10 @@ def render_student_card(folder: Path, content: Content, repository: str | None) 
         repository (`str`, *optional*): Hub id where the student is or will be.
     """
     name = content["model_name"] or (repository or last_part(str(folder))).split("/")[-1]
-    report, completions = read_json(folder / REPORT_FILE), last_completions(folder)
+    completions, checkpoint = last_completions(folder), content["checkpoint"]
+    report = None if checkpoint else _own_report(folder)
+    # The Hub's gallery has no captions, so images of an earlier update would pass for the student's.
+    has_gallery = completions is not None and str(completions["step"]) == content["settings"]["updates"]
     data = card_data(
         name,
         content["base_id"],
@@ -109,20 +118,48 @@ def render_student_card(folder: Path, content: Content, repository: str | None) 
         tags=content["tags"],
         datasets=content["datasets"],
         results=student_results(report, content["datasets"]) if report else [],
-        widget=_widget(completions) if completions else None,
+        widget=_widget(completions) if has_gallery else None,
     )
     card = render(
         "model_card.md",
         data,
         **{**content, "model_name": name},
         repository=repository,
-        folder_name=last_part(str(folder)),
+        folder_name="/".join(filter(None, (last_part(str(folder)), checkpoint))),
         report=report,
         completions=completions,
-        pictures={picture: text for picture, text in _PICTURES.items() if (folder / picture).exists()},
+        has_gallery=has_gallery,
+        pictures=_pictures(folder, report is not None, checkpoint is not None),
     )
     save(card, folder)
     write_json(folder / CARD_CONTENT_FILE, {"content": content, "sha256": _digest(folder / CARD_FILE)})
+
+
+def _own_report(folder: Path) -> Report | None:
+    """The report in a folder, if it is of the student there. Else one line says that it is left out."""
+    report: Report | None = read_json(folder / REPORT_FILE)
+    if report is None:
+        return None
+    measured = next(iter(report.get("weights_sha256", {}).values()), None)
+    if measured is not None and measured == weights_in(folder):
+        return report
+    _say_that_it_is_left_out(str(folder), measured)
+    return None
+
+
+@cache  # once, though a card is written several times
+def _say_that_it_is_left_out(folder: str, measured: str | None) -> None:
+    print_unwrapped(
+        f"The report in {folder} is not of the student there, so its card leaves it out. "
+        "`trl-diffusion-opd evaluate` makes it anew."
+    )
+
+
+def _pictures(folder: Path, has_report: bool, goes_on: bool) -> dict[str, str]:
+    """The pictures that belong to the student, with their captions."""
+    left_out: tuple[str, ...] = () if has_report else (SAMPLES_PICTURE, RETENTION_PICTURE, RADAR_PICTURE)
+    left_out += (CURVES_PICTURE,) if goes_on else ()
+    return {name: text for name, text in _PICTURES.items() if name not in left_out and (folder / name).exists()}
 
 
 def card_content(folder: Path) -> Content | None:
@@ -148,7 +185,7 @@ def rewrite_card(folder: Path, repository: str, base_id: str | None = None) -> s
         return f"{CARD_FILE} is pushed as it is, if there is one: this folder has no facts to render a card from."
     if (folder / CARD_FILE).exists() and _digest(folder / CARD_FILE) != kept["sha256"]:
         return f"{CARD_FILE} was edited by hand, so it is pushed as it is: check the names in it yourself."
-    content: Content = kept["content"]
+    content: Content = kept["content"] | {"checkpoint": None}  # the student of the folder itself is pushed
     if base_id is not None:
         content |= {"base_id": base_id, "is_tiny": False}
     render_student_card(folder, content, repository)

@@ -74,7 +74,7 @@ def _imported(spec: str, options: Mapping[str, object]) -> Any:
         meant = f" Did you mean {alike[0]!r}?" if alike else ""
         raise Refusal(
             f"There is no reward {spec!r}.{meant} There are {', '.join(REWARDS)} (ocr needs `pip install "
-            '"trl-diffusion-opd[ocr]"`, unifiedreward "trl-diffusion-opd[unifiedreward]"), sums of them such as '
+            '".[ocr]"` in a checkout of trl-diffusion-opd, unifiedreward ".[unifiedreward]"), sums of them such as '
             "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function, or by its file, "
             "my_rewards.py:function."
         )

@@ -32,7 +32,8 @@ try:
     from rapidocr import RapidOCR
 except ImportError as error:
     raise ImportError(
-        f'Reward "ocr" needs the package {error.name!r}. Install it with `pip install "trl-diffusion-opd[ocr]"`.'
+        f'Reward "ocr" needs the package {error.name!r}. Install it with `pip install ".[ocr]"` in a checkout of '
+        "trl-diffusion-opd."
     ) from error
 
 

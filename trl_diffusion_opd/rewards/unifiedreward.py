@@ -103,7 +103,7 @@ class UnifiedReward(Reward):
             no score (`"none"`).
 
     Raises:
-        [`ImportError`]: if the client is not installed: `pip install "trl-diffusion-opd[unifiedreward]"`.
+        [`ImportError`]: if the client is not installed: `pip install ".[unifiedreward]"` in a checkout.
         [`ValueError`]: if an argument is invalid, or there is no key.
         [`RemoteRewardError`]: by a call that failed.
     """
@@ -128,7 +128,8 @@ class UnifiedReward(Reward):
             import openai
         except ImportError as error:
             raise ImportError(
-                "Reward 'unifiedreward' needs the openai client: pip install \"trl-diffusion-opd[unifiedreward]\"."
+                "Reward 'unifiedreward' needs the openai client. Install it with `pip install \".[unifiedreward]\"` in a "
+                "checkout of trl-diffusion-opd."
             ) from error
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
         problems = call_problems(timeout, max_retries, on_error)

@@ -69,7 +69,10 @@ class QuantizationArguments:
         for name in given:
             library = "torchao" if name == "torchao_quant_type" else "bitsandbytes"
             if find_spec(library) is None:
-                raise Refusal(f"--{name} needs {library}: pip install 'trl-diffusion-opd[quantization]'.")
+                raise Refusal(
+                    f'--{name} needs {library}. Install it with `pip install ".[quantization]"` in a checkout of '
+                    "trl-diffusion-opd."
+                )
 
     def quantization_config(self, dtype: str) -> "QuantizationConfig":
         """Makes diffusers' quantization config; `None` without one. `dtype` is the layers' compute dtype."""

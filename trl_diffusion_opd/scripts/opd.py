@@ -16,16 +16,21 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..data.tasks import task_rows
 from ..guards.extras import extra
 from ..problems import Refusal
+from ..reporting.console import print_line
 from ..trainer.diffusion_opd_config import DiffusionOPDConfig
 from .arguments import TaughtArguments
 from .parser import parse
 from .refusals import refusals_told
-from .training import publish, show_warnings, train, warn_of_idle_rewards
+from .training import only_show, publish, show_warnings, student_is_safe, train, warn_of_idle_rewards
+
+
+if TYPE_CHECKING:
+    from ..trainer import DiffusionOPDTrainer
 
 
 @dataclass(kw_only=True)
@@ -84,8 +89,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     arguments = script_args.for_trainer(training_args, datasets, rewards)
     trainer = DiffusionOPDTrainer(teachers=teachers, **arguments)
     if script_args.dry_run:
-        trainer.dry_run()
-        trainer.end()
+        only_show(trainer)
         return
     if test_dataset is not None:
         with trainer.averaged_student() as student:
@@ -99,10 +103,12 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
                 guidance_scale=training_args.evaluation_guidance,
                 reward_timeout=training_args.reward_timeout,
             )
+        _say_that_a_report_follows(trainer, script_args.num_test_images)
     train(trainer)
     report = None
     if test_dataset is not None:
-        with extra("The retention report", "`trl-diffusion-opd evaluate` makes it from the saved student."):
+        told = "`trl-diffusion-opd evaluate` makes it from the saved student."
+        with student_is_safe(trainer), extra("The retention report", told):
             report = evaluate_retention(
                 arguments["model"],
                 {task: teachers[task] for task in tested},
@@ -117,6 +123,11 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     if report is not None and trainer.is_world_process_zero():
         print(retention_table(report))
     publish(trainer)  # last, since a push ends with its link
+
+
+def _say_that_a_report_follows(trainer: "DiffusionOPDTrainer", num_images: int) -> None:
+    if trainer.is_world_process_zero():
+        print_line(f"After the training: the report, {num_images:,} images a task by base, each teacher and student.")
 
 
 if __name__ == "__main__":

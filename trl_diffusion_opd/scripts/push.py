@@ -26,50 +26,67 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils.hub import hf_api
-
-from ..hub.errors import ERRORS, http_reason, retried
+from ..hub.errors import ERRORS, http_reason
 from ..hub.files import CONFIG_FILE, CURVES_PICTURE, LORA_FILES, PICTURES, REPORT_FILE
 from ..hub.names import repository_id_problem
-from ..hub.push import push_folder, pushed_line
+from ..hub.push import push_folder, push_problems, pushed_line
+from ..hub.repository import PushError, make_repository
+from ..problems import Problems, Refusal
 from ..reporting.cards import unnamed_base
 from ..reporting.student_card import card_content, name_base, rewrite_card
+from .refusals import RefusingParser, refusals_told
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    """
+    Runs the command.
+
+    Raises:
+        [`Refusal`]: if the student can't be pushed there. Nothing was changed then, neither on the Hub nor in the
+            folder.
+        [`SystemExit`]: if a push that was begun fails.
+    """
+    options = _parser().parse_args(arguments)
+    _refuse(options)
+    try:
+        repo_id = make_repository(options.repo_id, private=options.private or None, revision=options.revision)
+        _complete(options, repo_id)
+        push_folder(options.folder, repo_id, revision=options.revision)
+    except (PushError, *ERRORS) as error:
+        print(f"The student could not be pushed to {options.repo_id!r}: {http_reason(error)}.", file=sys.stderr)
+        sys.exit(1)
+    print(pushed_line(repo_id, options.revision))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = RefusingParser(
         prog="trl-diffusion-opd push",
         description="Uploads the student of a finished run to the Hub. Its card is rendered again with the name of the "
-        "repository, and with the evaluation's report if there is one.",
+        "repository, and with the evaluation's report if there is one. A repository that holds something else, such "
+        "as a whole pipeline or a LoRA for another base, is refused.",
     )
     parser.add_argument("folder", type=Path, help="output folder of the run")
     parser.add_argument("repo_id", help="owner/name of the repository, created if it does not exist")
-    parser.add_argument("--revision", help="branch to commit to")
+    parser.add_argument("--revision", help="branch to commit to, created if it does not exist")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
         "--hub_base_model", metavar="OWNER/NAME", help="the base's Hub id, if the run had the base from a folder"
     )
     parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="folder of an evaluation, whose report is copied into FOLDER"
+        "--report",
+        type=Path,
+        metavar="EVALUATION",
+        help="output folder of an evaluation, if it is another one than the run's: its report and pictures are copied "
+        "to the run's, and pushed with it",
     )
-    options = parser.parse_args(arguments)
-    problems = _problems(options)
-    if problems:
-        parser.error("\n".join(problems))
-    try:
-        url = retried(hf_api().create_repo, options.repo_id, private=options.private or None, exist_ok=True)
-        _complete(options, url.repo_id)
-        push_folder(options.folder, url.repo_id, revision=options.revision)
-    except ERRORS as error:
-        parser.exit(1, f"The student could not be pushed to {options.repo_id!r}: {http_reason(error)}.\n")
-    print(pushed_line(url.repo_id, options.revision))
+    return parser
 
 
-def _problems(options: argparse.Namespace) -> list[str]:
+def _refuse(options: argparse.Namespace) -> None:
     folder, base_id = options.folder, options.hub_base_model
     if not any((folder / name).exists() for name in (*LORA_FILES, CONFIG_FILE)):
-        return [f"there is no student in {folder}"]
-    problems = []
+        raise Refusal(f"cannot push: there is no student in {folder}")
+    problems = Problems()
     if base_id is not None and (reason := repository_id_problem(base_id)) is not None:
         problems.append(f"--hub_base_model {base_id}: {reason}")
     content = card_content(folder)
@@ -77,7 +94,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
         problems.append(f"the student can't be shared yet: {unnamed_base(content['base_name'], '--hub_base_model')}")
     if options.report is not None and not (options.report / REPORT_FILE).exists():
         problems.append(f"--report {options.report}: there is no {REPORT_FILE} in it")
-    return problems
+    problems += push_problems(folder, options.repo_id, base_id)
+    problems.raise_under("cannot push")
 
 
 def _complete(options: argparse.Namespace, repo_id: str) -> None:
@@ -95,4 +113,5 @@ def _complete(options: argparse.Namespace, repo_id: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with refusals_told():
+        main(sys.argv[1:])

@@ -14,9 +14,10 @@
 
 """
 Ends a command that refuses its input, or whose run cannot go on for a reason that is known: with the message, and
-without a traceback.
+without a traceback and without a list of all options.
 """
 
+import argparse
 import os
 import sys
 import time
@@ -34,6 +35,14 @@ from .values import PACKAGE
 REFUSED, FAILED = 2, 1
 # In seconds: longer than a launcher takes to notice that a process has ended.
 _HEAD_START = 10.0
+
+
+class RefusingParser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, as those of [`~parser.CommandParser`] are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a [`Refusal`]."""
+        raise Refusal(f"{self.prog}: {message}. `{self.prog} --help` shows the options.")
 
 
 @contextmanager

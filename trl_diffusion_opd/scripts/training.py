@@ -15,27 +15,58 @@
 """Shared steps of the training commands: train, save the student with its curves, write its card, push."""
 
 import logging
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import IntervalStrategy
 
+from ..checkpointing.checkpoint import last_complete
+from ..checkpointing.stopping import command_to_go_on
 from ..guards.extras import extra
-from ..hub.files import CURVES_PICTURE
+from ..hub.files import CURVES_PICTURE, DRY_RUN_FOLDER
+from ..reporting.console import print_unwrapped
 
 
 if TYPE_CHECKING:
-    from ..trainer import DiffusionConfig, DiffusionRLConfig, DiffusionRLTrainer, DiffusionTrainer
+    from ..trainer import (
+        DiffusionConfig,
+        DiffusionOPDTrainer,
+        DiffusionRLConfig,
+        DiffusionRLTrainer,
+        DiffusionTrainer,
+    )
     from .arguments import TeacherScriptArguments
 
 
 logger = logging.getLogger(__name__)
 
 
+class _Lines(logging.Formatter):
+    """The package's own messages are for users: they come without the name of a module."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        own = record.name.split(".")[0] == "trl_diffusion_opd"
+        return f"{record.levelname}{'' if own else f' {record.name}'}: {record.message}"
+
+
 def show_warnings() -> None:
     """Prints the package's log messages on the console."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    shown = logging.StreamHandler()
+    shown.setFormatter(_Lines())
+    logging.basicConfig(handlers=[shown])
+
+
+def only_show(trainer: "DiffusionOPDTrainer | DiffusionRLTrainer") -> None:
+    """Makes the dry run of a trainer, and says at its end that it was one."""
+    trainer.dry_run()
+    if trainer.is_world_process_zero():
+        pictures = Path(trainer.args.output_dir) / DRY_RUN_FOLDER
+        where = f" Its pictures are in {pictures}." if pictures.is_dir() else ""
+        print_unwrapped(f"Dry run: nothing was trained.{where}")
+    trainer.end()
 
 
 def warn_of_idle_rewards(args: "DiffusionConfig", rewards: Mapping[str, object], has_test_prompts: bool) -> None:
@@ -62,6 +93,28 @@ def train(trainer: "DiffusionTrainer") -> None:
             plot_curves(trainer.state.log_history, Path(args.output_dir) / CURVES_PICTURE)
 
 
+@contextmanager
+def student_is_safe(trainer: "DiffusionTrainer") -> Iterator[None]:
+    """
+    Context for what comes after the training. Ctrl-C in it says that the student is saved, and how to finish.
+
+    Raises:
+        [`SystemExit`]: at Ctrl-C, with a shell's exit status for it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder = trainer.args.output_dir
+        if trainer.is_world_process_zero():
+            again = (
+                "`trl-diffusion-opd evaluate` makes the report from it."
+                if last_complete(folder) is None
+                else f"The same command makes the rest, without training again:\n  {command_to_go_on()}"
+            )
+            print_unwrapped(f"\nStopped, as asked, after the training. The student is safe in {folder}. {again}")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
 def publish(trainer: "DiffusionTrainer") -> None:
     """Writes the model card, pushes if `push_to_hub` is set, and ends the trackers."""
     with extra("The model card"):
@@ -82,8 +135,7 @@ def train_by_reward(
         training_args.push_to_hub = False  # or the trainer would make the repository
     trainer = trainer_class(**script_args.for_trainer(training_args))
     if script_args.dry_run:
-        trainer.dry_run()
-        trainer.end()
+        only_show(trainer)
         return
     train(trainer)
     publish(trainer)

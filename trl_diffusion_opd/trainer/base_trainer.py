@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from ..acceleration.quantization import QuantizationConfig
 from ..acceleration.sharding import is_split, leave_precision_alone, leave_precision_to_the_model
 from ..algorithms.separability import conflict_warning
 from ..checkpointing import checkpoint
+from ..checkpointing.resume import comparable_after
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import TaskSampler, plain_dataset
@@ -93,6 +95,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
     # How often each prompt is repeated in a round, and each round in an epoch.
     repeats, passes = 1, 1
     changes: list[dict[str, object]] = []  # settings that resumes of this run have changed: see `checkpoint.begin`
+    was_finished = False  # whether a resume has found nothing left to train
     bank: TeacherBank | None = None
     merge_report: MergeReport | None = None
     timed_parts: tuple[str, ...] = ("data", "encoding", "student", "backward", "optimizer")  # of an update
@@ -163,7 +166,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self.__dict__.update(parts.method)
         self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
         self.add_callback(RunCallback(self._begin_run, self._warn_of_idle_weights, self._end_update))
-        self._stop = StopRequest(self.accelerator, say=tables.print_line)
+        self._stop = StopRequest(self.accelerator, say=tables.print_unwrapped)
         self.add_callback(self._stop)
         use_public_trackers(self.callback_handler.callbacks)
         use_lines(self.callback_handler.callbacks)
@@ -289,6 +292,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _begin_run(self) -> None:
         """Prints and logs what there is before the first update. All processes must call it."""
+        checkpoint.restore_best(self.args.output_dir, self.state, comparable_after(self.changes))
         self._say_average(self.state.max_steps)
         if self.state.global_step > 0:
             self._pictures.logged_at = self.state.global_step  # resumed: the run before has drawn it
@@ -331,12 +335,26 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             try_rewards(self.evaluator, self._scored_datasets(), self.on_reward_timeout, self.state)
             self.offload.rest()
             checkpoint.set_incomplete_aside(self.args.output_dir, self.accelerator)
+            drawn_now = self._pictures.logged_at == 0 == self.state.global_step
+            if not drawn_now:  # they are of an earlier training of this trainer
+                self._pictures.logged_at = -1
             begun = checkpoint.begin(
-                self.args.output_dir, resume_from_checkpoint, self.accelerator, self._check_resume, self._changes_since
+                self.args.output_dir,
+                resume_from_checkpoint,
+                self.accelerator,
+                self._check_resume,
+                self._changes_since,
+                drawn_now=drawn_now,
             )
             self.run, self.changes = begun.run, begun.record
+            self.was_finished = 0 < self.args.max_steps <= begun.update
+            if self.was_finished:  # nothing is trained, so no change takes effect
+                self.changes = self.changes[: len(self.changes) - len(begun.changes)]
+                begun = replace(begun, changes=[])
             if begun.folder is not None and self.accelerator.is_main_process:
                 tables.print_resume(begun.folder.name, begun.update, [change.row() for change in begun.changes])
+                if comparable_after(self.changes) == begun.update:
+                    tables.print_line("Evaluations now measure something else: the best so far begins anew.")
             return super().train(None if begun.folder is None else str(begun.folder), *args, **kwargs)
 
     def _scored_datasets(self) -> list[Dataset]:

@@ -353,4 +353,5 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                 "loss": f"{args.loss_type}, weighting {args.loss_weighting}, beta {args.beta}",
                 "trained steps": f"{len(self.plan)} of {args.num_inference_steps}{drawn}",
             },
+            "steps_drawn": args.num_trained_timesteps is not None,
         }

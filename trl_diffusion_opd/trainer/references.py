@@ -127,8 +127,7 @@ class BaseAndTeachers:
         if evaluator.accelerator.is_main_process:
             who = "Base and teachers are" if taught else "The base is"
             tables.print_unwrapped(
-                f"{who} scored once on the evaluation's prompts: {count:,} images (eval_base_and_teachers=False "
-                "leaves this out)."
+                f"{who} scored once on the evaluation's prompts: {count:,} images (off: eval_base_and_teachers=False)."
             )
         found = {}
         with evaluator.recording(count, "base and teachers" if taught else "base") as record:

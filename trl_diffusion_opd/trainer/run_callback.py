@@ -19,8 +19,6 @@ from collections.abc import Callable
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..checkpointing.checkpoint import restore_best
-
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +41,14 @@ class RunCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        restore_best(args.output_dir, state)
         if state.global_step >= state.max_steps:
+            more = state.global_step > state.max_steps
             logger.warning(
-                f"This run is finished: {state.global_step} of {state.max_steps} updates are done. To extend it, set "
+                f"This run has done {state.global_step} updates, more than the {state.max_steps} asked for. Nothing is "
+                f"trained, and its student is that of update {state.global_step}. For an earlier one, name its "
+                "checkpoint as resume_from_checkpoint."
+                if more
+                else f"This run is finished: {state.global_step} of {state.max_steps} updates are done. To extend it, set "
                 "a larger max_steps (or num_train_epochs)."
             )
         self._begin()

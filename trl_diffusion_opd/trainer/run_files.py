@@ -14,7 +14,9 @@
 
 """Saves and loads the files of a run: the student, checkpoints, the model card. Pushes them to the Hub."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,8 @@ from transformers.utils.hub import PushInProgress
 
 from ..acceleration.offload import Offload
 from ..checkpointing import checkpoint
-from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, prompts_of
+from ..checkpointing.results import set_report_aside
+from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, counted, prompts_of
 from ..checkpointing.stopping import StopRequest
 from ..data.tasks import task_rows
 from ..guards.files import write_json
@@ -41,10 +44,13 @@ from ..hub import push as hub
 from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
 from ..hub.repository import PushError, make_repository, repository_name
 from ..models.student import STUDENT_ADAPTER, Student
+from ..models.teacher_files import weights_in
 from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from ..reporting import console as tables
 from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
+from ..reporting.student_card import card_content, render_student_card
+from ..rewards import RewardFunc, reward_name
 from .base_config import DiffusionConfig
 from .checks import hub_problems
 from .image_evaluator import ImageEvaluator
@@ -57,6 +63,21 @@ if TYPE_CHECKING:  # its methods call Trainer's with super(): Trainer comes afte
     from trl.trainer.base_trainer import _BaseTrainer as _Behind
 else:
     _Behind = object
+
+
+@contextmanager
+def _without_notice() -> Iterator[None]:
+    """Leaves out Transformers' list of changed arguments: ours has them, with more."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "do not match the ones in the" not in record.getMessage()
+
+    theirs = logging.getLogger("transformers.trainer_utils")
+    theirs.addFilter(is_other)
+    try:
+        yield
+    finally:
+        theirs.removeFilter(is_other)
 
 
 class RunFiles(_Behind):
@@ -79,7 +100,9 @@ class RunFiles(_Behind):
     student: Student
     evaluator: ImageEvaluator
     tasks: list[str]
+    reward_funcs: dict[str, list[RewardFunc]]
     changes: list[dict[str, object]]
+    was_finished: bool
     hub_model_id: str | None  # type: ignore[assignment]  # Trainer's type is None
     push_in_progress: PushInProgress | None  # type: ignore[assignment]
     _card_fields: Callable[[], MethodFacts]
@@ -139,6 +162,7 @@ class RunFiles(_Behind):
             write_json(Path(folder) / ARGUMENTS_FILE, public_arguments(self.args), sort_keys=True)
             if self.bank is not None:
                 write_json(Path(folder) / MANIFEST_FILE, self.bank.manifest(), sort_keys=True)
+            set_report_aside(Path(folder), weights_in(Path(folder)))
 
     def _save_state(self, folder: Path) -> None:
         """Writes the weights that training resumes from into a checkpoint. All processes must call it."""
@@ -154,12 +178,19 @@ class RunFiles(_Behind):
         args, saves = self.args, self.args.should_save
         saved = args.output_dir, self.state.global_step, self.run, saves, self.accelerator, self._checkpoint_bytes
         with checkpoint.written(*saved) as folder:
-            self.create_model_card()
+            self._write_card(folder.name)
             with checkpoint.older_ones_kept(args):
                 super()._save_checkpoint(model, trial)
             self._save_state(folder)
             if saves:
-                checkpoint.describe(folder, args, self.velocity_field.levels, self.prompts_digest(), self.changes)
+                checkpoint.describe(
+                    folder,
+                    args,
+                    self.velocity_field.levels,
+                    self.prompts_digest(),
+                    self.evaluation_settings(),
+                    self.changes,
+                )
         if saves:
             checkpoint.delete_older(args, self.state)
         if args.push_to_hub:
@@ -202,6 +233,13 @@ class RunFiles(_Behind):
             self._load_state(Path(resume_from_checkpoint))
         return prepared
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        with _without_notice():
+            done = super()._init_training_state(max_steps, *args, **kwargs)
+        # Of a resumed run, Trainer takes logging_steps, eval_steps and save_steps from the checkpoint, not from args.
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_state(Path(resume_from_checkpoint))
 
@@ -230,13 +268,30 @@ class RunFiles(_Behind):
     def _changes_since(self, folder: Path) -> list[Change]:
         model = self.student.model
         lora = model.peft_config[STUDENT_ADAPTER] if isinstance(model, PeftModel) else None
-        return changes_since(folder, self.args, lora, self.prompts_digest())
+        return changes_since(folder, self.args, lora, self.prompts_digest(), self.evaluation_settings())
 
     def prompts_digest(self) -> PromptsDigest:
         """Returns the number of training prompts of each task, and a hash of them."""
         if self._prompts_digest is None:
             self._prompts_digest = prompts_of(self.prompts, self.rounds.rows)
         return self._prompts_digest
+
+    def evaluation_settings(self) -> dict[str, object]:
+        """What the scores of evaluations depend on, by name. JSON can hold it."""
+        args, dataset = self.args, self.eval_dataset
+        if dataset is None:
+            return {}
+        settings: dict[str, object] = {
+            "num_eval_images": args.num_eval_images,
+            "eval_num_inference_steps": args.eval_num_inference_steps,
+            "guidance": args.evaluation_guidance,
+        }
+        for name, part in (dataset if isinstance(dataset, Mapping) else {"": dataset}).items():
+            of_part = f" in {name}" if name else ""
+            for task, digest in prompts_of(part, task_rows(part, args.task_column)).items():
+                settings[f"prompts of {task}{of_part}"] = counted(digest)
+                settings[f"rewards of {task}"] = ", ".join(map(reward_name, self.reward_funcs[task])) or None
+        return settings
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -249,12 +304,34 @@ class RunFiles(_Behind):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Writes the model card `README.md` into the output folder."""
-        if self.is_world_process_zero():
-            folder = self.args.output_dir or "."
-            write_model_card(folder, self.card_facts(), model_name, dataset_name, tags)
+        self._write_card(None, model_name, dataset_name, tags)
 
-    def card_facts(self) -> CardFacts:
-        """Collects this run's facts for the model card. The method's own come from `_card_fields`."""
+    def _write_card(
+        self,
+        checkpoint: str | None,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes the card of the student in the output folder, or of one in a checkpoint there."""
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir or ".")
+        kept = card_content(folder) if self.was_finished else None
+        if kept is not None and kept["settings"]["updates"] == str(self.state.global_step):
+            # Nothing was trained, so this run's settings are not the student's.
+            render_student_card(folder, kept | {"checkpoint": checkpoint}, self.hub_model_id)
+        else:
+            write_model_card(folder, self.card_facts(checkpoint), model_name, dataset_name, tags)
+
+    def card_facts(self, checkpoint: str | None = None) -> CardFacts:
+        """
+        Collects this run's facts for the model card. The method's own come from `_card_fields`.
+
+        Args:
+            checkpoint (`str`, *optional*): the folder of the checkpoint that the card is of, if it is not of the
+                output folder's student.
+        """
         args, dataset = self.args, self.eval_dataset
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
         examples = {task: shown[int(rows[0])]["prompt"] for task, rows in task_rows(shown, args.task_column).items()}
@@ -275,6 +352,7 @@ class RunFiles(_Behind):
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
             examples=examples,
             changes=self.changes,
+            checkpoint=checkpoint,
             **self._card_fields(),
         )
 
@@ -303,6 +381,7 @@ class RunFiles(_Behind):
         by_epoch = args.save_strategy == SaveStrategy.EPOCH
         at = f"epoch {int(state.epoch or 0)}" if by_epoch else f"step {state.global_step}"
         assert self.hub_model_id is not None  # `init_hf_repo` has made it
+        set_report_aside(Path(args.output_dir), weights_in(folder))  # its student is copied there
         self.push_in_progress = hub.push_checkpoint(
             folder,
             args.output_dir,

@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import TrainerState
 
 from ..acceleration.quantization import base_weight
+from ..checkpointing.resume import comparable_after
 from ..data.tasks import task_rows
 from ..models.average import average_line, lag_problem
 from ..models.student import Student
@@ -53,6 +54,7 @@ class RunLogs:
     rounds: Rounds
     repeats: int
     passes: int
+    changes: list[dict[str, object]]
     _mixed_precision: str
     _cost: UpdateCost
     _metrics: dict[str, dict[str, list[float]]]
@@ -110,4 +112,6 @@ class RunLogs:
         of_average = " of the average" if self.student.ema is not None else ""
         name = "" if prefix == "eval" else f" on {prefix.removeprefix('eval_')}"
         title = f"Evaluation{of_average}{name} at update {self.state.global_step}"
-        print_evaluation(metrics, self.state.log_history, references, rewards, prefix, title)
+        since, history = comparable_after(self.changes), self.state.log_history
+        comparable = [entry for entry in history if entry["step"] > since] or history[-1:]
+        print_evaluation(metrics, comparable, references, rewards, prefix, title)
