@@ -76,7 +76,13 @@ REFUSED = {
     ),
     "no text at all": (
         {"a.csv": "x,y\n1,2\n"},
-        "--prompts: a.csv has no column 'prompt' (it has x, y); rename the one with the prompts.",
+        "--prompts: a.csv has no column 'prompt' (it has x, y); rename the one with the prompts, or "
+        "name it with --prompt_column.",
+    ),
+    "names of files": (
+        {"a.csv": "file_name,title\na.png,cat\n"},
+        "--prompts: a.csv has no column 'prompt' (it has file_name, title); rename the one with the prompts, or name "
+        "it with --prompt_column.",
     ),
     "blank lines": ({"a.txt": "\n \n"}, "--prompts: the file 'a.txt' has only blank lines."),
     "a line of a csv": (
@@ -158,8 +164,10 @@ def test_a_source_with_its_own_tasks():
 
 
 def test_columns_of_the_hub(monkeypatch):
-    monkeypatch.setattr(prompt_files, "load_dataset", lambda name, split: Dataset.from_dict({"title": ["a", ""]}))
-    with pytest.raises(Refusal, match=r"--prompts: me/set has no column 'prompt' \(it has title\); rename it or give"):
+    monkeypatch.setattr(
+        prompt_files, "load_dataset", lambda name, split: Dataset.from_dict({"title": ["a cat here", ""]})
+    )
+    with pytest.raises(Refusal, match=r"--prompts: me/set has no column 'prompt' \(it has title\); rename "):
         load_datasets({"prompts": ["one=me/set"]}, "task")
     with pytest.raises(Refusal, match=r"--prompts: me/set has 1 empty prompt\(s\), the first in row 1"):
         load_datasets({"prompts": ["one=me/set"]}, "task", "title")

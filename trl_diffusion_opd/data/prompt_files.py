@@ -110,7 +110,9 @@ def _with_prompts(option: str, source: str, part: Dataset, prompt_column: str | 
     if not named:
         likely = _likely_column(part)
         advice = (
-            "; rename the one with the prompts" if likely is None else f"; rename it or give --prompt_column {likely}"
+            "; rename the one with the prompts, or name it with --prompt_column"
+            if likely is None
+            else f"; rename it or give --prompt_column {likely}"
         )
         raise Refusal(f"--{option}: {source} has no column 'prompt' (it has {', '.join(columns)}){advice}.")
     taken, *others = named
@@ -130,14 +132,18 @@ def _with_prompts(option: str, source: str, part: Dataset, prompt_column: str | 
 
 
 def _likely_column(part: Dataset) -> str | None:
-    """The column that most likely holds the prompts: that of text with the most words. `None` without text."""
+    """
+    The column that most likely holds the prompts: that of text with the most words. `None` if no column has two words
+    a row, since single words may as well be names of files.
+    """
     head = part.select(range(min(len(part), 100)))
     words = {
         name: sum(len(text.split()) for text in head[name] if text)
         for name, kind in part.features.items()
         if kind == Value("string")
     }
-    return max(words, key=lambda name: words[name], default=None)
+    likely = max(words, key=lambda name: words[name], default=None)
+    return likely if likely is not None and words[likely] >= 2 * len(head) else None
 
 
 def _without_blanks(option: str, path: str, lines: Dataset) -> Dataset:
