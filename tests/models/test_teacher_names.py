@@ -95,7 +95,10 @@ def test_parses_files(tmp_path):
     assert parse_teacher(on_hub) == on_hub
     (tmp_path / "old.ckpt").touch()
     for spec, message in (
-        (str(tmp_path / "old.ckpt"), "only .safetensors files are read"),
+        (
+            str(tmp_path / "old.ckpt"),
+            r"old.ckpt' is a file of another kind than .safetensors; pickles .* are not read",
+        ),
         (str(tmp_path / "missing.safetensors"), "neither an existing folder .* nor an existing .safetensors file"),
         (f"lora/{NAMED}", "neither an existing folder .* nor an existing .safetensors file"),
         (TeacherConfig(str(tmp_path / NAMED), revision="v1"), "is a file and takes no revision"),

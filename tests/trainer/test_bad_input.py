@@ -240,6 +240,10 @@ DATA = {
     ),
     "empty": (TRAIN.select([]), "train_dataset is empty."),
     "none": (None, "train_dataset is None; it must be a datasets.Dataset"),
+    "list": (
+        [{"prompt": "a"}],
+        "since every update needs prompts of all tasks. Make one with Dataset.from_list([...]).",
+    ),
     "stream": (
         TRAIN.to_iterable_dataset(),
         "train_dataset is a IterableDataset; it must be a datasets.Dataset, since every update needs prompts of all tasks.",

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import json
+import logging
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -34,6 +35,11 @@ from ..pipelines.loading_options import DTYPES, dtype_name, full_dtype, model_in
 from ..problems import Problems
 from ..rewards.scoring import timeout_problems
 from .option_checks import idle_options, step_problems, tracker_problems, unknown_option
+
+
+def _without_advice(record: logging.LogRecord) -> bool:
+    """Drops a warning of processes that do not know of each other: `world_problems` says what to do here."""
+    return "In order to use Torch DDP, launch your script with" not in record.getMessage()
 
 
 # The value of `student_init` that starts from the mean of the teachers' LoRAs.
@@ -304,7 +310,12 @@ class DiffusionConfig(_BaseConfig):
             with suppress(ValueError):
                 given["ema_decay"] = float(given["ema_decay"])
         self._refuse_broken_json()
-        super().__post_init__()
+        log = logging.getLogger("transformers.training_args")
+        log.addFilter(_without_advice)
+        try:
+            super().__post_init__()
+        finally:
+            log.removeFilter(_without_advice)
         # Under ZeRO-3 transformers would split every model that is loaded from now on. For text encoders and rewards
         # there is no engine that gathers them again.
         unset_hf_deepspeed_config()
