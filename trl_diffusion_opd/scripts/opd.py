@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, ClassVar
 from ..data.tasks import task_rows
 from ..guards.extras import extra
 from ..problems import Refusal
-from ..reporting.console import print_line
 from ..trainer.diffusion_opd_config import DiffusionOPDConfig
 from .arguments import TaughtArguments
 from .parser import parse
@@ -127,7 +126,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
 
 def _say_that_a_report_follows(trainer: "DiffusionOPDTrainer", num_images: int) -> None:
     if trainer.is_world_process_zero():
-        print_line(f"After the training: the report, {num_images:,} images a task by base, each teacher and student.")
+        print(f"After the training: the report, {num_images:,} images a task by base, each teacher and student.")
 
 
 if __name__ == "__main__":

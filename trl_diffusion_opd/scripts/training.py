@@ -23,11 +23,8 @@ from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import IntervalStrategy
 
-from ..checkpointing.checkpoint import last_complete
-from ..checkpointing.stopping import command_to_go_on
 from ..guards.extras import extra
 from ..hub.files import CURVES_PICTURE, DRY_RUN_FOLDER
-from ..reporting.console import print_unwrapped
 
 
 if TYPE_CHECKING:
@@ -65,7 +62,7 @@ def only_show(trainer: "DiffusionOPDTrainer | DiffusionRLTrainer") -> None:
     if trainer.is_world_process_zero():
         pictures = Path(trainer.args.output_dir) / DRY_RUN_FOLDER
         where = f" Its pictures are in {pictures}." if pictures.is_dir() else ""
-        print_unwrapped(f"Dry run: nothing was trained.{where}")
+        print(f"Dry run: nothing was trained.{where}")
     trainer.end()
 
 
@@ -104,6 +101,9 @@ def student_is_safe(trainer: "DiffusionTrainer") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from ..checkpointing.checkpoint import last_complete
+        from ..checkpointing.stopping import command_to_go_on
+
         folder = trainer.args.output_dir
         if trainer.is_world_process_zero():
             again = (
@@ -111,7 +111,7 @@ def student_is_safe(trainer: "DiffusionTrainer") -> Iterator[None]:
                 if last_complete(folder) is None
                 else f"The same command makes the rest, without training again:\n  {command_to_go_on()}"
             )
-            print_unwrapped(f"\nStopped, as asked, after the training. The student is safe in {folder}. {again}")
+            print(f"\nStopped, as asked, after the training. The student is safe in {folder}. {again}")
         raise SystemExit(128 + signal.SIGINT) from None
 
 
