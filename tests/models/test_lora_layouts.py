@@ -54,6 +54,10 @@ def pairs(*modules, names=AB, alpha=False, width=12, rows=36):
 LAYOUTS = {
     "diffusers": ("sd3", pairs("transformer.transformer_blocks.0.attn.to_q", "transformer.proj_out")),
     "diffusers, alpha": ("sd3", pairs("transformer.transformer_blocks.0.attn.to_q", alpha=True)),
+    "diffusers, given PEFT's keys": (
+        "flux",
+        pairs("transformer.base_model.model.transformer_blocks.0.attn.to_q", alpha=True),
+    ),
     "the transformer's own names": ("sana", pairs("transformer_blocks.0.attn1.to_q", alpha=True)),
     "diffusers for FLUX.1, alpha": ("flux", pairs("transformer.transformer_blocks.0.attn.to_q", alpha=True)),
     "diffusers for FLUX.1, down and up": ("flux", pairs("transformer.transformer_blocks.0.attn.to_q", names=KOHYA)),

@@ -96,6 +96,7 @@ def convert(
     Raises:
         TeacherError: If the loader cannot convert the layout, or would drop a tensor of the file.
     """
+    raw = _without_slip(raw)
     _refuse_mixture(raw, label)
     tensors: dict[str, _Traced] = {}
     for key, value in raw.items():
@@ -129,6 +130,17 @@ def convert(
             "transformer as the teacher."
         )
     return {key: value.as_subclass(Tensor) for key, value in tensors.items()}, alphas
+
+
+def _without_slip(raw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """
+    Takes PEFT's prefix out of keys that have it behind the transformer's. They come from `save_lora_weights`, given a
+    PeftModel's own keys.
+    """
+    slip = "transformer.base_model.model."
+    if not all(key.startswith(slip) for key in raw):
+        return raw
+    return {f"transformer.{key.removeprefix(slip)}": value for key, value in raw.items()}
 
 
 def _refuse_mixture(keys: Iterable[str], label: str) -> None:
