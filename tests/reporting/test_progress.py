@@ -15,6 +15,7 @@
 """The line of an interval: its numbers, its changes, and that it never is longer than the console."""
 
 import math
+import re
 
 import pytest
 from rich.cells import cell_len
@@ -131,3 +132,13 @@ def test_what_an_update_takes():
     }
     expected = "An update takes 2 s: backward 45%, student 25%, noise floor 15%, other 14%. 24.0 samples/s, .76 GiB."
     assert timing_line(log) == expected
+
+
+def test_many_parts_of_an_update_fit_a_line():
+    parts = {f"time/part_number_{i}": float(i + 1) for i in range(12)}
+    log = {"step_time": 80.0, "time/other": 2.0, **parts, "samples_per_second": 3.0, "peak_memory_gib": 20.0}
+    line = timing_line(log)
+    assert len(line) <= 120 and line.startswith("An update takes 80 s: part number 11 15%, part number 10 14%")
+    shares = [int(share) for share in re.findall(r" (\d+)%", line)]
+    assert sum(shares) == pytest.approx(100, abs=len(shares))
+    assert line.endswith("%. 3.00 samples/s, 20.0 GiB.")

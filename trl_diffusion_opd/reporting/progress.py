@@ -173,19 +173,26 @@ def _changed(name: str, log: Log, first: Log, rises: bool) -> str:
     return f"{text} ({ratio - 1:+.0%})" if ratio < 10 else f"{text} (x{ratio:.0f})"
 
 
-def timing_line(log: Log) -> str:
+def timing_line(log: Log, width: int = WIDTH) -> str:
     """
-    Says in one line what an update takes: its seconds, and the shares of its parts.
+    Says in one line what an update takes: its seconds, and the shares of its parts. The smallest parts are counted as
+    `other` if the line is too long.
 
     Args:
         log (`dict[str, float]`): the metrics of an interval, with `step_time` and `time/<part>`.
+        width (`int`, *optional*, defaults to 120): the most characters of the line.
     """
     whole = log["step_time"]
     parts = {name: value for name, value in of_tasks(log, "time/").items() if value >= whole / 100}
-    ordered = sorted(parts, key=lambda name: (name == "other", -parts[name]))
-    shares = ", ".join(f"{name.replace('_', ' ')} {parts[name] / whole:.0%}" for name in ordered)
-    line = f"An update takes {duration(whole)}: {shares}."
+    rate = ""
     if "samples_per_second" in log:
-        line += f" {number(log['samples_per_second'])} samples/s"
-        line += f", {number(log['peak_memory_gib'])} GiB." if "peak_memory_gib" in log else "."
-    return line
+        rate = f" {number(log['samples_per_second'])} samples/s"
+        rate += f", {number(log['peak_memory_gib'])} GiB." if "peak_memory_gib" in log else "."
+    while True:
+        ordered = sorted(parts, key=lambda name: (name == "other", -parts[name]))
+        shares = ", ".join(f"{name.replace('_', ' ')} {parts[name] / whole:.0%}" for name in ordered)
+        line = f"An update takes {duration(whole)}: {shares}.{rate}"
+        named = [name for name in ordered if name != "other"]
+        if cell_len(line) <= width or len(named) < 2:
+            return line
+        parts["other"] = parts.get("other", 0.0) + parts.pop(named[-1])
