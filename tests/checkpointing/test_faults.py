@@ -48,6 +48,7 @@ FILES = {
     "student_raw.safetensors": FOLDER,
     "noise_grid.json": FOLDER,
     "prompts.json": FOLDER,
+    "evaluation.json": FOLDER,
     "complete.part": FULL,
 }
 

@@ -137,7 +137,7 @@ CAUSES = {
     "The VAE computed": black_pixels,
     "The loss of task": not_finite,
     "The prompts of these tasks": alike,
-    "Can't resume from checkpoint-2: - it was": another_run,
+    "Can't resume from checkpoint-2: - num_inference_steps was": another_run,
     "Can't resume from checkpoint-2: - student_raw": damaged,
     "DiffusionOPDConfig: -": lambda: DiffusionOPDConfig("run", noise_level=0.7),
 }

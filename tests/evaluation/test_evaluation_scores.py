@@ -88,8 +88,8 @@ def test_scores_are_those_of_a_direct_call(tmp_path, monkeypatch):
     seen, both = Seen(), CombinedReward({red: 1.0, blue: 2.0})
     report(tmp_path, [both, asynchronous, seen])
     scores = json.loads((tmp_path / "out" / "retention_scores.json").read_text())
-    # First it was tried once on each task. The base's five images of the first task come next, in batches of two.
-    assert [call["prompts"] for call in seen.calls[:2]] == [["fox 0"], ["fox 0"]]
+    # First it was tried once on two rows of each task. The base's five images of the first task come next, in batches of two.
+    assert [call["prompts"] for call in seen.calls[:2]] == [["fox 0", "cat 1"]] * 2
     del seen.calls[:2]
     drawn = [image for call in seen.calls[:3] for image in call["images"]]
     rows = [ROWS[n % 3] for n in range(5)]  # prompts are taken in turn

@@ -52,4 +52,4 @@ def test_multi_task_rl_from_the_command_line(tmp_path, monkeypatch, capsys):
     make_pipeline().load_lora_weights("teacher")
     shown = capsys.readouterr().out
     assert "Steps of flow_sde, 1 of 2 with noise" in shown
-    assert re.search(r"^1/2  reward \S+  spread \S+  count \S+ draw \S+  lr", shown, re.MULTILINE)
+    assert re.search(r"^1/2  reward \S+  spread \S+  count \S+ draw \S+", shown, re.MULTILINE)

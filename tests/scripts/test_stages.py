@@ -117,7 +117,7 @@ KILLS = {
     "at the end of the first stage": ("save_model", 4),
     "at the beginning of the second stage": ("training_step", 4),
     "within a checkpoint of the second stage": ("save_state", 5),
-    "at the end of the second stage": ("create_model_card", 8),
+    "at the end of the second stage": ("create_model_card", 2),
 }
 
 

@@ -212,7 +212,7 @@ def test_several_updates_on_a_round(tmp_path):
     trainer = make_trainer(tmp_path, counted, max_steps=4, num_iterations=2, learning_rate=1e-3, epsilon=1e-6)
     rounds, steps = record_rounds(trainer)
     trainer.train()
-    assert len(rounds) == 2 and calls == [4] * 4
+    assert len(rounds) == 2 and calls == [2] * 2 + [4] * 4  # first the reward is tried, once a task
     assert [id(rollout) for rollout in steps] == [id(r) for rollouts in rounds for _ in range(2) for r in rollouts]
     deviations, clipped = (
         logged(trainer.state.log_history, "ratio/max_deviation"),
