@@ -38,7 +38,12 @@ TASK = "compose"
 
 
 def student_card(card: str) -> str:
-    """The run's card, with links to the docs' pictures in place of those that lie beside it in the output folder."""
+    """
+    The run's card, with links to the docs' pictures in place of those that lie beside it in the output folder. Its
+    gallery is left out, since the images of `completions/` are not kept here.
+    """
+    card = re.sub(r"(?m)^widget:\n(?:[- ] .*\n)+", "", card)
+    card = re.sub(r"<Gallery />\n\n## Images\n.*?(?=\n## )", "", card, flags=re.DOTALL)
 
     def link(match: re.Match[str]) -> str:
         path = f"{IMAGES}/demo_{match[2]}"
