@@ -26,6 +26,7 @@ from helpers.tiny_sd3 import make_pipeline
 def test_multi_task_rl_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower console has a shorter line
     make_pipeline().save_pretrained("base")
     rows = [{"prompt": f"draw{i}", "target": i} for i in range(3)]
     Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
