@@ -28,6 +28,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from ..guards.files import read_json
+from ..guards.log_lines import without_lines
 from .errors import ERRORS, http_reason, retried
 from .files import ADAPTER_CONFIG_FILE, CONFIG_FILE, LORA_FILES, PUSHED_FILES, STUDENT_FILES
 from .repository import BY_COMMAND, PushError, repository_problems
@@ -73,7 +74,8 @@ def push_folder(
     """
     folder = Path(folder)
     names = [path.relative_to(folder).as_posix() for path in matching_files(folder, PUSHED_FILES)]
-    with _without_notice():
+    # After a second push users take its notice that nothing has changed for a failure.
+    with without_lines("No files have been modified", "huggingface_hub.hf_api"):
         return retried(
             hf_api().upload_folder,
             repo_id=repo_id,
@@ -85,23 +87,6 @@ def push_folder(
             token=token,
             revision=revision,
         )
-
-
-@contextmanager
-def _without_notice() -> Iterator[None]:
-    """
-    Leaves out huggingface_hub's notice that nothing has changed, as after a second push. Users take it for a failure.
-    """
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No files have been modified")
-
-    theirs = logging.getLogger("huggingface_hub.hf_api")
-    theirs.addFilter(is_other)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(is_other)
 
 
 def pushed_line(repo_id: str, revision: str | None = None) -> str:

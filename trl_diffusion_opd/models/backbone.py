@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..acceleration.compilation import compile_blocks
 from .adapter_switch import AdapterSwitch
 from .lora_adapter import adapter_parameters, add_adapter
-from .student import STUDENT_ADAPTER, frozen_copy
+from .student import STUDENT_ADAPTER, Student, frozen_copy
 
 
 BASE, STUDENT = "base", "student"
@@ -189,3 +189,16 @@ class Backbone:
         for network in self.networks():
             compile_blocks(network, backend, mode)
         return self
+
+
+def base_backbone(student: Student, known: Backbone | None) -> Backbone | None:
+    """
+    Returns the backbone that computes the base; `None` where nothing keeps a copy of the base.
+
+    Args:
+        student ([`Student`]): the student. A LoRA's own network is the base too.
+        known ([`Backbone`], *optional*): the run's, if it has one.
+    """
+    if known is None and student.is_lora:
+        known = Backbone.of(student.model)
+    return None if known is None or known.network is None else known

@@ -17,14 +17,14 @@ Finds prompts that are cut because they are too long. Several text encoders may 
 a prompt is cut only if none of them reads all of it.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..guards.log_lines import without_lines
 from ..guards.redaction import shown
 from .prompt_store import Encoded
 
@@ -128,27 +128,15 @@ def cut_warning(prompts: Iterable[str], found: list[TextLimit]) -> str | None:
     )
 
 
-@contextmanager
-def no_cut_lines(pipeline_class: type) -> Iterator[None]:
+def no_cut_lines(pipeline_class: type) -> AbstractContextManager[None]:
     """
-    Leaves out the lines in which a pipeline shows what it cuts from its prompts. It shows each batch in full, with its
-    padding, also where another encoder reads the whole prompt.
+    Context that leaves out the lines in which a pipeline shows what it cuts from its prompts. It shows each batch in full,
+    with its padding, also where another encoder reads the whole prompt.
     """
     modules = {
         base.__module__ for base in pipeline_class.__mro__ if base.__module__.startswith("diffusers.pipelines.")
     }
-    loggers = [logging.getLogger(module) for module in modules]
-    for logger in loggers:
-        logger.addFilter(_is_no_cut_line)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_is_no_cut_line)
-
-
-def _is_no_cut_line(record: logging.LogRecord) -> bool:
-    return "part of your input was truncated" not in record.getMessage()
+    return without_lines("part of your input was truncated", *modules)
 
 
 def silence_tokenizers(components: Mapping[str, object]) -> None:

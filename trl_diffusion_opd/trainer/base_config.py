@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import json
-import logging
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -29,17 +28,13 @@ from ..acceleration.processes import world_problems
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
 from ..guards.files import JSON
 from ..guards.finite import infinite_options
+from ..guards.log_lines import without_lines
 from ..hub.names import repository_id_problem
 from ..models.average import FOLLOWING
 from ..pipelines.loading_options import DTYPES, dtype_name, full_dtype, model_init_problems
 from ..problems import Problems
 from ..rewards.scoring import timeout_problems
 from .option_checks import idle_options, step_problems, tracker_problems, unknown_option
-
-
-def _without_advice(record: logging.LogRecord) -> bool:
-    """Drops a warning of processes that do not know of each other: `world_problems` says what to do here."""
-    return "In order to use Torch DDP, launch your script with" not in record.getMessage()
 
 
 # The value of `student_init` that starts from the mean of the teachers' LoRAs.
@@ -310,12 +305,9 @@ class DiffusionConfig(_BaseConfig):
             with suppress(ValueError):
                 given["ema_decay"] = float(given["ema_decay"])
         self._refuse_broken_json()
-        log = logging.getLogger("transformers.training_args")
-        log.addFilter(_without_advice)
-        try:
+        # Its advice for processes that do not know of each other is another one than that of `world_problems`.
+        with without_lines("In order to use Torch DDP, launch your script with", "transformers.training_args"):
             super().__post_init__()
-        finally:
-            log.removeFilter(_without_advice)
         # Under ZeRO-3 transformers would split every model that is loaded from now on. For text encoders and rewards
         # there is no engine that gathers them again.
         unset_hf_deepspeed_config()

@@ -32,7 +32,7 @@ from ..checkpointing.resume import prompts_of
 from ..data.tasks import task_rows
 from ..guards.files import read_json, write_json
 from ..hub.files import REFERENCES_FILE
-from ..models.backbone import BASE, Backbone
+from ..models.backbone import BASE, base_backbone
 from ..models.teachers import TeacherBank, model_identity
 from ..pipelines.drawing import Velocity
 from ..reporting import console as tables
@@ -59,10 +59,8 @@ class BaseAndTeachers:
     def __init__(self, evaluator: ImageEvaluator, bank: TeacherBank | None):
         self.evaluator = evaluator
         self.bank = bank
-        student = evaluator.student
-        own = Backbone.of(student.model) if bank is None and student.is_lora else None
         # A student that is trained in full, without teachers, has no copy of the base.
-        self._backbone = own if bank is None else bank.backbone
+        self._backbone = base_backbone(evaluator.student, None if bank is None else bank.backbone)
         self._known: dict[str, References] = {}
 
     def of(self, dataset: Dataset, state: TrainerState, run: str | None) -> References:

@@ -14,9 +14,7 @@
 
 """Saves and loads the files of a run: the student, checkpoints, the model card. Pushes them to the Hub."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +37,7 @@ from ..checkpointing.stopping import StopRequest
 from ..data.tasks import task_rows
 from ..guards.files import write_json
 from ..guards.finite import not_finite
+from ..guards.log_lines import without_lines
 from ..guards.redaction import public_arguments
 from ..hub import push as hub
 from ..hub.files import ARGUMENTS_FILE, MANIFEST_FILE
@@ -63,21 +62,6 @@ if TYPE_CHECKING:  # its methods call Trainer's with super(): Trainer comes afte
     from trl.trainer.base_trainer import _BaseTrainer as _Behind
 else:
     _Behind = object
-
-
-@contextmanager
-def _without_notice() -> Iterator[None]:
-    """Leaves out Transformers' list of changed arguments: ours has them, with more."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return "do not match the ones in the" not in record.getMessage()
-
-    theirs = logging.getLogger("transformers.trainer_utils")
-    theirs.addFilter(is_other)
-    try:
-        yield
-    finally:
-        theirs.removeFilter(is_other)
 
 
 class RunFiles(_Behind):
@@ -234,7 +218,8 @@ class RunFiles(_Behind):
         return prepared
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        with _without_notice():
+        # Transformers lists changed arguments; our table has them, with more.
+        with without_lines("do not match the ones in the", "transformers.trainer_utils"):
             done = super()._init_training_state(max_steps, *args, **kwargs)
         # Of a resumed run, Trainer takes logging_steps, eval_steps and save_steps from the checkpoint, not from args.
         self.state.compute_steps(self.args, max_steps)

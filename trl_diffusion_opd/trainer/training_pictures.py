@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from ..data.tasks import task_rows
-from ..models.backbone import BASE, Backbone
+from ..models.backbone import BASE, Backbone, base_backbone
 from ..models.student import Student
 from ..models.teachers import TeacherBank
 from ..reporting.completions import Beside, Completion, log_completions
@@ -61,7 +61,7 @@ def base_model(
     student: Student, backbone: Backbone | None, guidance_scale: float, state: TrainerState
 ) -> list[FrozenModel]:
     """
-    Returns the base as a frozen.
+    Returns the base, in a list.
 
     If all weights are trained and nobody keeps a copy of the base, the student is the base before its first update.
     Afterwards there is none, and the list is empty.
@@ -70,10 +70,8 @@ def base_model(
         student ([`Student`]), backbone ([`Backbone`], *optional*): the student, and the frozen networks if there are.
         guidance_scale (`float`), state ([`~transformers.TrainerState`])
     """
-    if student.is_lora and backbone is None:
-        backbone = Backbone.of(student.model)
-    if backbone is not None and backbone.network is not None:
-        known = backbone
+    known = base_backbone(student, backbone)
+    if known is not None:
         return [FrozenModel("base", guidance_scale, lambda: known.use(BASE))]
     if state.global_step == 0:
         return [FrozenModel("base", guidance_scale, lambda: nullcontext(student.model))]
