@@ -33,7 +33,7 @@ from .checks import option_problems, pipeline_problems
 from .guidance import guidance_embedding, guidance_lines
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
-from .prediction import NoiseGrid, all_levels, grid_scheduler, noise_grid, prediction_of
+from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
 from .view import DecoderStandIn, StandIn, Stop, at_least_float32, stop, timesteps_of
@@ -126,15 +126,12 @@ class VelocityField(PipelineCalls):
                 f"{type(scheduler).__name__} makes {len(grid.levels) - 1} levels for {num_inference_steps} steps. Use "
                 "a FlowMatchEulerDiscreteScheduler, which makes one level a step."
             )
-        self._use_grid(grid)
+        self._grid, self.levels = grid, grid.levels
         # Z-Image and Krea 2 write guidance as v + s (v - v_empty): their s is one less than other pipelines' scale,
         # and s = 1 is guidance. The offset corrects this: a scale of 1 is then no guidance, so the next call adds
         # nothing.
         named = self._guidance == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
         self._guidance_offset += float(named and view.do_classifier_free_guidance)
-
-    def _use_grid(self, grid: NoiseGrid) -> None:
-        self._grid, self.levels = grid, grid.levels
 
     def _check_input_scaling(self) -> None:
         """Refuses a flow-matching pipeline whose scheduler was exchanged by one for models that predict noise."""
@@ -159,8 +156,8 @@ class VelocityField(PipelineCalls):
         scheduler = self.pipeline.scheduler
         if self._prediction.is_flow:
             return self.with_steps(scheduler.config.num_train_timesteps)
-        other = copy.copy(self)
-        other._use_grid(all_levels(self._prediction, scheduler))
+        other, grid = copy.copy(self), all_levels(self._prediction, scheduler)
+        vars(other).update(_grid=grid, levels=grid.levels)
         return other
 
     @property
