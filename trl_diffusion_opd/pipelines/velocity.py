@@ -85,12 +85,7 @@ class VelocityField(PipelineCalls):
         prompt_store: PromptStore | None = None,
     ):
         self.height, self.width = height, width
-        self._given = dict(
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-            generation_kwargs=dict(generation_kwargs or {}),
-        )
+        self._max_sequence_length, self._generation_kwargs = max_sequence_length, dict(generation_kwargs or {})
         options = dict(generation_kwargs or {})
         problems = pipeline_problems(pipeline) or option_problems(
             pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
@@ -113,7 +108,13 @@ class VelocityField(PipelineCalls):
     ) -> "VelocityField":
         """A field of another pipeline with this one's size and options. It has embeddings of its own."""
         return VelocityField(
-            pipeline, num_inference_steps=num_inference_steps, prompt_store=prompt_store, **self._given
+            pipeline,
+            num_inference_steps=num_inference_steps,
+            height=self.height,
+            width=self.width,
+            max_sequence_length=self._max_sequence_length,
+            generation_kwargs=self._generation_kwargs,
+            prompt_store=prompt_store,
         )
 
     def set_grid(self, num_inference_steps: int) -> None:
