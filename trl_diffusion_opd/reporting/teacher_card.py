@@ -26,7 +26,7 @@ from ..guards.files import read_json
 from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
 from ..models.teacher_config import TeacherConfig
-from ..models.teacher_files import find_files
+from ..models.teacher_files import TeacherFiles, find_files
 from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
@@ -107,8 +107,7 @@ def write_teacher_card(
         guidance_scale=guidance_scale,
         steps=call_options.get("num_inference_steps"),
         call_options=literals(call_options, []),
-        kind="lora" if found.kind == "diffusers" else "peft",
-        denoiser=_denoiser(folder / found.names[-1]),
+        **_loading(found),
         dtype=dtype,
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
@@ -121,10 +120,11 @@ def write_teacher_card(
     return folder / CARD_FILE
 
 
-def _denoiser(file: Path) -> str:
-    """The pipeline's name for the network that a LoRA is for. Only UNets go down and up again."""
-    with safe_open(file, "pt") as weights:
-        return "unet" if any("up_blocks" in key for key in weights.keys()) else "transformer"
+def _loading(found: TeacherFiles) -> dict[str, str]:
+    """How a LoRA is loaded, and the pipeline's name for its network. Only UNets go down and up again."""
+    with safe_open(found.folder / found.names[-1], "pt") as weights:
+        is_unet = any("up_blocks" in key for key in weights.keys())
+    return {"kind": "lora" if found.kind == "diffusers" else "peft", "denoiser": "unet" if is_unet else "transformer"}
 
 
 def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:
