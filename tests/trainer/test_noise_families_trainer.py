@@ -178,7 +178,12 @@ def test_all_weights_and_a_pipeline_as_teacher(tmp_path: Path) -> None:
             parameter *= 1.01
     teacher.save_pretrained(tmp_path / "teacher")
     trainer = family_trainer(
-        family, tmp_path / "student", str(tmp_path / "teacher"), peft_config=None, num_inference_steps=STEPS
+        family,
+        tmp_path / "student",
+        str(tmp_path / "teacher"),
+        peft_config=None,
+        num_inference_steps=STEPS,
+        gradient_checkpointing=True,
     )
     trainer.train()
     trainer.save_model()
