@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Schedu
 from torch import nn
 
 from .denoiser import denoiser
+from .experts import expert_problems
 from .guidance import guidance_name
 from .images import pixels_a_latent
 
@@ -92,6 +93,8 @@ def option_problems(
 
 def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     """Says why velocities can't be computed with a pipeline, one sentence each."""
+    if problems := expert_problems(pipeline):
+        return problems
     name = type(pipeline).__name__
     scheduler = pipeline.components.get("scheduler")
     missing = [] if isinstance(pipeline.components.get("transformer"), nn.Module) else ["transformer"]

@@ -26,6 +26,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -36,6 +37,8 @@ from PIL.Image import new as new_image
 from torch import Tensor
 
 from .checks import option_problems, pipeline_problems
+from .denoiser import denoiser
+from .experts import Experts, expert_groups, in_groups
 from .guidance import guidance_embedding, guidance_lines, guidance_name
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
@@ -99,7 +102,7 @@ class VelocityField:
         prompt_store: PromptStore | None = None,
     ):
         self.pipeline = pipeline
-        self._base = pipeline.components.get("transformer")
+        self._base = denoiser(pipeline)
         self.height, self.width = height, width
         self._parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
         options = dict(generation_kwargs or {})
@@ -186,6 +189,9 @@ class VelocityField:
         """
         timesteps = None
         if isinstance(t, Sequence):
+            if len(groups := self._groups(t)) > 1:
+                of_rows = partial(self._of_rows, x, t, prompts, guidance_scale, transformer, adapters)
+                return in_groups(groups, of_rows)
             # A pipeline's loop has one level at a time. First ask which timesteps it gives the transformer at each
             # level.
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
@@ -205,6 +211,25 @@ class VelocityField:
         prompts = ["a", "a b c"][: max(1, batch_size)]
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
+
+    def _groups(self, t: Sequence[float]) -> list[list[int]]:
+        """The positions of the samples of each network: those of one step of the pipeline can't have two experts."""
+        if not isinstance(self._base, Experts):
+            return [[*range(len(t))]]
+        return expert_groups([self._timestep(level) for level in t], self.pipeline)
+
+    def _of_rows(
+        self,
+        x: Tensor,
+        t: Sequence[float],
+        prompts: list[str],
+        guidance_scale: float,
+        transformer: Callable[..., tuple] | None,
+        adapters: list[str] | None,
+        rows: list[int],
+    ) -> Tensor:
+        adapters = None if adapters is None else [adapters[i] for i in rows]
+        return self(x[rows], [t[i] for i in rows], [prompts[i] for i in rows], guidance_scale, transformer, adapters)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
@@ -394,7 +419,7 @@ class VelocityField:
         stand_in = StandIn(self._base, self._base)
         with torch.no_grad():
             self._velocity(x, float(self.levels[0]), [""], guidance_scale, stand_in)
-        return stand_in.rows
+        return stand_in.total_rows()
 
     @torch.no_grad()
     def check_rows(self, guidance_scale: float) -> None:
@@ -472,7 +497,7 @@ class VelocityField:
             raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
         return self._view_class.of(
             self.pipeline,
-            transformer=transformer,
+            **transformer.components(),
             scheduler=scheduler,
             encoding=self.encoding,
             x=x,
