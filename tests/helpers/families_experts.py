@@ -19,7 +19,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, Family
 from peft import LoraConfig, PeftModel, get_peft_model
 

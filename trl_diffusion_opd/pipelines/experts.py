@@ -160,3 +160,17 @@ def in_groups(groups: Sequence[list[int]], compute: Callable[[list[int]], Tensor
     parts = torch.cat([compute(rows) for rows in groups])
     positions = torch.tensor([i for rows in groups for i in rows], device=parts.device)
     return parts[positions.argsort()]
+
+
+def unseen_expert(levels: Sequence[float], pipeline: DiffusionPipeline) -> str | None:
+    """A warning if a noise grid, with its final 0, has no level for one of two experts; else `None`."""
+    if not has_experts(pipeline):
+        return None
+    seen = {expert_at(level * pipeline.scheduler.config.num_train_timesteps, pipeline) for level in levels[:-1]}
+    if not (unseen := [expert for expert in EXPERTS if expert not in seen]):
+        return None
+    return (
+        f"None of the {len(levels) - 1} noise levels is on the side of {unseen[0]}, which denoises {NOISE[unseen[0]]} "
+        f"(the boundary is at {pipeline.config['boundary_ratio']}): its LoRA is not trained. Use more "
+        "num_inference_steps."
+    )

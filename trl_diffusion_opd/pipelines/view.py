@@ -202,7 +202,7 @@ def _float32_projection(model: Callable[..., tuple], base: nn.Module, expert: st
     """
     # A teacher may be a separate transformer, or a LoRA on a frozen copy of the base: use its own projection.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    inner = inner.of(expert) if isinstance(inner, Experts) else inner
+    inner = inner.of(expert) if isinstance(inner, Experts) and expert is not None else inner
     children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
     projection = children.get("proj_out", dict(base.named_children()).get("proj_out"))
     if not isinstance(projection, nn.Linear):
