@@ -14,7 +14,6 @@
 
 """Wan 2.2 through the trainers: both experts are trained and taught, and saved as diffusers loads them."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,9 @@ def expected_loss(teacher: torch.nn.Module, prompt: str, task_index: int) -> flo
         losses = [
             0.5
             * (sigmas[j + 1] - sigmas[j]) ** 2
-            * (student.double() - velocity(x, level, [prompt], WAN_2_2.guidance_scale, teacher).double()).square().mean()
+            * (student.double() - velocity(x, level, [prompt], WAN_2_2.guidance_scale, teacher).double())
+            .square()
+            .mean()
             for j, (level, x, student) in enumerate(trace[:-1])
         ]
     return float(sum(losses) / len(losses))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -68,6 +69,23 @@ def find_teacher(config: TeacherConfig, pipeline: DiffusionPipeline) -> TeacherF
             "transformer for all noise. Leave it out."
         )
     return find_files(config)
+
+
+def find_for_any_base(config: TeacherConfig) -> TeacherFiles:
+    """
+    Finds a teacher's files before its base is loaded: those of one network, else a pair's.
+
+    Raises:
+        TeacherError: as [`find_teacher`], if they are neither.
+    """
+    if config.low_noise_weight_name is not None:
+        return _find_pair(config)
+    try:
+        return find_files(config)
+    except TeacherError:
+        with suppress(TeacherError):
+            return _find_pair(config)
+        raise
 
 
 def _label(config: TeacherConfig) -> str:

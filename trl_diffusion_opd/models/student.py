@@ -260,7 +260,7 @@ class Student:
         if isinstance(self.pipeline, LoraBaseMixin):
             if not has_experts(self.pipeline):
                 return f"pipe.load_lora_weights({name})"
-            high, low = (f"pipe.load_lora_weights({name}, weight_name={file!r}" for file in PAIR_FILES.values())
+            high, low = (f'pipe.load_lora_weights({name}, weight_name="{file}"' for file in PAIR_FILES.values())
             return f"{high}); {low}, load_into_transformer_2=True)"
         return f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name}).merge_and_unload()"
 
