@@ -33,44 +33,28 @@ from .lora_layouts import DIFFERENCE_KEY, LORA_KEY, LYCORIS_KEY, convert, layout
 from .lora_options import read_options
 from .lora_scales import MATRIX, LoraScales, matrix_shapes, resolve
 from .lora_update import check_update
-from .teacher_config import TeacherConfig, TeacherError
-from .teacher_files import TeacherFiles, check_keys, find_files, parse_json, read_json
+from .teacher_config import TeacherError
+from .teacher_files import TeacherFiles, check_keys, parse_json, read_json
 
 
 # How the keys of a PeftModel begin. This package uses such keys throughout; files may have the prefix or not.
 PEFT_PREFIX = "base_model.model."
 
 
-def read_lora(
-    pipeline: DiffusionPipeline, config: TeacherConfig
-) -> tuple[LoraConfig, dict[str, torch.Tensor], TeacherFiles]:
+def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """
-    Reads a LoRA in PEFT's or diffusers' format.
+    Reads a LoRA of one network.
 
     Args:
-        pipeline (`DiffusionPipeline`):
-            The base. Its class converts the key layouts of other trainers.
-        config ([`TeacherConfig`]):
-            As `parse_teacher` returns it.
+        files ([`~teacher_files.TeacherFiles`]): where it is.
+        pipeline (`DiffusionPipeline`): the base. Its class converts the key layouts of other trainers.
 
     Returns:
-        The `LoraConfig`; the tensors on the CPU, in the file's own dtype, under PEFT's keys
-        (`base_model.model.<module>.lora_A.weight`); and the [`~teacher_files.TeacherFiles`] they came from.
+        The `LoraConfig`, and the tensors as [`~expert_teachers.read_lora`] returns them.
 
     Raises:
-        TeacherError: If it is not a LoRA, is damaged, or holds what would be dropped (text encoders,
-            `modules_to_save`, DoRA, biases).
+        TeacherError: as there.
     """
-    if config.model_name_or_path == "base":
-        raise TeacherError('"base" is the base model, not a LoRA')
-    files = find_files(config)
-    if files.kind == "full":
-        raise TeacherError(f"{files.label}: a LoRA is needed here, and this is a whole transformer")
-    return *read_lora_files(files, pipeline), files
-
-
-def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Does the work of [`read_lora`] once the files are found. Same results and errors."""
     network: nn.Module = denoiser(pipeline)
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
         raw, metadata = _load(files)

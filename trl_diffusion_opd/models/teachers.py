@@ -23,18 +23,15 @@ from typing import Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from .backbone import BASE, Backbone
 from .boundary import strangers_files
+from .expert_teachers import find_teacher, read_found_lora, read_lora, read_whole
 from .lora_adapter import add_adapter, rescaled_factors
-from .lora_files import read_lora, read_lora_files
 from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
-from .teacher_files import find_files
-from .whole_transformer import read_transformer
 
 
 # PEFT's name, in `adapter_names`, for a row without an adapter.
@@ -194,18 +191,19 @@ class TeacherBank:
     ) -> Teacher:
         if config.model_name_or_path == "base":
             return THE_BASE
-        files = find_files(config)
-        key = (str(files.folder.resolve()), *files.names)
+        files = find_teacher(config, pipeline)
+        halves = (files,) if files.other is None else (files, files.other)
+        key = tuple(str(part) for half in halves for part in (half.expert, half.folder.resolve(), *half.names))
         if key in loaded:
             return loaded[key]
 
         name, rank = f"teacher_{len(loaded)}", None
         if files.kind == "full":
             base = self.backbone.base
-            assert isinstance(base, ModelMixin)
-            self.backbone.add_network(name, read_transformer(files, base))
+            assert base is not None
+            self.backbone.add_network(name, read_whole(files, base))
         else:
-            lora_config, state_dict = read_lora_files(files, pipeline)
+            lora_config, state_dict = read_found_lora(files, pipeline)
             rank = lora_config.r
             try:
                 self.backbone.add_adapter(name, lora_config, state_dict)

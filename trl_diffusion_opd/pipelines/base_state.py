@@ -36,6 +36,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..guards.redaction import shown
+from .experts import Experts
 
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,12 @@ def transformer_problems(transformer: nn.Module) -> list[str]:
         transformer (`nn.Module`): a pipeline's transformer, without LoRAs. It is compared with its config only if it
             is a diffusers model.
     """
+    if isinstance(transformer, Experts):
+        return [
+            problem.replace("pipe.transformer", f"pipe.{name}").replace("The transformer", f"The {name}")
+            for name, network in transformer.each()
+            for problem in transformer_problems(network)
+        ]
     if isinstance(transformer, OptimizedModule):
         return [
             "The transformer is wrapped by torch.compile, which hides the names of its weights and inputs. Unwrap it: "

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from .denoiser import denoiser
+from .experts import expert_problems
 from .guidance import guidance_name
 from .images import pixels_a_latent
 from .prediction import scheduler_problem
@@ -104,6 +105,8 @@ def option_problems(
 
 def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     """Says why velocities can't be computed with a pipeline, one sentence each."""
+    if problems := expert_problems(pipeline):
+        return problems
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]

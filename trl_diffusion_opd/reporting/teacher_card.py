@@ -23,9 +23,9 @@ from huggingface_hub import EvalResult
 
 from ..guards.files import read_json
 from ..guards.redaction import last_part, public_name
-from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
+from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE, HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE
+from ..models.expert_teachers import find_for_any_base
 from ..models.teacher_config import TeacherConfig
-from ..models.teacher_files import find_files
 from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
@@ -73,7 +73,7 @@ def write_teacher_card(
         [`ValueError`]: if the folder holds no LoRA, or the report has no such task.
     """
     folder = Path(folder)
-    found = find_files(TeacherConfig(str(folder)))
+    found = find_for_any_base(TeacherConfig(str(folder)))
     if found.kind == "full":
         raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole transformer.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
@@ -91,6 +91,9 @@ def write_teacher_card(
         results=_teacher_results(content, task, dataset_ids) if content else [],
     )
     config = read_json(folder / ADAPTER_CONFIG_FILE) or {}
+    pair = () if found.other is None else (found.names[-1], found.other.names[-1])
+    if (folder / HIGH_NOISE_LORA_FILE).is_file():  # beside PEFT's file, which is for both experts
+        pair = (HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE)
     card = render(
         "teacher_card.md",
         data,
@@ -106,7 +109,8 @@ def write_teacher_card(
         guidance_scale=guidance_scale,
         steps=call_options.get("num_inference_steps"),
         call_options=literals(call_options, []),
-        kind="lora" if found.kind == "diffusers" else "peft",
+        kind="pair" if pair else "lora" if found.kind == "diffusers" else "peft",
+        pair=pair,
         dtype=dtype,
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
