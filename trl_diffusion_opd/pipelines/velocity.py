@@ -288,6 +288,13 @@ class VelocityField(PipelineCalls):
         assert self._grid is not None
         return x if self._grid.end_scale == 1 else x * self._grid.end_scale
 
+    def output_weights(self, levels: Sequence[float]) -> list[float] | None:
+        """
+        Factors that turn squared errors of velocities at these levels into those of the network's outputs, in which it
+        was trained; `None` for flow matching, whose outputs are velocities.
+        """
+        return None if self._prediction.is_flow else [self._prediction.output_weight(t) for t in levels]
+
     def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
         """
         Sets which prompts are encoded together from now on, for this field and its `with_steps` copies. All other

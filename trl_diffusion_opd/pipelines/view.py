@@ -57,6 +57,7 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
+    init_noise_sigma = 1.0  # pipelines of noise-predicting models ask for it
     # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
     scales_input: bool = False
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult
+from safetensors import safe_open
 
 from ..guards.files import read_json
 from ..guards.redaction import last_part, public_name
@@ -75,7 +76,7 @@ def write_teacher_card(
     folder = Path(folder)
     found = find_for_any_base(TeacherConfig(str(folder)))
     if found.kind == "full":
-        raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole transformer.")
+        raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole network.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
     if content is not None and task not in content["tasks"]:
         raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
@@ -111,6 +112,7 @@ def write_teacher_card(
         call_options=literals(call_options, []),
         kind="pair" if pair else "lora" if found.kind == "diffusers" else "peft",
         pair=pair,
+        denoiser="transformer" if pair else _denoiser(folder / found.names[-1]),
         dtype=dtype,
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
@@ -121,6 +123,12 @@ def write_teacher_card(
     )
     save(card, folder)
     return folder / CARD_FILE
+
+
+def _denoiser(file: Path) -> str:
+    """The pipeline's name for the network that a LoRA is for. Only UNets go down and up again."""
+    with safe_open(file, "pt") as weights:
+        return "unet" if any("up_blocks" in key for key in weights.keys()) else "transformer"
 
 
 def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:
