@@ -36,6 +36,11 @@ from PIL import Image
 from torch import nn
 
 
+def denoiser(pipeline: DiffusionPipeline) -> Any:
+    """The network that denoises."""
+    return pipeline.components.get("unet", pipeline.components.get("transformer"))
+
+
 PROMPTS = ("a red cat", "two dogs left of a blue square")
 
 
@@ -75,9 +80,9 @@ class Family:
         """The pipeline, in float32 and eval mode, the same at every call."""
         torch.manual_seed(0)
         pipeline = self.make()
-        for name in ("transformer", "vae"):
-            _fill_zeros(getattr(pipeline, name))
-            getattr(pipeline, name).eval().requires_grad_(False)
+        for network in (denoiser(pipeline), pipeline.vae):
+            _fill_zeros(network)
+            network.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -429,7 +434,7 @@ TRAINED = [name for name, family in FAMILIES.items() if family.trainable and nam
 
 def save_teacher(family: Family, folder: Path, seed: int) -> PeftModel:
     """A LoRA that moves the base a little, as a PEFT folder."""
-    transformer = family.build().transformer
+    transformer = denoiser(family.build())
     torch.manual_seed(seed)
     config = LoraConfig(r=2, lora_alpha=2, target_modules=list(family.lora_targets), init_lora_weights=False)
     model = get_peft_model(transformer, config).eval()
