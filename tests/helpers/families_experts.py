@@ -19,10 +19,15 @@ from typing import Any
 
 import diffusers
 import torch
+from datasets import Dataset
 from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, Family
+from helpers.family_fixtures import family_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import TrainerCallback
 
+from trl_diffusion_opd import DiffusionOPDTrainer
+from trl_diffusion_opd.acceleration.sharding import whole
 from trl_diffusion_opd.pipelines.denoiser import denoiser
 from trl_diffusion_opd.pipelines.experts import EXPERTS
 
@@ -75,3 +80,43 @@ def save_pair(folder: Path, seed: int, name: str = "x_{}_noise.safetensors") -> 
         }
         diffusers.WanPipeline.save_lora_weights(folder, transformer_lora_layers=layers, weight_name=name.format(noise))
     return model
+
+
+class WhichMoved(TrainerCallback):
+    """Notes for each update which experts' weights it has changed."""
+
+    def __init__(self) -> None:
+        self.trainer: DiffusionOPDTrainer | None = None
+        self.moved: list[list[str]] = []
+        self.before: dict[str, torch.Tensor] = {}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        assert self.trainer is not None
+        return {name: p.detach().clone() for name, p in whole(self.trainer.student.named_parameters()).items()}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = self.weights()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        changed = [name for name, p in self.weights().items() if not torch.equal(p, self.before[name])]
+        self.moved.append([expert for expert in EXPERTS if any(f".model.{expert}." in name for name in changed)])
+
+
+def trained_on_few_levels(folder: Path, teachers: Any, **options: Any) -> tuple[DiffusionOPDTrainer, list[list[str]]]:
+    """A finished trainer whose updates train one step of the walk each, and which experts each update has changed."""
+    watch = WhichMoved()
+    settings = dict(
+        train_dataset=Dataset.from_list([{"prompt": prompt, "task": "one"} for prompt in "abcd"]),
+        num_inference_steps=4,
+        num_trained_timesteps=1,
+        loss_weighting="velocity",
+        sampler="flow_sde",
+        max_steps=4,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        guidance_scale=1.0,
+        callbacks=[watch],
+    )
+    trainer = watch.trainer = family_trainer(WAN_2_2, folder, teachers, **{**settings, **options})
+    trainer.train()
+    return trainer, watch.moved

@@ -69,6 +69,11 @@ class Experts(nn.Module):
         return self.transformer.config
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of blocks that FSDP splits one by one; accelerate reads it."""
+        return vars(type(self.transformer)).get("_no_split_modules") or []
+
+    @property
     def device(self) -> torch.device:
         return self.transformer.device
 

@@ -231,6 +231,7 @@ class VelocityField(PipelineCalls):
         """The positions of the samples of each network: those of one step of the pipeline can't have two experts."""
         if not isinstance(self._base, Experts):
             return [[*range(len(t))]]
+        assert self._grid is not None
         return expert_groups([self._grid.timestep(level) for level in t], self.pipeline)
 
     def _of_rows(

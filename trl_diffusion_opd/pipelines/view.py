@@ -111,8 +111,8 @@ class StandIn(nn.Module):
 
     Args:
         model (`Callable`): the model to call.
-        base (`nn.Module`): the pipeline's own denoiser. Of two experts, it replaces the first, and its `second` the
-            other one. Both call the same model, and say which expert is meant.
+        base (`nn.Module`): the pipeline's own denoiser. Of two experts, the stand-in replaces the first, and its
+            `second` the other one. Both call the same model, and say which expert is meant.
         timesteps (`list[torch.Tensor]`, *optional*): if samples have different noise levels, the whole batch's
             timesteps at the level of each sample.
         adapters (`list[str]`, *optional*): the LoRA of each sample, if not all use the active one.
@@ -144,8 +144,8 @@ class StandIn(nn.Module):
         return getattr(self.__dict__["base"], name)
 
     def components(self, name: str) -> dict[str, "StandIn"]:
-        """The stand-ins by the names of the pipeline's components that they replace, of which the first is `name`."""
-        return {name: self} if self.second is None else {HIGH_NOISE: self, LOW_NOISE: self.second}
+        """The stand-ins by the names of the pipeline's components that they replace, the first of which is `name`."""
+        return {name: self} if self.second is None else {name: self, LOW_NOISE: self.second}
 
     def total_rows(self) -> int:
         """The number of rows that the model has got."""

@@ -27,6 +27,7 @@ from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE, HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE
 from ..models.expert_teachers import find_for_any_base
 from ..models.teacher_config import TeacherConfig
+from ..models.teacher_files import TeacherFiles
 from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
@@ -92,9 +93,6 @@ def write_teacher_card(
         results=_teacher_results(content, task, dataset_ids) if content else [],
     )
     config = read_json(folder / ADAPTER_CONFIG_FILE) or {}
-    pair = () if found.other is None else (found.names[-1], found.other.names[-1])
-    if (folder / HIGH_NOISE_LORA_FILE).is_file():  # beside PEFT's file, which is for both experts
-        pair = (HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE)
     card = render(
         "teacher_card.md",
         data,
@@ -110,9 +108,7 @@ def write_teacher_card(
         guidance_scale=guidance_scale,
         steps=call_options.get("num_inference_steps"),
         call_options=literals(call_options, []),
-        kind="pair" if pair else "lora" if found.kind == "diffusers" else "peft",
-        pair=pair,
-        denoiser="transformer" if pair else _denoiser(folder / found.names[-1]),
+        **_loading(found),
         dtype=dtype,
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
@@ -123,6 +119,16 @@ def write_teacher_card(
     )
     save(card, folder)
     return folder / CARD_FILE
+
+
+def _loading(found: TeacherFiles) -> dict[str, object]:
+    """How it is loaded: as a student's card says it, the pipeline's name for its network, and the files of a pair."""
+    if (found.folder / HIGH_NOISE_LORA_FILE).is_file():  # beside PEFT's file, which is for both experts
+        return {"kind": "pair", "pair": (HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE), "denoiser": "transformer"}
+    if found.other is not None:
+        return {"kind": "pair", "pair": (found.names[-1], found.other.names[-1]), "denoiser": "transformer"}
+    kind = "lora" if found.kind == "diffusers" else "peft"
+    return {"kind": kind, "denoiser": _denoiser(found.folder / found.names[-1])}
 
 
 def _denoiser(file: Path) -> str:
