@@ -26,7 +26,7 @@ from ..models.teacher_config import TeacherConfig
 from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, check_reward, load_reward
 from ..trainer.option_checks import evaluation_problems
-from .prompts import load_datasets
+from .prompt_sources import load_datasets
 from .values import PACKAGE, OfTasks, by_task, json_object, packaged, single
 
 
