@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from ..pipelines.denoiser import denoiser
 from .boundary import strangers_files
 from .lora_layouts import DIFFERENCE_KEY, LORA_KEY, LYCORIS_KEY, convert, layout_of, some
 from .lora_options import read_options
@@ -70,7 +71,7 @@ def read_lora(
 
 def read_lora_files(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Does the work of [`read_lora`] once the files are found. Same results and errors."""
-    network: nn.Module = pipeline.components["transformer"]
+    network: nn.Module = denoiser(pipeline)
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
         raw, metadata = _load(files)
         read = _read_peft if files.kind == "peft" else _read_diffusers

@@ -26,6 +26,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
 from ..guards.redaction import shown
+from ..pipelines.denoiser import denoiser
 from .boundary import strangers_files
 from .teacher_config import TeacherError
 
@@ -111,7 +112,7 @@ def convert(
             tensors = loader.lora_state_dict(tensors)
     if any(key.startswith("transformer.") for key in tensors):
         # FLUX.1's converter omits the prefix of layers outside the blocks.
-        ours = {name for name, _ in pipeline.components["transformer"].named_modules()}
+        ours = {name for name, _ in denoiser(pipeline).named_modules()}
         outside = [key for key in tensors if not key.startswith("transformer.")]
         if foreign := [key for key in outside if LORA_KEY.sub("", key) not in ours]:
             raise TeacherError(
@@ -198,7 +199,7 @@ def layout_of(keys: Iterable[str]) -> str | None:
 def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") -> str:
     """Says which layout an unreadable file has, whether it names this base's layers, and what to do."""
     keys = sorted(keys)
-    transformer: nn.Module = pipeline.components["transformer"]
+    transformer: nn.Module = denoiser(pipeline)
     ours = {name.replace(".", "_"): name for name, _ in transformer.named_modules() if name}
     found = {key: ours.get(_PREFIX.sub("", LORA_KEY.sub("", key)).replace(".", "_")) for key in keys}
     named = {key: name for key, name in found.items() if name is not None}

@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
+from .denoiser import denoiser
 from .guidance import guidance_name
 from .images import pixels_a_latent
 
@@ -73,7 +74,7 @@ def option_problems(
                 f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, but training "
                 "runs one step at a time. Remove it."
             )
-        elif option in MANAGED_OPTIONS or option == guidance_name(pipeline.transformer, parameters):
+        elif option in MANAGED_OPTIONS or option == guidance_name(denoiser(pipeline), parameters):
             problems.append(f"generation_kwargs: {option!r} is set by the trainer's own arguments. Remove it.")
         elif option not in parameters:
             problems.append(f"generation_kwargs: {name} takes no {option!r}.")

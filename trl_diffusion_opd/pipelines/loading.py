@@ -31,6 +31,7 @@ from ..guards.redaction import shown
 from ..hub.errors import explained, retried
 from ..problems import Problems, Refusal
 from .base_state import transformer_problems
+from .denoiser import denoiser
 from .loading_options import loading_options
 
 
@@ -63,7 +64,7 @@ def load_pipeline(
             "trainer uses its transformer)."
         )
     pipeline = _loaded(model, dtype, model_init_kwargs, quantization_config) if isinstance(model, str) else model
-    transformer = pipeline.components.get("transformer")
+    transformer = denoiser(pipeline)
     if isinstance(transformer, nn.Module):
         prepare(transformer)
     return pipeline
@@ -117,7 +118,7 @@ def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
     Yields the pipeline's transformer, on which its block may put LoRAs. Afterwards they are removed and the pipeline
     is as before, even after an error.
     """
-    transformer = pipeline.components.get("transformer")
+    transformer = denoiser(pipeline)
     if isinstance(transformer, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in transformer.modules()):
         raise Refusal(
             "The pipeline already carries a LoRA, which would count as part of the base. Remove it with "

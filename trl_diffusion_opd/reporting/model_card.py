@@ -32,6 +32,7 @@ from ..guards.redaction import known_tokens, public_name, public_text
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
+from ..pipelines.denoiser import denoiser
 from .cards import as_list, framework_versions, hub_id, is_tiny, literals
 from .progress import duration
 from .student_card import Content, render_student_card
@@ -127,7 +128,7 @@ def write_model_card(
         "is_tiny": is_tiny(base) and args.hub_base_model is None,
         "load_options": {name: str(options[name]) for name in ("revision", "variant") if options.get(name)},
         "kind": _kind(facts),
-        "transformer_class": type(facts.pipeline.components["transformer"]).__name__,
+        "transformer_class": type(denoiser(facts.pipeline)).__name__,
         "tags": [*facts.tags, *(["lora"] if is_lora else []), *as_list(tags)],
         "datasets": [name for name in as_list(dataset_name) if hub_id(name)],
         "facts": {
@@ -162,7 +163,7 @@ def _kind(facts: CardFacts) -> Literal["lora", "peft", "full"]:
 
 def _settings(facts: CardFacts) -> dict[str, object]:
     args, plain = facts.args, facts.args.to_dict()  # enums as their values
-    transformer = facts.pipeline.components["transformer"]
+    transformer = denoiser(facts.pipeline)
     quantized = described(transformer)
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
     settings: dict[str, object] = {

@@ -40,6 +40,7 @@ from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..models.teacher_config import TeacherConfig, normalize_teachers
 from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
+from ..pipelines.denoiser import denoiser
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems, rewards_by_task
@@ -76,7 +77,7 @@ def model_problems(
     pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
 ) -> list[str]:
     """Reasons why the pipeline's transformer can't be trained with `args` and `peft_config`."""
-    transformer = pipeline.components.get("transformer")
+    transformer = denoiser(pipeline)
     if not isinstance(transformer, nn.Module):
         return [
             f"{type(pipeline).__name__} has no transformer: only flow-matching pipelines with a denoising transformer "
@@ -307,7 +308,7 @@ def hub_problems(
 ) -> list[str]:
     """Reasons why a run can't push to the repository in `args`. See [`~hub.repository.repository_problems`]."""
     name = repository_name(args.hub_model_id, args.output_dir)
-    kind = type(pipeline.components.get("transformer")).__name__ if full_weights else None
+    kind = type(denoiser(pipeline)).__name__ if full_weights else None
     base = pipeline.config.get("_name_or_path")
     problems = repository_problems(name, args.hub_base_model or public_name(base), kind, token)
     if args.hub_base_model is None and hub_id(base) is None and not is_tiny(base):

@@ -27,6 +27,7 @@ from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
 from ..acceleration.quantization import plain_tensors, scales
+from ..pipelines.denoiser import denoiser
 from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
 from .base_trainer import DiffusionTrainer
 
@@ -126,7 +127,7 @@ def _row_of(tensors: Sequence[Tensor], how: str) -> MemoryRow:
 
 
 def _gathered(trainer: DiffusionTrainer) -> int:
-    transformer = trainer.base_pipeline.components["transformer"]
+    transformer = denoiser(trainer.base_pipeline)
     blocks = [sum(bytes_of(p) for p in block.parameters()) for block in repeated_blocks(transformer)]
     return sum(bytes_of(p) for p in transformer.parameters()) - sum(blocks) + sum(sorted(blocks)[-2:])
 
@@ -152,7 +153,7 @@ def optimizer_bytes(trainer: DiffusionTrainer) -> tuple[float, float]:
 
 def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) -> int | None:
     """The bytes of activations in [`estimate_memory`]. `None` if a network's shapes depend on values."""
-    base = trainer.base_pipeline.components["transformer"]
+    base = denoiser(trainer.base_pipeline)
     args = trainer.args
     model = trainer.student.model
     checkpointing = base.is_gradient_checkpointing

@@ -47,6 +47,7 @@ from ..models.lora_config import layer_problems
 from ..models.lora_files import read_lora
 from ..models.student import STUDENT_ADAPTER, default_lora_config
 from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
+from ..pipelines.denoiser import denoiser
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
@@ -114,7 +115,7 @@ class Parts:
 
     @property
     def transformer(self) -> ModelMixin:
-        return self.pipeline.components.get("transformer")
+        return denoiser(self.pipeline)
 
     def modules(self) -> Iterator[nn.Module]:
         """The pipeline's networks."""

@@ -1,0 +1,29 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The network of a pipeline that denoises: the only one that is trained and taught."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The component that denoises: `"unet"` in Stable Diffusion and its relatives, else `"transformer"`."""
+    return "unet" if "unet" in pipeline.components else "transformer"
+
+
+def denoiser(pipeline: DiffusionPipeline) -> Any:
+    """The network that denoises, an `nn.Module`; `None` if the pipeline has none."""
+    return pipeline.components.get(denoiser_name(pipeline))
