@@ -208,6 +208,7 @@ def test_the_examples_have_the_packages_files():
     for folder, inside in {
         "accelerate_configs": "accelerate_configs",
         "configs": "configs",
+        "recipes": "recipes",
         "stages": "stage_configs",
         "data/tiny": "tiny/data",
     }.items():
