@@ -70,7 +70,7 @@ from ..problems import Problems, Refusal
 from ..trainer.option_checks import evaluation_problems, unknown_option
 from .arguments import TaughtArguments, config_path, configs, reward_problems
 from .parser import parse
-from .prompts import source_problems
+from .prompt_sources import source_problems
 from .refusals import refusals_told
 from .values import OfTasks, by_task
 
