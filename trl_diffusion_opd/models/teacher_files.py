@@ -33,7 +33,7 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
 
 
