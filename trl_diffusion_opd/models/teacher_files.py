@@ -34,7 +34,7 @@ from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from ..pipelines.denoiser import DENOISERS, denoiser_name_in
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
 
 
