@@ -21,6 +21,7 @@ from torch import nn
 
 from .denoiser import denoiser
 from .guidance import guidance_name
+from .guiders import guider_problems
 from .images import pixels_a_latent
 
 
@@ -108,7 +109,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
             f"prediction_type={prediction!r}. Use a model with a FlowMatchEulerDiscreteScheduler or a flow-prediction "
             "solver."
         )
-    return problems
+    return problems + guider_problems(pipeline)
 
 
 def _is_flow_matching(scheduler: SchedulerMixin) -> bool:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from .checks import option_problems, pipeline_problems
 from .guidance import guidance_embedding, guidance_lines, guidance_name
+from .guiders import default_scale, scaled
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prompt_cache import PromptCache
@@ -374,7 +375,9 @@ class VelocityField:
 
     def default_guidance_scale(self) -> float:
         """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
-        given = None if self._guidance is None else self._parameters[self._guidance].default
+        if self._guidance is None:
+            return default_scale(self.pipeline) or 1.0
+        given = self._parameters[self._guidance].default
         if not isinstance(given, int | float):
             return 1.0
         scale = float(given) + self._guidance_offset
@@ -481,8 +484,10 @@ class VelocityField:
         )
 
     def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
-        options = {"num_inference_steps": 1, "generator": None, "output_type": "latent", **how}
+        # The scheduler alone says how many steps there are, but some grids (Mochi's) cannot be made for one.
+        options = {"num_inference_steps": 2, "generator": None, "output_type": "latent", **how}
         options.update(self.call_options(prompts, guidance_scale), return_dict=False)
+        view.__dict__.update(scaled(self.pipeline, guidance_scale))
         with suppress(Stop):
             view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 

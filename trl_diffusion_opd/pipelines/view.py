@@ -26,6 +26,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.utils import BaseOutput
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -79,6 +80,10 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
+    def scale_model_input(self, sample: Tensor, timestep: object) -> Tensor:
+        """Unscaled, as flow matching has it. Some pipelines ask any class but the Euler scheduler's own for this."""
+        return sample
+
     def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
         self.velocity = model_output
         raise Stop
@@ -120,7 +125,7 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple | BaseOutput:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         if self.timesteps is not None:
@@ -136,10 +141,10 @@ class StandIn(nn.Module):
         else:
             output = self.model(**inputs)
         sample = output[0]
-        return (
-            [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample),
-            *output[1:],
-        )
+        sample = [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample)
+        if isinstance(output, BaseOutput):  # some pipelines (Kandinsky 5) ask for the output by its name
+            return type(output)(**{**output, "sample": sample})
+        return (sample, *output[1:])
 
     def _cast(self, name: str, value: Any) -> Any:
         if name in (*_TIMESTEPS, "guidance") or name.endswith("_ids"):
