@@ -35,7 +35,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
 
-from trl_diffusion_opd.pipelines.denoiser import denoiser
+
+
+def denoiser(pipeline: DiffusionPipeline) -> Any:
+    """The network that denoises."""
+    return pipeline.components.get("unet", pipeline.components.get("transformer"))
 
 
 PROMPTS = ("a red cat", "two dogs left of a blue square")
@@ -77,8 +81,7 @@ class Family:
         """The pipeline, in float32 and eval mode, the same at every call."""
         torch.manual_seed(0)
         pipeline = self.make()
-        for name in ("unet", "transformer", "vae"):
-            network = pipeline.components.get(name)
+        for network in (denoiser(pipeline), pipeline.components.get("vae")):
             if network is not None:
                 _fill_zeros(network)
                 network.eval().requires_grad_(False)

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Replacements for a pipeline's scheduler, transformer, VAE and the pipeline itself. With them, the pipeline's own
-`__call__` runs one step at latents that we choose. `velocity.py` uses them.
+Replacements for a pipeline's scheduler, denoiser, VAE and the pipeline itself. With them, the pipeline's own `__call__`
+runs one step at latents that we choose. `calls.py` uses them.
 """
 
 import copy
@@ -39,7 +39,9 @@ from .text_length import no_cut_lines
 
 T = TypeVar("T")
 
-_TIMESTEPS = ("timestep", "timesteps", "t")  # names that transformers use for them
+_TIMESTEPS = ("timestep", "timesteps", "t")  # names that networks use for them
+# Numbers that a network turns into embeddings by itself, in float32: half precision would distort them.
+_NUMBERS = (*_TIMESTEPS, "guidance", "image_meta_size", "resolution", "aspect_ratio")
 
 
 class Stop(Exception):  # noqa: N818 (it is not an error)
@@ -47,11 +49,16 @@ class Stop(Exception):  # noqa: N818 (it is not an error)
 
 
 class Probe(FlowMatchEulerDiscreteScheduler):
-    """A scheduler for a loop of one step (or none). It keeps the velocity that the pipeline passes to `step`."""
+    """
+    A scheduler for a loop of one step (or none). It keeps the network's output, after guidance, that the pipeline passes
+    to `step`.
+    """
 
     level: float | None = None
     own_timestep: float = 0.0
-    velocity: Tensor | None = None
+    output: Tensor | None = None
+    # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
+    scales_input: bool = False
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> "Probe":
@@ -80,18 +87,19 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
-    def scale_model_input(self, sample: Tensor, timestep: object) -> Tensor:
-        """Unscaled, as flow matching has it. Some pipelines ask any class but the Euler scheduler's own for this."""
+    def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
+        """The sample: our latents are already scaled as the network gets them."""
+        self.scales_input = True
         return sample
 
     def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
-        self.velocity = model_output
+        self.output = model_output
         raise Stop
 
 
 class StandIn(nn.Module):
     """
-    Replaces `pipeline.transformer`: calls another model, and takes all attributes from the pipeline's own transformer.
+    Replaces the pipeline's denoiser: calls another model, and takes all attributes from the pipeline's own denoiser.
 
     It is a module with its own `device` and `dtype`, since a pipeline reads those of its components. The model is not
     registered, so its parameters are not found twice.
@@ -102,7 +110,7 @@ class StandIn(nn.Module):
 
     Args:
         model (`Callable`): the model to call.
-        base (`nn.Module`): the pipeline's own transformer.
+        base (`nn.Module`): the pipeline's own denoiser.
         timesteps (`list[torch.Tensor]`, *optional*): if samples have different noise levels, the whole batch's
             timesteps at the level of each sample.
         adapters (`list[str]`, *optional*): the LoRA of each sample, if not all use the active one.
@@ -147,10 +155,12 @@ class StandIn(nn.Module):
         return (sample, *output[1:])
 
     def _cast(self, name: str, value: Any) -> Any:
-        if name in (*_TIMESTEPS, "guidance") or name.endswith("_ids"):
+        if name in _NUMBERS or name.endswith("_ids"):
             return value
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
+        if isinstance(value, dict):  # a UNet's added conditions
+            return {key: self._cast(key, item) for key, item in value.items()}
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
 
 
@@ -160,8 +170,14 @@ def _input_names(network: type[nn.Module]) -> list[str]:
 
 
 def timestep_name(inputs: Mapping[str, object]) -> str:
-    """The name of a transformer's argument for timesteps."""
+    """The name of a network's argument for timesteps."""
     return next(name for name in _TIMESTEPS if name in inputs)
+
+
+def timesteps_of(inputs: Mapping[str, Any]) -> Tensor:
+    """The timesteps of a network's inputs, one for each row. A UNet gets a single one for all rows."""
+    timesteps, rows = inputs[timestep_name(inputs)], len(next(iter(inputs.values())))
+    return timesteps if timesteps.ndim else timesteps.expand(rows)
 
 
 def _rows_of(timesteps: list[Tensor]) -> Tensor:
@@ -185,19 +201,25 @@ def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterato
     Computes the output projection in float32 in its block. Student and teacher differ by little, so rounding their
     outputs would dominate the difference, and guidance would multiply it.
     """
-    # A teacher may be a separate transformer, or a LoRA on a frozen copy of the base: use its own projection.
+    # A teacher may be a network of its own, or a LoRA on a frozen copy of the base: use its own projection.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
-    projection = children.get("proj_out", dict(base.named_children()).get("proj_out"))
-    if not isinstance(projection, nn.Linear):
+    of_base = dict(base.named_children())
+    found = (part[name] for name in ("proj_out", "conv_out") for part in (children, of_base) if name in part)
+    projection = next(found, None)
+    if not isinstance(projection, nn.Linear | nn.Conv2d):
         yield
         return
 
     def forward(x: Tensor) -> Tensor:
         # Read here, since FSDP2 gathers full weights only during a forward.
         weight, bias = dequantized(projection), projection.bias
+        bias = None if bias is None else bias.float()
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+            if isinstance(projection, nn.Linear):
+                return nn.functional.linear(x.float(), weight.float(), bias)
+            how = (projection.stride, projection.padding, projection.dilation, projection.groups)
+            return nn.functional.conv2d(x.float(), weight.float(), bias, *how)  # a UNet's
 
     with exchanged_forward(projection, forward):
         yield
@@ -248,7 +270,7 @@ class DecoderStandIn(nn.Module):
 class PipelineView(DiffusionPipeline):
     """A pipeline with our latents, our cache of embeddings and our device."""
 
-    transformer: StandIn
+    stand_in: StandIn
     cache: PromptCache
     encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
@@ -267,7 +289,7 @@ class PipelineView(DiffusionPipeline):
     @property
     def _execution_device(self) -> torch.device:
         # diffusers uses the first component's device: an offloaded text encoder would move everything to the CPU.
-        return self.transformer.device
+        return self.stand_in.device
 
     def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
         with self.encoding(), no_cut_lines(type(self)):

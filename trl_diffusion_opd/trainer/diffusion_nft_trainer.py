@@ -151,7 +151,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
                 with self._part("rollout"):
                     return self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, transformer)
 
-            return walk(velocity, x, self.table, generators), None
+            return self.velocity_field.clean(walk(velocity, x, self.table, generators)), None
 
     def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """For each noise level of this update: the NFT loss on newly noised images, plus the distance to the base."""
