@@ -288,6 +288,9 @@ def nucleus() -> DiffusionPipeline:
         transformer=transformer, vae=qwen_vae(), scheduler=dynamic(), **qwen3_vl_with_processor()
     )
     pipeline.default_return_index = -1
+    for name, weight in transformer.named_parameters():
+        if "experts" in name:  # left uninitialised
+            weight.data.normal_(std=0.2)
     return pipeline
 
 
@@ -432,7 +435,7 @@ IMAGES: dict[str, Family] = {
     "BriaFiboPipeline": _family(bria_fibo, size=32, max_sequence_length=32),
     "LuminaPipeline": _family(lumina_next, size=32, max_sequence_length=32),
     "QwenImage21Pipeline": _family(qwen_image_21, size=64, max_sequence_length=None, **_TRUE_CFG),
-    "NucleusMoEImagePipeline": _family(nucleus, max_sequence_length=96),
+    "NucleusMoEImagePipeline": _family(nucleus, prompts=PROMPTS[1:], max_sequence_length=96),
     "BriaFibo2Pipeline": _family(bria_fibo2, max_sequence_length=None),
     "ErnieImagePipeline": _family(ernie, max_sequence_length=None),
     "PRXPixelPipeline": _family(

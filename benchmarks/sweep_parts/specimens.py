@@ -15,8 +15,10 @@
 """A tiny pipeline for every class that is tried."""
 
 from helpers.families import FAMILIES, Family
+from helpers.noise_families import NOISE_FAMILIES
 
 from .images import IMAGES
+from .noise import NOISE
 from .videos import VIDEOS
 
 
@@ -32,6 +34,12 @@ OF_TESTS = {
     "ChromaPipeline": "chroma",
     "WanPipeline": "wan",
     "CogView4Pipeline": "cogview4",
+    "StableDiffusionPipeline": "sd15",
+    "StableDiffusionXLPipeline": "sdxl",
+    "PixArtSigmaPipeline": "pixart_sigma",
+    "HunyuanDiTPipeline": "hunyuan_dit",
+    "KolorsPipeline": "kolors",
 }
-SPECIMENS: dict[str, Family] = {**{name: FAMILIES[family] for name, family in OF_TESTS.items()}, **IMAGES, **VIDEOS}
+_ALL = {**FAMILIES, **NOISE_FAMILIES}
+SPECIMENS: dict[str, Family] = {**{name: _ALL[family] for name, family in OF_TESTS.items()}, **IMAGES, **VIDEOS, **NOISE}
 NOT_BUILT: dict[str, str] = {}

@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from helpers import families_text as text
-from helpers.families import Family
+from helpers.families import PROMPTS, Family
 from helpers.tiny_sd3 import make_vae, numbered
 
 from . import encoders
@@ -164,7 +164,8 @@ def kandinsky5_video() -> DiffusionPipeline:
         scheduler=euler(shift=5.0),
         **numbered(first, text.clip(projection=False)),
     )
-    pipeline.prompt_template_encode_start_idx = 24  # the tiny tokenizer needs fewer tokens
+    # The tiny tokenizer would need a thousand tokens for what is before the prompt.
+    pipeline.prompt_template, pipeline.prompt_template_encode_start_idx = "<|im_start|>user\n{}<|im_end|>", 3
     return pipeline
 
 
@@ -281,10 +282,10 @@ def easy_animate() -> DiffusionPipeline:
     return diffusers.EasyAnimatePipeline(transformer=transformer, vae=vae, scheduler=euler(), **parts)
 
 
-class _NoSafetyChecker:
+class no_safety_checker:  # noqa: N801
     """In place of Cosmos' own, which loads models from the Hub."""
 
-    def to(self, device: object) -> "_NoSafetyChecker":
+    def to(self, device: object) -> "no_safety_checker":
         return self
 
     def check_text_safety(self, prompt: str) -> bool:
@@ -323,7 +324,7 @@ def cosmos2() -> DiffusionPipeline:
         transformer=cosmos_transformer(),
         vae=wan_vae(),
         scheduler=scheduler,
-        safety_checker=_NoSafetyChecker(),
+        safety_checker=no_safety_checker(),
         **text.t5(),
     )
 
@@ -357,10 +358,19 @@ VIDEOS: dict[str, Family] = {
         generation_kwargs={**_ONE, "prompt_template": {"template": "{}", "crop_start": 0}},
     ),
     "HunyuanVideo15Pipeline": Family(
-        hunyuan_video15, ATTENTION, guidance_name=None, max_sequence_length=None, generation_kwargs=_ONE
+        hunyuan_video15,
+        ATTENTION,
+        prompts=PROMPTS[1:],
+        guidance_name=None,
+        max_sequence_length=None,
+        generation_kwargs=_ONE,
     ),
     "Kandinsky5T2VPipeline": Family(
-        kandinsky5_video, ("to_query", "to_key", "to_value"), generation_kwargs=_ONE
+        kandinsky5_video,
+        ("to_query", "to_key", "to_value"),
+        size=32,
+        max_sequence_length=64,
+        generation_kwargs=_ONE,
     ),
     "LTXPipeline": Family(ltx, ATTENTION, size=32, generation_kwargs=_ONE),
     "MochiPipeline": Family(mochi, ATTENTION, size=16, generation_kwargs=_ONE),
