@@ -57,6 +57,8 @@ def allegro() -> DiffusionPipeline:
     vae = diffusers.AutoencoderKLAllegro(
         block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=32
     )
+    vae.enable_tiling()  # it decodes in no other way
+    vae.kernel, vae.stride = (4, 32, 32), (4, 16, 16)
     return diffusers.AllegroPipeline(transformer=transformer, vae=vae, scheduler=noise_scheduler(PIXART), **text.t5())
 
 
@@ -176,14 +178,13 @@ def deepfloyd() -> DiffusionPipeline:
         sample_size=16,
         in_channels=3,
         out_channels=6,
-        block_out_channels=(8, 16),
+        block_out_channels=(32, 64),
         layers_per_block=1,
-        norm_num_groups=4,
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
         attention_head_dim=4,
-        cross_attention_dim=16,
+        cross_attention_dim=32,
         encoder_hid_dim=16,
         act_fn="gelu",
         addition_embed_type="text",
@@ -207,7 +208,7 @@ def deepfloyd() -> DiffusionPipeline:
 
 def _movq() -> diffusers.VQModel:
     return diffusers.VQModel(
-        block_out_channels=(8, 8),
+        block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         latent_channels=4,
@@ -229,9 +230,7 @@ def kandinsky3() -> DiffusionPipeline:
         cross_attention_dim=8,
         encoder_hid_dim=16,
     )
-    scheduler = diffusers.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, clip_sample=False, thresholding=False, beta_schedule="scaled_linear"
-    )
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, beta_schedule="scaled_linear")
     return diffusers.Kandinsky3Pipeline(unet=unet, movq=_movq(), scheduler=scheduler, **text.t5())
 
 

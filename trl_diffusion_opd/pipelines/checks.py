@@ -108,7 +108,10 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]
-    missing += [method for method in ("encode_prompt", "prepare_latents") if method not in dir(type(pipeline))]
+    missing += ["encode_prompt"] if "encode_prompt" not in dir(type(pipeline)) else []
+    parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    # A call without `prepare_latents` that takes latents draws them itself (ERNIE-Image).
+    missing += ["prepare_latents"] if not {"prepare_latents", *parameters} & {"prepare_latents", "latents"} else []
     problems = []
     if missing:
         problems.append(

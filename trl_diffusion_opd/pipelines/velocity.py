@@ -20,7 +20,7 @@ Computes the velocity of any text-to-image pipeline of diffusers, by running one
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,7 +37,7 @@ from .latent_map import LatentMap
 from .prediction import NoiseGrid, all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
-from .view import DecoderStandIn, StandIn, Stop, at_least_float32, stop, timesteps_of
+from .view import DecoderStandIn, StandIn, at_least_float32, noting, stop, timesteps_of
 
 
 class VelocityField(PipelineCalls):
@@ -233,12 +233,7 @@ class VelocityField(PipelineCalls):
     def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """The arguments, by name, of the pipeline's first call of its transformer at level `t`."""
         seen: list[dict[str, Any]] = []
-
-        def note(**inputs: Any) -> NoReturn:
-            seen.append(inputs)
-            raise Stop
-
-        self._step(x, t, prompts, guidance_scale, StandIn(note, self._base))
+        self._step(x, t, prompts, guidance_scale, StandIn(noting(seen), self._base))
         return seen[0]
 
     def initial_latents(self, prompts: list[str], generators: list[torch.Generator]) -> Tensor:

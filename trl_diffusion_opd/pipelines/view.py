@@ -54,6 +54,7 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     to `step`.
     """
 
+    init_noise_sigma = 1.0
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
@@ -248,6 +249,16 @@ def stop(**kwargs: object) -> NoReturn:
     raise Stop
 
 
+def noting(seen: list[dict[str, Any]]) -> Callable[..., NoReturn]:
+    """A model that keeps the arguments of its call, by name, in `seen` and stops the pipeline."""
+
+    def note(**inputs: Any) -> NoReturn:
+        seen.append(inputs)
+        raise Stop
+
+    return note
+
+
 class DecoderStandIn(nn.Module):
     """
     Replaces `pipeline.vae`: keeps the latents that the pipeline would decode, and takes all attributes from the VAE.
@@ -298,6 +309,11 @@ class PipelineView(DiffusionPipeline):
 
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
+            if self.prepared is not None:
+                raise ValueError(
+                    f"{type(self).__name__} prepares latents twice, for two networks one after the other: only one of "
+                    "them could be trained. Use a pipeline with one network that denoises."
+                )
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
         dtype, extras = self.prepared
