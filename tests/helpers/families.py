@@ -36,7 +36,6 @@ from PIL import Image
 from torch import nn
 
 
-
 def denoiser(pipeline: DiffusionPipeline) -> Any:
     """The network that denoises."""
     return pipeline.components.get("unet", pipeline.components.get("transformer"))

@@ -197,8 +197,12 @@ NOISE_FAMILIES: dict[str, Family] = {
     "sdxl_zero_snr": Family(lambda: _sdxl(ZERO_SNR), _CROSS, max_sequence_length=None),
     "pixart_sigma": Family(
         # Cleaning captions needs Beautiful Soup.
-        _pixart_sigma, _CROSS, generation_kwargs={"use_resolution_binning": False, "clean_caption": False}
+        _pixart_sigma,
+        _CROSS,
+        generation_kwargs={"use_resolution_binning": False, "clean_caption": False},
     ),
-    "hunyuan_dit": Family(_hunyuan_dit, _CROSS, size=32, max_sequence_length=None, generation_kwargs={"use_resolution_binning": False}),
+    "hunyuan_dit": Family(
+        _hunyuan_dit, _CROSS, size=32, max_sequence_length=None, generation_kwargs={"use_resolution_binning": False}
+    ),
     "kolors": Family(_kolors, _CROSS),
 }

@@ -35,6 +35,7 @@ from ..guards.file_modes import give_usual_mode
 from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
 from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
+from ..pipelines.denoiser import denoiser_name
 from .average import moving_average, step_number
 
 
@@ -77,7 +78,7 @@ class Student:
 
     Args:
         model ([`~peft.PeftModel`] or `nn.Module`):
-            A PeftModel whose adapter `default` is trained, or a transformer trained in full.
+            A PeftModel whose adapter `default` is trained, or a whole network that is trained in full.
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline the model belongs to: it writes the LoRA file that it can load again.
         ema_decay (`float` or `str`, *optional*):
@@ -205,22 +206,23 @@ class Student:
         config.inference_mode = inference_mode
         save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
         if isinstance(self.pipeline, LoraBaseMixin):
+            layers = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
+            part = denoiser_name(self.pipeline)
+            metadata = _portable_metadata(config)
             type(self.pipeline).save_lora_weights(
-                folder,
-                transformer_lora_layers={name.removeprefix("base_model.model."): w for name, w in weights.items()},
-                transformer_lora_adapter_metadata=_portable_metadata(config),
+                folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
             )
             _sort_metadata(Path(folder) / LORA_FILE)
         give_usual_mode(folder, ADAPTER_FILE, LORA_FILE)
 
     def load_line(self, folder: str | Path) -> str:
         """Returns the line of Python that loads into a pipeline `pipe` of the base what [`save`] wrote."""
-        name = json.dumps(str(folder), ensure_ascii=False)
+        name, part = json.dumps(str(folder), ensure_ascii=False), denoiser_name(self.pipeline)
         if not self.is_lora:
-            return f"pipe.transformer = {self._class_name}.from_pretrained({name})"
+            return f"pipe.{part} = {self._class_name}.from_pretrained({name})"
         if isinstance(self.pipeline, LoraBaseMixin):
             return f"pipe.load_lora_weights({name})"
-        return f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name}).merge_and_unload()"
+        return f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, {name}).merge_and_unload()"
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """

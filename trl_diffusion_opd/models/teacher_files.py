@@ -32,6 +32,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
+from ..pipelines.denoiser import DENOISERS, denoiser_name_in
 from .boundary import strangers_files
 from .lora_layouts import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
@@ -49,7 +50,7 @@ class TeacherFiles:
     The files of a teacher, and where they came from.
 
     Attributes:
-        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole transformer.
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
         source: Hub id, or the name of the local folder but never its path.
@@ -133,7 +134,9 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         source = config.model_name_or_path
         # Configs first: they tell which of a repository's weights, often very large, are needed.
         indices = [CONFIG_NAME, "model_index.json", "config.json", SAFE_WEIGHTS_INDEX_NAME]
-        configs = indices + [f"transformer/{name}" for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
+        configs = indices + [
+            f"{part}/{name}" for part in DENOISERS for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)
+        ]
         snapshot = _download(config, config.revision, [prefix + name for name in configs])
         revision, folder = snapshot.name, snapshot / prefix
     label = f"{source}/{config.subfolder}" if config.subfolder else source
@@ -148,7 +151,8 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         SAFETENSORS_WEIGHTS_NAME,
     ):
         if (folder / "model_index.json").is_file():
-            prefix, folder = f"{prefix}transformer/", folder / "transformer"
+            part = denoiser_name_in(read_json(folder / "model_index.json", label))
+            prefix, folder = f"{prefix}{part}/", folder / part
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
         kind, names = "full", ("config.json", *weights)
@@ -172,7 +176,7 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         raise TeacherError(
             f"{label}: has no {', '.join(missing)}.{named} A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), "
             f"a LoRA's file ({LORA_WEIGHT_NAME_SAFE}, the folder's only file, or one at the end of the path), a "
-            "transformer (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
+            "whole denoiser (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
     return TeacherFiles(kind, folder, names, source, config.subfolder, revision)

@@ -22,11 +22,9 @@ what it gets (the output after guidance, slicing and sign) and stops the call. O
 pipeline's internals.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -102,9 +100,7 @@ class PipelineCalls:
         self._prepared[len(prompts), view.stand_in.device] = (view.prepared[0].dtype, view.prepared[1:])
         return view
 
-    def _step(
-        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn
-    ) -> PipelineView:
+    def _step(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn) -> PipelineView:
         """Runs one step of the pipeline's loop, at the level `t` and at latents `x` that are scaled for the network."""
         assert self._grid is not None
         t = float(t)

@@ -96,6 +96,10 @@ class Prediction:
             _each(lambda level: self._factors(level)[1], t), x
         )
 
+    def output_weight(self, t: float) -> float:
+        """The squared error of an output, divided by that of its velocity, at the level `t`."""
+        return 1.0 if self.is_flow else 1 / self._factors(t)[0] ** 2
+
     def _factors(self, t: float) -> tuple[float, float]:
         """`p, q` of `v = p output + q x`."""
         if self.kind == EPSILON:

@@ -34,7 +34,7 @@ from .guidance import guidance_embedding, guidance_lines
 from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
-from .prediction import NoiseGrid, all_levels, grid_scheduler, noise_grid, prediction_of
+from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
 from .view import DecoderStandIn, StandIn, at_least_float32, noting, stop, timesteps_of
@@ -86,12 +86,7 @@ class VelocityField(PipelineCalls):
         prompt_store: PromptStore | None = None,
     ):
         self.height, self.width = height, width
-        self._given = dict(
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-            generation_kwargs=dict(generation_kwargs or {}),
-        )
+        self._max_sequence_length, self._generation_kwargs = max_sequence_length, dict(generation_kwargs or {})
         options = dict(generation_kwargs or {})
         problems = pipeline_problems(pipeline) or option_problems(
             pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
@@ -114,7 +109,13 @@ class VelocityField(PipelineCalls):
     ) -> "VelocityField":
         """A field of another pipeline with this one's size and options. It has embeddings of its own."""
         return VelocityField(
-            pipeline, num_inference_steps=num_inference_steps, prompt_store=prompt_store, **self._given
+            pipeline,
+            num_inference_steps=num_inference_steps,
+            height=self.height,
+            width=self.width,
+            max_sequence_length=self._max_sequence_length,
+            generation_kwargs=self._generation_kwargs,
+            prompt_store=prompt_store,
         )
 
     def set_grid(self, num_inference_steps: int) -> None:
@@ -127,15 +128,12 @@ class VelocityField(PipelineCalls):
                 f"{type(scheduler).__name__} makes {len(grid.levels) - 1} levels for {num_inference_steps} steps. Use "
                 "a FlowMatchEulerDiscreteScheduler, which makes one level a step."
             )
-        self._use_grid(grid)
+        self._grid, self.levels = grid, grid.levels
         # Z-Image and Krea 2 write guidance as v + s (v - v_empty): their s is one less than other pipelines' scale,
         # and s = 1 is guidance. The offset corrects this: a scale of 1 is then no guidance, so the next call adds
         # nothing.
         named = self._guidance == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
         self._guidance_offset += float(named and view.do_classifier_free_guidance)
-
-    def _use_grid(self, grid: NoiseGrid) -> None:
-        self._grid, self.levels = grid, grid.levels
 
     def _check_input_scaling(self) -> None:
         """Refuses a flow-matching pipeline whose scheduler was exchanged by one for models that predict noise."""
@@ -160,8 +158,8 @@ class VelocityField(PipelineCalls):
         scheduler = self.pipeline.scheduler
         if self._prediction.is_flow:
             return self.with_steps(scheduler.config.num_train_timesteps)
-        other = copy.copy(self)
-        other._use_grid(all_levels(self._prediction, scheduler))
+        other, grid = copy.copy(self), all_levels(self._prediction, scheduler)
+        vars(other).update(_grid=grid, levels=grid.levels)
         return other
 
     @property
@@ -262,6 +260,13 @@ class VelocityField(PipelineCalls):
         """
         assert self._grid is not None
         return x if self._grid.end_scale == 1 else x * self._grid.end_scale
+
+    def output_weights(self, levels: Sequence[float]) -> list[float] | None:
+        """
+        Factors that turn squared errors of velocities at these levels into those of the network's outputs, in which it
+        was trained; `None` for flow matching, whose outputs are velocities.
+        """
+        return None if self._prediction.is_flow else [self._prediction.output_weight(t) for t in levels]
 
     def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
         """

@@ -58,6 +58,7 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
+    init_noise_sigma = 1.0  # pipelines of noise-predicting models ask for it
     # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
     scales_input: bool = False
 
@@ -214,13 +215,12 @@ def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterato
 
     def forward(x: Tensor) -> Tensor:
         # Read here, since FSDP2 gathers full weights only during a forward.
-        weight, bias = dequantized(projection), projection.bias
-        bias = None if bias is None else bias.float()
+        bias = None if projection.bias is None else projection.bias.float()
         with torch.autocast(x.device.type, enabled=False):
             if isinstance(projection, nn.Linear):
-                return nn.functional.linear(x.float(), weight.float(), bias)
-            how = (projection.stride, projection.padding, projection.dilation, projection.groups)
-            return nn.functional.conv2d(x.float(), weight.float(), bias, *how)  # a UNet's
+                return nn.functional.linear(x.float(), dequantized(projection).float(), bias)
+            # A UNet's is a convolution of stride 1.
+            return nn.functional.conv2d(x.float(), projection.weight.float(), bias, padding=projection.padding)
 
     with exchanged_forward(projection, forward):
         yield

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult
+from safetensors import safe_open
 
 from ..guards.files import read_json
 from ..guards.redaction import last_part, public_name
@@ -75,7 +76,7 @@ def write_teacher_card(
     folder = Path(folder)
     found = find_files(TeacherConfig(str(folder)))
     if found.kind == "full":
-        raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole transformer.")
+        raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole network.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
     if content is not None and task not in content["tasks"]:
         raise ValueError(f"The report has no task {task!r}; it has {', '.join(content['tasks'])}.")
@@ -107,6 +108,7 @@ def write_teacher_card(
         steps=call_options.get("num_inference_steps"),
         call_options=literals(call_options, []),
         kind="lora" if found.kind == "diffusers" else "peft",
+        denoiser=_denoiser(folder / found.names[-1]),
         dtype=dtype,
         rank=config.get("r"),
         alpha=config.get("lora_alpha"),
@@ -117,6 +119,12 @@ def write_teacher_card(
     )
     save(card, folder)
     return folder / CARD_FILE
+
+
+def _denoiser(file: Path) -> str:
+    """The pipeline's name for the network that a LoRA is for. Only UNets go down and up again."""
+    with safe_open(file, "pt") as weights:
+        return "unet" if any("up_blocks" in key for key in weights.keys()) else "transformer"
 
 
 def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:
