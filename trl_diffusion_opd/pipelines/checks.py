@@ -14,6 +14,7 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
+import inspect
 from collections.abc import Collection, Iterable
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
