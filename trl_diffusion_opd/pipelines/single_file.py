@@ -44,6 +44,7 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, explained, retried
 from ..problems import Refusal
+from .denoiser import denoiser_name_in
 
 
 SUFFIX = ".safetensors"
@@ -241,7 +242,7 @@ def _empty(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 
 
 def _classes(index: Mapping[str, JSON], config: str) -> tuple[type[DiffusionPipeline], str, type[ModelMixin]]:
-    component = "unet" if "unet" in index else "transformer"
+    component = denoiser_name_in(index)
     found = (str(index.get("_class_name")), str((index.get(component) or [None, None])[1]))
     pipeline_class, network = (getattr(diffusers, name, None) for name in found)
     if not (isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)):
