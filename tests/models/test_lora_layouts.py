@@ -289,5 +289,7 @@ def test_integers_and_whole_models_are_refused(tmp_path):
     with pytest.raises(TeacherError, match="holds torch.int8 in transformer.*Save it in a floating-point dtype"):
         read(pipeline_of("sd3"), raw, tmp_path)
     whole = {key: value.contiguous() for key, value in pipeline_of("sd3").transformer.state_dict().items()}
-    with pytest.raises(TeacherError, match="is no LoRA: none of its .* tensors is a LoRA's.*from_single_file"):
+    with pytest.raises(TeacherError, match="a LoRA is needed here, and this is a whole"):
         read(pipeline_of("sd3"), whole, tmp_path)
+    with pytest.raises(TeacherError, match="is no LoRA: none of its 1 tensors is a LoRA's.*a single file"):
+        read(pipeline_of("sd3"), {"scores": torch.ones(3)}, tmp_path)
