@@ -37,8 +37,8 @@ from .lora_names import LayerUpdate
 from .lora_options import read_options
 from .lora_scales import MATRIX, LoraScales, matrix_shapes, resolve
 from .lora_update import check_update
-from .teacher_config import TeacherConfig, TeacherError
-from .teacher_files import TeacherFiles, check_keys, find_files, parse_json, read_json
+from .teacher_config import TeacherError
+from .teacher_files import TeacherFiles, check_keys, parse_json, read_json
 
 
 # How the keys of a PeftModel begin. This package uses such keys throughout; files may have the prefix or not.
@@ -59,48 +59,22 @@ class SwitchedLora(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def read_lora(
-    pipeline: DiffusionPipeline, config: TeacherConfig
-) -> tuple[LoraConfig, dict[str, torch.Tensor], TeacherFiles]:
-    """
-    Reads a LoRA in the layout of any program that writes such files.
-
-    Args:
-        pipeline (`DiffusionPipeline`):
-            The base.
-        config ([`TeacherConfig`]):
-            As `parse_teacher` returns it. Its `lora_scale` multiplies every alpha.
-
-    Returns:
-        The `LoraConfig`; the tensors on the CPU, in the file's own dtype, under PEFT's keys
-        (`base_model.model.<module>.lora_A.weight`); and the [`~teacher_files.TeacherFiles`] they came from.
-
-    Raises:
-        TeacherError: If it is not a LoRA, is damaged, or holds what would be dropped (text encoders,
-            `modules_to_save`, biases).
-    """
-    if config.model_name_or_path == "base":
-        raise TeacherError('"base" is the base model, not a LoRA')
-    files = find_files(config)
-    if files.kind == "full":
-        raise TeacherError(f"{files.label}: a LoRA is needed here, and this is a whole transformer")
-    read = read_lora_files(files, pipeline, config.lora_scale)
-    if isinstance(read, FoldedLora):
-        raise TeacherError(
-            f"{files.label}: a LoRA is needed here, and this is a LoKr, LoHa or DoRA, which is more than two matrices "
-            "of a small rank for each layer. It can be a teacher, but not a student's start."
-        )
-    return *read, files
-
-
 def read_lora_files(
     files: TeacherFiles, pipeline: DiffusionPipeline, lora_scale: float = 1.0
 ) -> SwitchedLora | FoldedLora:
     """
-    Does the work of [`read_lora`] once the files are found, also for files that are no LoRA as a whole.
+    Reads a LoRA of one network, in the layout of any program that writes such files.
+
+    Args:
+        files ([`~teacher_files.TeacherFiles`]): where it is.
+        pipeline (`DiffusionPipeline`): the base.
+        lora_scale (`float`, *optional*, defaults to 1.0): multiplies every alpha.
 
     Returns:
         [`SwitchedLora`], or [`~folded_lora.FoldedLora`] for a LoKr, a LoHa of a high rank, or a DoRA.
+
+    Raises:
+        TeacherError: as [`~expert_teachers.read_lora`], but not for what is no LoRA as a whole.
     """
     network: nn.Module = denoiser(pipeline)
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):

@@ -26,6 +26,10 @@ from ..hub.names import way_out
 from ..problems import Problems, Refusal
 
 
+# The fields that say where in a repository or folder a teacher is.
+_PLACES = ("subfolder", "revision", "weight_name", "low_noise_weight_name")
+
+
 class TeacherError(Refusal):
     """Raised for a teacher that cannot be used. The message says why and what to do."""
 
@@ -44,7 +48,12 @@ class TeacherConfig:
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         weight_name (`str`, *optional*):
-            Name of the LoRA's file (`.safetensors`). Needed if its folder has several.
+            Name of the LoRA's file (`.safetensors`). Needed if its folder has several. Of a base with two experts, it
+            is the file for high noise.
+        low_noise_weight_name (`str`, *optional*):
+            Of a base with two experts (Wan 2.2), the file of the LoRA for low noise, in the same folder or a subfolder
+            of it. Needed if the two files cannot be told apart by "high" and "low" in their names. For an expert
+            without a LoRA, one of the two names is `"base"`.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance scale, 0 or larger, that this teacher is run with. `None` takes the trainer's
             `teacher_guidance_scale`.
@@ -64,6 +73,7 @@ class TeacherConfig:
     weight_name: str | None = None
     guidance_scale: float | None = None
     weight: float = 1.0
+    low_noise_weight_name: str | None = None
     lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -85,12 +95,21 @@ class TeacherConfig:
                 f"guidance_scale of teacher {name!r} is {self.guidance_scale}; it must be a number of at least 0 "
                 "(1 is no guidance), or None for the trainer's own."
             )
-        if self.weight_name is not None and not self.weight_name.endswith(".safetensors"):
+        is_pair = self.low_noise_weight_name is not None
+        for option in ("weight_name", "low_noise_weight_name"):
+            value = getattr(self, option)
+            if value is None or value.endswith(".safetensors") or (is_pair and value == "base"):
+                continue
             raise Refusal(
-                f"weight_name of teacher {name!r} is {self.weight_name!r}; only .safetensors files are read. "
+                f"{option} of teacher {name!r} is {value!r}; only .safetensors files are read. "
                 "Convert the file with safetensors.torch.save_file first."
             )
-        for option in ("subfolder", "weight_name", "revision"):
+        if is_pair and self.low_noise_weight_name == self.weight_name:
+            raise Refusal(
+                f"Teacher {name!r} has {self.weight_name!r} for both experts. Name the two halves of a pair, or say "
+                '"base" for model_name_or_path if the base itself is meant.'
+            )
+        for option in ("subfolder", "weight_name", "low_noise_weight_name", "revision"):
             value = getattr(self, option)
             reason = None if value is None else way_out(value.removesuffix("/"))
             if reason is not None:
@@ -134,7 +153,7 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     config = TeacherConfig(spec) if isinstance(spec, str) else spec
     name = config.model_name_or_path
     if name == "base":
-        given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
+        given = [key for key in _PLACES if getattr(config, key) is not None]
         if given:
             raise Refusal(f'Teacher "base" is the base model itself and takes no {", ".join(given)}.')
         if config.lora_scale != 1:

@@ -23,19 +23,16 @@ from typing import Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from .backbone import BASE, Backbone
 from .boundary import strangers_files
+from .expert_teachers import find_teacher, read_found_lora, read_lora, read_whole
 from .folded_lora import FoldedLora, folded_copy
 from .lora_adapter import add_adapter, rescaled_factors
-from .lora_files import read_lora, read_lora_files
 from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
-from .teacher_files import find_files
-from .whole_transformer import read_transformer
 
 
 # PEFT's name, in `adapter_names`, for a row without an adapter.
@@ -203,24 +200,26 @@ class TeacherBank:
     ) -> Teacher:
         if config.model_name_or_path == "base":
             return THE_BASE
-        files = find_files(config)
-        key = (str(files.folder.resolve()), *files.names, str(config.lora_scale))
+        files = find_teacher(config, pipeline)
+        halves = (files,) if files.other is None else (files, files.other)
+        key = tuple(str(part) for half in halves for part in (half.expert, half.folder.resolve(), *half.names))
+        key += (str(config.lora_scale),)
         if key in loaded:
             return loaded[key]
 
         name, rank = f"teacher_{len(loaded)}", None
         kind: Kind = "lora"
         base = self.backbone.base
-        assert isinstance(base, ModelMixin)
+        assert base is not None
         if files.kind == "full":
             if config.lora_scale != 1:
                 raise TeacherError(
                     f"{files.label}: is a whole transformer and takes no lora_scale ({config.lora_scale})"
                 )
-            self.backbone.add_network(name, read_transformer(files, base))
+            self.backbone.add_network(name, read_whole(files, base))
             kind = "full"
         else:
-            lora = read_lora_files(files, pipeline, config.lora_scale)
+            lora = read_found_lora(files, pipeline, config.lora_scale)
             try:
                 if isinstance(lora, FoldedLora):
                     self.backbone.add_network(name, folded_copy(base, lora))

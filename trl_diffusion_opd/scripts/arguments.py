@@ -26,7 +26,7 @@ from ..models.teacher_config import TeacherConfig
 from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, check_reward, load_reward
 from ..trainer.option_checks import evaluation_problems
-from .prompts import load_datasets
+from .prompt_sources import load_datasets
 from .values import PACKAGE, OfTasks, by_task, json_object, packaged, single
 
 
@@ -276,20 +276,21 @@ class TeacherScriptArguments(ScriptArguments):
     )
 
 
-def config_path(option: str, name: str, folder: str = "configs") -> str:
+def config_path(option: str, name: str, *folders: str) -> str:
     """
     Finds a YAML file by its path, or by its name in the package.
 
     Args:
         option (`str`), name (`str`): the option, for messages, and its value.
-        folder (`str`, *optional*, defaults to `"configs"`): the package's folder to look in.
+        folders (`str`): the package's folders to look in. By default those of the commands' options.
 
     Raises:
         [`Refusal`]: if there is neither. The message lists the package's names.
     """
     if os.path.isfile(name):
         return name
-    known = {path.stem: path for path in (PACKAGE / folder).glob("*.yaml")}
+    folders = folders or ("configs", "recipes")
+    known = {path.stem: path for folder in folders for path in (PACKAGE / folder).glob("*.yaml")}
     if name not in known:
         raise Refusal(
             f"--{option}: there is no file {name!r}, and the package has no config of that name. It has "

@@ -48,7 +48,7 @@ from ..models.teacher_config import local_folder, parse_teacher
 from ..pipelines.loading_options import full_dtype
 from .arguments import LORA_SCALES, load_rewards, load_students, load_teachers
 from .parser import parse
-from .prompts import load_tasks
+from .prompt_sources import load_tasks
 from .refusals import refusals_told
 from .training import show_warnings
 from .values import json_object, packaged
