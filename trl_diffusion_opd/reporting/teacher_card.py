@@ -27,11 +27,7 @@ from ..guards.redaction import last_part, public_name
 from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE, HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE
 from ..models.expert_teachers import find_for_any_base
 from ..models.teacher_config import TeacherConfig
-<<<<<<< HEAD
 from ..models.teacher_files import TeacherFiles
-=======
-from ..models.teacher_files import TeacherFiles, find_files
->>>>>>> prediction
 from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
@@ -125,7 +121,6 @@ def write_teacher_card(
     return folder / CARD_FILE
 
 
-<<<<<<< HEAD
 def _loading(found: TeacherFiles) -> dict[str, object]:
     """How it is loaded: as a student's card says it, the pipeline's name for its network, and the files of a pair."""
     if (found.folder / HIGH_NOISE_LORA_FILE).is_file():  # beside PEFT's file, which is for both experts
@@ -140,13 +135,6 @@ def _denoiser(file: Path) -> str:
     """The pipeline's name for the network that a LoRA is for. Only UNets go down and up again."""
     with safe_open(file, "pt") as weights:
         return "unet" if any("up_blocks" in key for key in weights.keys()) else "transformer"
-=======
-def _loading(found: TeacherFiles) -> dict[str, str]:
-    """How a LoRA is loaded, and the pipeline's name for its network. Only UNets go down and up again."""
-    with safe_open(found.folder / found.names[-1], "pt") as weights:
-        is_unet = any("up_blocks" in key for key in weights.keys())
-    return {"kind": "lora" if found.kind == "diffusers" else "peft", "denoiser": "unet" if is_unet else "transformer"}
->>>>>>> prediction
 
 
 def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:
