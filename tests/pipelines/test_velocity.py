@@ -20,7 +20,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.families import FAMILIES, PROMPTS
+from helpers.families import FAMILIES, PROMPTS, denoiser
+from helpers.noise_families import NOISE_FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -180,12 +181,12 @@ def test_a_half_precision_transformer_meets_float32_at_its_border() -> None:
     assert 0 < error < 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_image_edit"])
-def test_every_family_takes_a_half_precision_transformer(name: str) -> None:
-    family, velocities = FAMILIES[name], []
+@pytest.mark.parametrize("name", [name for name in [*FAMILIES, *NOISE_FAMILIES] if name != "qwen_image_edit"])
+def test_every_family_takes_a_half_precision_denoiser(name: str) -> None:
+    family, velocities = (FAMILIES | NOISE_FAMILIES)[name], []
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = family.build()
-        pipeline.transformer.to(dtype)
+        denoiser(pipeline).to(dtype)
         velocity = VelocityField(pipeline, num_inference_steps=2, **family.kwargs)
         x = noise(velocity, BOTH)
         with torch.no_grad():

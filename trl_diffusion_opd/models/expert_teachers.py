@@ -35,7 +35,8 @@ from torch import nn
 
 from ..pipelines.denoiser import denoiser
 from ..pipelines.experts import EXPERTS, HIGH_NOISE, LOW_NOISE, NOISE, Experts, alone, has_experts
-from .lora_files import PEFT_PREFIX, read_lora_files
+from .folded_lora import FoldedLora
+from .lora_files import PEFT_PREFIX, SwitchedLora, read_lora_files
 from .lora_layouts import some
 from .lora_scales import LoraScales, resolve
 from .teacher_config import TeacherConfig, TeacherError
@@ -191,13 +192,13 @@ def read_lora(
     pipeline: DiffusionPipeline, config: TeacherConfig
 ) -> tuple[LoraConfig, dict[str, torch.Tensor], TeacherFiles]:
     """
-    Reads a LoRA in any layout.
+    Reads a LoRA in the layout of any program that writes such files.
 
     Args:
         pipeline (`DiffusionPipeline`):
-            The base. Its class converts the key layouts of other trainers.
+            The base.
         config ([`TeacherConfig`]):
-            As `parse_teacher` returns it.
+            As `parse_teacher` returns it. Its `lora_scale` multiplies every alpha.
 
     Returns:
         The `LoraConfig`; the tensors on the CPU, in the file's own dtype, under PEFT's keys
@@ -205,32 +206,49 @@ def read_lora(
 
     Raises:
         TeacherError: If it is not a LoRA, is damaged, or holds what would be dropped (text encoders,
-            `modules_to_save`, DoRA, biases).
+            `modules_to_save`, biases).
     """
     if config.model_name_or_path == "base":
         raise TeacherError('"base" is the base model, not a LoRA')
     files = find_teacher(config, pipeline)
     if files.kind == "full":
         raise TeacherError(f"{files.label}: a LoRA is needed here, and this is a whole transformer")
-    return *read_found_lora(files, pipeline), files
+    read = read_found_lora(files, pipeline, config.lora_scale)
+    if isinstance(read, FoldedLora):
+        raise TeacherError(
+            f"{files.label}: a LoRA is needed here, and this is a LoKr, LoHa or DoRA, which is more than two matrices "
+            "of a small rank for each layer. It can be a teacher, but not a student's start."
+        )
+    return *read, files
 
 
-def read_found_lora(files: TeacherFiles, pipeline: DiffusionPipeline) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """Does the work of [`read_lora`] once the files are found. Same results and errors."""
+def read_found_lora(
+    files: TeacherFiles, pipeline: DiffusionPipeline, lora_scale: float = 1.0
+) -> SwitchedLora | FoldedLora:
+    """
+    Does the work of [`read_lora`] once the files are found, also for files that are no LoRA as a whole. See
+    [`~lora_files.read_lora_files`].
+    """
     network = denoiser(pipeline)
     if not isinstance(network, Experts):
-        return read_lora_files(files, pipeline)
+        return read_lora_files(files, pipeline, lora_scale)
     if files.expert is None:
         _check_both(files)
-        return read_lora_files(files, pipeline)
+        return read_lora_files(files, pipeline, lora_scale)
     tensors: dict[str, torch.Tensor] = {}
     found: dict[str, LoraScales] = {}
     for expert, half in _halves(files):
-        config, of_half = read_lora_files(half, alone(pipeline, expert))
-        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in of_half.items()}
-        found[expert] = resolve(config, plain, network.of(expert))
+        read = read_lora_files(half, alone(pipeline, expert), lora_scale)
+        if isinstance(read, FoldedLora):
+            raise TeacherError(
+                f"{half.label}: {half.names[-1]} is a LoKr, LoHa or DoRA, which is read for a base of one network, but "
+                "not for one of two experts. Fold both halves into the base yourself, and give the folder of that "
+                "pipeline as a full teacher."
+            )
+        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in read.weights.items()}
+        found[expert] = resolve(read.config, plain, network.of(expert))
         tensors |= {f"{PEFT_PREFIX}{expert}.{key}": value for key, value in plain.items()}
-    return joined(found).config(network), tensors
+    return SwitchedLora(joined(found).config(network), tensors)
 
 
 def joined(found: dict[str, LoraScales]) -> LoraScales:

@@ -36,6 +36,7 @@ from ..guards.file_modes import give_usual_mode
 from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
 from ..hub.files import ADAPTER_FILE, FULL_FILES, HIGH_NOISE_LORA_FILE, LORA_FILE, LOW_NOISE_LORA_FILE, RAW_FILE
+from ..pipelines.denoiser import denoiser_name
 from ..pipelines.experts import HIGH_NOISE, LOW_NOISE, Experts, has_experts
 from .average import moving_average, step_number
 from .lora_scales import LoraScales
@@ -82,7 +83,7 @@ class Student:
 
     Args:
         model ([`~peft.PeftModel`] or `nn.Module`):
-            A PeftModel whose adapter `default` is trained, or a transformer trained in full.
+            A PeftModel whose adapter `default` is trained, or a whole network that is trained in full.
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline the model belongs to: it writes the LoRA file that it can load again.
         ema_decay (`float` or `str`, *optional*):
@@ -225,12 +226,13 @@ class Student:
         if not isinstance(self.pipeline, LoraBaseMixin):
             return
         plain = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
+        part = denoiser_name(self.pipeline)
         for file, layers, own in self._diffusers_files(plain, config):
+            metadata = _portable_metadata(own)
             type(self.pipeline).save_lora_weights(
                 folder,
-                transformer_lora_layers=layers,
-                transformer_lora_adapter_metadata=_portable_metadata(own),
                 weight_name=file,
+                **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata},
             )
             _sort_metadata(Path(folder) / file)
             give_usual_mode(folder, file)
@@ -254,15 +256,15 @@ class Student:
         Returns the line of Python that loads into a pipeline `pipe` of the base what [`save`] wrote. Of a pair it
         is two statements.
         """
-        name = json.dumps(str(folder), ensure_ascii=False)
+        name, part = json.dumps(str(folder), ensure_ascii=False), denoiser_name(self.pipeline)
         if not self.is_lora:
-            return f"pipe.transformer = {self._class_name}.from_pretrained({name})"
+            return f"pipe.{part} = {self._class_name}.from_pretrained({name})"
         if isinstance(self.pipeline, LoraBaseMixin):
             if not has_experts(self.pipeline):
                 return f"pipe.load_lora_weights({name})"
             high, low = (f'pipe.load_lora_weights({name}, weight_name="{file}"' for file in PAIR_FILES.values())
             return f"{high}); {low}, load_into_transformer_2=True)"
-        return f"pipe.transformer = PeftModel.from_pretrained(pipe.transformer, {name}).merge_and_unload()"
+        return f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, {name}).merge_and_unload()"
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
         """

@@ -60,6 +60,8 @@ class TeacherConfig:
         weight (`float`, *optional*, defaults to `1.0`):
             Share of this teacher in the target of a task that has several. The target is the weighted mean of their
             velocities; a task's weights are normalised to sum to 1.
+        lora_scale (`float`, *optional*, defaults to `1.0`):
+            Strength of a LoRA: what it changes of each weight is multiplied by this. Below 0 the change is subtracted.
 
     Raises:
         ValueError: If a number is out of range, the name is empty, or the subfolder, revision or file name is invalid.
@@ -72,6 +74,7 @@ class TeacherConfig:
     guidance_scale: float | None = None
     weight: float = 1.0
     low_noise_weight_name: str | None = None
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         name = shown(self.model_name_or_path)
@@ -81,6 +84,11 @@ class TeacherConfig:
             raise Refusal(
                 f"The weight of teacher {name!r} is {self.weight}; it must be positive. Leave the teacher out instead "
                 "of giving it no weight."
+            )
+        if not (math.isfinite(self.lora_scale) and self.lora_scale != 0):
+            raise Refusal(
+                f"lora_scale of teacher {name!r} is {self.lora_scale}; it must be a finite number other than 0, with "
+                'which the teacher would be the base. If the base is meant, say "base".'
             )
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise Refusal(
@@ -148,6 +156,8 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
         given = [key for key in _PLACES if getattr(config, key) is not None]
         if given:
             raise Refusal(f'Teacher "base" is the base model itself and takes no {", ".join(given)}.')
+        if config.lora_scale != 1:
+            raise Refusal(f'Teacher "base" is the base model itself and takes no lora_scale ({config.lora_scale}).')
         return config
     if local_folder(config) is not None:
         return config

@@ -32,8 +32,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
+from ..pipelines.denoiser import DENOISERS, denoiser_name_in
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
 
 
@@ -49,7 +50,7 @@ class TeacherFiles:
     The files of a teacher, and where they came from.
 
     Attributes:
-        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole transformer.
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
         source: Hub id, or the name of the local folder but never its path.
@@ -109,13 +110,13 @@ def _weights_of(files: TeacherFiles) -> TeacherFiles:
     return replace(files, names=tuple(name for name in files.names if name.endswith(".safetensors")))
 
 
-def find_files(config: TeacherConfig, component: str = "transformer") -> TeacherFiles:
+def find_files(config: TeacherConfig, component: str | None = None) -> TeacherFiles:
     """
     Resolves a parsed teacher (not `"base"`) to local files. Downloads only the files that are needed.
 
     Args:
         config ([`TeacherConfig`]): the teacher.
-        component (`str`, *optional*): the network that is meant, if it is a whole pipeline.
+        component (`str`, *optional*): the network that is meant, if it is a whole pipeline. By default the one that denoises.
 
     Raises:
         TeacherError: If the folder, repository, revision or files do not exist, cannot be reached or read, or are
@@ -138,7 +139,7 @@ def weights_in(folder: Path) -> str | None:
     return None
 
 
-def _find(config: TeacherConfig, component: str) -> TeacherFiles:
+def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
     prefix = f"{config.subfolder.strip('/')}/" if config.subfolder else ""
     local = local_folder(config)
     if local is not None:
@@ -151,7 +152,8 @@ def _find(config: TeacherConfig, component: str) -> TeacherFiles:
         source = config.model_name_or_path
         # Configs first: they tell which of a repository's weights, often very large, are needed.
         indices = [CONFIG_NAME, "model_index.json", "config.json", SAFE_WEIGHTS_INDEX_NAME]
-        configs = indices + [f"{component}/{name}" for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
+        parts = DENOISERS if component is None else (component,)
+        configs = indices + [f"{part}/{name}" for part in parts for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
         snapshot = _download(config, config.revision, [prefix + name for name in configs])
         revision, folder = snapshot.name, snapshot / prefix
     label = f"{source}/{config.subfolder}" if config.subfolder else source
@@ -166,7 +168,8 @@ def _find(config: TeacherConfig, component: str) -> TeacherFiles:
         SAFETENSORS_WEIGHTS_NAME,
     ):
         if (folder / "model_index.json").is_file():
-            prefix, folder = f"{prefix}{component}/", folder / component
+            part = component or denoiser_name_in(read_json(folder / "model_index.json", label))
+            prefix, folder = f"{prefix}{part}/", folder / part
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
         kind, names = "full", ("config.json", *weights)
@@ -190,7 +193,7 @@ def _find(config: TeacherConfig, component: str) -> TeacherFiles:
         raise TeacherError(
             f"{label}: has no {', '.join(missing)}.{named} A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), "
             f"a LoRA's file ({LORA_WEIGHT_NAME_SAFE}, the folder's only file, or one at the end of the path), a "
-            "transformer (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
+            "whole denoiser (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
     return TeacherFiles(kind, folder, names, source, config.subfolder, revision)

@@ -14,6 +14,7 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
+import inspect
 from collections.abc import Collection, Iterable
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -22,6 +23,7 @@ from torch import nn
 from .denoiser import denoiser
 from .experts import expert_problems
 from .guidance import guidance_name
+from .guiders import guider_problems
 from .images import pixels_a_latent
 from .prediction import scheduler_problem
 
@@ -110,7 +112,10 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]
-    missing += [method for method in ("encode_prompt", "prepare_latents") if method not in dir(type(pipeline))]
+    missing += ["encode_prompt"] if "encode_prompt" not in dir(type(pipeline)) else []
+    parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    # A call without `prepare_latents` that takes latents draws them itself (ERNIE-Image).
+    missing += ["prepare_latents"] if not {"prepare_latents", *parameters} & {"prepare_latents", "latents"} else []
     problems = []
     if missing:
         problems.append(
@@ -128,7 +133,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
         )
     if isinstance(network, UNet2DConditionModel):
         problems += _unet_problems(network, name)
-    return problems
+    return problems + guider_problems(pipeline)
 
 
 def _unet_problems(unet: UNet2DConditionModel, name: str) -> list[str]:

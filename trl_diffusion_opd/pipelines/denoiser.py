@@ -14,6 +14,7 @@
 
 """The network of a pipeline that denoises: the only one that is trained and taught."""
 
+from collections.abc import Collection
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -21,9 +22,17 @@ from diffusers import DiffusionPipeline
 from .experts import EXPERTS, Experts, has_experts
 
 
-def denoiser_name(pipeline: DiffusionPipeline) -> str:
+DENOISERS = ("transformer", "unet")
+
+
+def denoiser_name_in(components: Collection[str]) -> str:
     """The component that denoises: `"unet"` in Stable Diffusion and its relatives, else `"transformer"`."""
-    return "unet" if "unet" in pipeline.components else "transformer"
+    return "unet" if "unet" in components else "transformer"
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The name of a pipeline's component that denoises. See [`denoiser_name_in`]."""
+    return denoiser_name_in(pipeline.components)
 
 
 def denoiser(pipeline: DiffusionPipeline) -> Any:

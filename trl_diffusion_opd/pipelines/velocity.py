@@ -21,7 +21,7 @@ Computes the velocity of any text-to-image pipeline of diffusers, by running one
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -33,12 +33,13 @@ from .calls import PipelineCalls, call_parameters
 from .checks import option_problems, pipeline_problems
 from .experts import Experts, expert_groups, in_groups
 from .guidance import guidance_embedding, guidance_lines
+from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
-from .view import DecoderStandIn, StandIn, Stop, at_least_float32, stop, timesteps_of
+from .view import DecoderStandIn, StandIn, at_least_float32, noting, stop, timesteps_of
 
 
 class VelocityField(PipelineCalls):
@@ -87,12 +88,7 @@ class VelocityField(PipelineCalls):
         prompt_store: PromptStore | None = None,
     ):
         self.height, self.width = height, width
-        self._given = dict(
-            height=height,
-            width=width,
-            max_sequence_length=max_sequence_length,
-            generation_kwargs=dict(generation_kwargs or {}),
-        )
+        self._max_sequence_length, self._generation_kwargs = max_sequence_length, dict(generation_kwargs or {})
         options = dict(generation_kwargs or {})
         problems = pipeline_problems(pipeline) or option_problems(
             pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
@@ -115,7 +111,13 @@ class VelocityField(PipelineCalls):
     ) -> "VelocityField":
         """A field of another pipeline with this one's size and options. It has embeddings of its own."""
         return VelocityField(
-            pipeline, num_inference_steps=num_inference_steps, prompt_store=prompt_store, **self._given
+            pipeline,
+            num_inference_steps=num_inference_steps,
+            height=self.height,
+            width=self.width,
+            max_sequence_length=self._max_sequence_length,
+            generation_kwargs=self._generation_kwargs,
+            prompt_store=prompt_store,
         )
 
     def set_grid(self, num_inference_steps: int) -> None:
@@ -254,12 +256,7 @@ class VelocityField(PipelineCalls):
     def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """The arguments, by name, of the pipeline's first call of its transformer at level `t`."""
         seen: list[dict[str, Any]] = []
-
-        def note(**inputs: Any) -> NoReturn:
-            seen.append(inputs)
-            raise Stop
-
-        self._step(x, t, prompts, guidance_scale, StandIn(note, self._base))
+        self._step(x, t, prompts, guidance_scale, StandIn(noting(seen), self._base))
         return seen[0]
 
     def initial_latents(self, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
@@ -288,6 +285,13 @@ class VelocityField(PipelineCalls):
         """
         assert self._grid is not None
         return x if self._grid.end_scale == 1 else x * self._grid.end_scale
+
+    def output_weights(self, levels: Sequence[float]) -> list[float] | None:
+        """
+        Factors that turn squared errors of velocities at these levels into those of the network's outputs, in which it
+        was trained; `None` for flow matching, whose outputs are velocities.
+        """
+        return None if self._prediction.is_flow else [self._prediction.output_weight(t) for t in levels]
 
     def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
         """
@@ -417,7 +421,9 @@ class VelocityField(PipelineCalls):
 
     def default_guidance_scale(self) -> float:
         """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
-        given = None if self._guidance is None else self._parameters[self._guidance].default
+        if self._guidance is None:
+            return default_scale(self.pipeline) or 1.0
+        given = self._parameters[self._guidance].default
         if not isinstance(given, int | float):
             return 1.0
         scale = float(given) + self._guidance_offset

@@ -26,6 +26,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.utils import BaseOutput
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -54,9 +55,11 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     to `step`.
     """
 
+    init_noise_sigma = 1.0
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
+    init_noise_sigma = 1.0  # pipelines of noise-predicting models ask for it
     # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
     scales_input: bool = False
 
@@ -150,7 +153,7 @@ class StandIn(nn.Module):
         """The number of rows that the model has got."""
         return self.rows + (0 if self.second is None else self.second.rows)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple | BaseOutput:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         if self.timesteps is not None:
@@ -168,10 +171,10 @@ class StandIn(nn.Module):
         else:
             output = self.model(**inputs)
         sample = output[0]
-        return (
-            [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample),
-            *output[1:],
-        )
+        sample = [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample)
+        if isinstance(output, BaseOutput):  # some pipelines (Kandinsky 5) ask for the output by its name
+            return type(output)(**{**output, "sample": sample})
+        return (sample, *output[1:])
 
     def _cast(self, name: str, value: Any) -> Any:
         if name in _NUMBERS or name.endswith("_ids"):
@@ -233,13 +236,12 @@ def _float32_projection(model: Callable[..., tuple], base: nn.Module, expert: st
 
     def forward(x: Tensor) -> Tensor:
         # Read here, since FSDP2 gathers full weights only during a forward.
-        weight, bias = dequantized(projection), projection.bias
-        bias = None if bias is None else bias.float()
+        bias = None if projection.bias is None else projection.bias.float()
         with torch.autocast(x.device.type, enabled=False):
             if isinstance(projection, nn.Linear):
-                return nn.functional.linear(x.float(), weight.float(), bias)
-            how = (projection.stride, projection.padding, projection.dilation, projection.groups)
-            return nn.functional.conv2d(x.float(), weight.float(), bias, *how)  # a UNet's
+                return nn.functional.linear(x.float(), dequantized(projection).float(), bias)
+            # A UNet's is a convolution of stride 1.
+            return nn.functional.conv2d(x.float(), projection.weight.float(), bias, padding=projection.padding)
 
     with exchanged_forward(projection, forward):
         yield
@@ -266,6 +268,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def stop(**kwargs: object) -> NoReturn:
     raise Stop
+
+
+def noting(seen: list[dict[str, Any]]) -> Callable[..., NoReturn]:
+    """A model that keeps the arguments of its call, by name, in `seen` and stops the pipeline."""
+
+    def note(**inputs: Any) -> NoReturn:
+        seen.append(inputs)
+        raise Stop
+
+    return note
 
 
 class DecoderStandIn(nn.Module):
@@ -318,6 +330,11 @@ class PipelineView(DiffusionPipeline):
 
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
+            if self.prepared is not None:
+                raise ValueError(
+                    f"{type(self).__name__} prepares latents twice, for two networks one after the other: only one of "
+                    "them could be trained. Use a pipeline with one network that denoises."
+                )
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
         dtype, extras = self.prepared

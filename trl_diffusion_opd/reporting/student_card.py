@@ -65,9 +65,9 @@ class Content(TypedDict):
         base_name: The base's id, or the name of its folder.
         is_tiny: Whether the base is the tiny world's.
         load_options: Further arguments of the base's `from_pretrained`.
-        kind: How the student is loaded: `"lora"` by diffusers, `"pair"` for two experts, `"peft"`, or `"full"` for a whole transformer.
+        kind: How the student is loaded: `"lora"` by diffusers, `"pair"` for two experts, `"peft"`, or `"full"` for a whole network.
         is_video: Whether the pipeline returns videos, of which an image is one frame.
-        transformer_class: The class of the transformer.
+        denoiser, denoiser_class: The pipeline's name for the trained network, and its class.
         tags, datasets: Tags, and Hub ids of the training data.
         facts, args: Facts of the run, and its arguments that are shown.
         call_options: Arguments of the pipeline, as Python literals.
@@ -83,7 +83,8 @@ class Content(TypedDict):
     load_options: dict[str, str]
     kind: Literal["lora", "pair", "peft", "full"]
     is_video: bool
-    transformer_class: str
+    denoiser: str
+    denoiser_class: str
     tags: list[str]
     datasets: list[str]
     facts: dict[str, Any]

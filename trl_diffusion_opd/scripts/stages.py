@@ -70,7 +70,7 @@ from ..problems import Problems, Refusal
 from ..trainer.option_checks import evaluation_problems, unknown_option
 from .arguments import TaughtArguments, config_path, configs, reward_problems
 from .parser import parse
-from .prompts import source_problems
+from .prompt_sources import source_problems
 from .refusals import refusals_told
 from .values import OfTasks, by_task
 
@@ -307,7 +307,7 @@ class StageSpec(TaughtArguments):
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
-_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales"}
+_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales", "teacher_lora_scales"}
 # Arguments of commands that a stage ignores.
 _OF_COMMANDS = {"output_dir", "test_prompts", "num_test_images", "dry_run"}
 

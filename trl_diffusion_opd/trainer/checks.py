@@ -39,8 +39,8 @@ from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..models.teacher_config import TeacherConfig, normalize_teachers
-from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
-from ..pipelines.denoiser import denoiser
+from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
+from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.experts import Experts, expert_problems
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
@@ -63,7 +63,7 @@ def loading_problems(
                 "already loaded. Load it with them, or pass its name."
             ]
         return []
-    quantized = pipeline_config(quantization_config)
+    quantized = pipeline_config(quantization_config, denoiser_name(pipeline))
     named = [] if quantized is None else named_components(quantized)
     unknown = [name for name in named if name not in pipeline.components]
     if unknown:
@@ -77,20 +77,20 @@ def loading_problems(
 def model_problems(
     pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
 ) -> list[str]:
-    """Reasons why the pipeline's transformer can't be trained with `args` and `peft_config`."""
+    """Reasons why the pipeline's denoiser can't be trained with `args` and `peft_config`."""
     if problems := expert_problems(pipeline):
         return problems
-    transformer = denoiser(pipeline)
+    transformer, name = denoiser(pipeline), denoiser_name(pipeline)
     if not isinstance(transformer, nn.Module):
         return [
-            f"{type(pipeline).__name__} has no transformer: only flow-matching pipelines with a denoising transformer "
-            "can be trained."
+            f"{type(pipeline).__name__} has no transformer or unet: only text-to-image pipelines with a denoising "
+            "transformer or UNet can be trained."
         ]
     problems = []
     if isinstance(transformer, PeftModel):
         problems.append(
-            "The pipeline already carries a LoRA: its transformer is a PeftModel. Take it out with "
-            "pipe.transformer = pipe.transformer.unload(), or merge_and_unload() to keep its effect, and name the "
+            f"The pipeline already carries a LoRA: its {name} is a PeftModel. Take it out with "
+            f"pipe.{name} = pipe.{name}.unload(), or merge_and_unload() to keep its effect, and name the "
             "layers in peft_config."
         )
     elif carries_lora(pipeline):
@@ -100,7 +100,7 @@ def model_problems(
             "a teacher."
         )
     else:
-        problems += transformer_problems(transformer)
+        problems += denoiser_problems(transformer, name)
     problems += placement_problems(pipeline)
     if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
         # Its experts run under no_grad unless the module is in training mode, but here it stays in eval mode.

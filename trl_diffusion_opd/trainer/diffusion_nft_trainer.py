@@ -188,7 +188,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         """Draws the noise levels of this update. The same for all tasks and on every process."""
         seed = np.random.SeedSequence([self.args.seed, self.state.global_step, LEVEL_DRAW])
         k = self.args.num_trained_timesteps or len(self.table)
-        return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
+        levels, generator = self.table.levels.tolist(), np.random.default_rng(seed)
+        return draw_levels(levels, k, self.args.timestep_sampling, generator, self.velocity_field.trained_levels)
 
     def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
         task, levels = rollout.task, self._drawn_levels()

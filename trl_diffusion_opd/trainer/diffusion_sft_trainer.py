@@ -301,7 +301,9 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self.trained_scale, field=self._fine_field
         )
-        return flow_matching_loss(v, x0, eps)
+        loss = flow_matching_loss(v, x0, eps)
+        weights = self._fine_field.output_weights(t.tolist())
+        return loss if weights is None else loss * torch.tensor(weights, device=loss.device, dtype=loss.dtype)
 
     def _record(self, task: str, loss: Tensor) -> Tensor:
         """Logs and returns the mean loss over processes. All processes stop if one loss is not finite."""
