@@ -22,7 +22,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from helpers import families_text as text
 from helpers.families import FAMILIES, PROMPTS, Family, flux2_without_encoder
 from helpers.tiny_sd3 import make_vae, numbered, vae_config
-
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
@@ -166,7 +165,14 @@ def hunyuan_image() -> DiffusionPipeline:
 
 def prx() -> DiffusionPipeline:
     transformer = diffusers.PRXTransformer2DModel(
-        in_channels=4, patch_size=2, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[4, 4]
+        in_channels=4,
+        patch_size=2,
+        context_in_dim=16,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
     )
     return diffusers.PRXPipeline(
         transformer=transformer,
@@ -337,7 +343,14 @@ def ernie() -> DiffusionPipeline:
 
 def prx_pixel() -> DiffusionPipeline:
     transformer = diffusers.PRXTransformer2DModel(
-        in_channels=3, patch_size=2, context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[4, 4]
+        in_channels=3,
+        patch_size=2,
+        context_in_dim=16,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
     )
     return diffusers.PRXPixelPipeline(
         transformer=transformer,
@@ -352,7 +365,9 @@ def z_image_omni() -> DiffusionPipeline:
     parts = FAMILIES["z_image"].build().components
     config = {**parts["transformer"].config, "siglip_feat_dim": 16}
     siglip = Siglip2VisionModel(
-        Siglip2VisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16)
+        Siglip2VisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16
+        )
     )
     return diffusers.ZImageOmniPipeline(
         **{**parts, "transformer": diffusers.ZImageTransformer2DModel.from_config(config)},
@@ -403,9 +418,7 @@ def dreamlite(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
         num_decoder_blocks=(1, 1),
     )
     parts = encoders.qwen3_vl(generates=True)
-    return pipeline(
-        unet=unet, vae=vae, scheduler=dynamic(), processor=encoders.processor(parts["tokenizer"]), **parts
-    )
+    return pipeline(unet=unet, vae=vae, scheduler=dynamic(), processor=encoders.processor(parts["tokenizer"]), **parts)
 
 
 def flux2_klein_kv() -> DiffusionPipeline:
@@ -429,9 +442,15 @@ IMAGES: dict[str, Family] = {
     "Krea2Pipeline": _family(krea2, guidance_offset=1.0, max_sequence_length=48),
     "HunyuanImagePipeline": _family(hunyuan_image, guidance_scale=1.0, guidance_name=None, max_sequence_length=None),
     "PRXPipeline": _family(
-        prx, ("img_qkv_proj", "txt_kv_proj"), max_sequence_length=None, prompts=PROMPTS[1:], generation_kwargs={"use_resolution_binning": False}
+        prx,
+        ("img_qkv_proj", "txt_kv_proj"),
+        max_sequence_length=None,
+        prompts=PROMPTS[1:],
+        generation_kwargs={"use_resolution_binning": False},
     ),
-    "Kandinsky5T2IPipeline": _family(kandinsky5_image, ("to_query", "to_key", "to_value"), size=32, max_sequence_length=16),
+    "Kandinsky5T2IPipeline": _family(
+        kandinsky5_image, ("to_query", "to_key", "to_value"), size=32, max_sequence_length=16
+    ),
     "BriaFiboPipeline": _family(bria_fibo, size=32, max_sequence_length=32),
     "LuminaPipeline": _family(lumina_next, size=32, max_sequence_length=32),
     "QwenImage21Pipeline": _family(qwen_image_21, size=64, max_sequence_length=None, **_TRUE_CFG),
@@ -439,12 +458,30 @@ IMAGES: dict[str, Family] = {
     "BriaFibo2Pipeline": _family(bria_fibo2, max_sequence_length=None),
     "ErnieImagePipeline": _family(ernie, max_sequence_length=None),
     "PRXPixelPipeline": _family(
-        prx_pixel, ("img_qkv_proj", "txt_kv_proj"), max_sequence_length=None, prompts=PROMPTS[1:], generation_kwargs={"use_resolution_binning": False}
+        prx_pixel,
+        ("img_qkv_proj", "txt_kv_proj"),
+        max_sequence_length=None,
+        prompts=PROMPTS[1:],
+        generation_kwargs={"use_resolution_binning": False},
     ),
     "ZImageOmniPipeline": _family(z_image_omni, guidance_offset=1.0),
     "OmniGenPipeline": _family(omnigen, ("to_q", "to_k", "to_v"), size=32, max_sequence_length=None),
-    "DreamLitePipeline": _family(lambda: dreamlite(diffusers.DreamLitePipeline), guidance_scale=1.0, prompts=PROMPTS[1:]),
-    "DreamLiteMobilePipeline": _family(lambda: dreamlite(diffusers.DreamLiteMobilePipeline), guidance_scale=1.0, guidance_name=None, prompts=PROMPTS[1:]),
-    "Flux2Pipeline": _family(flux2_without_encoder, guidance_scale=1.0, guidance_name=None, generation_kwargs={"guidance_scale": 4.0}),
-    "Flux2KleinKVPipeline": _family(flux2_klein_kv, guidance_scale=1.0, guidance_name=None, generation_kwargs={"text_encoder_out_layers": (1, 2, 3)}),
+    "DreamLitePipeline": _family(
+        lambda: dreamlite(diffusers.DreamLitePipeline), guidance_scale=1.0, prompts=PROMPTS[1:]
+    ),
+    "DreamLiteMobilePipeline": _family(
+        lambda: dreamlite(diffusers.DreamLiteMobilePipeline),
+        guidance_scale=1.0,
+        guidance_name=None,
+        prompts=PROMPTS[1:],
+    ),
+    "Flux2Pipeline": _family(
+        flux2_without_encoder, guidance_scale=1.0, guidance_name=None, generation_kwargs={"guidance_scale": 4.0}
+    ),
+    "Flux2KleinKVPipeline": _family(
+        flux2_klein_kv,
+        guidance_scale=1.0,
+        guidance_name=None,
+        generation_kwargs={"text_encoder_out_layers": (1, 2, 3)},
+    ),
 }

@@ -19,11 +19,10 @@ from typing import Any
 import diffusers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from helpers import families_text as text
-from helpers.families import PROMPTS, Family
+from helpers.families import Family
 from helpers.noise_families import NOISE_FAMILIES, PIXART, STABLE_DIFFUSION, noise_scheduler
-from helpers.tiny_sd3 import make_vae, numbered
+from helpers.tiny_sd3 import make_vae
 
-from . import encoders
 from .videos import cosmos_transformer, no_safety_checker, wan_vae
 
 
@@ -194,7 +193,9 @@ def deepfloyd() -> DiffusionPipeline:
         time_embedding_act_fn="gelu",
         cross_attention_norm="group_norm",
     )
-    scheduler = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True)
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True
+    )
     return diffusers.IFPipeline(
         unet=unet,
         scheduler=scheduler,
@@ -252,9 +253,7 @@ def sana_sprint() -> DiffusionPipeline:
     transformer = diffusers.SanaTransformer2DModel.from_config(
         {**parts["transformer"].config, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}
     )
-    return diffusers.SanaSprintPipeline(
-        **{**parts, "transformer": transformer, "scheduler": diffusers.SCMScheduler()}
-    )
+    return diffusers.SanaSprintPipeline(**{**parts, "transformer": transformer, "scheduler": diffusers.SCMScheduler()})
 
 
 def cosmos1() -> DiffusionPipeline:
@@ -284,11 +283,18 @@ def cosmos25() -> DiffusionPipeline:
     parts = text.qwen2_vl()
     del parts["processor"]
     scheduler = diffusers.UniPCMultistepScheduler(
-        use_karras_sigmas=True, use_flow_sigmas=True, prediction_type="flow_prediction", sigma_min=0.01, sigma_max=200.0
+        use_karras_sigmas=True,
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        sigma_min=0.01,
+        sigma_max=200.0,
     )
     return diffusers.Cosmos2_5_PredictBasePipeline(
         transformer=cosmos_transformer(
-            in_channels=5, use_crossattn_projection=True, crossattn_proj_in_channels=32, encoder_hidden_states_channels=16
+            in_channels=5,
+            use_crossattn_projection=True,
+            crossattn_proj_in_channels=32,
+            encoder_hidden_states_channels=16,
         ),
         vae=wan_vae(),
         scheduler=scheduler,
@@ -308,14 +314,23 @@ def _image_encoder() -> dict[str, Any]:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     config = CLIPVisionConfig(
-        hidden_size=8, projection_dim=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+        hidden_size=8,
+        projection_dim=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
     )
     return {"image_encoder": CLIPVisionModelWithProjection(config), "image_processor": CLIPImageProcessorPil()}
 
 
 def kandinsky_prior(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
     return pipeline(
-        prior=_prior(), scheduler=diffusers.UnCLIPScheduler(prediction_type="sample"), **text.clip(), **_image_encoder()
+        prior=_prior(),
+        scheduler=diffusers.UnCLIPScheduler(prediction_type="sample"),
+        **text.clip(),
+        **_image_encoder(),
     )
 
 
@@ -399,9 +414,7 @@ def stable_unclip() -> DiffusionPipeline:
 
 _UNLIMITED: dict[str, Any] = dict(max_sequence_length=None)
 NOISE: dict[str, Family] = {
-    "PixArtAlphaPipeline": Family(
-        pixart_alpha, _CROSS, generation_kwargs={"use_resolution_binning": False, **_PLAIN}
-    ),
+    "PixArtAlphaPipeline": Family(pixart_alpha, _CROSS, generation_kwargs={"use_resolution_binning": False, **_PLAIN}),
     "AllegroPipeline": Family(allegro, _CROSS, size=32, generation_kwargs={"num_frames": 1, **_PLAIN}),
     "LattePipeline": Family(latte, _CROSS, **_UNLIMITED, generation_kwargs={"video_length": 1, **_PLAIN}),
     "CogVideoXPipeline": Family(cogvideox, ("to_q", "to_k", "to_v"), generation_kwargs={"num_frames": 1}),
@@ -420,7 +433,9 @@ NOISE: dict[str, Family] = {
         guidance_name=None,
         generation_kwargs={"use_resolution_binning": False, "complex_human_instruction": None},
     ),
-    "CosmosTextToWorldPipeline": Family(cosmos1, ("to_q", "to_k", "to_v"), size=32, generation_kwargs={"num_frames": 1}),
+    "CosmosTextToWorldPipeline": Family(
+        cosmos1, ("to_q", "to_k", "to_v"), size=32, generation_kwargs={"num_frames": 1}
+    ),
     "Cosmos2_5_PredictBasePipeline": Family(
         cosmos25, ("to_q", "to_k", "to_v"), size=32, generation_kwargs={"num_frames": 1}
     ),

@@ -41,5 +41,10 @@ OF_TESTS = {
     "KolorsPipeline": "kolors",
 }
 _ALL = {**FAMILIES, **NOISE_FAMILIES}
-SPECIMENS: dict[str, Family] = {**{name: _ALL[family] for name, family in OF_TESTS.items()}, **IMAGES, **VIDEOS, **NOISE}
+SPECIMENS: dict[str, Family] = {
+    **{name: _ALL[family] for name, family in OF_TESTS.items()},
+    **IMAGES,
+    **VIDEOS,
+    **NOISE,
+}
 NOT_BUILT: dict[str, str] = {}

@@ -117,7 +117,9 @@ def velocity_and_walk(family: Family, trial: Trial) -> None:
     with torch.no_grad():
         x = walk(lambda j, x, _: field(x, field.levels[j].item(), prompts, scales[-1]), x, table)
     own = with_recorder(family, field)
-    trial.walk = difference(field.decode(field.clean(x), prompts, output_type="np"), own_images(family, own, scales[-1]))
+    trial.walk = difference(
+        field.decode(field.clean(x), prompts, output_type="np"), own_images(family, own, scales[-1])
+    )
 
 
 def with_recorder(family: Family, field: VelocityField) -> DiffusionPipeline:
@@ -215,6 +217,8 @@ def verdict(trial: Trial) -> None:
     """Says whether the differences are small enough."""
     bounds = {"velocity": VELOCITY, "walk": WALK, "image": IMAGE}
     measured = {name: getattr(trial, name) for name in bounds}
-    beyond = [f"{name} {value:.1e}" for name, value in measured.items() if value is not None and not value <= bounds[name]]
+    beyond = [
+        f"{name} {value:.1e}" for name, value in measured.items() if value is not None and not value <= bounds[name]
+    ]
     if beyond:
         trial.outcome, trial.reason = "fails", "differs from the pipeline's own: " + ", ".join(beyond)

@@ -20,7 +20,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from helpers import families_text as text
 from helpers.families import PROMPTS, Family
-from helpers.tiny_sd3 import make_vae, numbered
+from helpers.tiny_sd3 import numbered
 
 from . import encoders
 from .images import ATTENTION, euler, kandinsky5_transformer
@@ -92,12 +92,8 @@ def _skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
 
 
 def helios(pipeline: type[DiffusionPipeline], scheduler: Any) -> DiffusionPipeline:
-    transformer = diffusers.HeliosTransformer3DModel(
-        rope_dim=(4, 4, 4), qk_norm="rms_norm_across_heads", **_LIKE_WAN
-    )
-    return pipeline(
-        transformer=transformer, vae=wan_vae(), scheduler=scheduler, **text.t5(multilingual=True)
-    )
+    transformer = diffusers.HeliosTransformer3DModel(rope_dim=(4, 4, 4), qk_norm="rms_norm_across_heads", **_LIKE_WAN)
+    return pipeline(transformer=transformer, vae=wan_vae(), scheduler=scheduler, **text.t5(multilingual=True))
 
 
 def hunyuan_video() -> DiffusionPipeline:
@@ -233,9 +229,7 @@ def sana_video() -> DiffusionPipeline:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
     )
-    return diffusers.SanaVideoPipeline(
-        transformer=transformer, vae=wan_vae(), scheduler=scheduler, **text.gemma2()
-    )
+    return diffusers.SanaVideoPipeline(transformer=transformer, vae=wan_vae(), scheduler=scheduler, **text.gemma2())
 
 
 def motif() -> DiffusionPipeline:
@@ -341,7 +335,10 @@ VIDEOS: dict[str, Family] = {
         lambda: _skyreels(diffusers.SkyReelsV2DiffusionForcingPipeline), _WAN, size=32, generation_kwargs=_ONE
     ),
     "HeliosPipeline": Family(
-        lambda: helios(diffusers.HeliosPipeline, diffusers.HeliosScheduler(stages=1)), _WAN, size=32, generation_kwargs=_ONE
+        lambda: helios(diffusers.HeliosPipeline, diffusers.HeliosScheduler(stages=1)),
+        _WAN,
+        size=32,
+        generation_kwargs=_ONE,
     ),
     "HeliosPyramidPipeline": Family(
         lambda: helios(diffusers.HeliosPyramidPipeline, diffusers.HeliosDMDScheduler()),

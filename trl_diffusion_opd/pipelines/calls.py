@@ -25,6 +25,7 @@ pipeline's internals.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
