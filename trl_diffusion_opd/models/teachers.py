@@ -23,18 +23,16 @@ from typing import Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from .backbone import BASE, Backbone
 from .boundary import strangers_files
+from .expert_teachers import find_teacher, read_found_lora, read_lora, read_whole
+from .folded_lora import FoldedLora, folded_copy
 from .lora_adapter import add_adapter, rescaled_factors
-from .lora_files import read_lora, read_lora_files
 from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
-from .teacher_files import find_files
-from .whole_transformer import read_transformer
 
 
 # PEFT's name, in `adapter_names`, for a row without an adapter.
@@ -66,6 +64,7 @@ class TeacherEntry(TypedDict):
     rank: int | None
     guidance_scale: float
     weight: float
+    lora_scale: float
 
 
 class TeacherRow(TypedDict):
@@ -75,12 +74,14 @@ class TeacherRow(TypedDict):
     teacher: str
     kind: str
     rank: int | None
+    lora_scale: float
     guidance_scale: float
     weight: float
     revision: str | None
     sha256: str | None
 
 
+Kind = Literal["base", "lora", "folded", "full"]
 Manifest = dict[str, list[TeacherEntry]]  # by task
 
 
@@ -91,7 +92,7 @@ class Teacher:
 
     Attributes:
         name: Its role in the [`Backbone`]: `"teacher_0"`, ... or `"base"`.
-        kind: `"base"`, `"lora"` or `"full"`.
+        kind: `"base"`, `"lora"`, `"folded"` (what a file changes, folded into a copy of the base) or `"full"`.
         source: Hub id, or the name of the local folder but never its path; `"base"` for the base.
         revision: Commit on the Hub; `None` for a local teacher.
         sha256: Hash over its files; `None` for the base.
@@ -99,11 +100,16 @@ class Teacher:
     """
 
     name: str
-    kind: Literal["base", "lora", "full"]
+    kind: Kind
     source: str
     revision: str | None = None
     sha256: str | None = None
     rank: int | None = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it is a network of its own, beside the base."""
+        return self.kind in ("folded", "full")
 
 
 THE_BASE = Teacher(BASE, "base", source="base")
@@ -181,7 +187,7 @@ class TeacherBank:
                 recorded = None if problems or manifest is None else manifest[task][index]
                 try:
                     teacher = self._load(_pin(config, recorded), pipeline, loaded)
-                    _check_recorded(teacher, recorded)
+                    _check_recorded(teacher, config, recorded)
                 except TeacherError as error:
                     problems.append(f"task {task!r}: {error}")
                     continue
@@ -194,26 +200,37 @@ class TeacherBank:
     ) -> Teacher:
         if config.model_name_or_path == "base":
             return THE_BASE
-        files = find_files(config)
-        key = (str(files.folder.resolve()), *files.names)
+        files = find_teacher(config, pipeline)
+        halves = (files,) if files.other is None else (files, files.other)
+        key = tuple(str(part) for half in halves for part in (half.expert, half.folder.resolve(), *half.names))
+        key += (str(config.lora_scale),)
         if key in loaded:
             return loaded[key]
 
         name, rank = f"teacher_{len(loaded)}", None
+        kind: Kind = "lora"
+        base = self.backbone.base
+        assert base is not None
         if files.kind == "full":
-            base = self.backbone.base
-            assert isinstance(base, ModelMixin)
-            self.backbone.add_network(name, read_transformer(files, base))
+            if config.lora_scale != 1:
+                raise TeacherError(
+                    f"{files.label}: is a whole transformer and takes no lora_scale ({config.lora_scale})"
+                )
+            self.backbone.add_network(name, read_whole(files, base))
+            kind = "full"
         else:
-            lora_config, state_dict = read_lora_files(files, pipeline)
-            rank = lora_config.r
+            lora = read_found_lora(files, pipeline, config.lora_scale)
             try:
-                self.backbone.add_adapter(name, lora_config, state_dict)
+                if isinstance(lora, FoldedLora):
+                    self.backbone.add_network(name, folded_copy(base, lora))
+                    kind = "folded"
+                else:
+                    self.backbone.add_adapter(name, *lora)
+                    rank = lora.config.r
             except TeacherError as error:
                 raise TeacherError(f"{files.label}: {error}") from error
         with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
             sha256 = files.sha256()
-        kind: Literal["full", "lora"] = "full" if files.kind == "full" else "lora"
         loaded[key] = Teacher(name, kind, files.source, files.revision, sha256, rank)
         return loaded[key]
 
@@ -241,7 +258,7 @@ class TeacherBank:
         groups: dict[tuple[float, str | None], dict[str, Role]] = {}
         for role in roles:
             name = role.teacher.name
-            group = groups.setdefault((role.guidance_scale, name if role.teacher.kind == "full" else None), {})
+            group = groups.setdefault((role.guidance_scale, name if role.teacher.is_apart else None), {})
             weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
         return [[*group.values()] for group in groups.values()]
@@ -298,6 +315,7 @@ class TeacherBank:
                     "rank": role.teacher.rank,
                     "guidance_scale": role.guidance_scale,
                     "weight": role.weight,
+                    "lora_scale": role.config.lora_scale,
                 }
                 for role in roles
             ]
@@ -312,6 +330,7 @@ class TeacherBank:
                 "teacher": "/".join(filter(None, (role.label, role.config.weight_name))),
                 "kind": role.teacher.kind,
                 "rank": role.teacher.rank,
+                "lora_scale": role.config.lora_scale,
                 "guidance_scale": role.guidance_scale,
                 "weight": role.weight,
                 "revision": role.teacher.revision and role.teacher.revision[:8],
@@ -339,7 +358,7 @@ def _pin(config: TeacherConfig, recorded: TeacherEntry | None) -> TeacherConfig:
     return replace(config, revision=recorded["revision"]) if same else config
 
 
-def _check_recorded(teacher: Teacher, recorded: TeacherEntry | None) -> None:
+def _check_recorded(teacher: Teacher, config: TeacherConfig, recorded: TeacherEntry | None) -> None:
     # The hash decides, not the name: a teacher may have moved, or come from the Hub where it was a folder before.
     if recorded is not None and recorded["sha256"] != teacher.sha256:
         raise TeacherError(
@@ -347,8 +366,16 @@ def _check_recorded(teacher: Teacher, recorded: TeacherEntry | None) -> None:
             f"{recorded['source']} with sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or "
             "start a new run."
         )
+    if recorded is not None and recorded["lora_scale"] != config.lora_scale:
+        raise TeacherError(
+            f"{teacher.source}: its lora_scale is {config.lora_scale:g}, but the checkpoint was trained with "
+            f"{recorded['lora_scale']:g}. Give that one, or start a new run."
+        )
 
 
 def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
     """Identifies a model among others on the same base, by files, guidance and weight of each of its networks."""
-    return [[role.teacher.kind, role.teacher.sha256, role.guidance_scale, role.weight] for role in roles]
+    return [
+        [role.teacher.kind, role.teacher.sha256, role.config.lora_scale, role.guidance_scale, role.weight]
+        for role in roles
+    ]

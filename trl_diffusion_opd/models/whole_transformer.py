@@ -29,7 +29,7 @@ from torch import nn
 from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
 from ..guards.files import JSON
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherError
 from .teacher_files import TeacherFiles, check_keys, read_json
 

@@ -132,7 +132,8 @@ class PipelineCalls:
             encoding=self.encoding,
             x=x,
             prepared=None if x is None else self._extras(list(prompts)),
-            **{denoiser_name(self.pipeline): stand_in, "cache": self._cache, "decoding": False, **parts},
+            **stand_in.components(denoiser_name(self.pipeline)),
+            **{"cache": self._cache, "decoding": False, **parts},
         )
 
     def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:

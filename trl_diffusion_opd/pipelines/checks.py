@@ -14,6 +14,7 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
+import inspect
 from collections.abc import Collection, Iterable
 from inspect import signature, unwrap
 
@@ -21,6 +22,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from .denoiser import denoiser
+from .experts import expert_problems
 from .guidance import guidance_name
 from .guiders import guider_problems
 from .images import pixels_a_latent
@@ -106,6 +108,8 @@ def option_problems(
 
 def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     """Says why velocities can't be computed with a pipeline, one sentence each."""
+    if problems := expert_problems(pipeline):
+        return problems
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]

@@ -20,6 +20,7 @@ Computes the velocity of any text-to-image pipeline of diffusers, by running one
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from .calls import PipelineCalls, call_parameters
 from .checks import option_problems, pipeline_problems
+from .experts import Experts, expert_groups, in_groups
 from .guidance import guidance_embedding, guidance_lines
 from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
@@ -201,6 +203,9 @@ class VelocityField(PipelineCalls):
         """
         timesteps, levels = None, t
         if isinstance(t, Sequence):
+            if len(groups := self._groups(t)) > 1:
+                of_rows = partial(self._of_rows, x, t, prompts, guidance_scale, transformer, adapters)
+                return in_groups(groups, of_rows)
             # A pipeline's loop has one level at a time. First ask which timesteps it gives the transformer at each
             # level.
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
@@ -223,6 +228,26 @@ class VelocityField(PipelineCalls):
         prompts = ["a", "a b c"][: max(1, batch_size)]
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
+
+    def _groups(self, t: Sequence[float]) -> list[list[int]]:
+        """The positions of the samples of each network: those of one step of the pipeline can't have two experts."""
+        if not isinstance(self._base, Experts):
+            return [[*range(len(t))]]
+        assert self._grid is not None
+        return expert_groups([self._grid.timestep(level) for level in t], self.pipeline)
+
+    def _of_rows(
+        self,
+        x: Tensor,
+        t: Sequence[float],
+        prompts: list[str],
+        guidance_scale: float,
+        transformer: Callable[..., tuple] | None,
+        adapters: list[str] | None,
+        rows: list[int],
+    ) -> Tensor:
+        adapters = None if adapters is None else [adapters[i] for i in rows]
+        return self(x[rows], [t[i] for i in rows], [prompts[i] for i in rows], guidance_scale, transformer, adapters)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
@@ -418,7 +443,7 @@ class VelocityField(PipelineCalls):
         stand_in = StandIn(self._base, self._base)
         with torch.no_grad():
             self._step(x, float(self.levels[0]), [""], guidance_scale, stand_in)
-        return stand_in.rows
+        return stand_in.total_rows()
 
     @torch.no_grad()
     def check_rows(self, guidance_scale: float) -> None:

@@ -41,6 +41,7 @@ from ..models.lora_config import config_problems
 from ..models.teacher_config import TeacherConfig, normalize_teachers
 from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
 from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.experts import Experts, expert_problems
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems, rewards_by_task
@@ -77,6 +78,8 @@ def model_problems(
     pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
 ) -> list[str]:
     """Reasons why the pipeline's denoiser can't be trained with `args` and `peft_config`."""
+    if problems := expert_problems(pipeline):
+        return problems
     transformer, name = denoiser(pipeline), denoiser_name(pipeline)
     if not isinstance(transformer, nn.Module):
         return [
@@ -106,6 +109,11 @@ def model_problems(
         problems.append(f"peft_config={peft_config!r}: use 'default', a LoraConfig, or None for full fine-tuning.")
     elif not isinstance(peft_config, str | LoraConfig | None):
         problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
+    elif peft_config is None and isinstance(transformer, Experts):
+        problems.append(
+            f"peft_config=None would train all weights of both experts of {type(pipeline).__name__}, which is not "
+            "supported. Train a LoRA of each: leave peft_config out, or give a LoraConfig."
+        )
     elif peft_config is None and args.student_init is not None:
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     elif isinstance(peft_config, LoraConfig):
