@@ -122,6 +122,11 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
                     f"The teacher of task {task!r}, {teacher.source}, is a whole transformer. Only LoRAs can be "
                     "merged."
                 )
+            if teacher.own is not None:
+                raise Refusal(
+                    f"The teacher of task {task!r}, {role.label}, runs through a pipeline of its own. Only LoRAs on "
+                    "the student's base can be merged."
+                )
             if teacher.kind == "lora":
                 share = task_share[task] / sum(task_share.values()) * role.weight
                 weights[teacher.name] = weights.get(teacher.name, 0.0) + share

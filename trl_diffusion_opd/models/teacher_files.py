@@ -55,6 +55,7 @@ class TeacherFiles:
         source: Hub id, or the name of the local folder but never its path.
         subfolder: As given by the user.
         revision: Commit on the Hub; `None` for a local folder.
+        in_pipeline: Whether the teacher is a whole pipeline, and these are its transformer's files.
     """
 
     kind: Literal["peft", "diffusers", "full"]
@@ -63,6 +64,7 @@ class TeacherFiles:
     source: str
     subfolder: str | None
     revision: str | None
+    in_pipeline: bool = False
 
     @property
     def label(self) -> str:
@@ -139,6 +141,7 @@ def _find(config: TeacherConfig) -> TeacherFiles:
     label = f"{source}/{config.subfolder}" if config.subfolder else source
 
     kind: Literal["peft", "diffusers", "full"] = "diffusers"
+    in_pipeline = False
     names: tuple[str, ...]
     # If weight_name is the usual weights file of a PEFT folder or a transformer, the config beside it counts too.
     if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
@@ -147,7 +150,8 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         None,
         SAFETENSORS_WEIGHTS_NAME,
     ):
-        if (folder / "model_index.json").is_file():
+        in_pipeline = (folder / "model_index.json").is_file()
+        if in_pipeline:
             prefix, folder = f"{prefix}transformer/", folder / "transformer"
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
@@ -175,7 +179,7 @@ def _find(config: TeacherConfig) -> TeacherFiles:
             "transformer (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
-    return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
+    return TeacherFiles(kind, folder, names, source, config.subfolder, revision, in_pipeline)
 
 
 def _shards(index: Path, label: str) -> list[str]:
