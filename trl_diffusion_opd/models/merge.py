@@ -124,7 +124,7 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
                 )
             if teacher.own is not None:
                 raise Refusal(
-                    f"The teacher of task {task!r}, {role.label}, runs through a pipeline of its own. Only LoRAs on "
+                    f"The teacher of task {task!r}, {role.shown}, runs through a pipeline of its own. Only LoRAs on "
                     "the student's base can be merged."
                 )
             if teacher.kind == "lora":

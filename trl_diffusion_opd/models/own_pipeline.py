@@ -165,6 +165,7 @@ class OwnPipelines:
             own = OwnPipeline(pipeline, source, commit, sha256, away)
             self._place(own, config)
             own.line = self._checked(own, config)
+            self._free_autoencoder(own)
             self._loaded[key] = own
         return self._loaded[key]
 
@@ -240,6 +241,13 @@ class OwnPipelines:
                 "the student's autoencoder, or with one that has the same latents."
             )
         return self._difference(own, theirs)
+
+    def _free_autoencoder(self, own: OwnPipeline) -> None:
+        """Moves the autoencoder, if it is not the student's, to host memory: it is not used again."""
+        vae = own.modules().get("vae")
+        self.offload.rest()
+        if vae is not None and vae is not self.student.components.get("vae"):
+            vae.to("cpu")
 
     def _decoded(self) -> tuple[Tensor, Tensor]:
         """Some latents of the student's pipeline, and the image that it decodes from them: `(1, 3, H, W)` in [0, 1]."""

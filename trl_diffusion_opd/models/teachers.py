@@ -129,6 +129,13 @@ class Role:
         """The teacher's source and folder, for tables and messages."""
         return "/".join(filter(None, (self.teacher.source, self.config.subfolder)))
 
+    @property
+    def shown(self) -> str:
+        """The label with the file's name, and the base if that is the teacher's own."""
+        name = "/".join(filter(None, (self.label, self.config.weight_name)))
+        base = _base_entry(self.teacher)
+        return name if base is None else f"{name} on {base['source']}"
+
 
 class TeacherBank:
     """
@@ -401,7 +408,7 @@ class TeacherBank:
         return [
             {
                 "task": task,
-                "teacher": _shown(role),
+                "teacher": role.shown,
                 "kind": role.teacher.kind,
                 "rank": role.teacher.rank,
                 "guidance_scale": role.guidance_scale,
@@ -448,12 +455,6 @@ def _base_entry(teacher: Teacher) -> BaseEntry | None:
     if own is None or teacher.kind == "pipeline":
         return None
     return {"source": own.source, "revision": own.revision, "sha256": own.sha256}
-
-
-def _shown(role: Role) -> str:
-    name = "/".join(filter(None, (role.label, role.config.weight_name)))
-    base = _base_entry(role.teacher)
-    return name if base is None else f"{name} on {base['source']}"
 
 
 def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
