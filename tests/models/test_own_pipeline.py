@@ -38,6 +38,7 @@ from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 PROMPTS = ["a red fox", "two cats, asleep"]
 LEVELS = (1.0, 0.62, 0.05)
+ROUNDING = 1e-5  # between equal networks whose weights lie elsewhere in memory
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,8 @@ def test_the_velocity_is_its_own_pipelines(spec, student, large):
     teacher = large if spec == "pipeline" else TeacherConfig("base", base=large)
     bank, field = make_bank(student, teacher)
     bank.check_guidance(field)
-    assert gap(bank, field, field_of(large_pipeline())) == 0
+    assert gap(bank, field, field_of(large_pipeline())) < ROUNDING
+    assert gap(bank, field, field_of(bank.own_pipelines()[0].pipeline)) == 0  # to the bit, with the same weights
     assert gap(bank, field, field) > 0.1  # the student's own is another
     (entry,) = bank.manifest()["task"]
     assert (entry["kind"], entry["source"], entry["base"]) == ("pipeline", "large", None)
@@ -108,9 +110,9 @@ def test_a_lora_on_another_base(student, large, lora):
     }
     bank, field = make_bank(student, teachers, batched=True)
     reference = field_of(large_pipeline())
-    assert gap(bank, field, reference, network=model, task="a") == 0
-    assert gap(bank, field, reference, 1.0, network=model, task="b") == 0
-    assert gap(bank, field, reference, task="c") == 0  # without the LoRA
+    assert gap(bank, field, reference, network=model, task="a") < ROUNDING
+    assert gap(bank, field, reference, 1.0, network=model, task="b") < ROUNDING
+    assert gap(bank, field, reference, task="c") < ROUNDING  # without the LoRA
     assert len(bank.own_pipelines()) == 1  # loaded once
     assert [len(group) for group in bank.forwards([bank.teachers[task][0] for task in teachers])] == [1, 1, 1]
     (entry,) = bank.manifest()["a"]
@@ -129,7 +131,7 @@ def test_the_students_own_architecture_stays_in_its_pipeline(student, tmp_path):
     assert bank.own_pipelines() == [] and bank.teachers["task"][0].teacher.kind == "full"
     # Its own pipeline is used where that is asked for.
     bank, field = make_bank(make_pipeline(), TeacherConfig("base", base=str(tmp_path)))
-    assert gap(bank, field, field_of(other)) == 0
+    assert gap(bank, field, field_of(other)) < ROUNDING
 
 
 def test_equal_parts_are_the_students(student, large):
@@ -145,9 +147,9 @@ def test_options_of_its_own(student, large):
     options = {"negative_prompt": "rain"}
     own = {"negative_prompt": "snow", "max_sequence_length": 8}
     bank, field = make_bank(student, {"a": large, "b": TeacherConfig(large, generation_kwargs=own)}, options)
-    assert gap(bank, field, field_of(large_pipeline(), generation_kwargs=options), task="a") == 0
+    assert gap(bank, field, field_of(large_pipeline(), generation_kwargs=options), task="a") < ROUNDING
     reference = field_of(large_pipeline(), generation_kwargs={"negative_prompt": "snow"}, max_sequence_length=8)
-    assert gap(bank, field, reference, task="b") == 0
+    assert gap(bank, field, reference, task="b") < ROUNDING
     assert gap(bank, field, reference, task="a") > 0
     with pytest.raises(ValueError, match="large: generation_kwargs: StableDiffusion3Pipeline takes no 'snow'"):
         make_bank(make_pipeline(), TeacherConfig(large, generation_kwargs={"snow": 1}))
@@ -164,7 +166,7 @@ def test_offloading_and_quantizing_it_alone(student, large, lora):
     offloaded, other = bank.own_pipelines()
     resting = ["_hf_hook" in vars(own.modules()["text_encoder"]) for own in (offloaded, other)]
     assert resting == [True, False] and "_hf_hook" not in vars(student.text_encoder)
-    assert gap(bank, field, field_of(large_pipeline()), network=model, task="a") == 0
+    assert gap(bank, field, field_of(large_pipeline()), network=model, task="a") < ROUNDING
     assert is_quantized(denoiser(other.pipeline)) and not is_quantized(student.transformer)
     assert 0 < gap(bank, field, field_of(large_pipeline()), task="b") < 0.2
 

@@ -214,7 +214,7 @@ class TeacherBank:
             if not has_architecture_of(base, files):
                 own = self._pipelines(files.label).load(*_pipeline_of(files), config)
                 return _whole(own, loaded)
-        key = (str(files.folder.resolve()), *files.names, "" if own is None else own.sha256)
+        key = (str(files.folder.resolve()), *files.names, "" if own is None else str(id(own)))
         if key in loaded:
             return loaded[key]
 
