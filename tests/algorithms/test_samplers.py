@@ -17,7 +17,7 @@ import math
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from helpers.noise_grids import GRIDS, sd3_levels, uniform_levels
+from helpers.noise_grids import GRIDS, sd3_levels, uniform_levels, vp_levels, vp_scheduler
 
 from trl_diffusion_opd.algorithms.rollout import sample_generators, walk
 from trl_diffusion_opd.algorithms.samplers import SAMPLERS, STOCHASTIC_SAMPLERS, SamplerTable, sampler_table
@@ -183,6 +183,24 @@ def test_ddim_tends_to_flow_sde_of_a_larger_noise_level():
     middle = slice(200, 1800)
     torch.testing.assert_close(ddim.s[middle], sde.s[middle], rtol=1e-2, atol=0)
     torch.testing.assert_close(ddim.c[middle], sde.c[middle], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_ddim_equals_diffusers_on_the_grid_of_a_noise_model(eta, zero_snr):
+    scheduler, table = vp_scheduler(zero_snr), sampler_table("ddim", vp_levels(zero_snr), eta)
+    generator = torch.Generator().manual_seed(0)
+    # In float32 its coefficient of the kept noise, the root of a difference, has three digits.
+    squares = scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
+    for j, timestep in enumerate(scheduler.timesteps.tolist()):
+        t, t_next = table.levels[j].item(), table.levels[j + 1].item()
+        x0, eps, z = (torch.randn(1, 1, 2, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+        alpha, sigma = squares[timestep].sqrt(), (1 - squares[timestep]).sqrt()
+        output = alpha * eps - sigma * x0  # the config's v prediction
+        theirs = scheduler.step(output, timestep, alpha * x0 + sigma * eps, eta=eta, variance_noise=z).prev_sample
+        ours = table.a[j] * ((1 - t) * x0 + t * eps) + table.c[j] * (eps - x0) + table.s[j] * z
+        torch.testing.assert_close(ours, math.hypot(1 - t_next, t_next) * theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("levels", [GRIDS["uniform"], GRIDS["near_one"], GRIDS["middle"], sd3_levels(28)[:-2]])

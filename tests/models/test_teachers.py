@@ -168,7 +168,7 @@ def test_a_teacher_is_base_plus_scaled_product(pipeline, tmp_path):
 def test_alpha_tensors_survive_a_loader_that_drops_them():
     raw = {f"transformer.x.{name}.weight": torch.ones(2, 2) for name in ("lora_A", "lora_B")}
     raw["transformer.x.alpha"] = torch.tensor(7.0)
-    tensors, alphas = convert(raw, FAMILIES["flux"].build(), "file")
+    tensors, alphas, _ = convert(raw, FAMILIES["flux"].build(), "file")
     assert alphas == {"x": 7.0}
     assert sorted(tensors) == ["x.lora_A.weight", "x.lora_B.weight"]
 
@@ -449,6 +449,7 @@ def test_manifest_and_summary_hold_no_paths(pipeline, tmp_path):
             "rank": 6,
             "guidance_scale": 2.0,
             "weight": 1.0,
+            "lora_scale": 1.0,
             "base": None,
         }
     ]

@@ -33,7 +33,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from trl_diffusion_opd import evaluate_retention, merge_teachers
-from trl_diffusion_opd.pipelines.base_state import placement_problems, transformer_problems
+from trl_diffusion_opd.pipelines.base_state import denoiser_problems, placement_problems
 
 
 pytestmark = pytest.mark.slow
@@ -201,17 +201,17 @@ def test_what_undoes_it() -> None:
     add_hook_to_module(network, ModelHook())
     remove_hook_from_module(network)
     assert "forward" in vars(network)
-    assert transformer_problems(pipeline.transformer) == placement_problems(pipeline) == []
+    assert denoiser_problems(pipeline.transformer) == placement_problems(pipeline) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_plain_and_are_so_again(name: str) -> None:
     pipeline = FAMILIES[name].build()
     network: Any = pipeline.transformer
-    assert transformer_problems(network) == placement_problems(pipeline) == []
+    assert denoiser_problems(network) == placement_problems(pipeline) == []
     if name in ("flux", "chroma", "wan"):
         network.fuse_qkv_projections()
-        [problem] = transformer_problems(network)
+        [problem] = denoiser_problems(network)
         assert problem.endswith("Undo it with pipe.transformer.unfuse_qkv_projections().")
         network.unfuse_qkv_projections()
     if name in ("flux", "wan", "qwen_image"):
@@ -219,12 +219,12 @@ def test_families_are_plain_and_are_so_again(name: str) -> None:
             spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
         )
         network.enable_cache(config)
-        [problem] = transformer_problems(network)
+        [problem] = denoiser_problems(network)
         assert "(pyramid_attention_broadcast)" in problem
         network.disable_cache()
         with network.cache_context("cond"):  # as pipelines do at every step: it leaves an empty registry behind
             pass
-    assert transformer_problems(network) == []
+    assert denoiser_problems(network) == []
 
 
 # What is let through
@@ -305,12 +305,12 @@ def test_hooks_of_the_user_are_let_through_with_a_warning(caplog: pytest.LogCapt
         network.proj_out.register_forward_hook(lambda *_: None),
         network.register_full_backward_hook(lambda *_: None),
     ]
-    assert transformer_problems(network) == []
+    assert denoiser_problems(network) == []
     assert "The transformer has forward or backward hooks (on itself and 1 more)" in caplog.text
     caplog.clear()
     for handle in handles:
         handle.remove()
-    assert transformer_problems(network) == [] and caplog.text == ""
+    assert denoiser_problems(network) == [] and caplog.text == ""
 
 
 # And what none of this knows of

@@ -12,9 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Thirteen families through the one `VelocityField`, held against what each pipeline does by itself."""
+"""
+All families through the one `VelocityField`, held against what each pipeline does by itself. What is particular to models
+that predict noise is in `test_prediction.py`.
+"""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +27,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.families import FAMILIES, Family, flux2_klein, flux2_without_encoder
+from helpers.families import FAMILIES, Family, denoiser, flux2_klein, flux2_without_encoder
+from helpers.noise_families import NOISE_FAMILIES
 from helpers.pipeline_recorder import STEPS, Recorder, recorder
 from helpers.tiny_sd3 import SIZE
 from peft import LoraConfig, get_peft_model
@@ -47,7 +52,7 @@ def state_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return {
         **pipeline.__dict__,
         **scheduler,
-        "training": pipeline.transformer.training,
+        "training": denoiser(pipeline).training,
         "config": dict(pipeline.config),
     }
 
@@ -86,12 +91,23 @@ class Case:
         return self.runs[scale, prompts]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request: pytest.FixtureRequest) -> Case:
-    family = FAMILIES[request.param]
+@functools.cache
+def case_of(name: str) -> Case:
+    family = (FAMILIES | NOISE_FAMILIES)[name]
     pipeline = family.build()
     before = state_of(pipeline)
     return Case(family, pipeline, VelocityField(pipeline, num_inference_steps=STEPS, **family.kwargs), before)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """A family of flow matching."""
+    return case_of(request.param)
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *NOISE_FAMILIES])
+def any_case(request: pytest.FixtureRequest) -> Case:
+    return case_of(request.param)
 
 
 @pytest.mark.parametrize("guided", [True, False])
@@ -134,8 +150,8 @@ def rows_of_transformer(case: Case, scale: float) -> int:
 
     def transformer(**inputs: Any) -> Any:
         nonlocal rows
-        rows += len(inputs["x"] if "x" in inputs else inputs["hidden_states"])
-        return case.pipeline.transformer(**inputs)
+        rows += len(next(inputs[name] for name in ("x", "hidden_states", "sample") if name in inputs))
+        return denoiser(case.pipeline)(**inputs)
 
     prompts = list(case.family.prompts)
     x = case.noise()
@@ -144,14 +160,14 @@ def rows_of_transformer(case: Case, scale: float) -> int:
     return rows
 
 
-def test_guidance_doubles_the_rows(case: Case) -> None:
-    batch = len(case.family.prompts)
-    assert rows_of_transformer(case, 1.0) == batch
-    assert rows_of_transformer(case, case.family.guidance_scale) == 2 * batch
-    case.field.check_guidance(1.0)
-    case.field.check_guidance(case.family.guidance_scale)
+def test_guidance_doubles_the_rows(any_case: Case) -> None:
+    batch = len(any_case.family.prompts)
+    assert rows_of_transformer(any_case, 1.0) == batch
+    assert rows_of_transformer(any_case, any_case.family.guidance_scale) == 2 * batch
+    any_case.field.check_guidance(1.0)
+    any_case.field.check_guidance(any_case.family.guidance_scale)
     with pytest.raises(ValueError, match="guidance_scale=0.5 does nothing"):
-        case.field.check_guidance(0.5)
+        any_case.field.check_guidance(0.5)
 
 
 def test_default_guidance_is_that_of_the_pipelines_own_call(case: Case) -> None:
@@ -227,20 +243,20 @@ def test_guidance_that_a_pipeline_ignores_is_refused(build: Callable[[], Diffusi
         velocity.check_guidance(4.0)
 
 
-def test_gradient_against_finite_differences(case: Case) -> None:
-    if case.family.trainable:
-        assert derivative_error(case, list(case.family.lora_targets)) < 1e-2
+def test_gradient_against_finite_differences(any_case: Case) -> None:
+    if any_case.family.trainable:
+        assert derivative_error(any_case, list(any_case.family.lora_targets)) < 1e-2
     else:
         # Its experts cut gradients in eval mode. The day this fails, the family can be trained.
         with pytest.raises(RuntimeError, match="does not require grad"):
-            derivative_error(case, r".*\.experts\.\d+\.w1")
+            derivative_error(any_case, r".*\.experts\.\d+\.w1")
 
 
 def derivative_error(case: Case, targets: list[str] | str) -> float:
     """Relative error of the directional derivative of a loss in the LoRA's weights, in a random direction."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(case.pipeline.transformer), config).eval()
+    model = get_peft_model(copy.deepcopy(denoiser(case.pipeline)), config).eval()
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -266,13 +282,13 @@ def derivative_error(case: Case, targets: list[str] | str) -> float:
     return abs((values[0] - values[1]) / (2 * EPSILON) - slope) / abs(slope)
 
 
-def test_pipeline_is_left_as_it_was(case: Case) -> None:
-    prompts = list(case.family.prompts)
-    x = case.noise()
-    case.field(x, case.field.levels[0].item(), prompts, case.family.guidance_scale)
-    case.field.decode(x, prompts)
-    after = state_of(case.pipeline)
-    assert after.keys() == case.before.keys()
-    changed = [name for name, value in after.items() if value is not case.before[name] and name != "config"]
+def test_pipeline_is_left_as_it_was(any_case: Case) -> None:
+    prompts = list(any_case.family.prompts)
+    x = any_case.noise()
+    any_case.field(x, any_case.field.levels[0].item(), prompts, any_case.family.guidance_scale)
+    any_case.field.decode(x, prompts)
+    after = state_of(any_case.pipeline)
+    assert after.keys() == any_case.before.keys()
+    changed = [name for name, value in after.items() if value is not any_case.before[name] and name != "config"]
     assert not changed
-    assert after["config"] == case.before["config"]
+    assert after["config"] == any_case.before["config"]

@@ -14,14 +14,14 @@
 
 """What `VelocityField` promises besides the velocity itself: precision, devices, one encoding a prompt, refusals."""
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.families import FAMILIES, PROMPTS
+from helpers.families import FAMILIES, PROMPTS, denoiser
+from helpers.noise_families import NOISE_FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -181,12 +181,12 @@ def test_a_half_precision_transformer_meets_float32_at_its_border() -> None:
     assert 0 < error < 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen_image_edit"])
-def test_every_family_takes_a_half_precision_transformer(name: str) -> None:
-    family, velocities = FAMILIES[name], []
+@pytest.mark.parametrize("name", [name for name in [*FAMILIES, *NOISE_FAMILIES] if name != "qwen_image_edit"])
+def test_every_family_takes_a_half_precision_denoiser(name: str) -> None:
+    family, velocities = (FAMILIES | NOISE_FAMILIES)[name], []
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = family.build()
-        pipeline.transformer.to(dtype)
+        denoiser(pipeline).to(dtype)
         velocity = VelocityField(pipeline, num_inference_steps=2, **family.kwargs)
         x = noise(velocity, BOTH)
         with torch.no_grad():
@@ -261,44 +261,11 @@ def test_a_size_that_splits_a_patch_is_refused() -> None:
         make_field(height=18)
 
 
-def unet_pipeline() -> DiffusionPipeline:
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(4, 4),
-        layers_per_block=1,
-        sample_size=8,
-        norm_num_groups=1,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    return diffusers.StableDiffusionPipeline(
-        unet=unet, scheduler=diffusers.DDIMScheduler(), requires_safety_checker=False, **parts
-    )
-
-
-def noise_predicting_pipeline() -> DiffusionPipeline:
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=8,
-        num_layers=1,
-    )
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    return diffusers.PixArtSigmaPipeline(transformer=transformer, scheduler=diffusers.DDIMScheduler(), **parts)
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (unet_pipeline, "StableDiffusionPipeline has no transformer"),
-        (unet_pipeline, "not a flow-matching pipeline: its scheduler is DDIMScheduler with prediction_type='epsilon'"),
-        (noise_predicting_pipeline, "PixArtSigmaPipeline is not a flow-matching pipeline"),
-    ],
-)
-def test_other_pipelines_are_refused(build: Callable[[], DiffusionPipeline], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        VelocityField(build(), num_inference_steps=2)
+def test_a_pipeline_without_a_denoiser_or_of_another_schedule_is_refused() -> None:
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer"))
+    pipeline = diffusers.PixArtSigmaPipeline(scheduler=diffusers.ScoreSdeVeScheduler(), **parts)
+    with pytest.raises(ValueError) as error:
+        VelocityField(pipeline, num_inference_steps=2)
+    message = str(error.value)
+    assert "PixArtSigmaPipeline has no transformer or unet" in message
+    assert "the scheduler ScoreSdeVeScheduler with prediction_type=None, which is neither of flow matching" in message

@@ -18,7 +18,7 @@ Reads and checks bases whose weights are quantized by bitsandbytes or torchao, a
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
@@ -134,10 +134,10 @@ def described(network: nn.Module) -> str:
 # Loading
 
 
-def pipeline_config(config: QuantizationConfig) -> PipelineQuantizationConfig | None:
+def pipeline_config(config: QuantizationConfig, network: str | Callable[[], str]) -> PipelineQuantizationConfig | None:
     """
     Converts a config to what `DiffusionPipeline.from_pretrained` takes. A pipeline's config is returned unchanged;
-    diffusers' config of one model is applied to the transformer.
+    diffusers' config of one model is applied to the component `network`, whose name is asked for only then.
 
     Raises:
         [`ValueError`]: if it is neither. The message says what to write instead.
@@ -145,12 +145,12 @@ def pipeline_config(config: QuantizationConfig) -> PipelineQuantizationConfig | 
     if config is None or isinstance(config, PipelineQuantizationConfig):
         return config
     if isinstance(config, QuantizationConfigMixin):
-        return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+        return PipelineQuantizationConfig(quant_mapping={network if isinstance(network, str) else network(): config})
     name = f"{type(config).__module__.partition('.')[0]}.{type(config).__name__}"
     raise ValueError(
-        f"quantization_config is a {name}. Give diffusers' config of the transformer, such as "
+        f"quantization_config is a {name}. Give diffusers' config of the denoiser, such as "
         "diffusers.BitsAndBytesConfig(load_in_4bit=True, ...) or diffusers.TorchAoConfig(Int8WeightOnlyConfig()), or "
-        "a diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}), which takes transformers' "
+        "a diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}) ('unet' in Stable Diffusion), which takes transformers' "
         "configs for text encoders."
     )
 

@@ -139,7 +139,13 @@ def old_policy_decay(updates: int, rate: float, maximum: float, start: int = 0) 
     return min(rate * max(updates - start, 0), maximum)
 
 
-def draw_levels(levels: Sequence[float], k: int, sampling: str, generator: np.random.Generator) -> list[float]:
+def draw_levels(
+    levels: Sequence[float],
+    k: int,
+    sampling: str,
+    generator: np.random.Generator,
+    trained: tuple[float, float] = (0.0, 1.0),
+) -> list[float]:
     """
     Draws the noise levels at which images are trained.
 
@@ -148,8 +154,9 @@ def draw_levels(levels: Sequence[float], k: int, sampling: str, generator: np.ra
         k (`int`): number of levels to draw, at most N for `"grid"`.
         sampling (`str`):
             - `"grid"`: k different levels of the grid, all equally likely.
-            - `"uniform"`: splits (0, 1] into k equal parts and draws one level uniformly from each.
+            - `"uniform"`: splits `trained` into k equal parts and draws one level uniformly from each.
         generator (`numpy.random.Generator`): source of the randomness.
+        trained (`tuple[float, float]`, *optional*): the lowest and the highest level that the network knows.
 
     Returns:
         `list[float]`: k levels in (0, 1], decreasing.
@@ -164,4 +171,5 @@ def draw_levels(levels: Sequence[float], k: int, sampling: str, generator: np.ra
     if sampling == "grid":
         drawn = generator.choice(len(levels) - 1, size=k, replace=False)
         return [float(levels[j]) for j in sorted(drawn)]
-    return [float((k - j - u) / k) for j, u in enumerate(generator.random(k))]
+    lowest, highest = trained
+    return [float(lowest + (highest - lowest) * ((k - j - u) / k)) for j, u in enumerate(generator.random(k))]

@@ -36,9 +36,9 @@ from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
+from ..models.expert_teachers import find_teacher
 from ..models.own_pipeline import OwnPipelines
 from ..models.teacher_config import TeacherSpec
-from ..models.teacher_files import find_files
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_pipeline
@@ -222,7 +222,7 @@ def _evaluate(
             return None
         with failing_together():
             # Now, since a training may write other weights into the folder while images are drawn.
-            weights = {name: _weights(specs[name][0]) for name in students}
+            weights = {name: _weights(specs[name][0], base) for name in students}
         measured = measure(field, bank, plan, store)
     report = _report(measured, tasks, students, options.seed, choice)
     report["weights_sha256"] = weights
@@ -258,8 +258,8 @@ def _report(measured: Measured, tasks: Mapping[str, Task], students: list[str], 
     return report
 
 
-def _weights(student: TeacherConfig) -> str | None:
-    return None if student.model_name_or_path == "base" else find_files(student).weights_sha256()
+def _weights(student: TeacherConfig, base: DiffusionPipeline) -> str | None:
+    return None if student.model_name_or_path == "base" else find_teacher(student, base).weights_sha256()
 
 
 def _announce(

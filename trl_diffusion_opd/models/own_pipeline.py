@@ -41,8 +41,9 @@ from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import base_weight, is_quantized
 from ..guards.files import JSON
 from ..hub.errors import explained, retried
-from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
+from ..pipelines.base_state import carries_lora, placement_problems, denoiser_problems
 from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.experts import EXPERTS, LOW_NOISE, Experts, has_experts, networks_of
 from ..pipelines.fingerprints import config_of
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
@@ -51,12 +52,15 @@ from .backbone import Backbone
 from .boundary import strangers_files
 from .lora_layouts import some
 from .teacher_config import TeacherConfig, TeacherError
-from .teacher_files import read_json
+from .teacher_files import TeacherFiles, read_json
+from .whole_transformer import has_architecture_of
 
 
 # The largest difference of the images that two pipelines decode from the same latents, relative to their contrast.
 # Rounding to half precision makes less than 0.02, another autoencoder more than 1.
 _OTHER_IMAGES = 0.25
+# How far a noise level may lie outside of those that a network was trained on.
+_LEVEL = 1e-3
 # Files that define a component. Files of other precisions (model.fp16.safetensors) and indices are left out.
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 _TEXTS = (".json", ".txt", ".model")
@@ -202,17 +206,21 @@ class OwnPipelines:
     def _place(self, own: OwnPipeline, config: TeacherConfig) -> None:
         """Moves the networks to their devices. What equals the student's is replaced by the student's, and freed."""
         ours = self.student.components
-        for name, module in own.modules().items():
+        for module in own.modules().values():
             module.requires_grad_(False).eval()
-            if name != denoiser_name(own.pipeline) and isinstance(ours.get(name), nn.Module):
-                if _is_equal(module, ours[name]):
-                    own.pipeline.register_modules(**{name: ours[name]})
+        for module in offloaded(own.pipeline):
+            (name,) = (name for name, part in own.modules().items() if part is module)
+            if isinstance(ours.get(name), nn.Module) and _is_equal(module, ours[name]):
+                own.pipeline.register_modules(**{name: ours[name]})
         shared = {id(module) for module in ours.values()}
         resting = [module for module in offloaded(own.pipeline) if id(module) not in shared]
-        if config.offload or self.offload_encoders:
+        stays = config.offload or self.offload_encoders
+        if stays:
             self.offload.add(resting)
-        else:
-            for module in resting:
+        networks = networks_of(denoiser(own.pipeline)).values()
+        apart = {id(module) for module in (*networks, *(resting if stays else ()))} | shared
+        for module in own.modules().values():
+            if id(module) not in apart:
                 module.to(self.offload.device)
         if not config.offload:
             own.backbone.to(self.offload.device)
@@ -239,6 +247,14 @@ class OwnPipelines:
                 f"{own.source}: it decodes other images from the same latents than the student's pipeline (they are "
                 f"{gap:.2f} apart, relative to their contrast; {_OTHER_IMAGES} is the limit). Choose a teacher with "
                 "the student's autoencoder, or with one that has the same latents."
+            )
+        levels, (lowest, highest) = self.velocity_field.levels, theirs.trained_levels
+        first, last = float(levels[0]), float(levels[-2])
+        if first > highest + _LEVEL or last < lowest - _LEVEL:
+            raise TeacherError(
+                f"{own.source}: it was trained on noise levels from {lowest:.3f} to {highest:.3f}, and the student's walk "
+                f"goes from {first:.3f} to {last:.3f}. Choose a teacher of the student's kind (one that predicts noise "
+                "for another, flow matching for flow matching)."
             )
         return self._difference(own, theirs)
 
@@ -308,12 +324,15 @@ def _found(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _check_whole(pipeline: DiffusionPipeline, folder: Path, source: str) -> None:
     """Refuses a pipeline whose network has missing or left-over weights, or that carries adapters or hooks."""
-    network = denoiser(pipeline)
-    if not isinstance(network, nn.Module):
+    if not isinstance(denoiser(pipeline), nn.Module):
         raise TeacherError(f"{source}: {type(pipeline).__name__} has no network that denoises")
-    if not is_quantized(network):
-        _check_weights(network, folder / denoiser_name(pipeline), source)
-    problems = placement_problems(pipeline) + transformer_problems(network)
+    problems: list[str] = []
+    for name in EXPERTS if has_experts(pipeline) else (denoiser_name(pipeline),):
+        network = pipeline.components[name]
+        if not is_quantized(network):
+            _check_weights(network, folder / name, source)
+        problems += denoiser_problems(network, name)
+    problems += placement_problems(pipeline)
     if carries_lora(pipeline):
         problems.append("It carries a LoRA. Save it without, and name the LoRA as the teacher.")
     if problems:
@@ -358,3 +377,38 @@ def _is_equal(one: nn.Module, other: nn.Module) -> bool:
         and torch.equal(a[name], b[name].to(a[name].device))
         for name in a
     )
+
+
+def fits(files: TeacherFiles, base: nn.Module) -> bool:
+    """Whether the network in a pipeline's files is of the base's architecture, so that it can take the base's place."""
+    index = read_json(files.folder.parent / "model_index.json", files.label)
+    second = index.get(LOW_NOISE)
+    has_two = isinstance(second, list) and second[0] is not None
+    if has_two != isinstance(base, Experts):
+        return False
+    halves = [half for half in (files, files.other) if half is not None]
+    networks = [base.of(half.expert) if isinstance(base, Experts) and half.expert else base for half in halves]
+    return all(has_architecture_of(network, half) for network, half in zip(networks, halves, strict=True))
+
+
+def pipeline_of(files: TeacherFiles) -> tuple[str, str | None]:
+    """The name and revision of the pipeline that a network's files lie in."""
+    if files.revision is None:
+        return str(files.folder.parent), None
+    if files.subfolder is not None:
+        raise TeacherError(
+            f"{files.label}: is a pipeline of another architecture than the student's, in a folder of a repository, "
+            f"from which diffusers loads none. Download it, hf download {files.source} --include "
+            f"'{files.subfolder}/*' --local-dir teacher, and name the local folder."
+        )
+    return files.source, files.revision
+
+
+def check_idle(config: TeacherConfig) -> None:
+    """Refuses options of an own pipeline for a teacher that runs through the student's."""
+    names = ("generation_kwargs", "offload", "quantization_config")
+    if given := [name for name in names if vars(config)[name]]:
+        raise TeacherError(
+            f"{config.model_name_or_path}: {', '.join(given)} is for a teacher with a pipeline of its own, and this one "
+            "runs through the student's. Leave it out, or name the teacher's base."
+        )

@@ -32,8 +32,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
+from ..pipelines.denoiser import DENOISERS, denoiser_name_in
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
 
 
@@ -49,12 +50,14 @@ class TeacherFiles:
     The files of a teacher, and where they came from.
 
     Attributes:
-        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole transformer.
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
         source: Hub id, or the name of the local folder but never its path.
         subfolder: As given by the user.
         revision: Commit on the Hub; `None` for a local folder.
+        expert: Of a base with two experts, the one that these files are for; `None` if they are for all of the base.
+        other: The files for the other expert; `None` if there are none.
         in_pipeline: Whether the teacher is a whole pipeline, and these are its transformer's files.
     """
 
@@ -64,6 +67,8 @@ class TeacherFiles:
     source: str
     subfolder: str | None
     revision: str | None
+    expert: str | None = None
+    other: TeacherFiles | None = None
     in_pipeline: bool = False
 
     @property
@@ -81,8 +86,13 @@ class TeacherFiles:
     def sha256(self) -> str:
         """
         SHA-256 over the teacher's files. A single file gives its own hash, which the Hub shows too. Several files give
-        the hash of the listing that `sha256sum` prints; the config is included, since it holds a LoRA's alpha.
+        the hash of the listing that `sha256sum` prints; the config is included, since it holds a LoRA's alpha. Files
+        for one expert give the hash of a listing of the experts.
         """
+        if self.expert is not None:
+            halves = [half for half in (self, self.other) if half is not None]
+            digests = [f"{replace(half, expert=None, other=None).sha256()}  {half.expert}\n" for half in halves]
+            return hashlib.sha256("".join(digests).encode()).hexdigest()
         digests = []
         for name in self.names:
             with open(self.folder / name, "rb") as file:
@@ -94,12 +104,21 @@ class TeacherFiles:
 
     def weights_sha256(self) -> str:
         """As [`sha256`], but over the weights alone: a push writes the base's id into the config beside them."""
-        return replace(self, names=tuple(name for name in self.names if name.endswith(".safetensors"))).sha256()
+        other = None if self.other is None else _weights_of(self.other)
+        return replace(_weights_of(self), other=other).sha256()
 
 
-def find_files(config: TeacherConfig) -> TeacherFiles:
+def _weights_of(files: TeacherFiles) -> TeacherFiles:
+    return replace(files, names=tuple(name for name in files.names if name.endswith(".safetensors")))
+
+
+def find_files(config: TeacherConfig, component: str | None = None) -> TeacherFiles:
     """
     Resolves a parsed teacher (not `"base"`) to local files. Downloads only the files that are needed.
+
+    Args:
+        config ([`TeacherConfig`]): the teacher.
+        component (`str`, *optional*): the network that is meant, if it is a whole pipeline. By default the one that denoises.
 
     Raises:
         TeacherError: If the folder, repository, revision or files do not exist, cannot be reached or read, or are
@@ -108,7 +127,7 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
     local = local_folder(config)
     shown = _shown(config) if local is None else local.resolve().name
     with strangers_files(lambda said: f"{shown}: its files cannot be read ({said})"):
-        files = _find(config)
+        files = _find(config, component)
         for name in files.names:  # safetensors reports a file without read permission as missing
             with open(files.folder / name, "rb"):
                 pass
@@ -122,7 +141,7 @@ def weights_in(folder: Path) -> str | None:
     return None
 
 
-def _find(config: TeacherConfig) -> TeacherFiles:
+def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
     prefix = f"{config.subfolder.strip('/')}/" if config.subfolder else ""
     local = local_folder(config)
     if local is not None:
@@ -135,7 +154,8 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         source = config.model_name_or_path
         # Configs first: they tell which of a repository's weights, often very large, are needed.
         indices = [CONFIG_NAME, "model_index.json", "config.json", SAFE_WEIGHTS_INDEX_NAME]
-        configs = indices + [f"transformer/{name}" for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
+        parts = DENOISERS if component is None else (component,)
+        configs = indices + [f"{part}/{name}" for part in parts for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
         snapshot = _download(config, config.revision, [prefix + name for name in configs])
         revision, folder = snapshot.name, snapshot / prefix
     label = f"{source}/{config.subfolder}" if config.subfolder else source
@@ -152,7 +172,8 @@ def _find(config: TeacherConfig) -> TeacherFiles:
     ):
         in_pipeline = (folder / "model_index.json").is_file()
         if in_pipeline:
-            prefix, folder = f"{prefix}transformer/", folder / "transformer"
+            part = component or denoiser_name_in(read_json(folder / "model_index.json", label))
+            prefix, folder = f"{prefix}{part}/", folder / part
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
         kind, names = "full", ("config.json", *weights)
@@ -176,10 +197,28 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         raise TeacherError(
             f"{label}: has no {', '.join(missing)}.{named} A teacher is a PEFT folder ({CONFIG_NAME}, {PEFT_WEIGHTS_NAME}), "
             f"a LoRA's file ({LORA_WEIGHT_NAME_SAFE}, the folder's only file, or one at the end of the path), a "
-            "transformer (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
+            "whole denoiser (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
-    return TeacherFiles(kind, folder, names, source, config.subfolder, revision, in_pipeline)
+    return TeacherFiles(kind, folder, names, source, config.subfolder, revision, in_pipeline=in_pipeline)
+
+
+def names_in(config: TeacherConfig) -> list[str]:
+    """
+    Names of the files in a teacher's folder and its subfolders, without downloading them.
+
+    Raises:
+        TeacherError: If the repository or revision does not exist or cannot be reached.
+    """
+    prefix, local = f"{config.subfolder.strip('/')}/" if config.subfolder else "", local_folder(config)
+    if local is not None:
+        folder = local / prefix
+        return sorted(str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("*/*")))
+    snapshot = _download(config, config.revision, [prefix + CONFIG_NAME])
+    names = listing(
+        _shown(config), config.model_name_or_path, config.revision, snapshot / prefix, prefix, TeacherError
+    )
+    return sorted(name for name in names if name.count("/") < 2)
 
 
 def _shards(index: Path, label: str) -> list[str]:

@@ -42,6 +42,7 @@ class TeacherEntry(TypedDict):
     rank: int | None
     guidance_scale: float
     weight: float
+    lora_scale: float
     base: BaseEntry | None
 
 
@@ -76,17 +77,20 @@ def pinned(config: TeacherConfig, recorded: TeacherEntry | None) -> TeacherConfi
     return replace(config, revision=recorded["revision"]) if same else config
 
 
-def check_recorded(source: str, sha256: str | None, base: BaseEntry | None, recorded: TeacherEntry | None) -> None:
+def check_recorded(
+    source: str, sha256: str | None, base: BaseEntry | None, lora_scale: float, recorded: TeacherEntry | None
+) -> None:
     """
     Refuses a teacher that is not the recorded one. The hash decides, not the name: a teacher may have moved, or come
     from the Hub where it was a folder before.
 
     Args:
-        source (`str`), sha256 (`str`, *optional*), base ([`BaseEntry`], *optional*): as in the teacher's entry.
+        source (`str`), sha256 (`str`, *optional*), base ([`BaseEntry`], *optional*), lora_scale (`float`): as in the
+            teacher's entry.
         recorded ([`TeacherEntry`], *optional*): the entry in a checkpoint, if the run is resumed from one.
 
     Raises:
-        TeacherError: If the hash of the teacher or of its base is another one.
+        TeacherError: If the hash of the teacher or of its base is another one, or its strength.
     """
     if recorded is None:
         return
@@ -94,6 +98,11 @@ def check_recorded(source: str, sha256: str | None, base: BaseEntry | None, reco
         raise TeacherError(
             f"{source}: not the teacher that the checkpoint was trained with, which was {recorded['source']} with "
             f"sha256 {recorded['sha256']}; this one has {sha256}. Give that one, or start a new run."
+        )
+    if recorded["lora_scale"] != lora_scale:
+        raise TeacherError(
+            f"{source}: its lora_scale is {lora_scale:g}, but the checkpoint was trained with "
+            f"{recorded['lora_scale']:g}. Give that one, or start a new run."
         )
     if base_hash(recorded["base"]) != base_hash(base):
         raise TeacherError(

@@ -23,16 +23,16 @@ from typing import Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from .backbone import BASE, Backbone
 from .boundary import strangers_files
+from .expert_teachers import find_teacher, read_found_lora, read_lora, read_whole
+from .folded_lora import FoldedLora, folded_copy
 from .lora_adapter import add_adapter, rescaled_factors
-from .lora_files import read_lora, read_lora_files
-from .own_pipeline import OwnPipeline, OwnPipelines
+from .own_pipeline import OwnPipeline, OwnPipelines, check_idle, fits, pipeline_of
 from .teacher_config import (
     TeacherConfig,
     TeacherError,
@@ -41,9 +41,7 @@ from .teacher_config import (
     parse_teacher,
     split_base,
 )
-from .teacher_files import TeacherFiles, find_files
 from .teacher_manifest import BaseEntry, Manifest, check_recorded, count_problems, pinned
-from .whole_transformer import has_architecture_of, read_transformer
 
 
 # PEFT's name, in `adapter_names`, for a row without an adapter.
@@ -72,10 +70,14 @@ class TeacherRow(TypedDict):
     teacher: str
     kind: str
     rank: int | None
+    lora_scale: float
     guidance_scale: float
     weight: float
     revision: str | None
     sha256: str | None
+
+
+Kind = Literal["base", "lora", "folded", "full", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Teacher:
 
     Attributes:
         name: Its role in the [`Backbone`]: `"teacher_0"`, ... or `"base"`.
-        kind: `"base"`, `"lora"`, `"full"` (a whole transformer) or `"pipeline"` (its own pipeline's network).
+        kind: `"base"`, `"lora"`, `"folded"` (what a file changes, folded into a copy of the base), `"full"` or
+            `"pipeline"` (the network of a pipeline of its own).
         source: Hub id, or the name of the local folder but never its path; `"base"` for the base.
         revision: Commit on the Hub; `None` for a local teacher.
         sha256: Hash over its files; `None` for the base.
@@ -94,12 +97,24 @@ class Teacher:
     """
 
     name: str
-    kind: Literal["base", "lora", "full", "pipeline"]
+    kind: Kind
     source: str
     revision: str | None = None
     sha256: str | None = None
     rank: int | None = None
     own: OwnPipeline | None = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether it is a network of its own, beside the base."""
+        return self.kind in ("folded", "full")
+
+    @property
+    def base_entry(self) -> BaseEntry | None:
+        """How a manifest records its own base; `None` if its base is the student's, or if it is a base itself."""
+        if self.own is None or self.kind == "pipeline":
+            return None
+        return {"source": self.own.source, "revision": self.own.revision, "sha256": self.own.sha256}
 
 
 THE_BASE = Teacher(BASE, "base", source="base")
@@ -133,7 +148,7 @@ class Role:
     def shown(self) -> str:
         """The label with the file's name, and the base if that is the teacher's own."""
         name = "/".join(filter(None, (self.label, self.config.weight_name)))
-        base = _base_entry(self.teacher)
+        base = self.teacher.base_entry
         return name if base is None else f"{name} on {base['source']}"
 
 
@@ -191,10 +206,10 @@ class TeacherBank:
                 scale = default_guidance_scale if config.guidance_scale is None else config.guidance_scale
                 try:
                     teacher = self._load(pinned(config, recorded), pipeline, loaded)
-                    check_recorded(teacher.source, teacher.sha256, _base_entry(teacher), recorded)
+                    check_recorded(teacher.source, teacher.sha256, teacher.base_entry, config.lora_scale, recorded)
                     field = None if teacher.own is None or own is None else own.field_of(teacher.own, config)
                     if field is None:
-                        _check_idle(config)
+                        check_idle(config)
                 except TeacherError as error:
                     problems.append(f"task {task!r}: {error}")
                     continue
@@ -207,33 +222,43 @@ class TeacherBank:
         own = self._own_base(config, pipeline)
         if config.model_name_or_path == "base":
             return THE_BASE if own is None else _whole(own, loaded)
-        files = find_files(config)
+        files = find_teacher(config, pipeline if own is None else own.pipeline)
         if own is None and files.in_pipeline:
-            base = self.backbone.base
-            assert isinstance(base, ModelMixin)
-            if not has_architecture_of(base, files):
-                own = self._pipelines(files.label).load(*_pipeline_of(files), config)
+            assert self.backbone.base is not None
+            if not fits(files, self.backbone.base):
+                own = self._pipelines(files.label).load(*pipeline_of(files), config)
                 return _whole(own, loaded)
-        key = (str(files.folder.resolve()), *files.names, "" if own is None else str(id(own)))
+        halves = (files,) if files.other is None else (files, files.other)
+        key = tuple(str(part) for half in halves for part in (half.expert, half.folder.resolve(), *half.names))
+        key += (str(config.lora_scale), "" if own is None else str(id(own)))
         if key in loaded:
             return loaded[key]
 
         name, rank = f"teacher_{len(loaded)}", None
+        kind: Kind = "lora"
         backbone = self.backbone if own is None else own.backbone
+        base = backbone.base
+        assert base is not None
         if files.kind == "full":
-            base = backbone.base
-            assert isinstance(base, ModelMixin)
-            backbone.add_network(name, read_transformer(files, base))
+            if config.lora_scale != 1:
+                raise TeacherError(
+                    f"{files.label}: is a whole transformer and takes no lora_scale ({config.lora_scale})"
+                )
+            backbone.add_network(name, read_whole(files, base))
+            kind = "full"
         else:
-            lora_config, state_dict = read_lora_files(files, pipeline if own is None else own.pipeline)
-            rank = lora_config.r
+            lora = read_found_lora(files, pipeline if own is None else own.pipeline, config.lora_scale)
             try:
-                backbone.add_adapter(name, lora_config, state_dict)
+                if isinstance(lora, FoldedLora):
+                    backbone.add_network(name, folded_copy(base, lora))
+                    kind = "folded"
+                else:
+                    backbone.add_adapter(name, *lora)
+                    rank = lora.config.r
             except TeacherError as error:
                 raise TeacherError(f"{files.label}: {error}") from error
         with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
             sha256 = files.sha256()
-        kind: Literal["full", "lora"] = "full" if files.kind == "full" else "lora"
         loaded[key] = Teacher(name, kind, files.source, files.revision, sha256, rank, own)
         return loaded[key]
 
@@ -315,7 +340,7 @@ class TeacherBank:
             return [[role] for role in roles]
         groups: dict[tuple[float, str | None], dict[str, Role]] = {}
         for role in roles:
-            name, alone = role.teacher.name, role.teacher.kind == "full" or role.field is not None
+            name, alone = role.teacher.name, role.teacher.is_apart or role.field is not None
             group = groups.setdefault((role.guidance_scale, name if alone else None), {})
             weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
@@ -396,7 +421,8 @@ class TeacherBank:
                     "rank": role.teacher.rank,
                     "guidance_scale": role.guidance_scale,
                     "weight": role.weight,
-                    "base": _base_entry(role.teacher),
+                    "lora_scale": role.config.lora_scale,
+                    "base": role.teacher.base_entry,
                 }
                 for role in roles
             ]
@@ -411,6 +437,7 @@ class TeacherBank:
                 "teacher": role.shown,
                 "kind": role.teacher.kind,
                 "rank": role.teacher.rank,
+                "lora_scale": role.config.lora_scale,
                 "guidance_scale": role.guidance_scale,
                 "weight": role.weight,
                 "revision": role.teacher.revision and role.teacher.revision[:8],
@@ -421,40 +448,10 @@ class TeacherBank:
         ]
 
 
-def _check_idle(config: TeacherConfig) -> None:
-    """Refuses options of an own pipeline for a teacher that runs through the student's."""
-    names = ("generation_kwargs", "offload", "quantization_config")
-    if given := [name for name in names if getattr(config, name)]:
-        raise TeacherError(
-            f"{config.model_name_or_path}: {', '.join(given)} is for a teacher with a pipeline of its own, and this one "
-            "runs through the student's. Leave it out, or name the teacher's base."
-        )
-
-
 def _whole(own: OwnPipeline, loaded: dict[tuple[str, ...], Teacher]) -> Teacher:
     """The teacher that is an own pipeline itself."""
     new = Teacher(f"teacher_{len(loaded)}", "pipeline", own.source, own.revision, own.sha256, own=own)
     return loaded.setdefault(("pipeline", str(id(own))), new)
-
-
-def _pipeline_of(files: TeacherFiles) -> tuple[str, str | None]:
-    """The name and revision of the pipeline that a transformer's files lie in."""
-    if files.revision is None:
-        return str(files.folder.parent), None
-    if files.subfolder is not None:
-        raise TeacherError(
-            f"{files.label}: is a pipeline of another architecture than the student's, in a folder of a repository, "
-            f"from which diffusers loads none. Download it, hf download {files.source} --include "
-            f"'{files.subfolder}/*' --local-dir teacher, and name the local folder."
-        )
-    return files.source, files.revision
-
-
-def _base_entry(teacher: Teacher) -> BaseEntry | None:
-    own = teacher.own
-    if own is None or teacher.kind == "pipeline":
-        return None
-    return {"source": own.source, "revision": own.revision, "sha256": own.sha256}
 
 
 def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
@@ -463,6 +460,7 @@ def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
         [
             role.teacher.kind,
             role.teacher.sha256,
+            role.config.lora_scale,
             role.guidance_scale,
             role.weight,
             *([] if role.teacher.own is None else [role.teacher.own.sha256, repr(role.config.generation_kwargs)]),

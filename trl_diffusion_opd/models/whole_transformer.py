@@ -29,7 +29,7 @@ from torch import nn
 from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
 from ..guards.files import JSON
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherError
 from .teacher_files import TeacherFiles, check_keys, read_json
 
@@ -67,7 +67,7 @@ def _empty(stored: Mapping[str, JSON], base: ModelMixin, label: str) -> nn.Modul
     if stored.get("_class_name") != cls.__name__:
         raise TeacherError(
             f"{label}: its config.json is of class {str(stored.get('_class_name'))[:80]!r}, but the base's "
-            f"transformer is a {cls.__name__!r}. A full teacher needs the class of the base."
+            f"denoiser is a {cls.__name__!r}. A full teacher needs the class of the base."
         )
     ours = json.loads(base.to_json_string())
     # Compared before a model of its sizes is built. Fields that it lacks get the class's defaults, as in old configs.

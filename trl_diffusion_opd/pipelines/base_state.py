@@ -15,7 +15,7 @@
 """
 Checks that a pipeline is unmodified, as a base must be: exactly what its classes and configs say.
 
-LoRAs, fused projections, caches and other hooks of diffusers change what the transformer computes or which layers it
+LoRAs, fused projections, caches and other hooks of diffusers change what the denoiser computes or which layers it
 uses, and none of them is saved with a student. The problems found here name them and say how to undo them. Changes
 that affect neither are accepted: gradient checkpointing, forward chunking, compiling in place, train mode, frozen
 weights; and on the VAE slicing, tiling, fused projections and layerwise casting.
@@ -36,6 +36,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..guards.redaction import shown
+from .experts import Experts
 
 
 logger = logging.getLogger(__name__)
@@ -52,36 +53,44 @@ def carries_lora(pipeline: DiffusionPipeline) -> bool:
     return any(isinstance(m, BaseTunerLayer) for network in _networks(pipeline) for m in network.modules())
 
 
-def transformer_problems(transformer: nn.Module) -> list[str]:
+def denoiser_problems(network: nn.Module, name: str = "transformer") -> list[str]:
     """
-    Says why LoRAs would not work correctly on a transformer, one sentence each. Nothing is changed.
+    Says why LoRAs would not work correctly on a denoiser, one sentence each. Nothing is changed.
 
     Args:
-        transformer (`nn.Module`): a pipeline's transformer, without LoRAs. It is compared with its config only if it
-            is a diffusers model.
+        network (`nn.Module`): a pipeline's denoiser, without LoRAs. It is compared with its config only if it is a
+            diffusers model.
+        name (`str`, *optional*): the pipeline's name for it, for messages.
     """
-    if isinstance(transformer, OptimizedModule):
+    if isinstance(network, Experts):
+        return [problem for name, expert in network.each() for problem in denoiser_problems(expert, name)]
+    if isinstance(network, OptimizedModule):
         return [
-            "The transformer is wrapped by torch.compile, which hides the names of its weights and inputs. Unwrap it: "
-            "pipe.transformer = pipe.transformer._orig_mod. torch_compile=True compiles the student and all teachers."
+            f"The {name} is wrapped by torch.compile, which hides the names of its weights and inputs. Unwrap it: "
+            f"pipe.{name} = pipe.{name}._orig_mod. torch_compile=True compiles the student and all teachers."
         ]
-    if isinstance(transformer, (DataParallel, DistributedDataParallel)):
+    if isinstance(network, (DataParallel, DistributedDataParallel)):
         return [
-            f"The transformer is wrapped by {type(transformer).__name__}, which the trainer does itself. Unwrap it: "
-            "pipe.transformer = pipe.transformer.module."
+            f"The {name} is wrapped by {type(network).__name__}, which the trainer does itself. Unwrap it: "
+            f"pipe.{name} = pipe.{name}.module."
         ]
-    problems = _hook_problems(transformer)
-    fused = [m for m in transformer.modules() if vars(m).get("fused_projections")]
+    problems = _hook_problems(network, name)
+    fused = [m for m in network.modules() if vars(m).get("fused_projections")]
     if fused:
-        undo = "Undo it with pipe.transformer.unfuse_qkv_projections()."
+        undo = f"Undo it with pipe.{name}.unfuse_qkv_projections()."
         if not all(isinstance(module, AttentionModuleMixin) for module in fused):
-            undo = f"{_LOAD_AGAIN} (Unfusing leaves the fused layers in a {type(transformer).__name__}.)"
+            undo = f"{_LOAD_AGAIN} (Unfusing leaves the fused layers in a {type(network).__name__}.)"
         problems.append(
-            "The transformer's projections are fused (fuse_qkv_projections), so its attention would ignore the LoRAs "
+            f"The {name}'s projections are fused (fuse_qkv_projections), so its attention would ignore the LoRAs "
             f"on to_q, to_k and to_v. {undo}"
         )
-    elif isinstance(transformer, ModelMixin):
-        problems += _foreign_parts(transformer)
+    elif any(vars(m).get("s1") is not None for m in network.modules()):
+        problems.append(
+            f"The {name}'s skip connections are scaled (enable_freeu), which is not saved. Undo it with "
+            "pipe.disable_freeu()."
+        )
+    elif isinstance(network, ModelMixin):
+        problems += _foreign_parts(network, name)
     return problems
 
 
@@ -118,37 +127,37 @@ def _diffusers_hooks(network: nn.Module) -> list[str]:
     return sorted({name for registry in registries if isinstance(registry, HookRegistry) for name in registry.hooks})
 
 
-def _hook_problems(transformer: nn.Module) -> list[str]:
+def _hook_problems(network: nn.Module, part: str) -> list[str]:
     problems = []
-    names = [name for name in _diffusers_hooks(transformer) if not name.startswith(_OFFLOADING)]
+    names = [name for name in _diffusers_hooks(network) if not name.startswith(_OFFLOADING)]
     casting, splitting = ([n for n in names if n.startswith(kind)] for kind in (_CASTING, _SPLITTING))
     others = [name for name in names if name not in (*casting, *splitting)]
     if casting:
         problems.append(
-            "The transformer's weights are cast layer by layer (enable_layerwise_casting), which rounds LoRAs too and "
+            f"The {part}'s weights are cast layer by layer (enable_layerwise_casting), which rounds LoRAs too and "
             f"gives other gradients. {_LOAD_AGAIN} A quantization_config saves as much memory."
         )
     if splitting:
         problems.append(
-            f"The transformer is split over processes (enable_parallelism: {', '.join(splitting)}). {_LOAD_AGAIN}"
+            f"The {part} is split over processes (enable_parallelism: {', '.join(splitting)}). {_LOAD_AGAIN}"
         )
     if others:
         problems.append(
-            f"The transformer has a cache or another hook of diffusers ({', '.join(others)}), which skips or changes "
-            "layers while it trains. What enable_cache(...) set, pipe.transformer.disable_cache() undoes; else: "
+            f"The {part} has a cache or another hook of diffusers ({', '.join(others)}), which skips or changes "
+            f"layers while it trains. What enable_cache(...) set, pipe.{part}.disable_cache() undoes; else: "
             f"{_LOAD_AGAIN[0].lower()}{_LOAD_AGAIN[1:]}"
         )
-    hooked = [name or "itself" for name, module in transformer.named_modules() if _has_hooks(module)]
+    hooked = [name or "itself" for name, module in network.named_modules() if _has_hooks(module)]
     if hooked:  # only a warning: hooks that just watch, such as those of wandb.watch(...), do no harm
         logger.warning(
-            f"The transformer has forward or backward hooks (on {_some(hooked)}). They run for student and teachers "
+            f"The {part} has forward or backward hooks (on {_some(hooked)}). They run for student and teachers "
             "alike but are not saved, so a student trained with a hook that changes values would miss it later. "
             "Remove a hook with .remove() of its handle."
         )
-    replaced = [name or "itself" for name, module in transformer.named_modules() if _has_other_forward(module)]
+    replaced = [name or "itself" for name, module in network.named_modules() if _has_other_forward(module)]
     if replaced:
         problems.append(
-            f"The transformer's forward was replaced (of {_some(replaced)}), but a saved student would run with the "
+            f"The {part}'s forward was replaced (of {_some(replaced)}), but a saved student would run with the "
             f"class's own. {_LOAD_AGAIN}"
         )
     return problems
@@ -171,12 +180,12 @@ def _has_other_forward(module: nn.Module) -> bool:
     return not (isinstance(own["forward"], MethodType) and own["forward"].__func__ is type(module).forward)
 
 
-def _foreign_parts(transformer: ModelMixin) -> list[str]:
-    """Says in what a transformer differs from one that its config creates."""
+def _foreign_parts(network: ModelMixin, part: str) -> list[str]:
+    """Says in what a network differs from one that its config creates."""
     with init_empty_weights():
-        plain = type(transformer).from_config(transformer.config)
+        plain = type(network).from_config(network.config)
     expected = dict(plain.named_modules())
-    found = dict(transformer.named_modules())
+    found = dict(network.named_modules())
     # A quantized layer's class is derived from the plain layer's.
     foreign = [name for name, m in found.items() if name not in expected or not isinstance(m, type(expected[name]))]
     # An optional part that is None is not a module.
@@ -184,13 +193,13 @@ def _foreign_parts(transformer: ModelMixin) -> list[str]:
     problems = []
     if any(name.endswith(".processor") for name in foreign):
         problems.append(
-            f"The transformer carries an IP-adapter or other weights in its attention processors ({_some(foreign)}), "
+            f"The {part} carries an IP-adapter or other weights in its attention processors ({_some(foreign)}), "
             "which would become part of the base. Remove them with pipe.unload_ip_adapter()."
         )
     elif foreign or missing:
         named = f"has {_some(foreign)}" if foreign else f"lacks {_some(missing)}"
         problems.append(
-            f"The transformer does not match its config: it {named}. A saved student could not be loaded on the "
+            f"The {part} does not match its config: it {named}. A saved student could not be loaded on the "
             "original base. Load the pipeline again, or save it with a config that fits."
         )
     else:
@@ -199,9 +208,9 @@ def _foreign_parts(transformer: ModelMixin) -> list[str]:
         if other:
             first = other[0]
             problems.append(
-                f"The transformer's attention processors were replaced ({_some(other)}: {type(ours[first]).__name__} "
+                f"The {part}'s attention processors were replaced ({_some(other)}: {type(ours[first]).__name__} "
                 f"in place of {type(theirs[first]).__name__}), and processors are not saved. Undo it with "
-                f"pipe.transformer.set_attn_processor({type(theirs[first]).__name__}()), or load the pipeline again."
+                f"pipe.{part}.set_attn_processor({type(theirs[first]).__name__}()), or load the pipeline again."
             )
     return problems
 

@@ -14,14 +14,18 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
+import inspect
 from collections.abc import Collection, Iterable
 
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from .denoiser import denoiser
+from .experts import expert_problems
 from .guidance import guidance_name
+from .guiders import guider_problems
 from .images import pixels_a_latent
+from .prediction import scheduler_problem
 
 
 # Options that depend on a step's index in the pipeline's loop. Here every step runs in a loop of its own.
@@ -36,7 +40,12 @@ LOOP_INDEX_OPTIONS = (
     "guidance_interval",
     "guidance_start",
     "guidance_stop",
+    "denoising_end",
 )
+# Images beside the prompt, which would be the same for every prompt.
+_IMAGE_OPTIONS = ("ip_adapter_image", "ip_adapter_image_embeds")
+# Components that turn an image into further inputs of the denoiser.
+_EXTRA_NETWORKS = ("controlnet", "adapter")
 # Options that the trainer sets itself.
 MANAGED_OPTIONS = (
     "prompt",
@@ -49,6 +58,8 @@ MANAGED_OPTIONS = (
     "output_type",
     "return_dict",
     "callback_on_step_end",
+    "callback",
+    "eta",
     "height",
     "width",
     "max_sequence_length",
@@ -74,6 +85,10 @@ def option_problems(
                 f"generation_kwargs: {option!r} depends on the step's index within the pipeline's loop, but training "
                 "runs one step at a time. Remove it."
             )
+        elif option in _IMAGE_OPTIONS:
+            problems.append(
+                f"generation_kwargs: {option!r} needs an IP-Adapter, which is not part of the model. Remove it."
+            )
         elif option in MANAGED_OPTIONS or option == guidance_name(denoiser(pipeline), parameters):
             problems.append(f"generation_kwargs: {option!r} is set by the trainer's own arguments. Remove it.")
         elif option not in parameters:
@@ -92,27 +107,45 @@ def option_problems(
 
 def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     """Says why velocities can't be computed with a pipeline, one sentence each."""
+    if problems := expert_problems(pipeline):
+        return problems
     name = type(pipeline).__name__
-    scheduler = pipeline.components.get("scheduler")
-    missing = [] if isinstance(pipeline.components.get("transformer"), nn.Module) else ["transformer"]
-    missing += [method for method in ("encode_prompt", "prepare_latents") if method not in dir(type(pipeline))]
+    scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
+    missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]
+    missing += ["encode_prompt"] if "encode_prompt" not in dir(type(pipeline)) else []
+    parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    # A call without `prepare_latents` that takes latents draws them itself (ERNIE-Image).
+    missing += ["prepare_latents"] if not {"prepare_latents", *parameters} & {"prepare_latents", "latents"} else []
     problems = []
     if missing:
         problems.append(
-            f"{name} has no {', '.join(missing)}: only pipelines with a denoising transformer are supported."
+            f"{name} has no {', '.join(missing)}: only text-to-image pipelines with a denoising transformer or UNet are "
+            "supported."
         )
-    if scheduler is None or not _is_flow_matching(scheduler):
-        prediction = None if scheduler is None else scheduler.config.get("prediction_type")
+    if scheduler is None:
+        problems.append(f"{name} has no scheduler. Load the pipeline with the one it was published with.")
+    elif (problem := scheduler_problem(scheduler, name)) is not None:
+        problems.append(problem)
+    if extra := [part for part in _EXTRA_NETWORKS if pipeline.components.get(part) is not None]:
         problems.append(
-            f"{name} is not a flow-matching pipeline: its scheduler is {type(scheduler).__name__} with "
-            f"prediction_type={prediction!r}. Use a model with a FlowMatchEulerDiscreteScheduler or a flow-prediction "
-            "solver."
+            f"{name} has a {extra[0]}, whose image would be the same for every prompt. Use the text-to-image pipeline of "
+            "the same model."
+        )
+    if isinstance(network, UNet2DConditionModel):
+        problems += _unet_problems(network, name)
+    return problems + guider_problems(pipeline)
+
+
+def _unet_problems(unet: UNet2DConditionModel, name: str) -> list[str]:
+    problems = []
+    if unet.config.in_channels != unet.config.out_channels:
+        problems.append(
+            f"{name}'s UNet takes {unet.config.in_channels} channels and returns {unet.config.out_channels}, so it needs "
+            "an image besides the latents (to fill in, to edit or to enlarge). Use the text-to-image model."
+        )
+    if unet.config.encoder_hid_dim_type not in (None, "text_proj"):
+        problems.append(
+            f"{name}'s UNet takes an image as a prompt (encoder_hid_dim_type="
+            f"{unet.config.encoder_hid_dim_type!r}), as with an IP-Adapter. Remove it with pipe.unload_ip_adapter()."
         )
     return problems
-
-
-def _is_flow_matching(scheduler: SchedulerMixin) -> bool:
-    config = scheduler.config
-    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or (
-        config.get("prediction_type") == "flow_prediction" and bool(config.get("use_flow_sigmas"))
-    )

@@ -14,16 +14,32 @@
 
 """The network of a pipeline that denoises: the only one that is trained and taught."""
 
+from collections.abc import Collection
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from .experts import EXPERTS, Experts, has_experts
+
+
+DENOISERS = ("transformer", "unet")
+
+
+def denoiser_name_in(components: Collection[str]) -> str:
+    """The component that denoises: `"unet"` in Stable Diffusion and its relatives, else `"transformer"`."""
+    return "unet" if "unet" in components else "transformer"
+
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
-    """The component that denoises: `"unet"` in Stable Diffusion and its relatives, else `"transformer"`."""
-    return "unet" if "unet" in pipeline.components else "transformer"
+    """The name of a pipeline's component that denoises. See [`denoiser_name_in`]."""
+    return denoiser_name_in(pipeline.components)
 
 
 def denoiser(pipeline: DiffusionPipeline) -> Any:
-    """The network that denoises, an `nn.Module`; `None` if the pipeline has none."""
+    """
+    The network that denoises, an `nn.Module`; `None` if the pipeline has none. Two networks that share the levels are
+    one [`~experts.Experts`], made anew at every call; it holds the pipeline's own networks.
+    """
+    if has_experts(pipeline):
+        return Experts(*(pipeline.components[name] for name in EXPERTS))
     return pipeline.components.get(denoiser_name(pipeline))

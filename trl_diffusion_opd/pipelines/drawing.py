@@ -116,4 +116,4 @@ def draw_batch(
     levels = table.levels.tolist()
     x = field.initial_latents(prompts, sample_generators([DRAWING, *entropy], numbers))
     x = walk(lambda j, x, _: velocity(x, levels[j], prompts), x, table)
-    return field.decode(x, prompts)
+    return field.decode(field.clean(x), prompts)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..acceleration.quantization import plain_tensors
+from .denoiser import DENOISERS
 
 
 # Entries of a component's config that don't change its output, or that the weights show already (the precision).
@@ -87,8 +88,8 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     """
     A hash of everything that a pipeline's text embeddings depend on besides the prompt and the options of the call.
 
-    It includes the weights, buffers and config of its text encoders (all modules but transformer, VAE and scheduler),
-    the files of its tokenizers, its own settings, the transformer's dtype (some pipelines cast embeddings to it), and
+    It includes the weights, buffers and config of its text encoders (all modules but denoiser, VAE and scheduler),
+    the files of its tokenizers, its own settings, the denoiser's dtype (some pipelines cast embeddings to it), and
     the versions of diffusers and transformers.
 
     Returns:
@@ -100,10 +101,10 @@ def encoder_fingerprint(pipeline: DiffusionPipeline) -> str:
     digest.update(f"{diffusers.__version__} {transformers.__version__}".encode())
     for name, component in sorted(pipeline.components.items()):
         digest.update(f"{name}: {type(component).__name__}".encode())
-        if name.startswith("transformer") and isinstance(component, nn.Module):
+        if name.startswith(DENOISERS) and isinstance(component, nn.Module):
             dtypes = {str(p.dtype) for n, p in component.named_parameters() if "lora_" not in n}
             digest.update(repr(sorted(dtypes)).encode())
-        elif name == "scheduler" or name.startswith(("transformer", "vae")) or component is None:
+        elif name == "scheduler" or name.startswith((*DENOISERS, "vae")) or component is None:
             continue
         elif isinstance(component, nn.Module):
             _add_module(digest, component)

@@ -17,6 +17,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
@@ -30,8 +31,8 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import explained, retried
 from ..problems import Problems, Refusal
-from .base_state import transformer_problems
-from .denoiser import denoiser
+from .base_state import denoiser_problems
+from .denoiser import denoiser, denoiser_name, denoiser_name_in
 from .loading_options import loading_options
 
 
@@ -75,10 +76,11 @@ def _loaded(
 ) -> DiffusionPipeline:
     check_base_name(name)
     options = loading_options(dtype, model_init_kwargs)
-    config = pipeline_config(quantization_config)
-    if config is not None:
-        options["quantization_config"] = config
     try:
+        with explained(f"The base model {name!r}", name, options.get("revision")):
+            config = pipeline_config(quantization_config, lambda: _denoiser_name(name, options))
+        if config is not None:
+            options["quantization_config"] = config
         with failures_named(name, config), explained(f"The base model {name!r}", name, options.get("revision")):
             return retried(DiffusionPipeline.from_pretrained, name, **options)
     except (OSError, HFValidationError) as error:
@@ -87,6 +89,12 @@ def _loaded(
             "for a gated model, `hf auth login`; if it is a folder, it needs a model_index.json and .safetensors "
             f"weights. ({shown(error, 500)})"
         ) from error
+
+
+def _denoiser_name(name: str, options: Mapping[str, Any]) -> str:
+    """The name of the denoiser of a pipeline that is not loaded yet."""
+    where = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+    return denoiser_name_in(retried(DiffusionPipeline.load_config, name, **where))
 
 
 def check_base_name(name: str) -> None:
@@ -125,7 +133,9 @@ def borrowed(pipeline: DiffusionPipeline) -> Iterator[ModelMixin]:
             "pipe.unload_lora_weights(), and pass it as a student or a teacher."
         )
     if isinstance(transformer, nn.Module):
-        Problems(transformer_problems(transformer)).raise_under("The pipeline cannot be used as a base")
+        Problems(denoiser_problems(transformer, denoiser_name(pipeline))).raise_under(
+            "The pipeline cannot be used as a base"
+        )
         prepare(transformer)
     networks = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     modes = [(module, module.training) for network in networks for module in network.modules()]

@@ -13,57 +13,48 @@
 # limitations under the License.
 
 """
-Computes the velocity of any flow-matching pipeline of diffusers, by running one step of the pipeline itself.
-
-Every model family encodes prompts, scales timesteps, arranges guidance and signs its output differently. Its
-pipeline's `__call__` knows how. [`VelocityField`] therefore runs one step of that `__call__` on a view (a shallow
-copy) of the pipeline with three replaced parts: `prepare_latents` returns our latents `x`, `transformer` calls the
-model we want, and the scheduler's `step` keeps what it gets (the velocity after guidance, slicing and sign) and stops
-the call. Only this file and `view.py` use a pipeline's internals.
+Computes the velocity of any text-to-image pipeline of diffusers, by running one step of the pipeline itself (see
+`calls.py`). What the network predicts, and how its states and outputs become those of flow matching, is in
+`prediction.py`.
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
+from .calls import PipelineCalls, call_parameters
 from .checks import option_problems, pipeline_problems
-from .guidance import guidance_embedding, guidance_lines, guidance_name
+from .experts import Experts, expert_groups, in_groups
+from .guidance import guidance_embedding, guidance_lines
+from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
-from .prompt_cache import PromptCache
+from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
-from .view import (
-    DecoderStandIn,
-    PipelineView,
-    Probe,
-    StandIn,
-    Stop,
-    at_least_float32,
-    stop,
-    timestep_name,
-)
+from .view import DecoderStandIn, StandIn, at_least_float32, noting, stop, timesteps_of
 
 
-class VelocityField:
+class VelocityField(PipelineCalls):
     """
-    Computes `v(x, t | prompts, guidance)` of a flow-matching pipeline, bit for bit as in the pipeline's own loop.
+    Computes `v(x, t | prompts, guidance)` of a text-to-image pipeline, in the coordinates of flow matching.
 
     Noise levels run from `t = 1` (noise) to `t = 0` (image), and `v` points from the image to the noise:
-    `x0 = x - t v`. The pipeline is never changed.
+    `x = (1 - t) x0 + t eps`, `x0 = x - t v`. With a flow-matching pipeline states are those of its own loop, and the
+    velocity is its own, bit for bit. Models that predict noise, v or the sample are converted (see `prediction.py`). The
+    pipeline is never changed.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
-            A pipeline with `transformer`, `encode_prompt`, `prepare_latents` and a flow-matching scheduler.
+            A pipeline with `transformer` or `unet`, `encode_prompt`, `prepare_latents` and a scheduler that is
+            deterministic and of first order or multistep.
         num_inference_steps (`int`):
             Number of steps of the noise grid. The pipeline's own scheduler makes the grid.
         height (`int`, *optional*), width (`int`, *optional*):
@@ -78,13 +69,11 @@ class VelocityField:
 
     Attributes:
         levels (`torch.Tensor` of shape `(num_inference_steps + 1,)`, float64):
-            The noise grid, decreasing, with a final 0.
-        encoding (`Callable`):
-            Returns a context manager in which prompts and images are encoded, for example to time it.
+            The noise grid, decreasing. It ends where the pipeline's own loop ends: at 0, or a little above.
 
     Raises:
-        [`ValueError`]: if the pipeline is not a flow-matching pipeline or lacks a needed part, or if the size or an
-            option does not fit it. One message lists everything that is wrong.
+        [`ValueError`]: if the pipeline's kind is not supported or it lacks a needed part, or if the size or an option
+            does not fit it. One message lists everything that is wrong.
     """
 
     def __init__(
@@ -98,54 +87,52 @@ class VelocityField:
         generation_kwargs: Mapping[str, object] | None = None,
         prompt_store: PromptStore | None = None,
     ):
-        self.pipeline = pipeline
-        self._base = pipeline.components.get("transformer")
         self.height, self.width = height, width
-        self._parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
         options = dict(generation_kwargs or {})
         problems = pipeline_problems(pipeline) or option_problems(
-            pipeline, self._parameters, options, height, width, max_sequence_length
+            pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
         )
         if problems:
             raise ValueError("\n".join(problems))
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
         options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
-        self._options = options
-        self._guidance = guidance_name(self._base, self._parameters)
-        self._cache = PromptCache(store=prompt_store)
-        self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
+        super().__init__(pipeline, options, prompt_store)
+        self._prediction = prediction_of(pipeline)
         self._working_scales = {1.0}
-        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
-        self._probe = Probe.of(pipeline.scheduler)
-        self._guidance_offset = 0.0
         self._latent_map: LatentMap | None = None
         self.set_grid(num_inference_steps)
+        if not self._prediction.is_flow:
+            self._check_input_scaling()
 
     def set_grid(self, num_inference_steps: int) -> None:
         """Reads the noise grid with this number of steps from the pipeline's scheduler, as its `__call__` sets it."""
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        view = self._to_transformer([""], 1.0, scheduler, num_inference_steps)
-        # Flow-prediction solvers (Sana's) have integer timesteps, so only their levels are used.
-        self.levels = scheduler.sigmas.to("cpu", torch.float64)
-        if len(self.levels) != num_inference_steps + 1:
+        scheduler = grid_scheduler(self.pipeline.scheduler)
+        view = self._to_denoiser([""], 1.0, scheduler, num_inference_steps)
+        grid = noise_grid(self._prediction, scheduler)
+        if len(grid.levels) != num_inference_steps + 1:
             raise ValueError(
-                f"{type(scheduler).__name__} makes {len(self.levels) - 1} levels for {num_inference_steps} steps. Use "
+                f"{type(scheduler).__name__} makes {len(grid.levels) - 1} levels for {num_inference_steps} steps. Use "
                 "a FlowMatchEulerDiscreteScheduler, which makes one level a step."
             )
-        timesteps = self.levels[:-1] * scheduler.config.num_train_timesteps
-        own = scheduler.timesteps.to("cpu", torch.float64)
-        # CogView4 shifts the levels but gives its transformer the timesteps from before the shift.
-        self._shifted_apart = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not torch.allclose(
-            own, timesteps
-        )
-        self._timesteps = torch.cat([own, own.new_zeros(1)])
+        self._grid, self.levels = grid, grid.levels
         # Z-Image and Krea 2 write guidance as v + s (v - v_empty): their s is one less than other pipelines' scale,
         # and s = 1 is guidance. The offset corrects this: a scale of 1 is then no guidance, so the next call adds
         # nothing.
         named = self._guidance == "guidance_scale" and "do_classifier_free_guidance" in dir(view)
         self._guidance_offset += float(named and view.do_classifier_free_guidance)
+
+    def _check_input_scaling(self) -> None:
+        """Refuses a flow-matching pipeline whose scheduler was exchanged by one for models that predict noise."""
+        x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
+        with torch.no_grad():
+            view = self._step(x, float(self.levels[0]), [""], 1.0, StandIn(stop, self._base))
+        if not view.scheduler.scales_input:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} is a flow-matching pipeline, but its scheduler is "
+                f"{type(self.pipeline.scheduler).__name__} with prediction_type={self._prediction.kind!r}. Use the "
+                "scheduler that the model was published with, or a FlowMatchEulerDiscreteScheduler."
+            )
 
     def with_steps(self, num_inference_steps: int) -> "VelocityField":
         """A copy of this field with another number of steps. Both share the embeddings."""
@@ -153,9 +140,24 @@ class VelocityField:
         other.set_grid(num_inference_steps)
         return other
 
+    def with_all_levels(self) -> "VelocityField":
+        """A copy of this field whose grid has a level for each timestep that the network was trained on."""
+        scheduler = self.pipeline.scheduler
+        if self._prediction.is_flow:
+            return self.with_steps(scheduler.config.num_train_timesteps)
+        other, grid = copy.copy(self), all_levels(self._prediction, scheduler)
+        vars(other).update(_grid=grid, levels=grid.levels)
+        return other
+
     @property
     def num_inference_steps(self) -> int:
         return len(self.levels) - 1
+
+    @property
+    def trained_levels(self) -> tuple[float, float]:
+        """The lowest and the highest noise level that the network was trained on; 0 and 1 for flow matching."""
+        assert self._grid is not None
+        return self._grid.lowest, self._grid.highest
 
     def __call__(
         self,
@@ -184,14 +186,20 @@ class VelocityField:
         Returns:
             `torch.Tensor` of `x`'s shape, float32 (float64 if the model is).
         """
-        timesteps = None
+        timesteps, levels = None, t
         if isinstance(t, Sequence):
+            if len(groups := self._groups(t)) > 1:
+                of_rows = partial(self._of_rows, x, t, prompts, guidance_scale, transformer, adapters)
+                return in_groups(groups, of_rows)
             # A pipeline's loop has one level at a time. First ask which timesteps it gives the transformer at each
             # level.
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
             timesteps, t = [shown[level] for level in t], t[0]
         stand_in = StandIn(transformer or self._base, self._base, timesteps, adapters)
-        return self._velocity(x, t, prompts, guidance_scale, stand_in)
+        state = self._prediction.network_state(x, levels)
+        output = self._step(state, t, prompts, guidance_scale, stand_in).scheduler.output
+        assert output is not None, "the pipeline's loop ended without a call of scheduler.step"
+        return self._prediction.velocity(at_least_float32(output), x, levels)
 
     def one_forward(self, transformer: Callable[..., tuple], batch_size: int) -> None:
         """
@@ -206,45 +214,69 @@ class VelocityField:
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
 
+    def _groups(self, t: Sequence[float]) -> list[list[int]]:
+        """The positions of the samples of each network: those of one step of the pipeline can't have two experts."""
+        if not isinstance(self._base, Experts):
+            return [[*range(len(t))]]
+        assert self._grid is not None
+        return expert_groups([self._grid.timestep(level) for level in t], self.pipeline)
+
+    def _of_rows(
+        self,
+        x: Tensor,
+        t: Sequence[float],
+        prompts: list[str],
+        guidance_scale: float,
+        transformer: Callable[..., tuple] | None,
+        adapters: list[str] | None,
+        rows: list[int],
+    ) -> Tensor:
+        adapters = None if adapters is None else [adapters[i] for i in rows]
+        return self(x[rows], [t[i] for i in rows], [prompts[i] for i in rows], guidance_scale, transformer, adapters)
+
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
-        inputs = self._first_inputs(x, t, prompts, guidance_scale)
-        return inputs[timestep_name(inputs)]
+        return timesteps_of(self._first_inputs(x, t, prompts, guidance_scale))
 
     def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """The arguments, by name, of the pipeline's first call of its transformer at level `t`."""
         seen: list[dict[str, Any]] = []
-
-        def note(**inputs: Any) -> NoReturn:
-            seen.append(inputs)
-            raise Stop
-
-        self._step(x, t, prompts, guidance_scale, StandIn(note, self._base))
+        self._step(x, t, prompts, guidance_scale, StandIn(noting(seen), self._base))
         return seen[0]
-
-    def _velocity(
-        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: StandIn
-    ) -> Tensor:
-        velocity = self._step(x, t, prompts, guidance_scale, transformer).scheduler.velocity
-        assert velocity is not None, "the pipeline's loop ended without a call of scheduler.step"
-        return at_least_float32(velocity)
-
-    def _timestep(self, t: float) -> float:
-        """The timestep that the pipeline's loop uses for the level `t`."""
-        if self._shifted_apart:
-            return float(np.interp(t, self.levels.flip(0).numpy(), self._timesteps.flip(0).numpy()))
-        return t * self._probe.config.num_train_timesteps
 
     def initial_latents(self, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
         """
-        The noise from which the pipeline itself would start with `generator=generators`.
+        The noise from which the pipeline itself would start with `generator=generators`, in flow coordinates.
 
         Returns:
             `torch.Tensor` of shape `(B, ...)`, float32.
         """
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        view = self._to_transformer(prompts, 1.0, scheduler, self.num_inference_steps, generators)
-        return at_least_float32(view.prepared[0])
+        assert self._grid is not None
+        scheduler = grid_scheduler(self.pipeline.scheduler)
+        view = self._to_denoiser(prompts, 1.0, scheduler, self.num_inference_steps, generators)
+        x = at_least_float32(view.prepared[0])
+        return x if self._grid.start_scale == 1 else x / self._grid.start_scale
+
+    def clean(self, x: Tensor) -> Tensor:
+        """
+        The latents that the pipeline decodes at the end of a walk: those of the image, at level 0.
+
+        Args:
+            x (`torch.Tensor` of shape `(B, ...)`): state at the last level, in flow coordinates.
+
+        Returns:
+            `torch.Tensor` of `x`'s shape; `x` itself for a grid that ends at 0. A grid that ends above 0 leaves a
+            little noise in the image.
+        """
+        assert self._grid is not None
+        return x if self._grid.end_scale == 1 else x * self._grid.end_scale
+
+    def output_weights(self, levels: Sequence[float]) -> list[float] | None:
+        """
+        Factors that turn squared errors of velocities at these levels into those of the network's outputs, in which it
+        was trained; `None` for flow matching, whose outputs are velocities.
+        """
+        return None if self._prediction.is_flow else [self._prediction.output_weight(t) for t in levels]
 
     def encode_together(self, companies: Iterable[Sequence[str]]) -> None:
         """
@@ -297,7 +329,7 @@ class VelocityField:
         Decodes final latents to images as the pipeline does, by running its `__call__` with a loop of no steps.
 
         Args:
-            x (`torch.Tensor` of shape `(B, ...)`): latents at level 0.
+            x (`torch.Tensor` of shape `(B, ...)`): latents at level 0, those that [`clean`] returns.
             prompts (`list[str]` of length `B`): the prompts of the images.
             output_type (`str`): as in the pipeline: `"pil"`, `"np"` in [0, 1], or `"pt"`.
 
@@ -374,7 +406,9 @@ class VelocityField:
 
     def default_guidance_scale(self) -> float:
         """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
-        given = None if self._guidance is None else self._parameters[self._guidance].default
+        if self._guidance is None:
+            return default_scale(self.pipeline) or 1.0
+        given = self._parameters[self._guidance].default
         if not isinstance(given, int | float):
             return 1.0
         scale = float(given) + self._guidance_offset
@@ -393,8 +427,8 @@ class VelocityField:
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
         stand_in = StandIn(self._base, self._base)
         with torch.no_grad():
-            self._velocity(x, float(self.levels[0]), [""], guidance_scale, stand_in)
-        return stand_in.rows
+            self._step(x, float(self.levels[0]), [""], guidance_scale, stand_in)
+        return stand_in.total_rows()
 
     @torch.no_grad()
     def check_rows(self, guidance_scale: float) -> None:
@@ -414,87 +448,3 @@ class VelocityField:
                 f"{type(self.pipeline).__name__} does not give its transformer the samples of a batch one after the "
                 "other."
             )
-
-    def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
-        """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
-        options = {"prompt": prompts, **self._options}
-        if self._guidance is not None:
-            options[self._guidance] = guidance_scale - self._guidance_offset
-        if "negative_prompt" in self._parameters:
-            negative = options.get("negative_prompt")
-            if self._guidance == "true_cfg_scale" and negative is None and guidance_scale != 1.0:
-                negative = ""  # without one, true_cfg_scale is off
-            if isinstance(negative, str):
-                options["negative_prompt"] = [negative] * len(prompts)
-        return options
-
-    def _to_transformer(
-        self,
-        prompts: list[str],
-        guidance_scale: float,
-        scheduler: SchedulerMixin,
-        num_inference_steps: int,
-        generators: list[torch.Generator] | None = None,
-    ) -> PipelineView:
-        """
-        Runs the pipeline's `__call__` up to its transformer. By then it has set its grid and prepared its latents.
-        """
-        view = self._view(StandIn(stop, self._base), scheduler)
-        self._call(view, prompts, guidance_scale, num_inference_steps=num_inference_steps, generator=generators)
-        view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
-        self._prepared[len(prompts), view.transformer.device] = (view.prepared[0].dtype, view.prepared[1:])
-        return view
-
-    def _step(
-        self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, transformer: StandIn
-    ) -> PipelineView:
-        """Runs one step of the pipeline's loop, at `x`."""
-        t = float(t)
-        view = self._view(transformer, self._probe.at(t, self._timestep(t)), x, prompts)
-        self._call(view, prompts, guidance_scale)
-        return view
-
-    def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: object) -> PipelineView:
-        """Runs the part of the pipeline's `__call__` that follows its loop, on the latents `x`."""
-        view = self._view(StandIn(stop, self._base), self._probe.at(None), x, prompts, decoding=not parts, **parts)
-        self._call(view, prompts, 1.0, output_type=output_type)
-        return view
-
-    def _view(
-        self,
-        transformer: StandIn,
-        scheduler: SchedulerMixin,
-        x: Tensor | None = None,
-        prompts: Sequence[str] = (),
-        **parts: object,
-    ) -> PipelineView:
-        if x is not None and len(x) != len(prompts):
-            raise ValueError(f"{len(x)} latents, but {len(prompts)} prompts.")
-        return self._view_class.of(
-            self.pipeline,
-            transformer=transformer,
-            scheduler=scheduler,
-            encoding=self.encoding,
-            x=x,
-            prepared=None if x is None else self._extras(list(prompts)),
-            **{"cache": self._cache, "decoding": False, **parts},
-        )
-
-    def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
-        options = {"num_inference_steps": 1, "generator": None, "output_type": "latent", **how}
-        options.update(self.call_options(prompts, guidance_scale), return_dict=False)
-        with suppress(Stop):
-            view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
-
-    def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
-        """
-        The latents' dtype, and what else `prepare_latents` returns (ids, latents of an image to edit). Computed once
-        for each batch size.
-        """
-        key = (len(prompts), next(self._base.parameters()).device)
-        if key not in self._prepared:
-            generators = [torch.Generator().manual_seed(0) for _ in prompts]
-            self._to_transformer(
-                prompts, 1.0, copy.deepcopy(self.pipeline.scheduler), self.num_inference_steps, generators
-            )
-        return self._prepared[key]

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Replacements for a pipeline's scheduler, transformer, VAE and the pipeline itself. With them, the pipeline's own
-`__call__` runs one step at latents that we choose. `velocity.py` uses them.
+Replacements for a pipeline's scheduler, denoiser, VAE and the pipeline itself. With them, the pipeline's own `__call__`
+runs one step at latents that we choose. `calls.py` uses them.
 """
 
 import copy
@@ -26,10 +26,12 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.utils import BaseOutput
 from peft import PeftModel
 from torch import Tensor, nn
 
 from ..acceleration.quantization import base_weight, dequantized
+from .experts import HIGH_NOISE, LOW_NOISE, Experts
 from .images import Images
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded
@@ -38,7 +40,9 @@ from .text_length import no_cut_lines
 
 T = TypeVar("T")
 
-_TIMESTEPS = ("timestep", "timesteps", "t")  # names that transformers use for them
+_TIMESTEPS = ("timestep", "timesteps", "t")  # names that networks use for them
+# Numbers that a network turns into embeddings by itself, in float32: half precision would distort them.
+_NUMBERS = (*_TIMESTEPS, "guidance", "image_meta_size", "resolution", "aspect_ratio")
 
 
 class Stop(Exception):  # noqa: N818 (it is not an error)
@@ -46,11 +50,18 @@ class Stop(Exception):  # noqa: N818 (it is not an error)
 
 
 class Probe(FlowMatchEulerDiscreteScheduler):
-    """A scheduler for a loop of one step (or none). It keeps the velocity that the pipeline passes to `step`."""
+    """
+    A scheduler for a loop of one step (or none). It keeps the network's output, after guidance, that the pipeline passes
+    to `step`.
+    """
 
+    init_noise_sigma = 1.0
     level: float | None = None
     own_timestep: float = 0.0
-    velocity: Tensor | None = None
+    output: Tensor | None = None
+    init_noise_sigma = 1.0  # pipelines of noise-predicting models ask for it
+    # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
+    scales_input: bool = False
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> "Probe":
@@ -79,14 +90,19 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(levels)
         self._step_index = self._begin_index = None
 
+    def scale_model_input(self, sample: Tensor, timestep: object = None) -> Tensor:
+        """The sample: our latents are already scaled as the network gets them."""
+        self.scales_input = True
+        return sample
+
     def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
-        self.velocity = model_output
+        self.output = model_output
         raise Stop
 
 
 class StandIn(nn.Module):
     """
-    Replaces `pipeline.transformer`: calls another model, and takes all attributes from the pipeline's own transformer.
+    Replaces the pipeline's denoiser: calls another model, and takes all attributes from the pipeline's own denoiser.
 
     It is a module with its own `device` and `dtype`, since a pipeline reads those of its components. The model is not
     registered, so its parameters are not found twice.
@@ -97,10 +113,12 @@ class StandIn(nn.Module):
 
     Args:
         model (`Callable`): the model to call.
-        base (`nn.Module`): the pipeline's own transformer.
+        base (`nn.Module`): the pipeline's own denoiser. Of two experts, the stand-in replaces the first, and its
+            `second` the other one. Both call the same model, and say which expert is meant.
         timesteps (`list[torch.Tensor]`, *optional*): if samples have different noise levels, the whole batch's
             timesteps at the level of each sample.
         adapters (`list[str]`, *optional*): the LoRA of each sample, if not all use the active one.
+        expert (`str`, *optional*): the expert that is meant; by default the first, if there are two.
     """
 
     def __init__(
@@ -109,8 +127,15 @@ class StandIn(nn.Module):
         base: nn.Module,
         timesteps: list[Tensor] | None = None,
         adapters: list[str] | None = None,
+        expert: str | None = None,
     ):
         super().__init__()
+        second = None
+        if isinstance(base, Experts):
+            if expert is None:
+                expert, second = HIGH_NOISE, StandIn(model, base, timesteps, adapters, LOW_NOISE)
+            base = base.of(expert)
+        self.__dict__.update(expert=expert, second=second)
         # With mixed precision, a fully trained student under FSDP2 is float32, but its frozen base is not.
         weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
@@ -120,7 +145,15 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+    def components(self, name: str) -> dict[str, "StandIn"]:
+        """The stand-ins by the names of the pipeline's components that they replace, the first of which is `name`."""
+        return {name: self} if self.second is None else {name: self, LOW_NOISE: self.second}
+
+    def total_rows(self) -> int:
+        """The number of rows that the model has got."""
+        return self.rows + (0 if self.second is None else self.second.rows)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple | BaseOutput:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         if self.timesteps is not None:
@@ -130,22 +163,26 @@ class StandIn(nn.Module):
             # With guidance, the samples come several times in a row, as in `_rows_of`.
             rows = len(inputs[self.names[0]])
             inputs["adapter_names"] = [self.adapters[row % len(self.adapters)] for row in range(rows)]
+        if self.expert is not None:
+            inputs.setdefault("expert", self.expert)
         if self.dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base):
+            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base, self.expert):
                 output = self.model(**inputs)
         else:
             output = self.model(**inputs)
         sample = output[0]
-        return (
-            [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample),
-            *output[1:],
-        )
+        sample = [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample)
+        if isinstance(output, BaseOutput):  # some pipelines (Kandinsky 5) ask for the output by its name
+            return type(output)(**{**output, "sample": sample})
+        return (sample, *output[1:])
 
     def _cast(self, name: str, value: Any) -> Any:
-        if name in (*_TIMESTEPS, "guidance") or name.endswith("_ids"):
+        if name in _NUMBERS or name.endswith("_ids"):
             return value
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(self.dtype)
+        if isinstance(value, dict):  # a UNet's added conditions
+            return {key: self._cast(key, item) for key, item in value.items()}
         return [self._cast(name, item) for item in value] if isinstance(value, list) else value
 
 
@@ -155,8 +192,14 @@ def _input_names(network: type[nn.Module]) -> list[str]:
 
 
 def timestep_name(inputs: Mapping[str, object]) -> str:
-    """The name of a transformer's argument for timesteps."""
+    """The name of a network's argument for timesteps."""
     return next(name for name in _TIMESTEPS if name in inputs)
+
+
+def timesteps_of(inputs: Mapping[str, Any]) -> Tensor:
+    """The timesteps of a network's inputs, one for each row. A UNet gets a single one for all rows."""
+    timesteps, rows = inputs[timestep_name(inputs)], len(next(iter(inputs.values())))
+    return timesteps if timesteps.ndim else timesteps.expand(rows)
 
 
 def _rows_of(timesteps: list[Tensor]) -> Tensor:
@@ -175,24 +218,30 @@ def _rows_of(timesteps: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterator[None]:
+def _float32_projection(model: Callable[..., tuple], base: nn.Module, expert: str | None) -> Iterator[None]:
     """
     Computes the output projection in float32 in its block. Student and teacher differ by little, so rounding their
     outputs would dominate the difference, and guidance would multiply it.
     """
-    # A teacher may be a separate transformer, or a LoRA on a frozen copy of the base: use its own projection.
+    # A teacher may be a network of its own, or a LoRA on a frozen copy of the base: use its own projection.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = inner.of(expert) if isinstance(inner, Experts) and expert is not None else inner
     children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
-    projection = children.get("proj_out", dict(base.named_children()).get("proj_out"))
-    if not isinstance(projection, nn.Linear):
+    of_base = dict(base.named_children())
+    found = (part[name] for name in ("proj_out", "conv_out") for part in (children, of_base) if name in part)
+    projection = next(found, None)
+    if not isinstance(projection, nn.Linear | nn.Conv2d):
         yield
         return
 
     def forward(x: Tensor) -> Tensor:
         # Read here, since FSDP2 gathers full weights only during a forward.
-        weight, bias = dequantized(projection), projection.bias
+        bias = None if projection.bias is None else projection.bias.float()
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+            if isinstance(projection, nn.Linear):
+                return nn.functional.linear(x.float(), dequantized(projection).float(), bias)
+            # A UNet's is a convolution of stride 1.
+            return nn.functional.conv2d(x.float(), projection.weight.float(), bias, padding=projection.padding)
 
     with exchanged_forward(projection, forward):
         yield
@@ -221,6 +270,16 @@ def stop(**kwargs: object) -> NoReturn:
     raise Stop
 
 
+def noting(seen: list[dict[str, Any]]) -> Callable[..., NoReturn]:
+    """A model that keeps the arguments of its call, by name, in `seen` and stops the pipeline."""
+
+    def note(**inputs: Any) -> NoReturn:
+        seen.append(inputs)
+        raise Stop
+
+    return note
+
+
 class DecoderStandIn(nn.Module):
     """
     Replaces `pipeline.vae`: keeps the latents that the pipeline would decode, and takes all attributes from the VAE.
@@ -243,7 +302,7 @@ class DecoderStandIn(nn.Module):
 class PipelineView(DiffusionPipeline):
     """A pipeline with our latents, our cache of embeddings and our device."""
 
-    transformer: StandIn
+    stand_in: StandIn
     cache: PromptCache
     encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
@@ -262,7 +321,7 @@ class PipelineView(DiffusionPipeline):
     @property
     def _execution_device(self) -> torch.device:
         # diffusers uses the first component's device: an offloaded text encoder would move everything to the CPU.
-        return self.transformer.device
+        return self.stand_in.device
 
     def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
         with self.encoding(), no_cut_lines(type(self)):
@@ -271,6 +330,11 @@ class PipelineView(DiffusionPipeline):
 
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
+            if self.prepared is not None:
+                raise ValueError(
+                    f"{type(self).__name__} prepares latents twice, for two networks one after the other: only one of "
+                    "them could be trained. Use a pipeline with one network that denoises."
+                )
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
         dtype, extras = self.prepared

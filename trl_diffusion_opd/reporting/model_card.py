@@ -32,7 +32,9 @@ from ..guards.redaction import known_tokens, public_name, public_text
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
-from ..pipelines.denoiser import denoiser
+from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.experts import has_experts
+from ..pipelines.images import draws_videos
 from .cards import as_list, framework_versions, hub_id, is_tiny, literals
 from .progress import duration
 from .student_card import Content, render_student_card
@@ -62,7 +64,7 @@ class CardFacts:
         tags (`list[str]`): tags of the method.
         args ([`~transformers.TrainingArguments`]), state ([`~transformers.TrainerState`])
         pipeline ([`~diffusers.DiffusionPipeline`]): the base.
-        model (`nn.Module`): the student, a PeftModel or the transformer.
+        model (`nn.Module`): the student, a PeftModel or the whole denoiser.
         tasks (`list[str]`): the tasks, in order.
         repository (`str`, *optional*): Hub id where the student is or will be.
         call_options (`dict`): arguments of the pipeline for an image as in the evaluation.
@@ -128,7 +130,9 @@ def write_model_card(
         "is_tiny": is_tiny(base) and args.hub_base_model is None,
         "load_options": {name: str(options[name]) for name in ("revision", "variant") if options.get(name)},
         "kind": _kind(facts),
-        "transformer_class": type(denoiser(facts.pipeline)).__name__,
+        "is_video": draws_videos(facts.pipeline),
+        "denoiser": denoiser_name(facts.pipeline),
+        "denoiser_class": type(denoiser(facts.pipeline)).__name__,
         "tags": [*facts.tags, *(["lora"] if is_lora else []), *as_list(tags)],
         "datasets": [name for name in as_list(dataset_name) if hub_id(name)],
         "facts": {
@@ -151,20 +155,21 @@ def write_model_card(
     render_student_card(folder, content, facts.repository)
 
 
-def _kind(facts: CardFacts) -> Literal["lora", "peft", "full"]:
+def _kind(facts: CardFacts) -> Literal["lora", "pair", "peft", "full"]:
     """
-    How the student is loaded: `"lora"` by diffusers, `"peft"` if the pipeline cannot load LoRAs, or `"full"` for a
-    whole transformer.
+    How the student is loaded: `"lora"` by diffusers, `"pair"` by diffusers into two experts, `"peft"` if the pipeline
+    cannot load LoRAs, or `"full"` for a whole network.
     """
     if not isinstance(facts.model, PeftModel):
         return "full"
-    return "lora" if isinstance(facts.pipeline, LoraBaseMixin) else "peft"
+    if not isinstance(facts.pipeline, LoraBaseMixin):
+        return "peft"
+    return "pair" if has_experts(facts.pipeline) else "lora"
 
 
 def _settings(facts: CardFacts) -> dict[str, object]:
     args, plain = facts.args, facts.args.to_dict()  # enums as their values
-    transformer = denoiser(facts.pipeline)
-    quantized = described(transformer)
+    quantized = described(denoiser(facts.pipeline))
     samples = args.per_device_train_batch_size * (args.gradient_accumulation_steps or 1) * args.world_size
     settings: dict[str, object] = {
         "updates": facts.state.global_step,

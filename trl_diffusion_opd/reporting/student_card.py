@@ -65,8 +65,9 @@ class Content(TypedDict):
         base_name: The base's id, or the name of its folder.
         is_tiny: Whether the base is the tiny world's.
         load_options: Further arguments of the base's `from_pretrained`.
-        kind: How the student is loaded: `"lora"` by diffusers, `"peft"`, or `"full"` for a whole transformer.
-        transformer_class: The class of the transformer.
+        kind: How the student is loaded: `"lora"` by diffusers, `"pair"` for two experts, `"peft"`, or `"full"` for a whole network.
+        is_video: Whether the pipeline returns videos, of which an image is one frame.
+        denoiser, denoiser_class: The pipeline's name for the trained network, and its class.
         tags, datasets: Tags, and Hub ids of the training data.
         facts, args: Facts of the run, and its arguments that are shown.
         call_options: Arguments of the pipeline, as Python literals.
@@ -80,8 +81,10 @@ class Content(TypedDict):
     base_name: str
     is_tiny: bool
     load_options: dict[str, str]
-    kind: Literal["lora", "peft", "full"]
-    transformer_class: str
+    kind: Literal["lora", "pair", "peft", "full"]
+    is_video: bool
+    denoiser: str
+    denoiser_class: str
     tags: list[str]
     datasets: list[str]
     facts: dict[str, Any]

@@ -211,7 +211,6 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
 
     @property
     def trained_scale(self) -> float:
-        """The guidance scale of the student's forwards that are trained."""
         return self.args.guidance_scale
 
     def task_comparison(self) -> TaskComparison:

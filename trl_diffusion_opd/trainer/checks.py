@@ -39,8 +39,9 @@ from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
 from ..models.teacher_config import TeacherConfig, normalize_teachers
-from ..pipelines.base_state import carries_lora, placement_problems, transformer_problems
-from ..pipelines.denoiser import denoiser
+from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
+from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.experts import Experts, expert_problems
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems, rewards_by_task
@@ -62,7 +63,7 @@ def loading_problems(
                 "already loaded. Load it with them, or pass its name."
             ]
         return []
-    quantized = pipeline_config(quantization_config)
+    quantized = pipeline_config(quantization_config, denoiser_name(pipeline))
     named = [] if quantized is None else named_components(quantized)
     unknown = [name for name in named if name not in pipeline.components]
     if unknown:
@@ -76,18 +77,20 @@ def loading_problems(
 def model_problems(
     pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
 ) -> list[str]:
-    """Reasons why the pipeline's transformer can't be trained with `args` and `peft_config`."""
-    transformer = denoiser(pipeline)
+    """Reasons why the pipeline's denoiser can't be trained with `args` and `peft_config`."""
+    if problems := expert_problems(pipeline):
+        return problems
+    transformer, name = denoiser(pipeline), denoiser_name(pipeline)
     if not isinstance(transformer, nn.Module):
         return [
-            f"{type(pipeline).__name__} has no transformer: only flow-matching pipelines with a denoising transformer "
-            "can be trained."
+            f"{type(pipeline).__name__} has no transformer or unet: only text-to-image pipelines with a denoising "
+            "transformer or UNet can be trained."
         ]
     problems = []
     if isinstance(transformer, PeftModel):
         problems.append(
-            "The pipeline already carries a LoRA: its transformer is a PeftModel. Take it out with "
-            "pipe.transformer = pipe.transformer.unload(), or merge_and_unload() to keep its effect, and name the "
+            f"The pipeline already carries a LoRA: its {name} is a PeftModel. Take it out with "
+            f"pipe.{name} = pipe.{name}.unload(), or merge_and_unload() to keep its effect, and name the "
             "layers in peft_config."
         )
     elif carries_lora(pipeline):
@@ -97,7 +100,7 @@ def model_problems(
             "a teacher."
         )
     else:
-        problems += transformer_problems(transformer)
+        problems += denoiser_problems(transformer, name)
     problems += placement_problems(pipeline)
     if type(transformer).__name__ == "HiDreamImageTransformer2DModel":
         # Its experts run under no_grad unless the module is in training mode, but here it stays in eval mode.
@@ -106,6 +109,11 @@ def model_problems(
         problems.append(f"peft_config={peft_config!r}: use 'default', a LoraConfig, or None for full fine-tuning.")
     elif not isinstance(peft_config, str | LoraConfig | None):
         problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
+    elif peft_config is None and isinstance(transformer, Experts):
+        problems.append(
+            f"peft_config=None would train all weights of both experts of {type(pipeline).__name__}, which is not "
+            "supported. Train a LoRA of each: leave peft_config out, or give a LoraConfig."
+        )
     elif peft_config is None and args.student_init is not None:
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     elif isinstance(peft_config, LoraConfig):

@@ -164,7 +164,7 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             return v
 
         x = self.velocity_field.initial_latents(prompts, generators)
-        return walk(velocity, x, table, generators), transitions
+        return self.velocity_field.clean(walk(velocity, x, table, generators)), transitions
 
     def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """For each trained step: the clipped loss of the student's probability ratio, plus the KL to the base."""

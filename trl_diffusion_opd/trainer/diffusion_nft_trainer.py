@@ -151,7 +151,7 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
                 with self._part("rollout"):
                     return self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, transformer)
 
-            return walk(velocity, x, self.table, generators), None
+            return self.velocity_field.clean(walk(velocity, x, self.table, generators)), None
 
     def losses(self, model: nn.Module, rollout: Rollout) -> list[Callable[[], tuple[Tensor, Tensor]]]:
         """For each noise level of this update: the NFT loss on newly noised images, plus the distance to the base."""
@@ -188,7 +188,8 @@ class DiffusionNFTTrainer(DiffusionRLTrainer):
         """Draws the noise levels of this update. The same for all tasks and on every process."""
         seed = np.random.SeedSequence([self.args.seed, self.state.global_step, LEVEL_DRAW])
         k = self.args.num_trained_timesteps or len(self.table)
-        return draw_levels(self.table.levels.tolist(), k, self.args.timestep_sampling, np.random.default_rng(seed))
+        levels, generator = self.table.levels.tolist(), np.random.default_rng(seed)
+        return draw_levels(levels, k, self.args.timestep_sampling, generator, self.velocity_field.trained_levels)
 
     def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
         task, levels = rollout.task, self._drawn_levels()

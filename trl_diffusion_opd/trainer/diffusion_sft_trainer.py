@@ -198,7 +198,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     def _start(self) -> None:
         # A grid of all timesteps of the scheduler. It gives any timestep's noise level, and the network's input for
         # it.
-        self._fine_field = self.velocity_field.with_steps(self.base_pipeline.scheduler.config.num_train_timesteps)
+        self._fine_field = self.velocity_field.with_all_levels()
         if self.is_world_process_zero():
             if self.bank is not None:
                 self._print_teachers(self.bank)
@@ -243,7 +243,8 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         """Draws latents of images with the task's teachers and the sampler of the arguments."""
         x = self.velocity_field.initial_latents(prompts, generators)
         levels = self.table.levels.tolist()
-        return walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
+        x = walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
+        return self.velocity_field.clean(x)
 
     def _latents(self, task: str, rows: Sequence[Row], generators: list[torch.Generator]) -> Tensor:
         prompts = [row["prompt"] for row in rows]
@@ -293,7 +294,9 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         v = self._student_velocity(
             model, x, t.tolist(), prompts, guidance_scale=self.trained_scale, field=self._fine_field
         )
-        return flow_matching_loss(v, x0, eps)
+        loss = flow_matching_loss(v, x0, eps)
+        weights = self._fine_field.output_weights(t.tolist())
+        return loss if weights is None else loss * torch.tensor(weights, device=loss.device, dtype=loss.dtype)
 
     def _record(self, task: str, loss: Tensor) -> Tensor:
         """Logs and returns the mean loss over processes. All processes stop if one loss is not finite."""

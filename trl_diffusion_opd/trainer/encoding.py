@@ -29,8 +29,12 @@ class PromptEncoding:
     velocity_field: VelocityField
     bank: TeacherBank | None
     prompts: Dataset
-    trained_scale: float
     _sampler: TaskSampler
+
+    @property
+    def trained_scale(self) -> float:
+        """The guidance scale of the student's forwards that are trained."""
+        raise NotImplementedError
 
     def _fields(self) -> list[VelocityField]:
         """The velocities of the student's pipeline, and of those that teachers run through."""

@@ -27,7 +27,7 @@ from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
 from ..acceleration.quantization import plain_tensors, scales
-from ..pipelines.denoiser import denoiser
+from ..pipelines.denoiser import denoiser, denoiser_name
 from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
 from .base_trainer import DiffusionTrainer
 
@@ -68,7 +68,7 @@ def estimate_memory(
     rows, elsewhere = _weights(trainer)
     if shards > 1:
         rows["gathered"] = _row(_gathered(trainer), dtypes, "counted: two blocks at a time and what is outside")
-        for name in ("transformer", "student", "moving average"):
+        for name in (denoiser_name(trainer.base_pipeline), "student", "moving average"):
             if name in rows:
                 rows[name]["bytes"] //= shards
     trained = sum(p.nbytes for p in student)

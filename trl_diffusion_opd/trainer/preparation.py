@@ -42,12 +42,13 @@ from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcas
 from ..checkpointing.run_folder import folder_problems
 from ..data.tasks import plain_dataset, task_rows
 from ..models.adapter_switch import remove_adapters
+from ..models.expert_teachers import read_lora
 from ..models.lora_adapter import add_adapter
-from ..models.lora_config import layer_problems
-from ..models.lora_files import read_lora
+from ..models.lora_config import for_experts, layer_problems
 from ..models.student import STUDENT_ADAPTER, default_lora_config
 from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.denoiser import denoiser
+from ..pipelines.experts import Experts, unseen_expert
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
@@ -356,6 +357,8 @@ def _make_student(
         parts.student = _student_network(parts, peft_config)
     if isinstance(parts.student, PeftModel):
         unfit += layer_problems(parts.student)
+    if args.process_index == 0 and (unseen := unseen_expert(parts.velocity_field.levels.tolist(), parts.pipeline)):
+        logger.warning(unseen)
 
 
 def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.Module:
@@ -379,6 +382,8 @@ def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.M
     else:
         config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
         config = copy.deepcopy(config)  # the caller's config must not change
+        if isinstance(transformer, Experts):
+            config = for_experts(config)
         config.base_model_name_or_path = None  # PEFT warns if it differs from the base's, which has none here
         config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
         config.lora_dropout = 0.0  # the forward that draws the image is also the trained one: it must be deterministic
@@ -404,7 +409,9 @@ def _settle(parts: Parts) -> None:
     """Takes the last steps, when there are no problems."""
     args = parts.args
     if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every trained parameter is used; the search costs time
+        # The search costs time. Where every trained parameter is used, it is not needed; of two experts, the last
+        # backward of an update uses one.
+        args.ddp_find_unused_parameters = isinstance(parts.transformer, Experts)
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
     if args.torch_compile:

@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerState
 from ..data.tasks import task_rows
 from ..models.backbone import BASE, Backbone, base_backbone
 from ..models.student import Student
-from ..models.teachers import TeacherBank
+from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Beside, Completion, log_completions
@@ -95,13 +95,13 @@ def teacher_models(bank: TeacherBank, task: str) -> list[FrozenModel]:
     """Returns a task's teachers, each with its own guidance scale."""
     roles = bank.teachers[task]
     return [
-        FrozenModel(
-            "teacher" if len(roles) == 1 else f"teacher {i}",
-            role.guidance_scale,
-            lambda field, role=role: partial(bank.velocity, field, role),
-        )
+        FrozenModel("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, _velocity_of(bank, role))
         for i, role in enumerate(roles, start=1)
     ]
+
+
+def _velocity_of(bank: TeacherBank, role: Role) -> Callable[[VelocityField], Velocity]:
+    return lambda field: partial(bank.velocity, field, role)
 
 
 class TrainingPictures:
