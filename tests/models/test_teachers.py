@@ -452,6 +452,7 @@ def test_manifest_and_summary_hold_no_paths(pipeline, tmp_path):
             "guidance_scale": 2.0,
             "weight": 1.0,
             "lora_scale": 1.0,
+            "base": None,
         }
     ]
     assert manifest["b"][0]["source"] == "base" and manifest["b"][0]["sha256"] is None
