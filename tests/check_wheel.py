@@ -43,6 +43,7 @@ DATA = (
     "py.typed",
     "accelerate_configs/fsdp2.yaml",
     "configs/tiny.yaml",
+    "recipes/sd35_diffusionopd.yaml",
     "stage_configs/tiny_cascade.yaml",
     "tiny/data/compose_train.jsonl",
     "reporting/templates/model_card.md",

@@ -23,7 +23,7 @@ from datasets import Dataset
 from trl_diffusion_opd.data import prompt_files
 from trl_diffusion_opd.data.prompt_files import load_source
 from trl_diffusion_opd.problems import Refusal
-from trl_diffusion_opd.scripts.prompts import load_datasets, load_tasks, source_problems
+from trl_diffusion_opd.scripts.prompt_sources import load_datasets, load_tasks, source_problems
 
 
 @pytest.fixture(autouse=True)

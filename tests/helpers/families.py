@@ -54,7 +54,7 @@ class Family:
         lora_targets (`tuple[str]`): linear layers for a LoRA.
         size (`int`): height and width in pixels.
         guidance_scale (`float`): a usual scale.
-        guidance_name (`str`): what the pipeline calls classifier-free guidance.
+        guidance_name (`str`, *optional*): what the pipeline's call names classifier-free guidance; `None` if nothing.
         guidance_offset (`float`): what the pipeline's scale is less than the usual one, of which 1 is no guidance.
         guidance_options (`dict`): what a user must pass besides, for guidance to be on.
         generation_kwargs (`dict`): further arguments of the pipeline's `__call__`.
@@ -67,7 +67,7 @@ class Family:
     lora_targets: tuple[str, ...]
     size: int = 16
     guidance_scale: float = 4.0
-    guidance_name: str = "guidance_scale"
+    guidance_name: str | None = "guidance_scale"
     guidance_offset: float = 0.0
     guidance_options: dict[str, Any] = field(default_factory=dict)
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -80,9 +80,10 @@ class Family:
         """The pipeline, in float32 and eval mode, the same at every call."""
         torch.manual_seed(0)
         pipeline = self.make()
-        for network in (denoiser(pipeline), pipeline.vae):
-            _fill_zeros(network)
-            network.eval().requires_grad_(False)
+        for network in (denoiser(pipeline), pipeline.components.get("vae")):
+            if network is not None:
+                _fill_zeros(network)
+                network.eval().requires_grad_(False)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -99,12 +100,14 @@ class Family:
     def call_kwargs(self, guidance_scale: float, prompts: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Arguments of the pipeline's own `__call__`, as its documentation has them."""
         prompts = self.prompts if prompts is None else prompts
-        options = {self.guidance_name: guidance_scale - self.guidance_offset, **self.guidance_options}
-        if "negative_prompt" in options:
+        options = {**self.guidance_options, **self.generation_kwargs}
+        if self.guidance_name is not None:
+            options[self.guidance_name] = guidance_scale - self.guidance_offset
+        if isinstance(options.get("negative_prompt"), str):
             options["negative_prompt"] = [options["negative_prompt"]] * len(prompts)
         if self.max_sequence_length is not None:
             options["max_sequence_length"] = self.max_sequence_length
-        return dict(prompt=list(prompts), height=self.size, width=self.size, **options, **self.generation_kwargs)
+        return dict(prompt=list(prompts), height=self.size, width=self.size, **options)
 
 
 def _fill_zeros(module: nn.Module) -> None:

@@ -41,6 +41,10 @@ class Recorder(FlowMatchEulerDiscreteScheduler):
         if self.solver_levels is not None:
             self.sigmas, self.timesteps = self.solver_levels, (self.solver_levels[:-1] * 1000).to(device)
 
+    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
+        """Some pipelines ask any scheduler but the flow-matching class itself for this."""
+        return sample
+
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
         level = self.sigmas[len(self.trace)]
         self.trace.append((float(level), sample.clone(), model_output.clone()))

@@ -73,7 +73,10 @@ BROKEN_TENSORS = {
     "text encoder": (with_key("text_encoder.layers.0.q_proj.lora_A.weight"), "also adapts text encoders"),
     "NaN": (with_value("to_q.lora_B", lambda value: value.fill_(math.nan)), "holds NaN or infinite values in trans"),
     "infinite": (with_value("to_q.lora_B", lambda value: value / 0), "holds NaN or infinite values"),
-    "DoRA": (with_key("base_model.model.x.lora_magnitude_vector"), "is a DoRA"),
+    "DoRA": (
+        with_key("base_model.model.x.lora_magnitude_vector"),
+        "its LoRA config has use_dora=False, and the file has x.lora_magnitude_vector",
+    ),
     "bias": (
         with_key("base_model.model.proj_out.bias"),
         "tensors that are no LoRA matrices and would be dropped: base_model.model.proj_out.bias",
@@ -93,7 +96,7 @@ def test_refuses_tensors(pipeline, tmp_path, label):
 
 BROKEN_CONFIGS = {
     "modules_to_save": ({"modules_to_save": ["proj_out"]}, r"modules_to_save=\['proj_out'\], which adds more"),
-    "DoRA": ({"use_dora": True}, "is a DoRA"),
+    "DoRA": ({"use_dora": True}, "its LoRA config has use_dora=True, and the file has no lora_magnitude_vector"),
     "bias": ({"bias": "all"}, "bias='all', which adds more"),
     "lora_bias": ({"lora_bias": True}, "lora_bias=True, which adds more"),
     "trainable tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices="),
@@ -126,16 +129,16 @@ def test_refuses_configs(pipeline, tmp_path, label):
 
 
 BROKEN_DIFFUSERS_FILES = {
-    "DoRA": (with_key("transformer.x.dora_scale"), "is a DoRA"),
+    "DoRA": (with_key("transformer.x.dora_scale"), "transformer.x.dora_scale would be dropped: these are not all"),
     "text encoder": (with_key("text_encoder_2.x.lora_A.weight"), "also adapts text encoders .text_encoder_2"),
-    "second transformer": (with_key("transformer_2.x.lora_A.weight"), "holds weights outside the transformer"),
-    "kohya keys": (
-        lambda tensors: {key.replace(".lora_A.", ".lora_down."): value for key, value in tensors.items()},
-        "in the layout of kohya's trainers .lora_down and lora_up",
+    "second transformer": (
+        lambda tensors: tensors | {f"transformer_2.x.lora_{side}.weight": torch.ones(2, 2) for side in "AB"},
+        "transformer_2.x.lora_A.weight would be dropped: a SD3Transformer2DModel like this base has no such layer",
     ),
+    "half a pair": (with_key("transformer_2.x.lora_A.weight"), "it has transformer_2.x.lora_A.weight and no trans"),
     "no lora_B": (
         lambda tensors: {key: value for key, value in tensors.items() if "lora_A" in key},
-        "holds no lora_B",
+        "half of a pair is missing: it has transformer.transformer_blocks",
     ),
     "other base": (
         lambda tensors: {key: value[:, :8] if "lora_A" in key else value for key, value in tensors.items()},

@@ -52,7 +52,7 @@ from trl_diffusion_opd.rewards.geneval_rules import (
     partial_score,
     relations,
 )
-from trl_diffusion_opd.scripts.prompts import load_prompts
+from trl_diffusion_opd.scripts.prompt_sources import load_prompts
 
 
 def at(x: float, y: float, size: float = 10) -> tuple[float, float, float, float]:

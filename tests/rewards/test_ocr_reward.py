@@ -24,7 +24,8 @@ from PIL import Image
 
 from trl_diffusion_opd import tiny
 from trl_diffusion_opd.rewards import load_reward, reward_data_problems
-from trl_diffusion_opd.rewards.ocr import OCR, folded, quoted_text, text_score
+from trl_diffusion_opd.rewards.ocr import OCR, text_score
+from trl_diffusion_opd.rewards.quoted_text import folded, quoted_text
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from trl_diffusion_opd.scripts import env, launching, main, opd
 from trl_diffusion_opd.scripts.arguments import config_path
 from trl_diffusion_opd.scripts.launching import split
 from trl_diffusion_opd.scripts.parser import CommandParser, parse
-from trl_diffusion_opd.scripts.prompts import load_prompts
+from trl_diffusion_opd.scripts.prompt_sources import load_prompts
 from trl_diffusion_opd.scripts.refusals import REFUSED
 from trl_diffusion_opd.scripts.stages import read_stages
 from trl_diffusion_opd.scripts.values import PACKAGE, packaged
@@ -208,6 +208,7 @@ def test_the_examples_have_the_packages_files():
     for folder, inside in {
         "accelerate_configs": "accelerate_configs",
         "configs": "configs",
+        "recipes": "recipes",
         "stages": "stage_configs",
         "data/tiny": "tiny/data",
     }.items():

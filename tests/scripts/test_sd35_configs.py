@@ -67,9 +67,12 @@ def test_a_run_on_a_tiny_base(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     Path("prompts").mkdir()
-    Path("prompts/aesthetic.txt").write_text("one cat\na dog\n")
-    Path("prompts/ocr.txt").write_text("a sign\ntwo signs\n")
-    Path("prompts/geneval.jsonl").write_text('{"prompt": "three birds"}\n{"prompt": "a car"}\n')
+    for source, first, second in (
+        ("pickscore_sfw", "one cat", "a dog"),
+        ("ocr", "a sign", "two signs"),
+        ("geneval", "three birds", "a car"),
+    ):
+        Path(f"prompts/{source}_train.jsonl").write_text(f'{{"prompt": "{first}"}}\n{{"prompt": "{second}"}}\n')
     for seed, task in enumerate(TASKS):
         make_lora(make_pipeline(), tmp_path / task, seed=seed)
     small = {

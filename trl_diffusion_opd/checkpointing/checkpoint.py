@@ -50,7 +50,7 @@ from ..hub.files import (
     SEAL_FILE,
     ZERO3_FILES,
 )
-from ..models.lora_layouts import some
+from ..models.lora_keys import some
 from ..problems import Problems, Refusal
 from .results import images_after, results
 from .resume import Change, PromptsDigest, record, recorded

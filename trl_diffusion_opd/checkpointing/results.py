@@ -31,8 +31,10 @@ from ..hub.files import (
     EVALUATION_FILES,
     FULL_FILES,
     FULL_INDEX_FILE,
+    HIGH_NOISE_LORA_FILE,
     LAST_COMPLETIONS_FILE,
     LORA_FILE,
+    LOW_NOISE_LORA_FILE,
     MANIFEST_FILE,
     REFERENCES_FILE,
     REPORT_FILE,
@@ -53,7 +55,8 @@ def results(folder: Path, run: str) -> list[Path]:
         folder (`Path`): the output folder.
         run (`str`): name of the run that begins or goes on. Its scores of base and teachers stay.
     """
-    names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, LORA_FILE, ARGUMENTS_FILE, MANIFEST_FILE, CURVES_PICTURE]
+    names = [ADAPTER_CONFIG_FILE, ADAPTER_FILE, LORA_FILE, HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE]
+    names += [ARGUMENTS_FILE, MANIFEST_FILE, CURVES_PICTURE]
     names += [CARD_CONTENT_FILE, *(EVALUATION_FILES if (folder / REPORT_FILE).is_file() else ())]
     found = [folder / name for name in names if (folder / name).is_file()]
     weights = sorted(folder.glob(FULL_FILES))

@@ -18,6 +18,9 @@
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"  # PEFT's format
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers'
+# diffusers' too, of a base with two experts: for its transformer and its transformer_2.
+HIGH_NOISE_LORA_FILE = "pytorch_lora_weights_high_noise.safetensors"
+LOW_NOISE_LORA_FILE = "pytorch_lora_weights_low_noise.safetensors"
 CONFIG_FILE = "config.json"
 FULL_FILES = "diffusion_pytorch_model*.safetensors"
 FULL_INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
@@ -77,6 +80,8 @@ LORA_FILES = (ADAPTER_CONFIG_FILE, LORA_FILE)
 # The files of a saved student. A checkpoint has them as well.
 STUDENT_FILES = (
     *LORA_FILES,
+    HIGH_NOISE_LORA_FILE,
+    LOW_NOISE_LORA_FILE,
     ADAPTER_FILE,
     CONFIG_FILE,
     FULL_FILES,

@@ -31,7 +31,7 @@ from ..acceleration.sharding import forget_gathered, own_part
 from .adapter_switch import remove_adapters
 from .boundary import strangers_files
 from .lora_files import PEFT_PREFIX
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherError
 
 

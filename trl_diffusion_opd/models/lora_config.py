@@ -20,12 +20,16 @@ The teachers share the student's base, so a LoRA must not change it and must swi
 teachers, or are lost in the saved file.
 """
 
+import copy
+import re
 from dataclasses import fields
 
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import get_pattern_key
 
+from ..pipelines.experts import EXPERTS, NOISE, Experts
 from .student import STUDENT_ADAPTER
 
 
@@ -79,9 +83,33 @@ def config_problems(config: LoraConfig) -> list[str]:
     return problems
 
 
+def for_experts(config: LoraConfig) -> LoraConfig:
+    """
+    Makes a config for one transformer one for both experts, whose layers' names begin with `transformer.` and
+    `transformer_2.`. Only patterns of whole names need it.
+    """
+    config = copy.deepcopy(config)
+    start = rf"(?:{'|'.join(EXPERTS)})\."
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str) and pattern.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            setattr(config, field, f"{start}(?:{pattern})")
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, field) or {}
+        setattr(config, field, {re.sub(r"^\^", f"^{start}", key): value for key, value in patterns.items()})
+    return config
+
+
 def layer_problems(model: PeftModel) -> list[str]:
     """Lists what would differ between a student's LoRA on its layers and the file it is saved in."""
     problems = _pattern_problems(model)
+    network = model.get_base_model()
+    for name, expert in network.each() if isinstance(network, Experts) else ():
+        if not any(parameter.requires_grad for parameter in expert.parameters()):
+            problems.append(
+                f"The student has no LoRA on {name}, which denoises {NOISE[name]}: nothing could be trained at these "
+                "levels. Name layers of both experts in target_modules, and start from a pair in student_init."
+            )
     weights = get_peft_model_state_dict(model, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
     saved = {f"{name.removesuffix('.weight')}.{STUDENT_ADAPTER}.weight" for name in weights}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

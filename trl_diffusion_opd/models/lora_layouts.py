@@ -12,125 +12,156 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Converts the key layouts of LoRA files with the pipeline's own loader, and refuses tensors that it would drop."""
+"""Converts the key layouts of LoRA files: names of layers, fused and renamed layers, alphas. Nothing is dropped."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
 from torch import Tensor, nn
 
-from ..guards.redaction import shown
 from ..pipelines.denoiser import denoiser
-from .boundary import strangers_files
+from .diffusers_layouts import convert_with_loader
+from .lora_keys import PREFIX, by_layer, some
+from .lora_names import LayerUpdate, plain_layer, read_layers
+from .lycoris import as_lora, kind_of
 from .teacher_config import TeacherError
 
 
-# The end of a key, after the module's name, in any layout: one of the two matrices, or alpha.
-_MATRIX = r"(lora_(embedding_)?[AB](\.(?!bias)\w+)?|lora_(down|up)|(\w+_)?lora(_linear_layer|\d)?\.(down|up))"
-LORA_KEY = re.compile(rf"\.({_MATRIX}(\.weight)?|alpha)$")
-# Keys of other adapters, and of differences of whole weights or biases that some programs save beside a LoRA.
-LYCORIS_KEY = re.compile(r"\.(lokr|hada|oft|boft)_\w+$|\.(glora|[ab][12])\.weight$")
-DIFFERENCE_KEY = re.compile(r"\.diff(_[bm])?$")
-# The start of a key, before the module's name.
-_PREFIX = re.compile(r"^((base_model\.model|diffusion_model|transformer)\.|(lora_unet|lora_transformer|lycoris)_)")
-# Layouts that some of diffusers' loaders read and others don't: the pattern of their keys, and their name.
+# Layouts by the pattern of their keys, and their names in messages.
 _LAYOUTS = {
     r"^(lora_unet|lora_transformer|lycoris)_": "kohya's trainers (underscores for the dots of names)",
     r"\.lora_[AB]\.\w+\.weight$": "DiffSynth-Studio (an adapter's name behind lora_A and lora_B)",
-    r"^diffusion_model\.": 'ComfyUI ("diffusion_model." before each name)',
+    r"^(model\.)?diffusion_model\.": 'ComfyUI ("diffusion_model." before each name)',
     r"\.lora_(down|up)\.": "kohya's trainers (lora_down and lora_up for lora_A and lora_B)",
     r"lora(_linear_layer|\d)?\.(down|up)\.": "an old diffusers (lora.down and lora.up for lora_A and lora_B)",
     r"^base_model\.model\.": "PEFT",
 }
 
 
-class _Traced(torch.Tensor):
-    """A tensor that remembers the file keys that its values come from. Tensors computed from it do too."""
-
-    sources: frozenset[str] = frozenset()
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, object] | None = None
-    ) -> object:
-        if func is torch.Tensor.item:  # a plain number could not remember; a float64 tensor computes the same
-            func = torch.Tensor.double
-        result = super().__torch_function__(func, types, args, kwargs)
-        sources = _sources([args, [*(kwargs or {}).values()]])
-        for tensor in _traced(result):
-            tensor.sources = sources
-        return result
-
-
-def _traced(value: object) -> Iterator[_Traced]:
-    if isinstance(value, _Traced):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _traced(part)
-
-
-def _sources(value: object) -> frozenset[str]:
-    return frozenset[str]().union(*(tensor.sources for tensor in _traced(value)))
-
-
-def convert(
-    raw: Mapping[str, Tensor], pipeline: DiffusionPipeline, label: str
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+class Converted(NamedTuple):
     """
-    Renames a LoRA's tensors to the transformer's own names, from any layout that the pipeline's loader converts.
+    A file's tensors under the network's own names.
+
+    Attributes:
+        tensors: the matrices, `<layer>.lora_A.weight` and `<layer>.lora_B.weight`.
+        alphas: alpha by layer, where the file has one.
+        updates: in place of both, the layers of a file that is not a LoRA as a whole.
+    """
+
+    tensors: dict[str, Tensor]
+    alphas: dict[str, float]
+    updates: list[LayerUpdate]
+
+
+def convert(raw: Mapping[str, Tensor], pipeline: DiffusionPipeline, label: str) -> Converted:
+    """
+    Renames a LoRA's tensors to the network's own names, from the layout of any program that writes such files.
+
+    Names of layers may be the network's own or those of the model's original code, with any prefix, with dots or
+    underscores. Other layouts are left to the pipeline's own loader.
 
     Args:
         raw (`dict[str, Tensor]`): the tensors of the file.
         pipeline (`DiffusionPipeline`): the base.
         label (`str`): the teacher's name in messages.
 
-    Returns:
-        The tensors (`<module>.lora_A.weight`), and alpha by module.
-
     Raises:
-        TeacherError: If the loader cannot convert the layout, or would drop a tensor of the file.
+        TeacherError: If half of a layer's tensors is missing, the layout cannot be converted, or a tensor would be
+            dropped.
     """
     raw = _without_slip(raw)
     _refuse_mixture(raw, label)
-    tensors: dict[str, _Traced] = {}
-    for key, value in raw.items():
-        tensors[key] = value.as_subclass(_Traced)
-        tensors[key].sources = frozenset([key])
-    alphas = _take_alphas(tensors, label)
-    used = {key for key in raw if key not in tensors}
-    loader = type(pipeline)
-    if issubclass(loader, LoraBaseMixin):
-        # Converters raise all kinds of errors on layouts that they were not written for.
-        with strangers_files(lambda said: f"{label}: {_describe(raw, pipeline, f' ({said})')}"):
-            tensors = loader.lora_state_dict(tensors)
-    if any(key.startswith("transformer.") for key in tensors):
-        # FLUX.1's converter omits the prefix of layers outside the blocks.
-        ours = {name for name, _ in denoiser(pipeline).named_modules()}
-        outside = [key for key in tensors if not key.startswith("transformer.")]
-        if foreign := [key for key in outside if LORA_KEY.sub("", key) not in ours]:
-            raise TeacherError(
-                f"{label}: holds weights outside the transformer ({some(foreign)}), which would be dropped"
-            )
-        tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
-    if layout_of(tensors) is not None:
-        raise TeacherError(f"{label}: {_describe(raw, pipeline)}")
-    if lost := [module for module in alphas if f"{module}.lora_A.weight" not in tensors]:
-        raise TeacherError(f"{label}: alpha of {some(lost)} belongs to no lora_A. Save it again with diffusers.")
-    used |= _sources([*tensors.values()])
-    if dropped := [key for key in raw if key not in used and not _changes_nothing(key, raw)]:
+    _check_alphas(raw, label)
+    _check_complete(raw, label)
+    network: nn.Module = denoiser(pipeline)
+    try:
+        updates, unknown = read_layers(raw, network)
+        if updates:
+            _refuse_unknown(raw, unknown, network)
+            return _converted(updates, network)
+    except TeacherError as error:
+        raise TeacherError(f"{label}: {error}") from error
+    return Converted(*convert_with_loader(raw, pipeline, label, lambda said: _describe(raw, pipeline, said)), [])
+
+
+def _refuse_unknown(raw: Mapping[str, Tensor], unknown: list[str], network: nn.Module) -> None:
+    """Refuses names of layers that the base does not have, beside those of layers that it has."""
+    layers = by_layer(raw)
+    sides = [(name, [raw[key] for part, key in layers[name].items() if part in ("down", "up")]) for name in unknown]
+    # A product with a matrix of zeros changes nothing.
+    if lost := [name for name, matrices in sides if not matrices or all(matrix.any() for matrix in matrices)]:
+        keys = [min(layers[name].values(), key=lambda key: key.endswith(".alpha")) for name in lost]
         raise TeacherError(
-            f"{label}: {some(dropped)} would be dropped: {loader.__name__} has no place for it in a LoRA of its "
-            "transformer. Merge the whole file into its base with a program that knows it, and use the full "
-            "transformer as the teacher."
+            f"{some(keys)} would be dropped: a {type(network).__name__} like this base has no such layer. The file is "
+            "for a base of another size or kind, or holds more than one network."
         )
-    return {key: value.as_subclass(Tensor) for key, value in tensors.items()}, alphas
+
+
+def _converted(updates: list[LayerUpdate], network: nn.Module) -> Converted:
+    tensors: dict[str, Tensor] = {}
+    alphas: dict[str, float] = {}
+    for update in updates:
+        lora = as_lora(update.parts)
+        if lora is None:
+            return Converted({}, {}, updates)
+        down, up, alpha = lora
+        for layer, rows in update.cut(up).items():
+            module = plain_layer(network, layer)
+            tensors[f"{layer}.lora_A.weight"] = _fitted(down, module)
+            tensors[f"{layer}.lora_B.weight"] = _fitted(rows, module)
+            if "alpha" in update.parts or "down" not in update.parts:
+                alphas[layer] = alpha
+    return Converted(tensors, alphas, [])
+
+
+def _fitted(matrix: Tensor, layer: nn.Module) -> Tensor:
+    """A matrix with as many axes as its layer: a convolution of one pixel is the same as a linear layer."""
+    axes = 2 if isinstance(layer, nn.Linear) else 2 + len(layer.kernel_size)  # type: ignore[arg-type]
+    if matrix.ndim > axes and matrix[0, 0].numel() == 1:
+        return matrix.flatten(1)
+    return matrix.reshape(*matrix.shape, *[1] * (axes - matrix.ndim)) if matrix.ndim == 2 < axes else matrix
+
+
+def _check_alphas(raw: Mapping[str, Tensor], label: str) -> None:
+    for key, value in raw.items():
+        if not key.endswith(".alpha"):
+            continue
+        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+        if not is_number or not torch.isfinite(value).all() or not value.any():
+            raise TeacherError(
+                f"{label}: {key} is {value.tolist()}; alpha must be one finite number, and not 0, which would make "
+                "the teacher the base."
+            )
+
+
+def _check_complete(raw: Mapping[str, Tensor], label: str) -> None:
+    """Refuses a layer that has a part of the tensors of a LoRA, LoHa or LoKr, or some of several of them."""
+    for name, keys in by_layer(raw).items():
+        parts = {part: raw[key] for part, key in keys.items()}
+        if kind_of(parts) is not None:
+            continue
+        own = {part: key for part, key in keys.items() if part not in ("alpha", "magnitude")}
+        if own.keys() in ({"down"}, {"up"}):
+            ((has, key),) = own.items()
+            sides = (("down", "up"), ("lora_A", "lora_B"), ("lora_a", "lora_b"))
+            end = key.removeprefix(name)
+            for one, other in sides if has == "down" else ((up, down) for down, up in sides):
+                end = end.replace(one, other)
+            lacks = name + end
+            raise TeacherError(
+                f"{label}: half of a pair is missing: it has {some([key])} and no {some([lacks])}, and would be "
+                "dropped. Download it again, or save it again with the program that trained it."
+            )
+        raise TeacherError(
+            f"{label}: {some([*keys.values()])} would be dropped: these are not all tensors of a LoRA, LoHa or LoKr, "
+            f"or are of several of them. Download the file again, or leave {some([name])} out of it."
+        )
 
 
 def _without_slip(raw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -146,48 +177,16 @@ def _without_slip(raw: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _refuse_mixture(keys: Iterable[str], label: str) -> None:
     """Refuses files with several prefixes. Converters cut one prefix from all keys, or drop keys that lack it."""
-    prefixes = {key: (_PREFIX.match(key) or [""])[0] for key in keys}
+    prefixes = {key: (PREFIX.match(key) or [""])[0] for key in keys}
     most = Counter(prefixes.values()).most_common(1)[0][0]
-    if most != "transformer." and (others := [key for key, prefix in prefixes.items() if prefix != most]):
+    if most not in ("transformer.", "unet.") and (
+        others := [key for key, prefix in prefixes.items() if prefix != most]
+    ):
         example = next(key for key, prefix in prefixes.items() if prefix == most)
         raise TeacherError(
             f"{label}: is a mixture of layouts, {some(others)} beside {example} and the like; one of them would be "
             "dropped. Make two files of it, or convert it to the layout of diffusers."
         )
-
-
-def _take_alphas(tensors: dict[str, _Traced], label: str) -> dict[str, float]:
-    """
-    Removes the alphas of diffusers' own layout from `tensors` and returns them by module: some of its loaders drop
-    them. The alphas of other layouts stay, since the loaders fold them into the matrices.
-    """
-    alphas = {}
-    for key in [key for key in tensors if key.endswith(".alpha")]:
-        value = tensors[key].as_subclass(Tensor)
-        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
-        if not is_number or not torch.isfinite(value).all() or not value.any():
-            raise TeacherError(
-                f"{label}: {key} is {value.tolist()}; alpha must be one finite number, and not 0, which would make "
-                "the teacher the base."
-            )
-        module = key.removesuffix(".alpha")
-        if not key.startswith("diffusion_model.") and f"{module}.lora_A.weight" in tensors:
-            alphas[module.removeprefix("transformer.")] = value.item()
-            del tensors[key]
-        elif value.item() < 0:  # diffusers' loaders would loop forever
-            raise TeacherError(f"{label}: {key} is {value.item()}; a negative alpha cannot be converted.")
-    return alphas
-
-
-def _changes_nothing(key: str, raw: Mapping[str, Tensor]) -> bool:
-    """Whether a dropped tensor has no effect: its layer's product is zero, or it is an alpha equal to the rank."""
-    module = LORA_KEY.sub("", key)
-    for a, b in (("lora_down", "lora_up"), ("lora_A", "lora_B")):
-        down, up = raw.get(f"{module}.{a}.weight"), raw.get(f"{module}.{b}.weight")
-        if down is not None and up is not None:
-            is_neutral = key == f"{module}.alpha" and raw[key].item() == down.shape[0]
-            return is_neutral or not (down.any() and up.any())
-    return False
 
 
 def layout_of(keys: Iterable[str]) -> str | None:
@@ -196,28 +195,12 @@ def layout_of(keys: Iterable[str]) -> str | None:
     return next((mark for mark in _LAYOUTS if any(re.search(mark, key) for key in keys)), None)
 
 
-def _describe(keys: Iterable[str], pipeline: DiffusionPipeline, said: str = "") -> str:
-    """Says which layout an unreadable file has, whether it names this base's layers, and what to do."""
-    keys = sorted(keys)
-    transformer: nn.Module = denoiser(pipeline)
-    ours = {name.replace(".", "_"): name for name, _ in transformer.named_modules() if name}
-    found = {key: ours.get(_PREFIX.sub("", LORA_KEY.sub("", key)).replace(".", "_")) for key in keys}
-    named = {key: name for key, name in found.items() if name is not None}
-    mark = layout_of(keys)
+def _describe(raw: Mapping[str, Tensor], pipeline: DiffusionPipeline, said: str = "") -> str:
+    """Says which layout a file has that names no layer of the base."""
+    mark = layout_of(raw)
     layout = "another trainer" if mark is None else _LAYOUTS[mark]
-    example = next((key for key in named or keys if not key.endswith(".alpha")), keys[0])
-    start = f"its keys, such as {example}, are in the layout of {layout}, which {type(pipeline).__name__} cannot convert{said}"
-    if layout == "PEFT":
-        return f"{start}. Its alpha is in its adapter_config.json: put that beside it."
-    if not named:
-        return (
-            f"{start}, and name no layer of a {type(transformer).__name__}: it is for another base, or uses its "
-            "trainer's own names. Convert it to the layout of diffusers with the tools of its trainer."
-        )
-    side = "B" if re.search(r"(B|up)(\.\w+)?\.weight$", example) else "A"
-    return f"{start}. Rename its keys: {example} to transformer.{named[example]}.lora_{side}.weight, and so on."
-
-
-def some(names: list[str]) -> str:
-    """Joins names for a message. Long lists and long names are cut short."""
-    return ", ".join(shown(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"its keys, such as {min(raw, key=lambda key: (key.endswith('.alpha'), key))}, are in the layout of {layout}, which {type(pipeline).__name__} cannot "
+        f"convert{said}, and name no layer of a {type(denoiser(pipeline)).__name__}: it is for another base, or uses "
+        "its trainer's own names. Convert it to the layout of diffusers with the tools of its trainer."
+    )

@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from ..guards.files import JSON
 from ..guards.redaction import shown
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherError
 
 
@@ -43,6 +43,7 @@ _MEANT = (
 _WITHOUT_EFFECT = {
     "fan_in_fan_out", "lora_dropout", "init_lora_weights", "inference_mode", "task_type", "peft_type", "auto_mapping",
     "base_model_name_or_path", "revision", "peft_version", "megatron_core", "loftq_config", "qalora_group_size",
+    "use_dora",  # its tensors say so too, and are read
 }  # fmt: skip
 
 # Initialisations that move part of the base's weights into the adapter, which is then wrong on every other base.
@@ -100,10 +101,6 @@ def read_options(stored: dict[str, JSON], label: str) -> LoraConfig:
     peft_type = stored.get("peft_type", "LORA")
     if peft_type != "LORA":
         raise TeacherError(f"{label}: is a PEFT adapter of type {shown(peft_type, 40)}; only LORA is supported")
-    if stored.get("use_dora"):
-        raise TeacherError(
-            f"{label}: is a DoRA (use_dora=True), which is not supported. Merge it into a full transformer."
-        )
     known = {field.name for field in fields(LoraConfig)}
     if unknown := sorted(set(stored) - known):
         # PEFT does the same with fields of its other versions. Tensors that such fields add are refused by key.

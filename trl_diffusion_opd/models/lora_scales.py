@@ -28,7 +28,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import regex
@@ -36,7 +36,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherError
 
 
@@ -74,6 +74,12 @@ class LoraScales:
         """The factor of a layer's product `B A`."""
         rank = self.ranks[layer]
         return float(self.alphas[layer]) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def times(self, factor: float) -> LoraScales:
+        """The same LoRA at another strength."""
+        if factor == 1:
+            return self
+        return replace(self, alphas={layer: factor * alpha for layer, alpha in self.alphas.items()})
 
     def config(self, network: nn.Module) -> LoraConfig:
         """

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..acceleration.quantization import base_weight, dequantized
-from .lora_layouts import some
+from .lora_keys import some
 from .lora_scales import LoraScales, layer_names, matrix_shapes
 from .teacher_config import TeacherError
 

@@ -17,7 +17,7 @@
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,12 +35,16 @@ from ..acceleration.sharding import forget_gathered, own_part, split_like, whole
 from ..guards.file_modes import give_usual_mode
 from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
-from ..hub.files import ADAPTER_FILE, FULL_FILES, LORA_FILE, RAW_FILE
+from ..hub.files import ADAPTER_FILE, FULL_FILES, HIGH_NOISE_LORA_FILE, LORA_FILE, LOW_NOISE_LORA_FILE, RAW_FILE
 from ..pipelines.denoiser import denoiser_name
+from ..pipelines.experts import HIGH_NOISE, LOW_NOISE, Experts, has_experts
 from .average import moving_average, step_number
+from .lora_scales import LoraScales
 
 
 STUDENT_ADAPTER = "default"
+# diffusers' files of a pair, by the component that they are loaded into.
+PAIR_FILES = {HIGH_NOISE: HIGH_NOISE_LORA_FILE, LOW_NOISE: LOW_NOISE_LORA_FILE}
 _FULL_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"  # as diffusers names them
 
 # The attention projections of the paper's released settings, by the names that diffusers gives them.
@@ -105,6 +110,18 @@ class Student:
         self.ema_decay = ema_decay
         self.ema_update_interval = ema_update_interval
         self.ema = moving_average(self.parameters(), ema_decay)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The two networks that the LoRA is on; `None` if it is on one."""
+        network = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return network if isinstance(network, Experts) else None
+
+    def by_expert(self, names: Iterable[str]) -> list[list[str]]:
+        """The names of the parameters of each expert; an empty list if there are none."""
+        if self.experts is None:
+            return []
+        return [[name for name in names if f".model.{expert}." in name] for expert in PAIR_FILES]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, in the model's order. Don't call it between a forward and its backward."""
@@ -205,23 +222,48 @@ class Student:
         config.save_pretrained(folder)
         config.inference_mode = inference_mode
         save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
-        if isinstance(self.pipeline, LoraBaseMixin):
-            layers = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
-            part = denoiser_name(self.pipeline)
-            metadata = _portable_metadata(config)
+        give_usual_mode(folder, ADAPTER_FILE)
+        if not isinstance(self.pipeline, LoraBaseMixin):
+            return
+        plain = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
+        part = denoiser_name(self.pipeline)
+        for file, layers, own in self._diffusers_files(plain, config):
+            metadata = _portable_metadata(own)
             type(self.pipeline).save_lora_weights(
-                folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+                folder,
+                weight_name=file,
+                **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata},
             )
-            _sort_metadata(Path(folder) / LORA_FILE)
-        give_usual_mode(folder, ADAPTER_FILE, LORA_FILE)
+            _sort_metadata(Path(folder) / file)
+            give_usual_mode(folder, file)
+
+    def _diffusers_files(
+        self, weights: dict[str, Tensor], config: LoraConfig
+    ) -> Iterator[tuple[str, dict[str, Tensor], LoraConfig]]:
+        """Yields name, weights and config of each of diffusers' files: one, or one for each of two experts."""
+        network = self.experts
+        if network is None:
+            yield LORA_FILE, weights, config
+            return
+        for expert, file in PAIR_FILES.items():
+            prefix = f"{expert}."
+            own = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+            if own:
+                yield file, own, _scales_of(network.of(expert), config.use_rslora).config(network.of(expert))
 
     def load_line(self, folder: str | Path) -> str:
-        """Returns the line of Python that loads into a pipeline `pipe` of the base what [`save`] wrote."""
+        """
+        Returns the line of Python that loads into a pipeline `pipe` of the base what [`save`] wrote. Of a pair it
+        is two statements.
+        """
         name, part = json.dumps(str(folder), ensure_ascii=False), denoiser_name(self.pipeline)
         if not self.is_lora:
             return f"pipe.{part} = {self._class_name}.from_pretrained({name})"
         if isinstance(self.pipeline, LoraBaseMixin):
-            return f"pipe.load_lora_weights({name})"
+            if not has_experts(self.pipeline):
+                return f"pipe.load_lora_weights({name})"
+            high, low = (f'pipe.load_lora_weights({name}, weight_name="{file}"' for file in PAIR_FILES.values())
+            return f"{high}); {low}, load_into_transformer_2=True)"
         return f"pipe.{part} = PeftModel.from_pretrained(pipe.{part}, {name}).merge_and_unload()"
 
     def save_state(self, folder: str | Path, write: bool = True) -> None:
@@ -275,6 +317,17 @@ class Student:
             )
         for (name, parameter), target in zip(own.items(), targets, strict=True):
             target.copy_(split_like(source[name], parameter))
+
+
+def _scales_of(network: nn.Module, use_rslora: bool) -> LoraScales:
+    """Rank and alpha of the student's LoRA on a network, layer by layer."""
+    layers = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, LoraLayer) and STUDENT_ADAPTER in module.r
+    }
+    ranks = {name: layer.r[STUDENT_ADAPTER] for name, layer in layers.items()}
+    return LoraScales(ranks, {name: layer.lora_alpha[STUDENT_ADAPTER] for name, layer in layers.items()}, use_rslora)
 
 
 def _sort_metadata(path: Path) -> None:

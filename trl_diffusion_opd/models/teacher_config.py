@@ -20,10 +20,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.names import way_out
 from ..problems import Problems, Refusal
+
+
+if TYPE_CHECKING:  # it imports diffusers, and commands show --help without
+    from ..acceleration.quantization import QuantizationConfig
+
+# The fields that say where in a repository or folder a teacher is.
+_PLACES = ("subfolder", "revision", "weight_name", "low_noise_weight_name")
 
 
 class TeacherError(Refusal):
@@ -44,13 +53,32 @@ class TeacherConfig:
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         weight_name (`str`, *optional*):
-            Name of the LoRA's file (`.safetensors`). Needed if its folder has several.
+            Name of the LoRA's file (`.safetensors`). Needed if its folder has several. Of a base with two experts, it
+            is the file for high noise.
+        low_noise_weight_name (`str`, *optional*):
+            Of a base with two experts (Wan 2.2), the file of the LoRA for low noise, in the same folder or a subfolder
+            of it. Needed if the two files cannot be told apart by "high" and "low" in their names. For an expert
+            without a LoRA, one of the two names is `"base"`.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance scale, 0 or larger, that this teacher is run with. `None` takes the trainer's
             `teacher_guidance_scale`.
         weight (`float`, *optional*, defaults to `1.0`):
             Share of this teacher in the target of a task that has several. The target is the weighted mean of their
             velocities; a task's weights are normalised to sum to 1.
+        lora_scale (`float`, *optional*, defaults to `1.0`):
+            Strength of a LoRA: what it changes of each weight is multiplied by this. Below 0 the change is subtracted.
+        base (`str`, *optional*):
+            The pipeline on which a LoRA (or transformer) was trained, if that is not the student's: a folder, or a Hub
+            id in the form `owner/repo[@revision]`. Such a teacher runs through that pipeline, with its text encoders.
+            With the name `"base"` the teacher is that pipeline itself.
+        generation_kwargs (`dict`, *optional*):
+            Arguments of the call of the teacher's own pipeline. By default the student's, if both are of one class.
+            For a teacher with a pipeline of its own, as are the next two.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether the network and text encoders of its own pipeline wait in host memory (RAM) while they are not
+            used. That is slow: the network is moved for every step.
+        quantization_config (*optional*):
+            How its own pipeline is quantized, as for the trainers.
 
     Raises:
         ValueError: If a number is out of range, the name is empty, or the subfolder, revision or file name is invalid.
@@ -62,6 +90,12 @@ class TeacherConfig:
     weight_name: str | None = None
     guidance_scale: float | None = None
     weight: float = 1.0
+    low_noise_weight_name: str | None = None
+    lora_scale: float = 1.0
+    base: str | None = None
+    generation_kwargs: Mapping[str, JSON] | None = None
+    offload: bool = False
+    quantization_config: QuantizationConfig = None
 
     def __post_init__(self) -> None:
         name = shown(self.model_name_or_path)
@@ -72,21 +106,59 @@ class TeacherConfig:
                 f"The weight of teacher {name!r} is {self.weight}; it must be positive. Leave the teacher out instead "
                 "of giving it no weight."
             )
+        if not (math.isfinite(self.lora_scale) and self.lora_scale != 0):
+            raise Refusal(
+                f"lora_scale of teacher {name!r} is {self.lora_scale}; it must be a finite number other than 0, with "
+                'which the teacher would be the base. If the base is meant, say "base".'
+            )
         if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise Refusal(
                 f"guidance_scale of teacher {name!r} is {self.guidance_scale}; it must be a number of at least 0 "
                 "(1 is no guidance), or None for the trainer's own."
             )
-        if self.weight_name is not None and not self.weight_name.endswith(".safetensors"):
+        is_pair = self.low_noise_weight_name is not None
+        for option in ("weight_name", "low_noise_weight_name"):
+            value = getattr(self, option)
+            if value is None or value.endswith(".safetensors") or (is_pair and value == "base"):
+                continue
             raise Refusal(
-                f"weight_name of teacher {name!r} is {self.weight_name!r}; only .safetensors files are read. "
+                f"{option} of teacher {name!r} is {value!r}; only .safetensors files are read. "
                 "Convert the file with safetensors.torch.save_file first."
             )
-        for option in ("subfolder", "weight_name", "revision"):
+        if is_pair and self.low_noise_weight_name == self.weight_name:
+            raise Refusal(
+                f"Teacher {name!r} has {self.weight_name!r} for both experts. Name the two halves of a pair, or say "
+                '"base" for model_name_or_path if the base itself is meant.'
+            )
+        for option in ("subfolder", "weight_name", "low_noise_weight_name", "revision"):
             value = getattr(self, option)
             reason = None if value is None else way_out(value.removesuffix("/"))
             if reason is not None:
                 raise Refusal(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
+        if self.base is not None:
+            split_base(self.base, name)
+
+
+def split_base(base: str, teacher: str) -> tuple[str, str | None]:
+    """
+    Splits the base of a teacher into a folder or Hub id, and its revision.
+
+    Args:
+        base (`str`), teacher (`str`): the base, and the teacher's name in messages.
+
+    Raises:
+        ValueError: If it is neither an existing folder nor of the form `owner/repo[@revision]`.
+    """
+    path = _path(base) if base.strip() else None
+    if path is not None and path.is_dir():
+        return str(path), None
+    name, at, revision = base.partition("@")
+    parts = name.split("/")
+    is_id = len(parts) == 2 and "" not in parts and parts[0] not in (".", "..", "~") and bool(revision) == bool(at)
+    reason = way_out(base) if is_id else "it is neither an existing folder nor of the form owner/repo[@revision]"
+    if reason is not None:
+        raise Refusal(f"base of teacher {teacher!r} is '{shown(base)}': {reason}. Name the LoRA's own whole pipeline.")
+    return name, revision or None
 
 
 def local_folder(config: TeacherConfig) -> Path | None:
@@ -126,9 +198,11 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
     config = TeacherConfig(spec) if isinstance(spec, str) else spec
     name = config.model_name_or_path
     if name == "base":
-        given = [key for key in ("subfolder", "revision", "weight_name") if getattr(config, key) is not None]
+        given = [key for key in _PLACES if getattr(config, key) is not None]
         if given:
             raise Refusal(f'Teacher "base" is the base model itself and takes no {", ".join(given)}.')
+        if config.lora_scale != 1:
+            raise Refusal(f'Teacher "base" is the base model itself and takes no lora_scale ({config.lora_scale}).')
         return config
     if local_folder(config) is not None:
         return config

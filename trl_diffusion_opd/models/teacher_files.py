@@ -33,8 +33,9 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from ..pipelines.denoiser import DENOISERS, denoiser_name_in
+from ..pipelines.single_file import is_whole
 from .boundary import strangers_files
-from .lora_layouts import some
+from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
 
 
@@ -50,12 +51,15 @@ class TeacherFiles:
     The files of a teacher, and where they came from.
 
     Attributes:
-        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser.
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser, or a single file with one.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
         source: Hub id, or the name of the local folder but never its path.
         subfolder: As given by the user.
         revision: Commit on the Hub; `None` for a local folder.
+        expert: Of a base with two experts, the one that these files are for; `None` if they are for all of the base.
+        other: The files for the other expert; `None` if there are none.
+        in_pipeline: Whether the teacher is a whole pipeline, and these are its transformer's files.
     """
 
     kind: Literal["peft", "diffusers", "full"]
@@ -64,12 +68,15 @@ class TeacherFiles:
     source: str
     subfolder: str | None
     revision: str | None
+    expert: str | None = None
+    other: TeacherFiles | None = None
+    in_pipeline: bool = False
 
     @property
     def label(self) -> str:
         """The teacher's name in messages."""
         # The file is named only if it does not have diffusers' usual name.
-        name = self.names[0] if self.kind == "diffusers" and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
+        name = self.names[0] if len(self.names) == 1 and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
         return "/".join(filter(None, (self.source, self.subfolder, name)))
 
     @property
@@ -80,8 +87,13 @@ class TeacherFiles:
     def sha256(self) -> str:
         """
         SHA-256 over the teacher's files. A single file gives its own hash, which the Hub shows too. Several files give
-        the hash of the listing that `sha256sum` prints; the config is included, since it holds a LoRA's alpha.
+        the hash of the listing that `sha256sum` prints; the config is included, since it holds a LoRA's alpha. Files
+        for one expert give the hash of a listing of the experts.
         """
+        if self.expert is not None:
+            halves = [half for half in (self, self.other) if half is not None]
+            digests = [f"{replace(half, expert=None, other=None).sha256()}  {half.expert}\n" for half in halves]
+            return hashlib.sha256("".join(digests).encode()).hexdigest()
         digests = []
         for name in self.names:
             with open(self.folder / name, "rb") as file:
@@ -93,12 +105,21 @@ class TeacherFiles:
 
     def weights_sha256(self) -> str:
         """As [`sha256`], but over the weights alone: a push writes the base's id into the config beside them."""
-        return replace(self, names=tuple(name for name in self.names if name.endswith(".safetensors"))).sha256()
+        other = None if self.other is None else _weights_of(self.other)
+        return replace(_weights_of(self), other=other).sha256()
 
 
-def find_files(config: TeacherConfig) -> TeacherFiles:
+def _weights_of(files: TeacherFiles) -> TeacherFiles:
+    return replace(files, names=tuple(name for name in files.names if name.endswith(".safetensors")))
+
+
+def find_files(config: TeacherConfig, component: str | None = None) -> TeacherFiles:
     """
     Resolves a parsed teacher (not `"base"`) to local files. Downloads only the files that are needed.
+
+    Args:
+        config ([`TeacherConfig`]): the teacher.
+        component (`str`, *optional*): the network that is meant, if it is a whole pipeline. By default the one that denoises.
 
     Raises:
         TeacherError: If the folder, repository, revision or files do not exist, cannot be reached or read, or are
@@ -107,10 +128,13 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
     local = local_folder(config)
     shown = _shown(config) if local is None else local.resolve().name
     with strangers_files(lambda said: f"{shown}: its files cannot be read ({said})"):
-        files = _find(config)
+        files = _find(config, component)
         for name in files.names:  # safetensors reports a file without read permission as missing
             with open(files.folder / name, "rb"):
                 pass
+        # A file that is named by itself may be either; its names tell.
+        if files.kind == "diffusers" and is_whole(files.folder / files.names[0]):
+            return replace(files, kind="full")
         return files
 
 
@@ -121,7 +145,7 @@ def weights_in(folder: Path) -> str | None:
     return None
 
 
-def _find(config: TeacherConfig) -> TeacherFiles:
+def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
     prefix = f"{config.subfolder.strip('/')}/" if config.subfolder else ""
     local = local_folder(config)
     if local is not None:
@@ -134,14 +158,14 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         source = config.model_name_or_path
         # Configs first: they tell which of a repository's weights, often very large, are needed.
         indices = [CONFIG_NAME, "model_index.json", "config.json", SAFE_WEIGHTS_INDEX_NAME]
-        configs = indices + [
-            f"{part}/{name}" for part in DENOISERS for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)
-        ]
+        parts = DENOISERS if component is None else (component,)
+        configs = indices + [f"{part}/{name}" for part in parts for name in ("config.json", SAFE_WEIGHTS_INDEX_NAME)]
         snapshot = _download(config, config.revision, [prefix + name for name in configs])
         revision, folder = snapshot.name, snapshot / prefix
     label = f"{source}/{config.subfolder}" if config.subfolder else source
 
     kind: Literal["peft", "diffusers", "full"] = "diffusers"
+    in_pipeline = False
     names: tuple[str, ...]
     # If weight_name is the usual weights file of a PEFT folder or a transformer, the config beside it counts too.
     if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
@@ -150,8 +174,9 @@ def _find(config: TeacherConfig) -> TeacherFiles:
         None,
         SAFETENSORS_WEIGHTS_NAME,
     ):
-        if (folder / "model_index.json").is_file():
-            part = denoiser_name_in(read_json(folder / "model_index.json", label))
+        in_pipeline = (folder / "model_index.json").is_file()
+        if in_pipeline:
+            part = component or denoiser_name_in(read_json(folder / "model_index.json", label))
             prefix, folder = f"{prefix}{part}/", folder / part
         index = folder / SAFE_WEIGHTS_INDEX_NAME
         weights = _shards(index, label) if index.is_file() else [SAFETENSORS_WEIGHTS_NAME]
@@ -179,7 +204,25 @@ def _find(config: TeacherConfig) -> TeacherFiles:
             "whole denoiser (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
-    return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
+    return TeacherFiles(kind, folder, names, source, config.subfolder, revision, in_pipeline=in_pipeline)
+
+
+def names_in(config: TeacherConfig) -> list[str]:
+    """
+    Names of the files in a teacher's folder and its subfolders, without downloading them.
+
+    Raises:
+        TeacherError: If the repository or revision does not exist or cannot be reached.
+    """
+    prefix, local = f"{config.subfolder.strip('/')}/" if config.subfolder else "", local_folder(config)
+    if local is not None:
+        folder = local / prefix
+        return sorted(str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("*/*")))
+    snapshot = _download(config, config.revision, [prefix + CONFIG_NAME])
+    names = listing(
+        _shown(config), config.model_name_or_path, config.revision, snapshot / prefix, prefix, TeacherError
+    )
+    return sorted(name for name in names if name.count("/") < 2)
 
 
 def _shards(index: Path, label: str) -> list[str]:

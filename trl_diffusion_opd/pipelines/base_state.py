@@ -36,6 +36,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..guards.redaction import shown
+from .experts import Experts
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def denoiser_problems(network: nn.Module, name: str = "transformer") -> list[str
             diffusers model.
         name (`str`, *optional*): the pipeline's name for it, for messages.
     """
+    if isinstance(network, Experts):
+        return [problem for name, expert in network.each() for problem in denoiser_problems(expert, name)]
     if isinstance(network, OptimizedModule):
         return [
             f"The {name} is wrapped by torch.compile, which hides the names of its weights and inputs. Unwrap it: "

@@ -25,6 +25,7 @@ pipeline's internals.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -32,10 +33,11 @@ from torch import Tensor
 
 from .denoiser import denoiser, denoiser_name
 from .guidance import guidance_name
+from .guiders import scaled
 from .prediction import NoiseGrid, grid_scheduler
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
-from .view import PipelineView, Probe, StandIn, Stop, stop
+from .view import PipelineView, Probe, StandIn, Stop, noting, stop
 
 
 class PipelineCalls:
@@ -90,8 +92,11 @@ class PipelineCalls:
         """
         Runs the pipeline's `__call__` up to its denoiser. By then it has set its grid and prepared its latents.
         """
-        view = self._view(StandIn(stop, self._base), scheduler)
+        seen: list[dict[str, Any]] = []
+        view = self._view(StandIn(noting(seen), self._base), scheduler)
         self._call(view, prompts, guidance_scale, num_inference_steps=num_inference_steps, generator=generators)
+        if view.prepared is None and seen:  # the call draws the latents itself (ERNIE-Image)
+            view.prepared = next(iter(seen[0].values()))[: len(prompts)]
         view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
         self._prepared[len(prompts), view.stand_in.device] = (view.prepared[0].dtype, view.prepared[1:])
         return view
@@ -127,12 +132,17 @@ class PipelineCalls:
             encoding=self.encoding,
             x=x,
             prepared=None if x is None else self._extras(list(prompts)),
-            **{denoiser_name(self.pipeline): stand_in, "cache": self._cache, "decoding": False, **parts},
+            **stand_in.components(denoiser_name(self.pipeline)),
+            **{"cache": self._cache, "decoding": False, **parts},
         )
 
     def _call(self, view: PipelineView, prompts: list[str], guidance_scale: float, **how: object) -> None:
-        options = {"num_inference_steps": 1, "generator": None, "output_type": "latent", **how}
+        # The scheduler alone says how many steps there are, but some grids (Mochi's) cannot be made for one.
+        options = {"num_inference_steps": 2, "generator": None, "output_type": "latent", **how}
         options.update(self.call_options(prompts, guidance_scale), return_dict=False)
+        if view.x is not None and "prepare_latents" not in dir(type(self.pipeline)):
+            options["latents"] = view.x
+        view.__dict__.update(scaled(self.pipeline, guidance_scale))
         with suppress(Stop):
             view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 

@@ -15,12 +15,15 @@
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
 from collections.abc import Collection, Iterable
+from inspect import signature, unwrap
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from .denoiser import denoiser
+from .experts import expert_problems
 from .guidance import guidance_name
+from .guiders import guider_problems
 from .images import pixels_a_latent
 from .prediction import scheduler_problem
 
@@ -104,11 +107,20 @@ def option_problems(
 
 def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     """Says why velocities can't be computed with a pipeline, one sentence each."""
+    if problems := expert_problems(pipeline):
+        return problems
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]
-    missing += [method for method in ("encode_prompt", "prepare_latents") if method not in dir(type(pipeline))]
+    methods, parameters = dir(type(pipeline)), signature(unwrap(type(pipeline).__call__)).parameters
+    missing += [] if "encode_prompt" in methods else ["encode_prompt"]
+    # A call that takes latents may draw them itself (ERNIE-Image's).
+    missing += [] if "prepare_latents" in methods or "latents" in parameters else ["prepare_latents"]
     problems = []
+    if "num_inference_steps" not in parameters:
+        problems.append(
+            f"{name} takes no num_inference_steps: it denoises in stages of its own, not on one noise grid."
+        )
     if missing:
         problems.append(
             f"{name} has no {', '.join(missing)}: only text-to-image pipelines with a denoising transformer or UNet are "
@@ -125,7 +137,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
         )
     if isinstance(network, UNet2DConditionModel):
         problems += _unet_problems(network, name)
-    return problems
+    return problems + guider_problems(pipeline)
 
 
 def _unet_problems(unet: UNet2DConditionModel, name: str) -> list[str]:

@@ -19,6 +19,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from .experts import EXPERTS, Experts, has_experts
+
 
 DENOISERS = ("transformer", "unet")
 
@@ -34,5 +36,10 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 
 
 def denoiser(pipeline: DiffusionPipeline) -> Any:
-    """The network that denoises, an `nn.Module`; `None` if the pipeline has none."""
+    """
+    The network that denoises, an `nn.Module`; `None` if the pipeline has none. Two networks that share the levels are
+    one [`~experts.Experts`], made anew at every call; it holds the pipeline's own networks.
+    """
+    if has_experts(pipeline):
+        return Experts(*(pipeline.components[name] for name in EXPERTS))
     return pipeline.components.get(denoiser_name(pipeline))

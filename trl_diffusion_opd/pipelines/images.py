@@ -74,6 +74,12 @@ def encoder_problem(pipeline: DiffusionPipeline) -> str | None:
     return f"{type(pipeline).__name__} has no VAE with an image processor to encode images with."
 
 
+def draws_videos(pipeline: DiffusionPipeline) -> bool:
+    """Whether the pipeline returns videos, as `frames`. An image is a video of one frame."""
+    own = vars(pipeline)
+    return "video_processor" in own and "image_processor" not in own
+
+
 def pixels_a_latent(pipeline: DiffusionPipeline) -> int:
     """
     Pixels per latent, along one side; per token in pipelines that pack 2 x 2 latents into one. Sizes must be

@@ -37,7 +37,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from torch import Tensor
 
 
-FLOW, EPSILON, V, SAMPLE = "flow", "epsilon", "v_prediction", "sample"
+FLOW, REVERSED, EPSILON, V, SAMPLE = "flow", "reversed flow", "epsilon", "v_prediction", "sample"
 
 # Above this level the noise hides the image, so that x0 can't be computed from predicted noise. Grids that start at
 # zero signal reach 1, or 0.9998 where a scheduler avoids dividing by 0; all others stay below 0.995.
@@ -50,7 +50,8 @@ _HOW = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
 @dataclass(frozen=True)
 class Prediction:
     """
-    What a network predicts: `"flow"` (`eps - x0`), `"epsilon"` (`eps`), `"v_prediction"` (`alpha eps - sigma x0`) or
+    What a network predicts: `"flow"` (`eps - x0`), `"reversed flow"` (`x0 - eps`, with a scheduler that counts from noise
+    at 0 to the image at 1), `"epsilon"` (`eps`), `"v_prediction"` (`alpha eps - sigma x0`) or
     `"sample"` (`x0`).
     """
 
@@ -58,7 +59,7 @@ class Prediction:
 
     @property
     def is_flow(self) -> bool:
-        return self.kind == FLOW
+        return self.kind in (FLOW, REVERSED)
 
     def network_state(self, x: Tensor, t: float | Sequence[float]) -> Tensor:
         """
@@ -87,10 +88,10 @@ class Prediction:
             t (`float` or `Sequence[float]` of length `B`): noise level in (0, 1], below 1 for `"epsilon"`.
 
         Returns:
-            `torch.Tensor` of `x`'s shape; `output` itself for a flow model.
+            `torch.Tensor` of `x`'s shape; for a flow model `output` itself, or its negative.
         """
         if self.is_flow:
-            return output
+            return -output if self.kind == REVERSED else output
         return _times(_each(lambda level: self._factors(level)[0], t), output) + _times(
             _each(lambda level: self._factors(level)[1], t), x
         )
@@ -153,7 +154,9 @@ def prediction_of(pipeline: DiffusionPipeline) -> Prediction:
     What the network of a pipeline predicts, as its scheduler says. Call [`scheduler_problem`] before.
     """
     scheduler = pipeline.components["scheduler"]
-    return Prediction(FLOW if is_flow_matching(scheduler) else str(scheduler.config["prediction_type"]))
+    if is_flow_matching(scheduler):
+        return Prediction(REVERSED if scheduler.config.get("invert_sigmas") else FLOW)
+    return Prediction(str(scheduler.config["prediction_type"]))
 
 
 def is_flow_matching(scheduler: SchedulerMixin) -> bool:
@@ -234,6 +237,11 @@ def noise_grid(prediction: Prediction, scheduler: SchedulerMixin) -> NoiseGrid:
     """
     grid = _flow_grid(scheduler) if prediction.is_flow else _vp_grid(scheduler)
     name = type(scheduler).__name__
+    if grid.levels[0] > 1:
+        raise ValueError(
+            f"{name} makes noise levels above 1: {_short(grid.levels)}. These are noise over signal, which the pipeline "
+            "itself converts for its network; a pipeline of flow matching has levels from 1 (noise) to 0 (image)."
+        )
     if not bool((grid.levels.diff() < 0).all()):
         raise ValueError(
             f"{name} makes noise levels that do not decrease with every step: {_short(grid.levels)}. Use fewer "
@@ -254,6 +262,8 @@ def _flow_grid(scheduler: SchedulerMixin) -> NoiseGrid:
     levels = scheduler.sigmas.to("cpu", torch.float64)
     steps = scheduler.config.num_train_timesteps
     own = scheduler.timesteps.to("cpu", torch.float64)
+    if scheduler.config.get("invert_sigmas"):  # Mochi's
+        return NoiseGrid(1 - levels, lambda t: (1 - t) * steps)
     # CogView4 shifts the levels but gives its transformer the timesteps from before the shift.
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and len(own) == len(levels) - 1:
         if not torch.allclose(own, levels[:-1] * steps):

@@ -33,7 +33,7 @@ _PROBES = ("a", "a b c")
 # Keys of the trials' results in a store.
 _LAYOUT, _AXES, _PARTS, _SHORT = "layout", "axes", "parts", "short"
 # The pipelines' argument that asks for the negative prompts' embeddings as well.
-_GUIDED = "do_classifier_free_guidance"
+_GUIDED, _BATCH = "do_classifier_free_guidance", "batch_size"
 # Enough for all calls of student and teachers, with and without guidance, on one micro-batch.
 _RECENT_BATCHES = 8
 
@@ -232,7 +232,10 @@ class _Call:
         return self.function(**{**self.arguments, **copies})
 
     def with_arguments(self, changes: Mapping[str, object]) -> "_Call":
-        return _Call(self.function, {**self.arguments, **changes})
+        new = _Call(self.function, {**self.arguments, **changes})
+        if self.arguments.get(_BATCH) == self.size != new.size:  # HunyuanImage passes the number of prompts besides
+            new = _Call(self.function, {**new.arguments, _BATCH: new.size})
+        return new
 
     def row(self, i: int) -> "_Call":
         """The same call with only prompt `i`."""

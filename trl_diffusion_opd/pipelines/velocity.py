@@ -20,7 +20,8 @@ Computes the velocity of any text-to-image pipeline of diffusers, by running one
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,13 +31,15 @@ from torch import Tensor
 
 from .calls import PipelineCalls, call_parameters
 from .checks import option_problems, pipeline_problems
+from .experts import Experts, expert_groups, in_groups
 from .guidance import guidance_embedding, guidance_lines
+from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
 from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
-from .view import DecoderStandIn, StandIn, Stop, at_least_float32, stop, timesteps_of
+from .view import DecoderStandIn, StandIn, at_least_float32, noting, stop, timesteps_of
 
 
 class VelocityField(PipelineCalls):
@@ -85,7 +88,6 @@ class VelocityField(PipelineCalls):
         prompt_store: PromptStore | None = None,
     ):
         self.height, self.width = height, width
-        self._max_sequence_length, self._generation_kwargs = max_sequence_length, dict(generation_kwargs or {})
         options = dict(generation_kwargs or {})
         problems = pipeline_problems(pipeline) or option_problems(
             pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
@@ -102,20 +104,6 @@ class VelocityField(PipelineCalls):
         self.set_grid(num_inference_steps)
         if not self._prediction.is_flow:
             self._check_input_scaling()
-
-    def on(
-        self, pipeline: DiffusionPipeline, *, num_inference_steps: int, prompt_store: PromptStore | None = None
-    ) -> "VelocityField":
-        """A field of another pipeline with this one's size and options. It has embeddings of its own."""
-        return VelocityField(
-            pipeline,
-            num_inference_steps=num_inference_steps,
-            height=self.height,
-            width=self.width,
-            max_sequence_length=self._max_sequence_length,
-            generation_kwargs=self._generation_kwargs,
-            prompt_store=prompt_store,
-        )
 
     def set_grid(self, num_inference_steps: int) -> None:
         """Reads the noise grid with this number of steps from the pipeline's scheduler, as its `__call__` sets it."""
@@ -200,6 +188,9 @@ class VelocityField(PipelineCalls):
         """
         timesteps, levels = None, t
         if isinstance(t, Sequence):
+            if len(groups := self._groups(t)) > 1:
+                of_rows = partial(self._of_rows, x, t, prompts, guidance_scale, transformer, adapters)
+                return in_groups(groups, of_rows)
             # A pipeline's loop has one level at a time. First ask which timesteps it gives the transformer at each
             # level.
             shown = {level: self._shown_timesteps(x, level, prompts, guidance_scale) for level in dict.fromkeys(t)}
@@ -223,6 +214,26 @@ class VelocityField(PipelineCalls):
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
         self(x, float(self.levels[0]), prompts, 1.0, transformer)
 
+    def _groups(self, t: Sequence[float]) -> list[list[int]]:
+        """The positions of the samples of each network: those of one step of the pipeline can't have two experts."""
+        if not isinstance(self._base, Experts):
+            return [[*range(len(t))]]
+        assert self._grid is not None
+        return expert_groups([self._grid.timestep(level) for level in t], self.pipeline)
+
+    def _of_rows(
+        self,
+        x: Tensor,
+        t: Sequence[float],
+        prompts: list[str],
+        guidance_scale: float,
+        transformer: Callable[..., tuple] | None,
+        adapters: list[str] | None,
+        rows: list[int],
+    ) -> Tensor:
+        adapters = None if adapters is None else [adapters[i] for i in rows]
+        return self(x[rows], [t[i] for i in rows], [prompts[i] for i in rows], guidance_scale, transformer, adapters)
+
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
         return timesteps_of(self._first_inputs(x, t, prompts, guidance_scale))
@@ -230,12 +241,7 @@ class VelocityField(PipelineCalls):
     def _first_inputs(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """The arguments, by name, of the pipeline's first call of its transformer at level `t`."""
         seen: list[dict[str, Any]] = []
-
-        def note(**inputs: Any) -> NoReturn:
-            seen.append(inputs)
-            raise Stop
-
-        self._step(x, t, prompts, guidance_scale, StandIn(note, self._base))
+        self._step(x, t, prompts, guidance_scale, StandIn(noting(seen), self._base))
         return seen[0]
 
     def initial_latents(self, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
@@ -400,7 +406,9 @@ class VelocityField(PipelineCalls):
 
     def default_guidance_scale(self) -> float:
         """The scale of classifier-free guidance that the pipeline's own `__call__` has by default; 1.0 if it has none."""
-        given = None if self._guidance is None else self._parameters[self._guidance].default
+        if self._guidance is None:
+            return default_scale(self.pipeline) or 1.0
+        given = self._parameters[self._guidance].default
         if not isinstance(given, int | float):
             return 1.0
         scale = float(given) + self._guidance_offset
@@ -420,7 +428,7 @@ class VelocityField(PipelineCalls):
         stand_in = StandIn(self._base, self._base)
         with torch.no_grad():
             self._step(x, float(self.levels[0]), [""], guidance_scale, stand_in)
-        return stand_in.rows
+        return stand_in.total_rows()
 
     @torch.no_grad()
     def check_rows(self, guidance_scale: float) -> None:

@@ -26,10 +26,12 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.utils import BaseOutput
 from peft import PeftModel
 from torch import Tensor, nn
 
 from ..acceleration.quantization import base_weight, dequantized
+from .experts import HIGH_NOISE, LOW_NOISE, Experts
 from .images import Images
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded
@@ -53,6 +55,7 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     to `step`.
     """
 
+    init_noise_sigma = 1.0
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
@@ -110,10 +113,12 @@ class StandIn(nn.Module):
 
     Args:
         model (`Callable`): the model to call.
-        base (`nn.Module`): the pipeline's own denoiser.
+        base (`nn.Module`): the pipeline's own denoiser. Of two experts, the stand-in replaces the first, and its
+            `second` the other one. Both call the same model, and say which expert is meant.
         timesteps (`list[torch.Tensor]`, *optional*): if samples have different noise levels, the whole batch's
             timesteps at the level of each sample.
         adapters (`list[str]`, *optional*): the LoRA of each sample, if not all use the active one.
+        expert (`str`, *optional*): the expert that is meant; by default the first, if there are two.
     """
 
     def __init__(
@@ -122,8 +127,15 @@ class StandIn(nn.Module):
         base: nn.Module,
         timesteps: list[Tensor] | None = None,
         adapters: list[str] | None = None,
+        expert: str | None = None,
     ):
         super().__init__()
+        second = None
+        if isinstance(base, Experts):
+            if expert is None:
+                expert, second = HIGH_NOISE, StandIn(model, base, timesteps, adapters, LOW_NOISE)
+            base = base.of(expert)
+        self.__dict__.update(expert=expert, second=second)
         # With mixed precision, a fully trained student under FSDP2 is float32, but its frozen base is not.
         weight = base_weight(model if isinstance(model, nn.Module) else base)
         self.__dict__.update(model=model, base=base, dtype=weight.dtype, device=weight.device, rows=0)
@@ -133,7 +145,15 @@ class StandIn(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["base"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple:
+    def components(self, name: str) -> dict[str, "StandIn"]:
+        """The stand-ins by the names of the pipeline's components that they replace, the first of which is `name`."""
+        return {name: self} if self.second is None else {name: self, LOW_NOISE: self.second}
+
+    def total_rows(self) -> int:
+        """The number of rows that the model has got."""
+        return self.rows + (0 if self.second is None else self.second.rows)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple | BaseOutput:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.__dict__["rows"] += len(inputs[self.names[0]])
         if self.timesteps is not None:
@@ -143,16 +163,18 @@ class StandIn(nn.Module):
             # With guidance, the samples come several times in a row, as in `_rows_of`.
             rows = len(inputs[self.names[0]])
             inputs["adapter_names"] = [self.adapters[row % len(self.adapters)] for row in range(rows)]
+        if self.expert is not None:
+            inputs.setdefault("expert", self.expert)
         if self.dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base):
+            with torch.autocast(self.device.type, self.dtype), _float32_projection(self.model, self.base, self.expert):
                 output = self.model(**inputs)
         else:
             output = self.model(**inputs)
         sample = output[0]
-        return (
-            [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample),
-            *output[1:],
-        )
+        sample = [row.float() for row in sample] if isinstance(sample, list) else at_least_float32(sample)
+        if isinstance(output, BaseOutput):  # some pipelines (Kandinsky 5) ask for the output by its name
+            return type(output)(**{**output, "sample": sample})
+        return (sample, *output[1:])
 
     def _cast(self, name: str, value: Any) -> Any:
         if name in _NUMBERS or name.endswith("_ids"):
@@ -196,13 +218,14 @@ def _rows_of(timesteps: list[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _float32_projection(model: Callable[..., tuple], base: nn.Module) -> Iterator[None]:
+def _float32_projection(model: Callable[..., tuple], base: nn.Module, expert: str | None) -> Iterator[None]:
     """
     Computes the output projection in float32 in its block. Student and teacher differ by little, so rounding their
     outputs would dominate the difference, and guidance would multiply it.
     """
     # A teacher may be a network of its own, or a LoRA on a frozen copy of the base: use its own projection.
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = inner.of(expert) if isinstance(inner, Experts) and expert is not None else inner
     children = dict(inner.named_children()) if isinstance(inner, nn.Module) else {}
     of_base = dict(base.named_children())
     found = (part[name] for name in ("proj_out", "conv_out") for part in (children, of_base) if name in part)
@@ -245,6 +268,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def stop(**kwargs: object) -> NoReturn:
     raise Stop
+
+
+def noting(seen: list[dict[str, Any]]) -> Callable[..., NoReturn]:
+    """A model that keeps the arguments of its call, by name, in `seen` and stops the pipeline."""
+
+    def note(**inputs: Any) -> NoReturn:
+        seen.append(inputs)
+        raise Stop
+
+    return note
 
 
 class DecoderStandIn(nn.Module):
@@ -297,6 +330,11 @@ class PipelineView(DiffusionPipeline):
 
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
+            if self.prepared is not None:
+                raise ValueError(
+                    f"{type(self).__name__} prepares latents twice, for two networks one after the other: only one of "
+                    "them could be trained. Use a pipeline with one network that denoises."
+                )
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
         dtype, extras = self.prepared

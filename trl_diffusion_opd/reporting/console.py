@@ -65,7 +65,9 @@ def print_teachers(rows: Sequence["TeacherRow"], prompts: Mapping[str, int], los
     for column in ("revision", "sha256"):  # useless if a narrow console cuts them
         teachers.add_column(column, no_wrap=True, min_width=8)
     for row in rows:
-        name = row["teacher"] if row["weight"] == 1 else f"{row['teacher']} (weight {row['weight']:.2f})"
+        differs = [f"weight {row['weight']:.2f}"] if row["weight"] != 1 else []
+        differs += [f"lora_scale {row['lora_scale']:g}"] if row["lora_scale"] != 1 else []
+        name = f"{row['teacher']} ({', '.join(differs)})" if differs else row["teacher"]
         kind = row["kind"] if row["rank"] is None else f"{row['kind']} {row['rank']}"
         cells = [prompts[row["task"]], name, kind, row["guidance_scale"], row["revision"], row["sha256"]]
         teachers.add_row(row["task"], *("-" if cell is None else str(cell) for cell in cells))

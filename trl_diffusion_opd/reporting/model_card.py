@@ -33,6 +33,8 @@ from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
 from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.experts import has_experts
+from ..pipelines.images import draws_videos
 from .cards import as_list, framework_versions, hub_id, is_tiny, literals
 from .progress import duration
 from .student_card import Content, render_student_card
@@ -128,6 +130,7 @@ def write_model_card(
         "is_tiny": is_tiny(base) and args.hub_base_model is None,
         "load_options": {name: str(options[name]) for name in ("revision", "variant") if options.get(name)},
         "kind": _kind(facts),
+        "is_video": draws_videos(facts.pipeline),
         "denoiser": denoiser_name(facts.pipeline),
         "denoiser_class": type(denoiser(facts.pipeline)).__name__,
         "tags": [*facts.tags, *(["lora"] if is_lora else []), *as_list(tags)],
@@ -152,14 +155,16 @@ def write_model_card(
     render_student_card(folder, content, facts.repository)
 
 
-def _kind(facts: CardFacts) -> Literal["lora", "peft", "full"]:
+def _kind(facts: CardFacts) -> Literal["lora", "pair", "peft", "full"]:
     """
-    How the student is loaded: `"lora"` by diffusers, `"peft"` if the pipeline cannot load LoRAs, or `"full"` for a
-    whole network.
+    How the student is loaded: `"lora"` by diffusers, `"pair"` by diffusers into two experts, `"peft"` if the pipeline
+    cannot load LoRAs, or `"full"` for a whole network.
     """
     if not isinstance(facts.model, PeftModel):
         return "full"
-    return "lora" if isinstance(facts.pipeline, LoraBaseMixin) else "peft"
+    if not isinstance(facts.pipeline, LoraBaseMixin):
+        return "peft"
+    return "pair" if has_experts(facts.pipeline) else "lora"
 
 
 def _settings(facts: CardFacts) -> dict[str, object]:

@@ -65,7 +65,8 @@ class Content(TypedDict):
         base_name: The base's id, or the name of its folder.
         is_tiny: Whether the base is the tiny world's.
         load_options: Further arguments of the base's `from_pretrained`.
-        kind: How the student is loaded: `"lora"` by diffusers, `"peft"`, or `"full"` for a whole network.
+        kind: How the student is loaded: `"lora"` by diffusers, `"pair"` for two experts, `"peft"`, or `"full"` for a whole network.
+        is_video: Whether the pipeline returns videos, of which an image is one frame.
         denoiser, denoiser_class: The pipeline's name for the trained network, and its class.
         tags, datasets: Tags, and Hub ids of the training data.
         facts, args: Facts of the run, and its arguments that are shown.
@@ -80,7 +81,8 @@ class Content(TypedDict):
     base_name: str
     is_tiny: bool
     load_options: dict[str, str]
-    kind: Literal["lora", "peft", "full"]
+    kind: Literal["lora", "pair", "peft", "full"]
+    is_video: bool
     denoiser: str
     denoiser_class: str
     tags: list[str]

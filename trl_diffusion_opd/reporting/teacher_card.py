@@ -24,9 +24,10 @@ from safetensors import safe_open
 
 from ..guards.files import read_json
 from ..guards.redaction import last_part, public_name
-from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE
+from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE, HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE
+from ..models.expert_teachers import find_for_any_base
 from ..models.teacher_config import TeacherConfig
-from ..models.teacher_files import TeacherFiles, find_files
+from ..models.teacher_files import TeacherFiles
 from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
 
@@ -74,7 +75,7 @@ def write_teacher_card(
         [`ValueError`]: if the folder holds no LoRA, or the report has no such task.
     """
     folder = Path(folder)
-    found = find_files(TeacherConfig(str(folder)))
+    found = find_for_any_base(TeacherConfig(str(folder)))
     if found.kind == "full":
         raise ValueError(f"{found.label}: a LoRA is needed here, but this is a whole network.")
     content = json.loads(Path(report).read_text(encoding="utf-8")) if isinstance(report, (str, Path)) else report
@@ -120,11 +121,20 @@ def write_teacher_card(
     return folder / CARD_FILE
 
 
-def _loading(found: TeacherFiles) -> dict[str, str]:
-    """How a LoRA is loaded, and the pipeline's name for its network. Only UNets go down and up again."""
-    with safe_open(found.folder / found.names[-1], "pt") as weights:
-        is_unet = any("up_blocks" in key for key in weights.keys())
-    return {"kind": "lora" if found.kind == "diffusers" else "peft", "denoiser": "unet" if is_unet else "transformer"}
+def _loading(found: TeacherFiles) -> dict[str, object]:
+    """How it is loaded: as a student's card says it, the pipeline's name for its network, and the files of a pair."""
+    if (found.folder / HIGH_NOISE_LORA_FILE).is_file():  # beside PEFT's file, which is for both experts
+        return {"kind": "pair", "pair": (HIGH_NOISE_LORA_FILE, LOW_NOISE_LORA_FILE), "denoiser": "transformer"}
+    if found.other is not None:
+        return {"kind": "pair", "pair": (found.names[-1], found.other.names[-1]), "denoiser": "transformer"}
+    kind = "lora" if found.kind == "diffusers" else "peft"
+    return {"kind": kind, "denoiser": _denoiser(found.folder / found.names[-1])}
+
+
+def _denoiser(file: Path) -> str:
+    """The pipeline's name for the network that a LoRA is for. Only UNets go down and up again."""
+    with safe_open(file, "pt") as weights:
+        return "unet" if any("up_blocks" in key for key in weights.keys()) else "transformer"
 
 
 def _teacher_results(report: Report, task: str, datasets: list[str]) -> list[EvalResult]:

@@ -14,8 +14,6 @@
 
 """How much of the text that a prompt quotes can be read in the image."""
 
-import re
-import unicodedata
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from .base import Reward, Row
+from .quoted_text import folded, quoted_text, why_no_target
 
 
 try:
@@ -37,7 +36,6 @@ except ImportError as error:
     ) from error
 
 
-_QUOTED = re.compile('["“”„]([^"“”„]*)["“”]')
 # Digits that may look like a letter. 1 is left out, since it may be an I or an L.
 _LETTER_OF_DIGIT = str.maketrans("0258", "ozsb")
 # Maximum size in pixels at which the text detector sees an image, unless the reward's own size is larger.
@@ -49,18 +47,6 @@ _GLANCE_SIZE = 160
 # The last reading is for very bold, square letters, which are misread at full size. Blur rounds them, and needs a
 # lower confidence.
 _AFAR_SIZE, _AFAR_BLUR, _AFAR_MIN_CONFIDENCE = 64, 4.0, 0.5
-
-
-def quoted_text(prompt: str) -> str | None:
-    """The text between the first two quotation marks of a prompt, straight or curly; `None` if there are none."""
-    match = _QUOTED.search(prompt)
-    return match[1] if match else None
-
-
-def folded(text: str) -> str:
-    """The text without case, spaces and accents, for comparing."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(c for c in plain if not (c.isspace() or unicodedata.combining(c)))
 
 
 def text_score(target: str, read: str) -> float:
@@ -125,10 +111,7 @@ class OCR(Reward):
         return f"{self.name} size={self.size} rapidocr={version('rapidocr')}"
 
     def why_not(self, prompt: str, columns: Row) -> str | None:
-        target = quoted_text(prompt)
-        if target is None:
-            return 'it quotes no text to look for; write it as in: a sign that says "OPEN"'
-        return None if folded(target) else "there is nothing between its first two quotation marks"
+        return why_no_target(prompt)
 
     def readings(self, image: Image.Image) -> Iterator[str]:
         """Yields the text of all lines in an image, from top to bottom, once for each reading."""

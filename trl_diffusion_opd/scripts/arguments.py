@@ -16,7 +16,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +26,7 @@ from ..models.teacher_config import TeacherConfig
 from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, check_reward, load_reward
 from ..trainer.option_checks import evaluation_problems
-from .prompts import load_datasets
+from .prompt_sources import load_datasets
 from .values import PACKAGE, OfTasks, by_task, json_object, packaged, single
 
 
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
     from ..acceleration.quantization import QuantizationConfig
     from ..trainer.base_config import DiffusionConfig
+
+
+# The help of options in several commands.
+LORA_SCALES = "task=scale …: strength of the LoRAs of a task's teachers."
+TEACHER_BASES = "task=base … for teachers on another base than the student's: a folder or owner/repo[@revision]"
 
 
 @dataclass(kw_only=True)
@@ -233,6 +238,10 @@ class TaughtArguments(ScriptArguments):
             teachers.
         teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers with another scale than
             `teacher_guidance_scale`.
+        teacher_lora_scales (`list[str]`, *optional*): `task=scale`, the strength of the LoRAs of a task's teachers;
+            for several teachers one for all, or one for each in their order.
+        teacher_bases (`list[str]`, *optional*): `task=base` for teachers on another base than the student's, a folder
+            or `owner/repo[@revision]`; for several teachers of a task one for all, or one for each in their order.
     """
 
     teachers: list[str] | None = field(
@@ -241,13 +250,16 @@ class TaughtArguments(ScriptArguments):
     teacher_guidance_scales: list[str] | None = field(
         default=None, metadata={"help": "task=scale … for teachers with another scale than teacher_guidance_scale."}
     )
+    teacher_lora_scales: list[str] | None = field(default=None, metadata={"help": LORA_SCALES})
+    teacher_bases: list[str] | None = field(default=None, metadata={"help": TEACHER_BASES})
 
     def given_teachers(self) -> dict[str, list[TeacherConfig]]:
         return self.teachers_by_task()
 
     def teachers_by_task(self) -> dict[str, list[TeacherConfig]]:
         """Makes the [`TeacherConfig`]s of each task; an empty dict if none are given."""
-        return load_teachers(self.teachers or [], self.teacher_guidance_scales)
+        teachers = load_teachers(self.teachers or [], self.teacher_guidance_scales, self.teacher_lora_scales)
+        return on_bases(teachers, self.teacher_bases)
 
 
 @dataclass(kw_only=True)
@@ -269,20 +281,21 @@ class TeacherScriptArguments(ScriptArguments):
     )
 
 
-def config_path(option: str, name: str, folder: str = "configs") -> str:
+def config_path(option: str, name: str, *folders: str) -> str:
     """
     Finds a YAML file by its path, or by its name in the package.
 
     Args:
         option (`str`), name (`str`): the option, for messages, and its value.
-        folder (`str`, *optional*, defaults to `"configs"`): the package's folder to look in.
+        folders (`str`): the package's folders to look in. By default those of the commands' options.
 
     Raises:
         [`Refusal`]: if there is neither. The message lists the package's names.
     """
     if os.path.isfile(name):
         return name
-    known = {path.stem: path for path in (PACKAGE / folder).glob("*.yaml")}
+    folders = folders or ("configs", "recipes")
+    known = {path.stem: path for folder in folders for path in (PACKAGE / folder).glob("*.yaml")}
     if name not in known:
         raise Refusal(
             f"--{option}: there is no file {name!r}, and the package has no config of that name. It has "
@@ -298,27 +311,62 @@ def configs() -> list[type]:
     return [one for one in found if not one.__subclasses__()]  # not the shared base classes
 
 
-def load_scales(values: OfTasks | None, tasks: Collection[str]) -> dict[str, float]:
-    """Reads the guidance scales by task."""
-    option, scales = "teacher_guidance_scales", {}
+def load_scales(option: str, values: OfTasks | None, tasks: Collection[str]) -> dict[str, list[float]]:
+    """Reads numbers by task."""
+    scales: dict[str, list[float]] = {}
     for task, given in by_task(option, values).items():
         if task not in tasks:
             raise Refusal(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(tasks)}.")
-        try:
-            scales[task] = float(given[-1])
-        except ValueError as error:
-            raise Refusal(f"--{option}: {given[-1]!r} for task {task!r} is not a number.") from error
+        for value in given:
+            try:
+                scales.setdefault(task, []).append(float(value))
+            except ValueError as error:
+                raise Refusal(f"--{option}: {value!r} for task {task!r} is not a number.") from error
     return scales
 
 
-def load_teachers(values: OfTasks, scales: OfTasks | None) -> dict[str, list[TeacherConfig]]:
-    """Makes each task's teachers, with the guidance scales of `--teacher_guidance_scales`."""
+def load_teachers(
+    values: OfTasks, scales: OfTasks | None, lora_scales: OfTasks | None = None
+) -> dict[str, list[TeacherConfig]]:
+    """
+    Makes each task's teachers, with the guidance scales of `--teacher_guidance_scales` and the strengths of
+    `--teacher_lora_scales`.
+    """
     specs = by_task("teachers", values)
-    of_task = load_scales(scales, specs)
-    return {
-        task: [TeacherConfig(packaged(spec), guidance_scale=of_task.get(task)) for spec in specs[task]]
-        for task in specs
-    }
+    of_task = load_scales("teacher_guidance_scales", scales, specs)
+    strengths = load_scales("teacher_lora_scales", lora_scales, specs)
+    teachers = {}
+    for task, names in specs.items():
+        given = strengths.get(task, [1.0])
+        if len(given) not in (1, len(names)):
+            raise Refusal(
+                f"--teacher_lora_scales: task {task!r} has {len(names)} teachers and {len(given)} scales. Give one for "
+                "all of them, or one for each in their order."
+            )
+        guidance = of_task[task][-1] if task in of_task else None
+        each = given * len(names) if len(given) == 1 else given
+        teachers[task] = [
+            TeacherConfig(packaged(name), guidance_scale=guidance, lora_scale=scale)
+            for name, scale in zip(names, each, strict=True)
+        ]
+    return teachers
+
+
+def on_bases(teachers: Mapping[str, list[TeacherConfig]], values: OfTasks | None) -> dict[str, list[TeacherConfig]]:
+    """Gives each task's teachers the bases of `--teacher_bases`."""
+    option, found = "teacher_bases", dict(teachers)
+    for task, bases in by_task(option, values).items():
+        if task not in found:
+            raise Refusal(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(found)}.")
+        count = len(found[task])
+        if len(bases) not in (1, count):
+            raise Refusal(
+                f"--{option}: task {task!r} has {count} teachers and {len(bases)} bases. Give one for all of them, or "
+                "one for each in their order."
+            )
+        each = bases * count if len(bases) == 1 else bases
+        found[task] = [replace(config, base=packaged(base)) for config, base in zip(found[task], each, strict=True)]
+    return found
 
 
 def load_students(option: str, values: OfTasks) -> dict[str, str]:

@@ -37,10 +37,11 @@ COMMANDS = {
     "stages": "Run trainers one after another, from a file of stages.",
     "evaluate": "Measure how much of its teachers' gains a student has.",
     "merge": "Merge teachers' LoRAs into one, without training.",
+    "prompts": "Fetch the prompts of the paper's setting.",
     "push": "Upload the output folder of a run to the Hub.",
     "env": "Print versions and devices, for a bug report.",
 }
-_IN_ONE_PROCESS = ("merge", "push", "env")
+_WITH_OWN_PARSER = ("prompts", "push", "env")
 
 
 def usage() -> str:
@@ -90,13 +91,13 @@ def main(arguments: Sequence[str] | None = None, may_launch: bool = True) -> int
 
 def _run(name: str, given: Sequence[str], may_launch: bool) -> None:
     module = importlib.import_module(f".{name}", __package__)
-    if name in ("push", "env"):
+    if name in _WITH_OWN_PARSER:
         module.main(given)
         return
 
     from .parser import CommandParser, refuse
 
-    launched = name not in _IN_ONE_PROCESS
+    launched = name != "merge"
     parser = CommandParser(module.ARGUMENTS, prog=f"{PROG} {name}", launched=launched)
     launcher: list[str] = []
     unknown = parser.unclaimed(given)

@@ -31,7 +31,7 @@ from ..models.merge import METHODS, merge_teachers
 from ..pipelines.loading import load_pipeline
 from ..pipelines.loading_options import full_dtype, model_init_problems
 from ..problems import Refusal
-from .arguments import load_teachers
+from .arguments import LORA_SCALES, load_teachers
 from .parser import parse
 from .refusals import refusals_told
 from .values import by_task, json_object, packaged
@@ -45,6 +45,7 @@ class MergeArguments:
     Args:
         base (`str`): the base, a Hub id or a folder.
         teachers (`list[str]`): `task=spec`, where a spec is `base`, a folder or `owner/repo[/sub/folder][@revision]`.
+        teacher_lora_scales (`list[str]`, *optional*): `task=scale`, the strength of the LoRAs of a task's teachers.
         output_dir (`str`): where the merged LoRA is written.
         weights (`list[str]`, *optional*): `task=weight`; 1 for tasks that are not named.
         dtype (`str`, *optional*, defaults to `"float32"`): precision in which base and teachers are loaded.
@@ -55,6 +56,7 @@ class MergeArguments:
     base: str = field(metadata={"help": "The base: a Hub id or a folder."})
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
     output_dir: str = field(metadata={"help": "Where the merged LoRA is written."})
+    teacher_lora_scales: list[str] | None = field(default=None, metadata={"help": LORA_SCALES})
     rank: int = field(default=32, metadata={"help": "Rank of the merged LoRA."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Alpha, for svd; twice the rank if not set."})
     method: str = field(default="svd", metadata={"help": "How the updates are combined.", "choices": list(METHODS)})
@@ -93,7 +95,7 @@ def main(arguments: MergeArguments) -> None:
             raise Refusal(f"--weights: {values[-1]!r} for task {task!r} is not a number.") from error
     report = merge_teachers(
         load_pipeline(packaged(arguments.base), arguments.dtype, model_init_kwargs=model_init_kwargs),
-        load_teachers(arguments.teachers, None),
+        load_teachers(arguments.teachers, None, arguments.teacher_lora_scales),
         arguments.output_dir,
         rank=arguments.rank,
         lora_alpha=arguments.lora_alpha,

@@ -12,126 +12,116 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Loads the prompts that `task=source` names, all files and options together, and says what is wrong with them."""
+"""
+Fetches the prompts of the paper's setting and writes them as jsonl files, which `--prompts` and `--test_prompts` of the
+training commands read.
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+```bash
+trl-diffusion-opd prompts geneval ocr pickscore --output prompts/
+```
+"""
 
-from datasets import Dataset, concatenate_datasets
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from ..data.prompt_files import Source, load_source, source_problem
-from ..data.tasks import plain_dataset
+from ..guards.redaction import shown
 from ..problems import Problems, Refusal
-from .values import OfTasks, by_task, packaged, single
+from .flow_grpo_prompts import COMMIT, RAW_FILES, REPOSITORY, SETS, SPLITS, Prompts, load_prompts, source_problems
+from .refusals import RefusingParser, refusals_told
 
 
-def source_problems(option: str, values: OfTasks | None, prompt_column: str | None) -> list[str]:
-    """Lists what is wrong with prompt sources: local files are read, datasets of the Hub are not asked for."""
-    problems = Problems()
-    with problems.collect():
-        for of_task in by_task(option, values).values():
-            for source in map(packaged, of_task):
-                if (problem := source_problem(option, source)) is not None:
-                    problems.append(problem)
-                elif os.path.exists(source):
-                    with problems.collect():
-                        load_source(option, source, prompt_column)
-    return problems
+NOTICE_FILE = "SOURCE.md"
+_NOTICE = f"""# Where these prompts are from
+
+`trl-diffusion-opd prompts` took the files `geneval_*`, `ocr_*`, `pickscore_*` and `pickscore_sfw_*` of this folder from
+[Flow-GRPO]({REPOSITORY}), commit `{COMMIT}`, or from the copy of it that `--source` named. Each line is one of that
+repository's, as JSON. Its licence is MIT: [LICENSE]({REPOSITORY}/blob/{COMMIT}/LICENSE).
+
+`geneval` is made in the manner of [GenEval](https://github.com/djghosh13/geneval). `pickscore` and `pickscore_sfw` are
+prompts that people wrote for [Pick-a-Pic](https://huggingface.co/datasets/yuvalkirstain/pickapic_v1).
+"""
+_UNSAFE = (
+    "pickscore holds what people typed, unfiltered: some of it is sexual, violent or unlawful to draw. Its authors "
+    "recommend pickscore_sfw."
+)
 
 
-def load_datasets(
-    given: Mapping[str, OfTasks | None],
-    task_column: str,
-    prompt_column: str | None = None,
-    problems: Problems | None = None,
-) -> dict[str, Dataset | None]:
+def main(arguments: Sequence[str]) -> None:
     """
-    Loads the prompts of several options. Prints which column is taken as the prompt where that is not obvious.
-
-    Args:
-        given (`dict`): the values of each option, `task=source`.
-        task_column (`str`): the column that gets the task's name.
-        prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
-            else `text`.
-        problems ([`Problems`], *optional*): what else the message lists, if anything is wrong.
-
-    Returns:
-        `dict[str, Dataset]`: for each option a dataset with the column `prompt`; `None` for one without values.
+    Runs the command.
 
     Raises:
-        [`Refusal`]: if anything cannot be used. One message lists everything.
+        [`Refusal`]: if a file cannot be had or is there already. Nothing was written then.
     """
-    problems = Problems() if problems is None else problems
-    found: dict[str, list[tuple[str, Source]]] = {}
-    for option, values in given.items():
-        with problems.collect():
-            for task, sources in by_task(option, values).items():
-                for source in map(packaged, sources):
-                    with problems.collect():
-                        loaded = load_source(option, source, prompt_column)
-                        found.setdefault(option, []).append((task, loaded))
-    problems += _column_problems(prompt_column, [source for parts in found.values() for _, source in parts])
-    datasets: dict[str, Dataset | None] = dict.fromkeys(given)
-    for option, parts in found.items():
-        with problems.collect():
-            datasets[option] = _joined(option, parts, task_column)
-    if problems:
-        raise Refusal("\n".join(dict.fromkeys(problems)))
-    _tell(source for parts in found.values() for _, source in parts)
-    return datasets
+    options = _parser().parse_args(arguments)
+    names = list(dict.fromkeys(options.sets))
+    files = {options.output / f"{name}_{split}.jsonl": (name, split) for name in names for split in SPLITS}
+    problems = Problems(source_problems(options.source))
+    problems += _there_already(options.output, [] if options.overwrite else list(files))
+    problems.raise_under("cannot write the prompts")
+    found: dict[Path, Prompts] = {}
+    with problems.collect():
+        found = dict(zip(files, load_prompts(options.source, files.values()), strict=True))
+    problems.raise_under("cannot write the prompts")
+    _write(options.output, found)
+    for path, prompts in found.items():
+        left_out = f"; {len(prompts.left_out):,} left out ({shown(prompts.left_out[0])})" if prompts.left_out else ""
+        print(f"{path}: {len(prompts.rows):,} prompts{left_out}")
+    print(f"They are from {REPOSITORY}, licence MIT: see {options.output / NOTICE_FILE}.")
+    if "pickscore" in names:
+        print(_UNSAFE)
 
 
-def load_prompts(
-    option: str, values: OfTasks | None, task_column: str, prompt_column: str | None = None
-) -> Dataset | None:
-    """Loads the prompts of one option, as [`load_datasets`]."""
-    return load_datasets({option: values}, task_column, prompt_column)[option]
+def _parser() -> argparse.ArgumentParser:
+    parser = RefusingParser(
+        prog="trl-diffusion-opd prompts",
+        description=f"Fetches sets of prompts from {REPOSITORY} (MIT) at a fixed commit, and writes a training and a "
+        "test file of each, NAME_train.jsonl and NAME_test.jsonl: `prompt`, `task`, and the columns that the task's "
+        f"reward reads. {_UNSAFE}",
+    )
+    parser.add_argument("sets", nargs="+", metavar="NAME", choices=SETS, help=f"one or more of {', '.join(SETS)}")
+    parser.add_argument(
+        "--output", type=Path, default=Path("prompts"), metavar="FOLDER", help="where to write (default: prompts)"
+    )
+    parser.add_argument(
+        "--source",
+        default=RAW_FILES,
+        metavar="ADDRESS",
+        help="a mirror of the repository's files, or a folder with a copy of it, for machines without a way to GitHub "
+        "(default: GitHub)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    return parser
 
 
-def load_tasks(option: str, values: OfTasks, task_column: str, prompt_column: str | None = None) -> Dataset:
-    """Loads prompts as [`load_prompts`], or from one source that has a column with the task's name."""
-    of_all = single(values)
-    if of_all is None or "=" in of_all:
-        dataset = load_prompts(option, values, task_column, prompt_column)
-        assert dataset is not None
-        return dataset
-    source = load_source(option, packaged(of_all), prompt_column)
-    problems = _column_problems(prompt_column, [source])
-    if task_column not in source.dataset.column_names:
-        problems.append(
-            f"--{option}: {of_all!r} has no column {task_column!r} that names the tasks; it has "
-            f"{source.dataset.column_names}. Name the column with --task_column, or give task=source."
-        )
-    if problems:
-        raise Refusal("\n".join(problems))
-    _tell([source])
-    return plain_dataset(source.dataset, task_column)
-
-
-def _joined(option: str, parts: Sequence[tuple[str, Source]], task_column: str) -> Dataset:
-    named = []
-    for task, source in parts:
-        part = source.dataset
-        if task_column in part.column_names:  # the command line says which task it is
-            part = part.remove_columns(task_column)
-        named.append(part.add_column(task_column, [task] * len(part)))
-    try:
-        return concatenate_datasets(named)
-    except ValueError as error:
-        raise Refusal(f"--{option}: a column has different types in different sources. {error}") from error
-
-
-def _column_problems(prompt_column: str | None, sources: Sequence[Source]) -> list[str]:
-    """Refuses a `--prompt_column` that no source has."""
-    names = dict.fromkeys(name for source in sources for name in source.columns)
-    if prompt_column is None or not sources or prompt_column in names:
+def _there_already(output: Path, files: Sequence[Path]) -> list[str]:
+    if output.exists() and not output.is_dir():
+        return [f"--output {output} is a file; name a folder."]
+    there = [path.name for path in files if path.exists()]
+    if not there:
         return []
-    have = f"they have {', '.join(names)}" if names else "text files have none"
-    return [f"--prompt_column: no source has a column {prompt_column!r}; {have}."]
+    return [f"{output} has {', '.join(there)} already. Give --overwrite to replace them, or another --output."]
 
 
-def _tell(sources: Iterable[Source]) -> None:
-    """Prints the notes of sources, each once, on one process of those that a launcher has started."""
-    if os.environ.get("RANK", "0") == "0":
-        for note in dict.fromkeys(source.note for source in sources if source.note is not None):
-            print(note)
+def _write(output: Path, found: Mapping[Path, Prompts]) -> None:
+    """Writes all files, or none."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=output, prefix=".prompts-") as folder:
+            for path, prompts in found.items():
+                with open(Path(folder, path.name), "w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in prompts.rows)
+            Path(folder, NOTICE_FILE).write_text(_NOTICE, encoding="utf-8")
+            for name in [path.name for path in found] + [NOTICE_FILE]:
+                Path(folder, name).replace(output / name)
+    except OSError as error:
+        raise Refusal(f"cannot write the prompts to {output}: {error.strerror}.") from error
+
+
+if __name__ == "__main__":
+    with refusals_told():
+        main(sys.argv[1:])

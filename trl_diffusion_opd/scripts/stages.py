@@ -64,13 +64,13 @@ from ..checkpointing.checkpoint import last_complete
 from ..guards.extras import extra
 from ..guards.files import JSON, read_json, write_json
 from ..hub.files import ADAPTER_FILE, FINISHED_FILE, STAGE_FILE
+from ..models.expert_teachers import find_for_any_base
 from ..models.teacher_config import local_folder, parse_teacher
-from ..models.teacher_files import find_files
 from ..problems import Problems, Refusal
 from ..trainer.option_checks import evaluation_problems, unknown_option
 from .arguments import TaughtArguments, config_path, configs, reward_problems
 from .parser import parse
-from .prompts import source_problems
+from .prompt_sources import source_problems
 from .refusals import refusals_told
 from .values import OfTasks, by_task
 
@@ -276,7 +276,7 @@ class StageSpec(TaughtArguments):
                 try:
                     parsed = parse_teacher(config)
                     if parsed.model_name_or_path != "base" and local_folder(parsed) is not None:
-                        find_files(parsed)
+                        find_for_any_base(parsed)
                 except ValueError as error:
                     problems.append(str(error))
         return problems
@@ -307,7 +307,8 @@ class StageSpec(TaughtArguments):
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
-_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales"}
+_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers"}
+_OF_TASKS |= {"teacher_guidance_scales", "teacher_lora_scales", "teacher_bases"}
 # Arguments of commands that a stage ignores.
 _OF_COMMANDS = {"output_dir", "test_prompts", "num_test_images", "dry_run"}
 

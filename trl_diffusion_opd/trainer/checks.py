@@ -41,6 +41,7 @@ from ..models.lora_config import config_problems
 from ..models.teacher_config import TeacherConfig, normalize_teachers
 from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
 from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.experts import Experts, expert_problems
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems, rewards_by_task
@@ -77,6 +78,8 @@ def model_problems(
     pipeline: DiffusionPipeline, args: DiffusionConfig, peft_config: PeftConfig | str | None
 ) -> list[str]:
     """Reasons why the pipeline's denoiser can't be trained with `args` and `peft_config`."""
+    if problems := expert_problems(pipeline):
+        return problems
     transformer, name = denoiser(pipeline), denoiser_name(pipeline)
     if not isinstance(transformer, nn.Module):
         return [
@@ -106,11 +109,37 @@ def model_problems(
         problems.append(f"peft_config={peft_config!r}: use 'default', a LoraConfig, or None for full fine-tuning.")
     elif not isinstance(peft_config, str | LoraConfig | None):
         problems.append(f"peft_config is a {type(peft_config).__name__}; the student can be a LoRA or full weights.")
+    elif peft_config is None and isinstance(transformer, Experts):
+        problems.append(
+            f"peft_config=None would train all weights of both experts of {type(pipeline).__name__}, which is not "
+            "supported. Train a LoRA of each: leave peft_config out, or give a LoraConfig."
+        )
     elif peft_config is None and args.student_init is not None:
         problems.append("student_init names a LoRA to start from, but peft_config=None trains the full weights.")
     elif isinstance(peft_config, LoraConfig):
         problems += config_problems(peft_config)
     return problems + quantization_problems(transformer, full_weights=peft_config is None)
+
+
+def uses_fsdp(args: DiffusionConfig) -> bool:
+    """Whether the launcher asks for FSDP. With one process it splits nothing."""
+    return args.world_size > 1 and (args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def _expert_launch_problems(args: DiffusionConfig) -> list[str]:
+    """What two experts, of which an update may use one, don't work with."""
+    problems = []
+    if args.deepspeed_plugin is not None:
+        problems.append(
+            "DeepSpeed's optimizer also moves the weights that an update does not use, and an update may use one of "
+            "the base's two experts. Use fsdp2.yaml or multi_gpu.yaml of examples/accelerate_configs/."
+        )
+    if args.ddp_find_unused_parameters is False and args.world_size > 1:
+        problems.append(
+            "ddp_find_unused_parameters=False: an update may use one of the base's two experts, and DDP would wait "
+            "for the gradients of the other. Leave it unset."
+        )
+    return problems
 
 
 def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]:
@@ -119,9 +148,7 @@ def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]
     if args.n_gpu > 1:
         problems.append("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
     is_module = isinstance(transformer, nn.Module)
-    # With one process FSDP splits nothing.
-    plugin = args.fsdp_plugin_args
-    is_fsdp = args.world_size > 1 and (plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    plugin, is_fsdp = args.fsdp_plugin_args, uses_fsdp(args)
     is_deepspeed = args.deepspeed_plugin is not None
     if args.torch_compile and (is_fsdp or is_deepspeed):
         problems.append(
@@ -135,6 +162,8 @@ def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]
             "A quantized base is not supported with FSDP or DeepSpeed. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds the whole base."
         )
+    if isinstance(transformer, Experts):
+        problems += _expert_launch_problems(args)
     if args.deepspeed_plugin is not None and (
         args.fp16 or args.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True
     ):

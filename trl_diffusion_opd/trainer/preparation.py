@@ -42,12 +42,13 @@ from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcas
 from ..checkpointing.run_folder import folder_problems
 from ..data.tasks import plain_dataset, task_rows
 from ..models.adapter_switch import remove_adapters
+from ..models.expert_teachers import read_lora
 from ..models.lora_adapter import add_adapter
-from ..models.lora_config import layer_problems
-from ..models.lora_files import read_lora
+from ..models.lora_config import for_experts, layer_problems
 from ..models.student import STUDENT_ADAPTER, default_lora_config
 from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.denoiser import denoiser
+from ..pipelines.experts import Experts, unseen_expert
 from ..pipelines.fingerprints import encoder_fingerprint
 from ..pipelines.loading import load_pipeline
 from ..pipelines.prompt_store import PromptStore
@@ -95,7 +96,7 @@ class Parts:
         offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
         method (`dict`): the method's own attributes of the trainer.
-        guidance_lines (`list[str]`): what the start says about guidance.
+        start_lines (`list[str]`): what the start says about guidance and teachers.
     """
 
     args: DiffusionConfig
@@ -111,7 +112,7 @@ class Parts:
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
-    guidance_lines: list[str] = field(default_factory=list)
+    start_lines: list[str] = field(default_factory=list)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -121,17 +122,27 @@ class Parts:
         """The pipeline's networks."""
         return (component for component in self.pipeline.components.values() if isinstance(component, nn.Module))
 
-    def use_attention_backend(self, network: nn.Module, as_student: bool = False) -> Callable[[], None] | None:
+    def prompt_store(self, pipeline: DiffusionPipeline) -> PromptStore | None:
+        """Makes the store of a pipeline's embeddings on disk; `None` if the arguments name no folder."""
+        args = self.args
+        if args.prompt_cache_dir is None:
+            return None
+        size = convert_file_size_to_int(args.prompt_cache_max_size)
+        return PromptStore(args.prompt_cache_dir, encoder_fingerprint(pipeline), size)
+
+    def use_attention_backend(
+        self, network: nn.Module, as_student: bool = False, field: VelocityField | None = None
+    ) -> Callable[[], None] | None:
         """
         Sets the attention backend of a network, or refuses it. Returns a function that undoes it. Mixed precision is
-        used only for the student's network.
+        used only for the student's network. `field` is that of the network's pipeline, by default the student's.
         """
         args = self.args
         if args.attention_backend is None:
             return None
         mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        trial = partial((field or self.velocity_field).one_forward, network, batch_size)
         return use_attention_backend(network, args.attention_backend, trial, mixed if as_student else None)
 
 
@@ -282,9 +293,7 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
     assert kwargs is None or isinstance(kwargs, dict)  # the config has parsed or refused strings
     store: PromptStore | None = None
     with unfit.collect():
-        if args.prompt_cache_dir is not None:
-            size = convert_file_size_to_int(args.prompt_cache_max_size)
-            store = PromptStore(args.prompt_cache_dir, encoder_fingerprint(parts.pipeline), size)
+        store = parts.prompt_store(parts.pipeline)
         if args.offload_encoders:
             parts.offload = Offload(offloaded(parts.pipeline), args.device)
             parts.undo.callback(parts.offload.remove)
@@ -313,7 +322,7 @@ def _settle_guidance(parts: Parts) -> None:
     is_default = args.guidance_scale is None
     if is_default:
         args.guidance_scale = parts.velocity_field.default_guidance_scale()
-    parts.guidance_lines = parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
+    parts.start_lines += parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
 
 
 def _warn_of_long_prompts(parts: Parts) -> None:
@@ -348,6 +357,8 @@ def _make_student(
         parts.student = _student_network(parts, peft_config)
     if isinstance(parts.student, PeftModel):
         unfit += layer_problems(parts.student)
+    if args.process_index == 0 and (unseen := unseen_expert(parts.velocity_field.levels.tolist(), parts.pipeline)):
+        logger.warning(unseen)
 
 
 def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.Module:
@@ -371,6 +382,8 @@ def _student_network(parts: Parts, peft_config: PeftConfig | str | None) -> nn.M
     else:
         config = peft_config if isinstance(peft_config, PeftConfig) else default_lora_config(transformer)
         config = copy.deepcopy(config)  # the caller's config must not change
+        if isinstance(transformer, Experts):
+            config = for_experts(config)
         config.base_model_name_or_path = None  # PEFT warns if it differs from the base's, which has none here
         config.task_type = None  # TRL's CAUSAL_LM would look for a language model's methods
         config.lora_dropout = 0.0  # the forward that draws the image is also the trained one: it must be deterministic
@@ -396,7 +409,9 @@ def _settle(parts: Parts) -> None:
     """Takes the last steps, when there are no problems."""
     args = parts.args
     if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False  # every trained parameter is used; the search costs time
+        # The search costs time. Where every trained parameter is used, it is not needed; of two experts, the last
+        # backward of an update uses one.
+        args.ddp_find_unused_parameters = isinstance(parts.transformer, Experts)
     if args.ddp_broadcast_buffers is None:
         args.ddp_broadcast_buffers = False  # they are constants, and SD3's table of positions alone has 453 MB
     if args.torch_compile:

@@ -1,0 +1,120 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Builds every pipeline of diffusers that makes images or videos of a text, tiny and with random weights, and tries it.
+
+    OMP_NUM_THREADS=1 python benchmarks/sweep.py --output docs/source/results/sweep.json
+    python benchmarks/sweep_page.py
+
+`--only NAME …` tries some, and keeps what the file says of the others.
+"""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+from helpers.families import Family  # noqa: E402
+from sweep_parts.classes import classes, left_out  # noqa: E402
+from sweep_parts.specimens import NOT_BUILT, SPECIMENS  # noqa: E402
+from sweep_parts.trial import Trial, quiet, update, velocity_and_walk, verdict  # noqa: E402
+
+
+PACKAGE = str(ROOT / "trl_diffusion_opd")
+
+
+def tried(family: Family, update_too: bool = True) -> Trial:
+    """The result of all trials of a pipeline. A stranger's code may raise anything: that is a result too."""
+    trial, step = Trial(), velocity_and_walk
+    try:
+        with quiet():
+            family.build()
+    except Exception as error:
+        return Trial("not built", reason=said(error))
+    for step in (velocity_and_walk, update)[: 1 + update_too]:
+        try:
+            with quiet():
+                step(family, trial)
+        except Exception as error:
+            ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
+            refused = ours and isinstance(error, ValueError)
+            trial.outcome = "refused" if refused else "fails"
+            trial.reason = said(error)
+            break
+    if trial.outcome == "works":
+        verdict(trial)
+    return trial
+
+
+def said(error: Exception) -> str:
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines)
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/source/results/sweep.json")
+    parser.add_argument("--only", nargs="*", default=None, help="names of pipeline classes")
+    parser.add_argument("--traceback", action="store_true", help="let the first error through")
+    parser.add_argument("--no_update", action="store_true", help="velocity and walk alone")
+    args = parser.parse_args()
+    kept: dict[str, Any] = json.loads(args.output.read_text())["pipelines"] if args.output.exists() else {}
+    results: dict[str, Any] = {}
+    everything = classes()
+    rules = {name: left_out(name, pipeline) for name, pipeline in everything.items()}
+    for name in [name for name, rule in rules.items() if rule is None]:
+        if args.only is not None and name not in args.only:
+            if name in kept:
+                results[name] = kept[name]
+            continue
+        start = time.perf_counter()
+        if name in NOT_BUILT:
+            trial = Trial("not built", reason=NOT_BUILT[name])
+        elif name in SPECIMENS:
+            if args.traceback:
+                let_through(SPECIMENS[name])
+            trial = tried(SPECIMENS[name], not args.no_update)
+        else:
+            trial = Trial("not built", reason="nobody has written a tiny configuration of it yet")
+        results[name] = trial.record()
+        seconds = time.perf_counter() - start
+        print(f"{name:40} {seconds:5.1f} s  {results[name]}", flush=True)
+    report = {
+        "diffusers": diffusers.__version__,
+        "pipelines": results,
+        "left_out": {name: rule.name for name, rule in rules.items() if rule is not None},
+    }
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def let_through(family: Family) -> None:
+    trial = Trial()
+    velocity_and_walk(family, trial)
+    print(trial)
+    update(family, trial)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,487 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Tiny flow-matching pipelines for images that the families of the tests do not have."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from helpers import families_text as text
+from helpers.families import FAMILIES, PROMPTS, Family, flux2_without_encoder
+from helpers.tiny_sd3 import make_vae, numbered, vae_config
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+from . import encoders
+
+
+ATTENTION = ("to_q", "to_k", "to_v")
+# Of transformers whose latents are packed, after Flux's.
+PACKED: dict[str, Any] = dict(
+    patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2
+)
+
+
+def euler(**options: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def dynamic() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    return diffusers.AutoencoderKLFlux2(**vae_config((4, 4)))
+
+
+def aura_flow() -> DiffusionPipeline:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    return diffusers.AuraFlowPipeline(
+        transformer=transformer, vae=make_vae((4, 4)), scheduler=euler(shift=1.73), **text.t5(multilingual=True)
+    )
+
+
+def bria() -> DiffusionPipeline:
+    transformer = diffusers.BriaTransformer2DModel(joint_attention_dim=16, axes_dims_rope=[4, 4, 8], **PACKED)
+    return diffusers.BriaPipeline(transformer=transformer, vae=make_vae((4, 4)), scheduler=euler(), **text.t5())
+
+
+def ovis() -> DiffusionPipeline:
+    transformer = diffusers.OvisImageTransformer2DModel(
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 8), **{**PACKED, "out_channels": 16}
+    )
+    return diffusers.OvisImagePipeline(
+        transformer=transformer, vae=make_vae((4, 4)), scheduler=dynamic(), **text.qwen3(causal=False)
+    )
+
+
+def longcat() -> DiffusionPipeline:
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8], **{**PACKED, "in_channels": 64}
+    )
+    parts = text.qwen2_vl()
+    parts["text_processor"] = parts.pop("processor")
+    pipeline = diffusers.LongCatImagePipeline(
+        transformer=transformer, vae=make_vae((4, 4), latent_channels=16), scheduler=dynamic(), **parts
+    )
+    pipeline.tokenizer_max_length = 32
+    return pipeline
+
+
+def krea2() -> DiffusionPipeline:
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return diffusers.Krea2Pipeline(
+        transformer=transformer,
+        vae=qwen_vae(),
+        scheduler=dynamic(),
+        text_encoder_select_layers=(1, 2),
+        **encoders.qwen3_vl(),
+    )
+
+
+def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=1,
+        z_dim=4,
+        dim_mult=[4, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1] * 4,
+        latents_std=[1.2] * 4,
+    )
+
+
+def hunyuan_image() -> DiffusionPipeline:
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=16,
+        text_embed_2_dim=16,
+        rope_axes_dim=(4, 4),
+    )
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=16,
+        scaling_factor=0.75,
+    )
+    first = text.qwen2_vl()
+    del first["processor"]
+    pipeline = diffusers.HunyuanImagePipeline(
+        transformer=transformer, vae=vae, scheduler=euler(shift=4.0), **numbered(first, encoders.byt5())
+    )
+    pipeline.tokenizer_max_length = 24
+    return pipeline
+
+
+def prx() -> DiffusionPipeline:
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=4,
+        patch_size=2,
+        context_in_dim=16,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
+    )
+    return diffusers.PRXPipeline(
+        transformer=transformer,
+        vae=make_vae((4, 4)),
+        scheduler=euler(shift=3.0),
+        default_sample_size=None,
+        **text.gemma2(),
+    )
+
+
+def kandinsky5_transformer() -> diffusers.Kandinsky5Transformer3DModel:
+    return diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 6, 6),
+    )
+
+
+def kandinsky5_image() -> DiffusionPipeline:
+    first = text.qwen2_vl()
+    first["tokenizer"] = first.pop("processor")
+    pipeline = diffusers.Kandinsky5T2IPipeline(
+        transformer=kandinsky5_transformer(),
+        vae=make_vae((4, 4, 4, 4)),
+        scheduler=euler(shift=5.0),
+        **numbered(first, text.clip(projection=False)),
+    )
+    pipeline.resolutions = [(32, 32)]
+    return pipeline
+
+
+def bria_fibo() -> DiffusionPipeline:
+    transformer = diffusers.BriaFiboTransformer2DModel(
+        joint_attention_dim=32, text_encoder_dim=16, axes_dims_rope=[4, 4, 8], **{**PACKED, "in_channels": 4}
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.1] * 4,
+        latents_std=[1.2] * 4,
+    )
+    return diffusers.BriaFiboPipeline(transformer=transformer, vae=vae, scheduler=dynamic(), **encoders.smollm3())
+
+
+def lumina_next() -> DiffusionPipeline:
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=4,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        cross_attention_dim=16,
+    )
+    return diffusers.LuminaPipeline(
+        transformer=transformer, vae=make_vae((4,) * 4), scheduler=euler(), **encoders.gemma()
+    )
+
+
+def qwen3_vl_with_processor(layers: int = 2) -> dict[str, Any]:
+    """`text_encoder` and `processor`."""
+    parts = encoders.qwen3_vl(layers, generates=True)
+    return {"text_encoder": parts["text_encoder"], "processor": encoders.processor(parts["tokenizer"])}
+
+
+def qwen_image_21() -> DiffusionPipeline:
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    # The pipeline takes a VAE of factor 16 for granted.
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=2,
+        decoder_base_dim=2,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False] * 4,
+        latents_mean=[0.1] * 4,
+        latents_std=[1.2] * 4,
+    )
+    return diffusers.QwenImage21Pipeline(
+        transformer=transformer, vae=vae, scheduler=dynamic(), **qwen3_vl_with_processor()
+    )
+
+
+def nucleus() -> DiffusionPipeline:
+    transformer = diffusers.NucleusMoEImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=2,
+        moe_intermediate_dim=16,
+        capacity_factors=[2.0, 2.0],
+    )
+    pipeline = diffusers.NucleusMoEImagePipeline(
+        transformer=transformer, vae=qwen_vae(), scheduler=dynamic(), **qwen3_vl_with_processor()
+    )
+    pipeline.default_return_index = -1
+    for name, weight in transformer.named_parameters():
+        if "experts" in name:  # left uninitialised
+            weight.data.normal_(std=0.2)
+    return pipeline
+
+
+def bria_fibo2() -> DiffusionPipeline:
+    transformer = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=32,
+        injection_layer_ids=(1,),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=8,
+        gist_step=2,
+        gist_min_text_len=4,
+        gist_max_text_len=32,
+        axes_dims=(8, 4, 4),
+        axes_lens=(64, 32, 32),
+    )
+    pipeline = diffusers.BriaFibo2Pipeline(
+        transformer=transformer, vae=flux2_vae(), scheduler=dynamic(), **qwen3_vl_with_processor()
+    )
+    pipeline.text_encoder_out_layers = ((0, 1), (0, 1))
+    return pipeline
+
+
+def ernie() -> DiffusionPipeline:
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=1,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=16,
+        rope_axes_dim=(4, 6, 6),
+    )
+    return diffusers.ErnieImagePipeline(
+        transformer=transformer, vae=flux2_vae(), scheduler=euler(shift=4.0), **text.qwen3(causal=False)
+    )
+
+
+def prx_pixel() -> DiffusionPipeline:
+    transformer = diffusers.PRXTransformer2DModel(
+        in_channels=3,
+        patch_size=2,
+        context_in_dim=16,
+        hidden_size=16,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[4, 4],
+    )
+    return diffusers.PRXPixelPipeline(
+        transformer=transformer,
+        scheduler=euler(shift=3.0),
+        default_sample_size=None,
+        prompt_max_tokens=16,
+        **text.gemma2(),
+    )
+
+
+def z_image_omni() -> DiffusionPipeline:
+    parts = FAMILIES["z_image"].build().components
+    config = {**parts["transformer"].config, "siglip_feat_dim": 16}
+    siglip = Siglip2VisionModel(
+        Siglip2VisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16
+        )
+    )
+    return diffusers.ZImageOmniPipeline(
+        **{**parts, "transformer": diffusers.ZImageTransformer2DModel.from_config(config)},
+        siglip=siglip,
+        siglip_processor=Siglip2ImageProcessorPil(),
+    )
+
+
+def omnigen() -> DiffusionPipeline:
+    tokenizer = text.language_tokenizer(bos=True)
+    transformer = diffusers.OmniGenTransformer2DModel(
+        in_channels=4,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        num_layers=1,
+        pad_token_id=0,
+        vocab_size=len(tokenizer),
+        time_step_dim=16,
+        pos_embed_max_size=16,
+        rope_scaling={"short_factor": [1.0] * 4, "long_factor": [1.0] * 4},
+    )
+    return diffusers.OmniGenPipeline(
+        transformer=transformer,
+        vae=make_vae((4, 4, 4, 4)),
+        scheduler=euler(invert_sigmas=True),
+        tokenizer=tokenizer,
+    )
+
+
+def dreamlite(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
+    unet = diffusers.DreamLiteUNetModel(
+        block_out_channels=(16, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        ff_mult=1,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16,
+    )
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4, 4),
+        decoder_block_out_channels=(4, 4),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    parts = encoders.qwen3_vl(generates=True)
+    return pipeline(unet=unet, vae=vae, scheduler=dynamic(), processor=encoders.processor(parts["tokenizer"]), **parts)
+
+
+def flux2_klein_kv() -> DiffusionPipeline:
+    return diffusers.Flux2KleinKVPipeline(**FAMILIES["flux2_klein"].build().components)
+
+
+_TRUE_CFG: dict[str, Any] = dict(guidance_name="true_cfg_scale", guidance_options={"negative_prompt": ""})
+
+
+def _family(make: Callable[[], DiffusionPipeline], targets: tuple[str, ...] = ATTENTION, **options: Any) -> Family:
+    return Family(make, targets, **options)
+
+
+IMAGES: dict[str, Family] = {
+    "AuraFlowPipeline": _family(aura_flow),
+    "BriaPipeline": _family(bria),
+    "OvisImagePipeline": _family(ovis),
+    "LongCatImagePipeline": _family(
+        longcat, max_sequence_length=None, generation_kwargs={"enable_prompt_rewrite": False}
+    ),
+    "Krea2Pipeline": _family(krea2, guidance_offset=1.0, max_sequence_length=48),
+    "HunyuanImagePipeline": _family(hunyuan_image, guidance_scale=1.0, guidance_name=None, max_sequence_length=None),
+    "PRXPipeline": _family(
+        prx,
+        ("img_qkv_proj", "txt_kv_proj"),
+        max_sequence_length=None,
+        prompts=PROMPTS[1:],
+        generation_kwargs={"use_resolution_binning": False},
+    ),
+    "Kandinsky5T2IPipeline": _family(
+        kandinsky5_image, ("to_query", "to_key", "to_value"), size=32, max_sequence_length=16
+    ),
+    "BriaFiboPipeline": _family(bria_fibo, size=32, max_sequence_length=32),
+    "LuminaPipeline": _family(lumina_next, size=32, max_sequence_length=32),
+    "QwenImage21Pipeline": _family(qwen_image_21, size=64, max_sequence_length=None, **_TRUE_CFG),
+    "NucleusMoEImagePipeline": _family(nucleus, prompts=PROMPTS[1:], max_sequence_length=96),
+    "BriaFibo2Pipeline": _family(bria_fibo2, max_sequence_length=None),
+    "ErnieImagePipeline": _family(ernie, max_sequence_length=None),
+    "PRXPixelPipeline": _family(
+        prx_pixel,
+        ("img_qkv_proj", "txt_kv_proj"),
+        max_sequence_length=None,
+        prompts=PROMPTS[1:],
+        generation_kwargs={"use_resolution_binning": False},
+    ),
+    "ZImageOmniPipeline": _family(z_image_omni, guidance_offset=1.0),
+    "OmniGenPipeline": _family(omnigen, ("to_q", "to_k", "to_v"), size=32, max_sequence_length=None),
+    "DreamLitePipeline": _family(
+        lambda: dreamlite(diffusers.DreamLitePipeline), guidance_scale=1.0, prompts=PROMPTS[1:]
+    ),
+    "DreamLiteMobilePipeline": _family(
+        lambda: dreamlite(diffusers.DreamLiteMobilePipeline),
+        guidance_scale=1.0,
+        guidance_name=None,
+        prompts=PROMPTS[1:],
+    ),
+    "Flux2Pipeline": _family(
+        flux2_without_encoder, guidance_scale=1.0, guidance_name=None, generation_kwargs={"guidance_scale": 4.0}
+    ),
+    "Flux2KleinKVPipeline": _family(
+        flux2_klein_kv,
+        guidance_scale=1.0,
+        guidance_name=None,
+        generation_kwargs={"text_encoder_out_layers": (1, 2, 3)},
+    ),
+}

@@ -1,0 +1,128 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Wan 2.2 through the trainers: both experts are trained and taught, and saved as diffusers loads them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from helpers.families import PROMPTS
+from helpers.families_experts import WAN_2_2, save_pair
+from helpers.family_fixtures import family_trainer
+from helpers.pipeline_recorder import STEPS, recorder
+from torch import Tensor
+
+from trl_diffusion_opd import DiffusionOPDTrainer
+from trl_diffusion_opd.algorithms.rollout import sample_generators
+from trl_diffusion_opd.pipelines.experts import EXPERTS
+from trl_diffusion_opd.pipelines.velocity import VelocityField
+
+
+pytestmark = pytest.mark.slow
+
+SEED = 5
+TASKS = dict(zip(("animals", "places"), PROMPTS, strict=True))
+
+
+def make_trainer(folder: Path, teachers: Any, **options: Any) -> DiffusionOPDTrainer:
+    settings = dict(
+        train_dataset=Dataset.from_list([{"prompt": prompt, "task": task} for task, prompt in TASKS.items()]),
+        num_inference_steps=STEPS,
+        per_device_train_batch_size=1,
+        learning_rate=1e-2,
+        seed=SEED,
+    )
+    return family_trainer(WAN_2_2, folder, teachers, **{**settings, **options})
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, torch.nn.Module]]:
+    folder = tmp_path_factory.mktemp("teachers")
+    models = {task: save_pair(folder / task, seed) for seed, task in enumerate(TASKS)}
+    return {task: str(folder / task) for task in TASKS}, models
+
+
+def moved(trainer: DiffusionOPDTrainer, before: dict[str, Tensor], expert: str) -> bool:
+    after = trainer.student.named_parameters()
+    return any(not torch.equal(after[key], p) for key, p in before.items() if f".model.{expert}." in key)
+
+
+def expected_loss(teacher: torch.nn.Module, prompt: str, task_index: int) -> float:
+    """Eq. 12 along the base's own walk, by the pipeline's own loop. See `test_families_trainer.py`."""
+    pipeline = WAN_2_2.build()
+    velocity = VelocityField(WAN_2_2.build(), num_inference_steps=STEPS, **WAN_2_2.kwargs)
+    pipeline.scheduler = recorder(pipeline.scheduler)
+    pipeline(
+        **WAN_2_2.call_kwargs(WAN_2_2.guidance_scale, (prompt,)),
+        num_inference_steps=STEPS,
+        generator=sample_generators([SEED, 0, task_index], [0]),
+        output_type="latent",
+    )
+    trace, sigmas = pipeline.scheduler.trace, pipeline.scheduler.sigmas.double()
+    with torch.no_grad():
+        losses = [
+            0.5
+            * (sigmas[j + 1] - sigmas[j]) ** 2
+            * (student.double() - velocity(x, level, [prompt], WAN_2_2.guidance_scale, teacher).double())
+            .square()
+            .mean()
+            for j, (level, x, student) in enumerate(trace[:-1])
+        ]
+    return float(sum(losses) / len(losses))
+
+
+def own_image(pipeline: DiffusionPipeline) -> np.ndarray:
+    return pipeline(
+        **WAN_2_2.call_kwargs(WAN_2_2.guidance_scale, (PROMPTS[0],)),
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        return_dict=False,
+    )[0]
+
+
+def test_one_update_saved_and_loaded_by_diffusers(teachers: Any, tmp_path: Path) -> None:
+    folders, models = teachers
+    trainer = make_trainer(tmp_path, folders)
+    before = {key: p.detach().clone() for key, p in trainer.student.named_parameters().items()}
+    taught = [p.detach().clone() for p in trainer.bank.backbone.parameters()]
+    trainer.train()
+    expected = [expected_loss(models[task], TASKS[task], i) for i, task in enumerate(trainer.tasks)]
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-3)
+    assert all(moved(trainer, before, expert) for expert in EXPERTS)
+    assert all(torch.equal(a, b) for a, b in zip(taught, trainer.bank.backbone.parameters(), strict=True))
+
+    trainer.save_model(str(tmp_path))
+    pipe = WAN_2_2.build()
+    base = own_image(pipe)
+    exec(trainer.student.load_line(tmp_path), {"pipe": pipe})  # as it is printed at the end of a run
+    ours = trainer.pipeline(
+        **WAN_2_2.call_kwargs(WAN_2_2.guidance_scale, (PROMPTS[0],)),
+        num_inference_steps=STEPS,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        return_dict=False,
+    )[0]
+    np.testing.assert_allclose(own_image(pipe), ours, atol=1e-5)
+    assert np.abs(ours - base).max() > 1e-3, "the student would be the base"
+    # Without the second file, half of the student is missing.
+    half = WAN_2_2.build()
+    half.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights_high_noise.safetensors")
+    assert np.abs(own_image(half) - ours).max() > 1e-4
