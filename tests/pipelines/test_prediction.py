@@ -161,20 +161,6 @@ def test_samples_of_a_batch_may_have_their_own_levels() -> None:
                 torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_field_on_another_pipeline_has_the_same_options() -> None:
-    family, other = NOISE_FAMILIES["pixart_sigma"], NOISE_FAMILIES["pixart_sigma"].build()
-    with torch.no_grad():
-        for parameter in other.transformer.parameters():
-            parameter *= 1.1
-    own = VelocityField(other, num_inference_steps=4, **family.kwargs)
-    lent = VelocityField(family.build(), num_inference_steps=10, **family.kwargs).on(other, num_inference_steps=4)
-    x, prompts = own.initial_latents(list(family.prompts), generators(2)), list(family.prompts)
-    level = own.levels[1].item()
-    with torch.no_grad():
-        assert torch.equal(lent(x, level, prompts, 3.0), own(x, level, prompts, 3.0))
-    assert torch.equal(lent.levels, own.levels)
-
-
 # Predictions
 
 
