@@ -232,10 +232,6 @@ def test_dtype_is_that_of_what_is_not_quantized(base):
     assert base_weight(attention).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "given",
-    [config("torchao int8"), PipelineQuantizationConfig(quant_mapping={"transformer": config("torchao int8")})],
-)
 def test_the_dtype_is_not_that_of_a_table_kept_in_float32():
     """As in Wan, whose first weight is such a table."""
     network = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2).to(torch.bfloat16))
@@ -244,6 +240,10 @@ def test_the_dtype_is_not_that_of_a_table_kept_in_float32():
     assert base_weight(network[:1]).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "given",
+    [config("torchao int8"), PipelineQuantizationConfig(quant_mapping={"transformer": config("torchao int8")})],
+)
 def test_by_name(given, base, loras, tmp_path):
     trainer, gradient = update(tmp_path / "ours", str(base), loras, quantization_config=given)
     _, expected = update(tmp_path / "loaded", load(base, "torchao int8"), loras)
