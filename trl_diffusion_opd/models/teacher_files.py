@@ -59,6 +59,7 @@ class TeacherFiles:
         revision: Commit on the Hub; `None` for a local folder.
         expert: Of a base with two experts, the one that these files are for; `None` if they are for all of the base.
         other: The files for the other expert; `None` if there are none.
+        in_pipeline: Whether the teacher is a whole pipeline, and these are its transformer's files.
     """
 
     kind: Literal["peft", "diffusers", "full"]
@@ -69,6 +70,7 @@ class TeacherFiles:
     revision: str | None
     expert: str | None = None
     other: TeacherFiles | None = None
+    in_pipeline: bool = False
 
     @property
     def label(self) -> str:
@@ -163,6 +165,7 @@ def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
     label = f"{source}/{config.subfolder}" if config.subfolder else source
 
     kind: Literal["peft", "diffusers", "full"] = "diffusers"
+    in_pipeline = False
     names: tuple[str, ...]
     # If weight_name is the usual weights file of a PEFT folder or a transformer, the config beside it counts too.
     if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
@@ -171,7 +174,8 @@ def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
         None,
         SAFETENSORS_WEIGHTS_NAME,
     ):
-        if (folder / "model_index.json").is_file():
+        in_pipeline = (folder / "model_index.json").is_file()
+        if in_pipeline:
             part = component or denoiser_name_in(read_json(folder / "model_index.json", label))
             prefix, folder = f"{prefix}{part}/", folder / part
         index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -200,7 +204,7 @@ def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
             "whole denoiser (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
-    return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
+    return TeacherFiles(kind, folder, names, source, config.subfolder, revision, in_pipeline=in_pipeline)
 
 
 def names_in(config: TeacherConfig) -> list[str]:

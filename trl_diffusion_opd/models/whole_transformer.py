@@ -57,10 +57,18 @@ def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         return model.to(base.device).requires_grad_(False).eval()
 
 
-def _load_transformer(files: TeacherFiles, base: ModelMixin) -> ModelMixin:
-    label = files.label
+def has_architecture_of(base: ModelMixin, files: TeacherFiles) -> bool:
+    """Whether a whole transformer is of the base's class and config, as its own config says."""
+    try:
+        _empty(read_json(files.folder / "config.json", files.label), base, files.label)
+    except TeacherError:
+        return False
+    return True
+
+
+def _empty(stored: Mapping[str, JSON], base: ModelMixin, label: str) -> nn.Module:
+    """Makes the network of a config, without weights, and refuses another architecture than the base's."""
     cls = type(base)
-    stored = read_json(files.folder / "config.json", label)
     if stored.get("_class_name") != cls.__name__:
         raise TeacherError(
             f"{label}: its config.json is of class {str(stored.get('_class_name'))[:80]!r}, but the base's "
@@ -73,6 +81,13 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> ModelMixin:
         empty = cls.from_config(dict(stored))
     theirs = json.loads(empty.to_json_string())
     _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
+    return empty
+
+
+def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
+    label = files.label
+    stored = read_json(files.folder / "config.json", label)
+    empty = _empty(stored, base, label)
     quantized = stored.get(_QUANTIZATION)
     if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") in _METHODS):
         raise TeacherError(
@@ -81,7 +96,7 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> ModelMixin:
     if quantized is None:
         _check_headers(files, empty.state_dict())
     try:
-        model, info = cls.from_pretrained(
+        model, info = type(base).from_pretrained(
             files.folder, dtype=base_weight(base).dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
