@@ -15,6 +15,7 @@
 """Wan 2.2 through the trainers: both experts are trained and taught, and saved as diffusers loads them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,12 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from helpers.families import PROMPTS
-from helpers.families_experts import WAN_2_2, save_pair, wan_2_2
+from helpers.families_experts import TI2V, WAN_2_2, save_pair, wan_2_2
 from helpers.family_fixtures import family_trainer, prompts_of
 from helpers.grpo_fixtures import brightness
 from helpers.opd_fixtures import StopAt
 from helpers.pipeline_recorder import STEPS, recorder
+from helpers.sft_fixtures import sft_trainer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
@@ -38,6 +40,8 @@ from trl_diffusion_opd.models.teacher_config import TeacherConfig
 from trl_diffusion_opd.pipelines.denoiser import denoiser
 from trl_diffusion_opd.pipelines.experts import EXPERTS
 from trl_diffusion_opd.pipelines.velocity import VelocityField
+from trl_diffusion_opd.trainer import diffusion_sft_trainer
+from trl_diffusion_opd.trainer.checks import launch_problems
 
 
 pytestmark = pytest.mark.slow
@@ -199,3 +203,24 @@ def test_a_grid_on_one_side_of_the_boundary_is_warned_of(
     pipeline = wan_2_2(boundary_ratio=0.001)
     make_trainer(tmp_path, teachers[0]["animals"], pipeline=pipeline, train_dataset=prompts_of(WAN_2_2))
     assert "None of the 3 noise levels is on the side of transformer_2, which denoises low noise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={})}, "DeepSpeed's optimizer also moves"),
+        ({"ddp_find_unused_parameters": False}, "DDP would wait for the gradients of the other"),
+    ],
+)
+def test_launches_that_move_or_wait_for_an_idle_expert(options: dict[str, Any], message: str) -> None:
+    plain = dict.fromkeys(("deepspeed_plugin", "fsdp_plugin_args", "ddp_find_unused_parameters"))
+    args = SimpleNamespace(**{"n_gpu": 1, "world_size": 2, "torch_compile": False, "fp16": False, **plain, **options})
+    for pipeline, count in ((WAN_2_2.build(), 1), (TI2V.build(), 0)):
+        assert [message in problem for problem in launch_problems(denoiser(pipeline), args)].count(True) == count
+
+
+def test_images_of_their_own_levels_are_refused_under_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion_sft_trainer, "uses_fsdp", lambda args: True)
+    options = dict(WAN_2_2.kwargs, peft_config=LoraConfig(r=2, target_modules=["attn1.to_q"]))
+    with pytest.raises(ValueError, match="Each image gets a noise level of its own.*FSDP would wait for ever"):
+        sft_trainer(tmp_path, None, WAN_2_2.build(), **options)
