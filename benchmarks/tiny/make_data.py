@@ -89,3 +89,11 @@ def styled_pictures(number: int, seed: int) -> Pictures:
     chosen = _sampled_specs("style", ("train",), number, rng)
     images = [np.asarray(draw(to_scene(spec, rng), rng)) for spec in chosen]
     return Pictures([to_prompt(spec) for spec in chosen], np.stack(images))
+
+
+def letters_pictures(number: int, seed: int) -> Pictures:
+    """Rightly spelled pictures of the train split's letters prompts."""
+    rng = np.random.default_rng(seed)
+    chosen = _sampled_specs("letters", ("train",), number, rng)
+    images = [np.asarray(draw(to_scene(spec, rng), rng)) for spec in chosen]
+    return Pictures([to_prompt(spec) for spec in chosen], np.stack(images))

@@ -154,6 +154,7 @@ def train_base(
     seed: int = 0,
     stop_at: int | None = None,
     on_progress: Callable[[int], None] | None = None,
+    rate: float = 1e-3,
 ) -> None:
     """Trains transformer and text encoders together by flow matching, in place. At the end they have averaged weights.
 
@@ -161,13 +162,14 @@ def train_base(
         latents (`torch.Tensor` of shape `(N, 8, 8, 8)`): the latents of each prompt's picture, shifted and scaled.
         stop_at (`int`, *optional*): stop after this number of steps, before the end of the schedule of `steps`.
         on_progress (`Callable`, *optional*): called every 1000 steps, while the weights are the averaged ones.
+        rate (`float`, *optional*): learning rate.
     """
     generator = torch.Generator().manual_seed(seed)
     modules = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
     parameters = [parameter for module in modules for parameter in module.parameters()]
     # The third encoder has one embedding table under two names.
     parameters = list({id(parameter): parameter for parameter in parameters}.values())
-    optimizer, schedule = _optimizer(parameters, 1e-3, steps, weight_decay=1e-3)
+    optimizer, schedule = _optimizer(parameters, rate, steps, weight_decay=1e-3)
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
     progress, shift = Progress("base", steps), pipeline.scheduler.config.shift
     for step in range(stop_at or steps):

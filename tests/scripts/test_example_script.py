@@ -175,6 +175,14 @@ REFUSED = {
         {"teacher_guidance_scales": "txet=1.0"},
         "--teacher_guidance_scales: no teacher for task 'txet'; teachers are given for ['text'].",
     ),
+    "base of an unknown task": (
+        {"teacher_bases": "txet=owner/large"},
+        "--teacher_bases: no teacher for task 'txet'; teachers are given for ['text'].",
+    ),
+    "bases and teachers": (
+        {"teacher_bases": ["text=owner/one", "text=owner/two"]},
+        "--teacher_bases: task 'text' has 1 teachers and 2 bases. Give one for all of them, or one for each",
+    ),
     "reward": (
         {"reward_funcs": "text=clip"},
         "There is no reward 'clip'. There are aesthetic, clipscore, geneval, hpsv2,",

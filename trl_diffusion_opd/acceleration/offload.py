@@ -14,6 +14,8 @@
 
 """Keeps text encoders and VAE in host memory (RAM) while they are not used."""
 
+from collections.abc import Iterable
+
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
@@ -35,8 +37,16 @@ class Offload:
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device):
-        self.modules = modules
-        self._hooks: list[UserCpuOffloadHook] = [cpu_offload_with_hook(m, device)[1] for m in self.modules]
+        self.modules: list[nn.Module] = []
+        self.device = device
+        self._hooks: list[UserCpuOffloadHook] = []
+        self.add(modules)
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Keeps more modules in host memory."""
+        for module in modules:
+            self.modules.append(module)
+            self._hooks.append(cpu_offload_with_hook(module, self.device)[1])
 
     def rest(self) -> None:
         """Moves the modules back to host memory."""

@@ -184,6 +184,8 @@ class _Worker:
             images = draw_batch(self.field, velocity, prompts, [self.plan.options.seed, task.index], batch.numbers)
         except FloatingPointError as error:
             raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error
+        finally:
+            self.bank.rest()
         if self.store is not None:
             pairs = zip(batch.numbers, images, strict=True)
             self.store.save(batch.key, batch.task, {n: image for n, image in pairs if n < self.plan.kept[batch.task]})

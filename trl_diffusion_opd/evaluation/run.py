@@ -30,12 +30,14 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from PIL.Image import Image
 
+from ..acceleration.offload import Offload
 from ..acceleration.processes import failing_together, world_problems
 from ..acceleration.quantization import QuantizationConfig
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.expert_teachers import find_teacher
+from ..models.own_pipeline import OwnPipelines
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
@@ -365,10 +367,15 @@ def _bank(
         ]
         for name, configs in specs.items()
     }
-    bank = TeacherBank(Backbone(transformer), base, scaled, default_guidance_scale=1.0)  # each has its own
+    options = choice.options()
+    own = OwnPipelines(
+        base, field, options["max_sequence_length"], options["generation_kwargs"], Offload([], transformer.device)
+    )
+    bank = TeacherBank(Backbone(transformer), base, scaled, default_guidance_scale=1.0, own=own)  # each has its scale
     bank.backbone.to(transformer.device)
-    for one in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
-        field.check_guidance(one)
+    bank.check_guidance(field)
+    for one in bank.own_pipelines():
+        logger.info(one.line)
     return bank
 
 

@@ -20,11 +20,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.names import way_out
 from ..problems import Problems, Refusal
 
+
+if TYPE_CHECKING:  # it imports diffusers, and commands show --help without
+    from ..acceleration.quantization import QuantizationConfig
 
 # The fields that say where in a repository or folder a teacher is.
 _PLACES = ("subfolder", "revision", "weight_name", "low_noise_weight_name")
@@ -62,6 +67,18 @@ class TeacherConfig:
             velocities; a task's weights are normalised to sum to 1.
         lora_scale (`float`, *optional*, defaults to `1.0`):
             Strength of a LoRA: what it changes of each weight is multiplied by this. Below 0 the change is subtracted.
+        base (`str`, *optional*):
+            The pipeline on which a LoRA (or transformer) was trained, if that is not the student's: a folder, or a Hub
+            id in the form `owner/repo[@revision]`. Such a teacher runs through that pipeline, with its text encoders.
+            With the name `"base"` the teacher is that pipeline itself.
+        generation_kwargs (`dict`, *optional*):
+            Arguments of the call of the teacher's own pipeline. By default the student's, if both are of one class.
+            For a teacher with a pipeline of its own, as are the next two.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether the network and text encoders of its own pipeline wait in host memory (RAM) while they are not
+            used. That is slow: the network is moved for every step.
+        quantization_config (*optional*):
+            How its own pipeline is quantized, as for the trainers.
 
     Raises:
         ValueError: If a number is out of range, the name is empty, or the subfolder, revision or file name is invalid.
@@ -75,6 +92,10 @@ class TeacherConfig:
     weight: float = 1.0
     low_noise_weight_name: str | None = None
     lora_scale: float = 1.0
+    base: str | None = None
+    generation_kwargs: Mapping[str, JSON] | None = None
+    offload: bool = False
+    quantization_config: QuantizationConfig = None
 
     def __post_init__(self) -> None:
         name = shown(self.model_name_or_path)
@@ -114,6 +135,30 @@ class TeacherConfig:
             reason = None if value is None else way_out(value.removesuffix("/"))
             if reason is not None:
                 raise Refusal(f"{option} of teacher {name!r} is '{shown(value)}': {reason}.")
+        if self.base is not None:
+            split_base(self.base, name)
+
+
+def split_base(base: str, teacher: str) -> tuple[str, str | None]:
+    """
+    Splits the base of a teacher into a folder or Hub id, and its revision.
+
+    Args:
+        base (`str`), teacher (`str`): the base, and the teacher's name in messages.
+
+    Raises:
+        ValueError: If it is neither an existing folder nor of the form `owner/repo[@revision]`.
+    """
+    path = _path(base) if base.strip() else None
+    if path is not None and path.is_dir():
+        return str(path), None
+    name, at, revision = base.partition("@")
+    parts = name.split("/")
+    is_id = len(parts) == 2 and "" not in parts and parts[0] not in (".", "..", "~") and bool(revision) == bool(at)
+    reason = way_out(base) if is_id else "it is neither an existing folder nor of the form owner/repo[@revision]"
+    if reason is not None:
+        raise Refusal(f"base of teacher {teacher!r} is '{shown(base)}': {reason}. Name the LoRA's own whole pipeline.")
+    return name, revision or None
 
 
 def local_folder(config: TeacherConfig) -> Path | None:

@@ -33,6 +33,7 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from ..pipelines.denoiser import DENOISERS, denoiser_name_in
+from ..pipelines.single_file import is_whole
 from .boundary import strangers_files
 from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
@@ -50,7 +51,7 @@ class TeacherFiles:
     The files of a teacher, and where they came from.
 
     Attributes:
-        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser.
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser, or a single file with one.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
         source: Hub id, or the name of the local folder but never its path.
@@ -58,6 +59,7 @@ class TeacherFiles:
         revision: Commit on the Hub; `None` for a local folder.
         expert: Of a base with two experts, the one that these files are for; `None` if they are for all of the base.
         other: The files for the other expert; `None` if there are none.
+        in_pipeline: Whether the teacher is a whole pipeline, and these are its transformer's files.
     """
 
     kind: Literal["peft", "diffusers", "full"]
@@ -68,12 +70,13 @@ class TeacherFiles:
     revision: str | None
     expert: str | None = None
     other: TeacherFiles | None = None
+    in_pipeline: bool = False
 
     @property
     def label(self) -> str:
         """The teacher's name in messages."""
         # The file is named only if it does not have diffusers' usual name.
-        name = self.names[0] if self.kind == "diffusers" and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
+        name = self.names[0] if len(self.names) == 1 and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
         return "/".join(filter(None, (self.source, self.subfolder, name)))
 
     @property
@@ -129,6 +132,9 @@ def find_files(config: TeacherConfig, component: str | None = None) -> TeacherFi
         for name in files.names:  # safetensors reports a file without read permission as missing
             with open(files.folder / name, "rb"):
                 pass
+        # A file that is named by itself may be either; its names tell.
+        if files.kind == "diffusers" and is_whole(files.folder / files.names[0]):
+            return replace(files, kind="full")
         return files
 
 
@@ -159,6 +165,7 @@ def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
     label = f"{source}/{config.subfolder}" if config.subfolder else source
 
     kind: Literal["peft", "diffusers", "full"] = "diffusers"
+    in_pipeline = False
     names: tuple[str, ...]
     # If weight_name is the usual weights file of a PEFT folder or a transformer, the config beside it counts too.
     if (folder / CONFIG_NAME).is_file() and config.weight_name in (None, PEFT_WEIGHTS_NAME):
@@ -167,7 +174,8 @@ def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
         None,
         SAFETENSORS_WEIGHTS_NAME,
     ):
-        if (folder / "model_index.json").is_file():
+        in_pipeline = (folder / "model_index.json").is_file()
+        if in_pipeline:
             part = component or denoiser_name_in(read_json(folder / "model_index.json", label))
             prefix, folder = f"{prefix}{part}/", folder / part
         index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -196,7 +204,7 @@ def _find(config: TeacherConfig, component: str | None) -> TeacherFiles:
             "whole denoiser (config.json) or a pipeline (model_index.json), all with .safetensors weights. Check the subfolder and "
             "the revision."
         )
-    return TeacherFiles(kind, folder, names, source, config.subfolder, revision)
+    return TeacherFiles(kind, folder, names, source, config.subfolder, revision, in_pipeline=in_pipeline)
 
 
 def names_in(config: TeacherConfig) -> list[str]:

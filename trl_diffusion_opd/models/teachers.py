@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -32,13 +32,23 @@ from .boundary import strangers_files
 from .expert_teachers import find_teacher, read_found_lora, read_lora, read_whole
 from .folded_lora import FoldedLora, folded_copy
 from .lora_adapter import add_adapter, rescaled_factors
-from .teacher_config import TeacherConfig, TeacherError, TeacherSpec, local_folder, normalize_teachers, parse_teacher
+from .own_pipeline import OwnPipeline, OwnPipelines, check_idle, fits, pipeline_of
+from .teacher_config import (
+    TeacherConfig,
+    TeacherError,
+    TeacherSpec,
+    normalize_teachers,
+    parse_teacher,
+    split_base,
+)
+from .teacher_manifest import BaseEntry, Manifest, check_recorded, count_problems, pinned
 
 
 # PEFT's name, in `adapter_names`, for a row without an adapter.
 _NO_ADAPTER = "__base__"
 
 __all__ = [
+    "Manifest",
     "Role",
     "Teacher",
     "TeacherBank",
@@ -51,20 +61,6 @@ __all__ = [
     "read_lora",
     "rescaled_factors",
 ]
-
-
-class TeacherEntry(TypedDict):
-    """A teacher as a manifest records it."""
-
-    source: str
-    subfolder: str | None
-    revision: str | None
-    sha256: str | None
-    kind: str
-    rank: int | None
-    guidance_scale: float
-    weight: float
-    lora_scale: float
 
 
 class TeacherRow(TypedDict):
@@ -81,8 +77,7 @@ class TeacherRow(TypedDict):
     sha256: str | None
 
 
-Kind = Literal["base", "lora", "folded", "full"]
-Manifest = dict[str, list[TeacherEntry]]  # by task
+Kind = Literal["base", "lora", "folded", "full", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +87,13 @@ class Teacher:
 
     Attributes:
         name: Its role in the [`Backbone`]: `"teacher_0"`, ... or `"base"`.
-        kind: `"base"`, `"lora"`, `"folded"` (what a file changes, folded into a copy of the base) or `"full"`.
+        kind: `"base"`, `"lora"`, `"folded"` (what a file changes, folded into a copy of the base), `"full"` or
+            `"pipeline"` (the network of a pipeline of its own).
         source: Hub id, or the name of the local folder but never its path; `"base"` for the base.
         revision: Commit on the Hub; `None` for a local teacher.
         sha256: Hash over its files; `None` for the base.
         rank: Rank of most layers of a LoRA; `None` for other teachers.
+        own: The pipeline that it runs through; `None` for the student's.
     """
 
     name: str
@@ -105,11 +102,19 @@ class Teacher:
     revision: str | None = None
     sha256: str | None = None
     rank: int | None = None
+    own: OwnPipeline | None = None
 
     @property
     def is_apart(self) -> bool:
         """Whether it is a network of its own, beside the base."""
         return self.kind in ("folded", "full")
+
+    @property
+    def base_entry(self) -> BaseEntry | None:
+        """How a manifest records its own base; `None` if its base is the student's, or if it is a base itself."""
+        if self.own is None or self.kind == "pipeline":
+            return None
+        return {"source": self.own.source, "revision": self.own.revision, "sha256": self.own.sha256}
 
 
 THE_BASE = Teacher(BASE, "base", source="base")
@@ -125,17 +130,26 @@ class Role:
         config: The user's [`TeacherConfig`].
         guidance_scale: Classifier-free guidance scale that the teacher is run with.
         weight: Share in the task's target; the weights of a task sum to 1.
+        field: The velocity of the teacher's own pipeline; `None` if it runs through the student's.
     """
 
     teacher: Teacher
     config: TeacherConfig
     guidance_scale: float
     weight: float
+    field: VelocityField | None = None
 
     @property
     def label(self) -> str:
         """The teacher's source and folder, for tables and messages."""
         return "/".join(filter(None, (self.teacher.source, self.config.subfolder)))
+
+    @property
+    def shown(self) -> str:
+        """The label with the file's name, and the base if that is the teacher's own."""
+        name = "/".join(filter(None, (self.label, self.config.weight_name)))
+        base = self.teacher.base_entry
+        return name if base is None else f"{name} on {base['source']}"
 
 
 class TeacherBank:
@@ -157,6 +171,8 @@ class TeacherBank:
         batched (`bool`, *optional*, defaults to `False`):
             Whether a task's teachers are computed in one forward, on one copy of the batch for each. This holds for
             LoRAs and the base with the same guidance scale.
+        own ([`OwnPipelines`], *optional*):
+            Loads the pipelines of teachers that do not run on the student's network. Without it they are refused.
 
     Attributes:
         teachers (`dict[str, list[Role]]`): each task's teachers, as roles.
@@ -174,69 +190,136 @@ class TeacherBank:
         default_guidance_scale: float,
         manifest: Manifest | None = None,
         batched: bool = False,
+        own: OwnPipelines | None = None,
     ) -> None:
         self.backbone = backbone
         self.batched = batched
+        self._own = own
         self.teachers: dict[str, list[Role]] = {}
 
         loaded: dict[tuple[str, ...], Teacher] = {}
-        problems = Problems(_compare_with_manifest(teachers, manifest))
+        problems = Problems(count_problems(teachers, manifest))
         for task, configs in teachers.items():
             self.teachers[task] = []
             for index, config in enumerate(configs):
                 recorded = None if problems or manifest is None else manifest[task][index]
+                scale = default_guidance_scale if config.guidance_scale is None else config.guidance_scale
                 try:
-                    teacher = self._load(_pin(config, recorded), pipeline, loaded)
-                    _check_recorded(teacher, config, recorded)
+                    teacher = self._load(pinned(config, recorded), pipeline, loaded)
+                    check_recorded(teacher.source, teacher.sha256, teacher.base_entry, config.lora_scale, recorded)
+                    field = None if teacher.own is None or own is None else own.field_of(teacher.own, config)
+                    if field is None:
+                        check_idle(config)
                 except TeacherError as error:
                     problems.append(f"task {task!r}: {error}")
                     continue
-                scale = default_guidance_scale if config.guidance_scale is None else config.guidance_scale
-                self.teachers[task].append(Role(teacher, config, scale, config.weight))
+                self.teachers[task].append(Role(teacher, config, scale, config.weight, field))
         problems.raise_under("The teachers cannot be used")
 
     def _load(
         self, config: TeacherConfig, pipeline: DiffusionPipeline, loaded: dict[tuple[str, ...], Teacher]
     ) -> Teacher:
+        own = self._own_base(config, pipeline)
         if config.model_name_or_path == "base":
-            return THE_BASE
-        files = find_teacher(config, pipeline)
+            return THE_BASE if own is None else _whole(own, loaded)
+        files = find_teacher(config, pipeline if own is None else own.pipeline)
+        if own is None and files.in_pipeline:
+            assert self.backbone.base is not None
+            if not fits(files, self.backbone.base):
+                own = self._pipelines(files.label).load(*pipeline_of(files), config)
+                return _whole(own, loaded)
         halves = (files,) if files.other is None else (files, files.other)
         key = tuple(str(part) for half in halves for part in (half.expert, half.folder.resolve(), *half.names))
-        key += (str(config.lora_scale),)
+        key += (str(config.lora_scale), "" if own is None else str(id(own)))
         if key in loaded:
             return loaded[key]
 
         name, rank = f"teacher_{len(loaded)}", None
         kind: Kind = "lora"
-        base = self.backbone.base
+        backbone = self.backbone if own is None else own.backbone
+        base = backbone.base
         assert base is not None
         if files.kind == "full":
             if config.lora_scale != 1:
                 raise TeacherError(
                     f"{files.label}: is a whole transformer and takes no lora_scale ({config.lora_scale})"
                 )
-            self.backbone.add_network(name, read_whole(files, base))
+            backbone.add_network(name, read_whole(files, base))
             kind = "full"
         else:
-            lora = read_found_lora(files, pipeline, config.lora_scale)
+            lora = read_found_lora(files, pipeline if own is None else own.pipeline, config.lora_scale)
             try:
                 if isinstance(lora, FoldedLora):
-                    self.backbone.add_network(name, folded_copy(base, lora))
+                    backbone.add_network(name, folded_copy(base, lora))
                     kind = "folded"
                 else:
-                    self.backbone.add_adapter(name, *lora)
+                    backbone.add_adapter(name, *lora)
                     rank = lora.config.r
             except TeacherError as error:
                 raise TeacherError(f"{files.label}: {error}") from error
         with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
             sha256 = files.sha256()
-        loaded[key] = Teacher(name, kind, files.source, files.revision, sha256, rank)
+        loaded[key] = Teacher(name, kind, files.source, files.revision, sha256, rank, own)
         return loaded[key]
 
+    def _own_base(self, config: TeacherConfig, pipeline: DiffusionPipeline) -> OwnPipeline | None:
+        """The own pipeline that a teacher's config names; `None` if it names none, or the student's."""
+        if config.base is None or config.base == pipeline.config.get("_name_or_path"):
+            return None
+        name, revision = split_base(config.base, config.model_name_or_path)
+        return self._pipelines(config.model_name_or_path).load(name, revision, config)
+
+    def _pipelines(self, label: str) -> OwnPipelines:
+        if self._own is None:
+            raise TeacherError(
+                f"{label}: is of another base than the student. It can teach by its velocities, but its weights do "
+                "not fit the student's."
+            )
+        return self._own
+
+    def rest(self) -> None:
+        """Moves text encoders of offloaded teachers back to host memory."""
+        if self._own is not None:
+            self._own.offload.rest()
+
+    def own_pipelines(self) -> list[OwnPipeline]:
+        """The pipelines of teachers that do not run through the student's, each once."""
+        owned = (role.teacher.own for roles in self.teachers.values() for role in roles)
+        return [*dict.fromkeys(own for own in owned if own is not None)]
+
+    def own_fields(self) -> list[VelocityField]:
+        """The velocities of those pipelines, each once."""
+        return [field for own in self.own_pipelines() for field in own.fields]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The frozen parameters of all networks, of own pipelines too."""
+        yield from self.backbone.parameters()
+        for own in self.own_pipelines():
+            yield from own.backbone.parameters()
+
+    def encode_prompts(self, roles: Iterable[Role], prompts: list[str]) -> None:
+        """Encodes the prompts of a batch in advance, for those teachers that run through their own pipelines."""
+        for role in roles:
+            if role.field is not None:
+                role.field.encode_prompts(prompts, [role.guidance_scale])
+
     def use(self, role: Role | None) -> AbstractContextManager[nn.Module]:
-        """Context that yields the module of a role (the base for `None`). See [`Backbone.use`]."""
-        return self.backbone.use(BASE if role is None else role.teacher.name)
+        """
+        Context that yields the module of a role (the base for `None`). See [`Backbone.use`]. It computes with the
+        pipeline of [`~TeacherBank.velocity`].
+        """
+        teacher = THE_BASE if role is None else role.teacher
+        if teacher.own is None:
+            return self.backbone.use(teacher.name)
+        return teacher.own.use(BASE if teacher.kind == "pipeline" else teacher.name)
+
+    def velocity(self, field: VelocityField, role: Role, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+        """
+        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t`, with its own guidance scale and
+        through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
+        """
+        with self.use(role) as network:
+            return (role.field or field)(x, t, prompts, role.guidance_scale, network)
 
     def mean_velocity(
         self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float, prompts: list[str]
@@ -257,8 +340,8 @@ class TeacherBank:
             return [[role] for role in roles]
         groups: dict[tuple[float, str | None], dict[str, Role]] = {}
         for role in roles:
-            name = role.teacher.name
-            group = groups.setdefault((role.guidance_scale, name if role.teacher.is_apart else None), {})
+            name, alone = role.teacher.name, role.teacher.is_apart or role.field is not None
+            group = groups.setdefault((role.guidance_scale, name if alone else None), {})
             weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
         return [[*group.values()] for group in groups.values()]
@@ -269,13 +352,36 @@ class TeacherBank:
         """Computes each role's velocity at `x` of shape `(B, ...)` in one forward, with a copy of `x` for each."""
         n, scale = len(group), group[0].guidance_scale
         if n == 1:
-            with self.use(group[0]) as network:
-                return [field(x, t, prompts, scale, network)]
+            return [self.velocity(field, group[0], x, t, prompts)]
         teachers = [role.teacher for role in group]
         names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in teachers for _ in prompts]
         with self.backbone.mixed(next(teacher.name for teacher in teachers if teacher.kind == "lora")) as network:
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
             return field(copies, t, prompts * n, scale, network, names).chunk(n)
+
+    def check_guidance(self, field: VelocityField) -> None:
+        """
+        Refuses guidance scales that a teacher's pipeline would silently ignore. See [`VelocityField.check_guidance`].
+
+        Raises:
+            [`ValueError`]: if there is one. One message lists all.
+        """
+        problems = Problems()
+        for scale in sorted(
+            {role.guidance_scale for roles in self.teachers.values() for role in roles if not role.field}
+        ):
+            with problems.collect():
+                field.check_guidance(scale)
+        for task, roles in self.teachers.items():
+            for role in roles:
+                if role.field is not None:
+                    try:
+                        with self.use(role):
+                            role.field.check_guidance(role.guidance_scale)
+                    except ValueError as error:
+                        problems.append(f"task {task!r}: {role.label}: {error}")
+        if problems:
+            raise ValueError("\n".join(dict.fromkeys(problems)))
 
     @torch.no_grad()
     def check_batched(self, field: VelocityField) -> None:
@@ -316,6 +422,7 @@ class TeacherBank:
                     "guidance_scale": role.guidance_scale,
                     "weight": role.weight,
                     "lora_scale": role.config.lora_scale,
+                    "base": role.teacher.base_entry,
                 }
                 for role in roles
             ]
@@ -327,7 +434,7 @@ class TeacherBank:
         return [
             {
                 "task": task,
-                "teacher": "/".join(filter(None, (role.label, role.config.weight_name))),
+                "teacher": role.shown,
                 "kind": role.teacher.kind,
                 "rank": role.teacher.rank,
                 "lora_scale": role.config.lora_scale,
@@ -341,41 +448,22 @@ class TeacherBank:
         ]
 
 
-def _compare_with_manifest(teachers: Mapping[str, list[TeacherConfig]], manifest: Manifest | None) -> list[str]:
-    if manifest is None:
-        return []
-    ours, theirs = ({task: len(entries) for task, entries in roles.items()} for roles in (teachers, manifest))
-    if ours == theirs:
-        return []
-    return [f"the checkpoint was trained with teachers (number by task) {theirs}, but is resumed with {ours}"]
-
-
-def _pin(config: TeacherConfig, recorded: TeacherEntry | None) -> TeacherConfig:
-    """Sets the commit that the checkpoint recorded, if the config names the same repository."""
-    if recorded is None or recorded["revision"] is None or local_folder(config) is not None:
-        return config
-    same = recorded["source"] == config.model_name_or_path and recorded["subfolder"] == config.subfolder
-    return replace(config, revision=recorded["revision"]) if same else config
-
-
-def _check_recorded(teacher: Teacher, config: TeacherConfig, recorded: TeacherEntry | None) -> None:
-    # The hash decides, not the name: a teacher may have moved, or come from the Hub where it was a folder before.
-    if recorded is not None and recorded["sha256"] != teacher.sha256:
-        raise TeacherError(
-            f"{teacher.source}: not the teacher that the checkpoint was trained with, which was "
-            f"{recorded['source']} with sha256 {recorded['sha256']}; this one has {teacher.sha256}. Give that one, or "
-            "start a new run."
-        )
-    if recorded is not None and recorded["lora_scale"] != config.lora_scale:
-        raise TeacherError(
-            f"{teacher.source}: its lora_scale is {config.lora_scale:g}, but the checkpoint was trained with "
-            f"{recorded['lora_scale']:g}. Give that one, or start a new run."
-        )
+def _whole(own: OwnPipeline, loaded: dict[tuple[str, ...], Teacher]) -> Teacher:
+    """The teacher that is an own pipeline itself."""
+    new = Teacher(f"teacher_{len(loaded)}", "pipeline", own.source, own.revision, own.sha256, own=own)
+    return loaded.setdefault(("pipeline", str(id(own))), new)
 
 
 def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
     """Identifies a model among others on the same base, by files, guidance and weight of each of its networks."""
     return [
-        [role.teacher.kind, role.teacher.sha256, role.config.lora_scale, role.guidance_scale, role.weight]
+        [
+            role.teacher.kind,
+            role.teacher.sha256,
+            role.config.lora_scale,
+            role.guidance_scale,
+            role.weight,
+            *([] if role.teacher.own is None else [role.teacher.own.sha256, repr(role.config.generation_kwargs)]),
+        ]
         for role in roles
     ]

@@ -30,6 +30,7 @@ from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
 from ..guards.files import JSON
 from .boundary import strangers_files
 from .lora_keys import some
+from .single_file import read_single_file
 from .teacher_config import TeacherError
 from .teacher_files import TeacherFiles, check_keys, read_json
 
@@ -42,20 +43,32 @@ _BEYOND = 2.0**24
 
 def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     """
-    Loads a whole transformer, frozen, in the dtype of the base and on its device.
+    Loads a whole transformer, frozen, in the dtype of the base and on its device: from a folder of diffusers, or from a
+    single file.
 
     Raises:
         TeacherError: If its class or config differs from the base's, or if a weight is missing, left over, of another
             shape or type, or not finite.
     """
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
-        return _load_transformer(files, base)
+        is_folder = files.names[0] == "config.json"
+        model = _load_transformer(files, base) if is_folder else read_single_file(files, base)
+        _check_values(files.label, model, base)
+        return model.to(base.device).requires_grad_(False).eval()
 
 
-def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
-    label = files.label
+def has_architecture_of(base: ModelMixin, files: TeacherFiles) -> bool:
+    """Whether a whole transformer is of the base's class and config, as its own config says."""
+    try:
+        _empty(read_json(files.folder / "config.json", files.label), base, files.label)
+    except TeacherError:
+        return False
+    return True
+
+
+def _empty(stored: Mapping[str, JSON], base: ModelMixin, label: str) -> nn.Module:
+    """Makes the network of a config, without weights, and refuses another architecture than the base's."""
     cls = type(base)
-    stored = read_json(files.folder / "config.json", label)
     if stored.get("_class_name") != cls.__name__:
         raise TeacherError(
             f"{label}: its config.json is of class {str(stored.get('_class_name'))[:80]!r}, but the base's "
@@ -68,6 +81,13 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         empty = cls.from_config(dict(stored))
     theirs = json.loads(empty.to_json_string())
     _compare({key: theirs.get(key) for key in {*ours, *theirs}}, ours, label)
+    return empty
+
+
+def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
+    label = files.label
+    stored = read_json(files.folder / "config.json", label)
+    empty = _empty(stored, base, label)
     quantized = stored.get(_QUANTIZATION)
     if quantized is not None and not (isinstance(quantized, dict) and quantized.get("quant_method") in _METHODS):
         raise TeacherError(
@@ -76,7 +96,7 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     if quantized is None:
         _check_headers(files, empty.state_dict())
     try:
-        model, info = cls.from_pretrained(
+        model, info = type(base).from_pretrained(
             files.folder, dtype=base_weight(base).dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -85,6 +105,10 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(
             f"{label}: its weights do not fit its config: { {key: value[:3] for key, value in wrong.items()} }"
         )
+    return model
+
+
+def _check_values(label: str, model: nn.Module, base: ModelMixin) -> None:
     # Buffers too: SD3's table of positions is one, and it is saved in the file.
     if bad := [key for key, value in [*model.named_parameters(), *model.named_buffers()] if not _is_finite(value)]:
         raise TeacherError(f"{label}: holds NaN or infinite values in {some(bad)}")
@@ -95,7 +119,6 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(
             f"{label}: its weights are more than 2^24 times those of the base, so its outputs are not finite"
         )
-    return model.to(base.device).requires_grad_(False).eval()
 
 
 def _compare(theirs: Mapping[str, JSON], ours: Mapping[str, JSON], label: str) -> None:

@@ -62,7 +62,7 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     """
     hashed = hashlib.sha256(type(pipeline).__name__.encode())
     for name, component in sorted(pipeline.components.items()):
-        hashed.update(json.dumps([name, type(component).__name__, _config(component)], default=str).encode())
+        hashed.update(json.dumps([name, type(component).__name__, config_of(component)], default=str).encode())
         if isinstance(component, PreTrainedTokenizerBase):
             hashed.update(json.dumps(sorted(component.get_vocab().items())).encode())
         if isinstance(component, nn.Module):
@@ -73,7 +73,8 @@ def base_digest(pipeline: DiffusionPipeline) -> str:
     return hashed.hexdigest()
 
 
-def _config(component: object) -> dict[str, object]:
+def config_of(component: object) -> dict[str, object]:
+    """A component's settings that affect its output, with sorted names; empty if it has no config."""
     if isinstance(component, ConfigMixin):
         config = dict(component.config)
     elif isinstance(component, nn.Module) and isinstance(component.__dict__.get("config"), PretrainedConfig):

@@ -88,7 +88,6 @@ class VelocityField(PipelineCalls):
         prompt_store: PromptStore | None = None,
     ):
         self.height, self.width = height, width
-        self._max_sequence_length, self._generation_kwargs = max_sequence_length, dict(generation_kwargs or {})
         options = dict(generation_kwargs or {})
         problems = pipeline_problems(pipeline) or option_problems(
             pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
@@ -105,20 +104,6 @@ class VelocityField(PipelineCalls):
         self.set_grid(num_inference_steps)
         if not self._prediction.is_flow:
             self._check_input_scaling()
-
-    def on(
-        self, pipeline: DiffusionPipeline, *, num_inference_steps: int, prompt_store: PromptStore | None = None
-    ) -> "VelocityField":
-        """A field of another pipeline with this one's size and options. It has embeddings of its own."""
-        return VelocityField(
-            pipeline,
-            num_inference_steps=num_inference_steps,
-            height=self.height,
-            width=self.width,
-            max_sequence_length=self._max_sequence_length,
-            generation_kwargs=self._generation_kwargs,
-            prompt_store=prompt_store,
-        )
 
     def set_grid(self, num_inference_steps: int) -> None:
         """Reads the noise grid with this number of steps from the pipeline's scheduler, as its `__call__` sets it."""

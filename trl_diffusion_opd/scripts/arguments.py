@@ -16,7 +16,7 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from ..trainer.base_config import DiffusionConfig
 
 
-# The help of one option in several commands.
+# The help of options in several commands.
 LORA_SCALES = "task=scale …: strength of the LoRAs of a task's teachers."
+TEACHER_BASES = "task=base … for teachers on another base than the student's: a folder or owner/repo[@revision]"
 
 
 @dataclass(kw_only=True)
@@ -239,6 +240,8 @@ class TaughtArguments(ScriptArguments):
             `teacher_guidance_scale`.
         teacher_lora_scales (`list[str]`, *optional*): `task=scale`, the strength of the LoRAs of a task's teachers;
             for several teachers one for all, or one for each in their order.
+        teacher_bases (`list[str]`, *optional*): `task=base` for teachers on another base than the student's, a folder
+            or `owner/repo[@revision]`; for several teachers of a task one for all, or one for each in their order.
     """
 
     teachers: list[str] | None = field(
@@ -248,13 +251,15 @@ class TaughtArguments(ScriptArguments):
         default=None, metadata={"help": "task=scale … for teachers with another scale than teacher_guidance_scale."}
     )
     teacher_lora_scales: list[str] | None = field(default=None, metadata={"help": LORA_SCALES})
+    teacher_bases: list[str] | None = field(default=None, metadata={"help": TEACHER_BASES})
 
     def given_teachers(self) -> dict[str, list[TeacherConfig]]:
         return self.teachers_by_task()
 
     def teachers_by_task(self) -> dict[str, list[TeacherConfig]]:
         """Makes the [`TeacherConfig`]s of each task; an empty dict if none are given."""
-        return load_teachers(self.teachers or [], self.teacher_guidance_scales, self.teacher_lora_scales)
+        teachers = load_teachers(self.teachers or [], self.teacher_guidance_scales, self.teacher_lora_scales)
+        return on_bases(teachers, self.teacher_bases)
 
 
 @dataclass(kw_only=True)
@@ -345,6 +350,23 @@ def load_teachers(
             for name, scale in zip(names, each, strict=True)
         ]
     return teachers
+
+
+def on_bases(teachers: Mapping[str, list[TeacherConfig]], values: OfTasks | None) -> dict[str, list[TeacherConfig]]:
+    """Gives each task's teachers the bases of `--teacher_bases`."""
+    option, found = "teacher_bases", dict(teachers)
+    for task, bases in by_task(option, values).items():
+        if task not in found:
+            raise Refusal(f"--{option}: no teacher for task {task!r}; teachers are given for {sorted(found)}.")
+        count = len(found[task])
+        if len(bases) not in (1, count):
+            raise Refusal(
+                f"--{option}: task {task!r} has {count} teachers and {len(bases)} bases. Give one for all of them, or "
+                "one for each in their order."
+            )
+        each = bases * count if len(bases) == 1 else bases
+        found[task] = [replace(config, base=packaged(base)) for config, base in zip(found[task], each, strict=True)]
+    return found
 
 
 def load_students(option: str, values: OfTasks) -> dict[str, str]:

@@ -46,7 +46,7 @@ from ..guards.files import JSON
 from ..hub.files import PAGE_FILE, TABLES_FILE
 from ..models.teacher_config import local_folder, parse_teacher
 from ..pipelines.loading_options import full_dtype
-from .arguments import LORA_SCALES, load_rewards, load_students, load_teachers
+from .arguments import LORA_SCALES, TEACHER_BASES, load_rewards, load_students, load_teachers, on_bases
 from .parser import parse
 from .prompt_sources import load_tasks
 from .refusals import refusals_told
@@ -73,6 +73,7 @@ class EvaluationArguments:
         teacher_guidance_scales (`list[str]`, *optional*): `task=scale` for teachers with another scale than the
             student learned from them at.
         teacher_lora_scales (`list[str]`, *optional*): `task=scale`, as in training.
+        teacher_bases (`list[str]`, *optional*): `task=base` for teachers on another base than the student's.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
         model_init_kwargs (`dict`, *optional*): further arguments to load the base, such as
             `{"revision": "...", "variant": "fp16"}`.
@@ -96,6 +97,7 @@ class EvaluationArguments:
         default=None, metadata={"help": "task=scale … for teachers with another scale than in training."}
     )
     teacher_lora_scales: list[str] | None = field(default=None, metadata={"help": LORA_SCALES})
+    teacher_bases: list[str] | None = field(default=None, metadata={"help": TEACHER_BASES})
     reward_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: arguments of named rewards, by name."}
     )
@@ -169,6 +171,7 @@ LOADED = (
     "dataset",
     "teacher_guidance_scales",
     "teacher_lora_scales",
+    "teacher_bases",
     "reward_kwargs",
     "prompt_column",
 )
@@ -184,7 +187,9 @@ def main(args: EvaluationArguments) -> None:
     args.output_dir = args.output_dir or folder or DEFAULT_FOLDER
     report = evaluate_retention(
         packaged(args.base),
-        load_teachers(args.teachers, args.teacher_guidance_scales, args.teacher_lora_scales),
+        on_bases(
+            load_teachers(args.teachers, args.teacher_guidance_scales, args.teacher_lora_scales), args.teacher_bases
+        ),
         students,
         load_rewards(args.reward_funcs, reward_kwargs),
         load_tasks("dataset", args.dataset, args.task_column, args.prompt_column),

@@ -307,7 +307,8 @@ class StageSpec(TaughtArguments):
 
 
 _KNOWN = {one.name for one in fields(StageSpec)}
-_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers", "teacher_guidance_scales", "teacher_lora_scales"}
+_OF_TASKS = {"prompts", "eval_prompts", "reward_funcs", "teachers"}
+_OF_TASKS |= {"teacher_guidance_scales", "teacher_lora_scales", "teacher_bases"}
 # Arguments of commands that a stage ignores.
 _OF_COMMANDS = {"output_dir", "test_prompts", "num_test_images", "dry_run"}
 

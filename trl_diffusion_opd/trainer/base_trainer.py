@@ -57,6 +57,7 @@ from ..rewards import RewardFuncs, Row
 from ..rewards.scoring import OnTimeout
 from .base_config import DiffusionConfig
 from .conflicts import TaskComparison
+from .encoding import PromptEncoding
 from .image_evaluator import ImageEvaluator
 from .passes import StudentPasses
 from .preparation import Method, Parts, prepare
@@ -72,7 +73,7 @@ from .training_pictures import FrozenModel, TrainingPictures, base_model, teache
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
+class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles, _BaseTrainer):
     """
     Base class of the diffusion trainers. It trains a diffusers pipeline, on prompts of several tasks.
 
@@ -140,7 +141,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             self._settle(parts)
             self._take(parts)
             self._start()
-            self._say_start(parts.guidance_lines)
+            self._say_start(parts.start_lines)
             undo.pop_all()
 
     def _settle(self, parts: Parts) -> None:
@@ -177,7 +178,8 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
-        field.encoding = lambda: self._part("encoding")
+        for one in self._fields():
+            one.encoding = lambda: self._part("encoding")
         if self.bank is not None:
             compiling = (args.torch_compile_backend, args.torch_compile_mode) if args.torch_compile else None
             place(self.bank, self.accelerator.device, self.student, compiling)
@@ -204,16 +206,11 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
         if self.bank is None:
             return {}
         name = "teachers" if self.student.is_lora else "teachers and frozen base"
-        return {name: list(self.bank.backbone.parameters())}
-
-    def guidance_scales(self, task: str) -> set[float]:
-        """The guidance scales that a task's prompts are used with in training."""
-        roles = () if self.bank is None else self.bank.teachers.get(task, ())
-        return {self.trained_scale, *(role.guidance_scale for role in roles)}
+        own = {f"teacher {own.source}": list(own.backbone.parameters()) for own in self.bank.own_pipelines()}
+        return {name: list(self.bank.backbone.parameters()), **own}
 
     @property
     def trained_scale(self) -> float:
-        """The guidance scale of the student's forwards that are trained."""
         return self.args.guidance_scale
 
     def task_comparison(self) -> TaskComparison:
@@ -303,7 +300,7 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
 
     def _end_update(self) -> None:
         """Steps the moving average after an update, before it is evaluated or saved."""
-        self.velocity_field.encode_together([])  # an evaluation's prompts belong to no update
+        self._encode_together([])  # an evaluation's prompts belong to no update
         self.student.update_ema(self.state.global_step)
         self._cost.stop()
 
@@ -375,23 +372,13 @@ class DiffusionTrainer(Method, StudentPasses, RunLogs, RunFiles, _BaseTrainer):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             with self._part("encoding"):
-                self.velocity_field.encode_together(self._companies())
+                self._encode_together(self._companies())
         if self.offload.modules:  # encode all prompts of the round now, so that the encoders can leave the device
             for i, rows in enumerate(batches):
-                task, _ = self.turn(i, rows)
-                self.velocity_field.encode_prompts([row["prompt"] for row in rows], self.guidance_scales(task))
+                self._encode_ahead(self.turn(i, rows)[0], [row["prompt"] for row in rows])
             with self._part("encoding"):
                 self.offload.rest()
         return batches, num_items
-
-    def _companies(self) -> list[list[str]]:
-        """
-        Returns groups of the round's prompts that are encoded together. They are the same for any number of processes
-        and any size of micro-batches.
-        """
-        a_round = self.state.global_step // self._sampler.passes
-        companies = self._sampler.companies(a_round % self._sampler.rounds)
-        return [list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])) for rows in companies]
 
     def turn(self, number: int, rows: list[Row]) -> tuple[str, list[int]]:
         """Returns a micro-batch's task, and its samples' positions among the task's. See [`Rounds.turn`]."""

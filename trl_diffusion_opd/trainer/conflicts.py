@@ -174,6 +174,8 @@ class TaskComparison:
         field.encode_prompts(
             prompts, sorted({scale, *(role.guidance_scale for roles in asked.values() for role in roles)})
         )
+        for roles in asked.values():
+            bank.encode_prompts(roles, prompts)
         self.rest()
         levels = field.levels[np.unique(np.linspace(0, field.num_inference_steps, _STATES + 1).round().astype(int))]
         sums: dict[tuple[str, str], Tensor] = {}
@@ -210,4 +212,4 @@ def _key(roles: Sequence[Role]) -> Key:
 
 def _as_base(roles: Sequence[Role]) -> list[Role]:
     """Replaces each teacher by the base, at the teacher's guidance scale."""
-    return [replace(role, teacher=THE_BASE) for role in roles]
+    return [replace(role, teacher=THE_BASE, field=None) for role in roles]

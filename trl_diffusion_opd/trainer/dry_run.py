@@ -140,15 +140,15 @@ def _walk(
         target, of_teachers = torch.zeros_like(x), []
         for i, role in enumerate(roles):
             scale = role.guidance_scale
-            with bank.use(role) as module, clock(f"teacher {i}"):
-                own = field(x, t, prompts, scale, module)
+            with clock(f"teacher {i}"):
+                own = bank.velocity(field, role, x, t, prompts)
             with bank.use(None) as module, clock("base"):
                 base = field(x, t, prompts, scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
             if j == len(plan) - 1 and role.teacher.kind == "lora":
                 with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
-                    again = field(x, t, prompts, scale, module)
+                    again = bank.velocity(field, role, x, t, prompts)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         if shares_forwards:
             with clock("teachers"):
@@ -253,12 +253,10 @@ def _draw(trainer: DiffusionTrainer) -> Pictures:
     for task, row in firsts.items():
         of_task = {}
         for frozen in trainer.frozen_models(task):
-            with frozen.use() as module:
-                image = draw(trainer.evaluator, module, task, row["prompt"], frozen.guidance_scale)
-            of_task[frozen.caption] = image
+            velocity = frozen.velocity(trainer.evaluator.field)
+            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, row["prompt"])
         with trainer.student.ema_weights():
-            of_task[captioned("student", scale)] = draw(
-                trainer.evaluator, trainer.student.model, task, row["prompt"], scale
-            )
+            velocity = trainer.evaluator.student_velocity()
+            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, row["prompt"])
         pictures[task] = row, of_task
     return pictures

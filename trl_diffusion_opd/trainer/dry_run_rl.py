@@ -211,7 +211,7 @@ def _draw(trainer: DiffusionTrainer, rollouts: list[Rollout], batches: list[list
     pictures: Pictures = {}
     for task, rollout, rows in zip(trainer.tasks, rollouts, batches, strict=False):
         with trainer.student.ema_weights():
-            image = draw(trainer.evaluator, trainer.student.model, task, rollout.prompts[0], scale)
+            image = draw(trainer.evaluator, trainer.evaluator.student_velocity(), task, rollout.prompts[0])
         completions = trainer.velocity_field.decode(rollout.latents[:shown], rollout.prompts[:shown])
         captions = {f"completion {i}": completion for i, completion in enumerate(completions, start=1)}
         pictures[task] = rows[0], {f"student, CFG {scale:g}": image, **captions}

@@ -35,7 +35,7 @@ from ..data.tasks import TaskSampler
 from ..guards.extras import extra
 from ..guards.files import file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
-from ..pipelines.drawing import draw_images
+from ..pipelines.drawing import Velocity, draw_with
 from ..pipelines.view import exchanged_forward
 from ..profiling.memory import MemoryRow
 from ..profiling.timing import Instant, instant, seconds_between
@@ -190,16 +190,10 @@ def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, w
 Pictures = dict[str, tuple[Row, dict[str, Image.Image]]]
 
 
-def draw(evaluator: ImageEvaluator, module: nn.Module, task: str, prompt: str, guidance_scale: float) -> Image.Image:
+def draw(evaluator: ImageEvaluator, velocity: Velocity, task: str, prompt: str) -> Image.Image:
     """Draws the image that an evaluation would draw first for a task with this first prompt."""
-    ((_, image),) = draw_images(
-        evaluator.field,
-        module,
-        [prompt],
-        entropy=[evaluator.args.seed, evaluator.tasks.index(task)],
-        guidance_scale=guidance_scale,
-        batch_size=1,
-    )
+    entropy = [evaluator.args.seed, evaluator.tasks.index(task)]
+    ((_, image),) = draw_with(evaluator.field, velocity, [prompt], entropy=entropy, batch_size=1)
     return image
 
 

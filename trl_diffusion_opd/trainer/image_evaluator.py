@@ -27,7 +27,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL.Image import Image
-from torch import nn
 from tqdm import tqdm
 from transformers import TrainerState
 
@@ -39,10 +38,6 @@ from ..reporting.completions import Completion
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.common_scale import Reference, on_common_scale
 from .base_config import DiffusionConfig
-
-
-# A network, and the guidance scale it draws with.
-DrawnModel = tuple[nn.Module, float]
 
 
 @dataclass
@@ -112,11 +107,10 @@ class ImageEvaluator:
         Draws this process's share of the images of `dataset[rows]`, as `(position in rows, image)`: with the student's
         current weights, or with another model's `velocity`.
         """
-        of_student = self._velocity(self.student.model, self.args.evaluation_guidance)
         try:
             return draw_with(
                 self.field,
-                of_student if velocity is None else velocity,
+                self.student_velocity() if velocity is None else velocity,
                 [dataset[row]["prompt"] for row in rows],
                 entropy=[self.args.seed, self.tasks.index(task)],
                 batch_size=self.args.per_device_eval_batch_size,
@@ -127,8 +121,10 @@ class ImageEvaluator:
             who = f"The student after update {update}" if velocity is None else "Base or teacher"
             raise FloatingPointError(f"{who}, task {task!r}: {error}") from error
 
-    def _velocity(self, network: nn.Module, guidance_scale: float) -> Velocity:
-        return lambda x, t, prompts: self.field(x, t, prompts, guidance_scale, network)
+    def student_velocity(self) -> Velocity:
+        """The velocity of the student's current weights, as evaluations draw with it."""
+        network, scale = self.student.model, self.args.evaluation_guidance
+        return lambda x, t, prompts: self.field(x, t, prompts, scale, network)
 
     def evaluate(
         self,
@@ -218,7 +214,7 @@ class ImageEvaluator:
         dataset: Dataset,
         state: TrainerState,
         tasks: Collection[str] | None = None,
-        model: DrawnModel | None = None,
+        velocity: Velocity | None = None,
     ) -> list[Completion]:
         """
         Draws images for the first prompts of each task. The same on every process.
@@ -226,16 +222,14 @@ class ImageEvaluator:
         Args:
             dataset ([`~datasets.Dataset`]), state ([`~transformers.TrainerState`])
             tasks (`list[str]`, *optional*): the tasks to draw for. By default, all.
-            model ([`DrawnModel`], *optional*): the model that draws. By default, the student with its averaged
-                weights.
+            velocity (`Callable`, *optional*): the model that draws. By default, the student with its averaged weights.
         """
         shown: list[tuple[int, int, Completion]] = []
-        with self.student.ema_weights() if model is None else nullcontext():
+        with self.student.ema_weights() if velocity is None else nullcontext():
             for k, (task, rows) in enumerate(task_rows(dataset, self.args.task_column).items()):
                 if tasks is not None and task not in tasks:
                     continue
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
-                velocity = None if model is None else self._velocity(*model)
                 mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step, velocity=velocity)
                 images = [image for _, image in mine]
                 with self.monitor(task, state) as scorer:

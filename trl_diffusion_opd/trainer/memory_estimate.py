@@ -109,17 +109,35 @@ def _weights(trainer: DiffusionTrainer) -> tuple[dict[str, MemoryRow], dict[str,
     for name, component in trainer.base_pipeline.components.items():
         if not isinstance(component, nn.Module):
             continue
-        own = [*component.parameters(), *component.buffers(), *scales(component)]
-        tensors = [tensor for tensor in own if id(tensor) not in taken]
+        tensors = [tensor for tensor in _tensors(component) if id(tensor) not in taken]
         if any(component is other for other in trainer.offload.modules):
             elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
         elif tensors:
             rows[name] = _row_of(tensors, "counted")
     rows["student"] = _row_of(student, "counted")
     rows |= {name: _row_of(tensors, "counted") for name, tensors in frozen.items() if tensors}
+    taken |= {id(tensor) for part in trainer.base_pipeline.components.values() for tensor in _tensors(part)}
+    for own in () if trainer.bank is None else trainer.bank.own_pipelines():
+        for part, module in own.modules().items():
+            if part == "vae":  # it stays in host memory: only the start has used it
+                continue
+            tensors = [tensor for tensor in _tensors(module) if id(tensor) not in taken]
+            taken |= {id(tensor) for tensor in tensors}
+            name = f"teacher {own.source}: {part}"
+            if any(module is other for other in trainer.offload.modules):
+                elsewhere[name] = _row_of(tensors, "counted: on the device while it is used")
+            elif tensors:
+                rows[name] = _row_of(tensors, "counted")
     if trainer.student.ema is not None:
         rows["moving average"] = _row_of(trainer.student.ema.shadow_params, "counted")
     return rows, elsewhere
+
+
+def _tensors(component: object) -> list[Tensor]:
+    """All tensors of a pipeline's component; none if it is no network."""
+    if not isinstance(component, nn.Module):
+        return []
+    return [*component.parameters(), *component.buffers(), *scales(component)]
 
 
 def _row_of(tensors: Sequence[Tensor], how: str) -> MemoryRow:

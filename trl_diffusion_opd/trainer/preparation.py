@@ -96,7 +96,7 @@ class Parts:
         offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
         method (`dict`): the method's own attributes of the trainer.
-        guidance_lines (`list[str]`): what the start says about guidance.
+        start_lines (`list[str]`): what the start says about guidance and teachers.
     """
 
     args: DiffusionConfig
@@ -112,7 +112,7 @@ class Parts:
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
-    guidance_lines: list[str] = field(default_factory=list)
+    start_lines: list[str] = field(default_factory=list)
 
     @property
     def transformer(self) -> ModelMixin:
@@ -122,17 +122,27 @@ class Parts:
         """The pipeline's networks."""
         return (component for component in self.pipeline.components.values() if isinstance(component, nn.Module))
 
-    def use_attention_backend(self, network: nn.Module, as_student: bool = False) -> Callable[[], None] | None:
+    def prompt_store(self, pipeline: DiffusionPipeline) -> PromptStore | None:
+        """Makes the store of a pipeline's embeddings on disk; `None` if the arguments name no folder."""
+        args = self.args
+        if args.prompt_cache_dir is None:
+            return None
+        size = convert_file_size_to_int(args.prompt_cache_max_size)
+        return PromptStore(args.prompt_cache_dir, encoder_fingerprint(pipeline), size)
+
+    def use_attention_backend(
+        self, network: nn.Module, as_student: bool = False, field: VelocityField | None = None
+    ) -> Callable[[], None] | None:
         """
         Sets the attention backend of a network, or refuses it. Returns a function that undoes it. Mixed precision is
-        used only for the student's network.
+        used only for the student's network. `field` is that of the network's pipeline, by default the student's.
         """
         args = self.args
         if args.attention_backend is None:
             return None
         mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         batch_size = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
-        trial = partial(self.velocity_field.one_forward, network, batch_size)
+        trial = partial((field or self.velocity_field).one_forward, network, batch_size)
         return use_attention_backend(network, args.attention_backend, trial, mixed if as_student else None)
 
 
@@ -283,9 +293,7 @@ def _make_field(parts: Parts, unfit: Problems) -> None:
     assert kwargs is None or isinstance(kwargs, dict)  # the config has parsed or refused strings
     store: PromptStore | None = None
     with unfit.collect():
-        if args.prompt_cache_dir is not None:
-            size = convert_file_size_to_int(args.prompt_cache_max_size)
-            store = PromptStore(args.prompt_cache_dir, encoder_fingerprint(parts.pipeline), size)
+        store = parts.prompt_store(parts.pipeline)
         if args.offload_encoders:
             parts.offload = Offload(offloaded(parts.pipeline), args.device)
             parts.undo.callback(parts.offload.remove)
@@ -314,7 +322,7 @@ def _settle_guidance(parts: Parts) -> None:
     is_default = args.guidance_scale is None
     if is_default:
         args.guidance_scale = parts.velocity_field.default_guidance_scale()
-    parts.guidance_lines = parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
+    parts.start_lines += parts.velocity_field.guidance_lines(args.guidance_scale, is_default)
 
 
 def _warn_of_long_prompts(parts: Parts) -> None:

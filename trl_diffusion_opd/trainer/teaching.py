@@ -27,8 +27,10 @@ from ..guards.files import read_json
 from ..hub.files import MANIFEST_FILE
 from ..models.backbone import Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
+from ..models.own_pipeline import OwnPipelines
 from ..models.student import STUDENT_ADAPTER, Student
 from ..models.teacher_config import normalize_teachers
+from ..models.teacher_manifest import base_hash
 from ..models.teachers import Manifest, TeacherBank
 from ..problems import Problems
 from .base_config import MERGE, DiffusionConfig
@@ -65,17 +67,36 @@ def load_teachers(parts: Parts, problems: Problems, default_scale: float | None,
             args.guidance_scale if default_scale is None else default_scale,
             _recorded_manifest(args),
             batched,
+            own_pipelines(parts),
         )
         parts.method["bank"] = bank
-        for scale in {role.guidance_scale for roles in bank.teachers.values() for role in roles}:
-            field.check_guidance(scale)
+        bank.check_guidance(field)
         for network in bank.backbone.networks():
             parts.use_attention_backend(network.to(args.device))
+        for own in bank.own_pipelines():
+            for network in own.backbone.networks():
+                parts.use_attention_backend(network, field=own.fields[0])
+            parts.start_lines.append(own.line)
         bank.check_batched(field)
         if args.student_init == MERGE:
             assert isinstance(parts.student, PeftModel)  # full weights with a student_init are refused before
             report: MergeReport = merge_adapters(parts.student, merge_weights(bank), STUDENT_ADAPTER)
             parts.method["merge_report"] = report
+
+
+def own_pipelines(parts: Parts) -> OwnPipelines:
+    """What loads the pipelines of teachers that do not run on the student's network."""
+    args, kwargs = parts.args, parts.args.generation_kwargs
+    assert kwargs is None or isinstance(kwargs, dict)  # the config has parsed or refused strings
+    return OwnPipelines(
+        parts.pipeline,
+        parts.velocity_field,
+        args.max_sequence_length,
+        kwargs,
+        parts.offload,
+        args.offload_encoders,
+        parts.prompt_store,
+    )
 
 
 def place(
@@ -92,8 +113,9 @@ def place(
     """
     bank.backbone.to(device)
     if compiling is not None:
-        bank.backbone.compile(*compiling)
-    shared = {id(p) for p in bank.backbone.parameters()} & {id(p) for p in student.parameters()}
+        for backbone in (bank.backbone, *(own.backbone for own in bank.own_pipelines())):
+            backbone.compile(*compiling)
+    shared = {id(p) for p in bank.parameters()} & {id(p) for p in student.parameters()}
     assert not shared, "a teacher's parameter is trainable"
 
 
@@ -116,7 +138,8 @@ def manifest_problems(folder: Path, ours: Manifest) -> list[str]:
         return [f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}."]
     problems = []
     for task, entries in recorded.items():
-        if [entry["sha256"] for entry in entries] != [entry["sha256"] for entry in ours[task]]:
+        theirs, mine = ([(e["sha256"], base_hash(e["base"])) for e in one] for one in (entries, ours[task]))
+        if theirs != mine:
             names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)
             problems.append(
                 f"the teacher of task {task!r} has changed: the checkpoint was trained with {names}. Give that one "

@@ -20,13 +20,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from ..data.tasks import task_rows
 from ..models.backbone import BASE, Backbone, base_backbone
 from ..models.student import Student
-from ..models.teachers import TeacherBank
+from ..models.teachers import Role, TeacherBank
+from ..pipelines.drawing import Velocity
+from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Beside, Completion, log_completions
 from ..reporting.trackers import tensorboard_writers
 from .image_evaluator import ImageEvaluator
@@ -40,12 +42,12 @@ class FrozenModel:
     Attributes:
         name (`str`): `"base"`, `"teacher"`, or `"teacher 1"`, ... where a task has several.
         guidance_scale (`float`): the classifier-free guidance scale that it draws with.
-        use (`Callable`): returns a context that yields its network.
+        velocity (`Callable`): returns its velocity, from that of the student's pipeline with the noise grid to use.
     """
 
     name: str
     guidance_scale: float
-    use: Callable[[], AbstractContextManager[nn.Module]]
+    velocity: Callable[[VelocityField], Velocity]
 
     @property
     def caption(self) -> str:
@@ -72,19 +74,34 @@ def base_model(
     """
     known = base_backbone(student, backbone)
     if known is not None:
-        return [FrozenModel("base", guidance_scale, lambda: known.use(BASE))]
+        return [_on_student_pipeline("base", guidance_scale, lambda: known.use(BASE))]
     if state.global_step == 0:
-        return [FrozenModel("base", guidance_scale, lambda: nullcontext(student.model))]
+        return [_on_student_pipeline("base", guidance_scale, lambda: nullcontext(student.model))]
     return []
+
+
+def _on_student_pipeline(name: str, scale: float, use: Callable[[], AbstractContextManager[nn.Module]]) -> FrozenModel:
+    def of_field(field: VelocityField) -> Velocity:
+        def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
+            with use() as network:
+                return field(x, t, prompts, scale, network)
+
+        return velocity
+
+    return FrozenModel(name, scale, of_field)
 
 
 def teacher_models(bank: TeacherBank, task: str) -> list[FrozenModel]:
     """Returns a task's teachers, each with its own guidance scale."""
     roles = bank.teachers[task]
     return [
-        FrozenModel("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, partial(bank.use, role))
+        FrozenModel("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, _velocity_of(bank, role))
         for i, role in enumerate(roles, start=1)
     ]
+
+
+def _velocity_of(bank: TeacherBank, role: Role) -> Callable[[VelocityField], Velocity]:
+    return lambda field: partial(bank.velocity, field, role)
 
 
 class TrainingPictures:
@@ -137,9 +154,8 @@ class TrainingPictures:
         for task, rows in task_rows(dataset, args.task_column).items():
             of_task = kept[task] = [{} for _ in rows[: args.num_completions_to_print]]
             for frozen in self.frozen_models(task):
-                with frozen.use() as network:
-                    model = network, frozen.guidance_scale
-                    drawn = self.evaluator.completions(dataset, state, [task], model)
+                velocity = frozen.velocity(self.evaluator.field)
+                drawn = self.evaluator.completions(dataset, state, [task], velocity)
                 for of_prompt, one in zip(of_task, drawn, strict=True):
                     of_prompt[frozen.caption] = Beside(one.image, one.rewards)
         return kept
