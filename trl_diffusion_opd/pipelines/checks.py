@@ -14,7 +14,6 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
-import inspect
 from collections.abc import Collection, Iterable
 from inspect import signature, unwrap
 
