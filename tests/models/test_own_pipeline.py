@@ -17,6 +17,7 @@
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,3 +296,26 @@ def test_resume_refuses_another_base(student, large, lora, tmp_path):
     rewrite(encoder, lambda t: {key: 2 * value for key, value in t.items()}, {"format": "pt"})
     with pytest.raises(ValueError, match="lora: its base is not the one"):
         make_bank(make_pipeline(), replace(config, base=str(tmp_path / "moved")), manifest=manifest)
+
+
+# --- the Hub
+
+
+def test_a_base_on_the_hub_is_pinned(student, large, lora, hub, tmp_path):
+    first = hub.add_folder("me/large", Path(large))
+    folder, model = lora
+    teachers = {"a": TeacherConfig(folder, base="me/large"), "b": "me/large"}
+    bank, field = make_bank(student, teachers)
+    manifest = bank.manifest()
+    assert manifest["a"][0]["base"] == {"source": "me/large", "revision": first, "sha256": manifest["b"][0]["sha256"]}
+    assert gap(bank, field, field_of(large_pipeline()), network=model, task="a") < ROUNDING
+    hub.add_folder("me/large", Path(save_large(tmp_path / "new", seed=6)))
+    bank, _ = make_bank(make_pipeline(), teachers, manifest=manifest)  # at the commits of the manifest
+    assert bank.manifest() == manifest
+    bank, _ = make_bank(make_pipeline(), teachers)
+    assert bank.manifest()["a"][0]["base"]["sha256"] != manifest["a"][0]["base"]["sha256"]
+    hub.add_folder("me/many", Path(large), "large")
+    with pytest.raises(ValueError, match=r"me/many/large: is a pipeline of another .* hf download me/many --include"):
+        make_bank(make_pipeline(), "me/many/large")
+    with pytest.raises(ValueError, match="me/none: no such folder here and no such repository on the Hub"):
+        make_bank(make_pipeline(), TeacherConfig(folder, base="me/none"))
