@@ -176,16 +176,22 @@ def share_of_gap(trainer: MeasuredTrainer, gap: float) -> float:
 
 
 def measure(
-    float32: MeasuredTrainer, bfloat16: MeasuredTrainer, gap: float, forms: Sequence[str] = FORMS
+    float32: MeasuredTrainer,
+    bfloat16: MeasuredTrainer,
+    gap: float,
+    forms: Sequence[str] = FORMS,
+    share: float | None = None,
 ) -> dict[str, Any]:
     """
     An update on a bfloat16 base against one in float32, in some of the forms, of which the first is `"velocities"`.
+    `share` is that of the gap, if it is known.
 
     Returns:
         `dict`: `"velocity_gap"` and `"kl"` in float32; `"kl_bfloat16"` and `"noise_floor"` as the bfloat16 run logs them; and by
         form its [`agreement`] with float32.
     """
-    share = share_of_gap(float32, gap) if gap else 0.0
+    if share is None:
+        share = share_of_gap(float32, gap) if gap else 0.0
     reference = update(float32, share)
     runs = {form: update(bfloat16, share, form) for form in forms}
     return {

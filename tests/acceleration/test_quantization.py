@@ -414,7 +414,7 @@ def test_full_weights(base, loras, tmp_path):
 )
 def test_config_of_another_library(given, name, base, loras, tmp_path):
     message = (
-        f"quantization_config is a {name}. Give diffusers' config of the transformer, such as diffusers.BitsAndBytes"
+        f"quantization_config is a {name}. Give diffusers' config of the denoiser, such as diffusers.BitsAndBytes"
     )
     refused(tmp_path, loras, message, pipeline=str(base), quantization_config=given)
 

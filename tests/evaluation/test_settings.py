@@ -34,7 +34,10 @@ ARGUMENTS = {
     "max_sequence_length": None,
     "generation_kwargs": {"negative_prompt": "grey"},
 }
-MANIFEST = {"ocr": [{"guidance_scale": 1.0}], "two": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0}]}
+MANIFEST = {
+    "ocr": [{"guidance_scale": 1.0, "lora_scale": 0.6}],
+    "two": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0}],
+}
 NAMES = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length", "generation_kwargs")
 OPEN = dict.fromkeys(NAMES)
 
@@ -70,6 +73,7 @@ class TestRecords:
             "generation_kwargs": {"negative_prompt": "grey"},
         }
         assert records["opd"].teacher_scales == {"ocr": [1.0], "two": [1.0, 3.0]}
+        assert records["opd"].lora_scales == {"ocr": [0.6]}
         guided, _ = read_records({"x": student(tmp_path / "x", ARGUMENTS, eval_guidance_scale=2.0)})
         assert guided["x"].settings["guidance_scale"] == 2.0
         assert guided["x"].arguments["guidance_scale"] == "eval_guidance_scale"
@@ -164,6 +168,14 @@ class TestGuidance:
             assert warnings == [
                 "The teacher of task 'ocr' is drawn with guidance_scale=2.0, but student 'opd' learned from it at 4.5."
             ]
+
+    def test_a_teacher_at_another_strength(self):
+        record = Record(recorded().settings, recorded().arguments, {"ocr": [4.5]}, {"ocr": [0.6]})
+        assert self.scales(record, teacher=TeacherConfig("t", lora_scale=0.6))[1] == []
+        assert self.scales(record)[1] == [
+            "The teacher of task 'ocr' is drawn with lora_scale=1, but student 'opd' learned from it at 0.6 "
+            "(teacher_lora_scales, or lora_scale of TeacherConfig)."
+        ]
 
     def test_nobody_knows(self):
         scales, _ = self.scales(Record())

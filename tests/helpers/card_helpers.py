@@ -50,6 +50,7 @@ FIELDS = {
                 "rank": 16,
                 "guidance_scale": 4.5,
                 "weight": 1.0,
+                "lora_scale": 1.0,
             }
         ],
         "style|x": [
@@ -62,6 +63,7 @@ FIELDS = {
                 "rank": 4,
                 "guidance_scale": 1.0,
                 "weight": 1.0,
+                "lora_scale": 1.0,
             }
         ],
     },

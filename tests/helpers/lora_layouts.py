@@ -36,6 +36,7 @@ TITLES = {
     "sd15": "Stable Diffusion 1.5", "sdxl": "Stable Diffusion XL", "sd3": "Stable Diffusion 3 and 3.5", "flux": "FLUX.1",
     "flux2_klein": "FLUX.2", "chroma": "Chroma", "wan": "Wan", "qwen_image": "Qwen-Image", "z_image": "Z-Image",
     "hidream": "HiDream", "ltx": "LTX-Video", "sana": "Sana", "lumina2": "Lumina 2",
+    "auraflow": "AuraFlow", "krea2": "Krea 2",
 }  # fmt: skip
 
 
@@ -68,11 +69,47 @@ def _ltx() -> nn.Module:
     )
 
 
+def _auraflow() -> nn.Module:
+    return diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        out_channels=4,
+        pos_embed_max_size=16,
+    )
+
+
+def _krea2() -> nn.Module:
+    text = {f"text_{name}": 2 for name in ("num_attention_heads", "num_key_value_heads")}
+    return diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=2,
+        text_intermediate_size=16,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 4, 8),
+        **text,
+    )
+
+
 # Pipelines of which these tests need the network alone.
 _NETWORKS = {
     "sd15": (diffusers.StableDiffusionPipeline, "unet", lambda: _unet(is_xl=False)),
     "sdxl": (diffusers.StableDiffusionXLPipeline, "unet", lambda: _unet(is_xl=True)),
     "ltx": (diffusers.LTXPipeline, "transformer", _ltx),
+    "auraflow": (diffusers.AuraFlowPipeline, "transformer", _auraflow),
+    "krea2": (diffusers.Krea2Pipeline, "transformer", _krea2),
 }
 
 
@@ -239,6 +276,26 @@ _SANA = {
     "blocks.1.cross_attn.kv_linear": [f"transformer_blocks.1.attn2.{name}" for name in ("to_k", "to_v")],
     "blocks.0.attn.proj": ["transformer_blocks.0.attn1.to_out.0"],
 }
+_AURAFLOW = {
+    "double_layers.0.attn.w2q": ["joint_transformer_blocks.0.attn.to_q"],
+    "double_layers.0.attn.w1o": ["joint_transformer_blocks.0.attn.to_add_out"],
+    "double_layers.0.mlpC.c_proj": ["joint_transformer_blocks.0.ff_context.out_projection"],
+    "double_layers.0.modX.1": ["joint_transformer_blocks.0.norm1.linear"],
+    "single_layers.0.attn.w1v": ["single_transformer_blocks.0.attn.to_v"],
+    "single_layers.0.mlp.c_fc1": ["single_transformer_blocks.0.ff.linear_1"],
+    "modF.1": ["~norm_out.linear"],
+    "cond_seq_linear": ["context_embedder"],
+}
+_KREA2 = {
+    "blocks.0.attn.wq": ["transformer_blocks.0.attn.to_q"],
+    "blocks.0.attn.gate": ["transformer_blocks.0.attn.to_gate"],
+    "blocks.0.mlp.up": ["transformer_blocks.0.ff.up"],
+    "txtfusion.refiner_blocks.0.attn.wo": ["text_fusion.refiner_blocks.0.attn.to_out.0"],
+    "txtmlp.3": ["txt_in.linear_2"],
+    "tproj.1": ["time_mod_proj"],
+    "first": ["img_in"],
+    "last.linear": ["final_layer.linear"],
+}
 # Of Stable Diffusion's own code: blocks are numbered through, each with its resnet (0) and its attention (1).
 _SDXL = {
     "input_blocks.0.0": ["conv_in"],
@@ -298,6 +355,8 @@ _OWN_OF = {
     "ltx": ["transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.0.proj"],
     "sana": ["transformer_blocks.0.attn1.to_q"],
     "lumina2": ["layers.0.attn.to_q"],
+    "auraflow": ["joint_transformer_blocks.0.attn.to_q"],
+    "krea2": ["transformer_blocks.0.attn.to_q"],
     "sd15": _of_unet("sd15"),
     "sdxl": _of_unet("sdxl"),
 }
@@ -326,7 +385,7 @@ LAYOUTS = [
     ),
     *(_kohya(family, same("", *_OWN_OF[family])) for family in ("sd15", "sdxl", "sd3", "qwen_image", "z_image")),
     *(_kohya(*of) for of in (("sdxl", _SDXL), ("sd15", _SD15), ("sd3", _SD3), ("flux", _FLUX), ("chroma", _BLOCKS_OF_FLUX))),
-    *(_kohya(*of) for of in (("flux2_klein", _FLUX2), ("z_image", _Z_IMAGE), ("lumina2", _LUMINA))),
+    *(_kohya(*of) for of in (("flux2_klein", _FLUX2), ("z_image", _Z_IMAGE), ("lumina2", _LUMINA), ("auraflow", _AURAFLOW), ("krea2", _KREA2))),
     _kohya("wan", _WAN, "musubi-tuner"),
     _kohya("qwen_image", same("", *_OWN_OF["qwen_image"]), "musubi-tuner"),
     _kohya("z_image", _Z_IMAGE, "musubi-tuner"),
@@ -338,7 +397,7 @@ LAYOUTS = [
         for family, layers in {
             "sdxl": _SDXL, "sd3": _SD3, "flux": _FLUX, "chroma": _BLOCKS_OF_FLUX, "flux2_klein": _FLUX2, "wan": _WAN,
             "z_image": _Z_IMAGE, "lumina2": _LUMINA, "sana": _SANA, "qwen_image": same("", *_OWN_OF["qwen_image"]),
-            "hidream": same("", *_OWN_OF["hidream"]), "ltx": same("", *_OWN_OF["ltx"]),
+            "auraflow": _AURAFLOW, "krea2": _KREA2, "hidream": same("", *_OWN_OF["hidream"]), "ltx": same("", *_OWN_OF["ltx"]),
         }.items()
         for names, alpha in ((AB, False), (KOHYA, True))
     ),

@@ -20,7 +20,7 @@ from helpers.teachers_helpers import make_student
 from helpers.tiny_sd3 import forward, make_lora, make_pipeline
 
 from trl_diffusion_opd.models.backbone import BASE, STUDENT, Backbone
-from trl_diffusion_opd.models.lora_files import read_lora
+from trl_diffusion_opd.models.expert_teachers import read_lora
 from trl_diffusion_opd.models.old_policy import OLD, OldPolicy
 from trl_diffusion_opd.models.teacher_config import parse_teacher
 

@@ -21,7 +21,8 @@ import re
 import pytest
 import torch
 from helpers.families import FAMILIES
-from helpers.lora_layouts import AB, KOHYA, LAYOUTS, RANK, Layout, network_of, pipeline_of
+from helpers.lora_layouts import AB, KOHYA, LAYOUTS, RANK, TITLES, Layout, network_of, pipeline_of
+from helpers.pages import SOURCE
 from helpers.teachers_helpers import PEFT_FILE
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -70,6 +71,18 @@ def test_a_teachers_weights_are_the_base_with_the_files_update_by_hand(layout, t
             not change.any() if by_hand is None else torch.allclose(change, scale * by_hand, atol=2e-5, rtol=1e-5)
         ), name
     assert not expected and not before
+
+
+def test_the_documentations_table_is_this_list():
+    section = (SOURCE / "teachers.md").read_text(encoding="utf-8").partition("### LoRAs of other programs")[2]
+    rows = [
+        row.strip("| ").split(" | ")
+        for row in section.partition("\n\nRead are")[0].splitlines()
+        if row.startswith("| ")
+    ][1:]
+    listed = {writer: sorted(families.split(", ")) for writer, _, families in rows}
+    tested = {one.writer: sorted({TITLES[of.family] for of in LAYOUTS if of.writer == one.writer}) for one in LAYOUTS}
+    assert listed == tested
 
 
 # What a file may hold beside a LoRA's matrices, by what it is, for a module `m` in a block `b`.
@@ -196,6 +209,15 @@ def test_refuses_alphas(label, tmp_path):
         read(pipeline_of("flux"), {**raw, key: torch.tensor(value)}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "key", ["lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "te1.x.lora_A.weight"]
+)
+def test_text_encoders_are_refused_by_name(key, tmp_path):
+    raw = find("kohya", "sdxl").file()
+    with pytest.raises(TeacherError, match=rf"also adapts text encoders .{re.escape(key)[:40]}"):
+        read(pipeline_of("sdxl"), {**raw, key: torch.ones(2, 2)}, tmp_path)
+
+
 def test_a_negative_alpha_subtracts(tmp_path):
     layout = find("kohya", "sd3")
     raw = {key: -value if key.endswith("alpha") else value for key, value in layout.file().items()}
@@ -289,5 +311,7 @@ def test_integers_and_whole_models_are_refused(tmp_path):
     with pytest.raises(TeacherError, match="holds torch.int8 in transformer.*Save it in a floating-point dtype"):
         read(pipeline_of("sd3"), raw, tmp_path)
     whole = {key: value.contiguous() for key, value in pipeline_of("sd3").transformer.state_dict().items()}
-    with pytest.raises(TeacherError, match="is no LoRA: none of its .* tensors is a LoRA's.*from_single_file"):
+    with pytest.raises(TeacherError, match="a LoRA is needed here, and this is a whole"):
         read(pipeline_of("sd3"), whole, tmp_path)
+    with pytest.raises(TeacherError, match="is no LoRA: none of its 1 tensors is a LoRA's.*a single file"):
+        read(pipeline_of("sd3"), {"scores": torch.ones(3)}, tmp_path)

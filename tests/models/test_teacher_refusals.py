@@ -231,7 +231,7 @@ def test_refuses_full_teachers_of_another_make(pipeline, tmp_path):
         make_bank(pipeline, {name: str(tmp_path / name) for name in ("wide", "vae", "short", "nan")})
     for message in (
         "task 'wide': wide: made for another base: in_channels 8 (base 4), num_layers 1 (base 2)",
-        "task 'vae': vae: its config.json is of class 'AutoencoderKL', but the base's transformer is a 'SD3Transformer2D",
+        "task 'vae': vae: its config.json is of class 'AutoencoderKL', but the base's denoiser is a 'SD3Transformer2D",
         "task 'short': short: its weights do not fit its config: {'missing_keys': ['proj_out.bias']",
         "task 'nan': nan: holds NaN or infinite values in proj_out.bias",
     ):

@@ -39,6 +39,7 @@ from helpers.teachers_helpers import (
 from helpers.tiny_sd3 import forward, make_lora, make_pipeline, make_transformer
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -48,6 +49,7 @@ from trl_diffusion_opd.models.lora_layouts import convert
 from trl_diffusion_opd.models.teachers import (
     TeacherConfig,
     add_adapter,
+    model_identity,
     normalize_teachers,
     parse_teacher,
     read_lora,
@@ -486,6 +488,39 @@ def test_resume_refuses_another_teacher(tmp_path, changed):
 
 
 # --- the Hub
+
+
+def test_a_lora_at_another_strength(pipeline, tmp_path):
+    make_lora(pipeline, tmp_path / "lora", seed=1)
+    spec = str(tmp_path / "lora")
+    teachers = {"a": TeacherConfig(spec, lora_scale=0.6), "b": spec, "c": TeacherConfig(spec, lora_scale=0.6)}
+    bank = make_bank(pipeline, teachers)
+    (weak,), (full,), (same,) = bank.teachers.values()
+    assert weak.teacher is same.teacher and weak.teacher is not full.teacher
+    deltas = {}
+    for name, layer in bank.backbone.network.named_modules():
+        if isinstance(layer, LoraLayer) and full.teacher.name in layer.lora_A:
+            deltas[name] = [layer.get_delta_weight(role.teacher.name) for role in (weak, full)]
+    assert deltas and all(torch.allclose(one, 0.6 * other) for one, other in deltas.values())
+    assert [row["lora_scale"] for row in bank.summary()] == [0.6, 1.0, 0.6]
+    assert model_identity([weak]) == model_identity([same]) != model_identity([full])
+    manifest = json.loads(json.dumps(bank.manifest()))
+    make_bank(make_pipeline(), teachers, manifest=manifest)
+    with pytest.raises(ValueError, match="lora: its lora_scale is 0.5, but the checkpoint was trained with 0.6"):
+        make_bank(make_pipeline(), {**teachers, "a": TeacherConfig(spec, lora_scale=0.5)}, manifest=manifest)
+
+
+def test_what_is_no_lora_takes_no_strength(pipeline, tmp_path):
+    save_full(pipeline, tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"is a whole transformer and takes no lora_scale \(0.5\)"):
+        make_bank(pipeline, TeacherConfig(str(tmp_path), lora_scale=0.5))
+    with pytest.raises(ValueError, match=r"is the base model itself and takes no lora_scale \(0.5\)"):
+        parse_teacher(TeacherConfig("base", lora_scale=0.5))
+    for scale in (0, math.nan, math.inf):
+        with pytest.raises(
+            ValueError, match=f"lora_scale of teacher 'x/y' is {scale}; it must be a finite number other"
+        ):
+            TeacherConfig("x/y", lora_scale=scale)
 
 
 class FakeHub:

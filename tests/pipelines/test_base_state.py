@@ -289,6 +289,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Any
     return teachers, trained(folder / "out", teachers, make_pipeline())
 
 
+# Every LoRA, with and without a gradient, is traced anew, which takes seconds: the first two are enough to compare.
+@torch._dynamo.config.patch(recompile_limit=2)
 @pytest.mark.parametrize("label", HARMLESS)
 def test_what_is_let_through_changes_nothing(tmp_path: Path, plain: Any, label: str) -> None:
     teachers, (losses, weights) = plain

@@ -98,12 +98,28 @@ def pair(request, tmp_path_factory):
     return request.param, trainers
 
 
+# By guidance and gap: the share of the other LoRA at which the velocities differ by the gap, as `precision.share_of_gap`
+# finds it by several updates.
+SHARES = {
+    1.0: {0.1: 5.51747, 0.01: 0.510083, 0.001: 0.0498782},
+    4.5: {0.1: 5.793, 0.01: 0.605386, 0.001: 0.0586498},
+}
+TINY_SHARES = {0.1: 0.348301, 0.01: 0.0367644, 0.001: 0.00373384}
+
+
 @pytest.fixture(scope="module")
 def table(pair):
     """Guidance, and what was measured at each gap."""
     guidance, trainers = pair
     with AlikeRounding():
-        return guidance, {gap: precision.measure(*trainers, gap) for gap in precision.GAPS}
+        rows = {gap: precision.measure(*trainers, gap, share=SHARES[guidance][gap]) for gap in precision.GAPS}
+    return guidance, rows
+
+
+def test_share_of_a_gap(pair):
+    guidance, trainers = pair
+    with AlikeRounding():
+        assert precision.share_of_gap(trainers[0], 0.01) == pytest.approx(SHARES[guidance][0.01], rel=1e-4)
 
 
 def behind_the_network(trainer, share, form="velocities"):
@@ -163,7 +179,7 @@ def test_rounding_behind_the_network_is_found(pair, share, broken, monkeypatch):
     if broken == "velocities":
         monkeypatch.setattr(flow, "velocity_difference", in_bfloat16)
     if broken == "projection":
-        monkeypatch.setattr(pipeline_view, "_float32_projection", lambda model, base: nullcontext())
+        monkeypatch.setattr(pipeline_view, "_float32_projection", lambda *_: nullcontext())
     loss, gradient = behind_the_network(pair[1][1], share, "means" if broken == "means" else "velocities")
     assert loss > 1e-3 and gradient > 1e-2
 
@@ -214,7 +230,10 @@ def test_noise_floor_is_where_the_kl_loses_its_meaning(tmp_path):
     """On the tiny world, with LoRAs from training: the measured KL is the true one and about the floor."""
     with AlikeRounding():
         trainers = precision.tiny_world(1.0, 2, tmp_path)
-        above, at, below = (precision.measure(*trainers, gap, ["velocities"]) for gap in (0.1, 0.01, 0.001))
+        above, at, below = (
+            precision.measure(*trainers, gap, ["velocities"], share) for gap, share in TINY_SHARES.items()
+        )
+    assert [row["velocity_gap"] for row in (above, at, below)] == pytest.approx([*TINY_SHARES], rel=0.05)
     floor = at["noise_floor"]
     assert above["kl"] > 50 * floor and above["kl_bfloat16"] == pytest.approx(above["kl"], rel=0.05)
     for row in (at, below):

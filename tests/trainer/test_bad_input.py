@@ -433,13 +433,13 @@ def test_options_that_the_trainer_sets_or_nobody_knows(tmp_path):
     )
 
 
-def test_a_pipeline_that_is_not_flow_matching(tmp_path):
+def test_a_scheduler_of_another_kind_of_model(tmp_path):
     pipeline = make_pipeline()
-    pipeline.scheduler = DDIMScheduler()
+    pipeline.scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     refused(
         tmp_path,
-        "StableDiffusion3Pipeline is not a flow-matching pipeline: its scheduler is DDIMScheduler with "
-        "prediction_type='epsilon'. Use a model with a FlowMatchEulerDiscreteScheduler",
+        "StableDiffusion3Pipeline is a flow-matching pipeline, but its scheduler is DDIMScheduler with "
+        "prediction_type='epsilon'. Use the scheduler that the model was published with",
         model=pipeline,
     )
 
@@ -447,7 +447,9 @@ def test_a_pipeline_that_is_not_flow_matching(tmp_path):
 def test_a_pipeline_without_a_transformer(tmp_path):
     pipeline = make_pipeline()
     pipeline.transformer = None
-    refused(tmp_path, "StableDiffusion3Pipeline has no transformer: only flow-matching pipelines with", model=pipeline)
+    refused(
+        tmp_path, "StableDiffusion3Pipeline has no transformer or unet: only text-to-image pipelines", model=pipeline
+    )
 
 
 def test_a_pipeline_that_carries_a_lora(tmp_path, lora):

@@ -65,11 +65,13 @@ class Record:
         settings (`dict`): settings of its evaluations, by name. `None` is the pipeline's own default.
         arguments (`dict[str, str]`): the name of the training argument that each setting is from.
         teacher_scales (`dict[str, list[float]]`): the guidance scales of its teachers by task.
+        lora_scales (`dict[str, list[float]]`): the strengths of its teachers' LoRAs by task.
     """
 
     settings: dict[str, JSON] = field(default_factory=dict)
     arguments: dict[str, str] = field(default_factory=dict)
     teacher_scales: dict[str, list[float]] = field(default_factory=dict)
+    lora_scales: dict[str, list[float]] = field(default_factory=dict)
 
 
 def read_records(students: Mapping[str, TeacherConfig]) -> tuple[dict[str, Record], list[str]]:
@@ -106,7 +108,7 @@ def _read_record(name: str, config: TeacherConfig) -> Record | None:
     # Other packages have a file of this name too. A training of this package writes all of these arguments.
     ours = all(argument in arguments for argument in ("eval_num_inference_steps", "guidance_scale", "height", "width"))
     settings, sources = _settings(name, arguments) if ours else ({}, {})
-    return Record(settings, sources, _teacher_scales(name, manifest))
+    return Record(settings, sources, _teacher_scales(name, manifest), _lora_scales(manifest))
 
 
 def _object(path: Path, name: str) -> dict[str, JSON]:
@@ -139,6 +141,16 @@ def _teacher_scales(name: str, manifest: Mapping[str, JSON]) -> dict[str, list[f
                 "scale. Mend or remove the file."
             )
         scales[task] = list(dict.fromkeys(of_task))
+    return scales
+
+
+def _lora_scales(manifest: Mapping[str, JSON]) -> dict[str, list[float]]:
+    scales: dict[str, list[float]] = {}
+    for task, entries in manifest.items():
+        for entry in entries if isinstance(entries, list) else [entries]:
+            scale = entry.get("lora_scale") if isinstance(entry, dict) else None
+            if isinstance(scale, int | float):
+                scales.setdefault(task, []).append(scale)
     return scales
 
 
@@ -271,6 +283,7 @@ def guidance(
                 with problems.collect():
                     task = name.removeprefix("teacher/")
                     scales[name].append(teacher_setting(task, config, teacher_scale, records, base, warnings))
+                    _compare_strengths(task, config, records, warnings)
             elif config.guidance_scale is not None:
                 scales[name].append({"value": config.guidance_scale, "source": GIVEN})
             else:
@@ -278,6 +291,17 @@ def guidance(
     if problems:
         raise ValueError("\n".join(problems))
     return scales
+
+
+def _compare_strengths(task: str, config: TeacherConfig, records: Mapping[str, Record], warnings: list[str]) -> None:
+    known = {student: one.lora_scales[task] for student, one in records.items() if one.lora_scales.get(task)}
+    scales = list(dict.fromkeys(scale for of_student in known.values() for scale in of_student))
+    if scales and config.lora_scale not in scales:
+        warnings.append(
+            f"The teacher of task {task!r} is drawn with lora_scale={config.lora_scale:g}, but {_students(known)} "
+            f"learned from it at {', '.join(f'{scale:g}' for scale in scales)} (teacher_lora_scales, or lora_scale of "
+            "TeacherConfig)."
+        )
 
 
 @dataclass(frozen=True)

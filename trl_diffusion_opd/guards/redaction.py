@@ -139,8 +139,8 @@ def last_part(path: str) -> str:
 
 
 def public_name(name_or_path: str | None) -> str | None:
-    """Returns a Hub id unchanged and a local folder as its name, since saved files must not contain local paths."""
-    if name_or_path is None or not os.path.isdir(name_or_path):
+    """Returns a Hub id unchanged and a local folder or file as its name: saved files must not contain local paths."""
+    if name_or_path is None or not os.path.exists(name_or_path):
         return name_or_path
     return Path(name_or_path).resolve().name
 

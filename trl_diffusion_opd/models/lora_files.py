@@ -147,8 +147,7 @@ def _load(files: TeacherFiles) -> tuple[dict[str, torch.Tensor], dict[str, str]]
                 raise TeacherError(
                     f"{label}: {path.name} is no LoRA: none of its {len(keys)} tensors is a LoRA's (they are "
                     f"{some(keys)}). "
-                    "For a whole transformer, give the folder that save_pretrained() makes. Load one in a single file "
-                    "with from_single_file() first."
+                    "A whole transformer is a folder that save_pretrained() makes, or a single file with its layers."
                 )
         raw = load_file(path, device="cpu")
     except SafetensorError as error:

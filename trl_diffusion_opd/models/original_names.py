@@ -30,6 +30,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import nn
 
@@ -55,7 +56,9 @@ _LDM_OUTSIDE = {
 }  # fmt: skip
 _LDM = "model.diffusion_model."
 # Between a name's words stands a dot or an underscore. More undecided places than this have no real name.
-_MOST_UNDECIDED = 8
+_MOST_UNDECIDED = 6
+# Spellings that are tried for all names of a file together. Each takes some 50 us; real files need a few hundred.
+_MOST_TRIES = 10_000
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ class OriginalNames:
         elif self._converter is not None:
             self._found = self._convert(self._seeds())
         self._dotted = {name.replace(".", "_"): name for name in self._found}
-        self._patterns: dict[str, str | None] = {}
+        self._patterns: dict[str, str] = {}
+        self._tries = 0
 
     def known(self) -> list[str]:
         """The original names that need no file: those that diffusers' converter asks for, or a UNet's."""
@@ -145,6 +149,9 @@ class OriginalNames:
         dotted = self._dotted.get(name, name) if is_underscored else name
         if dotted not in self._found and self._converter is not None:
             for candidate in self._candidates(name) if is_underscored else [name]:
+                self._tries += 1
+                if self._tries > _MOST_TRIES:
+                    break
                 if found := self._convert([f"{candidate}.weight"]):
                     self._found |= found
                     if is_underscored:
@@ -167,16 +174,11 @@ class OriginalNames:
 
     def _convert(self, names: Iterable[str]) -> dict[str, Sources]:
         assert self._converter is not None
-        config = getattr(self._network, "config", {})
+        config = self._network.config if isinstance(self._network, ConfigMixin) else {}
         try:
             converted = self._converter(_Asked(names), config=config)
-        except (
-            KeyError,
-            IndexError,
-            ValueError,
-            NotImplementedError,
-        ):  # not a name of this model, as converters say it
-            return {}
+        except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError):
+            return {}  # not a name of this model, as converters say it, or no weight of a layer
         found: dict[str, Sources] = {}
         for key, rows in converted.items():
             layer = key.removesuffix(".weight")

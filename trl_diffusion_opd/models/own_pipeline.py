@@ -41,7 +41,7 @@ from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import base_weight, is_quantized
 from ..guards.files import JSON
 from ..hub.errors import explained, retried
-from ..pipelines.base_state import carries_lora, placement_problems, denoiser_problems
+from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.experts import EXPERTS, LOW_NOISE, Experts, has_experts, networks_of
 from ..pipelines.fingerprints import config_of

@@ -33,6 +33,7 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..hub.errors import download, listing
 from ..pipelines.denoiser import DENOISERS, denoiser_name_in
+from ..pipelines.single_file import is_whole
 from .boundary import strangers_files
 from .lora_keys import some
 from .teacher_config import TeacherConfig, TeacherError, local_folder
@@ -50,7 +51,7 @@ class TeacherFiles:
     The files of a teacher, and where they came from.
 
     Attributes:
-        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser.
+        kind: `"peft"` and `"diffusers"` are LoRAs, `"full"` is a whole denoiser, or a single file with one.
         folder: Local folder that holds the files.
         names: The files that define the teacher, relative to `folder`.
         source: Hub id, or the name of the local folder but never its path.
@@ -75,7 +76,7 @@ class TeacherFiles:
     def label(self) -> str:
         """The teacher's name in messages."""
         # The file is named only if it does not have diffusers' usual name.
-        name = self.names[0] if self.kind == "diffusers" and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
+        name = self.names[0] if len(self.names) == 1 and self.names[0] != LORA_WEIGHT_NAME_SAFE else None
         return "/".join(filter(None, (self.source, self.subfolder, name)))
 
     @property
@@ -131,6 +132,9 @@ def find_files(config: TeacherConfig, component: str | None = None) -> TeacherFi
         for name in files.names:  # safetensors reports a file without read permission as missing
             with open(files.folder / name, "rb"):
                 pass
+        # A file that is named by itself may be either; its names tell.
+        if files.kind == "diffusers" and is_whole(files.folder / files.names[0]):
+            return replace(files, kind="full")
         return files
 
 

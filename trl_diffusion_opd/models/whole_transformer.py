@@ -30,6 +30,7 @@ from ..acceleration.quantization import base_weight, plain_tensors, weight_kind
 from ..guards.files import JSON
 from .boundary import strangers_files
 from .lora_keys import some
+from .single_file import read_single_file
 from .teacher_config import TeacherError
 from .teacher_files import TeacherFiles, check_keys, read_json
 
@@ -42,14 +43,18 @@ _BEYOND = 2.0**24
 
 def read_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
     """
-    Loads a whole transformer, frozen, in the dtype of the base and on its device.
+    Loads a whole transformer, frozen, in the dtype of the base and on its device: from a folder of diffusers, or from a
+    single file.
 
     Raises:
         TeacherError: If its class or config differs from the base's, or if a weight is missing, left over, of another
             shape or type, or not finite.
     """
     with strangers_files(lambda said: f"{files.label}: cannot read {files.shown} ({said})"):
-        return _load_transformer(files, base)
+        is_folder = files.names[0] == "config.json"
+        model = _load_transformer(files, base) if is_folder else read_single_file(files, base)
+        _check_values(files.label, model, base)
+        return model.to(base.device).requires_grad_(False).eval()
 
 
 def has_architecture_of(base: ModelMixin, files: TeacherFiles) -> bool:
@@ -100,6 +105,10 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(
             f"{label}: its weights do not fit its config: { {key: value[:3] for key, value in wrong.items()} }"
         )
+    return model
+
+
+def _check_values(label: str, model: nn.Module, base: ModelMixin) -> None:
     # Buffers too: SD3's table of positions is one, and it is saved in the file.
     if bad := [key for key, value in [*model.named_parameters(), *model.named_buffers()] if not _is_finite(value)]:
         raise TeacherError(f"{label}: holds NaN or infinite values in {some(bad)}")
@@ -110,7 +119,6 @@ def _load_transformer(files: TeacherFiles, base: ModelMixin) -> nn.Module:
         raise TeacherError(
             f"{label}: its weights are more than 2^24 times those of the base, so its outputs are not finite"
         )
-    return model.to(base.device).requires_grad_(False).eval()
 
 
 def _compare(theirs: Mapping[str, JSON], ours: Mapping[str, JSON], label: str) -> None:

@@ -14,8 +14,8 @@
 
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
-import inspect
 from collections.abc import Collection, Iterable
+from inspect import signature, unwrap
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -112,11 +112,15 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]
-    missing += ["encode_prompt"] if "encode_prompt" not in dir(type(pipeline)) else []
-    parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
-    # A call without `prepare_latents` that takes latents draws them itself (ERNIE-Image).
-    missing += ["prepare_latents"] if not {"prepare_latents", *parameters} & {"prepare_latents", "latents"} else []
+    methods, parameters = dir(type(pipeline)), signature(unwrap(type(pipeline).__call__)).parameters
+    missing += [] if "encode_prompt" in methods else ["encode_prompt"]
+    # A call that takes latents may draw them itself (ERNIE-Image's).
+    missing += [] if "prepare_latents" in methods or "latents" in parameters else ["prepare_latents"]
     problems = []
+    if "num_inference_steps" not in parameters:
+        problems.append(
+            f"{name} takes no num_inference_steps: it denoises in stages of its own, not on one noise grid."
+        )
     if missing:
         problems.append(
             f"{name} has no {', '.join(missing)}: only text-to-image pipelines with a denoising transformer or UNet are "

@@ -29,6 +29,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..acceleration.quantization import described
+
 
 HIGH_NOISE, LOW_NOISE = "transformer", "transformer_2"  # as diffusers calls the components
 EXPERTS = (HIGH_NOISE, LOW_NOISE)
@@ -126,6 +128,15 @@ def expert_problems(pipeline: DiffusionPipeline) -> list[str]:
             "low noise. Load the pipeline with both, or without a boundary: "
             "pipe.register_to_config(boundary_ratio=None)."
         ]
+    kinds = [described(pipeline.components[expert]) for expert in EXPERTS]
+    if kinds[0] != kinds[1]:
+        how = " and ".join(
+            f"{expert} ({kind or 'not quantized'})" for expert, kind in zip(EXPERTS, kinds, strict=True)
+        )
+        return [
+            f"Only one of {how} of {name} is quantized, or each in another way. Quantize both with "
+            "diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., 'transformer_2': ...})."
+        ]
     ours, theirs = (_comparable(pipeline.components[expert]) for expert in EXPERTS)
     if ours != theirs:
         differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
@@ -137,7 +148,9 @@ def expert_problems(pipeline: DiffusionPipeline) -> list[str]:
 
 
 def _comparable(network: Any) -> dict[str, object]:
-    own = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    own = {
+        key: value for key, value in network.config.items() if not key.startswith("_") and key != "quantization_config"
+    }
     return {**own, "class": type(network).__name__, "dtype": network.dtype}
 
 

@@ -34,9 +34,10 @@ from ..problems import Problems, Refusal
 from .base_state import denoiser_problems
 from .denoiser import denoiser, denoiser_name, denoiser_name_in
 from .loading_options import loading_options
+from .single_file import SUFFIX, load_single_file
 
 
-_WHOLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_OTHER_FILES = (".ckpt", ".pt", ".pth", ".bin", ".gguf")
 
 
 def load_pipeline(
@@ -49,10 +50,11 @@ def load_pipeline(
     Returns a base pipeline that is ready for training. Loads it if it is given by name.
 
     Args:
-        model (`str` or [`~diffusers.DiffusionPipeline`]): a Hub id, a folder or a pipeline.
+        model (`str` or [`~diffusers.DiffusionPipeline`]): a Hub id, a folder, a pipeline, or a single file: a path or
+            `owner/repo/file.safetensors`. See [`~single_file.load_single_file`].
         dtype (`str`): dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`.
         model_init_kwargs (`dict`, *optional*): further arguments of `from_pretrained`, such as `revision` and
-            `variant`.
+            `variant`; of a single file `config`, a folder or Hub id with the configs that it lacks.
         quantization_config (*optional*): a quantization config of diffusers, for the transformer or the whole
         pipeline.
 
@@ -76,6 +78,13 @@ def _loaded(
 ) -> DiffusionPipeline:
     check_base_name(name)
     options = loading_options(dtype, model_init_kwargs)
+    if name.endswith(SUFFIX) and not Path(name).is_dir():
+        if quantization_config is not None:
+            raise Refusal(
+                f"The base {name!r} is a single file, which is not quantized while it is loaded. Load it without, save "
+                "the pipeline with save_pretrained, and name that folder."
+            )
+        return load_single_file(name, options, options.pop("config", None), options.pop("revision", None))
     try:
         with explained(f"The base model {name!r}", name, options.get("revision")):
             config = pipeline_config(quantization_config, lambda: _denoiser_name(name, options))
@@ -99,25 +108,26 @@ def _denoiser_name(name: str, options: Mapping[str, Any]) -> str:
 
 def check_base_name(name: str) -> None:
     """
-    Checks that a base is not a single file of a whole model, or a folder with such a file.
+    Checks that a base is no file of a kind that is not read, and no folder with a single file.
 
     Raises:
         [`ValueError`]: if it is. The message says how to load it.
     """
     path = Path(name)
-    files = [path] if path.suffix in _WHOLE_FILES else []
-    if path.is_dir() and not (path / "model_index.json").exists() and not (path / "config.json").exists():
-        files = sorted(file for file in path.iterdir() if file.suffix in _WHOLE_FILES)
-    if files:
-        where = (
-            f"{name!r} is" if files == [path] else f"{name!r} has no model_index.json, and {files[0].name!r} in it is"
-        )
+    if path.suffix in _OTHER_FILES and not path.is_dir():
         raise Refusal(
-            f"The base {where} a single file, but a base's name must be a diffusers folder or a Hub id. If the file "
-            f"holds the whole model: pipe = StableDiffusion3Pipeline.from_single_file({str(files[0])!r}), or the "
-            "class of your model. Then pass pipe as the model, or call pipe.save_pretrained(folder) and name that "
-            "folder."
+            f"The base {name!r} is a {path.suffix} file, and of single files only .safetensors are read: others may run "
+            "code or hold quantized weights. Where you trust it: "
+            f'safetensors.torch.save_file(torch.load("{path.name}", weights_only=True), "{path.stem}.safetensors"), '
+            'with ["state_dict"] behind torch.load(…) if it has that key.'
         )
+    if path.is_dir() and not (path / "model_index.json").exists() and not (path / "config.json").exists():
+        files = sorted(file for file in path.iterdir() if file.suffix in (SUFFIX, *_OTHER_FILES))
+        if files:
+            raise Refusal(
+                f"The base {name!r} is a folder without a model_index.json. If {files[0].name!r} in it is a single file "
+                f"with the whole model, name that file: {str(files[0])!r}."
+            )
 
 
 @contextmanager

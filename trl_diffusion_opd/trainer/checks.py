@@ -121,15 +121,34 @@ def model_problems(
     return problems + quantization_problems(transformer, full_weights=peft_config is None)
 
 
+def uses_fsdp(args: DiffusionConfig) -> bool:
+    """Whether the launcher asks for FSDP. With one process it splits nothing."""
+    return args.world_size > 1 and (args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+
+
+def _expert_launch_problems(args: DiffusionConfig) -> list[str]:
+    """What two experts, of which an update may use one, don't work with."""
+    problems = []
+    if args.deepspeed_plugin is not None:
+        problems.append(
+            "DeepSpeed's optimizer also moves the weights that an update does not use, and an update may use one of "
+            "the base's two experts. Use fsdp2.yaml or multi_gpu.yaml of examples/accelerate_configs/."
+        )
+    if args.ddp_find_unused_parameters is False and args.world_size > 1:
+        problems.append(
+            "ddp_find_unused_parameters=False: an update may use one of the base's two experts, and DDP would wait "
+            "for the gradients of the other. Leave it unset."
+        )
+    return problems
+
+
 def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]:
     """Conflicts among `args` and the launcher's settings, which are in the environment."""
     problems = Problems()
     if args.n_gpu > 1:
         problems.append("Several GPUs in one process (DataParallel) are not supported: use `accelerate launch`.")
     is_module = isinstance(transformer, nn.Module)
-    # With one process FSDP splits nothing.
-    plugin = args.fsdp_plugin_args
-    is_fsdp = args.world_size > 1 and (plugin is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
+    plugin, is_fsdp = args.fsdp_plugin_args, uses_fsdp(args)
     is_deepspeed = args.deepspeed_plugin is not None
     if args.torch_compile and (is_fsdp or is_deepspeed):
         problems.append(
@@ -143,6 +162,8 @@ def launch_problems(transformer: ModelMixin, args: DiffusionConfig) -> list[str]
             "A quantized base is not supported with FSDP or DeepSpeed. Use multi_gpu.yaml of "
             "examples/accelerate_configs/, with which each process holds the whole base."
         )
+    if isinstance(transformer, Experts):
+        problems += _expert_launch_problems(args)
     if args.deepspeed_plugin is not None and (
         args.fp16 or args.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True
     ):
