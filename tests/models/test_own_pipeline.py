@@ -149,7 +149,10 @@ def test_equal_parts_are_the_students(student, large):
 def test_options_of_its_own(student, large):
     options = {"negative_prompt": "rain"}
     own = {"negative_prompt": "snow", "max_sequence_length": 8}
-    bank, field = make_bank(student, {"a": large, "b": TeacherConfig(large, generation_kwargs=own)}, options)
+    teachers = {"a": large, "b": TeacherConfig(large, generation_kwargs=own)}
+    bank, field = make_bank(student, teachers, options, batched=True)
+    roles = [role for of_task in bank.teachers.values() for role in of_task]
+    assert roles[0].teacher is roles[1].teacher and len(bank.forwards(roles)) == 2
     assert gap(bank, field, field_of(large_pipeline(), generation_kwargs=options), task="a") < ROUNDING
     reference = field_of(large_pipeline(), generation_kwargs={"negative_prompt": "snow"}, max_sequence_length=8)
     assert gap(bank, field, reference, task="b") < ROUNDING
