@@ -127,7 +127,7 @@ def make_student(folder: Path, teacher: Path, steps: int) -> None:
     trainer.save_model(str(folder))
 
 
-def report(folder: Path, num_images: int, seconds: dict[str, float]) -> None:
+def report(folder: Path, num_images: int, notes: dict[str, object]) -> None:
     prompts = tiny.dataset("test").filter(lambda row: row["task"] == TASK)
     found = evaluate_retention(
         tiny.BASE,
@@ -142,17 +142,16 @@ def report(folder: Path, num_images: int, seconds: dict[str, float]) -> None:
         keep_images=False,
     )
     assert found is not None
-    (folder / "result.json").write_text(
-        json.dumps({"task": found["tasks"][TASK], "seconds": seconds}, indent=2) + "\n"
-    )
-    print(json.dumps(found["tasks"][TASK], indent=2))
+    content = {"task": TASK, **found["tasks"][TASK], **notes}
+    (folder / "result.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(content, indent=2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--teacher_steps", type=int, default=200)
+    parser.add_argument("--teacher_steps", type=int, default=160)
     parser.add_argument("--teacher_batch_size", type=int, default=32)
     parser.add_argument("--student_steps", type=int, default=120)
     parser.add_argument("--num_images", type=int, default=512)
@@ -167,7 +166,8 @@ def main() -> None:
         elif stage == "student":
             make_student(folder / "student", folder / "teacher", args.student_steps)
         else:
-            report(folder, args.num_images, seconds)
+            notes = {"teacher_steps": args.teacher_steps, "teacher_batch_size": args.teacher_batch_size}
+            report(folder, args.num_images, {**notes, "student_steps": args.student_steps, "seconds": seconds})
         seconds[stage] = round(time.perf_counter() - start)
         times.write_text(json.dumps(seconds) + "\n")
 

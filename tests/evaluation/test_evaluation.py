@@ -23,6 +23,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import SD3Transformer2DModel
+from helpers.own_pipelines import large_pipeline, save_large
 from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
@@ -271,6 +272,25 @@ class TestEvaluateRetention:
             evaluate_retention(pipeline, folders["cold"], wide, red, dataset, num_images=1, **OPTIONS)
         check()
         pipeline.load_lora_weights(folders["warm"])  # no adapter of ours is in the way
+
+    def test_a_teacher_of_another_size_draws_through_its_own_pipeline(self, pipeline, folders, dataset, tmp_path):
+        teacher = TeacherConfig(save_large(tmp_path / "large"), guidance_scale=3.0)
+        report = evaluate_retention(
+            pipeline, teacher, folders["student"], red, dataset, num_images=2, guidance_scale=1.0, **OPTIONS
+        )
+        own, reference = field_of(pipeline), field_of(large_pipeline())  # the student's levels
+
+        def velocity(x, t, prompts):
+            return reference(x, t, prompts, 3.0)
+
+        for index, task in enumerate(("cold", "warm")):
+            drawn = drawing.draw_with(own, velocity, PROMPTS[:2], entropy=[5, index], batch_size=2)
+            expected = np.mean(red([], [image for _, image in drawn]))
+            assert report["tasks"][task]["teacher"] == pytest.approx(expected, abs=2e-4)
+            assert report["tasks"][task]["teacher"] != report["tasks"][task]["base"]
+        with pytest.raises(ValueError, match="large: guidance_scale=0.5 does nothing"):
+            teacher = replace(teacher, guidance_scale=0.5)
+            evaluate_retention(pipeline, teacher, folders["student"], red, dataset, num_images=1, **OPTIONS)
 
     def test_rewards_get_columns_and_may_not_apply(self, pipeline, folders, dataset):
         dataset = dataset.map(lambda row, i: {"level": "low" if i % 3 == 1 else "high"}, with_indices=True)

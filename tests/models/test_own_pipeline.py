@@ -17,10 +17,13 @@
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import TorchAoConfig
+from helpers.families import FAMILIES
+from helpers.noise_families import NOISE_FAMILIES
 from helpers.own_pipelines import large_pipeline, save_large
 from helpers.teachers_helpers import make_student, rewrite
 from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline, make_transformer, make_vae
@@ -32,7 +35,7 @@ from trl_diffusion_opd.acceleration.quantization import is_quantized
 from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.own_pipeline import OwnPipelines
 from trl_diffusion_opd.models.teachers import TeacherBank, model_identity, normalize_teachers
-from trl_diffusion_opd.pipelines.denoiser import denoiser
+from trl_diffusion_opd.pipelines.denoiser import denoiser, denoiser_name
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
@@ -74,12 +77,12 @@ def make_bank(student, teachers, options=None, **kwargs):
 
 
 @torch.no_grad()
-def gap(bank, field, reference, scale=4.5, network=None, task="task"):
+def gap(bank, field, reference, scale=4.5, network=None, task="task", levels=LEVELS):
     """The largest difference of a teacher's velocity from its own pipeline's, on the student's latents."""
     x = field.initial_latents(PROMPTS, [torch.Generator().manual_seed(i) for i in range(2)])
     (role,) = bank.teachers[task]
     gaps = []
-    for t in LEVELS:
+    for t in levels:
         ours = bank.velocity(field, role, x, t, PROMPTS)
         assert torch.equal(ours, bank.mean_velocity(field, [role], x, t, PROMPTS))
         gaps.append((ours - reference(x, t, PROMPTS, scale, network)).abs().max())
@@ -146,7 +149,10 @@ def test_equal_parts_are_the_students(student, large):
 def test_options_of_its_own(student, large):
     options = {"negative_prompt": "rain"}
     own = {"negative_prompt": "snow", "max_sequence_length": 8}
-    bank, field = make_bank(student, {"a": large, "b": TeacherConfig(large, generation_kwargs=own)}, options)
+    teachers = {"a": large, "b": TeacherConfig(large, generation_kwargs=own)}
+    bank, field = make_bank(student, teachers, options, batched=True)
+    roles = [role for of_task in bank.teachers.values() for role in of_task]
+    assert roles[0].teacher is roles[1].teacher and len(bank.forwards(roles)) == 2
     assert gap(bank, field, field_of(large_pipeline(), generation_kwargs=options), task="a") < ROUNDING
     reference = field_of(large_pipeline(), generation_kwargs={"negative_prompt": "snow"}, max_sequence_length=8)
     assert gap(bank, field, reference, task="b") < ROUNDING
@@ -169,6 +175,41 @@ def test_offloading_and_quantizing_it_alone(student, large, lora):
     assert gap(bank, field, field_of(large_pipeline()), network=model, task="a") < ROUNDING
     assert is_quantized(denoiser(other.pipeline)) and not is_quantized(student.transformer)
     assert 0 < gap(bank, field, field_of(large_pipeline()), task="b") < 0.2
+
+
+DEEPER = {"flux": {"num_layers": 2}, "sdxl": {"layers_per_block": 2}, "cogview4": {"num_layers": 3}}
+
+
+@pytest.mark.parametrize("name", DEEPER)
+def test_other_families(name, tmp_path):
+    """Packed latents, a model that predicts noise, timesteps apart from the levels."""
+    family = {**FAMILIES, **NOISE_FAMILIES}[name]
+    student, teacher = family.build(), family.build()
+    network = denoiser(teacher)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        other = type(network).from_config({**network.config, **DEEPER[name]})
+    teacher.register_modules(**{denoiser_name(teacher): other.eval()})
+    teacher.save_pretrained(tmp_path)
+    field, reference = (VelocityField(one, num_inference_steps=4, **family.kwargs) for one in (student, teacher))
+    offload = Offload([], torch.device("cpu"))
+    own = OwnPipelines(student, field, family.max_sequence_length, family.generation_kwargs, offload)
+    backbone = Backbone(denoiser(student))
+    bank = TeacherBank(backbone, student, normalize_teachers(str(tmp_path), ["task"]), 2.0, own=own)
+    assert gap(bank, field, reference, 2.0, levels=field.levels[:-1].tolist()) < ROUNDING
+
+
+def test_levels_that_a_teacher_does_not_know_are_refused(tmp_path):
+    """Its schedule ends below 1, where the student's walk begins."""
+    NOISE_FAMILIES["sdxl"].build().save_pretrained(tmp_path / "noise")
+    student, family = NOISE_FAMILIES["sdxl_zero_snr"].build(), NOISE_FAMILIES["sdxl_zero_snr"]
+    field = VelocityField(student, num_inference_steps=4, **family.kwargs)
+    own = OwnPipelines(student, field, family.max_sequence_length, None, Offload([], torch.device("cpu")))
+    teachers = normalize_teachers(TeacherConfig("base", base=str(tmp_path / "noise")), ["task"])
+    with pytest.raises(
+        ValueError, match=r"noise: it was trained on noise levels from 0\.\d+ to 0\.\d+, and .* 1\.000"
+    ):
+        TeacherBank(Backbone(student.unet), student, teachers, 1.0, own=own)
 
 
 # --- what is refused
@@ -295,3 +336,26 @@ def test_resume_refuses_another_base(student, large, lora, tmp_path):
     rewrite(encoder, lambda t: {key: 2 * value for key, value in t.items()}, {"format": "pt"})
     with pytest.raises(ValueError, match="lora: its base is not the one"):
         make_bank(make_pipeline(), replace(config, base=str(tmp_path / "moved")), manifest=manifest)
+
+
+# --- the Hub
+
+
+def test_a_base_on_the_hub_is_pinned(student, large, lora, hub, tmp_path):
+    first = hub.add_folder("me/large", Path(large))
+    folder, model = lora
+    teachers = {"a": TeacherConfig(folder, base="me/large"), "b": "me/large"}
+    bank, field = make_bank(student, teachers)
+    manifest = bank.manifest()
+    assert manifest["a"][0]["base"] == {"source": "me/large", "revision": first, "sha256": manifest["b"][0]["sha256"]}
+    assert gap(bank, field, field_of(large_pipeline()), network=model, task="a") < ROUNDING
+    hub.add_folder("me/large", Path(save_large(tmp_path / "new", seed=6)))
+    bank, _ = make_bank(make_pipeline(), teachers, manifest=manifest)  # at the commits of the manifest
+    assert bank.manifest() == manifest
+    bank, _ = make_bank(make_pipeline(), teachers)
+    assert bank.manifest()["a"][0]["base"]["sha256"] != manifest["a"][0]["base"]["sha256"]
+    hub.add_folder("me/many", Path(large), "large")
+    with pytest.raises(ValueError, match=r"me/many/large: is a pipeline of another .* hf download me/many --include"):
+        make_bank(make_pipeline(), "me/many/large")
+    with pytest.raises(ValueError, match="me/none: no such folder here and no such repository on the Hub"):
+        make_bank(make_pipeline(), TeacherConfig(folder, base="me/none"))

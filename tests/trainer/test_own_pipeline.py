@@ -99,6 +99,7 @@ def test_resuming(tmp_path, teachers):
     options = dict(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
     whole = make_trainer(tmp_path / "whole", teachers, **options)
     whole.train()
+    assert "| lora on large |" in (tmp_path / "whole" / "README.md").read_text()  # the model card
     make_trainer(tmp_path / "split", teachers, callbacks=[StopAt(1)], **options).train()
     resumed = make_trainer(tmp_path / "split", teachers, resume_from_checkpoint=True, **options)
     resumed.train(True)

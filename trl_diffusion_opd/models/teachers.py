@@ -338,10 +338,10 @@ class TeacherBank:
         """Groups the roles by forward: one role each, or if `batched` all on one network with one guidance scale."""
         if not self.batched:
             return [[role] for role in roles]
-        groups: dict[tuple[float, str | None], dict[str, Role]] = {}
+        groups: dict[tuple[float, VelocityField | None, str | None], dict[str, Role]] = {}
         for role in roles:
             name, alone = role.teacher.name, role.teacher.is_apart or role.field is not None
-            group = groups.setdefault((role.guidance_scale, name if alone else None), {})
+            group = groups.setdefault((role.guidance_scale, role.field, name if alone else None), {})
             weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
         return [[*group.values()] for group in groups.values()]
