@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from helpers.families import Family  # noqa: E402
 from sweep_parts.classes import classes, left_out  # noqa: E402
 from sweep_parts.specimens import NOT_BUILT, SPECIMENS  # noqa: E402
-from sweep_parts.trial import Trial, quiet, update, velocity_and_walk, verdict  # noqa: E402
+from sweep_parts.trial import RefusedError, Trial, quiet, update, velocity_and_walk, verdict  # noqa: E402
 
 
 PACKAGE = str(ROOT / "trl_diffusion_opd")
@@ -58,7 +58,7 @@ def tried(family: Family, update_too: bool = True) -> Trial:
                 step(family, trial)
         except Exception as error:
             ours = traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE)
-            refused = ours and isinstance(error, ValueError)
+            refused = isinstance(error, RefusedError) or ours and isinstance(error, ValueError)
             trial.outcome = "refused" if refused else "fails"
             trial.reason = said(error)
             break

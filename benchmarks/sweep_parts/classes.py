@@ -56,7 +56,7 @@ def left_out(name: str, pipeline: type[DiffusionPipeline]) -> Rule | None:
     """The rule by which a class is not tried; `None` if it is."""
     parameters = dict(inspect.signature(inspect.unwrap(pipeline.__call__)).parameters)
     needed = [key for key, value in parameters.items() if value.default is inspect.Parameter.empty]
-    if "prompt" not in parameters or set(needed) & set(FROM_ANOTHER_STAGE):
+    if "prompt" not in parameters or "Prior" in name or set(needed) & set(FROM_ANOTHER_STAGE):
         return Rule.NO_TEXT
     if ".deprecated." in pipeline.__module__ or "_last_supported_version" in dir(pipeline):
         return Rule.ENDED

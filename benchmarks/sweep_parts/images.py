@@ -433,7 +433,7 @@ def _family(make: Callable[[], DiffusionPipeline], targets: tuple[str, ...] = AT
 
 
 IMAGES: dict[str, Family] = {
-    "AuraFlowPipeline": _family(aura_flow),
+    "AuraFlowPipeline": _family(aura_flow, (*ATTENTION, "linear_1", "linear_2", "out_projection")),
     "BriaPipeline": _family(bria),
     "OvisImagePipeline": _family(ovis),
     "LongCatImagePipeline": _family(

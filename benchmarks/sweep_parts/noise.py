@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 from diffusers import DDIMScheduler, DiffusionPipeline
 from helpers import families_text as text
-from helpers.families import Family
+from helpers.families import FAMILIES, PROMPTS, Family
 from helpers.noise_families import NOISE_FAMILIES, PIXART, STABLE_DIFFUSION, noise_scheduler
 from helpers.tiny_sd3 import make_vae
 
@@ -223,12 +223,11 @@ def _movq() -> diffusers.VQModel:
 def kandinsky3() -> DiffusionPipeline:
     unet = diffusers.Kandinsky3UNet(
         in_channels=4,
-        time_embedding_dim=8,
+        time_embedding_dim=4,
         groups=2,
         attention_head_dim=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        cross_attention_dim=8,
+        block_out_channels=(32, 64),
+        cross_attention_dim=4,
         encoder_hid_dim=16,
     )
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, clip_sample=False, beta_schedule="scaled_linear")
@@ -247,7 +246,6 @@ def latent_diffusion() -> DiffusionPipeline:
 
 
 def sana_sprint() -> DiffusionPipeline:
-    from helpers.families import FAMILIES
 
     parts = FAMILIES["sana"].build().components
     transformer = diffusers.SanaTransformer2DModel.from_config(
@@ -415,7 +413,9 @@ def stable_unclip() -> DiffusionPipeline:
 _UNLIMITED: dict[str, Any] = dict(max_sequence_length=None)
 NOISE: dict[str, Family] = {
     "PixArtAlphaPipeline": Family(pixart_alpha, _CROSS, generation_kwargs={"use_resolution_binning": False, **_PLAIN}),
-    "AllegroPipeline": Family(allegro, _CROSS, size=32, generation_kwargs={"num_frames": 1, **_PLAIN}),
+    "AllegroPipeline": Family(
+        allegro, _CROSS, size=32, prompts=PROMPTS[1:], generation_kwargs={"num_frames": 1, **_PLAIN}
+    ),
     "LattePipeline": Family(latte, _CROSS, **_UNLIMITED, generation_kwargs={"video_length": 1, **_PLAIN}),
     "CogVideoXPipeline": Family(cogvideox, ("to_q", "to_k", "to_v"), generation_kwargs={"num_frames": 1}),
     "CogView3PlusPipeline": Family(cogview3, ("to_q", "to_k", "to_v")),

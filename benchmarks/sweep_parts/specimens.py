@@ -47,4 +47,12 @@ SPECIMENS: dict[str, Family] = {
     **VIDEOS,
     **NOISE,
 }
-NOT_BUILT: dict[str, str] = {}
+_WITH_SOUND = "it denoises video and sound together, and needs a Gemma 4, a vocoder and an audio autoencoder"
+NOT_BUILT: dict[str, str] = {
+    "Cosmos3OmniPipeline": "its transformer is also the language model that reads the prompt, and can't be built small alone",
+    "GlmImagePipeline": "it begins from image tokens that a language model writes, which would have to be built as well",
+    "Ideogram4Pipeline": "it reads its text encoder at thirteen fixed layers, so that one can't be small",
+    "LTX2DFRPipeline": _WITH_SOUND,
+    "LTX2Pipeline": _WITH_SOUND,
+    "OmniGenPipeline": "its processor needs torchvision",
+}

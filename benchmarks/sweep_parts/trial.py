@@ -18,7 +18,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ClassifierFreeGuidance, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from helpers.families import Family, save_teacher
 from helpers.family_fixtures import family_trainer
 from helpers.pipeline_recorder import recorder
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from trl_diffusion_opd.algorithms.rollout import walk
 from trl_diffusion_opd.algorithms.samplers import sampler_table
-from trl_diffusion_opd.pipelines.denoiser import denoiser
+from trl_diffusion_opd.pipelines.denoiser import denoiser, loads_lora
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
@@ -72,21 +72,23 @@ class Trial:
         return {key: value for key, value in asdict(self).items() if value not in (None, "")}
 
 
+class RefusedError(ValueError):
+    """A pipeline was refused, by this package or by its own check of its arguments, before its first step."""
+
+
 def generators(n: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(100 + i) for i in range(n)]
 
 
 def own_images(
     family: Family,
-    pipeline: DiffusionPipeline,
+    pipeline: Callable[..., Any],
     scale: float,
     prompts: tuple[str, ...] | None = None,
     output_type: str = "np",
 ) -> Any:
     """What a pipeline's own call returns."""
     prompts = family.prompts if prompts is None else prompts
-    if family.guidance_name is None and "guider" in pipeline.components:
-        pipeline.guider = ClassifierFreeGuidance(guidance_scale=scale)
     return pipeline(
         **family.call_kwargs(scale, prompts),
         num_inference_steps=STEPS,
@@ -99,12 +101,16 @@ def own_images(
 def velocity_and_walk(family: Family, trial: Trial) -> None:
     """Compares the field with the pipeline's own loop, step by step, and its walk with the pipeline's image."""
     pipeline = family.build()
-    field = VelocityField(pipeline, num_inference_steps=STEPS, **family.kwargs)
+    try:
+        field = VelocityField(pipeline, num_inference_steps=STEPS, **family.kwargs)
+        field(field.initial_latents([""], generators(1)), float(field.levels[0]), [""], 1.0)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
     prompts, gaps = list(family.prompts), []
     scales = (1.0,) if family.guidance_scale == 1.0 else (1.0, family.guidance_scale)
     for scale in scales:
         field.check_guidance(scale)
-        own = with_recorder(family, field)
+        own = with_recorder(family, field, scale)
         # One prompt at a time: encoders round a batch differently.
         own_images(family, own, scale, family.prompts[-1:], output_type="latent")
         for step in own.scheduler.trace:
@@ -116,15 +122,15 @@ def velocity_and_walk(family: Family, trial: Trial) -> None:
     x = field.initial_latents(prompts, generators(len(prompts)))
     with torch.no_grad():
         x = walk(lambda j, x, _: field(x, field.levels[j].item(), prompts, scales[-1]), x, table)
-    own = with_recorder(family, field)
+    own = with_recorder(family, field, scales[-1])
     trial.walk = difference(
         field.decode(field.clean(x), prompts, output_type="np"), own_images(family, own, scales[-1])
     )
 
 
-def with_recorder(family: Family, field: VelocityField) -> DiffusionPipeline:
+def with_recorder(family: Family, field: VelocityField, scale: float) -> DiffusionPipeline:
     """A pipeline whose scheduler records its steps. In place of a flow-matching solver it takes Euler's."""
-    pipeline = family.build()
+    pipeline = family.guided(scale)
     if "alphas_cumprod" in vars(pipeline.scheduler) and not flow_matching(pipeline.scheduler):
         pipeline.scheduler = noise_recorder(pipeline.scheduler)
         return pipeline
@@ -179,25 +185,26 @@ def update(family: Family, trial: Trial) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         save_teacher(family, root / "teacher", seed=1)
+        scale = family.guidance_scale
         trainer = family_trainer(
             family,
             root / "student",
             str(root / "teacher"),
+            family.guided(scale),
             num_inference_steps=STEPS,
             per_device_train_batch_size=len(family.prompts),
             learning_rate=1e-1,
         )
         trainer.train()
         trainer.save_model(root / "saved")
-        scale = family.guidance_scale
         ours = own_images(family, trainer.pipeline, scale)
-        fresh = family.build()
+        fresh = family.guided(scale)
         base = own_images(family, fresh, scale)
-        if "load_lora_weights" in dir(type(fresh)):
+        if loads_lora(fresh):
             fresh.load_lora_weights(str(root / "saved"))
         else:
             PeftModel.from_pretrained(denoiser(fresh), str(root / "saved"))
-            trial.reason = "diffusers has no load_lora_weights for it: PEFT loads the student"
+            trial.reason = "diffusers has no loader of LoRAs for it: PEFT loads the student"
         trial.image = difference(own_images(family, fresh, scale), ours)
         trial.moved = difference(base, ours)
 
@@ -220,5 +227,7 @@ def verdict(trial: Trial) -> None:
     beyond = [
         f"{name} {value:.1e}" for name, value in measured.items() if value is not None and not value <= bounds[name]
     ]
+    if trial.moved is not None and trial.moved < 10 * IMAGE:
+        beyond.append(f"the update moves the image by no more than {trial.moved:.1e}")
     if beyond:
         trial.outcome, trial.reason = "fails", "differs from the pipeline's own: " + ", ".join(beyond)

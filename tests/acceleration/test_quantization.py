@@ -232,6 +232,14 @@ def test_dtype_is_that_of_what_is_not_quantized(base):
     assert base_weight(attention).dtype == torch.bfloat16
 
 
+def test_the_dtype_is_not_that_of_a_table_kept_in_float32():
+    """As in Wan, whose first weight is such a table."""
+    network = nn.Sequential(nn.LayerNorm(2), nn.Linear(2, 2).to(torch.bfloat16))
+    network.table = nn.Parameter(torch.zeros(2))
+    assert base_weight(network).dtype == torch.bfloat16
+    assert base_weight(network[:1]).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "given",
     [config("torchao int8"), PipelineQuantizationConfig(quant_mapping={"transformer": config("torchao int8")})],

@@ -87,6 +87,13 @@ class Family:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def guided(self, scale: float) -> DiffusionPipeline:
+        """The pipeline; if it has a guider, that has this scale."""
+        pipeline = self.build()
+        if "guider" in pipeline.components:
+            pipeline.guider = diffusers.ClassifierFreeGuidance(guidance_scale=scale)
+        return pipeline
+
     @property
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `VelocityField`."""

@@ -24,6 +24,7 @@ import pytest
 import torch
 from helpers.families import FAMILIES
 from helpers.families_experts import WAN_2_2, save_pair
+from helpers.loopback_hub import LoopbackHub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -264,3 +265,38 @@ def test_targets_name_layers_of_one_transformer(targets: Any) -> None:
         f"base_model.model.{e}.blocks.{i}.attn1.to_q.lora_A.default.weight": 3 - i for e in EXPERTS for i in (0, 1)
     }
     assert ranks == layers
+
+
+def save_lokr(path: Path, seed: int) -> Tensor:
+    """A LoKr of one layer, in LyCORIS's layout. Returns the change of its weight."""
+    generator = torch.Generator().manual_seed(seed)
+    w1, w2 = torch.randn(4, 4, generator=generator), torch.randn(6, 6, generator=generator)
+    save_file({"lycoris_blocks_0_attn1_to_q.lokr_w1": w1, "lycoris_blocks_0_attn1_to_q.lokr_w2": w2}, path)
+    return 0.5 * torch.kron(w1.double(), w2.double())  # at half its strength
+
+
+def test_a_pair_of_lokr_is_folded_into_both(pair: tuple[Path, PeftModel], tmp_path: Path) -> None:
+    changes = {
+        e: save_lokr(tmp_path / name, seed) for seed, (e, name) in enumerate(zip(EXPERTS, (HIGH, LOW), strict=True))
+    }
+    pipeline, plain = WAN_2_2.build(), WAN_2_2.build()
+    configs = {"one": [TeacherConfig(str(tmp_path), lora_scale=0.5)]}
+    bank = TeacherBank(Backbone(denoiser(pipeline)), pipeline, configs, 1.0)
+    with bank.use(bank.teachers["one"][0]) as network:
+        for expert, change in changes.items():
+            name = "blocks.0.attn1.to_q"
+            old = plain.components[expert].get_submodule(name).weight.double()
+            new = network.of(expert).get_submodule(name).weight.double()
+            torch.testing.assert_close(new - old, change, rtol=0, atol=1e-5)
+    shutil.copy(pair[0] / LOW, tmp_path / LOW)
+    with pytest.raises(ValueError, match="one half of the pair is a LoRA and the other a LoKr"):
+        TeacherBank(Backbone(denoiser(WAN_2_2.build())), pipeline, configs, 1.0)
+
+
+def test_a_pair_on_the_hub(hub: LoopbackHub, pipeline: Any, pair: tuple[Path, PeftModel], tmp_path: Path) -> None:
+    moved(pair[0], tmp_path, f"style/{HIGH}", f"style/{LOW}")
+    commit = hub.add_folder("someone/wan22", tmp_path)
+    for name in ("someone/wan22/style", f"someone/wan22/style/{HIGH}"):
+        found = find_teacher(parse_teacher(name), pipeline)
+        assert found.revision == found.other.revision == commit
+        assert found.sha256() == find_teacher(TeacherConfig(str(pair[0])), pipeline).sha256()

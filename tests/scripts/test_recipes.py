@@ -20,7 +20,7 @@ and in the files that the recipe gives.
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import datasets
 import pytest
@@ -28,9 +28,12 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, flux2_klein
+from helpers.families_experts import save_pair, wan_2_2
 from helpers.loopback_hub import LoopbackHub
+from helpers.noise_families import NOISE_FAMILIES
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
+from trl_diffusion_opd.pipelines.denoiser import denoiser, denoiser_name
 from trl_diffusion_opd.scripts.arguments import config_path
 from trl_diffusion_opd.scripts.main import main
 from trl_diffusion_opd.scripts.values import PACKAGE
@@ -39,28 +42,31 @@ from trl_diffusion_opd.trainer import memory_estimate
 
 pytestmark = pytest.mark.slow
 
-TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Recipe(NamedTuple):
-    """`base` makes the stand-in; `peft` says whether the teachers are folders of PEFT; `options` make the run small."""
+    """`base` makes the stand-in; `teachers` is the form of their files; `options` make the run small."""
 
     base: Callable[[], DiffusionPipeline]
-    peft: bool
+    teachers: Literal["peft", "diffusers", "pair"]
     options: tuple[str, ...] = ()
 
 
+TEXT = ("--max_sequence_length", "16")
 RECIPES = {
-    "sd35_diffusionopd": Recipe(FAMILIES["sd3"].build, True),
-    "sd35_without_guidance": Recipe(FAMILIES["sd3"].build, True),
+    "sd35_diffusionopd": Recipe(FAMILIES["sd3"].build, "peft", TEXT),
+    "sd35_without_guidance": Recipe(FAMILIES["sd3"].build, "peft", TEXT),
     "flux2_klein_styles": Recipe(
         lambda: flux2_klein(is_distilled=True),
-        False,
-        ("--generation_kwargs", '{"text_encoder_out_layers": [1, 2, 3]}'),
+        "diffusers",
+        (*TEXT, "--generation_kwargs", '{"text_encoder_out_layers": [1, 2, 3]}'),
     ),
-    "qwen_image_styles": Recipe(FAMILIES["qwen_image"].build, False),
+    "qwen_image_styles": Recipe(FAMILIES["qwen_image"].build, "diffusers", TEXT),
+    "sdxl_preference_and_pixels": Recipe(NOISE_FAMILIES["sdxl"].build, "diffusers"),
+    "wan22_four_steps": Recipe(wan_2_2, "pair", (*TEXT, "--height", "32", "--width", "32")),
 }
-SMALL = "--height 16 --width 16 --max_sequence_length 16 --use_cpu true --dataloader_pin_memory false".split()
+SMALL = "--height 16 --width 16 --use_cpu true --dataloader_pin_memory false".split()
 SMALL += "--num_inference_steps 2 --eval_num_inference_steps 2 --per_device_train_batch_size 1 --lora_r 2".split()
 
 
@@ -68,22 +74,25 @@ def settings(name: str) -> dict:
     return yaml.safe_load(Path(config_path("config", name)).read_text(encoding="utf-8"))
 
 
-def publish_teacher(hub: LoopbackHub, pipeline: DiffusionPipeline, spec: str, peft: bool, folder: Path) -> None:
+def publish_teacher(hub: LoopbackHub, pipeline: DiffusionPipeline, spec: str, form: str, folder: Path) -> None:
     """Writes a random LoRA as the recipe's `spec` names it: `owner/repo[/sub/folder][/file.safetensors]`."""
     owner, repository, *inside = spec.split("/")
     file = inside.pop() if inside and inside[-1].endswith(".safetensors") else "pytorch_lora_weights.safetensors"
-    model = get_peft_model(
-        copy.deepcopy(pipeline.transformer), LoraConfig(r=2, lora_alpha=8, target_modules=list(TARGETS))
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=3.0)
-    if peft:
-        model.save_pretrained(str(folder))
+    if form == "pair":
+        save_pair(folder, seed=1, name="{}_noise_model.safetensors")
     else:
-        layers = get_peft_model_state_dict(model, save_embedding_layers=False)
-        layers = {key.removeprefix("base_model.model."): value for key, value in layers.items()}
-        type(pipeline).save_lora_weights(folder, transformer_lora_layers=layers, weight_name=file)
+        config = LoraConfig(r=2, lora_alpha=8, target_modules=list(TARGETS))
+        model = get_peft_model(copy.deepcopy(denoiser(pipeline)), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=3.0)
+        if form == "peft":
+            model.save_pretrained(str(folder))
+        else:
+            layers = get_peft_model_state_dict(model, save_embedding_layers=False)
+            layers = {key.removeprefix("base_model.model."): value for key, value in layers.items()}
+            of_network = {f"{denoiser_name(pipeline)}_lora_layers": layers}
+            type(pipeline).save_lora_weights(folder, weight_name=file, **of_network)
     hub.add_folder(f"{owner}/{repository}", folder, "/".join(inside))
 
 
@@ -118,7 +127,7 @@ def test_a_dry_run(
     pipeline.save_pretrained(tmp_path / "base")
     hub.add_folder(given["model_name_or_path"], tmp_path / "base")
     for task, spec in given["teachers"].items():
-        publish_teacher(hub, pipeline, spec, recipe.peft, tmp_path / task)
+        publish_teacher(hub, pipeline, spec, recipe.teachers, tmp_path / task)
     write_prompts(given["prompts"])
     options = [*SMALL, *recipe.options, "--gradient_accumulation_steps", str(len(given["teachers"]))]
     assert main(["opd", "--config", name, "--dry_run", *options], may_launch=False) == 0

@@ -15,6 +15,7 @@
 """Wan 2.2 through the trainers: both experts are trained and taught, and saved as diffusers loads them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,24 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from helpers.families import PROMPTS
-from helpers.families_experts import WAN_2_2, save_pair
-from helpers.family_fixtures import family_trainer
+from helpers.families_experts import TI2V, WAN_2_2, save_pair, wan_2_2
+from helpers.family_fixtures import family_trainer, prompts_of
+from helpers.grpo_fixtures import brightness
+from helpers.opd_fixtures import StopAt
 from helpers.pipeline_recorder import STEPS, recorder
+from helpers.sft_fixtures import sft_trainer
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from trl_diffusion_opd import DiffusionOPDTrainer
 from trl_diffusion_opd.algorithms.rollout import sample_generators
+from trl_diffusion_opd.models.expert_teachers import read_lora
+from trl_diffusion_opd.models.teacher_config import TeacherConfig
+from trl_diffusion_opd.pipelines.denoiser import denoiser
 from trl_diffusion_opd.pipelines.experts import EXPERTS
 from trl_diffusion_opd.pipelines.velocity import VelocityField
+from trl_diffusion_opd.trainer import diffusion_sft_trainer
+from trl_diffusion_opd.trainer.checks import launch_problems
 
 
 pytestmark = pytest.mark.slow
@@ -126,3 +136,91 @@ def test_one_update_saved_and_loaded_by_diffusers(teachers: Any, tmp_path: Path)
     half = WAN_2_2.build()
     half.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights_high_noise.safetensors")
     assert np.abs(own_image(half) - ours).max() > 1e-4
+
+    # The folder is a teacher of both experts, a start for another student, and its card loads both halves.
+    _, tensors, _ = read_lora(WAN_2_2.build(), TeacherConfig(str(tmp_path)))
+    after = {name.replace(".default", ""): p for name, p in trainer.student.named_parameters().items()}
+    assert tensors.keys() == after.keys() and all(torch.equal(tensors[name], p) for name, p in after.items())
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert 'weight_name="pytorch_lora_weights_high_noise.safetensors")' in card
+    assert 'weight_name="pytorch_lora_weights_low_noise.safetensors", load_into_transformer_2=True)' in card
+    assert ").frames[0][0]" in card
+
+
+def test_resuming_and_evaluating(teachers: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(
+        max_steps=2,
+        ema_decay=0.9,
+        save_strategy="steps",
+        save_steps=1,
+        eval_dataset=prompts_of(WAN_2_2, 1),
+        train_dataset=prompts_of(WAN_2_2),
+        reward_funcs=brightness,
+        num_trained_timesteps=1,
+        sampler="flow_sde",
+        guidance_scale=1.0,
+    )
+    teacher = teachers[0]["animals"]
+    through = make_trainer(tmp_path / "through", teacher, **options)
+    through.train()
+    make_trainer(tmp_path / "stopped", teacher, callbacks=[StopAt(1)], **options).train()
+    resumed = make_trainer(tmp_path / "stopped", teacher, **options)
+    resumed.train(resume_from_checkpoint=True)
+    ours, theirs = resumed.student.named_parameters(), through.student.named_parameters()
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items())
+    assert resumed.evaluate()["eval_reward"] == through.evaluate()["eval_reward"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peft_config": None}, "peft_config=None would train all weights of both experts"),
+        ({"peft_config": LoraConfig(target_modules=r"transformer_2\..*attn1\.to_q")}, "no LoRA on transformer, which"),
+        ({"student_init": "low"}, "no LoRA on transformer, which denoises high noise"),
+    ],
+)
+def test_a_student_on_one_expert_is_refused(
+    teachers: Any, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    if "student_init" in options:
+        lora = LoraConfig(r=2, target_modules=["attn1.to_q"], init_lora_weights=False)
+        network = denoiser(WAN_2_2.build())
+        get_peft_model(network, for_one(lora, "transformer_2")).save_pretrained(tmp_path / "low")
+        options = {"student_init": str(tmp_path / "low")}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path / "out", teachers[0]["animals"], train_dataset=prompts_of(WAN_2_2), **options)
+
+
+def for_one(config: LoraConfig, expert: str) -> LoraConfig:
+    config.target_modules = rf"{expert}\..*({'|'.join(config.target_modules)})"
+    return config
+
+
+def test_a_grid_on_one_side_of_the_boundary_is_warned_of(
+    teachers: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = wan_2_2(boundary_ratio=0.001)
+    make_trainer(tmp_path, teachers[0]["animals"], pipeline=pipeline, train_dataset=prompts_of(WAN_2_2))
+    assert "None of the 3 noise levels is on the side of transformer_2, which denoises low noise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"deepspeed_plugin": SimpleNamespace(deepspeed_config={})}, "DeepSpeed's optimizer also moves"),
+        ({"ddp_find_unused_parameters": False}, "DDP would wait for the gradients of the other"),
+    ],
+)
+def test_launches_that_move_or_wait_for_an_idle_expert(options: dict[str, Any], message: str) -> None:
+    plain = dict.fromkeys(("deepspeed_plugin", "fsdp_plugin_args", "ddp_find_unused_parameters"))
+    args = SimpleNamespace(**{"n_gpu": 1, "world_size": 2, "torch_compile": False, "fp16": False, **plain, **options})
+    for pipeline, count in ((WAN_2_2.build(), 1), (TI2V.build(), 0)):
+        assert [message in problem for problem in launch_problems(denoiser(pipeline), args)].count(True) == count
+
+
+def test_images_of_their_own_levels_are_refused_under_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion_sft_trainer, "uses_fsdp", lambda args: True)
+    options = dict(WAN_2_2.kwargs, peft_config=LoraConfig(r=2, target_modules=["attn1.to_q"]))
+    with pytest.raises(ValueError, match="Each image gets a noise level of its own.*FSDP would wait for ever"):
+        sft_trainer(tmp_path, None, WAN_2_2.build(), **options)

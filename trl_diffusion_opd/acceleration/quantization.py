@@ -38,6 +38,7 @@ QuantizationConfig: TypeAlias = (
     PipelineQuantizationConfig | QuantizationConfigMixin | None
 )  # the configs with which a base may be loaded
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Maximum relative error of the gradient that a layer passes to its input. Beyond it the gradient is wrong.
 _GRADIENT_ERROR = 0.05
 
@@ -78,15 +79,24 @@ def dequantized(layer: nn.Linear) -> Tensor:
 
 
 def base_weight(network: nn.Module) -> nn.Parameter:
-    """A weight that shows the network's dtype and device: the first that is in no LoRA and no quantized layer."""
-    return next(
-        parameter
-        for name, module in network.named_modules()
+    """
+    A weight that shows the network's dtype and device: that of the first linear layer or convolution that is in no LoRA
+    and not quantized, else the first other one. Tables and norms may be kept in float32 beside a bfloat16 network, as
+    in Wan.
+    """
+    layers = (weight for module, weight in _plain_weights(network) if isinstance(module, _LAYERS))
+    first = next(layers, None)
+    return next(weight for _, weight in _plain_weights(network)) if first is None else first
+
+
+def _plain_weights(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    for name, module in network.named_modules():
         # A quantized layer's weights may be stored in any dtype, and its bias is cast to that of its inputs.
-        if "lora_" not in name and not (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None)
-        for parameter in module.parameters(recurse=False)
-        if parameter.is_floating_point()
-    )
+        if "lora_" in name or (isinstance(module, nn.Linear) and weight_kind(module.weight) is not None):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                yield module, parameter
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ to one LoRA of the module that holds both.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -38,6 +38,7 @@ from ..pipelines.experts import EXPERTS, HIGH_NOISE, LOW_NOISE, NOISE, Experts, 
 from .folded_lora import FoldedLora
 from .lora_files import PEFT_PREFIX, SwitchedLora, read_lora_files
 from .lora_layouts import some
+from .lora_names import LayerUpdate
 from .lora_scales import LoraScales, resolve
 from .teacher_config import TeacherConfig, TeacherError
 from .teacher_files import TeacherFiles, find_files, names_in
@@ -235,20 +236,31 @@ def read_found_lora(
     if files.expert is None:
         _check_both(files)
         return read_lora_files(files, pipeline, lora_scale)
+    halves = {expert: read_lora_files(half, alone(pipeline, expert), lora_scale) for expert, half in _halves(files)}
+    switched = {expert: read for expert, read in halves.items() if isinstance(read, SwitchedLora)}
+    folded = {expert: read for expert, read in halves.items() if isinstance(read, FoldedLora)}
+    if not switched:
+        return FoldedLora([*_updates_of(folded)], lora_scale)
+    if folded:
+        raise TeacherError(
+            f"{files.label}: one half of the pair is a LoRA and the other a LoKr, LoHa or DoRA, which is folded into a "
+            "copy of the base. Give halves of one kind, or fold both yourself and give the folder of that pipeline."
+        )
     tensors: dict[str, torch.Tensor] = {}
     found: dict[str, LoraScales] = {}
-    for expert, half in _halves(files):
-        read = read_lora_files(half, alone(pipeline, expert), lora_scale)
-        if isinstance(read, FoldedLora):
-            raise TeacherError(
-                f"{half.label}: {half.names[-1]} is a LoKr, LoHa or DoRA, which is read for a base of one network, but "
-                "not for one of two experts. Fold both halves into the base yourself, and give the folder of that "
-                "pipeline as a full teacher."
-            )
-        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in read.weights.items()}
-        found[expert] = resolve(read.config, plain, network.of(expert))
+    for expert, lora in switched.items():
+        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in lora.weights.items()}
+        found[expert] = resolve(lora.config, plain, network.of(expert))
         tensors |= {f"{PEFT_PREFIX}{expert}.{key}": value for key, value in plain.items()}
     return SwitchedLora(joined(found).config(network), tensors)
+
+
+def _updates_of(folded: Mapping[str, FoldedLora]) -> Iterator[LayerUpdate]:
+    """The updates of both experts, whose layers' names then begin with the expert's."""
+    for expert, lora in folded.items():
+        for update in lora.updates:
+            sources = {f"{expert}.{layer}": taken for layer, taken in update.sources.items()}
+            yield replace(update, name=f"{expert}.{update.name}", sources=sources)
 
 
 def joined(found: dict[str, LoraScales]) -> LoraScales:

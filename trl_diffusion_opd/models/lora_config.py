@@ -89,7 +89,7 @@ def for_experts(config: LoraConfig) -> LoraConfig:
     `transformer_2.`. Only patterns of whole names need it.
     """
     config = copy.deepcopy(config)
-    start = rf"(?:{'|'.join(EXPERTS)})\."
+    start = rf"(?:(?:{'|'.join(EXPERTS)})\.)?"
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)
         if isinstance(pattern, str) and pattern.lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND:

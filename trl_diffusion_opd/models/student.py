@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -36,7 +35,7 @@ from ..guards.file_modes import give_usual_mode
 from ..guards.files import JSON
 from ..guards.redaction import public_name, shown
 from ..hub.files import ADAPTER_FILE, FULL_FILES, HIGH_NOISE_LORA_FILE, LORA_FILE, LOW_NOISE_LORA_FILE, RAW_FILE
-from ..pipelines.denoiser import denoiser_name
+from ..pipelines.denoiser import denoiser_name, loads_lora
 from ..pipelines.experts import HIGH_NOISE, LOW_NOISE, Experts, has_experts
 from .average import moving_average, step_number
 from .lora_scales import LoraScales
@@ -223,7 +222,7 @@ class Student:
         config.inference_mode = inference_mode
         save_file(weights, os.path.join(folder, ADAPTER_FILE), metadata={"format": "pt"})
         give_usual_mode(folder, ADAPTER_FILE)
-        if not isinstance(self.pipeline, LoraBaseMixin):
+        if not loads_lora(self.pipeline):
             return
         plain = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
         part = denoiser_name(self.pipeline)
@@ -259,7 +258,7 @@ class Student:
         name, part = json.dumps(str(folder), ensure_ascii=False), denoiser_name(self.pipeline)
         if not self.is_lora:
             return f"pipe.{part} = {self._class_name}.from_pretrained({name})"
-        if isinstance(self.pipeline, LoraBaseMixin):
+        if loads_lora(self.pipeline):
             if not has_experts(self.pipeline):
                 return f"pipe.load_lora_weights({name})"
             high, low = (f'pipe.load_lora_weights({name}, weight_name="{file}"' for file in PAIR_FILES.values())

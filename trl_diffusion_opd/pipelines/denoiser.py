@@ -15,9 +15,11 @@
 """The network of a pipeline that denoises: the only one that is trained and taught."""
 
 from collections.abc import Collection
+from inspect import signature
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 
 from .experts import EXPERTS, Experts, has_experts
 
@@ -43,3 +45,9 @@ def denoiser(pipeline: DiffusionPipeline) -> Any:
     if has_experts(pipeline):
         return Experts(*(pipeline.components[name] for name in EXPERTS))
     return pipeline.components.get(denoiser_name(pipeline))
+
+
+def loads_lora(pipeline: DiffusionPipeline) -> bool:
+    """Whether diffusers saves and loads LoRAs of the network that denoises. (PRX has a loader, but for a UNet.)"""
+    layers = f"{denoiser_name(pipeline)}_lora_layers"
+    return isinstance(pipeline, LoraBaseMixin) and layers in signature(type(pipeline).save_lora_weights).parameters

@@ -195,6 +195,11 @@ def scheduler_problem(scheduler: SchedulerMixin, pipeline_name: str) -> str | No
             "matching nor of a model that predicts noise, v or the sample with a variance-preserving schedule. Use "
             "the scheduler that the model was published with."
         )
+    if str(scheduler.config.get("variance_type")).startswith("learned"):
+        return (
+            f"{name} takes a variance besides the noise from the network (variance_type="
+            f"{scheduler.config['variance_type']!r}), for which there is no velocity. Use {_HOW}, if the pipeline allows it."
+        )
     trial = grid_scheduler(scheduler)
     trial.set_timesteps(4)
     if list(signature(scheduler.step).parameters)[:3] != ["model_output", "timestep", "sample"]:

@@ -21,6 +21,7 @@ Computes the velocity of any text-to-image pipeline of diffusers, by running one
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -127,12 +128,20 @@ class VelocityField(PipelineCalls):
         x = self.initial_latents([""], [torch.Generator().manual_seed(0)])
         with torch.no_grad():
             view = self._step(x, float(self.levels[0]), [""], 1.0, StandIn(stop, self._base))
-        if not view.scheduler.scales_input:
+        # A pipeline that scales its first noise by its scheduler (Kandinsky 3) is not of flow matching, and where nothing
+        # is to be scaled it may leave the input as it is.
+        prepares = unwrap(type(self.pipeline).prepare_latents).__code__.co_names
+        if not (view.scheduler.scales_input or "init_noise_sigma" in prepares and self._grid_is_unscaled()):
             raise ValueError(
                 f"{type(self.pipeline).__name__} is a flow-matching pipeline, but its scheduler is "
                 f"{type(self.pipeline.scheduler).__name__} with prediction_type={self._prediction.kind!r}. Use the "
                 "scheduler that the model was published with, or a FlowMatchEulerDiscreteScheduler."
             )
+
+    def _grid_is_unscaled(self) -> bool:
+        scheduler = grid_scheduler(self.pipeline.scheduler)
+        scheduler.set_timesteps(self.num_inference_steps)
+        return float(scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0])) == 1
 
     def with_steps(self, num_inference_steps: int) -> "VelocityField":
         """A copy of this field with another number of steps. Both share the embeddings."""
@@ -198,7 +207,16 @@ class VelocityField(PipelineCalls):
         stand_in = StandIn(transformer or self._base, self._base, timesteps, adapters)
         state = self._prediction.network_state(x, levels)
         output = self._step(state, t, prompts, guidance_scale, stand_in).scheduler.output
-        assert output is not None, "the pipeline's loop ended without a call of scheduler.step"
+        if output is None:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} steps with schedulers of its own (copies, one a frame), so its velocity "
+                "can't be read. Use a pipeline with one scheduler for all frames."
+            )
+        if output.shape != x.shape:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} prepares latents of shape {tuple(x.shape)}, but its loop has them as "
+                f"{tuple(output.shape)}, so its steps can't be taken from outside."
+            )
         return self._prediction.velocity(at_least_float32(output), x, levels)
 
     def one_forward(self, transformer: Callable[..., tuple], batch_size: int) -> None:

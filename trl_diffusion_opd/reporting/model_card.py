@@ -22,7 +22,6 @@ from typing import Any, Literal, TypedDict
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerState
@@ -32,7 +31,7 @@ from ..guards.redaction import known_tokens, public_name, public_text
 from ..models.average import average_in_words
 from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
-from ..pipelines.denoiser import denoiser, denoiser_name
+from ..pipelines.denoiser import denoiser, denoiser_name, loads_lora
 from ..pipelines.experts import has_experts
 from ..pipelines.images import draws_videos
 from .cards import as_list, framework_versions, hub_id, is_tiny, literals
@@ -162,7 +161,7 @@ def _kind(facts: CardFacts) -> Literal["lora", "pair", "peft", "full"]:
     """
     if not isinstance(facts.model, PeftModel):
         return "full"
-    if not isinstance(facts.pipeline, LoraBaseMixin):
+    if not loads_lora(facts.pipeline):
         return "peft"
     return "pair" if has_experts(facts.pipeline) else "lora"
 
