@@ -53,8 +53,8 @@ with small random parts, in float32 on a CPU, and tried (videos have one frame):
 - **walk**: the largest difference from the pipeline's own image, of values in [0, 1], after a walk of four steps. It
   must be at most 1e-4.
 - **student**: one update with a random LoRA as the teacher, then a fresh pipeline that has loaded the saved student:
-  the largest difference of its image from the trained one's. It must be at most 1e-5, while the update itself moves the
-  image by far more.
+  the largest difference of its image from the trained one's. It must be at most 1e-5, while the update itself moves
+  the image by far more.
 
 Small random models say nothing about quality or memory at full size. See [Any pipeline](any_pipeline) for how this
 works, and for the checks to run on a real model.
