@@ -18,14 +18,14 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
+from helpers import families_encoders as encoders
 from helpers import families_text as text
 from helpers.families import FAMILIES, PROMPTS, Family, flux2_without_encoder
+from helpers.families_flow import dynamic, euler, qwen3_vl_with_processor, qwen_vae
 from helpers.tiny_sd3 import make_vae, numbered, vae_config
 from transformers import Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
-
-from . import encoders
 
 
 ATTENTION = ("to_q", "to_k", "to_v")
@@ -35,34 +35,8 @@ PACKED: dict[str, Any] = dict(
 )
 
 
-def euler(**options: Any) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(**options)
-
-
-def dynamic() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-
-
 def flux2_vae() -> diffusers.AutoencoderKLFlux2:
     return diffusers.AutoencoderKLFlux2(**vae_config((4, 4)))
-
-
-def aura_flow() -> DiffusionPipeline:
-    transformer = diffusers.AuraFlowTransformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=16,
-        pos_embed_max_size=64,
-    )
-    return diffusers.AuraFlowPipeline(
-        transformer=transformer, vae=make_vae((4, 4)), scheduler=euler(shift=1.73), **text.t5(multilingual=True)
-    )
 
 
 def bria() -> DiffusionPipeline:
@@ -89,77 +63,6 @@ def longcat() -> DiffusionPipeline:
         transformer=transformer, vae=make_vae((4, 4), latent_channels=16), scheduler=dynamic(), **parts
     )
     pipeline.tokenizer_max_length = 32
-    return pipeline
-
-
-def krea2() -> DiffusionPipeline:
-    transformer = diffusers.Krea2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        timestep_embed_dim=16,
-        text_hidden_dim=16,
-        num_text_layers=2,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=1,
-        text_intermediate_size=16,
-        num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1,
-        axes_dims_rope=(8, 4, 4),
-    )
-    return diffusers.Krea2Pipeline(
-        transformer=transformer,
-        vae=qwen_vae(),
-        scheduler=dynamic(),
-        text_encoder_select_layers=(1, 2),
-        **encoders.qwen3_vl(),
-    )
-
-
-def qwen_vae() -> diffusers.AutoencoderKLQwenImage:
-    return diffusers.AutoencoderKLQwenImage(
-        base_dim=1,
-        z_dim=4,
-        dim_mult=[4, 4],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.1] * 4,
-        latents_std=[1.2] * 4,
-    )
-
-
-def hunyuan_image() -> DiffusionPipeline:
-    transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=16,
-        text_embed_2_dim=16,
-        rope_axes_dim=(4, 4),
-    )
-    vae = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=2,
-        sample_size=16,
-        scaling_factor=0.75,
-    )
-    first = text.qwen2_vl()
-    del first["processor"]
-    pipeline = diffusers.HunyuanImagePipeline(
-        transformer=transformer, vae=vae, scheduler=euler(shift=4.0), **numbered(first, encoders.byt5())
-    )
-    pipeline.tokenizer_max_length = 24
     return pipeline
 
 
@@ -241,38 +144,6 @@ def lumina_next() -> DiffusionPipeline:
     )
     return diffusers.LuminaPipeline(
         transformer=transformer, vae=make_vae((4,) * 4), scheduler=euler(), **encoders.gemma()
-    )
-
-
-def qwen3_vl_with_processor(layers: int = 2) -> dict[str, Any]:
-    """`text_encoder` and `processor`."""
-    parts = encoders.qwen3_vl(layers, generates=True)
-    return {"text_encoder": parts["text_encoder"], "processor": encoders.processor(parts["tokenizer"])}
-
-
-def qwen_image_21() -> DiffusionPipeline:
-    transformer = diffusers.QwenImage21Transformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        context_in_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
-    # The pipeline takes a VAE of factor 16 for granted.
-    vae = diffusers.AutoencoderKLQwenImage21(
-        base_dim=2,
-        decoder_base_dim=2,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1, 1],
-        num_res_blocks=1,
-        temperal_downsample=[False] * 4,
-        latents_mean=[0.1] * 4,
-        latents_std=[1.2] * 4,
-    )
-    return diffusers.QwenImage21Pipeline(
-        transformer=transformer, vae=vae, scheduler=dynamic(), **qwen3_vl_with_processor()
     )
 
 
@@ -433,14 +304,11 @@ def _family(make: Callable[[], DiffusionPipeline], targets: tuple[str, ...] = AT
 
 
 IMAGES: dict[str, Family] = {
-    "AuraFlowPipeline": _family(aura_flow, (*ATTENTION, "linear_1", "linear_2", "out_projection")),
     "BriaPipeline": _family(bria),
     "OvisImagePipeline": _family(ovis),
     "LongCatImagePipeline": _family(
         longcat, max_sequence_length=None, generation_kwargs={"enable_prompt_rewrite": False}
     ),
-    "Krea2Pipeline": _family(krea2, guidance_offset=1.0, max_sequence_length=48),
-    "HunyuanImagePipeline": _family(hunyuan_image, guidance_scale=1.0, guidance_name=None, max_sequence_length=None),
     "PRXPipeline": _family(
         prx,
         ("img_qkv_proj", "txt_kv_proj"),
@@ -453,7 +321,6 @@ IMAGES: dict[str, Family] = {
     ),
     "BriaFiboPipeline": _family(bria_fibo, size=32, max_sequence_length=32),
     "LuminaPipeline": _family(lumina_next, size=32, max_sequence_length=32),
-    "QwenImage21Pipeline": _family(qwen_image_21, size=64, max_sequence_length=None, **_TRUE_CFG),
     "NucleusMoEImagePipeline": _family(nucleus, prompts=PROMPTS[1:], max_sequence_length=96),
     "BriaFibo2Pipeline": _family(bria_fibo2, max_sequence_length=None),
     "ErnieImagePipeline": _family(ernie, max_sequence_length=None),

@@ -15,6 +15,7 @@
 """A tiny pipeline for every class that is tried."""
 
 from helpers.families import FAMILIES, Family
+from helpers.families_flow import FLOW_FAMILIES
 from helpers.noise_families import NOISE_FAMILIES
 
 from .images import IMAGES
@@ -34,13 +35,17 @@ OF_TESTS = {
     "ChromaPipeline": "chroma",
     "WanPipeline": "wan",
     "CogView4Pipeline": "cogview4",
+    "AuraFlowPipeline": "aura_flow",
+    "HunyuanImagePipeline": "hunyuan_image",
+    "Krea2Pipeline": "krea2",
+    "QwenImage21Pipeline": "qwen_image_21",
     "StableDiffusionPipeline": "sd15",
     "StableDiffusionXLPipeline": "sdxl",
     "PixArtSigmaPipeline": "pixart_sigma",
     "HunyuanDiTPipeline": "hunyuan_dit",
     "KolorsPipeline": "kolors",
 }
-_ALL = {**FAMILIES, **NOISE_FAMILIES}
+_ALL = {**FAMILIES, **FLOW_FAMILIES, **NOISE_FAMILIES}
 SPECIMENS: dict[str, Family] = {
     **{name: _ALL[family] for name, family in OF_TESTS.items()},
     **IMAGES,

@@ -18,12 +18,13 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from helpers import families_encoders as encoders
 from helpers import families_text as text
 from helpers.families import PROMPTS, Family
+from helpers.families_flow import euler
 from helpers.tiny_sd3 import numbered
 
-from . import encoders
-from .images import ATTENTION, euler, kandinsky5_transformer
+from .images import ATTENTION, kandinsky5_transformer
 
 
 # Of transformers after Wan's.

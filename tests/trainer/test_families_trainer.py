@@ -22,6 +22,7 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, PROMPTS, TRAINED, Family, save_teacher
+from helpers.families_flow import FLOW_FAMILIES
 from helpers.family_fixtures import family_trainer
 from helpers.pipeline_recorder import STEPS, recorder
 from torch import nn
@@ -43,7 +44,7 @@ def expected_loss(family: Family, teacher: nn.Module, prompt: str, task_index: i
     Eq. 12 along the base's own walk: half the squared step times the squared gap, a mean over latents and over all steps
     but the last.
     """
-    pipeline = family.build()
+    pipeline = family.guided(family.guidance_scale)
     velocity = VelocityField(family.build(), num_inference_steps=STEPS, **family.kwargs)
     pipeline.scheduler = recorder(pipeline.scheduler)
     pipeline(
@@ -77,9 +78,9 @@ def make_trainer(family: Family, pipeline: DiffusionPipeline, teachers: Any, fol
     )
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, *FLOW_FAMILIES])
 def test_one_update(name: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]
+    family = (FAMILIES | FLOW_FAMILIES)[name]
     models = {task: save_teacher(family, tmp_path / task, seed) for seed, task in enumerate(TASKS)}
     trainer = make_trainer(family, family.build(), {task: str(tmp_path / task) for task in TASKS}, tmp_path)
     trained = dict(trainer.student.named_parameters())
