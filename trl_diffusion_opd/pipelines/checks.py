@@ -142,7 +142,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
 
 def _unet_problems(unet: UNet2DConditionModel, name: str) -> list[str]:
     problems = []
-    if unet.config.in_channels != unet.config.out_channels:
+    if unet.config.in_channels > unet.config.out_channels:  # it returns more where it predicts a variance too
         problems.append(
             f"{name}'s UNet takes {unet.config.in_channels} channels and returns {unet.config.out_channels}, so it needs "
             "an image besides the latents (to fill in, to edit or to enlarge). Use the text-to-image model."

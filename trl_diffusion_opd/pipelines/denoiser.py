@@ -20,6 +20,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.loaders.peft import PeftAdapterMixin
 
 from .experts import EXPERTS, Experts, has_experts
 
@@ -48,6 +49,13 @@ def denoiser(pipeline: DiffusionPipeline) -> Any:
 
 
 def loads_lora(pipeline: DiffusionPipeline) -> bool:
-    """Whether diffusers saves and loads LoRAs of the network that denoises. (PRX has a loader, but for a UNet.)"""
-    layers = f"{denoiser_name(pipeline)}_lora_layers"
-    return isinstance(pipeline, LoraBaseMixin) and layers in signature(type(pipeline).save_lora_weights).parameters
+    """
+    Whether diffusers saves and loads LoRAs of the network that denoises. (PRX has a loader, but for a UNet; Kandinsky 3
+    has one, but its UNet takes no LoRA.)
+    """
+    name = denoiser_name(pipeline)
+    return (
+        isinstance(pipeline, LoraBaseMixin)
+        and f"{name}_lora_layers" in signature(type(pipeline).save_lora_weights).parameters
+        and isinstance(pipeline.components.get(name), PeftAdapterMixin)
+    )
