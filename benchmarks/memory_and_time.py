@@ -73,6 +73,7 @@ CONFIGS = {
     "flux2_klein_48gb": "FLUX.2-klein 4B",
     "qwen_image_48gb": "Qwen-Image",
     "qwen_image_80gb": "Qwen-Image",
+    "sdxl_24gb": "SDXL",
     "wan21_1b_24gb": "Wan 2.1 1.3B",
     "wan21_14b_48gb": "Wan 2.1 14B",
     "wan21_14b_80gb": "Wan 2.1 14B",

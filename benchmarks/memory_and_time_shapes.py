@@ -22,7 +22,14 @@ from typing import Any
 import bitsandbytes
 import scaling_shapes as shapes
 import torch
-from diffusers import AutoencoderKLFlux2, AutoencoderKLWan, Flux2Transformer2DModel, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLWan,
+    Flux2Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from peft import PeftModel, get_peft_model
 from scaling_formulas import BASE_BYTES, BF16
 from scaling_shapes import Released
@@ -54,6 +61,19 @@ def wan_inputs(rows: int, side: int, tokens: int) -> dict[str, Any]:
     }
 
 
+def sdxl_inputs(rows: int, side: int, tokens: int) -> dict[str, Any]:
+    conditions = {
+        "text_embeds": torch.empty(rows, 1280, device="meta"),
+        "time_ids": torch.empty(rows, 6, device="meta"),
+    }
+    return {
+        "sample": torch.empty(rows, 4, side // 8, side // 8, device="meta"),
+        "timestep": torch.empty(rows, device="meta"),
+        "encoder_hidden_states": torch.empty(rows, tokens, 2048, device="meta"),
+        "added_cond_kwargs": conditions,
+    }
+
+
 def _qwen3_4b() -> nn.Module:
     sizes = dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, head_dim=128)
     return Qwen3Model(Qwen3Config(num_key_value_heads=8, vocab_size=151936, **sizes))
@@ -62,6 +82,16 @@ def _qwen3_4b() -> nn.Module:
 def _umt5_xxl() -> nn.Module:
     sizes = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=256384)
     return UMT5EncoderModel(UMT5Config(feed_forward_proj="gated-gelu", **sizes))
+
+
+def _sdxl_vae() -> nn.Module:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+    )
 
 
 def _wan(**config: int) -> Released:
@@ -96,6 +126,35 @@ MODELS: dict[str, Released] = {
         inputs=klein_inputs,
         others={"Qwen3-4B": _qwen3_4b, "VAE": AutoencoderKLFlux2},
     ),
+    "SDXL": Released(
+        UNet2DConditionModel,
+        dict(
+            sample_size=128,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=2,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ),
+        sizes=(1024,),
+        tokens=77,
+        rows=2,
+        calls=1,
+        inputs=sdxl_inputs,
+        others={
+            "CLIP-L": shapes.MODELS["FLUX.1-dev"].others["CLIP-L"],
+            "CLIP-G": shapes.MODELS["SD3.5-M"].others["CLIP-G"],
+            "VAE": _sdxl_vae,
+        },
+    ),
     "Wan 2.1 1.3B": _wan(num_attention_heads=12, num_layers=30, ffn_dim=8960),
     "Wan 2.1 14B": _wan(),
 }
@@ -129,7 +188,7 @@ def quantized_network(released: Released, precision: str) -> tuple[PeftModel, An
 
 
 def base_bytes(base: nn.Module, precision: str) -> int:
-    """Bytes of the transformer with its buffers: linear layers in this precision, the rest in bfloat16."""
+    """Bytes of the network with its buffers: linear layers in this precision, the rest in bfloat16."""
     weights = sum(layer.weight.numel() for layer in _linear(base).values())
     rest = sum(tensor.numel() for tensor in (*base.parameters(), *base.buffers())) - weights
     kind = {"bfloat16": "bf16", "8-bit": "8 bit", "4-bit": "4 bit (nf4)"}[precision]

@@ -54,7 +54,7 @@ class Released:
     A released model.
 
     Attributes:
-        network (`type`), config (`dict`): its transformer, as published.
+        network (`type`), config (`dict`): its transformer or UNet, as published.
         sizes (`tuple[int, ...]`): sides of square images in pixels.
         tokens (`int`): length of the text.
         rows (`int`): rows that guidance makes of a sample in one call of the network.

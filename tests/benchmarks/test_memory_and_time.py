@@ -41,8 +41,8 @@ from scaling import with_tables  # noqa: E402
 RESULT = json.loads((ROOT / "docs" / "source" / "results" / "memory_and_time.json").read_text())
 SCALING = json.loads((ROOT / "docs" / "source" / "results" / "scaling.json").read_text())["models"]
 ROWS = {row["config"]: row for row in RESULT["rows"]}
-# Parameters of the released transformers, in billions.
-RELEASED = {"FLUX.2-klein 4B": 3.876, "Wan 2.1 1.3B": 1.419, "Wan 2.1 14B": 14.288}
+# Parameters of the released networks, in billions.
+RELEASED = {"FLUX.2-klein 4B": 3.876, "SDXL": 2.567, "Wan 2.1 1.3B": 1.419, "Wan 2.1 14B": 14.288}
 
 
 def test_numbers_follow_from_the_configs_and_the_counts():
