@@ -30,7 +30,8 @@ from PIL import Image
 
 from trl_diffusion_opd.data import prompt_files
 from trl_diffusion_opd.scripts import arguments as cli
-from trl_diffusion_opd.scripts import opd, prompts
+from trl_diffusion_opd.scripts import opd
+from trl_diffusion_opd.scripts import prompt_sources as prompts
 from trl_diffusion_opd.scripts.parser import parse
 
 
