@@ -160,8 +160,8 @@ def pipeline_config(config: QuantizationConfig, network: str | Callable[[], str]
     raise ValueError(
         f"quantization_config is a {name}. Give diffusers' config of the denoiser, such as "
         "diffusers.BitsAndBytesConfig(load_in_4bit=True, ...) or diffusers.TorchAoConfig(Int8WeightOnlyConfig()), or "
-        "a diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}) ('unet' in Stable Diffusion), which takes transformers' "
-        "configs for text encoders."
+        "a diffusers.PipelineQuantizationConfig(quant_mapping={'transformer': ..., ...}) ('unet' in Stable Diffusion), "
+        "which takes transformers' configs for text encoders."
     )
 
 

@@ -199,8 +199,9 @@ def _describe(raw: Mapping[str, Tensor], pipeline: DiffusionPipeline, said: str 
     """Says which layout a file has that names no layer of the base."""
     mark = layout_of(raw)
     layout = "another trainer" if mark is None else _LAYOUTS[mark]
+    example = min(raw, key=lambda key: (key.endswith(".alpha"), key))
     return (
-        f"its keys, such as {min(raw, key=lambda key: (key.endswith('.alpha'), key))}, are in the layout of {layout}, which {type(pipeline).__name__} cannot "
+        f"its keys, such as {example}, are in the layout of {layout}, which {type(pipeline).__name__} cannot "
         f"convert{said}, and name no layer of a {type(denoiser(pipeline)).__name__}: it is for another base, or uses "
         "its trainer's own names. Convert it to the layout of diffusers with the tools of its trainer."
     )

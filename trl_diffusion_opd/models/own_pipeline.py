@@ -22,7 +22,6 @@ student's noise levels, so both pipelines must mean the same images by the same 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import re
@@ -42,6 +41,7 @@ from ..acceleration.quantization import base_weight, is_quantized
 from ..guards.files import JSON
 from ..hub.errors import explained, retried
 from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
+from ..pipelines.calls import call_parameters
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.experts import EXPERTS, LOW_NOISE, Experts, has_experts, networks_of
 from ..pipelines.fingerprints import config_of
@@ -184,9 +184,7 @@ class OwnPipelines:
         if given is None and type(own.pipeline) is type(self.student):
             given = self.generation_kwargs
         options = dict(given or {})
-        takes_length = (
-            "max_sequence_length" in inspect.signature(inspect.unwrap(type(own.pipeline).__call__)).parameters
-        )
+        takes_length = "max_sequence_length" in call_parameters(own.pipeline)
         length = options.pop("max_sequence_length", self.max_sequence_length if takes_length else None)
         *_, height, width = self._decoded()[1].shape
         try:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .denoiser import denoiser, denoiser_name
 from .guidance import guidance_name
-from .guiders import scaled
+from .guiders import guiders, scaled
 from .prediction import NoiseGrid, grid_scheduler
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
@@ -57,7 +57,10 @@ class PipelineCalls:
     def __init__(self, pipeline: DiffusionPipeline, options: Mapping[str, object], prompt_store: PromptStore | None):
         self.pipeline = pipeline
         self.encoding: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._base = denoiser(pipeline)
+        # Read once: a pipeline's `components` and `dir()` look through its whole class, which every step would wait for.
+        self._base, self._base_name = denoiser(pipeline), denoiser_name(pipeline)
+        self._guiders = guiders(pipeline)
+        self._takes_latents = "prepare_latents" not in dir(type(pipeline))
         self._parameters = call_parameters(pipeline)
         self._options = dict(options)
         self._guidance = guidance_name(self._base, self._parameters)
@@ -66,7 +69,7 @@ class PipelineCalls:
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.of(pipeline.scheduler)
-        self._grid: NoiseGrid | None = None
+        self._grid: NoiseGrid  # whoever inherits sets it before the first step
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
@@ -103,7 +106,6 @@ class PipelineCalls:
 
     def _step(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn) -> PipelineView:
         """Runs one step of the pipeline's loop, at the level `t` and at latents `x` that are scaled for the network."""
-        assert self._grid is not None
         t = float(t)
         view = self._view(stand_in, self._probe.at(t, self._grid.timestep(t)), x, prompts)
         self._call(view, prompts, guidance_scale)
@@ -132,7 +134,7 @@ class PipelineCalls:
             encoding=self.encoding,
             x=x,
             prepared=None if x is None else self._extras(list(prompts)),
-            **stand_in.components(denoiser_name(self.pipeline)),
+            **stand_in.components(self._base_name),
             **{"cache": self._cache, "decoding": False, **parts},
         )
 
@@ -140,9 +142,9 @@ class PipelineCalls:
         # The scheduler alone says how many steps there are, but some grids (Mochi's) cannot be made for one.
         options = {"num_inference_steps": 2, "generator": None, "output_type": "latent", **how}
         options.update(self.call_options(prompts, guidance_scale), return_dict=False)
-        if view.x is not None and "prepare_latents" not in dir(type(self.pipeline)):
+        if view.x is not None and self._takes_latents:
             options["latents"] = view.x
-        view.__dict__.update(scaled(self.pipeline, guidance_scale))
+        view.__dict__.update(scaled(self._guiders, guidance_scale))
         with suppress(Stop):
             view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 
@@ -154,7 +156,6 @@ class PipelineCalls:
         key = (len(prompts), next(self._base.parameters()).device)
         if key not in self._prepared:
             generators = [torch.Generator().manual_seed(0) for _ in prompts]
-            assert self._grid is not None
             scheduler = grid_scheduler(self.pipeline.scheduler)
             self._to_denoiser(prompts, 1.0, scheduler, len(self._grid.levels) - 1, generators)
         return self._prepared[key]

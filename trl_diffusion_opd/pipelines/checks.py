@@ -15,11 +15,11 @@
 """Checks that a pipeline, and options of its `__call__`, can be used one denoising step at a time."""
 
 from collections.abc import Collection, Iterable
-from inspect import signature, unwrap
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from .calls import call_parameters
 from .denoiser import denoiser
 from .experts import expert_problems
 from .guidance import guidance_name
@@ -112,7 +112,7 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
     name = type(pipeline).__name__
     scheduler, network = pipeline.components.get("scheduler"), denoiser(pipeline)
     missing = [] if isinstance(network, nn.Module) else ["transformer or unet"]
-    methods, parameters = dir(type(pipeline)), signature(unwrap(type(pipeline).__call__)).parameters
+    methods, parameters = dir(type(pipeline)), call_parameters(pipeline)
     missing += [] if "encode_prompt" in methods else ["encode_prompt"]
     # A call that takes latents may draw them itself (ERNIE-Image's).
     missing += [] if "prepare_latents" in methods or "latents" in parameters else ["prepare_latents"]

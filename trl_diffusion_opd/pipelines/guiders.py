@@ -17,6 +17,8 @@ Guidance by a guider: an object of diffusers that is a component of some pipelin
 argument of their `__call__`.
 """
 
+from collections.abc import Mapping
+
 from diffusers import ClassifierFreeGuidance, DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 
@@ -43,11 +45,9 @@ def _is_plain(guider: BaseGuidance) -> bool:
     return type(guider) is ClassifierFreeGuidance and span == (0.0, 1.0)
 
 
-def scaled(pipeline: DiffusionPipeline, guidance_scale: float) -> dict[str, BaseGuidance]:
-    """Copies of a pipeline's guiders with this scale, of which 1 is no guidance."""
-    return {
-        name: guider.new(guidance_scale=guidance_scale - _offset(guider)) for name, guider in guiders(pipeline).items()
-    }
+def scaled(guiders: Mapping[str, BaseGuidance], guidance_scale: float) -> dict[str, BaseGuidance]:
+    """Copies of guiders with this scale, of which 1 is no guidance."""
+    return {name: guider.new(guidance_scale=guidance_scale - _offset(guider)) for name, guider in guiders.items()}
 
 
 def default_scale(pipeline: DiffusionPipeline) -> float | None:

@@ -165,7 +165,6 @@ class VelocityField(PipelineCalls):
     @property
     def trained_levels(self) -> tuple[float, float]:
         """The lowest and the highest noise level that the network was trained on; 0 and 1 for flow matching."""
-        assert self._grid is not None
         return self._grid.lowest, self._grid.highest
 
     def __call__(
@@ -236,7 +235,6 @@ class VelocityField(PipelineCalls):
         """The positions of the samples of each network: those of one step of the pipeline can't have two experts."""
         if not isinstance(self._base, Experts):
             return [[*range(len(t))]]
-        assert self._grid is not None
         return expert_groups([self._grid.timestep(level) for level in t], self.pipeline)
 
     def _of_rows(
@@ -269,7 +267,6 @@ class VelocityField(PipelineCalls):
         Returns:
             `torch.Tensor` of shape `(B, ...)`, float32.
         """
-        assert self._grid is not None
         scheduler = grid_scheduler(self.pipeline.scheduler)
         view = self._to_denoiser(prompts, 1.0, scheduler, self.num_inference_steps, generators)
         x = at_least_float32(view.prepared[0])
@@ -286,7 +283,6 @@ class VelocityField(PipelineCalls):
             `torch.Tensor` of `x`'s shape; `x` itself for a grid that ends at 0. A grid that ends above 0 leaves a
             little noise in the image.
         """
-        assert self._grid is not None
         return x if self._grid.end_scale == 1 else x * self._grid.end_scale
 
     def output_weights(self, levels: Sequence[float]) -> list[float] | None:
