@@ -34,6 +34,7 @@ from ..acceleration.quantization import (
     pipeline_config,
     quantization_problems,
 )
+from ..data.readers import teacher_prompt_problems
 from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
@@ -316,6 +317,17 @@ def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list
         if unknown:
             problems.append(f"{name} has prompts of tasks {unknown}, but train_dataset only has tasks {tasks}.")
     return problems
+
+
+def read_data_problems(train_dataset: Dataset, eval_dataset: object, task_column: str) -> list[str]:
+    """Reasons why teachers can't read the rows: those of training, and those of `eval_dataset`."""
+    of_evaluation = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return [
+        problem
+        for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items()
+        if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name)
+        for problem in teacher_prompt_problems(dataset, task_rows(dataset, task_column), name)
+    ]
 
 
 def scored_data_problems(

@@ -130,9 +130,9 @@ class BaseAndTeachers:
         found = {}
         with evaluator.recording(count, "base and teachers" if taught else "base") as record:
             for task, rows in rewarded.items():
-                base = evaluator.score_task(dataset, task, rows, state, record, self._base_velocity())
+                base = evaluator.score_task(dataset, task, rows, state, record, self._base_velocity(), "prompt")
                 teacher = (
-                    evaluator.score_task(dataset, task, rows, state, record, self._teacher_velocity(task))
+                    evaluator.score_task(dataset, task, rows, state, record, self._teacher_velocity(task), "teacher")
                     if task in taught
                     else None
                 )
