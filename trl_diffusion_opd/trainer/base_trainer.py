@@ -161,7 +161,8 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         average = args.ema_decay, args.ema_update_interval
-        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
+        follow = None if parts.average_copy is None else parts.average_copy.take
+        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model, follow)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
         self.readers = self.evaluator.readers

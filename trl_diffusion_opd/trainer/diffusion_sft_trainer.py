@@ -179,6 +179,12 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
         loaded = len(problems)
         load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
+        bank = parts.method.get("bank")
+        if args.teacher_cache_dir is not None and bank is not None and bank.has_student:
+            problems.append(
+                f'teacher_cache_dir={args.teacher_cache_dir!r}: the images of the teacher "student" change as it learns, '
+                "so they can't be kept. Leave it unset."
+            )
         if args.teacher_cache_dir is not None and len(problems) == loaded and parts.rounds.tasks:
             cache = parts.method["cache"] = _make_cache(parts)
             problems += [f"teacher_cache_dir: {problem}" for problem in cache.problems()]

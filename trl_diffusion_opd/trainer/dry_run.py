@@ -140,14 +140,11 @@ def _walk(
             student = field(x, t, texts.student, args.guidance_scale, trainer.student.model)
         target, of_teachers = torch.zeros_like(x), []
         for i, role in enumerate(roles):
-            scale = role.guidance_scale
             with clock(f"teacher {i}"):
                 own = bank.velocity(field, role, x, t, texts.teacher)
-            with (
-                bank.use(None) as module,
-                clock("base"),
-            ):  # it reads what the teacher reads: their weights are compared
-                base = field(x, t, texts.teacher, scale, module)
+            # The base reads what the teacher reads: their weights are compared.
+            with bank.use(None) as module, clock("base"):
+                base = field(x, t, texts.teacher, role.guidance_scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
             if j == len(plan) - 1 and role.teacher.kind == "lora":
@@ -236,7 +233,7 @@ def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
         "LoRA?"
         for task, figures in tasks.items()
         for teacher in figures["teachers"]
-        if teacher["kind"] != "base" and teacher["gap_to_base"] <= teacher["rounding"]
+        if teacher["kind"] not in ("base", "student") and teacher["gap_to_base"] <= teacher["rounding"]
     ]
 
 

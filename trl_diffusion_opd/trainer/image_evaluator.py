@@ -35,7 +35,7 @@ from ..data.tasks import task_rows
 from ..models.student import Student
 from ..pipelines.drawing import Velocity, draw_with
 from ..pipelines.velocity import VelocityField
-from ..reporting.completions import Completion
+from ..reporting.completions import STUDENT_READ, Completion
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.common_scale import Reference, on_common_scale
 from .base_config import DiffusionConfig
@@ -242,11 +242,14 @@ class ImageEvaluator:
                 with self.monitor(task, state) as scorer:
                     scorer.submit([entries[i] for i, _ in mine], images)
                     scores = scorer.results()
+                read = self.readers.texts(task, entries).student
                 for n, (i, image) in enumerate(mine):
                     rewards = {name: values[n] for name, values in scores.items()}
                     columns = {
                         name: values[n] for name, values in scorer.log.extra.items() if len(values) == len(mine)
                     }
+                    if task in self.readers.templates:
+                        columns[STUDENT_READ] = read[i]
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         return [completion for _, _, completion in sorted(gather_object(shown), key=lambda item: item[:2])]
 

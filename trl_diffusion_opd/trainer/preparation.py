@@ -47,6 +47,7 @@ from ..models.expert_teachers import read_lora
 from ..models.lora_adapter import add_adapter
 from ..models.lora_config import for_experts, layer_problems
 from ..models.student import STUDENT_ADAPTER, default_lora_config
+from ..models.student_copy import StudentCopy
 from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.denoiser import denoiser
 from ..pipelines.experts import Experts, unseen_expert
@@ -98,6 +99,7 @@ class Parts:
         offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
         method (`dict`): the method's own attributes of the trainer.
+        average_copy ([`StudentCopy`], *optional*): what follows the student's average, where it teaches.
         start_lines (`list[str]`): what the start says about guidance and teachers.
     """
 
@@ -114,6 +116,7 @@ class Parts:
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
+    average_copy: StudentCopy | None = None
     start_lines: list[str] = field(default_factory=list)
 
     @property

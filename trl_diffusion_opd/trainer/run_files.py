@@ -319,7 +319,10 @@ class RunFiles(_Behind):
         """
         args, dataset = self.args, self.eval_dataset
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
-        examples = {task: shown[int(rows[0])]["prompt"] for task, rows in task_rows(shown, args.task_column).items()}
+        examples = {
+            task: self.texts(task, [shown[int(rows[0])]]).student[0]
+            for task, rows in task_rows(shown, args.task_column).items()
+        }
         first = next(iter(examples.values()))
         # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
         options = self.evaluator.field.call_options([first], args.evaluation_guidance)
@@ -336,6 +339,7 @@ class RunFiles(_Behind):
             repository=self.hub_model_id or args.hub_model_id,
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
             examples=examples,
+            templates=args.templates,
             changes=self.changes,
             checkpoint=checkpoint,
             **self._card_fields(),

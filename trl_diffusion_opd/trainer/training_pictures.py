@@ -27,7 +27,7 @@ from ..data.readers import Reader
 from ..data.tasks import task_rows
 from ..models.backbone import BASE, Backbone, base_backbone
 from ..models.student import Student
-from ..models.teachers import Role, TeacherBank
+from ..models.teachers import Role, TeacherBank, frozen_roles
 from ..pipelines.drawing import Velocity
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Beside, Completion, log_completions
@@ -95,8 +95,8 @@ def _on_student_pipeline(name: str, scale: float, use: Callable[[], AbstractCont
 
 
 def teacher_models(bank: TeacherBank, task: str) -> list[FrozenModel]:
-    """Returns a task's teachers, each with its own guidance scale."""
-    roles = bank.teachers[task]
+    """Returns a task's teachers, each with its own guidance scale. For the student itself it is the base, as it began."""
+    roles = frozen_roles(bank.teachers[task])
     return [
         FrozenModel(
             "teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, _velocity_of(bank, role), "teacher"
