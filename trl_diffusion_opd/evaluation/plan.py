@@ -97,12 +97,12 @@ class Options:
 @dataclass(frozen=True)
 class Model:
     """
-    A model to draw with: a weighted mean of networks, each with its guidance scale; what it reads; and its names.
+    A model to draw with: a weighted mean of networks, each with its guidance scale; its names; and what it reads.
     """
 
     roles: list[Role]
-    reader: Reader
     names: list[str]
+    reader: Reader = "student"
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _distinct_models(bank: TeacherBank, tasks: Mapping[str, Task]) -> list[Model
     read = {reader: digest({task: _read(part, reader) for task, part in tasks.items()}) for reader in readers}
     for name, roles in bank.teachers.items():
         reader: Reader = "prompt" if name == "base" else "teacher" if name.startswith("teacher/") else "student"
-        models.setdefault(digest(model_identity(roles), read[reader]), Model(roles, reader, [])).names.append(name)
+        models.setdefault(digest(model_identity(roles), read[reader]), Model(roles, [], reader)).names.append(name)
     return list(models.values())
 
 
