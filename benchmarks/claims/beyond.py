@@ -61,7 +61,7 @@ NUM_IMAGES = 512
 NUM_OF_A_PROMPT = 8  # images of one prompt, whose distances are measured
 NUM_PROMPTS = 16  # of each task, for these distances
 NUM_PROBED = 8
-NUM_EVALUATIONS = 5
+NUM_EVALUATIONS = 4
 NOISE_SEED = 2605
 
 

@@ -38,7 +38,7 @@ SHARED: dict[str, Any] = {
     "guidance_scale": 1.0,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
-    "num_eval_images": 128,
+    "num_eval_images": 64,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
     "gradient_checkpointing": False,
