@@ -95,7 +95,7 @@ class StudentPasses:
                 return field(*inputs, model)
             return self._redirect(model, own, field, *inputs, own)
 
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+    def _target(self, task: str, x: Tensor, t: float | list[float], prompts: list[str]) -> Tensor:
         """The weighted mean velocity of the task's teachers, each with its own guidance scale."""
         assert self.bank is not None
         with self._part("teacher"):
