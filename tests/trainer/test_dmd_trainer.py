@@ -14,27 +14,22 @@
 
 """Distribution matching: an update against the formulas in float64, what is trained, resumed, saved and refused."""
 
-import json
-
 import pytest
 import torch
-from helpers.dmd_fixtures import FromTheFormulas, dmd_config, fake_weights, make_trainer, move_fake, state_of
+from helpers.dmd_fixtures import FromTheFormulas, fake_weights, make_trainer, move_fake, state_of
 from helpers.opd_fixtures import (
     AVERAGED,
     Recorder,
     StopAt,
-    make_dataset,
     relative_difference,
     snapshot,
     student_lora,
     train_losses,
 )
-from helpers.tiny_sd3 import make_pipeline
 from safetensors.torch import load_file
 
 from trl_diffusion_opd import DiffusionDMDConfig, TeacherConfig
 from trl_diffusion_opd.hub.files import FAKE_OPTIMIZER_FILE, FAKE_SCORE_FILE, PUSHED_FILES
-from trl_diffusion_opd.models.student import Student
 
 
 STILL = dict(learning_rate=0.0, fake_learning_rate=1e-30, max_grad_norm=0.0)  # nothing moves
@@ -172,7 +167,9 @@ def test_a_new_fake_learning_rate_takes_effect_on_resume(tmp_path):
 
 def test_a_checkpoint_without_fake_is_refused(tmp_path):
     make_trainer(tmp_path, callbacks=[StopAt(1)], max_steps=2, save_only_model=True).train()
-    with pytest.raises(ValueError, match=f"it has no {FAKE_OPTIMIZER_FILE}: it was not saved by a DiffusionDMDTrainer"):
+    with pytest.raises(
+        ValueError, match=f"it has no {FAKE_OPTIMIZER_FILE}: it was not saved by a DiffusionDMDTrainer"
+    ):
         make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
 
 

@@ -135,8 +135,8 @@ def student_loss(
     with torch.no_grad():
         # x_f - x_r as a difference of velocities: the states cancel.
         away = _per_sample(t, x) * velocity_difference(v_real, v_fake)
-        scale = (x0 - image_of(x, v_real, t)).abs().flatten(1).mean(1).clamp(min=_MIN_ERROR)
-        scale = _per_sample(scale, x)
+        errors = (x0 - image_of(x, v_real, t)).abs().flatten(1).mean(1)
+        scale = _per_sample(errors.clamp(min=_MIN_ERROR), x)
         if loss_type == "dmd2":
             away = away / scale
     # Its value is `away`, its gradient that of x0.

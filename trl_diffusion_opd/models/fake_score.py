@@ -109,8 +109,6 @@ class FakeScore(StudentCopy):
         assert self.optimizer is not None
         path = os.path.join(folder, FAKE_OPTIMIZER_FILE)
         settings = [{k: group[k] for k in _SETTINGS if k in group} for group in self.optimizer.param_groups]
-        load_whole_optimizer_state(
-            self.optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        )
+        load_whole_optimizer_state(self.optimizer, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         for group, kept in zip(self.optimizer.param_groups, settings, strict=True):
             group |= kept

@@ -116,7 +116,9 @@ class DiffusionDMDConfig(DiffusionConfig):
     )
     fake_updates: int = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "Updates of the fake score before each of the student's. If not set, 5 for dmd2, 1 for tdm."},
+        metadata={
+            "help": "Updates of the fake score before each of the student's. If not set, 5 for dmd2, 1 for tdm."
+        },
     )
     fake_adam_beta1: float = field(
         default=None,  # type: ignore[assignment]

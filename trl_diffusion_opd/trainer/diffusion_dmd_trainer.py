@@ -144,7 +144,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
     table: SamplerTable
     fake: FakeScore
     config_class = DiffusionDMDConfig
-    timed_parts = (*DiffusionTrainer.timed_parts, "teacher", "rollout", "fake")
+    timed_parts = (*DiffusionTrainer.timed_parts, "teacher", "rollout", "fake", "fake_backward", "reference")
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
         kept = {name: vars(args)[name] for name in given}
         vars(args).update(given)
         try:
-            kind, options = Trainer.get_optimizer_cls_and_kwargs(args, self.fake.network)
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         finally:
             vars(args).update(kept)
         self.fake.start_optimizer(kind, {**options, "weight_decay": args.weight_decay})
@@ -330,7 +330,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
         ]
         losses: dict[str, list[Tensor]] = {one.task: [] for one in drawn}
         norms = []
-        with self._part("fake"), self.fake.trained():
+        with self.fake.trained():
             for _ in range(self.args.fake_updates):
                 for i, (one, own) in enumerate(zip(drawn, generators, strict=True)):
                     # FSDP2 reduces the gradients in the last backward. DDP knows nothing of the fake.
@@ -338,10 +338,13 @@ class DiffusionDMDTrainer(DiffusionTrainer):
                     with nullcontext() if is_last else self.accelerator.no_sync(self.model_wrapped):
                         # The backward computes checkpointed blocks again, and needs the fake active.
                         with self.bank.backbone.use(FAKE) as network:
-                            loss = self._fake_loss(network, one, own).mean()
-                            (self.rounds.share(one.task) * loss).backward()
+                            with self._part("fake"):
+                                loss = self._fake_loss(network, one, own).mean()
+                            with self._part("fake_backward"):
+                                (self.rounds.share(one.task) * loss).backward()
                     losses[one.task].append(loss.detach())
-                norms.append(self.fake.step(self.args.max_grad_norm))
+                with self._part("optimizer"):
+                    norms.append(self.fake.step(self.args.max_grad_norm))
         metrics = self._metrics["train"]
         for task, of_task in losses.items():
             everyone = self._gather_finite(task, None, torch.stack(of_task).mean()[None, None])
@@ -371,7 +374,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
         with torch.no_grad():
             x, t, _ = self._renoised(inputs, inputs.generators)
             real = self._target(task, x, t.tolist(), prompts)
-            with self._part("fake"), self.bank.backbone.use(FAKE) as network:
+            with self._part("reference"), self.bank.backbone.use(FAKE) as network:
                 fake = self.velocity_field(x, t.tolist(), prompts, 1.0, network)
         with self._gradient_sync(model, last=True):
             v = self._student_velocity(model, inputs.start, inputs.levels.tolist(), prompts)
@@ -424,7 +427,8 @@ class DiffusionDMDTrainer(DiffusionTrainer):
             "prompt's task and that of a copy of the student, trained on the student's images, differ.",
             "teachers": self.bank.manifest(),
             "settings": {
-                "loss": f"distribution matching, {paper}" + (f", huber_c {args.huber_c:g}" * (args.loss_type == "tdm")),
+                "loss": f"distribution matching, {paper}"
+                + (f", huber_c {args.huber_c:g}" * (args.loss_type == "tdm")),
                 "steps of the student": str(args.num_inference_steps),
                 "fake score": f"{args.fake_updates} update(s) before each of the student's, learning rate "
                 f"{args.fake_learning_rate:g}, Adam betas {args.fake_adam_beta1:g} and {args.fake_adam_beta2:g}",
