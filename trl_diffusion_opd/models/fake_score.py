@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..acceleration.sharding import gathered, load_whole_optimizer_state, mean_gradients, whole_optimizer_state
 from ..hub.files import FAKE_OPTIMIZER_FILE, FAKE_SCORE_FILE
-from .student_copy import StudentCopy
+from .student_copy import KeptCopy
 
 
 FAKE = "fake"
@@ -35,7 +35,7 @@ FAKE = "fake"
 _SETTINGS = ("lr", "weight_decay", "betas", "eps")
 
 
-class FakeScore(StudentCopy):
+class FakeScore(KeptCopy):
     """
     A copy of the student's weights, under the role name `FAKE`, with an optimizer of its own. See [`StudentCopy`].
 

@@ -21,13 +21,13 @@ from torch import nn
 
 from ..acceleration.sharding import gathered, is_part, own_part
 from ..hub.files import OLD_POLICY_FILE
-from .student_copy import StudentCopy
+from .student_copy import KeptCopy
 
 
 OLD = "old"
 
 
-class OldPolicy(StudentCopy):
+class OldPolicy(KeptCopy):
     """A frozen copy of the student's trained weights, under the role name `OLD`. See [`StudentCopy`]."""
 
     role, file = OLD, OLD_POLICY_FILE

@@ -15,7 +15,7 @@
 from dataclasses import dataclass, field
 
 from ..algorithms.dmd import DMD_LOSSES
-from .base_config import DiffusionConfig
+from .taught_config import TaughtConfig
 
 
 # Of each loss: updates of the fake in an update, its learning rate over the student's, and its Adam betas.
@@ -23,26 +23,17 @@ _FAKE_DEFAULTS = {"dmd2": (5, 0.5, (0.9, 0.999)), "tdm": (1, 5.0, (0.0, 0.95))}
 
 
 @dataclass
-class DiffusionDMDConfig(DiffusionConfig):
+class DiffusionDMDConfig(TaughtConfig):
     r"""
     Configuration class for the [`DiffusionDMDTrainer`].
 
-    This class includes only the parameters that are specific to distribution matching distillation. The parameters of
-    all trainers of this package are in [`DiffusionConfig`], and the other training arguments in
-    [`~transformers.TrainingArguments`].
+    This class includes only the parameters that are specific to distribution matching distillation. Those that control
+    the teachers are in [`TaughtConfig`], those of all trainers of this package in [`DiffusionConfig`], and the other
+    training arguments in [`~transformers.TrainingArguments`].
 
     `num_inference_steps` is the number of steps that the student is trained to draw in: 4 makes a four-step student.
 
     Parameters:
-        > Parameters that control the teachers
-
-        teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of the teachers that name none of their own. `None` is `guidance_scale`. For a student
-            without guidance, which needs half the forwards, set `guidance_scale=1.0` and a larger scale here.
-        batch_teachers (`bool`, *optional*, defaults to `False`):
-            Whether to compute a task's teachers in one forward, on one copy of the micro-batch for each. This holds
-            for LoRAs and `"base"` with the same guidance scale. Refused with `torch_compile`.
-
         > Parameters that control the objective
 
         loss_type (`str`, *optional*, defaults to `"dmd2"`):
@@ -80,15 +71,6 @@ class DiffusionDMDConfig(DiffusionConfig):
     eval_num_inference_steps: int = field(
         default=None,  # type: ignore[assignment]  # None until __post_init__
         metadata={"help": "Denoising steps of images in evaluations. If not set, `num_inference_steps`."},
-    )
-
-    # Parameters that control the teachers
-    teacher_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of teachers that name none. If not set, `guidance_scale`."}
-    )
-    batch_teachers: bool = field(
-        default=False,
-        metadata={"help": "Compute a task's LoRA teachers in one forward, with a copy of the batch for each."},
     )
 
     # Parameters that control the objective
@@ -148,8 +130,6 @@ class DiffusionDMDConfig(DiffusionConfig):
     def _problems(self) -> list[str]:
         problems = super()._problems()
         problems += self._choice_problems("loss_type")
-        if self.teacher_guidance_scale is not None and self.teacher_guidance_scale < 1:
-            problems.append(f"teacher_guidance_scale={self.teacher_guidance_scale}: it must be at least 1.0.")
         if not self.huber_c >= 0:
             problems.append(f"huber_c={self.huber_c}: it must not be negative; 0 is the squared loss.")
         if self.loss_type == "dmd2" and self.huber_c != 1e-3:

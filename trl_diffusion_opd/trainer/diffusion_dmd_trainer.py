@@ -35,6 +35,7 @@ from ..algorithms.dmd import fake_loss, image_of, noise_left, noised_further, re
 from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.rollout import FAKE_DRAW, RENOISE_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import SamplerTable, sampler_table
+from ..data.readers import Texts
 from ..guards.finite import not_finite
 from ..hub.files import FAKE_OPTIMIZER_FILE, FAKE_SCORE_FILE
 from ..models.fake_score import FAKE, FakeScore
@@ -58,7 +59,8 @@ class Drawn:
     What a micro-batch's walks leave for training. Each sample has a step of its own, drawn at random.
 
     Attributes:
-        task (`str`), prompts (`list[str]`), positions (`list[int]`): as [`Rounds.turn`] gives them.
+        task (`str`), texts ([`Texts`]): the task, and what each model reads. The fake reads what the student does.
+        positions (`list[int]`): as [`Rounds.turn`] gives them.
         generators (`list[torch.Generator]`): those of the noise at which the student is judged.
         start (`Tensor` of shape `(B, ...)`), levels (`Tensor` of shape `(B,)`): the state before the step.
         image (`Tensor` of the same shape): the image that the step predicts, detached.
@@ -67,7 +69,7 @@ class Drawn:
     """
 
     task: str
-    prompts: list[str]
+    texts: Texts
     positions: list[int]
     generators: list[torch.Generator]
     start: Tensor
@@ -228,8 +230,9 @@ class DiffusionDMDTrainer(DiffusionTrainer):
         others = {name: [p for p in part if id(p) not in own] for name, part in super().frozen_parts().items()}
         return {**others, "fake score": fake}
 
-    def guidance_scales(self, task: str) -> set[float]:
-        return {*super().guidance_scales(task), 1.0}  # the fake is conditional only
+    @property
+    def student_scales(self) -> set[float]:
+        return {self.trained_scale, 1.0}  # the fake is conditional only
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -281,18 +284,18 @@ class DiffusionDMDTrainer(DiffusionTrainer):
         """Walks the student's steps for a micro-batch, and keeps the states at one step of each sample."""
         self._in_eval_mode(self.model_wrapped)
         task, positions = self.turn(number, rows)
-        prompts = [row["prompt"] for row in rows]
+        texts = self.texts(task, rows)
         entropy = [self.args.seed, self.state.global_step, self.tasks.index(task)]
         generators = sample_generators([*entropy, RENOISE_DRAW], positions)
         steps = torch.tensor([int(torch.randint(len(self.table), (1,), generator=one)) for one in generators])
         noise, levels = sample_generators(entropy, positions), self.table.levels
-        x = self.velocity_field.initial_latents(prompts, noise)
+        x = self.velocity_field.initial_latents(texts.student, noise)
         start, image, end = (torch.empty_like(x) for _ in range(3))
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             t = float(levels[j])
             with self._part("rollout"):
-                v = self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
+                v = self.velocity_field(x, t, texts.student, self.args.guidance_scale, self.student.model)
             here, before = ((steps == step).to(x.device) for step in (j, j - 1))
             start[here], image[here], end[before] = x[here], image_of(x, v, t)[here], x[before]
             return v
@@ -304,7 +307,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
         end_levels = levels[steps + 1]
         if self.args.loss_type == "dmd2":
             end, end_levels = image, torch.zeros_like(end_levels)
-        return Drawn(task, prompts, positions, generators, start, levels[steps], image, end, end_levels)
+        return Drawn(task, texts, positions, generators, start, levels[steps], image, end, end_levels)
 
     def _renoised(self, drawn: Drawn, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Noises each sample to a level of its own. Returns the states, their levels and the fresh noise."""
@@ -358,7 +361,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
 
     def _fake_loss(self, network: nn.Module, drawn: Drawn, generators: list[torch.Generator]) -> Tensor:
         x, t, eps = self._renoised(drawn, generators)
-        v = self.velocity_field(x, t.tolist(), drawn.prompts, 1.0, network)
+        v = self.velocity_field(x, t.tolist(), drawn.texts.student, 1.0, network)
         loss = fake_loss(v, x, t, drawn.image, eps, self.args.loss_type)
         # The fake learns as its network was trained. TDM's weights are ratios of signal and noise, the same for all.
         weights = self.velocity_field.output_weights(t.tolist()) if self.args.loss_type == "dmd2" else None
@@ -370,14 +373,14 @@ class DiffusionDMDTrainer(DiffusionTrainer):
     ) -> Tensor:
         """Replays one step of each sample with gradient, and moves its image by the difference of fake and teacher."""
         self._in_eval_mode(model)
-        task, prompts = inputs.task, inputs.prompts
+        task, texts = inputs.task, inputs.texts
         with torch.no_grad():
             x, t, _ = self._renoised(inputs, inputs.generators)
-            real = self._target(task, x, t.tolist(), prompts)
+            real = self._target(task, x, t.tolist(), texts)
             with self._part("reference"), self.bank.backbone.use(FAKE) as network:
-                fake = self.velocity_field(x, t.tolist(), prompts, 1.0, network)
+                fake = self.velocity_field(x, t.tolist(), texts.student, 1.0, network)
         with self._gradient_sync(model, last=True):
-            v = self._student_velocity(model, inputs.start, inputs.levels.tolist(), prompts)
+            v = self._student_velocity(model, inputs.start, inputs.levels.tolist(), texts.student)
             image = image_of(inputs.start, v, inputs.levels)
             loss = student_loss(image, x, t, real, fake, self.args.loss_type, self.args.huber_c).mean()
             self._backward(self.rounds.share(task) * loss)
