@@ -20,7 +20,7 @@ from ..trainer.diffusion_dmd_config import DiffusionDMDConfig
 from .arguments import TaughtArguments
 from .parser import parse
 from .refusals import refusals_told
-from .training import publish, show_warnings, train, warn_of_idle_rewards
+from .training import only_show, publish, show_warnings, train, warn_of_idle_rewards
 
 
 @dataclass(kw_only=True)
@@ -31,9 +31,14 @@ class DMDScriptArguments(TaughtArguments):
 
     Args:
         teachers (`list[str]`): as in [`TaughtArguments`], but required.
+        dry_run (`bool`, *optional*, defaults to `False`): show what the run would do, with an image of every model,
+            and stop.
     """
 
     teachers: list[str] = field(metadata={"help": "task=spec …: base, a folder or owner/repo[/sub/folder][@revision]"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show what the run would do, with an image of every model, and stop."}
+    )
 
 
 ARGUMENTS = (DMDScriptArguments, DiffusionDMDConfig)
@@ -44,7 +49,12 @@ def main(script_args: DMDScriptArguments, training_args: DiffusionDMDConfig) -> 
     # Imported here, so that --help and errors in the arguments show sooner.
     from ..trainer.diffusion_dmd_trainer import DiffusionDMDTrainer
 
+    if script_args.dry_run:
+        training_args.push_to_hub = False  # or the trainer would make the repository
     arguments = script_args.for_trainer(training_args)
+    if script_args.dry_run:
+        only_show(DiffusionDMDTrainer(teachers=script_args.teachers_by_task(), **arguments))
+        return
     warn_of_idle_rewards(training_args, arguments["reward_funcs"] or {}, has_test_prompts=False)
     trainer = DiffusionDMDTrainer(teachers=script_args.teachers_by_task(), **arguments)
     train(trainer)

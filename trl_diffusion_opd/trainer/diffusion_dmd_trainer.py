@@ -17,7 +17,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from ..algorithms.dmd import fake_loss, image_of, noise_left, noised_further, re
 from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.rollout import FAKE_DRAW, RENOISE_DRAW, gaussian, sample_generators, walk
 from ..algorithms.samplers import SamplerTable, sampler_table
-from ..data.readers import Texts
+from ..guards.files import JSON
 from ..guards.finite import not_finite
 from ..hub.files import FAKE_OPTIMIZER_FILE, FAKE_SCORE_FILE
 from ..models.fake_score import FAKE, FakeScore
@@ -46,37 +45,13 @@ from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
 from ..rewards import RewardFuncs, Row
+from . import dry_run_dmd
 from .base_trainer import DiffusionTrainer
 from .checks import uses_fsdp
 from .diffusion_dmd_config import DiffusionDMDConfig
+from .drawn import Drawn
 from .preparation import Parts
 from .teaching import load_teachers
-
-
-@dataclass
-class Drawn:
-    """
-    What a micro-batch's walks leave for training. Each sample has a step of its own, drawn at random.
-
-    Attributes:
-        task (`str`), texts ([`Texts`]): the task, and what each model reads. The fake reads what the student does.
-        positions (`list[int]`): as [`Rounds.turn`] gives them.
-        generators (`list[torch.Generator]`): those of the noise at which the student is judged.
-        start (`Tensor` of shape `(B, ...)`), levels (`Tensor` of shape `(B,)`): the state before the step.
-        image (`Tensor` of the same shape): the image that the step predicts, detached.
-        end (`Tensor` of the same shape), end_levels (`Tensor` of shape `(B,)`): what is noised again: the image, or
-            in TDM the state after the step.
-    """
-
-    task: str
-    texts: Texts
-    positions: list[int]
-    generators: list[torch.Generator]
-    start: Tensor
-    levels: Tensor
-    image: Tensor
-    end: Tensor
-    end_levels: Tensor
 
 
 class DiffusionDMDTrainer(DiffusionTrainer):
@@ -223,6 +198,23 @@ class DiffusionDMDTrainer(DiffusionTrainer):
                 f"{args.loss_type}: a student of {len(self.table)} steps; before each of its updates {args.fake_updates} "
                 f"of the fake score, with learning rate {args.fake_learning_rate:g}."
             )
+
+    def dry_run(self) -> dict[str, JSON]:
+        """
+        Shows what a run would do, without training. It draws an image of the base, each teacher and the student, so
+        that a wrong LoRA or a wrong guidance scale is seen before the run.
+
+        Prints for every task how far the scores of teacher and fake are apart, then memory, and the time of an update
+        and of the run. The images are saved to `dry_run/` in the output folder, one file each, and `dry_run.png` with
+        all of them. Nothing is trained, pushed or sent to a tracker. Call it before `train`, on all processes.
+
+        Returns:
+            `dict`: the printed figures, as [`~dry_run_dmd.dry_run`] describes them.
+        """
+        return dry_run_dmd.dry_run(self, self.bank, self.fake, self.draw, self._renoised, self._fake_loss)
+
+    def trained_beside(self) -> list[nn.Parameter]:
+        return list(self.fake.named_parameters().values())
 
     def frozen_parts(self) -> dict[str, list[nn.Parameter]]:
         fake = list(self.fake.named_parameters().values())
