@@ -15,6 +15,7 @@
 """GRPO in one pass: the gradients of two passes with fewer forwards, and what it keeps. And windows that slide."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,8 +141,10 @@ def test_the_window_in_use_is_the_sliding_one(tmp_path, capsys):
 
 
 CONFIG_PROBLEMS = [
-    ({"one_pass": True, "num_iterations": 2, "max_steps": 2}, "one_pass=True with num_iterations=2: .* Set num_iterat"),
-    ({"one_pass": True, "ddp_broadcast_buffers": True}, "ddp_broadcast_buffers=True with one_pass=True"),
+    (
+        {"one_pass": True, "num_iterations": 2, "max_steps": 2},
+        "one_pass=True with num_iterations=2: .* Set num_iterat",
+    ),
     ({"sde_window_schedule": "sliding"}, "sde_window_size=None: the window is the whole range of 3 steps"),
     ({"sde_window_schedule": "sliding", "sde_window_size": 3}, "sde_window_size=3: the window is the whole range"),
     ({"sde_window_schedule": "fixed"}, "sde_window_schedule='fixed': it must be one of random, sliding"),
@@ -157,6 +160,14 @@ CONFIG_PROBLEMS = [
 def test_config_refuses(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **options)
+
+
+def test_one_pass_is_refused_under_deepspeed(tmp_path):
+    config = make_config(tmp_path, one_pass=True)
+    assert config._problems() == []
+    config.deepspeed_plugin = SimpleNamespace()
+    (problem,) = config._problems()
+    assert problem.startswith("one_pass=True is not supported with DeepSpeed")
 
 
 @pytest.mark.slow

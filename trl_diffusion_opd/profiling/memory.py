@@ -193,9 +193,7 @@ class _Step(nn.Module):
         self.model: nn.Module = model
         self.__dict__["base"] = base  # not registered: `functional_call` would restore shared weights twice, as shapes
 
-    def forward(
-        self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live
-    ) -> tuple[int, list[Velocity]]:
+    def forward(self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live) -> tuple[int, list[Velocity]]:
         """Returns the bytes that the forwards have kept, and their velocities."""
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]

@@ -54,8 +54,7 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         one_pass (`bool`, *optional*, defaults to `False`):
             Whether the forwards of the rollout are the training forwards too, so that a trained step needs no second
             one. The gradient is the same. The activations of all trained steps of all micro-batches of an update are
-            then kept until the images are scored. This needs `num_iterations=1`, and does not work with FSDP or
-            DeepSpeed.
+            then kept until the images are scored. This needs `num_iterations=1`, and does not work with DeepSpeed.
 
         > Parameters that control the objective
 
@@ -131,12 +130,6 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
     )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.one_pass:
-            # At the first forward after an update DDP would write into buffers that the rollout's graphs have saved.
-            self.ddp_broadcast_buffers = False
-
     def sde_range(self) -> range:
         """The steps that a window may have."""
         if self.sde_window_range is not None:
@@ -177,10 +170,10 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
                 "forwards of the round's first update alone, since weights change after it. Set num_iterations=1, or "
                 "leave out one_pass."
             )
-        if self.ddp_broadcast_buffers:
+        if self.deepspeed_plugin is not None:
             problems.append(
-                "ddp_broadcast_buffers=True with one_pass=True: DDP would overwrite buffers between a forward and its "
-                "backward. Leave it out: no buffer changes in training."
+                "one_pass=True is not supported with DeepSpeed, whose engine takes a forward's backward before the next "
+                "forward. Use multi_gpu.yaml or fsdp2.yaml of examples/accelerate_configs/, or leave out one_pass."
             )
         return problems
 

@@ -129,11 +129,6 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         args = parts.args
         assert isinstance(args, DiffusionGRPOConfig)
         parts.method["window_size"] = args.sde_window_size or len(args.sde_range())
-        if args.one_pass and args.deepspeed_plugin is not None:
-            problems.append(
-                "one_pass=True is not supported with DeepSpeed, whose engine expects a forward's backward before the next "
-                "forward. Use multi_gpu.yaml or fsdp2.yaml of examples/accelerate_configs/, or leave out one_pass."
-            )
         if args.beta > 0:
             parts.method["backbone"] = equip(parts, Backbone.of(parts.student), problems)
         with problems.collect():
