@@ -31,6 +31,7 @@ from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.opd import StepPlan, policy_gradient_loss
 from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
 from ..algorithms.samplers import default_skip_last_steps, sampler_table
+from ..data.readers import Texts
 from ..data.tasks import task_rows
 from ..guards.files import JSON
 from ..guards.redaction import shown
@@ -90,7 +91,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         args ([`DiffusionOPDConfig`], *optional*):
             Configuration. By default, that of the class, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            The prompts: columns `prompt` and `task`. Other columns are passed to the reward functions.
+            The prompts: columns `prompt` and `task`, and `teacher_prompt` where teachers read something else. All
+            columns are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
             Prompts of evaluations, with the same columns.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
@@ -199,7 +201,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """
         self._in_eval_mode(model)
         task, positions = self.turn(self._micro_step, inputs)
-        prompts = [row["prompt"] for row in inputs]
+        texts = self.texts(task, inputs)
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()
         last = max(steps)
@@ -212,24 +214,24 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             if j not in steps:
                 with torch.no_grad():
                     if not self.args.on_policy:
-                        return self._target(task, x, t, prompts)
+                        return self._target(task, x, t, texts)
                     with self._part("rollout"):
-                        return self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
+                        return self.velocity_field(x, t, texts.student, self.args.guidance_scale, self.student.model)
             with torch.no_grad():
-                target = self._target(task, x, t, prompts)
+                target = self._target(task, x, t, texts)
                 if j == last:
-                    self._measure_noise_floor(x, t, prompts)
+                    self._measure_noise_floor(x, t, texts.student)
             with self._gradient_sync(model, last=j == last):
-                student = self._student_velocity(model, x, t, prompts)
+                student = self._student_velocity(model, x, t, texts.student)
                 loss = self._step_loss(j, student, target, z)
                 if self.args.beta > 0:
-                    loss = loss + self.args.beta * self._base_loss(j, student, x, t, prompts)
+                    loss = loss + self.args.beta * self._base_loss(j, student, x, t, texts)
                 self._backward(share * steps[j] * loss.mean())
             student = student.detach()
             gaps[j], norms[j] = velocity_gap_sq(student, target).mean(), target.float().square().mean()
             return student if self.args.on_policy else target
 
-        x = self.velocity_field.initial_latents(prompts, generators)
+        x = self.velocity_field.initial_latents(texts.student, generators)
         walk(velocity, x, self.plan.table.head(last + 1), generators)
         loss = self._record(task, steps, gaps, norms) * self.rounds.share(task)
         self._end_micro_batch()
@@ -245,10 +247,13 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             return policy_gradient_loss(student, target, z, float(table.c[j]), float(table.s[j]), weight)
         return weight * velocity_gap_sq(student, target)
 
-    def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+    def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, texts: Texts) -> Tensor:
         with torch.no_grad(), self._part("reference"), self.bank.use(None) as transformer:
-            base = self.velocity_field(x, t, prompts, self.args.guidance_scale, transformer)
+            base = self.velocity_field(x, t, texts.prompt, self.args.guidance_scale, transformer)
         return float(self.plan.weights[j]) * velocity_gap_sq(student, base)
+
+    def base_scales(self, task: str) -> set[float]:
+        return {self.args.guidance_scale} if self.args.beta > 0 else set()
 
     def _record(self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]) -> Tensor:
         """Gathers the squared gaps of all processes, refuses non-finite ones, and logs metrics. Returns the loss."""
@@ -317,8 +322,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             size = self.args.per_device_eval_batch_size
             first = self.accelerator.process_index * size
             indices = list(range(first, first + size))
-            prompts = [dataset[int(row)]["prompt"] for row in np.resize(rows, first + size)[first:]]
-            loss, kl = self._walk_gap(task, prompts, indices)
+            texts = self.texts(task, [dataset[int(row)] for row in np.resize(rows, first + size)[first:]])
+            loss, kl = self._walk_gap(task, texts, indices)
             losses.append(loss)
             kls[f"{metric_key_prefix}_kl/{task}"] = kl
         return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
@@ -327,17 +332,17 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
         return ["loss", *(f"kl/{task}" for task in task_rows(dataset, args.task_column))]
 
-    def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
+    def _walk_gap(self, task: str, texts: Texts, indices: list[int]) -> tuple[float, float]:
         generators = sample_generators([self.args.seed, STEP_DRAW, self.tasks.index(task)], indices)
         gaps = []
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             t = float(self.plan.table.levels[j])
-            student = self.velocity_field(x, t, prompts, self.args.guidance_scale, self.student.model)
-            gaps.append(velocity_gap_sq(student, self._target(task, x, t, prompts)).mean())
+            student = self.velocity_field(x, t, texts.student, self.args.guidance_scale, self.student.model)
+            gaps.append(velocity_gap_sq(student, self._target(task, x, t, texts)).mean())
             return student
 
-        x = self.velocity_field.initial_latents(prompts, generators)
+        x = self.velocity_field.initial_latents(texts.student, generators)
         walk(velocity, x, self.plan.walked, generators)
         gap = self.accelerator.gather(torch.stack(gaps)[None]).cpu().double().mean(0)
         return float(self.plan.loss(gap)), float(self.plan.kl(gap))
