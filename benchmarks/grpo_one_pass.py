@@ -182,7 +182,9 @@ def main() -> None:
             low, high = row["ci95"]
             cells = [f"{row[form][figure]:.1f}" for figure in ("held_mib", "estimate_mib") for form in FORMS]
             times = [f"{row[form]['seconds']:.2f}" for form in FORMS]
-            print(f"| {name} | {' | '.join(times)} | {row['speedup']:.3f} ({low:.3f} to {high:.3f}) | {' | '.join(cells)} |")
+            print(
+                f"| {name} | {' | '.join(times)} | {row['speedup']:.3f} ({low:.3f} to {high:.3f}) | {' | '.join(cells)} |"
+            )
     if args.output:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "steps": STEPS, "window": WINDOW}
         about |= {"micro_batches": MICRO_BATCHES, "batch_sizes": BATCH_SIZES, "cuda": torch.cuda.is_available()}
