@@ -47,15 +47,15 @@ def test_images_are_those_of_what_each_model_reads(tmp_path):
         return [float(np.asarray(image)[..., 0].mean() / 255) for image in images]
 
     teachers = {"cold": "student", "warm": "base"}
-    options = {**OPTIONS, "guidance_scale": 2.0, "output_dir": tmp_path, "num_samples": 0}
+    options = {**OPTIONS, "guidance_scale": 20.0, "output_dir": tmp_path, "num_samples": 0}
     report = evaluate_retention(
         pipeline, teachers, "base", red, Dataset.from_list(ROWS), prompt_templates=TEMPLATES, **options
     )
     for index, (task, texts) in enumerate(READ.items()):
-        expected = [red([], own_images(pipeline, of_model, index, 2.0)) for of_model in texts]
-        assert abs(np.mean(expected[0]) - np.mean(expected[1 if task == "cold" else 2])) > 1e-3
+        expected = [red([], own_images(pipeline, of_model, index, 20.0)) for of_model in texts]
+        assert abs(np.mean(expected[0]) - np.mean(expected[1 if task == "cold" else 2])) > 2e-3
         for model, scores in zip(("base", f"teacher/{task}", "student"), expected, strict=True):
-            assert report["scores"][model][task]["red"] == pytest.approx(np.mean(scores), abs=1 / 255)
+            assert report["scores"][model][task]["red"] == pytest.approx(np.mean(scores), abs=5e-4)
     assert set(seen) == {prompt for prompts, _, _ in READ.values() for prompt in prompts}  # rewards read the prompt
     # Without the template the student is the base, whose images are there.
     again = evaluate_retention(
