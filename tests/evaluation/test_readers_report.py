@@ -53,9 +53,9 @@ def test_images_are_those_of_what_each_model_reads(tmp_path):
     )
     for index, (task, texts) in enumerate(READ.items()):
         expected = [red([], own_images(pipeline, of_model, index, 20.0)) for of_model in texts]
-        assert abs(np.mean(expected[0]) - np.mean(expected[1 if task == "cold" else 2])) > 2e-3
+        assert abs(np.mean(expected[0]) - np.mean(expected[1 if task == "cold" else 2])) > 1e-3
         for model, scores in zip(("base", f"teacher/{task}", "student"), expected, strict=True):
-            assert report["scores"][model][task]["red"] == pytest.approx(np.mean(scores), abs=5e-4)
+            assert report["scores"][model][task]["red"] == pytest.approx(np.mean(scores), abs=2e-4)
     assert set(seen) == {prompt for prompts, _, _ in READ.values() for prompt in prompts}  # rewards read the prompt
     # Without the template the student is the base, whose images are there.
     again = evaluate_retention(
