@@ -21,6 +21,7 @@ from helpers.opd_fixtures import (
     AVERAGED,
     Recorder,
     StopAt,
+    first_pixel,
     relative_difference,
     snapshot,
     student_lora,
@@ -223,3 +224,26 @@ def test_defaults_are_those_of_the_loss():
     assert (one.fake_updates, one.fake_learning_rate, one.eval_num_inference_steps) == (5, 5e-5, 10)
     assert (two.fake_updates, two.fake_learning_rate, two.eval_num_inference_steps) == (1, 5e-4, 4)
     assert (two.fake_adam_beta1, two.fake_adam_beta2) == (0.0, 0.95)
+
+
+# Before the run
+
+
+def test_a_dry_run_shows_the_first_update_and_changes_nothing(tmp_path, teachers, capsys):
+    trainer = make_trainer(tmp_path, teachers, loss_type="tdm", max_steps=1, reward_funcs=first_pixel)
+    before, state = {**snapshot(trainer), **fake_weights(trainer)}, torch.get_rng_state()
+    report = trainer.dry_run()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in {**snapshot(trainer), **fake_weights(trainer)}.items())
+    assert not any(p.requires_grad for p in trainer.fake.named_parameters().values())
+    shown = capsys.readouterr().out
+    assert "score gap" in shown and "second optimizer" in shown
+    trained = sum(p.nbytes for p in trainer.student.parameters())
+    rows = report["memory"]
+    assert rows["fake score"]["bytes"] == trained
+    assert rows["second optimizer"]["bytes"] == rows["optimizer"]["bytes"] == pytest.approx(2 * trained, rel=1e-2)
+    assert report["seconds_per_update"] > 0 and set(report["tasks"]["draw"]["rewards"]) >= {"base, guidance 1"}
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for task in trainer.tasks:  # fake and student were equal, and the fake has since taken two updates
+        assert report["tasks"][task]["score_gap"] == pytest.approx(entry[f"score_gap/{task}"], rel=1e-2)
