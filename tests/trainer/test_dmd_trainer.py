@@ -242,7 +242,10 @@ def test_a_dry_run_shows_the_first_update_and_changes_nothing(tmp_path, teachers
     rows = report["memory"]
     assert rows["fake score"]["bytes"] == trained
     assert rows["second optimizer"]["bytes"] == rows["optimizer"]["bytes"] == pytest.approx(2 * trained, rel=1e-2)
-    assert report["seconds_per_update"] > 0 and set(report["tasks"]["draw"]["rewards"]) >= {"base, guidance 1"}
+    assert report["seconds_per_update"] > 0 and set(report["tasks"]["draw"]["rewards"]) >= {
+        "base, CFG 1",
+        "student, CFG 1",
+    }
     trainer.train()
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     for task in trainer.tasks:  # fake and student were equal, and the fake has since taken two updates
