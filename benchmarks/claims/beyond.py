@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from beyond_runs import BEYOND, SEARCH_SEED, SHARED, Run, claim_runs, search_runs
 from beyond_worlds import SHORT_TASKS, alike, alike_teachers, diversity, lora, short, verdicts
-from cost import CostCallback, read_cost, read_curve
+from cost import COST_FILE, CostCallback, read_cost, read_curve, read_lines
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -60,7 +60,7 @@ TRAINERS: dict[str, tuple[type, type]] = {
 NUM_IMAGES = 256
 NUM_OF_A_PROMPT = 4  # images of one prompt, whose distances are measured
 NUM_PROMPTS = 16  # of each task, for these distances
-NUM_PROBED = 8
+NUM_PROBED = 11  # updates, of which the first is not counted
 NUM_EVALUATIONS = 4
 NOISE_SEED = 2605
 
@@ -108,7 +108,9 @@ def updates_of(run: Run, seed: int, output: Path) -> int:
         trainer = trainer_of(run, seed, Path(place), output, max_steps=NUM_PROBED)
         CostCallback(trainer)
         trainer.train()
-        return round(run.forwards / (read_cost(Path(place))["forwards"] / NUM_PROBED))
+        lines = read_lines(Path(place) / COST_FILE)
+        # Without what is done once, before the first update.
+        return round(run.forwards * (len(lines) - 1) / (lines[-1]["forwards"] - lines[0]["forwards"]))
 
 
 def train(run: Run, seed: int, folder: Path, output: Path) -> tuple[Any, dict[str, Any]]:
