@@ -83,6 +83,10 @@ def _grpo(folder: Path, teachers: Any, **options: Any) -> Any:
     return grpo_fixtures.make_trainer(folder, dark, **{"peft_config": _lora(), **COMMON, **REWARDED, **options})
 
 
+def _grpo_one_pass(folder: Path, teachers: Any, **options: Any) -> Any:
+    return _grpo(folder, teachers, one_pass=True, sde_window_size=2, **options)
+
+
 def _nft(folder: Path, teachers: Any, **options: Any) -> Any:
     settings = {"num_trained_timesteps": 2, "old_policy_decay_rate": 0.1, **COMMON, **REWARDED}
     return nft_fixtures.make_trainer(folder, reward_funcs=dark, **{"peft_config": _lora(), **settings, **options})
@@ -100,6 +104,7 @@ MAKE: dict[str, Callable[..., Any]] = {
     "half_full": _half_full,
     "sft": _sft,
     "grpo": _grpo,
+    "grpo_one_pass": _grpo_one_pass,
     "nft": _nft,
     "nft_full": _nft_full,
 }

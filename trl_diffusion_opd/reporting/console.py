@@ -190,7 +190,7 @@ def print_rewards(
     _console().print(table)
 
 
-def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None:
+def print_sde_steps(table: SamplerTable, steps: range, window_size: int, shift_every: int | None = None) -> None:
     """
     Prints the denoising steps, and which of them may have noise and be trained.
 
@@ -198,8 +198,10 @@ def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None
         table ([`SamplerTable`]): the sampler's table if every step had noise.
         steps (`range`), window_size (`int`): steps that may have noise, and the number of consecutive ones that have
             it.
+        shift_every (`int`, *optional*): updates after which the window moves on by one step. By default it is drawn.
     """
-    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
+    slides = "" if shift_every is None else f", from the first on, one further every {shift_every} updates"
+    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss{slides}")
     for column in ("step", "level", "noise"):
         shown.add_column(column, justify="right")
     for j, level in enumerate(table.levels[:-1].tolist()):
