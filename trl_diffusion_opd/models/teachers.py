@@ -328,16 +328,18 @@ class TeacherBank:
             return self.backbone.use(teacher.name)
         return teacher.own.use(BASE if teacher.kind == "pipeline" else teacher.name)
 
-    def velocity(self, field: VelocityField, role: Role, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+    def velocity(
+        self, field: VelocityField, role: Role, x: Tensor, t: float | Sequence[float], prompts: list[str]
+    ) -> Tensor:
         """
-        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t`, with its own guidance scale and
-        through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
+        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t` (one, or one a sample), with its own
+        guidance scale and through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
         """
         with self.use(role) as network:
             return (role.field or field)(x, t, prompts, role.guidance_scale, network)
 
     def mean_velocity(
-        self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float, prompts: list[str]
+        self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float | Sequence[float], prompts: list[str]
     ) -> Tensor:
         """
         Computes the weighted mean velocity of teachers at `x` of shape `(B, ...)`, each with its own guidance scale.
@@ -363,7 +365,7 @@ class TeacherBank:
         return [[*group.values()] for group in groups.values()]
 
     def _velocities(
-        self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float, prompts: list[str]
+        self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float | Sequence[float], prompts: list[str]
     ) -> Sequence[Tensor]:
         """Computes each role's velocity at `x` of shape `(B, ...)` in one forward, with a copy of `x` for each."""
         n, scale = len(group), group[0].guidance_scale
@@ -373,7 +375,8 @@ class TeacherBank:
         names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in teachers for _ in prompts]
         with self.backbone.mixed(next(teacher.name for teacher in teachers if teacher.kind == "lora")) as network:
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
-            return field(copies, t, prompts * n, scale, network, names).chunk(n)
+            levels = [*t] * n if isinstance(t, Sequence) else t
+            return field(copies, levels, prompts * n, scale, network, names).chunk(n)
 
     def check_guidance(self, field: VelocityField) -> None:
         """

@@ -111,7 +111,7 @@ class StudentPasses:
         own = self.student.model
         return output if own is model else self._redirect(model, own, lambda: output)
 
-    def _target(self, task: str, x: Tensor, t: float, texts: Texts) -> Tensor:
+    def _target(self, task: str, x: Tensor, t: float | list[float], texts: Texts) -> Tensor:
         """The weighted mean velocity of the task's teachers, each with its own guidance scale, on what they read."""
         assert self.bank is not None
         with self._part("teacher"):
