@@ -154,7 +154,9 @@ class DiffusionOPDConfig(DiffusionConfig):
                 "base; below 0 the student would learn the opposite of its teacher."
             )
         if not 0 <= self.guidance_branch_weight < math.inf:
-            problems.append(f"guidance_branch_weight={self.guidance_branch_weight}: it must be at least 0, which is off.")
+            problems.append(
+                f"guidance_branch_weight={self.guidance_branch_weight}: it must be at least 0, which is off."
+            )
         if self.guidance_branch_weight > 0 and self.loss_type == "policy_gradient":
             problems.append(
                 "guidance_branch_weight compares velocities in closed form, and the policy gradient sees the guided "

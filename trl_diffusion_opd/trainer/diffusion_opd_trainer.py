@@ -421,7 +421,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         args = self.args
         drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
         beyond = {} if args.teacher_extrapolation == 1 else {"target": _target_words(args.teacher_extrapolation)}
-        branches = {"branches of guidance": f"matched, weight {args.guidance_branch_weight:g}"} if self._branches else {}
+        branches = (
+            {"branches of guidance": f"matched, weight {args.guidance_branch_weight:g}"} if self._branches else {}
+        )
         return {
             "method": "The student sampled its own trajectories. At each step it was trained to match the velocity of the "
             "frozen teacher of the prompt's task.",

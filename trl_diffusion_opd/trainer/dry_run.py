@@ -133,7 +133,6 @@ def _walk(
     squares: list[list[Tensor]] = []
     rounding = [bank.backbone.rounding(trainer.mixed_dtype)] * len(roles)
     shares_forwards = len(bank.forwards(roles)) < len(roles)
-    scales = base_scales(roles, args.teacher_extrapolation)
 
     def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = levels[j]
@@ -141,11 +140,10 @@ def _walk(
             student = field(x, t, prompts, args.guidance_scale, trainer.student.model)
         target, of_base, of_teachers = torch.zeros_like(x), torch.zeros_like(x), []
         for i, role in enumerate(roles):
-            scale = role.guidance_scale
             with clock(f"teacher {i}"):
                 own = bank.velocity(field, role, x, t, prompts)
             with bank.use(None) as module, clock("base"):
-                base = field(x, t, prompts, scale, module)
+                base = field(x, t, prompts, role.guidance_scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
             of_base += role.weight * base
@@ -156,7 +154,7 @@ def _walk(
         if shares_forwards:
             with clock("teachers"):
                 bank.mean_velocity(field, roles, x, t, prompts)
-        if scales:
+        if base_scales(roles, args.teacher_extrapolation):
             target = extrapolated_target(target, of_base, args.teacher_extrapolation)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
@@ -182,7 +180,7 @@ def _walk(
         ],
     }
     alone = ["teachers"] if shares_forwards else [f"teacher {i}" for i in range(len(roles))]
-    return figures, _costs(args, clock, alone, scales)
+    return figures, _costs(args, clock, alone, base_scales(roles, args.teacher_extrapolation))
 
 
 def _costs(args: DiffusionOPDConfig, clock: Clock, teachers: list[str], scales: set[float]) -> dict[str, float]:
