@@ -328,7 +328,7 @@ class TestEvaluateRetention:
         assert written == report
         assert set(written) == {
             *("tasks", "mean_retention", "mean_ci95", "num_images", "seed", "scores", "scores_ci95"),
-            *("settings", "guidance_scales", "weights_sha256"),
+            *("settings", "guidance_scales", "weights_sha256", "fixed_state_kl"),
         }
         assert list(written["tasks"]) == ["cold", "warm"]
         assert set(written["tasks"]["cold"]) == {

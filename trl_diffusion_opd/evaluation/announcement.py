@@ -62,7 +62,7 @@ def announce(
         scored = f", and {plan.num_rescored:,} of them are scored anew" if plan.num_rescored else ""
         facts.append(("reused", f"{_plural(there, 'image')} of an earlier run{scored}; {rest}"))
     facts.append(
-        ("fixed states", f"KL from each task's teacher on {_plural(NUM_SAMPLES, 'sample')} a task of its own")
+        ("fixed states", f"KL of base and students from each teacher, on {_plural(NUM_SAMPLES, 'sample')} a task")
     )
     if num_processes > 1:
         facts.append(("processes", f"{num_processes}, which share the work"))
