@@ -64,7 +64,6 @@ def test_loss_on_fixed_states(teachers, tmp_path):
         student_init=teachers["count"],
         peft_config="default",
         eval_dataset=dataset,
-        per_device_eval_batch_size=4,
         teacher_extrapolation=1.25,
     )
     by_adapter = []

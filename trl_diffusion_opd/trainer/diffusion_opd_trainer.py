@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 # Samples of a task on a process whose fixed states are compared. Their teachers' velocities are kept in host memory.
 _FIXED_SAMPLES = 4
+# How many tasks' fixed states are kept. Evaluations on ever new prompts would keep ever more.
+_FIXED_TASKS = 64
 
 
 class DiffusionOPDTrainer(DiffusionTrainer):
@@ -397,7 +399,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         prompts. The teachers compute their velocities there in the first evaluation only.
         """
         field, process = self.velocity_field, self.accelerator.process_index
-        size = min(_FIXED_SAMPLES, max(1, self.args.per_device_eval_batch_size // 2))
+        size = min(_FIXED_SAMPLES, self.args.per_device_eval_batch_size)
         # Those of all processes, which must all find the states that are kept, or none.
         key = (task, *(dataset[int(row)]["prompt"] for row in np.resize(rows, size * self.accelerator.num_processes)))
         numbers = range(process * size, (process + 1) * size)
@@ -409,11 +411,15 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             )
 
         if key not in self._fixed_states:
+            if len(self._fixed_states) == _FIXED_TASKS:
+                self._fixed_states.clear()
             generators = sample_generators([self.args.seed, FIXED_DRAW, self.tasks.index(task)], numbers)
             start = field.initial_latents(prompts, generators)
             self._fixed_states[key] = FixedStates.of(teacher, start, generators, self.plan)
+        scale, network = self.args.guidance_scale, self.student.model
+        # One kind of states at a time: both together could need more memory than a micro-batch.
         kl = self._fixed_states[key].kl(
-            lambda x, t: field(x, t, prompts * 2, self.args.guidance_scale, self.student.model)
+            lambda x, t: torch.cat([field(kind, t, prompts, scale, network) for kind in x.chunk(2)])
         )
         return float(self.accelerator.gather(kl.to(self.accelerator.device, torch.float32)[None]).double().mean())
 
