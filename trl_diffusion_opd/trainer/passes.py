@@ -93,7 +93,7 @@ class StudentPasses:
         """
         own = self.student.model  # the network inside the wrapper
         field = self.velocity_field if field is None else field
-        velocity = field.branches if branches else field
+        velocity: Callable[..., Tensor] = field.branches if branches else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         with self._part("student"):
             if own is model:

@@ -65,9 +65,10 @@ def _branch_problems(weight: float, scale: float, bank: TeacherBank, field: Velo
     problems = Problems()
     with problems.collect():
         field.check_branches(scale)
-    for role in (role for roles in bank.teachers.values() for role in roles if role.field is not None):
-        with problems.collect(), bank.use(role):
-            role.field.check_branches(scale)
+    for role in (role for roles in bank.teachers.values() for role in roles):
+        if role.field is not None:
+            with problems.collect(), bank.use(role):
+                role.field.check_branches(scale)
     return list(dict.fromkeys(problems))
 
 
