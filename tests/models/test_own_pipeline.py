@@ -33,9 +33,10 @@ from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.acceleration.offload import Offload
 from trl_diffusion_opd.acceleration.quantization import is_quantized
 from trl_diffusion_opd.models.backbone import Backbone
+from trl_diffusion_opd.models.identity import model_identity
 from trl_diffusion_opd.models.own_pipeline import OwnPipelines
-from trl_diffusion_opd.models.targets import State, base_scales
-from trl_diffusion_opd.models.teachers import TeacherBank, model_identity, normalize_teachers
+from trl_diffusion_opd.models.targets import State, anchor_scales
+from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.pipelines.denoiser import denoiser, denoiser_name
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
@@ -114,7 +115,7 @@ def test_beyond_it_from_the_students_base(student, large):
         target = State(bank, field, x, 0.62).target([role], PROMPTS, 1.25)
         own, base = (of(x, 0.62, PROMPTS, 4.5) for of in (field_of(large_pipeline()), field_of(make_pipeline())))
     torch.testing.assert_close(target, base + 1.25 * (own - base), rtol=0, atol=ROUNDING)
-    assert base_scales([role], 1.25) == {4.5} and base_scales([role], 1.0) == set()
+    assert anchor_scales([role], 1.25) == {4.5} and anchor_scales([role], 1.0) == set()
 
 
 def test_a_lora_on_another_base(student, large, lora):

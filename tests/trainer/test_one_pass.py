@@ -19,15 +19,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.noise_grids import sd3_levels
-from helpers.opd_fixtures import Recorder, make_pipeline, make_trainer, relative_difference, snapshot
-from helpers.three_pass import MicroBatch, Role, ThreePass
+from helpers.opd_fixtures import Recorder, make_trainer, relative_difference, snapshot
+from helpers.three_pass import MicroBatch, Role, ThreePass, load_teacher, three_pass
 from helpers.tiny_sd3 import make_transformer
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
-from trl_diffusion_opd import TeacherConfig, sampler_table
+from trl_diffusion_opd import TeacherConfig
 
 
 def record_micro_batches(trainer):
@@ -45,14 +43,6 @@ def record_micro_batches(trainer):
     return batches
 
 
-def load_teacher(folder):
-    return PeftModel.from_pretrained(make_transformer(), folder).eval()
-
-
-def kl_weight(c, s):
-    return c**2 / (2 * s**2) if s else c**2 / 2
-
-
 def one_update(tmp_path, teachers, **options):
     """Gradients that a whole update of the trainer accumulates (nothing moves at learning rate 0), and its prompts."""
     recorder = Recorder()
@@ -62,22 +52,6 @@ def one_update(tmp_path, teachers, **options):
     trainer.train()
     (gradients,) = recorder.gradients
     return trainer, gradients, batches
-
-
-def three_pass(trainer, teachers, steps=4, sampler="ode", skip=1, **options):
-    levels = sd3_levels(steps)
-    table = sampler_table(sampler, levels)
-    coefficients = list(zip(*(column.tolist() for column in (table.a, table.c, table.b, table.s)), strict=True))
-    trained = coefficients[: steps - skip]
-    return ThreePass(
-        pipeline=make_pipeline(),
-        coefficients=trained,
-        levels=levels[: steps - skip],
-        weights=[kl_weight(c, s) for _, c, _, s in trained],
-        teachers=options.pop("roles", None) or {task: [Role(load_teacher(f))] for task, f in teachers.items()},
-        seed=trainer.args.seed,
-        **options,
-    )
 
 
 CASES = {

@@ -17,6 +17,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..data.readers import TEACHER_PROMPT
 from ..guards.files import read_json
 from ..hub.files import REPORT_FILE
 from ..reporting.console import print_facts
@@ -48,6 +49,12 @@ def announce(
         ("images", _how(settings, size)),
         ("guidance", _by_source([(f"{name} {_number(one)}", one["source"]) for name, one in scales.items()])),
     ]
+    templates = settings["prompt_templates"]
+    if templates["value"]:
+        told = [(f"{task} '{text}'", templates["source"]) for task, text in templates["value"].items()]
+        facts.append(("students read", _by_source(told)))
+    if reading := [task for task, part in plan.tasks.items() if part.has_teacher_prompts]:
+        facts.append(("teachers read", f"{TEACHER_PROMPT} in {', '.join(reading)}"))
     facts += [
         ("drawn once", f"{' = '.join(model.names)}: the same model") for model in plan.models if len(model.names) > 1
     ]

@@ -32,7 +32,7 @@ from ..algorithms.fixed_states import FixedStates, Velocity
 from ..algorithms.opd import StepPlan
 from ..algorithms.rollout import FIXED_DRAW, sample_generators
 from ..algorithms.samplers import sampler_table
-from ..models.teachers import Role, TeacherBank
+from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from ..reporting.report import FixedStateKL
 from .identity import digest
@@ -90,22 +90,23 @@ def _identity(plan: Plan, task: str, model: str) -> tuple[str, str, str]:
 def _kl_of(field: VelocityField, bank: TeacherBank, plan: Plan, task: str, models: Sequence[str]) -> dict[str, Tensor]:
     grid = field.with_steps(min(MOST_STEPS, field.num_inference_steps))
     steps = StepPlan.of(sampler_table("ode", grid.levels), "kl", min(1, grid.num_inference_steps - 1))
-    part = plan.tasks[task]
-    prompts: list[str] = part.rows(range(NUM_SAMPLES))["prompt"]
-    batch_size = plan.options.batch_size
+    part, numbers, batch_size = plan.tasks[task], range(NUM_SAMPLES), plan.options.batch_size
+    models_by_name = {name: model for model in plan.models for name in model.names}
 
-    def velocity(roles: Sequence[Role]) -> Velocity:
+    def velocity(name: str) -> Velocity:
+        roles, read = bank.teachers[name], part.texts(models_by_name[name].reader, numbers)
+
         def of_batches(x: Tensor, t: float) -> Tensor:
-            texts = prompts * (len(x) // len(prompts))
+            texts = read * (len(x) // NUM_SAMPLES)
             batches = [slice(start, start + batch_size) for start in range(0, len(x), batch_size)]
             return torch.cat([bank.mean_velocity(grid, roles, x[rows], t, texts[rows]) for rows in batches])
 
         return of_batches
 
-    generators = sample_generators([plan.options.seed, FIXED_DRAW, part.index], range(NUM_SAMPLES))
-    start = grid.initial_latents(prompts, generators)
-    states = FixedStates.of(velocity(bank.teachers[f"teacher/{task}"]), start, generators, steps)
-    return {name: states.kl(velocity(bank.teachers[name])) for name in models}
+    generators = sample_generators([plan.options.seed, FIXED_DRAW, part.index], numbers)
+    start = grid.initial_latents(part.rows(numbers)["prompt"], generators)
+    states = FixedStates.of(velocity(f"teacher/{task}"), start, generators, steps)
+    return {name: states.kl(velocity(name)) for name in models}
 
 
 def _entry(kl: Mapping[int, float | None]) -> FixedStateKL:

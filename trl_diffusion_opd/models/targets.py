@@ -24,7 +24,7 @@ from ..pipelines.velocity import VelocityField
 from .teachers import Role, TeacherBank
 
 
-def base_scales(roles: Sequence[Role], extrapolation: float) -> set[float]:
+def anchor_scales(roles: Sequence[Role], extrapolation: float) -> set[float]:
     """
     The guidance scales at which the base is computed for a target, one forward each. None without extrapolation, or
     if the base is the only teacher: away from itself it goes nowhere.
@@ -87,7 +87,7 @@ class State:
         """
         with self._part("teacher"):
             teacher = self._bank.mean_velocity(self._field, roles, self.x, self.t, prompts, self._branches)
-            if not base_scales(roles, extrapolation):
+            if not anchor_scales(roles, extrapolation):
                 return teacher
             weighted = [role.weight * self.base(prompts, role.guidance_scale) for role in roles]
             return extrapolated_target(teacher, sum(weighted[1:], weighted[0]), extrapolation)

@@ -34,9 +34,11 @@ from .folded_lora import FoldedLora, folded_copy
 from .lora_adapter import add_adapter, rescaled_factors
 from .own_pipeline import OwnPipeline, OwnPipelines, check_idle, fits, pipeline_of
 from .teacher_config import (
+    STUDENT_ITSELF,
     TeacherConfig,
     TeacherError,
     TeacherSpec,
+    is_itself,
     normalize_teachers,
     parse_teacher,
     split_base,
@@ -77,7 +79,7 @@ class TeacherRow(TypedDict):
     sha256: str | None
 
 
-Kind = Literal["base", "lora", "folded", "full", "pipeline"]
+Kind = Literal["base", "student", "lora", "folded", "full", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ class Teacher:
     A loaded teacher.
 
     Attributes:
-        name: Its role in the [`Backbone`]: `"teacher_0"`, ... or `"base"`.
-        kind: `"base"`, `"lora"`, `"folded"` (what a file changes, folded into a copy of the base), `"full"` or
-            `"pipeline"` (the network of a pipeline of its own).
-        source: Hub id, or the name of the local folder but never its path; `"base"` for the base.
+        name: Its role in the [`Backbone`]: `"teacher_0"`, ..., `"base"`, or that of the student itself.
+        kind: `"base"`, `"student"` (the student itself), `"lora"`, `"folded"` (what a file changes, folded into a copy
+            of the base), `"full"` or `"pipeline"` (the network of a pipeline of its own).
+        source: Hub id, or the name of the local folder but never its path; `"base"` or `"student"` for these.
         revision: Commit on the Hub; `None` for a local teacher.
-        sha256: Hash over its files; `None` for the base.
+        sha256: Hash over its files; `None` for the base and the student.
         rank: Rank of most layers of a LoRA; `None` for other teachers.
         own: The pipeline that it runs through; `None` for the student's.
     """
@@ -171,6 +173,8 @@ class TeacherBank:
         batched (`bool`, *optional*, defaults to `False`):
             Whether a task's teachers are computed in one forward, on one copy of the batch for each. This holds for
             LoRAs and the base with the same guidance scale.
+        itself (`str`, *optional*):
+            The backbone's role that computes the teacher `"student"`. Without it, that teacher is refused.
         own ([`OwnPipelines`], *optional*):
             Loads the pipelines of teachers that do not run on the student's network. Without it they are refused.
 
@@ -191,8 +195,10 @@ class TeacherBank:
         manifest: Manifest | None = None,
         batched: bool = False,
         own: OwnPipelines | None = None,
+        itself: str | None = None,
     ) -> None:
         self.backbone = backbone
+        self._itself = itself
         self.batched = batched
         self._own = own
         self.teachers: dict[str, list[Role]] = {}
@@ -219,6 +225,10 @@ class TeacherBank:
     def _load(
         self, config: TeacherConfig, pipeline: DiffusionPipeline, loaded: dict[tuple[str, ...], Teacher]
     ) -> Teacher:
+        if is_itself(config):
+            if self._itself is None:
+                raise TeacherError(f"{STUDENT_ITSELF}: there is no student in training that could teach itself")
+            return Teacher(self._itself, "student", source=STUDENT_ITSELF)
         own = self._own_base(config, pipeline)
         if config.model_name_or_path == "base":
             return THE_BASE if own is None else _whole(own, loaded)
@@ -281,6 +291,11 @@ class TeacherBank:
         """Moves text encoders of offloaded teachers back to host memory."""
         if self._own is not None:
             self._own.offload.rest()
+
+    @property
+    def has_student(self) -> bool:
+        """Whether the student itself is one of the teachers."""
+        return any(role.teacher.kind == "student" for roles in self.teachers.values() for role in roles)
 
     def own_pipelines(self) -> list[OwnPipeline]:
         """The pipelines of teachers that do not run through the student's, each once."""
@@ -351,7 +366,8 @@ class TeacherBank:
             return [[role] for role in roles]
         groups: dict[tuple[float, VelocityField | None, str | None], dict[str, Role]] = {}
         for role in roles:
-            name, alone = role.teacher.name, role.teacher.is_apart or role.field is not None
+            name = role.teacher.name
+            alone = role.teacher.is_apart or role.teacher.kind == "student" or role.field is not None
             group = groups.setdefault((role.guidance_scale, role.field, name if alone else None), {})
             weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
@@ -472,16 +488,6 @@ def _whole(own: OwnPipeline, loaded: dict[tuple[str, ...], Teacher]) -> Teacher:
     return loaded.setdefault(("pipeline", str(id(own))), new)
 
 
-def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
-    """Identifies a model among others on the same base, by files, guidance and weight of each of its networks."""
-    return [
-        [
-            role.teacher.kind,
-            role.teacher.sha256,
-            role.config.lora_scale,
-            role.guidance_scale,
-            role.weight,
-            *([] if role.teacher.own is None else [role.teacher.own.sha256, repr(role.config.generation_kwargs)]),
-        ]
-        for role in roles
-    ]
+def frozen_roles(roles: Sequence[Role]) -> list[Role]:
+    """The roles as pictures and scores show them: with the base in place of the student itself, which began as it."""
+    return [replace(role, teacher=THE_BASE) if role.teacher.kind == "student" else role for role in roles]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .rl_config import DiffusionRLConfig
     from .rl_round import Rollout
     from .rl_trainer import DiffusionRLTrainer
+    from .taught_config import TaughtConfig
 
 # Imported on first use: a config needs no diffusers, so mistakes on a command line show sooner.
 _MODULES = {
@@ -48,6 +49,7 @@ _MODULES = {
     "DiffusionSFTTrainer": "diffusion_sft_trainer",
     "DiffusionTrainer": "base_trainer",
     "Rollout": "rl_round",
+    "TaughtConfig": "taught_config",
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "DiffusionSFTTrainer",
     "DiffusionTrainer",
     "Rollout",
+    "TaughtConfig",
 ]
 
 

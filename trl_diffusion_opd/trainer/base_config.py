@@ -341,6 +341,11 @@ class DiffusionConfig(_BaseConfig):
         """The guidance scale of evaluations."""
         return self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
 
+    @property
+    def templates(self) -> dict[str, str]:
+        """What the student reads in each task that has a template. See [`Readers`]."""
+        return {}
+
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes for the whole base in `model_init_kwargs`, where TRL's users write them."""
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}

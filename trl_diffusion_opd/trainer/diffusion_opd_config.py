@@ -17,30 +17,19 @@ from dataclasses import dataclass, field
 
 from ..algorithms.opd import WEIGHTINGS
 from ..guards.files import JSON
-from .base_config import DiffusionConfig
+from .taught_config import TaughtConfig
 
 
 @dataclass
-class DiffusionOPDConfig(DiffusionConfig):
+class DiffusionOPDConfig(TaughtConfig):
     r"""
     Configuration class for the [`DiffusionOPDTrainer`].
 
-    This class includes only the parameters that are specific to on-policy distillation. The parameters of all trainers
-    of this package are in [`DiffusionConfig`], and the other training arguments in
-    [`~transformers.TrainingArguments`].
+    This class includes only the parameters that are specific to on-policy distillation. Those that control the
+    teachers are in [`TaughtConfig`], those of all trainers of this package in [`DiffusionConfig`], and the other
+    training arguments in [`~transformers.TrainingArguments`].
 
     Parameters:
-        > Parameters that control the teachers
-
-        teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of the teachers that name none of their own. `None` is `guidance_scale`. With
-            `guidance_scale=1.0` and a larger scale here, the student learns its teachers' guided velocity and needs no
-            guidance itself, which halves its work.
-        batch_teachers (`bool`, *optional*, defaults to `False`):
-            Whether to compute a task's teachers in one forward, on one copy of the micro-batch for each, instead of
-            one after another. This holds for LoRAs and `"base"` with the same guidance scale. The result is the same,
-            but the forward needs as many times the memory. Refused with `torch_compile`.
-
         > Parameters that control the objective
 
         loss_type (`str`, *optional*, defaults to `"kl"`):
@@ -73,15 +62,6 @@ class DiffusionOPDConfig(DiffusionConfig):
             Whether to train on the student's own trajectories (the method). `False` trains on its teacher's, for
             comparison.
     """
-
-    # Parameters that control the teachers
-    teacher_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of teachers that name none. If not set, `guidance_scale`."}
-    )
-    batch_teachers: bool = field(
-        default=False,
-        metadata={"help": "Compute a task's LoRA teachers in one forward, with a copy of the batch for each."},
-    )
 
     # Parameters that control the objective
     loss_type: str = field(
@@ -120,6 +100,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             "num_inference_steps": self.eval_num_inference_steps,
             "guidance_scale": self.evaluation_guidance,
             "teacher_guidance_scale": self.teacher_guidance_scale,
+            "prompt_templates": self.prompt_templates,
             "height": self.height,
             "width": self.width,
             "max_sequence_length": self.max_sequence_length,
@@ -144,8 +125,6 @@ class DiffusionOPDConfig(DiffusionConfig):
             problems.append(
                 "loss_type='policy_gradient' is an estimate on the student's own trajectories: set on_policy=True."
             )
-        if self.teacher_guidance_scale is not None and self.teacher_guidance_scale < 1:
-            problems.append(f"teacher_guidance_scale={self.teacher_guidance_scale}: it must be at least 1.0.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
         if not 0 <= self.teacher_extrapolation < math.inf:

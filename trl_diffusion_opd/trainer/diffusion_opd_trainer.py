@@ -32,15 +32,16 @@ from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.opd import StepPlan, branch_gap_sq, policy_gradient_loss
 from ..algorithms.rollout import FIXED_DRAW, STEP_DRAW, sample_generators, walk
 from ..algorithms.samplers import default_skip_last_steps, sampler_table
+from ..data.readers import Texts
 from ..data.tasks import task_rows
 from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.backbone import STUDENT
 from ..models.lora_adapter import rescaled_factors
 from ..models.student import STUDENT_ADAPTER
-from ..models.targets import State, base_scales
+from ..models.targets import State, anchor_scales
 from ..models.teacher_config import TeacherSpec
-from ..models.teachers import TeacherBank
+from ..models.teachers import TeacherBank, frozen_roles
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
@@ -98,7 +99,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         args ([`DiffusionOPDConfig`], *optional*):
             Configuration. By default, that of the class, with an `output_dir` named after the model.
         train_dataset ([`~datasets.Dataset`]):
-            The prompts: columns `prompt` and `task`. Other columns are passed to the reward functions.
+            The prompts: columns `prompt` and `task`, and `teacher_prompt` where teachers read something else. All
+            columns are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict` of them, *optional*):
             Prompts of evaluations, with the same columns.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
@@ -213,7 +215,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         """
         self._in_eval_mode(model)
         task, positions = self.turn(self._micro_step, inputs)
-        prompts = [row["prompt"] for row in inputs]
+        texts = self.texts(task, inputs)
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
         steps = self._drawn_steps()
         last = max(steps)
@@ -225,40 +227,43 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             if j not in steps:
                 with torch.no_grad():
                     if not self.args.on_policy:
-                        return self._guided(self._target_at(task, state, prompts))
+                        return self._guided(self._target_at(task, state, texts))
                     with self._part("rollout"):
-                        return self.velocity_field(x, state.t, prompts, self.args.guidance_scale, self.student.model)
+                        return self.velocity_field(
+                            x, state.t, texts.student, self.args.guidance_scale, self.student.model
+                        )
             with torch.no_grad():
-                target = self._target_at(task, state, prompts)
+                target = self._target_at(task, state, texts)
                 if j == last:
-                    self._measure_noise_floor(x, state.t, prompts)
+                    self._measure_noise_floor(x, state.t, texts.student)
             with self._gradient_sync(model, last=j == last):
-                student = self._student_velocity(model, x, state.t, prompts, branches=self._branches)
+                student = self._student_velocity(model, x, state.t, texts.student, branches=self._branches)
                 loss = self._step_loss(j, student, target, z)
                 if self.args.beta > 0:
-                    loss = loss + self.args.beta * self._base_loss(j, student, state, prompts)
+                    loss = loss + self.args.beta * self._base_loss(j, student, state, texts)
                 self._backward(share * steps[j] * loss.mean())
             student = student.detach()
             squares[j] = self._squares(student, target)
             return self._guided(student if self.args.on_policy else target)
 
-        x = self.velocity_field.initial_latents(prompts, generators)
+        x = self.velocity_field.initial_latents(texts.student, generators)
         walk(velocity, x, self.plan.table.head(last + 1), generators)
         loss = self._record(task, steps, squares) * self.rounds.share(task)
         self._end_micro_batch()
         return loss
 
-    def guidance_scales(self, task: str) -> set[float]:
+    def teacher_scales(self, task: str) -> set[float]:
+        # What the target is seen from reads what the teachers read.
         roles = () if self.bank is None else self.bank.teachers.get(task, ())
-        return super().guidance_scales(task) | base_scales(roles, self.args.teacher_extrapolation)
+        return super().teacher_scales(task) | anchor_scales(roles, self.args.teacher_extrapolation)
 
     def _state(self, j: int, x: Tensor) -> State:
         t = float(self.plan.table.levels[j])
         return State(self.bank, self.velocity_field, x, t, self._branches, self._part)
 
-    def _target_at(self, task: str, state: State, prompts: list[str]) -> Tensor:
+    def _target_at(self, task: str, state: State, texts: Texts) -> Tensor:
         """What the student is taught at a state; with `guidance_branch_weight`, the branches too."""
-        return state.target(self.bank.teachers[task], prompts, self.args.teacher_extrapolation)
+        return state.target(self.bank.teachers[task], texts.teacher, self.args.teacher_extrapolation)
 
     def _guided(self, velocity: Tensor) -> Tensor:
         """The guided velocity, which is the first of the branches."""
@@ -287,10 +292,13 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             return weight * branch_gap_sq(student, target, self.args.guidance_branch_weight)
         return weight * velocity_gap_sq(student, target)
 
-    def _base_loss(self, j: int, student: Tensor, state: State, prompts: list[str]) -> Tensor:
+    def _base_loss(self, j: int, student: Tensor, state: State, texts: Texts) -> Tensor:
         with torch.no_grad():
-            base = state.base(prompts, self.args.guidance_scale)
+            base = state.base(texts.prompt, self.args.guidance_scale)
         return float(self.plan.weights[j]) * velocity_gap_sq(self._guided(student), self._guided(base))
+
+    def base_scales(self, task: str) -> set[float]:
+        return {self.args.guidance_scale} if self.args.beta > 0 else set()
 
     def _record(self, task: str, steps: dict[int, float], squares: dict[int, Tensor]) -> Tensor:
         """
@@ -365,8 +373,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             size = self.args.per_device_eval_batch_size
             first = self.accelerator.process_index * size
             indices = list(range(first, first + size))
-            prompts = [dataset[int(row)]["prompt"] for row in np.resize(rows, first + size)[first:]]
-            loss, kl = self._walk_gap(task, prompts, indices)
+            texts = self.texts(task, [dataset[int(row)] for row in np.resize(rows, first + size)[first:]])
+            loss, kl = self._walk_gap(task, texts, indices)
             losses.append(loss)
             kls[f"{metric_key_prefix}_kl/{task}"] = kl
             fixed[f"{metric_key_prefix}_fixed_kl/{task}"] = self._fixed_kl(task, dataset, rows)
@@ -377,18 +385,18 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         tasks = list(task_rows(dataset, args.task_column))
         return ["loss", *(f"{name}/{task}" for name in ("kl", "fixed_kl") for task in tasks)]
 
-    def _walk_gap(self, task: str, prompts: list[str], indices: list[int]) -> tuple[float, float]:
+    def _walk_gap(self, task: str, texts: Texts, indices: list[int]) -> tuple[float, float]:
         generators = sample_generators([self.args.seed, STEP_DRAW, self.tasks.index(task)], indices)
         squares = []
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             state = self._state(j, x)
             network = self.velocity_field.branches if self._branches else self.velocity_field
-            student = network(x, state.t, prompts, self.args.guidance_scale, self.student.model)
-            squares.append(self._squares(student, self._target_at(task, state, prompts)))
+            student = network(x, state.t, texts.student, self.args.guidance_scale, self.student.model)
+            squares.append(self._squares(student, self._target_at(task, state, texts)))
             return self._guided(student)
 
-        x = self.velocity_field.initial_latents(prompts, generators)
+        x = self.velocity_field.initial_latents(texts.student, generators)
         walk(velocity, x, self.plan.walked, generators)
         means = self.accelerator.gather(torch.stack(squares, dim=1)[None]).cpu().double().mean(0)
         return float(self.plan.loss(means[-1 if self._branches else 0])), float(self.plan.kl(means[0]))
@@ -396,30 +404,31 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _fixed_kl(self, task: str, dataset: Dataset, rows: np.ndarray) -> float:
         """
         The student's KL on its teachers' own trajectories and on their noised images, for a few of a task's first
-        prompts. The teachers compute their velocities there in the first evaluation only.
+        prompts. The teachers compute their velocities there in the first evaluation only. A student that is its own
+        teacher is compared with what it began as.
         """
         field, process = self.velocity_field, self.accelerator.process_index
         size = min(_FIXED_SAMPLES, self.args.per_device_eval_batch_size)
-        # Those of all processes, which must all find the states that are kept, or none.
-        key = (task, *(dataset[int(row)]["prompt"] for row in np.resize(rows, size * self.accelerator.num_processes)))
+        every = [dataset[int(row)] for row in np.resize(rows, size * self.accelerator.num_processes)]
+        # Of all processes, which must all find the states that are kept, or none.
+        key = (task, *self.texts(task, every).teacher)
         numbers = range(process * size, (process + 1) * size)
-        prompts = [key[1 + n] for n in numbers]
+        texts = self.texts(task, [every[n] for n in numbers])
+        roles = frozen_roles(self.bank.teachers[task])
 
         def teacher(x: Tensor, t: float) -> Tensor:
-            return State(self.bank, field, x, t).target(
-                self.bank.teachers[task], prompts, self.args.teacher_extrapolation
-            )
+            return State(self.bank, field, x, t).target(roles, texts.teacher, self.args.teacher_extrapolation)
 
         if key not in self._fixed_states:
             if len(self._fixed_states) == _FIXED_TASKS:
                 self._fixed_states.clear()
             generators = sample_generators([self.args.seed, FIXED_DRAW, self.tasks.index(task)], numbers)
-            start = field.initial_latents(prompts, generators)
+            start = field.initial_latents(texts.student, generators)
             self._fixed_states[key] = FixedStates.of(teacher, start, generators, self.plan)
         scale, network = self.args.guidance_scale, self.student.model
         # One kind of states at a time: both together could need more memory than a micro-batch.
         kl = self._fixed_states[key].kl(
-            lambda x, t: torch.cat([field(kind, t, prompts, scale, network) for kind in x.chunk(2)])
+            lambda x, t: torch.cat([field(kind, t, texts.student, scale, network) for kind in x.chunk(2)])
         )
         return float(self.accelerator.gather(kl.to(self.accelerator.device, torch.float32)[None]).double().mean())
 

@@ -16,7 +16,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.utils import gather_object
@@ -26,11 +26,12 @@ from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.opd import StepPlan, extrapolated_target
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
+from ..data.readers import Texts
 from ..data.tasks import task_rows
 from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
-from ..models.targets import base_scales
-from ..models.teachers import TeacherBank
+from ..models.targets import anchor_scales
+from ..models.teachers import Role, TeacherBank
 from ..reporting import console as tables
 from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
@@ -85,9 +86,9 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         for i in range(len(trainer.tasks)):  # the first micro-batch of each task
             rows = [trainer.train_dataset[row] for row in batches[i]]
             task, positions = trainer.turn(i, rows)
-            prompts = [row["prompt"] for row in rows]
-            tasks[task], cost = _walk(trainer, bank, plan, task, prompts, positions)
-            cost["update"], used = _forward_backward(trainer, float(plan.table.levels[0]), prompts, positions)
+            texts = trainer.texts(task, rows)
+            tasks[task], cost = _walk(trainer, bank, plan, task, texts, positions)
+            cost["update"], used = _forward_backward(trainer, float(plan.table.levels[0]), texts.student, positions)
             costs.append(cost)
             activations.append(used)
         pairs = trainer.task_comparison().pairs(sampler, thorough=True)
@@ -121,7 +122,7 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
 
 @torch.no_grad()
 def _walk(
-    trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, prompts: list[str], positions: list[int]
+    trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, texts: Texts, positions: list[int]
 ) -> tuple[dict[str, JSON], dict[str, float]]:
     """Returns a task's figures, and the seconds of a step's forwards: `"student"`, `"target"` and `"base"`."""
     args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
@@ -137,29 +138,30 @@ def _walk(
     def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = levels[j]
         with clock("student"):
-            student = field(x, t, prompts, args.guidance_scale, trainer.student.model)
+            student = field(x, t, texts.student, args.guidance_scale, trainer.student.model)
         target, of_base, of_teachers = torch.zeros_like(x), torch.zeros_like(x), []
         for i, role in enumerate(roles):
             with clock(f"teacher {i}"):
-                own = bank.velocity(field, role, x, t, prompts)
+                own = bank.velocity(field, role, x, t, texts.teacher)
+            # The base reads what the teacher reads: their weights are compared.
             with bank.use(None) as module, clock("base"):
-                base = field(x, t, prompts, role.guidance_scale, module)
+                base = field(x, t, texts.teacher, role.guidance_scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
             of_base += role.weight * base
             if j == len(plan) - 1 and role.teacher.kind == "lora":
                 with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
-                    again = bank.velocity(field, role, x, t, prompts)
+                    again = bank.velocity(field, role, x, t, texts.teacher)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         if shares_forwards:
             with clock("teachers"):
-                bank.mean_velocity(field, roles, x, t, prompts)
-        if base_scales(roles, args.teacher_extrapolation):
+                bank.mean_velocity(field, roles, x, t, texts.teacher)
+        if anchor_scales(roles, args.teacher_extrapolation):
             target = extrapolated_target(target, of_base, args.teacher_extrapolation)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
-    walk(velocity, field.initial_latents(prompts, generators), plan.walked, generators)
+    walk(velocity, field.initial_latents(texts.student, generators), plan.walked, generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
@@ -179,16 +181,24 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    alone = ["teachers"] if shares_forwards else [f"teacher {i}" for i in range(len(roles))]
-    return figures, _costs(args, clock, alone, base_scales(roles, args.teacher_extrapolation))
+    return figures, _costs(args, roles, texts, clock, "teachers" if shares_forwards else None)
 
 
-def _costs(args: DiffusionOPDConfig, clock: Clock, teachers: list[str], scales: set[float]) -> dict[str, float]:
-    """The seconds that [`update_seconds`] takes, of one step. `scales` are those of the base's forwards for the target."""
-    base = clock.median("base")
-    target = sum(map(clock.median, teachers)) + len(scales) * base
-    shared = args.beta == 0 or args.guidance_scale in scales
-    return {"student": clock.median("student"), "target": target, "base": 0.0 if shared else base}
+def _costs(
+    args: DiffusionOPDConfig, roles: Sequence[Role], texts: Texts, clock: Clock, together: str | None
+) -> dict[str, float]:
+    """
+    The seconds that [`update_seconds`] takes, of one step. `together` is the clock's name for the teachers' shared
+    forwards, if they share some.
+    """
+    teachers = [together] if together is not None else [f"teacher {i}" for i in range(len(roles))]
+    anchors, base = anchor_scales(roles, args.teacher_extrapolation), clock.median("base")
+    shared = texts.prompt == texts.teacher and args.guidance_scale in anchors
+    return {
+        "student": clock.median("student"),
+        "target": sum(map(clock.median, teachers)) + len(anchors) * base,
+        "base": 0.0 if args.beta == 0 or shared else base,
+    }
 
 
 def _forward_backward(
@@ -243,7 +253,7 @@ def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
         "LoRA?"
         for task, figures in tasks.items()
         for teacher in figures["teachers"]
-        if teacher["kind"] != "base" and teacher["gap_to_base"] <= teacher["rounding"]
+        if teacher["kind"] not in ("base", "student") and teacher["gap_to_base"] <= teacher["rounding"]
     ]
 
 
@@ -262,12 +272,12 @@ def _draw(trainer: DiffusionTrainer) -> Pictures:
     scale = trainer.args.evaluation_guidance
     pictures: Pictures = {}
     for task, row in firsts.items():
-        of_task = {}
+        of_task, texts = {}, trainer.texts(task, [row])
         for frozen in trainer.frozen_models(task):
             velocity = frozen.velocity(trainer.evaluator.field)
-            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, row["prompt"])
+            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, texts.of(frozen.reader)[0])
         with trainer.student.ema_weights():
             velocity = trainer.evaluator.student_velocity()
-            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, row["prompt"])
+            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, texts.student[0])
         pictures[task] = row, of_task
     return pictures

@@ -27,6 +27,8 @@ from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
 from ..acceleration.quantization import plain_tensors, scales
+from ..data.readers import rows_of
+from ..data.tasks import task_of
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
 from .base_trainer import DiffusionTrainer
@@ -179,11 +181,11 @@ def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) 
         base.enable_gradient_checkpointing()
     device_type = device_type or trainer.accelerator.device.type
     # Teachers' forwards keep nothing for a backward, but with guidance they may have more rows than the student's.
-    trained = trainer.trained_scale
+    trained, longest = trainer.trained_scale, _longest(trainer)
     scales = {scale for task in trainer.tasks for scale in trainer.guidance_scales(task)} - {trained}
     try:
         return max(
-            _of_scale(trainer, model, base, scale, device_type, backward=scale == trained)
+            _of_scale(trainer, model, base, scale, device_type, longest, backward=scale == trained)
             for scale in (trained, *scales)
         )
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -193,11 +195,23 @@ def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) 
             base.disable_gradient_checkpointing()
 
 
+def _longest(trainer: DiffusionTrainer) -> str:
+    """The longest text that a model reads of the data's first rows."""
+    rows, column = rows_of(trainer.prompts[:_LOOKED_AT]), trainer.args.task_column
+    texts = [trainer.readers.texts(task_of(row, column), [row]) for row in rows]
+    return max((text for one in texts for text in one.prompt + one.student + one.teacher), key=len)
+
+
 def _of_scale(
-    trainer: DiffusionTrainer, model: nn.Module, base: nn.Module, scale: float, device_type: str, backward: bool
+    trainer: DiffusionTrainer,
+    model: nn.Module,
+    base: nn.Module,
+    scale: float,
+    device_type: str,
+    longest: str,
+    backward: bool,
 ) -> int:
-    precision, field, data = trainer.mixed_dtype, trainer.velocity_field, trainer.train_dataset
-    longest = max(data[: min(len(data), _LOOKED_AT)]["prompt"], key=len)
+    precision, field = trainer.mixed_dtype, trainer.velocity_field
     prompts = [longest] * trainer.args.train_batch_size
     calls: list[dict[str, object]] = []
 

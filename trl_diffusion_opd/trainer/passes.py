@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from trl.models.utils import _ForwardRedirection
 
+from ..data.readers import Texts
 from ..guards.redaction import shown
 from ..models.student import Student
 from ..models.teachers import TeacherBank
@@ -100,11 +101,11 @@ class StudentPasses:
                 return velocity(*inputs, model)
             return self._redirect(model, own, velocity, *inputs, own)
 
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """The weighted mean velocity of the task's teachers, each with its own guidance scale."""
+    def _target(self, task: str, x: Tensor, t: float, texts: Texts) -> Tensor:
+        """The weighted mean velocity of the task's teachers, each with its own guidance scale, on what they read."""
         assert self.bank is not None
         with self._part("teacher"):
-            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
+            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, texts.teacher)
 
     def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
         """

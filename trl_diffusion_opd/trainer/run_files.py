@@ -34,6 +34,7 @@ from ..checkpointing import checkpoint
 from ..checkpointing.results import set_report_aside
 from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, counted, prompts_of
 from ..checkpointing.stopping import StopRequest
+from ..data.readers import Readers
 from ..data.tasks import task_rows
 from ..guards.files import write_json
 from ..guards.finite import not_finite
@@ -319,7 +320,11 @@ class RunFiles(_Behind):
         """
         args, dataset = self.args, self.eval_dataset
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
-        examples = {task: shown[int(rows[0])]["prompt"] for task, rows in task_rows(shown, args.task_column).items()}
+        readers = Readers(args.templates)
+        examples = {
+            task: readers.student(task, shown[int(rows[0])]["prompt"])
+            for task, rows in task_rows(shown, args.task_column).items()
+        }
         first = next(iter(examples.values()))
         # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
         options = self.evaluator.field.call_options([first], args.evaluation_guidance)
@@ -336,6 +341,7 @@ class RunFiles(_Behind):
             repository=self.hub_model_id or args.hub_model_id,
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
             examples=examples,
+            templates=args.templates,
             changes=self.changes,
             checkpoint=checkpoint,
             **self._card_fields(),

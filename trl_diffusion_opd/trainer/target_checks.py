@@ -14,7 +14,7 @@
 
 """Checks before the first step whether pipelines and teachers have what an extrapolated or branch-aware target needs."""
 
-from ..models.targets import base_scales
+from ..models.targets import anchor_scales
 from ..models.teachers import TeacherBank
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
@@ -34,7 +34,7 @@ def target_problems(args: DiffusionOPDConfig, bank: TeacherBank, field: Velocity
         bank ([`TeacherBank`]), field ([`VelocityField`]): the teachers, and the student's pipeline.
     """
     problems = Problems()
-    scales = {scale for roles in bank.teachers.values() for scale in base_scales(roles, args.teacher_extrapolation)}
+    scales = {scale for roles in bank.teachers.values() for scale in anchor_scales(roles, args.teacher_extrapolation)}
     for scale in sorted(scales):  # of teachers with pipelines of their own, the base has another one
         with problems.collect():
             field.check_guidance(scale)
