@@ -14,6 +14,8 @@
 
 """Training where the student and its teachers read different texts."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +23,11 @@ from helpers.opd_fixtures import Recorder, make_trainer, relative_difference
 from helpers.sft_fixtures import sft_trainer
 from helpers.three_pass import MicroBatch, three_pass
 from helpers.tiny_sd3 import make_transformer
+
+from trl_diffusion_opd import DiffusionOPDConfig
+from trl_diffusion_opd.scripts import opd
+from trl_diffusion_opd.scripts.parser import parse
+from trl_diffusion_opd.trainer import image_evaluator
 
 
 TEMPLATES = {"draw": "{prompt} red"}
@@ -88,6 +95,48 @@ def test_gradients_are_those_of_the_texts_that_each_model_reads(offload, tmp_pat
     (gradients,) = recorder.gradients
     assert {batch.task for batch in batches} == {"count", "draw"}
     assert relative_difference(gradients, reference.gradients(trainer.model, batches)) < 1e-5
+
+
+def test_evaluation_completions_and_card(tmp_path, teachers, monkeypatch):
+    drawn, scored, draw_with = [], [], image_evaluator.draw_with
+
+    def recorded(field, velocity, prompts, **options):
+        drawn.append(tuple(prompts))
+        return draw_with(field, velocity, prompts, **options)
+
+    def reward(prompts, images, **columns):
+        scored.extend(prompts)
+        return [float(i) for i, _ in enumerate(images)]
+
+    monkeypatch.setattr(image_evaluator, "draw_with", recorded)
+    rows = dataset().select([0, 4])
+    options = {"log_completions": True, "eval_base_and_teachers": True, "prompt_templates": TEMPLATES}
+    trainer = make_trainer(
+        tmp_path, teachers, train_dataset=dataset(), eval_dataset=rows, reward_funcs=reward, **options
+    )
+    references = trainer.evaluate()
+    assert drawn[:4] == [("word0",), ("word0 blue",), ("word0",), ("word0",)]  # base and teacher of both tasks
+    assert drawn[4:6] == [("word0",), ("word0 red",)]  # the student
+    assert set(scored) == {"word0"} and references["eval_count/reward"] == 0.0
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| draw | {prompt} red |" in card and "| draw | word0 red |" in card and "| count | word0 |" in card
+    (table,) = (tmp_path / "completions").glob("*.parquet")
+    logged = {row["task"]: row for row in Dataset.from_parquet(str(table))}
+    assert logged["draw"]["prompt"] == "word0" and logged["draw"]["student_prompt"] == "word0 red"
+    assert logged["count"]["student_prompt"] is None
+    samples = json.loads((tmp_path / "completions" / "last.json").read_text())["samples"]
+    assert [sample["prompt"] for sample in samples] == ["word0", "word0 red"]
+
+
+def test_the_settings_of_the_command_line(tmp_path):
+    settings = tmp_path / "run.yaml"
+    settings.write_text("prompt_templates:\n  draw: '{prompt} red'\n")
+    base = ["--model_name_or_path", "a", "--teachers", "draw=b", "--prompts", "draw=c.txt", "--output_dir", "out"]
+    for given in (["--config", str(settings)], ["--prompt_templates", json.dumps(TEMPLATES)]):
+        assert parse(opd.ARGUMENTS, [*base, *given])[1].prompt_templates == TEMPLATES
+    with pytest.raises(ValueError, match="'draw' is 'red', which has no {prompt}.*\n.*is 3, which is no text"):
+        DiffusionOPDConfig("out", prompt_templates={"draw": "red", "count": 3})
 
 
 def test_sft_learns_the_pictures_that_teachers_drew_from_their_prompts(tmp_path, teachers):

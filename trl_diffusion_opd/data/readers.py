@@ -93,6 +93,12 @@ class Readers:
         # Not str.format: a prompt or a template may have other braces.
         return self.templates[task].replace(PLACE, prompt) if task in self.templates else prompt
 
+    def lines(self, dataset: Dataset, rows: Mapping[str, np.ndarray]) -> list[str]:
+        """Says who reads something else than the prompt, for the start of a run. `rows` are those of each task."""
+        others = [task for task, numbers in rows.items() if has_teacher_prompts(dataset, numbers)]
+        said = [f"The student reads {text!r} in {task}." for task, text in self.templates.items()]
+        return said + ([f"Teachers read {TEACHER_PROMPT} in {', '.join(others)}."] if others else [])
+
     def student_column(self, task: str, prompts: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         """What the student reads of a column of prompts. It makes no Python objects of them."""
         parts = self.templates.get(task, PLACE).split(PLACE)

@@ -34,7 +34,7 @@ from ..acceleration.quantization import (
     pipeline_config,
     quantization_problems,
 )
-from ..data.readers import TEACHER_PROMPT, has_teacher_prompts, teacher_prompt_problems
+from ..data.readers import TEACHER_PROMPT, has_teacher_prompts, teacher_prompt_problems, template_problems
 from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
@@ -292,6 +292,9 @@ def early_problems(
     with problems.collect():
         rewards_by_task(reward_funcs or None, list(rows))
     problems += evaluation_data_problems(eval_dataset, args.task_column, list(rows))
+    problems += template_problems(args.templates, list(rows))
+    if teachers:
+        problems += read_data_problems(train_dataset, eval_dataset, args.task_column)
     Rounds.of(rows, args, problems)
     resumed = args.resume_from_checkpoint
     if isinstance(resumed, str) and not os.path.isdir(resumed):

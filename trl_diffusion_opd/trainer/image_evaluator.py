@@ -30,7 +30,7 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import TrainerState
 
-from ..data.readers import Reader, Readers
+from ..data.readers import Reader
 from ..data.tasks import task_rows
 from ..models.student import Student
 from ..pipelines.drawing import Velocity, draw_with
@@ -84,7 +84,7 @@ class ImageEvaluator:
         self.tasks = tasks
         self.reward_funcs = reward_funcs
         self.args = args
-        self.readers = Readers(args.templates)
+        self.readers = args.readers
         self.accelerator = accelerator
 
     def monitor(self, task: str, state: TrainerState) -> Scorer:

@@ -40,7 +40,7 @@ from ..acceleration.compilation import compile_blocks, repeated_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
-from ..data.readers import Readers, read_columns, rows_of, template_problems
+from ..data.readers import read_columns, rows_of, template_problems
 from ..data.tasks import plain_dataset, task_of, task_rows
 from ..models.adapter_switch import remove_adapters
 from ..models.expert_teachers import read_lora
@@ -283,6 +283,7 @@ def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> No
     problems += template_problems(args.templates, list(rows))
     if parts.given_teachers is not None:
         problems += read_data_problems(parts.train_dataset, parts.eval_dataset, column)
+        parts.start_lines += args.readers.lines(parts.train_dataset, rows)
     unscored = Problems(evaluation_data_problems(parts.eval_dataset, column, list(rows)))
     with unscored.collect():
         parts.reward_funcs = rewards_by_task(parts.given_rewards, list(rows))
@@ -351,7 +352,7 @@ def _read_first(parts: Parts) -> list[str]:
     args, dataset = parts.args, parts.train_dataset
     columns = ["prompt"] if parts.given_teachers is None else read_columns(dataset)
     tasks = [args.task_column] if args.task_column in dataset.column_names else []
-    readers, found = Readers(args.templates), dict[str, None]()
+    readers, found = args.readers, dict[str, None]()
     for row in rows_of(dataset.select_columns(columns + tasks)[:_MEASURED_PROMPTS]):
         texts = readers.texts(task_of(row, args.task_column), [row])
         found |= dict.fromkeys(texts.student + texts.teacher)

@@ -34,7 +34,6 @@ from ..checkpointing import checkpoint
 from ..checkpointing.results import set_report_aside
 from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, counted, prompts_of
 from ..checkpointing.stopping import StopRequest
-from ..data.readers import Readers
 from ..data.tasks import task_rows
 from ..guards.files import write_json
 from ..guards.finite import not_finite
@@ -320,7 +319,7 @@ class RunFiles(_Behind):
         """
         args, dataset = self.args, self.eval_dataset
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
-        readers = Readers(args.templates)
+        readers = args.readers
         examples = {
             task: readers.student(task, shown[int(rows[0])]["prompt"])
             for task, rows in task_rows(shown, args.task_column).items()
