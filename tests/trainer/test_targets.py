@@ -16,6 +16,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.families import FAMILIES
 from helpers.family_fixtures import family_trainer
 from helpers.opd_fixtures import make_dataset, make_trainer
@@ -103,3 +104,21 @@ def test_loss_on_fixed_states(teachers, tmp_path):
             target, student = velocities((1 - t) * x + t * noise, t)
             total += float(plan.kl_weights[j]) * float((target - student).square().mean())
         assert first[name] == pytest.approx(total / 6, rel=1e-4)
+
+
+def test_fixed_states_of_a_student_that_teaches_itself_are_its_bases(teachers, tmp_path):
+    """Its own would move with it. They are on what the teacher reads."""
+    rows = [{"prompt": f"{task}0", "task": task, "teacher_prompt": f"{task} blue"} for task in ("count", "draw")] * 2
+    data = Dataset.from_list(rows)
+    specs = {"count": "student", "draw": teachers["draw"]}
+    trainer = make_trainer(tmp_path, specs, train_dataset=data, eval_dataset=data)
+    trainer.evaluate()
+    states = trainer._fixed_states["count", "count blue", "count blue"]
+    field, roles = trainer.velocity_field, trainer.bank.teachers["draw"]
+    with torch.no_grad(), trainer.bank.use(None) as network:
+        base = field(states.start, float(field.levels[0]), ["count blue"] * 2, 1.0, network)
+    torch.testing.assert_close(states.on_trajectories[0], base)
+    states = trainer._fixed_states["draw", "draw blue", "draw blue"]
+    with torch.no_grad():
+        teacher = trainer.bank.velocity(field, roles[0], states.start, float(field.levels[0]), ["draw blue"] * 2)
+    torch.testing.assert_close(states.on_trajectories[0], teacher)

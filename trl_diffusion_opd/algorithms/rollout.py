@@ -49,7 +49,7 @@ STEP_DRAW = FORWARD_NOISE = 2**32 - 1
 WINDOW_DRAW = LEVEL_DRAW = CACHE_DRAW = 2**32 - 2
 EVAL_DRAW = 2**32 - 3
 TASKS_DRAW = 2**32 - 4
-FIXED_DRAW = 2**32 - 5
+FIXED_DRAW = 2**32 - 7
 # Comes first, so it is as long as two words: no run has this pair as its seed and update.
 DRAWING = 0xD1FF05ED_E7A15EED
 
