@@ -33,8 +33,8 @@ from trl_diffusion_opd import TeacherConfig
 from trl_diffusion_opd.acceleration.offload import Offload
 from trl_diffusion_opd.acceleration.quantization import is_quantized
 from trl_diffusion_opd.models.backbone import Backbone
-from trl_diffusion_opd.models.identity import model_identity
 from trl_diffusion_opd.models.own_pipeline import OwnPipelines
+from trl_diffusion_opd.models.roles import model_identity
 from trl_diffusion_opd.models.targets import State, anchor_scales
 from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.pipelines.denoiser import denoiser, denoiser_name

@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionSFTConfig
 from trl_diffusion_opd.problems import Refusal
 from trl_diffusion_opd.scripts import arguments as cli
-from trl_diffusion_opd.scripts import grpo, nft, opd, sft
+from trl_diffusion_opd.scripts import dmd, grpo, nft, opd, sft
 from trl_diffusion_opd.scripts.parser import parse as read
 from trl_diffusion_opd.trainer import option_checks
 from trl_diffusion_opd.trainer.option_checks import REPLACED as TAKEN_PLACES
@@ -163,7 +163,7 @@ def test_command_line():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml")))
 def test_the_examples_configs_are_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = {"tiny_grpo": grpo, "tiny_nft": nft, "tiny_sft": sft}.get(name, opd)
+    command = {"tiny_grpo": grpo, "tiny_nft": nft, "tiny_sft": sft, "tiny_dmd": dmd}.get(name, opd)
     script_args, args = read(command.ARGUMENTS, ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml")])
     assert script_args.prompts and args.output_dir
     assert script_args.reward_funcs or not name.startswith("tiny")  # those of the tiny world come with the package

@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -329,23 +329,30 @@ class TeacherBank:
         return teacher.own.use(BASE if teacher.kind == "pipeline" else teacher.name)
 
     def velocity(
-        self, field: VelocityField, role: Role, x: Tensor, t: float, prompts: list[str], branches: bool = False
+        self,
+        field: VelocityField,
+        role: Role,
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
     ) -> Tensor:
         """
-        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t`, with its own guidance scale and
-        through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`. With
-        `branches`, it is that of [`VelocityField.branches`], of shape `(3, B, ...)`.
+        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t` (one, or one a sample), with its own
+        guidance scale and through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
+        With `branches`, and one level, it is that of [`VelocityField.branches`], of shape `(3, B, ...)`.
         """
         own = role.field or field
+        velocity: Callable[..., Tensor] = own.branches if branches else own
         with self.use(role) as network:
-            return (own.branches if branches else own)(x, t, prompts, role.guidance_scale, network)
+            return velocity(x, t, prompts, role.guidance_scale, network)
 
     def mean_velocity(
         self,
         field: VelocityField,
         roles: Sequence[Role],
         x: Tensor,
-        t: float,
+        t: float | Sequence[float],
         prompts: list[str],
         branches: bool = False,
     ) -> Tensor:
@@ -378,7 +385,7 @@ class TeacherBank:
         field: VelocityField,
         group: Sequence[Role],
         x: Tensor,
-        t: float,
+        t: float | Sequence[float],
         prompts: list[str],
         branches: bool = False,
     ) -> Sequence[Tensor]:
@@ -390,8 +397,9 @@ class TeacherBank:
         names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in teachers for _ in prompts]
         with self.backbone.mixed(next(teacher.name for teacher in teachers if teacher.kind == "lora")) as network:
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
-            of_copies = (field.branches if branches else field)(copies, t, prompts * n, scale, network, names)
-            return of_copies.chunk(n, dim=-x.ndim)
+            levels = [*t] * n if isinstance(t, Sequence) else t
+            velocity: Callable[..., Tensor] = field.branches if branches else field
+            return velocity(copies, levels, prompts * n, scale, network, names).chunk(n, dim=-x.ndim)
 
     def check_guidance(self, field: VelocityField) -> None:
         """
@@ -486,8 +494,3 @@ def _whole(own: OwnPipeline, loaded: dict[tuple[str, ...], Teacher]) -> Teacher:
     """The teacher that is an own pipeline itself."""
     new = Teacher(f"teacher_{len(loaded)}", "pipeline", own.source, own.revision, own.sha256, own=own)
     return loaded.setdefault(("pipeline", str(id(own))), new)
-
-
-def frozen_roles(roles: Sequence[Role]) -> list[Role]:
-    """The roles as pictures and scores show them: with the base in place of the student itself, which began as it."""
-    return [replace(role, teacher=THE_BASE) if role.teacher.kind == "student" else role for role in roles]

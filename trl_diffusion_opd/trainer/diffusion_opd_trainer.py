@@ -38,10 +38,11 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.backbone import STUDENT
 from ..models.lora_adapter import rescaled_factors
+from ..models.roles import frozen_roles
 from ..models.student import STUDENT_ADAPTER
 from ..models.targets import State, anchor_scales
 from ..models.teacher_config import TeacherSpec
-from ..models.teachers import TeacherBank, frozen_roles
+from ..models.teachers import TeacherBank
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts

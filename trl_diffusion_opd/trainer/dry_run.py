@@ -16,7 +16,7 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
@@ -27,28 +27,25 @@ from ..algorithms.opd import StepPlan, extrapolated_target
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.readers import Texts
-from ..data.tasks import task_rows
 from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
 from ..models.targets import anchor_scales
 from ..models.teachers import Role, TeacherBank
 from ..reporting import console as tables
-from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .dry_run_shared import (
     Clock,
     Peak,
-    Pictures,
     as_in_training,
-    draw,
+    draw_models,
     first_update,
     memory,
     number_of_updates,
     score_pictures,
+    teacher_warnings,
     write_pictures,
 )
-from .training_pictures import captioned
 
 
 logger = logging.getLogger(__name__)
@@ -101,9 +98,9 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,
-        "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
+        "warnings": [*teacher_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
-    images = _draw(trainer)
+    images = draw_models(trainer)
     if trainer.accelerator.is_main_process:
         scored = score_pictures(trainer.evaluator, images, trainer.state)
         for task, of_task in scored.items():
@@ -244,40 +241,3 @@ def update_seconds(
         seconds += trained * (cost["target"] + cost["update"] + cost["base"])
         seconds += (walked - trained) * cost["student" if args.on_policy else "target"]
     return seconds * micro_batches
-
-
-def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
-    return [
-        f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
-        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right "
-        "LoRA?"
-        for task, figures in tasks.items()
-        for teacher in figures["teachers"]
-        if teacher["kind"] not in ("base", "student") and teacher["gap_to_base"] <= teacher["rounding"]
-    ]
-
-
-# Pictures
-
-
-def _draw(trainer: DiffusionTrainer) -> Pictures:
-    """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
-    evaluated = trainer.eval_dataset
-    if isinstance(evaluated, Mapping):
-        evaluated = next(iter(evaluated.values()))
-    firsts: dict[str, Row] = {}  # an evaluation may lack tasks, whose rows are then of the training data
-    for dataset in (trainer.train_dataset, evaluated):
-        if dataset is not None:
-            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}
-    scale = trainer.args.evaluation_guidance
-    pictures: Pictures = {}
-    for task, row in firsts.items():
-        of_task, texts = {}, trainer.texts(task, [row])
-        for frozen in trainer.frozen_models(task):
-            velocity = frozen.velocity(trainer.evaluator.field)
-            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, texts.of(frozen.reader)[0])
-        with trainer.student.ema_weights():
-            velocity = trainer.evaluator.student_velocity()
-            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, texts.student[0])
-        pictures[task] = row, of_task
-    return pictures

@@ -47,6 +47,11 @@ class StudentPasses:
     _part: Callable[[str], AbstractContextManager[None]]
     _redirect: _ForwardRedirection
 
+    @property
+    def graphs_alive(self) -> int:
+        """Forwards of a micro-batch whose activations are kept at once, at most."""
+        return 1
+
     @contextmanager
     def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
         """
@@ -101,7 +106,17 @@ class StudentPasses:
                 return velocity(*inputs, model)
             return self._redirect(model, own, velocity, *inputs, own)
 
-    def _target(self, task: str, x: Tensor, t: float, texts: Texts) -> Tensor:
+    def _as_forward(self, model: nn.Module, output: Tensor) -> Tensor:
+        """
+        What the student's network has computed with gradient outside of the wrapper `model`, as if inside of it.
+
+        DDP learns in a forward which gradients the next backward will give, and waits for these. That forward may come
+        after the network's own: it need not compute anything.
+        """
+        own = self.student.model
+        return output if own is model else self._redirect(model, own, lambda: output)
+
+    def _target(self, task: str, x: Tensor, t: float | list[float], texts: Texts) -> Tensor:
         """The weighted mean velocity of the task's teachers, each with its own guidance scale, on what they read."""
         assert self.bank is not None
         with self._part("teacher"):

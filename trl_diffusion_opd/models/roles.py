@@ -12,11 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tells models apart, wherever their files lie."""
+"""What the roles of a model say of it: how it is told from others, and what of it never changes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from .teachers import Role
+from .teachers import THE_BASE, Role
+
+
+def frozen_roles(roles: Sequence[Role]) -> list[Role]:
+    """The roles as pictures and scores show them: with the base in place of the student itself, which began as it."""
+    return [replace(role, teacher=THE_BASE) if role.teacher.kind == "student" else role for role in roles]
 
 
 def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
