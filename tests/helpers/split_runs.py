@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import grpo_fixtures, nft_fixtures
+from helpers import dmd_fixtures, grpo_fixtures, nft_fixtures
 from helpers.opd_fixtures import AVERAGED, make_trainer, student_lora
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import ATTENTION, make_pipeline
@@ -89,6 +89,16 @@ def _nft_full(folder: Path, teachers: Any, **options: Any) -> Any:
     return _nft(folder, teachers, **{"peft_config": None, "learning_rate": 1e-4, **options})
 
 
+def _dmd(folder: Path, teachers: Any, **options: Any) -> Any:
+    settings = {"peft_config": _lora(), "loss_type": "tdm", "fake_updates": 2, "sampler": "cps", **COMMON}
+    return dmd_fixtures.make_trainer(folder, teachers, **{**settings, **options})
+
+
+def _dmd_full(folder: Path, teachers: Any, **options: Any) -> Any:
+    settings = {"peft_config": None, "learning_rate": 1e-4, "loss_type": "dmd2", "max_steps": 2}
+    return _dmd(folder, teachers, **{**settings, **options})
+
+
 MAKE: dict[str, Callable[..., Any]] = {
     "opd": _opd,
     "full": _full,
@@ -99,9 +109,11 @@ MAKE: dict[str, Callable[..., Any]] = {
     "grpo_one_pass": _grpo_one_pass,
     "nft": _nft,
     "nft_full": _nft_full,
+    "dmd": _dmd,
+    "dmd_full": _dmd_full,
 }
 # What has a state of its own goes through a checkpoint as well, from one process and to one.
-RESUMED = ("opd", "full", "nft")
+RESUMED = ("opd", "full", "nft", "dmd")
 
 
 def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:
@@ -117,10 +129,12 @@ def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
-    """All that training goes on from: weights, their average and an old policy. All processes must call it."""
+    """All that training goes on from: weights, their average, an old policy and a fake. All processes must call it."""
     state = whole(trainer.student.named_parameters())
     with trainer.student.ema_weights():
         state |= whole({f"average {name}": p for name, p in trainer.student.named_parameters().items()})
     if isinstance(trainer, nft_fixtures.DiffusionNFTTrainer):
         state |= whole({f"old {name}": p for name, p in trainer.old_policy.named_parameters().items()})
+    if isinstance(trainer, dmd_fixtures.DiffusionDMDTrainer):
+        state |= whole({f"fake {name}": p for name, p in trainer.fake.named_parameters().items()})
     return state

@@ -14,34 +14,23 @@
 
 """The old policy of DiffusionNFT: a frozen copy of the student that follows it slowly and draws the images."""
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from ..acceleration.sharding import gathered, is_part, own_part, split_like
+from ..acceleration.sharding import gathered, is_part, own_part
 from ..hub.files import OLD_POLICY_FILE
-from .backbone import Backbone
-from .student import write_weights
-from .student_copy import StudentCopy
+from .student_copy import KeptCopy
 
 
 OLD = "old"
 
 
-class OldPolicy(StudentCopy):
-    """
-    A frozen copy of the student's trained weights, under the role name `OLD`.
+class OldPolicy(KeptCopy):
+    """A frozen copy of the student's trained weights, under the role name `OLD`. See [`StudentCopy`]."""
 
-    Args:
-        backbone ([`Backbone`]), student ([`~peft.PeftModel`] or `nn.Module`): as for [`StudentCopy`].
-    """
-
-    def __init__(self, backbone: Backbone, student: nn.Module):
-        super().__init__(backbone, student, OLD)
+    role, file = OLD, OLD_POLICY_FILE
 
     @torch.no_grad()
     def follow(self, student: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -53,14 +42,3 @@ class OldPolicy(StudentCopy):
             # The copy of a fully trained student is not split among processes.
             weight = own_part(student[name]) if is_part(parameter) else gathered(student[name])
             own_part(parameter).lerp_(weight, 1 - decay)
-
-    def save(self, folder: str | Path, write: bool = True) -> None:
-        """Writes it into a checkpoint, beside the weights of [`Student.save_state`]. A saved student has none."""
-        write_weights(self.named_parameters(), folder, OLD_POLICY_FILE, write)
-
-    @torch.no_grad()
-    def load(self, folder: str | Path) -> None:
-        """Restores what [`save`] wrote for the same student."""
-        parameters = self.named_parameters()
-        for name, weight in load_file(os.path.join(folder, OLD_POLICY_FILE)).items():
-            own_part(parameters[name]).copy_(split_like(weight, parameters[name]))

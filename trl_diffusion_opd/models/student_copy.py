@@ -14,15 +14,18 @@
 
 """A frozen copy of the student's trained weights: one more adapter on the same base, or a second whole network."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..acceleration.sharding import forget_gathered, own_part
+from ..acceleration.sharding import forget_gathered, own_part, split_like
 from .backbone import Backbone
-from .student import STUDENT_ADAPTER, frozen_copy
+from .student import STUDENT_ADAPTER, frozen_copy, write_weights
 
 
 class StudentCopy:
@@ -36,27 +39,31 @@ class StudentCopy:
         backbone ([`Backbone`]): the student's backbone, to which the copy is added.
         student ([`~peft.PeftModel`] or `nn.Module`): the student. Its trained weights require gradients.
         role (`str`): the copy's role name.
+
+    Attributes:
+        network (`nn.Module`): the module that it computes in.
+        is_lora (`bool`): whether it is an adapter on the student's own network.
     """
 
     def __init__(self, backbone: Backbone, student: nn.Module, role: str):
         self.role = role
         self._names = [name for name, p in student.named_parameters() if p.requires_grad]
-        self._is_lora = isinstance(student, PeftModel)
+        self.is_lora = isinstance(student, PeftModel)
         if isinstance(student, PeftModel):
-            self._network: nn.Module = student
+            self.network: nn.Module = student
             weights = get_peft_model_state_dict(student, adapter_name=STUDENT_ADAPTER, save_embedding_layers=False)
             # Trainable gives it the student's precision: in a half-precision base's, small moves would be rounded
             # away.
             backbone.add_adapter(role, student.peft_config[STUDENT_ADAPTER], weights, trainable=True)
         else:
-            self._network = frozen_copy(student)
-            backbone.add_network(role, self._network)
+            self.network = frozen_copy(student)
+            backbone.add_network(role, self.network)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Its weights, under the student's names. Don't call it between a forward and its backward."""
-        forget_gathered(self._network)
-        parameters = dict(self._network.named_parameters())
-        if not self._is_lora:
+        forget_gathered(self.network)
+        parameters = dict(self.network.named_parameters())
+        if not self.is_lora:
             return {name: parameters[name] for name in self._names}
         return {name: parameters[name.replace(f".{STUDENT_ADAPTER}.", f".{self.role}.")] for name in self._names}
 
@@ -68,3 +75,29 @@ class StudentCopy:
         """
         for parameter, part in zip(self.named_parameters().values(), parts, strict=True):
             own_part(parameter).copy_(part)
+
+
+class KeptCopy(StudentCopy):
+    """
+    A copy that checkpoints hold. Subclasses name its `role` and its `file`.
+
+    Args:
+        backbone ([`Backbone`]), student ([`~peft.PeftModel`] or `nn.Module`): as for [`StudentCopy`].
+    """
+
+    role: str
+    file: str
+
+    def __init__(self, backbone: Backbone, student: nn.Module):
+        super().__init__(backbone, student, self.role)
+
+    def save(self, folder: str | Path, write: bool = True) -> None:
+        """Writes it into a checkpoint, beside the weights of [`Student.save_state`]. A saved student has none."""
+        write_weights(self.named_parameters(), folder, self.file, write)
+
+    @torch.no_grad()
+    def load(self, folder: str | Path) -> None:
+        """Restores what [`save`] wrote for the same student."""
+        parameters = self.named_parameters()
+        for name, weight in load_file(os.path.join(folder, self.file)).items():
+            own_part(parameters[name]).copy_(split_like(weight, parameters[name]))

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base_config import DiffusionConfig
     from .base_trainer import DiffusionTrainer
+    from .diffusion_dmd_config import DiffusionDMDConfig
+    from .diffusion_dmd_trainer import DiffusionDMDTrainer
     from .diffusion_grpo_config import DiffusionGRPOConfig
     from .diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .diffusion_nft_config import DiffusionNFTConfig
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 # Imported on first use: a config needs no diffusers, so mistakes on a command line show sooner.
 _MODULES = {
     "DiffusionConfig": "base_config",
+    "DiffusionDMDConfig": "diffusion_dmd_config",
+    "DiffusionDMDTrainer": "diffusion_dmd_trainer",
     "DiffusionGRPOConfig": "diffusion_grpo_config",
     "DiffusionGRPOTrainer": "diffusion_grpo_trainer",
     "DiffusionNFTConfig": "diffusion_nft_config",
@@ -54,6 +58,8 @@ _MODULES = {
 
 __all__ = [
     "DiffusionConfig",
+    "DiffusionDMDConfig",
+    "DiffusionDMDTrainer",
     "DiffusionGRPOConfig",
     "DiffusionGRPOTrainer",
     "DiffusionNFTConfig",

@@ -215,6 +215,10 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
         own = {f"teacher {own.source}": list(own.backbone.parameters()) for own in self.bank.own_pipelines()}
         return {name: list(self.bank.backbone.parameters()), **own}
 
+    def trained_beside(self) -> list[nn.Parameter]:
+        """Those of the method's weights that are trained by an optimizer of their own, when the student is not."""
+        return []
+
     @property
     def trained_scale(self) -> float:
         return self.args.guidance_scale

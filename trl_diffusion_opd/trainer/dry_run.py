@@ -16,38 +16,36 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..algorithms.flow import velocity_gap_sq
-from ..algorithms.opd import StepPlan
+from ..algorithms.opd import StepPlan, extrapolated_target
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.readers import Texts
-from ..data.tasks import task_rows
 from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
-from ..models.teachers import TeacherBank
+from ..models.targets import anchor_scales
+from ..models.teachers import Role, TeacherBank
 from ..reporting import console as tables
-from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .dry_run_shared import (
     Clock,
     Peak,
-    Pictures,
     as_in_training,
-    draw,
+    draw_models,
     first_update,
     memory,
     number_of_updates,
     score_pictures,
+    teacher_warnings,
     write_pictures,
 )
-from .training_pictures import captioned
 
 
 logger = logging.getLogger(__name__)
@@ -100,9 +98,9 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,
-        "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
+        "warnings": [*teacher_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
-    images = _draw(trainer)
+    images = draw_models(trainer)
     if trainer.accelerator.is_main_process:
         scored = score_pictures(trainer.evaluator, images, trainer.state)
         for task, of_task in scored.items():
@@ -123,7 +121,7 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
 def _walk(
     trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, texts: Texts, positions: list[int]
 ) -> tuple[dict[str, JSON], dict[str, float]]:
-    """Returns a task's figures, and the seconds of one forward of `"student"`, `"teachers"` and `"base"`."""
+    """Returns a task's figures, and the seconds of a step's forwards: `"student"`, `"target"` and `"base"`."""
     args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     assert isinstance(args, DiffusionOPDConfig)
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
@@ -138,7 +136,7 @@ def _walk(
         t = levels[j]
         with clock("student"):
             student = field(x, t, texts.student, args.guidance_scale, trainer.student.model)
-        target, of_teachers = torch.zeros_like(x), []
+        target, of_base, of_teachers = torch.zeros_like(x), torch.zeros_like(x), []
         for i, role in enumerate(roles):
             with clock(f"teacher {i}"):
                 own = bank.velocity(field, role, x, t, texts.teacher)
@@ -147,6 +145,7 @@ def _walk(
                 base = field(x, t, texts.teacher, role.guidance_scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
+            of_base += role.weight * base
             if j == len(plan) - 1 and role.teacher.kind == "lora":
                 with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
                     again = bank.velocity(field, role, x, t, texts.teacher)
@@ -154,6 +153,8 @@ def _walk(
         if shares_forwards:
             with clock("teachers"):
                 bank.mean_velocity(field, roles, x, t, texts.teacher)
+        if anchor_scales(roles, args.teacher_extrapolation):
+            target = extrapolated_target(target, of_base, args.teacher_extrapolation)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
@@ -177,9 +178,24 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    alone = ["teachers"] if shares_forwards else [f"teacher {i}" for i in range(len(roles))]
-    teachers = sum(map(clock.median, alone))
-    return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
+    return figures, _costs(args, roles, texts, clock, "teachers" if shares_forwards else None)
+
+
+def _costs(
+    args: DiffusionOPDConfig, roles: Sequence[Role], texts: Texts, clock: Clock, together: str | None
+) -> dict[str, float]:
+    """
+    The seconds that [`update_seconds`] takes, of one step. `together` is the clock's name for the teachers' shared
+    forwards, if they share some.
+    """
+    teachers = [together] if together is not None else [f"teacher {i}" for i in range(len(roles))]
+    anchors, base = anchor_scales(roles, args.teacher_extrapolation), clock.median("base")
+    shared = texts.prompt == texts.teacher and args.guidance_scale in anchors
+    return {
+        "student": clock.median("student"),
+        "target": sum(map(clock.median, teachers)) + len(anchors) * base,
+        "base": 0.0 if args.beta == 0 or shared else base,
+    }
 
 
 def _forward_backward(
@@ -216,48 +232,12 @@ def update_seconds(
         args ([`DiffusionOPDConfig`]), plan ([`StepPlan`]): the config, and the trained steps.
         micro_batches (`int`): micro-batches of each task in an update.
         costs (`list[dict[str, float]]`): for each task, measured on one micro-batch: the seconds of one step's
-            `"student"`, `"teachers"` and `"base"` forward, and of the forward and backward of an `"update"`.
+            `"student"` forward, of those for the `"target"`, of the `"base"` for `beta` alone, and of the forward and
+            backward of an `"update"`.
     """
     seconds = 0.0
     walked, trained = plan.expected_steps(args.num_trained_timesteps)
     for cost in costs:
-        seconds += trained * (cost["teachers"] + cost["update"] + (cost["base"] if args.beta > 0 else 0.0))
-        seconds += (walked - trained) * cost["student" if args.on_policy else "teachers"]
+        seconds += trained * (cost["target"] + cost["update"] + cost["base"])
+        seconds += (walked - trained) * cost["student" if args.on_policy else "target"]
     return seconds * micro_batches
-
-
-def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
-    return [
-        f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
-        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right "
-        "LoRA?"
-        for task, figures in tasks.items()
-        for teacher in figures["teachers"]
-        if teacher["kind"] not in ("base", "student") and teacher["gap_to_base"] <= teacher["rounding"]
-    ]
-
-
-# Pictures
-
-
-def _draw(trainer: DiffusionTrainer) -> Pictures:
-    """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
-    evaluated = trainer.eval_dataset
-    if isinstance(evaluated, Mapping):
-        evaluated = next(iter(evaluated.values()))
-    firsts: dict[str, Row] = {}  # an evaluation may lack tasks, whose rows are then of the training data
-    for dataset in (trainer.train_dataset, evaluated):
-        if dataset is not None:
-            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}
-    scale = trainer.args.evaluation_guidance
-    pictures: Pictures = {}
-    for task, row in firsts.items():
-        of_task, texts = {}, trainer.texts(task, [row])
-        for frozen in trainer.frozen_models(task):
-            velocity = frozen.velocity(trainer.evaluator.field)
-            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, texts.of(frozen.reader)[0])
-        with trainer.student.ema_weights():
-            velocity = trainer.evaluator.student_velocity()
-            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, texts.student[0])
-        pictures[task] = row, of_task
-    return pictures

@@ -41,6 +41,11 @@ class PromptEncoding:
         """The guidance scale of the student's forwards that are trained."""
         raise NotImplementedError
 
+    @property
+    def student_scales(self) -> set[float]:
+        """The guidance scales at which the student, or a copy of it, reads in training."""
+        return {self.trained_scale}
+
     def base_scales(self, task: str) -> set[float]:
         """The guidance scales at which the base reads a task's prompts themselves in training."""
         return set()
@@ -52,7 +57,7 @@ class PromptEncoding:
 
     def guidance_scales(self, task: str) -> set[float]:
         """The guidance scales of all forwards of a task in training, in the student's pipeline."""
-        return {self.trained_scale, *self.teacher_scales(task), *self.base_scales(task)}
+        return {*self.student_scales, *self.teacher_scales(task), *self.base_scales(task)}
 
     def texts(self, task: str, rows: list[Row]) -> Texts:
         """What each model reads of a micro-batch's rows."""
@@ -67,7 +72,7 @@ class PromptEncoding:
         texts = self.texts(task, rows)
         merged: dict[tuple[str, ...], set[float]] = {}  # texts that are the same are encoded once
         for read, scales in (
-            (texts.student, {self.trained_scale}),
+            (texts.student, self.student_scales),
             (texts.teacher, self.teacher_scales(task)),
             (texts.prompt, self.base_scales(task)),
         ):

@@ -78,6 +78,9 @@ def estimate_memory(
     # FSDP2 splits the gradients only in the update's last backward.
     rows["gradients"] = _row(trained, dtypes, "as the student" if shards == 1 else "as the student, whole")
     rows["optimizer"] = _row(round(state * trained) // shards, set(), f"{state:.2f} bytes a byte of the student")
+    if beside := trainer.trained_beside():  # its gradients are there when the student's are not
+        size = round(state * sum(p.nbytes for p in beside)) // (shards if trainer.student.is_lora else 1)
+        rows["second optimizer"] = _row(size, set(), f"{state:.2f} bytes a byte of what it trains")
     resident = sum(row["bytes"] for row in rows.values())
     activations = activation_bytes(trainer, device_type)
     how, graphs = "from shapes: forward and backward of a micro-batch", trainer.graphs_alive
