@@ -35,8 +35,8 @@ from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.readers import Readers, Texts, read_columns
 from ..data.tasks import task_rows
+from ..models.roles import model_identity
 from ..models.teacher_config import TeacherSpec
-from ..models.teachers import model_identity
 from ..pipelines.experts import Experts
 from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
