@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 # Imported on first use: `trl_diffusion_opd.tiny` and the samplers don't need transformers.
 _MODULES = {
+    "DiffusionDMDConfig": "trainer.diffusion_dmd_config",
+    "DiffusionDMDTrainer": "trainer.diffusion_dmd_trainer",
     "DiffusionGRPOConfig": "trainer.diffusion_grpo_config",
     "DiffusionGRPOTrainer": "trainer.diffusion_grpo_trainer",
     "DiffusionNFTConfig": "trainer.diffusion_nft_config",
@@ -46,6 +48,8 @@ _MODULES = {
 }
 
 __all__ = [
+    "DiffusionDMDConfig",
+    "DiffusionDMDTrainer",
     "DiffusionGRPOConfig",
     "DiffusionGRPOTrainer",
     "DiffusionNFTConfig",
@@ -80,6 +84,8 @@ if TYPE_CHECKING:
     from .models.teacher_config import TeacherConfig
     from .pipelines.velocity import VelocityField
     from .reporting.teacher_card import write_teacher_card
+    from .trainer.diffusion_dmd_config import DiffusionDMDConfig
+    from .trainer.diffusion_dmd_trainer import DiffusionDMDTrainer
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .trainer.diffusion_nft_config import DiffusionNFTConfig

@@ -26,7 +26,9 @@ from trl_diffusion_opd.algorithms.grpo import (
     clipped_surrogate,
     grpo_loss,
     is_clipped,
+    is_masked,
     log_ratio,
+    masked_surrogate,
     normalized_log_ratio,
     transition_kl,
 )
@@ -35,7 +37,7 @@ from trl_diffusion_opd.algorithms.samplers import sampler_table, sde_window
 
 
 LEVELS = [0.97, 0.86, 0.7, 0.45, 0.2, 0.0]
-SAMPLES, DIMENSIONS, ETA, BETA = 6, 5, 0.6, 0.3
+SAMPLES, DIMENSIONS, ETA, BETA, THRESHOLD = 6, 5, 0.6, 0.3, 1e-3
 ADVANTAGES = torch.tensor([1.2, -0.7, 0.4, -1.5, 0.9, 0.0], dtype=torch.float64)
 
 
@@ -96,6 +98,10 @@ def papers_loss(loss_type, sampler, window, policy, old, base, start, epsilon):
             factor = 1 / (LEVELS[j] - LEVELS[j + 1])
         r = log_r.exp()
         surrogate = torch.stack([r * ADVANTAGES, r.clip(1 - epsilon, 1 + epsilon) * ADVANTAGES]).min(0).values
+        if loss_type == "dppo":
+            apart = kl_divergence(Normal(mean, s), Normal(mean_old, s)).mean(1) > THRESHOLD
+            outward = ((ADVANTAGES > 0) & (r > 1)) | ((ADVANTAGES < 0) & (r < 1))
+            surrogate = (~(apart & outward)).double() * r * ADVANTAGES
         kl = kl_divergence(Normal(mean, s), Normal(mean_base, s)).mean(1)
         losses.append((-factor * surrogate + BETA * kl).mean())
         x = x_next
@@ -117,7 +123,7 @@ def our_loss(loss_type, sampler, window, policy, old, base, start, epsilon):
         x, v_old, z = states[j]
         c, s = float(table.c[j]), float(table.s[j])
         v = policy(x, LEVELS[j])
-        loss, _ = grpo_loss(
+        loss, *_ = grpo_loss(
             loss_type,
             v,
             v_old,
@@ -127,6 +133,7 @@ def our_loss(loss_type, sampler, window, policy, old, base, start, epsilon):
             s=s,
             dt=LEVELS[j + 1] - LEVELS[j],
             epsilon=epsilon,
+            divergence_threshold=THRESHOLD,
         )
         losses.append((loss + BETA * transition_kl(v, base(x, LEVELS[j]).detach(), c, s)).mean())
     return sum(losses) / len(losses)
@@ -146,7 +153,7 @@ def gradient(loss, flow):
 
 @pytest.mark.parametrize("epsilon", [0.02, 0.9])
 @pytest.mark.parametrize("sampler", ["flow_sde", "dance_sde", "cps"])
-@pytest.mark.parametrize("loss_type", ["flow_grpo", "grpo_guard"])
+@pytest.mark.parametrize("loss_type", ["flow_grpo", "grpo_guard", "dppo"])
 def test_gradients_are_those_of_the_papers(loss_type, sampler, epsilon):
     old = Flow(1)
     policy, base = nearby(old, 2, 0.05), nearby(old, 3, 0.1)
@@ -162,7 +169,7 @@ def test_gradients_are_those_of_the_papers(loss_type, sampler, epsilon):
 def test_gradients_in_float32_are_near_those_of_the_papers():
     old = Flow(1)
     policy, base = nearby(old, 2, 0.05), nearby(old, 3, 0.1)
-    for loss_type in ("flow_grpo", "grpo_guard"):
+    for loss_type in ("flow_grpo", "grpo_guard", "dppo"):
         inputs = (loss_type, "flow_sde", range(4))
         expected = gradient(papers_loss(*inputs, policy, old, base, start_of_walk(), 0.5), policy)
         copies = [nearby(flow, 0, 0.0).float() for flow in (policy, old, base)]
@@ -181,17 +188,17 @@ def test_clipping_takes_part_in_the_compared_losses():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("loss_type", ["flow_grpo", "grpo_guard"])
+@pytest.mark.parametrize("loss_type", ["flow_grpo", "grpo_guard", "dppo"])
 def test_equal_velocities_have_ratio_one_and_the_policy_gradient(loss_type, dtype):
     generator = torch.Generator().manual_seed(0)
     v = (1e3 * torch.randn(SAMPLES, 4, 8, 8, generator=generator)).to(dtype).requires_grad_()
     z = torch.randn(v.shape, generator=generator)
     advantages = ADVANTAGES.float()
     c, s, dt = -0.11, 0.2, -0.1
-    loss, ratio = grpo_loss(loss_type, v, v.detach(), z, advantages, c=c, s=s, dt=dt, epsilon=1e-6)
-    assert torch.equal(ratio, torch.ones(SAMPLES))
+    loss, ratio, removed = grpo_loss(loss_type, v, v.detach(), z, advantages, c=c, s=s, dt=dt, epsilon=1e-6)
+    assert torch.equal(ratio, torch.ones(SAMPLES)) and not removed.any()
     loss.sum().backward()
-    scale = c / s if loss_type == "flow_grpo" else c / abs(dt)
+    scale = c / abs(dt) if loss_type == "grpo_guard" else c / s
     expected = -scale * advantages.view(-1, 1, 1, 1) * z / z[0].numel()
     assert torch.allclose(v.grad, expected.to(dtype), rtol=1e-5, atol=1e-9)
 
@@ -266,13 +273,48 @@ def test_clipped_surrogate():
     assert torch.equal(ratio.grad == 0, clipped)
 
 
+def test_masked_surrogate():
+    """Only samples that are too far away and would go further are left out, however far the ratio is from 1."""
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.5, 1.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, 2.0])
+    divergence = torch.tensor([2e-5, 2e-5, 2e-5, 2e-5, 1e-5, 1.0])
+    masked = is_masked(ratio.detach(), advantages, divergence, 1e-5)
+    assert masked.tolist() == [True, False, False, True, False, False]
+    loss = masked_surrogate(ratio, advantages, divergence, 1e-5)
+    assert loss.tolist() == [0.0, 1.5, -0.5, 0.0, -1.5, -2.0]
+    loss.sum().backward()
+    assert torch.equal(ratio.grad, -advantages * ~masked)
+
+
+def test_masked_loss_is_that_of_the_policy_within_its_threshold_and_lowers_no_divergence_beyond_it():
+    generator = torch.Generator().manual_seed(1)
+    v_old, z = torch.randn(2, 4000, 16, generator=generator, dtype=torch.float64)
+    v = (v_old + 0.1 * torch.randn(v_old.shape, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantages = torch.randn(len(v), generator=generator, dtype=torch.float64)
+    step = dict(c=-0.1, s=0.2, dt=-0.1, epsilon=1e-9)
+    free, *_, none = grpo_loss("dppo", v, v_old, z, advantages, **step, divergence_threshold=1.0)
+    assert not none.any()
+    plain = -(log_ratio(v, v_old, z, -0.1, 0.2).exp() * advantages)
+    assert torch.equal(free, plain)
+    divergence = transition_kl(v.detach(), v_old, -0.1, 0.2)
+    threshold = divergence.median().item()
+    loss, ratio, removed = grpo_loss("dppo", v, v_old, z, advantages, **step, divergence_threshold=threshold)
+    assert not removed[divergence <= threshold].any() and 0.4 < removed[divergence > threshold].double().mean() < 0.6
+    (ours,) = torch.autograd.grad(loss.sum(), v, retain_graph=True)
+    (theirs,) = torch.autograd.grad(plain.sum(), v)
+    assert torch.equal(ours[~removed], theirs[~removed]) and not ours[removed].any()
+    # What is kept beyond the threshold brings the ratio back to 1.
+    kept = (divergence > threshold) & ~removed
+    assert ((ratio - 1)[kept] * advantages[kept] <= 0).all()
+
+
 def test_refusals():
     v = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="adds no noise|without noise"):
         log_ratio(v, v, v, -0.1, 0.0)
     with pytest.raises(ValueError, match=r"Noise has shape \(2, 4\) and the velocities \(2, 3\)"):
         log_ratio(v, v, torch.zeros(2, 4), -0.1, 0.1)
-    with pytest.raises(ValueError, match="Unknown loss type 'ppo'. Choose one of flow_grpo, grpo_guard"):
+    with pytest.raises(ValueError, match="Unknown loss type 'ppo'. Choose one of flow_grpo, grpo_guard, dppo"):
         grpo_loss("ppo", v, v, v, torch.zeros(2), c=-0.1, s=0.1, dt=-0.1, epsilon=0.1)
 
 

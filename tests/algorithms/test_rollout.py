@@ -207,6 +207,7 @@ def test_no_two_draws_of_a_run_share_their_numbers():
         "opd": [(seed, update, rollout.STEP_DRAW), (seed, rollout.STEP_DRAW, task, sample)],
         "grpo": [(seed, update, rollout.WINDOW_DRAW)],
         "nft": [(seed, update, task, rollout.FORWARD_NOISE, sample), (seed, update, rollout.LEVEL_DRAW)],
+        "dmd": [(seed, update, task, rollout.RENOISE_DRAW, sample), (seed, update, task, rollout.FAKE_DRAW, sample)],
         "sft": [(seed, rollout.CACHE_DRAW, task, sample), (seed, rollout.EVAL_DRAW, task, sample)],
     }
     for words in of_method.values():

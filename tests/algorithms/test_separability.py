@@ -235,7 +235,7 @@ def test_a_conflict_is_named_before_the_first_step(tmp_path, teachers, caplog, c
         f"{pair.accuracy:.0%}",
         f"{pair.disagreement:.2f} apart",
         "the mean",
-        "a word in front",
+        "with prompt_templates, such as",
     ):
         assert part in warning
     assert f"{pair.disagreement:.2f}" in capsys.readouterr().out

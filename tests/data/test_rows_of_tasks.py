@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from accelerate import ParallelismConfig
-from helpers import grpo_fixtures, nft_fixtures
+from helpers import dmd_fixtures, grpo_fixtures, nft_fixtures
 from helpers.opd_fixtures import make_config, make_dataset, make_trainer
 from helpers.sft_fixtures import sft_trainer
 from torch.utils.data import Sampler
@@ -38,6 +38,7 @@ MAKE: dict[str, Callable[..., Any]] = {
     "sft": sft_trainer,
     "grpo": lambda folder, **options: grpo_fixtures.make_trainer(folder, **{"num_generations": 2, **options}),
     "nft": nft_fixtures.make_trainer,
+    "dmd": dmd_fixtures.make_trainer,
 }
 
 

@@ -59,7 +59,7 @@ def test_split_training_gives_what_one_process_gives(name, reports, folder, alon
     for report in reports:
         assert report[name]["split"]
         # To the end of the run, or to the checkpoint.
-        updates = STOP if name in RESUMED else UPDATES
+        updates = STOP if name in RESUMED or name == "dmd_full" else UPDATES
         for metric in ("loss", "grad_norm"):
             theirs = logged(trainer.state.log_history, metric)[:updates]
             assert len(theirs) == updates
@@ -74,6 +74,8 @@ def test_split_training_gives_what_one_process_gives(name, reports, folder, alon
 def test_gradients_are_reduced_once_an_update(name, reports):
     for report in reports:
         least, counted = 4 * report[name]["trained_parameters"], report[name]["reduced_bytes"]
+        if name == "dmd":  # and once in each of the fake's two updates; a fake of all weights is not split
+            least *= 3
         assert counted.pop() == 0
         assert len(set(counted)) == 1
         # Gradients whose first dimension the processes don't divide are padded.

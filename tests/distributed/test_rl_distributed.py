@@ -30,6 +30,13 @@ METHODS = {
         ("reward", "rewards/first_pixel/std", "frac_reward_zero_std", "kl"),
         dict(rel=1e-3, abs=1e-8),
     ),
+    # With several graphs alive, and blocks that are computed again in the backward.
+    "grpo, one pass": (
+        grpo_fixtures,
+        dict(beta=0.1, one_pass=True, num_iterations=1, max_steps=2, sde_window_size=2, gradient_checkpointing=True),
+        ("reward", "kl", "grad_norm"),
+        dict(rel=1e-3, abs=1e-8),
+    ),
     "nft": (
         nft_fixtures,
         dict(num_trained_timesteps=2, old_policy_decay_rate=0.1),

@@ -245,4 +245,4 @@ def test_yaml(block: Block):
             names = importlib.import_module(f"trl_diffusion_opd.scripts.{given['trainer']}").ARGUMENTS[1]
             assert given["config"].keys() <= {one.name for one in fields(names)}
     elif not content.keys() <= {one.name for one in fields(ClusterConfig)} | {"parallelism_config"}:
-        assert any(content.keys() <= options(command) for command in ("opd", "grpo", "nft", "sft"))
+        assert any(content.keys() <= options(command) for command in ("opd", "grpo", "nft", "sft", "dmd"))

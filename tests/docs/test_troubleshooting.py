@@ -99,6 +99,15 @@ def alike():
     make(teachers, Dataset.from_list(rows), max_steps=1).train()
 
 
+def unread():
+    rows = [
+        row | {"teacher_prompt": row["prompt"] if row["task"] == "letters" else None} for row in tiny.dataset("train")
+    ]
+    next(row for row in rows if row["task"] == "letters")["teacher_prompt"] = " "
+    teachers = {**tiny.TEACHERS, "style": "student"}
+    make(teachers, Dataset.from_list(rows), prompt_templates={"night": "{prompt}, night"})
+
+
 @cache
 def saved_run():
     """The folder of a run, made once."""
@@ -137,9 +146,11 @@ CAUSES = {
     "The VAE computed": black_pixels,
     "The loss of task": not_finite,
     "The prompts of these tasks": alike,
+    "DiffusionOPDTrainer cannot start: - prompt_templates": unread,
+    "DiffusionOPDConfig: - prompt_templates": lambda: DiffusionOPDConfig("run", prompt_templates={"style": "painted"}),
     "Can't resume from checkpoint-2: - num_inference_steps was": another_run,
     "Can't resume from checkpoint-2: - student_raw": damaged,
-    "DiffusionOPDConfig: -": lambda: DiffusionOPDConfig("run", noise_level=0.7),
+    "DiffusionOPDConfig: - noise": lambda: DiffusionOPDConfig("run", noise_level=0.7),
 }
 
 

@@ -71,6 +71,7 @@ class TestRecords:
             "width": 768,
             "max_sequence_length": None,
             "generation_kwargs": {"negative_prompt": "grey"},
+            "prompt_templates": None,
         }
         assert records["opd"].teacher_scales == {"ocr": [1.0], "two": [1.0, 3.0]}
         assert records["opd"].lora_scales == {"ocr": [0.6]}

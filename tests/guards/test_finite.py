@@ -23,6 +23,7 @@ from helpers.tiny_sd3 import make_pipeline
 from transformers import TrainerCallback
 
 from trl_diffusion_opd import (
+    DiffusionDMDConfig,
     DiffusionGRPOConfig,
     DiffusionNFTConfig,
     DiffusionOPDConfig,
@@ -32,7 +33,7 @@ from trl_diffusion_opd import (
 from trl_diffusion_opd.checkpointing.checkpoint import checkpoints
 
 
-CONFIGS = [DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, DiffusionSFTConfig]
+CONFIGS = [DiffusionDMDConfig, DiffusionGRPOConfig, DiffusionNFTConfig, DiffusionOPDConfig, DiffusionSFTConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import grpo_fixtures, nft_fixtures
-from helpers.opd_fixtures import AVERAGED, make_trainer, student_lora
+from helpers import dmd_fixtures, grpo_fixtures, nft_fixtures
+from helpers.opd_fixtures import AVERAGED, make_dataset, make_trainer, student_lora
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import ATTENTION, make_pipeline
 from torch import Tensor
@@ -55,6 +55,13 @@ def _opd(folder: Path, teachers: Any, **options: Any) -> Any:
     return make_trainer(folder, teachers, sampler="flow_sde", **{"peft_config": _lora(), **COMMON, **options})
 
 
+def _itself(folder: Path, teachers: Any, **options: Any) -> Any:
+    """The student's average teaches one task, whose student's prompts have a template too."""
+    rows = make_dataset().map(lambda row: {"teacher_prompt": f"{row['prompt']} blue"})
+    read = {"train_dataset": rows, "prompt_templates": {"draw": "{prompt} red"}}
+    return _opd(folder, {**teachers, "count": "student"}, **read, **options)
+
+
 def _full(folder: Path, teachers: Any, **options: Any) -> Any:
     return _opd(folder, teachers, **{"peft_config": None, "learning_rate": 1e-4, **options})
 
@@ -76,6 +83,10 @@ def _grpo(folder: Path, teachers: Any, **options: Any) -> Any:
     return grpo_fixtures.make_trainer(folder, dark, **{"peft_config": _lora(), **COMMON, **REWARDED, **options})
 
 
+def _grpo_one_pass(folder: Path, teachers: Any, **options: Any) -> Any:
+    return _grpo(folder, teachers, one_pass=True, sde_window_size=2, **options)
+
+
 def _nft(folder: Path, teachers: Any, **options: Any) -> Any:
     settings = {"num_trained_timesteps": 2, "old_policy_decay_rate": 0.1, **COMMON, **REWARDED}
     return nft_fixtures.make_trainer(folder, reward_funcs=dark, **{"peft_config": _lora(), **settings, **options})
@@ -85,18 +96,32 @@ def _nft_full(folder: Path, teachers: Any, **options: Any) -> Any:
     return _nft(folder, teachers, **{"peft_config": None, "learning_rate": 1e-4, **options})
 
 
+def _dmd(folder: Path, teachers: Any, **options: Any) -> Any:
+    settings = {"peft_config": _lora(), "loss_type": "tdm", "fake_updates": 2, "sampler": "cps", **COMMON}
+    return dmd_fixtures.make_trainer(folder, teachers, **{**settings, **options})
+
+
+def _dmd_full(folder: Path, teachers: Any, **options: Any) -> Any:
+    settings = {"peft_config": None, "learning_rate": 1e-4, "loss_type": "dmd2", "max_steps": 2}
+    return _dmd(folder, teachers, **{**settings, **options})
+
+
 MAKE: dict[str, Callable[..., Any]] = {
     "opd": _opd,
+    "itself": _itself,
     "full": _full,
     "half": _half,
     "half_full": _half_full,
     "sft": _sft,
     "grpo": _grpo,
+    "grpo_one_pass": _grpo_one_pass,
     "nft": _nft,
     "nft_full": _nft_full,
+    "dmd": _dmd,
+    "dmd_full": _dmd_full,
 }
 # What has a state of its own goes through a checkpoint as well, from one process and to one.
-RESUMED = ("opd", "full", "nft")
+RESUMED = ("opd", "itself", "full", "nft", "dmd")
 
 
 def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:
@@ -112,10 +137,12 @@ def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
-    """All that training goes on from: weights, their average and an old policy. All processes must call it."""
+    """All that training goes on from: weights, their average, an old policy and a fake. All processes must call it."""
     state = whole(trainer.student.named_parameters())
     with trainer.student.ema_weights():
         state |= whole({f"average {name}": p for name, p in trainer.student.named_parameters().items()})
     if isinstance(trainer, nft_fixtures.DiffusionNFTTrainer):
         state |= whole({f"old {name}": p for name, p in trainer.old_policy.named_parameters().items()})
+    if isinstance(trainer, dmd_fixtures.DiffusionDMDTrainer):
+        state |= whole({f"fake {name}": p for name, p in trainer.fake.named_parameters().items()})
     return state

@@ -19,20 +19,31 @@ It calls the transformer's own forward and uses nothing of the package but the s
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
+from helpers.noise_grids import sd3_levels
+from helpers.tiny_sd3 import make_pipeline, make_transformer
+from peft import PeftModel
 from torch import Tensor, nn
+
+from trl_diffusion_opd import DiffusionOPDTrainer, sampler_table
 
 
 @dataclass
 class MicroBatch:
-    """Prompts of one task, and their positions among the task's prompts of this update."""
+    """
+    What the student reads in a micro-batch of one task, and the positions among the task's prompts of this update.
+    Teachers and base read the same, unless they are given something else.
+    """
 
     task: str
     prompts: list[str]
     positions: list[int]
+    of_teachers: list[str] | None = None
+    of_base: list[str] | None = None
 
 
 @dataclass
@@ -147,12 +158,12 @@ class ThreePass:
         return torch.stack(velocities).sum(0) / total
 
     def _of(self, role: Role, x: Tensor, t: float, batch: MicroBatch) -> Tensor:
-        return self.velocity(role.model, x, t, batch.prompts, role.guidance_scale)
+        return self.velocity(role.model, x, t, batch.of_teachers or batch.prompts, role.guidance_scale)
 
     def _base(self, x: Tensor, t: float, batch: MicroBatch) -> Tensor | None:
         if self.base is None:
             return None
-        return self.velocity(self.base, x, t, batch.prompts, self.guidance_scale)
+        return self.velocity(self.base, x, t, batch.of_base or batch.prompts, self.guidance_scale)
 
     def _gap(self, j: int, v: Tensor, target: Tensor, x: Tensor, x_next: Tensor) -> Tensor:
         return self.weights[j] * (v - target).square().mean()
@@ -170,3 +181,35 @@ class ThreePass:
         log_ratio = over_latent(ours.log_prob(x_next) - theirs.log_prob(x_next))
         advantage = log_ratio - over_latent(torch.distributions.kl_divergence(ours, theirs))
         return (advantage.detach() * over_latent(ours.log_prob(x_next)) / x[0].numel()).mean()
+
+
+def load_teacher(folder: str) -> nn.Module:
+    return PeftModel.from_pretrained(make_transformer(), folder).eval()
+
+
+def kl_weight(c: float, s: float) -> float:
+    return c**2 / (2 * s**2) if s else c**2 / 2
+
+
+def three_pass(
+    trainer: DiffusionOPDTrainer,
+    teachers: dict[str, str],
+    steps: int = 4,
+    sampler: str = "ode",
+    skip: int = 1,
+    **options: Any,
+) -> ThreePass:
+    """The reference of a trainer of the tiny pipeline, with these LoRAs as teachers."""
+    levels = sd3_levels(steps)
+    table = sampler_table(sampler, levels)
+    coefficients = list(zip(*(column.tolist() for column in (table.a, table.c, table.b, table.s)), strict=True))
+    trained = coefficients[: steps - skip]
+    return ThreePass(
+        pipeline=make_pipeline(),
+        coefficients=trained,
+        levels=levels[: steps - skip],
+        weights=[kl_weight(c, s) for _, c, _, s in trained],
+        teachers=options.pop("roles", None) or {task: [Role(load_teacher(f))] for task, f in teachers.items()},
+        seed=trainer.args.seed,
+        **options,
+    )

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 import os
 import re
 from dataclasses import fields
@@ -26,7 +27,7 @@ from transformers import TrainingArguments
 from trl_diffusion_opd import DiffusionOPDConfig, DiffusionSFTConfig
 from trl_diffusion_opd.problems import Refusal
 from trl_diffusion_opd.scripts import arguments as cli
-from trl_diffusion_opd.scripts import grpo, nft, opd, sft
+from trl_diffusion_opd.scripts import dmd, grpo, nft, opd, sft
 from trl_diffusion_opd.scripts.parser import parse as read
 from trl_diffusion_opd.trainer import option_checks
 from trl_diffusion_opd.trainer.option_checks import REPLACED as TAKEN_PLACES
@@ -61,6 +62,8 @@ def test_defaults():
         "skip_last_steps": None,
         "num_trained_timesteps": None,
         "beta": 0.0,
+        "teacher_extrapolation": 1.0,
+        "guidance_branch_weight": 0.0,
         "on_policy": True,
         # tasks
         "task_column": "task",
@@ -160,7 +163,7 @@ def test_command_line():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml")))
 def test_the_examples_configs_are_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = {"tiny_grpo": grpo, "tiny_nft": nft, "tiny_sft": sft}.get(name, opd)
+    command = {"tiny_grpo": grpo, "tiny_nft": nft, "tiny_sft": sft, "tiny_dmd": dmd}.get(name, opd)
     script_args, args = read(command.ARGUMENTS, ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml")])
     assert script_args.prompts and args.output_dir
     assert script_args.reward_funcs or not name.startswith("tiny")  # those of the tiny world come with the package
@@ -281,6 +284,16 @@ REFUSED = {
     "ema as a text that is no share": ({"ema_decay": "nan"}, "ema_decay=nan: it must be in [0, 1)."),
     "ema interval": ({"ema_update_interval": 0}, "ema_update_interval=0: it must be at least 1."),
     "beta": ({"beta": -1.0}, "beta=-1.0 is negative."),
+    "extrapolation": ({"teacher_extrapolation": -0.1}, "teacher_extrapolation=-0.1: it must be at least 0."),
+    "no extrapolation": ({"teacher_extrapolation": math.nan}, "teacher_extrapolation=nan: it must be at least 0."),
+    "branches": (
+        {"guidance_branch_weight": -1.0},
+        "guidance_branch_weight=-1.0: it must be at least 0, which is off.",
+    ),
+    "branches by policy gradient": (
+        {"guidance_branch_weight": 1.0, "loss_type": "policy_gradient", "sampler": "flow_sde"},
+        "guidance_branch_weight compares velocities in closed form",
+    ),
     "skip": ({"skip_last_steps": 10}, "skip_last_steps=10: it must leave at least one of the 10 steps."),
     "trained steps": ({"num_trained_timesteps": 0}, "num_trained_timesteps=0: it must be at least 1."),
 }

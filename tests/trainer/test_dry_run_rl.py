@@ -40,6 +40,10 @@ COMMON = dict(reward_funcs=REWARDS, num_generations=4, per_device_train_batch_si
 CASES = {
     "grpo": (grpo_fixtures, {"beta": 0.1, "num_iterations": 2, "max_steps": 4, "gradient_accumulation_steps": 4}),
     "grpo, window, full": (grpo_fixtures, {"sde_window_size": 1, "peft_config": None, "beta": 0.1, "max_steps": 2}),
+    "grpo, one pass": (
+        grpo_fixtures,
+        {"one_pass": True, "sde_window_size": 2, "beta": 0.1, "max_steps": 2, "gradient_checkpointing": True},
+    ),
     "nft, guidance": (
         nft_fixtures,
         {"beta": 0.1, "num_trained_timesteps": 2, "max_steps": 2, "guidance_scale": 2.0},

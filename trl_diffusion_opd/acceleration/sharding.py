@@ -17,9 +17,10 @@ Gathers, splits and saves weights that FSDP2 or DeepSpeed's ZeRO-3 has sharded o
 sharded are returned unchanged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin, convert_outputs_to_fp32
 from torch import Size, Tensor, autocast, bfloat16, device, nn
@@ -33,6 +34,9 @@ from ..guards.files import JSON
 
 
 _Zero3 = Any  # a parameter with ZeRO-3's additional attributes
+
+# Numbers in a message of `mean_gradients`, at least: thousands of small ones would take longer.
+_MESSAGE = 2**24
 
 
 def in_zero3(tensor: Tensor) -> bool:
@@ -186,3 +190,25 @@ def forget_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def mean_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """
+    Replaces each gradient by its mean over the processes. For weights that no wrapper looks after, unlike DDP's; the
+    gradients of weights that FSDP2 has split are means already.
+
+    Args:
+        parameters (`Sequence[nn.Parameter]`): the same on every process, each with a gradient.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None and not is_part(p)]
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    while gradients:
+        sizes = torch.tensor([gradient.numel() for gradient in gradients]).cumsum(0)
+        count = int((sizes < _MESSAGE).sum()) + 1
+        together, gradients = gradients[:count], gradients[count:]
+        flat = torch.cat([gradient.flatten() for gradient in together])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(together, flat.split([one.numel() for one in together]), strict=True):
+            gradient.copy_(mean.view_as(gradient))

@@ -29,8 +29,9 @@ from torch import Tensor
 from .flow import velocity_difference, velocity_gap_sq
 
 
-LOSS_TYPES = ("flow_grpo", "grpo_guard")
+LOSS_TYPES = ("flow_grpo", "grpo_guard", "dppo")
 SDE_SAMPLERS = ("flow_sde", "dance_sde", "cps")
+DIVERGENCE_THRESHOLD = 1e-5  # Flow-DPPO's, in nats per latent dimension
 
 
 def log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float, s: float) -> Tensor:
@@ -96,6 +97,39 @@ def is_clipped(ratio: Tensor, advantages: Tensor, epsilon: float) -> Tensor:
     return ((ratio > 1 + epsilon) & (advantages > 0)) | ((ratio < 1 - epsilon) & (advantages < 0))
 
 
+def masked_surrogate(ratio: Tensor, advantages: Tensor, divergence: Tensor, threshold: float) -> Tensor:
+    """`-r A`, or 0 for the samples of [`is_masked`], to be minimised (Flow-DPPO, arXiv 2606.11025).
+
+    Args:
+        ratio, advantages (`Tensor` of shape `(B,)`): `r` and `A` of each sample.
+        divergence (`Tensor` of shape `(B,)`), threshold (`float`): as in [`is_masked`].
+
+    Returns:
+        `Tensor` of shape `(B,)`.
+    """
+    return (-ratio * advantages).masked_fill(is_masked(ratio.detach(), advantages, divergence, threshold), 0.0)
+
+
+def is_masked(ratio: Tensor, advantages: Tensor, divergence: Tensor, threshold: float) -> Tensor:
+    """
+    Whether a sample's step is left out of [`masked_surrogate`]: the two networks are too far apart, and the sample would
+    drive them further apart.
+
+    A ratio is one draw and mostly noise; the divergence of two Gaussians is exact. So a sample whose ratio is far from
+    1 by chance is kept, and so is every sample that would bring the networks nearer to each other.
+
+    Args:
+        ratio, advantages (`Tensor` of shape `(B,)`): a sample drives apart if `A > 0` and `r > 1`, or `A < 0` and `r < 1`.
+        divergence (`Tensor` of shape `(B,)`): the KL divergence from the network that took the step, as
+            [`transition_kl`] computes it, in nats per latent dimension.
+        threshold (`float`): the largest divergence at which no sample is left out.
+
+    Returns:
+        `Tensor` of shape `(B,)`, bool.
+    """
+    return (divergence > threshold) & ((ratio - 1) * advantages > 0)
+
+
 def grpo_loss(
     loss_type: str,
     v: Tensor,
@@ -107,7 +141,8 @@ def grpo_loss(
     s: float,
     dt: float,
     epsilon: float,
-) -> tuple[Tensor, Tensor]:
+    divergence_threshold: float = DIVERGENCE_THRESHOLD,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The policy loss of one transition.
 
     Args:
@@ -116,6 +151,7 @@ def grpo_loss(
             - `"grpo_guard"`: [`clipped_surrogate`] of the ratio from [`normalized_log_ratio`], divided by the step's
               length in noise level; otherwise short steps would have smaller gradients than long ones (arXiv
               2510.22319).
+            - `"dppo"`: [`masked_surrogate`] of the ratio of probabilities (arXiv 2606.11025).
         v, v_old, z (`Tensor` of shape `(B, ...)`), c, s (`float`):
             As in [`log_ratio`].
         advantages (`Tensor` of shape `(B,)`):
@@ -123,21 +159,29 @@ def grpo_loss(
         dt (`float`):
             The next noise level minus the step's own, negative.
         epsilon (`float`):
-            Ratios are clipped to `[1 - epsilon, 1 + epsilon]`.
+            Ratios are clipped to `[1 - epsilon, 1 + epsilon]`. Not used by `"dppo"`.
+        divergence_threshold (`float`, *optional*, defaults to `1e-5`):
+            As in [`is_masked`]. Used by `"dppo"` alone.
 
     Returns:
-        `tuple[Tensor, Tensor]` of shape `(B,)` each: the loss with gradient, and the ratio without.
+        `tuple[Tensor, Tensor, Tensor]` of shape `(B,)` each: the loss with gradient; the ratio without; and whether a
+        sample's gradient is removed, by the clip or by the mask.
 
     Raises:
         ValueError: for an unknown loss type, a step without noise, or shapes that differ.
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"Unknown loss type {loss_type!r}. Choose one of {', '.join(LOSS_TYPES)}.")
-    if loss_type == "flow_grpo":
-        ratio, factor = log_ratio(v, v_old, z, c, s).exp(), 1.0
-    else:
+    if loss_type == "grpo_guard":
         ratio, factor = normalized_log_ratio(v, v_old, z, c).exp(), 1 / abs(dt)
-    return factor * clipped_surrogate(ratio, advantages, epsilon), ratio.detach()
+    else:
+        ratio, factor = log_ratio(v, v_old, z, c, s).exp(), 1.0
+    if loss_type == "dppo":
+        divergence = transition_kl(v.detach(), v_old, c, s)
+        loss = masked_surrogate(ratio, advantages, divergence, divergence_threshold)
+        return loss, ratio.detach(), is_masked(ratio.detach(), advantages, divergence, divergence_threshold)
+    loss = factor * clipped_surrogate(ratio, advantages, epsilon)
+    return loss, ratio.detach(), is_clipped(ratio.detach(), advantages, epsilon)
 
 
 def transition_kl(v: Tensor, v_base: Tensor, c: float, s: float) -> Tensor:

@@ -117,8 +117,8 @@ def conflict_warning(pairs: Sequence[Pair]) -> str | None:
             *shown,
             "The distance of teachers is relative to what they change in the base: 0 means equal, 1.41 nothing in "
             "common. A student sees the prompt and not the task, so it will learn the mean of such teachers, which is "
-            "only a part of each. Make the prompts show their task: for example, put a word in front of all prompts "
-            "of one task and of no other, in training, in evaluations and wherever the student is used.",
+            "only a part of each. Make what the student reads show its task: give one task a word of its own with "
+            "prompt_templates, such as {'night': '{prompt}, night'}. Use that text wherever the student is used.",
         ]
     )
 

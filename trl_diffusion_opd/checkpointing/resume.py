@@ -29,6 +29,7 @@ from peft import LoraConfig
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
+from ..data.readers import has_teacher_prompts, read_columns
 from ..guards.files import JSON, read_json
 from ..guards.redaction import public_arguments, shown
 from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, EVALUATION_SETTINGS_FILE, PROMPTS_FILE
@@ -40,7 +41,7 @@ _OF_THE_LORA = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"
 # What the name of a changed setting of the evaluation begins with
 _OF_THE_EVALUATION = "evaluation: "
 # Arguments that change the images of an evaluation too
-_OF_ITS_IMAGES = ("seed", "height", "width", "max_sequence_length", "generation_kwargs")
+_OF_ITS_IMAGES = ("seed", "height", "width", "max_sequence_length", "generation_kwargs", "prompt_templates")
 
 # Entries of an optimizer's parameter group that training arguments set, besides the learning rate.
 _OF_A_GROUP = ("weight_decay", "betas", "eps")
@@ -153,7 +154,7 @@ def lora_changes(folder: Path, config: LoraConfig) -> list[Change]:
 
 def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> PromptsDigest:
     """
-    Returns the number of prompts of each task, and a hash of them in their order.
+    Returns the number of prompts of each task, and a hash of them in their order, with what teachers read.
 
     Args:
         dataset ([`~datasets.Dataset`])
@@ -162,8 +163,10 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> PromptsDiges
     found: PromptsDigest = {}
     for task, numbers in rows.items():
         digest = xxhash.xxh3_64()
-        for batch in dataset.select(numbers).select_columns(["prompt"]).iter(10_000):
-            digest.update("\0".join(batch["prompt"]).encode())
+        for name in read_columns(dataset):
+            if name == "prompt" or has_teacher_prompts(dataset, numbers):
+                for batch in dataset.select(numbers).select_columns([name]).iter(10_000):
+                    digest.update("\0".join(text or "" for text in batch[name]).encode())
         found[task] = {"prompts": len(numbers), "hash": digest.hexdigest()}
     return found
 

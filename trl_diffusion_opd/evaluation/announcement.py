@@ -17,11 +17,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..data.readers import TEACHER_PROMPT
 from ..guards.files import read_json
 from ..hub.files import REPORT_FILE
 from ..reporting.console import print_facts
 from ..reporting.progress import duration
 from ..reporting.report import Setting
+from .fixed_states import NUM_SAMPLES
 from .plan import Batch, Plan
 
 
@@ -47,6 +49,12 @@ def announce(
         ("images", _how(settings, size)),
         ("guidance", _by_source([(f"{name} {_number(one)}", one["source"]) for name, one in scales.items()])),
     ]
+    templates = settings["prompt_templates"]
+    if templates["value"]:
+        told = [(f"{task} '{text}'", templates["source"]) for task, text in templates["value"].items()]
+        facts.append(("students read", _by_source(told)))
+    if reading := [task for task, part in plan.tasks.items() if part.has_teacher_prompts]:
+        facts.append(("teachers read", f"{TEACHER_PROMPT} in {', '.join(reading)}"))
     facts += [
         ("drawn once", f"{' = '.join(model.names)}: the same model") for model in plan.models if len(model.names) > 1
     ]
@@ -60,6 +68,9 @@ def announce(
         rest = f"{plan.num_drawn:,} are drawn now" if plan.num_drawn else "nothing is drawn"
         scored = f", and {plan.num_rescored:,} of them are scored anew" if plan.num_rescored else ""
         facts.append(("reused", f"{_plural(there, 'image')} of an earlier run{scored}; {rest}"))
+    facts.append(
+        ("fixed states", f"KL of base and students from each teacher, on {_plural(NUM_SAMPLES, 'sample')} a task")
+    )
     if num_processes > 1:
         facts.append(("processes", f"{num_processes}, which share the work"))
     facts.append(("output", "nothing is kept on disk (no output_dir)" if output_dir is None else output_dir))

@@ -180,7 +180,7 @@ class _Worker:
             return self.bank.mean_velocity(self.field, batch.model.roles, x, t, prompts)
 
         try:
-            prompts = task.rows(batch.numbers)["prompt"]
+            prompts = task.texts(batch.model.reader, batch.numbers)
             images = draw_batch(self.field, velocity, prompts, [self.plan.options.seed, task.index], batch.numbers)
         except FloatingPointError as error:
             raise FloatingPointError(f"{batch.model.names[0]}, task {batch.task!r}: {error}") from error

@@ -21,11 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-from ..models.teachers import Role, TeacherBank, model_identity
+from ..data.readers import Reader, Readers, has_teacher_prompts
+from ..models.roles import model_identity
+from ..models.teachers import Role, TeacherBank
 from ..rewards import RewardFunc, reward_name
 from ..rewards.scoring import score_names
 from .identity import digest, reward_digest, rows_digest
@@ -38,14 +41,18 @@ class Task:
     A task's part of the evaluation.
 
     Attributes:
+        name (`str`): its name.
         index (`int`): its place among the tasks. The noise depends on it.
+        readers ([`Readers`]): what each model reads of its rows.
         prompts ([`~datasets.Dataset`]): its rows. If there are more images than rows, they are repeated in order.
         functions (`list` of reward functions): its own rewards.
         others (`list` of reward functions): other tasks' rewards that score its images too.
         num_images (`int`): number of its images.
     """
 
+    name: str
     index: int
+    readers: Readers
     prompts: Dataset
     functions: list[RewardFunc]
     others: list[RewardFunc]
@@ -54,6 +61,15 @@ class Task:
     def rows(self, numbers: range) -> dict[str, list[Any]]:
         """The dataset's rows for the images of these numbers, as columns."""
         return self.prompts[[n % len(self.prompts) for n in numbers]]
+
+    def texts(self, reader: Reader, numbers: range) -> list[str]:
+        """What a model reads for the images of these numbers."""
+        return self.readers.texts_of(self.name, self.rows(numbers)).of(reader)
+
+    @property
+    def has_teacher_prompts(self) -> bool:
+        """Whether its teachers read something else than the prompt."""
+        return has_teacher_prompts(self.prompts, np.arange(len(self.prompts)))
 
     def all_functions(self) -> list[RewardFunc]:
         return [*self.functions, *self.others]
@@ -81,10 +97,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to draw with: a weighted mean of networks, each with its guidance scale, and the model's names."""
+    """
+    A model to draw with: a weighted mean of networks, each with its guidance scale; its names; and what it reads.
+    """
 
     roles: list[Role]
     names: list[str]
+    reader: Reader = "student"
 
 
 @dataclass(frozen=True)
@@ -195,10 +214,10 @@ def make_plan(
         options ([`Options`])
         store ([`Store`], *optional*): where images and scores are kept. Those that are there already are reused.
     """
-    models = _distinct_models(bank)
+    models = _distinct_models(bank, tasks)
     keys = {
         (name, task): digest(
-            dict(settings), model_identity(model.roles), options.seed, task, part.index, part.prompts["prompt"][:]
+            dict(settings), model_identity(model.roles), options.seed, task, part.index, _read(part, model.reader)
         )
         for task, part in tasks.items()
         for model in models
@@ -215,12 +234,23 @@ def make_plan(
     return Plan(tasks, options, models, keys, found, batches, kept)
 
 
-def _distinct_models(bank: TeacherBank) -> list[Model]:
-    """Merges models that are the same (also equal files in two places) into one with several names, drawn once."""
+def _distinct_models(bank: TeacherBank, tasks: Mapping[str, Task]) -> list[Model]:
+    """
+    Merges models that are the same (also equal files in two places) and read the same into one with several names,
+    drawn once.
+    """
     models: dict[str, Model] = {}
+    readers: tuple[Reader, ...] = ("prompt", "teacher", "student")
+    read = {reader: digest({task: _read(part, reader) for task, part in tasks.items()}) for reader in readers}
     for name, roles in bank.teachers.items():
-        models.setdefault(digest(model_identity(roles)), Model(roles, [])).names.append(name)
+        reader: Reader = "prompt" if name == "base" else "teacher" if name.startswith("teacher/") else "student"
+        models.setdefault(digest(model_identity(roles), read[reader]), Model(roles, [], reader)).names.append(name)
     return list(models.values())
+
+
+def _read(part: Task, reader: Reader) -> list[str]:
+    """What a model reads of all rows of a task."""
+    return part.texts(reader, range(len(part.prompts)))
 
 
 def _functions(tasks: Mapping[str, Task]) -> dict[str, RewardFunc]:

@@ -33,12 +33,13 @@ from PIL.Image import Image
 from ..acceleration.offload import Offload
 from ..acceleration.processes import failing_together, world_problems
 from ..acceleration.quantization import QuantizationConfig
+from ..data.readers import Readers, teacher_prompt_problems, template_problems
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
 from ..models.expert_teachers import find_teacher
 from ..models.own_pipeline import OwnPipelines
-from ..models.teacher_config import TeacherSpec
+from ..models.teacher_config import TeacherSpec, at_the_start
 from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_pipeline
@@ -51,6 +52,7 @@ from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name
 from ..rewards.scoring import score_names, timeout_problems
 from .announcement import announce, replaced, timed
 from .files import write_results
+from .fixed_states import measure_fixed_states
 from .measure import Measured, measure, time_batch
 from .plan import Options, Plan, Task, make_plan
 from .rehearsal import try_rewards
@@ -80,6 +82,7 @@ def evaluate_retention(
     width: int | None = None,
     max_sequence_length: int | None = None,
     generation_kwargs: dict[str, object] | None = None,
+    prompt_templates: Mapping[str, str] | None = None,
     dtype: str | None = None,
     quantization_config: QuantizationConfig = None,
     model_init_kwargs: dict[str, JSON] | None = None,
@@ -133,6 +136,10 @@ def evaluate_retention(
         height (`int`, *optional*), width (`int`, *optional*), max_sequence_length (`int`, *optional*),
         generation_kwargs (`dict`, *optional*):
             As in [`VelocityField`]. By default those of the students, else the pipeline's own.
+        prompt_templates (`dict`, *optional*):
+            For each task the text that the students read, with `{prompt}` in the prompt's place, as in
+            [`DiffusionOPDConfig`]. By default those of the students' trainings; `{}` is none. Teachers read the
+            column `teacher_prompt` if the task has one, else the prompt. The base and the rewards read the prompt.
         dtype (`str`, *optional*):
             Precision of a base that is given by name: `"float32"` (the default), `"bfloat16"` or `"float16"`.
         quantization_config (*optional*):
@@ -164,8 +171,8 @@ def evaluate_retention(
             Nothing is written.
 
     Returns:
-        `dict`: as [`retention_report`] returns it, with `settings` and `guidance_scales`. Its models are `"base"`,
-            `"teacher/<task>"` and the students' names. `None` with `dry_run`.
+        `dict`: as [`retention_report`] returns it, with `settings`, `guidance_scales` and `fixed_state_kl`. Its models
+            are `"base"`, `"teacher/<task>"` and the students' names. `None` with `dry_run`.
 
     Raises:
         [`ValueError`]: if an argument cannot be used, or a reward can't score an image. One message lists all
@@ -187,10 +194,12 @@ def evaluate_retention(
         "height": height,
     }
     given |= {"width": width, "max_sequence_length": max_sequence_length, "generation_kwargs": generation_kwargs}
+    given["prompt_templates"] = prompt_templates if prompt_templates is None else dict(prompt_templates)
+    problems += template_problems(prompt_templates or {}, list(rows) or None)
     choice = _chosen(given, teacher_guidance_scale, specs, named, problems)
     problems.raise_under("The evaluation cannot start")
 
-    tasks = _tasks(dataset, rows, functions, cross_task_rewards, num_images)
+    tasks = _tasks(dataset, rows, choice.readers(), functions, cross_task_rewards, num_images)
     base = _loaded(pipeline, dtype, model_init_kwargs, quantization_config, state.device)
     store = None if output_dir is None else Store(Path(output_dir), state.process_index)
     return _evaluate(base, specs, choice, tasks, list(named), options, store, dry_run)
@@ -224,7 +233,9 @@ def _evaluate(
             # Now, since a training may write other weights into the folder while images are drawn.
             weights = {name: _weights(specs[name][0], base) for name in students}
         measured = measure(field, bank, plan, store)
+        fixed = measure_fixed_states(field, bank, plan, students, store)
     report = _report(measured, tasks, students, options.seed, choice)
+    report["fixed_state_kl"] = fixed
     report["weights_sha256"] = weights
     with failing_together():  # all processes wait until the files are written
         if is_main:
@@ -310,19 +321,21 @@ def _models_and_rewards(
     if rows:
         with problems.collect():
             of_tasks = normalize_teachers(teachers, list(rows))
-            specs |= {f"teacher/{task}": configs for task, configs in of_tasks.items()}
+            specs |= {f"teacher/{task}": [*map(at_the_start, configs)] for task, configs in of_tasks.items()}
         with problems.collect():
             functions = rewards_by_task(reward_funcs, list(rows))
         problems += [f"reward_funcs has no reward for task {task!r}." for task in rows if functions.get(task) == []]
         problems += reward_data_problems(functions, dataset, rows, "dataset")
+        problems += teacher_prompt_problems(dataset, rows, "dataset")
     with problems.collect():
-        specs |= normalize_teachers(students, list(students))
+        specs |= normalize_teachers(students, list(students), with_student=False)
     return specs, functions
 
 
 def _tasks(
     dataset: Dataset,
     rows: Mapping[str, np.ndarray],
+    readers: Readers,
     functions: Mapping[str, list[RewardFunc]],
     cross_task_rewards: bool,
     num_images: int | None,
@@ -330,7 +343,9 @@ def _tasks(
     every = {reward_name(function): function for of_task in functions.values() for function in of_task}
     return {
         task: Task(
+            name=task,
             index=index,
+            readers=readers,
             prompts=dataset.select(of_task),
             functions=functions[task],
             others=[f for f in every.values() if f not in functions[task]] if cross_task_rewards else [],

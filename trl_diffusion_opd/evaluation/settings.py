@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.readers import Readers, template_problems
 from ..guards.files import JSON
 from ..guards.redaction import public_value, shown
 from ..hub.errors import download
@@ -53,7 +54,13 @@ _ARGUMENTS: dict[str, tuple[tuple[str, ...], Callable[[JSON], bool]]] = {
     "width": (("width",), _is_count),
     "max_sequence_length": (("max_sequence_length",), _is_count),
     "generation_kwargs": (("generation_kwargs",), lambda value: isinstance(value, dict)),
+    "prompt_templates": (
+        ("prompt_templates",),
+        lambda value: isinstance(value, dict) and not template_problems(value),
+    ),
 }
+# Those that are no arguments of a `VelocityField`
+_NOT_OF_THE_FIELD = ("guidance_scale", "prompt_templates")
 
 
 @dataclass(frozen=True)
@@ -321,7 +328,11 @@ class Choice:
 
     def options(self) -> dict[str, Any]:
         """The arguments of a [`VelocityField`]."""
-        return {name: setting["value"] for name, setting in self.settings.items() if name != "guidance_scale"}
+        return {name: setting["value"] for name, setting in self.settings.items() if name not in _NOT_OF_THE_FIELD}
+
+    def readers(self) -> Readers:
+        """What each model reads of a row."""
+        return Readers(self.settings["prompt_templates"]["value"] or {})
 
     def with_default(self, field: VelocityField) -> "Choice":
         """The same with the pipeline's own guidance scale, where that is asked for."""

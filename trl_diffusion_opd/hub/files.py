@@ -32,6 +32,8 @@ MERGE_REPORT_FILE = "merge_report.json"
 # Only in checkpoints, beside Trainer's own files
 RAW_FILE = "student_raw.safetensors"
 OLD_POLICY_FILE = "old_policy.safetensors"
+FAKE_SCORE_FILE = "fake_score.safetensors"
+FAKE_OPTIMIZER_FILE = "fake_optimizer.pt"
 GRID_FILE = "noise_grid.json"
 PROMPTS_FILE = "prompts.json"
 EVALUATION_SETTINGS_FILE = "evaluation.json"

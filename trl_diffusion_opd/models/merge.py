@@ -122,6 +122,8 @@ def merge_weights(bank: TeacherBank, task_weights: Mapping[str, float] | None = 
                     f"The teacher of task {task!r}, {role.shown}, runs through a pipeline of its own. Only LoRAs on "
                     "the student's base can be merged."
                 )
+            if teacher.kind == "student":
+                raise Refusal(f"The teacher of task {task!r} is the student itself, which can't be merged.")
             if teacher.is_apart:
                 what = "a whole transformer" if teacher.kind == "full" else "no LoRA that PEFT can switch"
                 raise Refusal(f"The teacher of task {task!r}, {teacher.source}, is {what}. Only LoRAs can be merged.")

@@ -17,7 +17,7 @@
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Student:
             The average takes a step every so many updates.
         base_id (`str`, *optional*):
             The base's Hub id for `adapter_config.json`. By default, the name that the pipeline was loaded by.
+        follow (`Callable`, *optional*):
+            Called with this process's parts of the average, whenever they have changed.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Student:
         ema_decay: float | str | None = None,
         ema_update_interval: int = 1,
         base_id: str | None = None,
+        follow: Callable[[Sequence[Tensor]], None] | None = None,
     ):
         self.model = model
         self.pipeline = pipeline
@@ -109,6 +112,8 @@ class Student:
         self.ema_decay = ema_decay
         self.ema_update_interval = ema_update_interval
         self.ema = moving_average(self.parameters(), ema_decay)
+        self._follow = follow
+        self._tell()
 
     @property
     def experts(self) -> Experts | None:
@@ -155,6 +160,11 @@ class Student:
         # ZeRO-3 gather whole weights.
         for average, part in zip(self.ema.shadow_params, parts, strict=True):
             average.sub_((1 - decay) * (average - part))
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._follow is not None and self.ema is not None:
+            self._follow(self.ema.shadow_params)
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
@@ -284,6 +294,7 @@ class Student:
         if self.ema is not None:
             self._split_average()
             self._take(self._read_saved(folder), self.ema.shadow_params, folder)
+            self._tell()
 
     @torch.no_grad()
     def load_saved(self, folder: str | Path) -> None:
@@ -293,6 +304,7 @@ class Student:
         if self.ema is not None:
             self._split_average()
             self._take(saved, self.ema.shadow_params, folder)
+            self._tell()
 
     def _read_saved(self, folder: str | Path) -> dict[str, Tensor]:
         if not self.is_lora:

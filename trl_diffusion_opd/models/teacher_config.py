@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,9 @@ from ..problems import Problems, Refusal
 
 if TYPE_CHECKING:  # it imports diffusers, and commands show --help without
     from ..acceleration.quantization import QuantizationConfig
+
+# The name of a teacher that is the student itself. A folder of this name is "./student".
+STUDENT_ITSELF = "student"
 
 # The fields that say where in a repository or folder a teacher is.
 _PLACES = ("subfolder", "revision", "weight_name", "low_noise_weight_name")
@@ -46,7 +49,8 @@ class TeacherConfig:
 
     Args:
         model_name_or_path (`str`):
-            `"base"` (the base model itself), a local folder or `.safetensors` file, or a Hub id in the form
+            `"base"` (the base model itself), `"student"` (the student itself, which then needs the column
+            `teacher_prompt`), a local folder or `.safetensors` file, or a Hub id in the form
             `owner/repo[/sub/folder][/file.safetensors][@revision]`. A local path that exists wins over a Hub id.
         subfolder (`str`, *optional*):
             Folder inside the repository or local folder that holds the teacher.
@@ -249,8 +253,32 @@ def parse_teacher(spec: str | TeacherConfig) -> TeacherConfig:
 TeacherSpec = str | TeacherConfig | Sequence[str | TeacherConfig]
 
 
+def is_itself(config: TeacherConfig) -> bool:
+    """Whether a teacher is the student itself."""
+    return config.model_name_or_path == STUDENT_ITSELF
+
+
+def at_the_start(config: TeacherConfig) -> TeacherConfig:
+    """The base in place of the student itself, which began as the base."""
+    return replace(config, model_name_or_path="base") if is_itself(config) else config
+
+
+def _checked_itself(config: TeacherConfig) -> TeacherConfig:
+    fresh = TeacherConfig(STUDENT_ITSELF)
+    own = ("guidance_scale", "weight", "model_name_or_path")
+    given = [
+        one.name for one in fields(config) if one.name not in own and vars(config)[one.name] != vars(fresh)[one.name]
+    ]
+    if given:
+        raise Refusal(
+            f'Teacher "{STUDENT_ITSELF}" is the student itself and takes no {", ".join(given)}. A folder of that name '
+            f'is "./{STUDENT_ITSELF}".'
+        )
+    return config
+
+
 def normalize_teachers(
-    teachers: TeacherSpec | Mapping[str, TeacherSpec], tasks: Sequence[str]
+    teachers: TeacherSpec | Mapping[str, TeacherSpec], tasks: Sequence[str], with_student: bool = True
 ) -> dict[str, list[TeacherConfig]]:
     """
     Assigns teachers to every task, with weights that sum to 1.
@@ -260,6 +288,8 @@ def normalize_teachers(
             The teachers. Without a dict, the same ones serve every task.
         tasks (`Sequence[str]`):
             The tasks that occur in the data.
+        with_student (`bool`, *optional*, defaults to `True`):
+            Whether `"student"` is the student itself. Otherwise it is a folder of that name.
 
     Returns:
         `dict[str, list[TeacherConfig]]` in the order of `tasks`.
@@ -289,7 +319,9 @@ def normalize_teachers(
         configs = []
         for entry in entries:
             try:
-                configs.append(parse_teacher(entry))
+                config = TeacherConfig(entry) if isinstance(entry, str) else entry
+                itself = with_student and is_itself(config)
+                configs.append(_checked_itself(config) if itself else parse_teacher(config))
             except ValueError as error:
                 problems.append(f"task {task!r}: {error}")
         if not entries:

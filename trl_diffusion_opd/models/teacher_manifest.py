@@ -94,7 +94,7 @@ def check_recorded(
     """
     if recorded is None:
         return
-    if recorded["sha256"] != sha256:
+    if identity(recorded["sha256"], recorded["source"]) != identity(sha256, source):
         raise TeacherError(
             f"{source}: not the teacher that the checkpoint was trained with, which was {recorded['source']} with "
             f"sha256 {recorded['sha256']}; this one has {sha256}. Give that one, or start a new run."
@@ -109,6 +109,11 @@ def check_recorded(
             f"{source}: its base is not the one that the checkpoint was trained with, which was "
             f"{_told(recorded['base'])}; this one is {_told(base)}. Give that one, or start a new run."
         )
+
+
+def identity(sha256: str | None, source: str) -> str:
+    """What tells a teacher from others: its hash, or the names of the base and of the student, which have none."""
+    return source if sha256 is None else sha256
 
 
 def base_hash(base: BaseEntry | None) -> str | None:

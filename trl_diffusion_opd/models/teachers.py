@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -34,9 +34,11 @@ from .folded_lora import FoldedLora, folded_copy
 from .lora_adapter import add_adapter, rescaled_factors
 from .own_pipeline import OwnPipeline, OwnPipelines, check_idle, fits, pipeline_of
 from .teacher_config import (
+    STUDENT_ITSELF,
     TeacherConfig,
     TeacherError,
     TeacherSpec,
+    is_itself,
     normalize_teachers,
     parse_teacher,
     split_base,
@@ -77,7 +79,7 @@ class TeacherRow(TypedDict):
     sha256: str | None
 
 
-Kind = Literal["base", "lora", "folded", "full", "pipeline"]
+Kind = Literal["base", "student", "lora", "folded", "full", "pipeline"]
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ class Teacher:
     A loaded teacher.
 
     Attributes:
-        name: Its role in the [`Backbone`]: `"teacher_0"`, ... or `"base"`.
-        kind: `"base"`, `"lora"`, `"folded"` (what a file changes, folded into a copy of the base), `"full"` or
-            `"pipeline"` (the network of a pipeline of its own).
-        source: Hub id, or the name of the local folder but never its path; `"base"` for the base.
+        name: Its role in the [`Backbone`]: `"teacher_0"`, ..., `"base"`, or that of the student itself.
+        kind: `"base"`, `"student"` (the student itself), `"lora"`, `"folded"` (what a file changes, folded into a copy
+            of the base), `"full"` or `"pipeline"` (the network of a pipeline of its own).
+        source: Hub id, or the name of the local folder but never its path; `"base"` or `"student"` for these.
         revision: Commit on the Hub; `None` for a local teacher.
-        sha256: Hash over its files; `None` for the base.
+        sha256: Hash over its files; `None` for the base and the student.
         rank: Rank of most layers of a LoRA; `None` for other teachers.
         own: The pipeline that it runs through; `None` for the student's.
     """
@@ -171,6 +173,8 @@ class TeacherBank:
         batched (`bool`, *optional*, defaults to `False`):
             Whether a task's teachers are computed in one forward, on one copy of the batch for each. This holds for
             LoRAs and the base with the same guidance scale.
+        itself (`str`, *optional*):
+            The backbone's role that computes the teacher `"student"`. Without it, that teacher is refused.
         own ([`OwnPipelines`], *optional*):
             Loads the pipelines of teachers that do not run on the student's network. Without it they are refused.
 
@@ -191,8 +195,10 @@ class TeacherBank:
         manifest: Manifest | None = None,
         batched: bool = False,
         own: OwnPipelines | None = None,
+        itself: str | None = None,
     ) -> None:
         self.backbone = backbone
+        self._itself = itself
         self.batched = batched
         self._own = own
         self.teachers: dict[str, list[Role]] = {}
@@ -219,6 +225,10 @@ class TeacherBank:
     def _load(
         self, config: TeacherConfig, pipeline: DiffusionPipeline, loaded: dict[tuple[str, ...], Teacher]
     ) -> Teacher:
+        if is_itself(config):
+            if self._itself is None:
+                raise TeacherError(f"{STUDENT_ITSELF}: there is no student in training that could teach itself")
+            return Teacher(self._itself, "student", source=STUDENT_ITSELF)
         own = self._own_base(config, pipeline)
         if config.model_name_or_path == "base":
             return THE_BASE if own is None else _whole(own, loaded)
@@ -282,6 +292,11 @@ class TeacherBank:
         if self._own is not None:
             self._own.offload.rest()
 
+    @property
+    def has_student(self) -> bool:
+        """Whether the student itself is one of the teachers."""
+        return any(role.teacher.kind == "student" for roles in self.teachers.values() for role in roles)
+
     def own_pipelines(self) -> list[OwnPipeline]:
         """The pipelines of teachers that do not run through the student's, each once."""
         owned = (role.teacher.own for roles in self.teachers.values() for role in roles)
@@ -313,24 +328,42 @@ class TeacherBank:
             return self.backbone.use(teacher.name)
         return teacher.own.use(BASE if teacher.kind == "pipeline" else teacher.name)
 
-    def velocity(self, field: VelocityField, role: Role, x: Tensor, t: float, prompts: list[str]) -> Tensor:
+    def velocity(
+        self,
+        field: VelocityField,
+        role: Role,
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
+    ) -> Tensor:
         """
-        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t`, with its own guidance scale and
-        through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
+        Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t` (one, or one a sample), with its own
+        guidance scale and through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
+        With `branches`, and one level, it is that of [`VelocityField.branches`], of shape `(3, B, ...)`.
         """
+        own = role.field or field
+        velocity: Callable[..., Tensor] = own.branches if branches else own
         with self.use(role) as network:
-            return (role.field or field)(x, t, prompts, role.guidance_scale, network)
+            return velocity(x, t, prompts, role.guidance_scale, network)
 
     def mean_velocity(
-        self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float, prompts: list[str]
+        self,
+        field: VelocityField,
+        roles: Sequence[Role],
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
     ) -> Tensor:
         """
         Computes the weighted mean velocity of teachers at `x` of shape `(B, ...)`, each with its own guidance scale.
-        Call it under `torch.no_grad()`.
+        Call it under `torch.no_grad()`. `branches` is as in [`velocity`].
         """
-        mean = torch.zeros_like(x)
+        mean = x.new_zeros((3, *x.shape) if branches else x.shape)
         for group in self.forwards(roles):
-            for role, velocity in zip(group, self._velocities(field, group, x, t, prompts), strict=True):
+            of_group = self._velocities(field, group, x, t, prompts, branches)
+            for role, velocity in zip(group, of_group, strict=True):
                 mean += role.weight * velocity
         return mean
 
@@ -340,24 +373,33 @@ class TeacherBank:
             return [[role] for role in roles]
         groups: dict[tuple[float, VelocityField | None, str | None], dict[str, Role]] = {}
         for role in roles:
-            name, alone = role.teacher.name, role.teacher.is_apart or role.field is not None
+            name = role.teacher.name
+            alone = role.teacher.is_apart or role.teacher.kind == "student" or role.field is not None
             group = groups.setdefault((role.guidance_scale, role.field, name if alone else None), {})
             weight = group[name].weight if name in group else 0.0  # a teacher that a task names twice
             group[name] = replace(role, weight=weight + role.weight)
         return [[*group.values()] for group in groups.values()]
 
     def _velocities(
-        self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float, prompts: list[str]
+        self,
+        field: VelocityField,
+        group: Sequence[Role],
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
     ) -> Sequence[Tensor]:
         """Computes each role's velocity at `x` of shape `(B, ...)` in one forward, with a copy of `x` for each."""
         n, scale = len(group), group[0].guidance_scale
         if n == 1:
-            return [self.velocity(field, group[0], x, t, prompts)]
+            return [self.velocity(field, group[0], x, t, prompts, branches)]
         teachers = [role.teacher for role in group]
         names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in teachers for _ in prompts]
         with self.backbone.mixed(next(teacher.name for teacher in teachers if teacher.kind == "lora")) as network:
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
-            return field(copies, t, prompts * n, scale, network, names).chunk(n)
+            levels = [*t] * n if isinstance(t, Sequence) else t
+            velocity: Callable[..., Tensor] = field.branches if branches else field
+            return velocity(copies, levels, prompts * n, scale, network, names).chunk(n, dim=-x.ndim)
 
     def check_guidance(self, field: VelocityField) -> None:
         """
@@ -452,18 +494,3 @@ def _whole(own: OwnPipeline, loaded: dict[tuple[str, ...], Teacher]) -> Teacher:
     """The teacher that is an own pipeline itself."""
     new = Teacher(f"teacher_{len(loaded)}", "pipeline", own.source, own.revision, own.sha256, own=own)
     return loaded.setdefault(("pipeline", str(id(own))), new)
-
-
-def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
-    """Identifies a model among others on the same base, by files, guidance and weight of each of its networks."""
-    return [
-        [
-            role.teacher.kind,
-            role.teacher.sha256,
-            role.config.lora_scale,
-            role.guidance_scale,
-            role.weight,
-            *([] if role.teacher.own is None else [role.teacher.own.sha256, repr(role.config.generation_kwargs)]),
-        ]
-        for role in roles
-    ]

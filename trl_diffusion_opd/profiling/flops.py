@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 # The parts of an update in which the network runs. All calls of a part cost the same.
-NETWORK_PARTS = ("rollout", "teacher", "reference", "student", "backward")
+NETWORK_PARTS = ("rollout", "teacher", "reference", "student", "backward", "fake", "fake_backward")
 
 
 class FlopCount:
@@ -61,7 +61,7 @@ class FlopCount:
 
         Args:
             calls (`dict[str, int]`): how often the update entered each part.
-            checkpointing (`bool`): whether gradient checkpointing is on, so that a backward repeats the student's
+            checkpointing (`bool`): whether gradient checkpointing is on, so that a backward repeats its
                 forward.
         """
 
@@ -69,7 +69,8 @@ class FlopCount:
             return self._flops[part] / self._calls[part] if self._calls[part] else 0.0
 
         flops = sum(calls.get(part, 0) * of(part) for part in NETWORK_PARTS)
-        return flops - checkpointing * calls.get("backward", 0) * of("student")
+        repeated = calls.get("backward", 0) * of("student") + calls.get("fake_backward", 0) * of("fake")
+        return flops - checkpointing * repeated
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096, repeats: int = 20) -> float:

@@ -193,12 +193,14 @@ class _Step(nn.Module):
         self.model: nn.Module = model
         self.__dict__["base"] = base  # not registered: `functional_call` would restore shared weights twice, as shapes
 
-    def forward(self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live) -> list[Velocity]:
+    def forward(self, calls: Sequence[Mapping[str, object]], backward: bool, live: Live) -> tuple[int, list[Velocity]]:
+        """Returns the bytes that the forwards have kept, and their velocities."""
         with live, torch.set_grad_enabled(backward):
             velocities = [StandIn(self.model, self.__dict__["base"])(**inputs)[0] for inputs in calls]
+            kept = live.now
             if backward:
                 torch.stack([v.square().mean() for v in tree_leaves(velocities)]).sum().backward()
-        return velocities
+        return kept, velocities
 
 
 def step_bytes(
@@ -209,6 +211,7 @@ def step_bytes(
     device_type: str = "cuda",
     precision: torch.dtype | None = None,
     backward: bool = True,
+    graphs: int = 1,
 ) -> int:
     """
     The peak bytes of a forward and backward of `model`, without weights, gradients and inputs.
@@ -220,8 +223,10 @@ def step_bytes(
         device_type (`str`, *optional*, defaults to `"cuda"`): the kind of device to estimate for.
         precision (`torch.dtype`, *optional*): the dtype of mixed precision, if it is on.
         backward (`bool`, *optional*, defaults to `True`): if `False`, the forwards run without gradients.
+        graphs (`int`, *optional*, defaults to 1): how many forwards of these calls there are before the first backward.
     """
-    return pass_in_shapes(model, base, calls, device_type, precision, backward)[0]
+    peak, kept, _ = pass_in_shapes(model, base, calls, device_type, precision, backward)
+    return peak + (graphs - 1) * kept
 
 
 def pass_in_shapes(
@@ -231,8 +236,11 @@ def pass_in_shapes(
     device_type: str,
     precision: torch.dtype | None,
     backward: bool,
-) -> tuple[int, list[Velocity]]:
-    """Returns the bytes as [`step_bytes`] does, and the velocities, which have shapes but no values."""
+) -> tuple[int, int, list[Velocity]]:
+    """
+    Returns the bytes as [`step_bytes`] does for one graph, those that a graph keeps, and the velocities, which have shapes
+    but no values.
+    """
     shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(value: T) -> T | Tensor:
@@ -263,5 +271,5 @@ def pass_in_shapes(
             modes.enter_context(_as_on_cuda())
         if precision is not None:
             modes.enter_context(torch.autocast("cpu", precision))
-        velocities = functional_call(step, state, (inputs, backward, live))
-    return live.peak, velocities
+        kept, velocities = functional_call(step, state, (inputs, backward, live))
+    return live.peak, kept, velocities

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 
 TABLE_NAME = "completions"
+STUDENT_READ = "student_prompt"  # the column with what the student read, where that is not the prompt
 GRID_NAME = "completions_grid"
 _FEATURES = {
     "step": datasets.Value("int64"),
@@ -70,7 +71,8 @@ class Completion:
         prompt (`str`), task (`str`)
         image (`PIL.Image.Image`)
         rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
-        columns (`dict`): values that rewards logged for the image with `log_extra`.
+        columns (`dict`): values that rewards logged for the image with `log_extra`, and what the student read if that
+            is not the prompt.
         label (`str`): how the picture names the student.
         beside (`dict[str, Beside]`): images of the base and the teachers, by the name that the picture shows.
     """
@@ -130,7 +132,8 @@ def last_completions(output_dir: str | Path) -> JSON:
 
     Returns:
         `dict` or `None` if nothing was logged: `"step"`, `"beside"` (whether base or teachers are beside the student),
-        `"picture"` (a file in the output folder), and `"samples"`, a list of `{"task", "prompt", "file"}`.
+        `"picture"` (a file in the output folder), and `"samples"`, a list of `{"task", "prompt", "file"}`, whose
+        prompts are what the student read.
     """
     return read_json(Path(output_dir) / COMPLETIONS_FOLDER / LAST_COMPLETIONS_FILE)
 
@@ -145,7 +148,8 @@ def _save_samples(completions: Sequence[Completion], folder: Path, picture: str,
         # Replaced at once: an upload in the background may be reading the image before.
         completion.image.save(folder / f".{name}", format="PNG")
         os.replace(folder / f".{name}", folder / name)
-        samples.append({"task": completion.task, "prompt": completion.prompt, "file": f"{folder.name}/{name}"})
+        read = completion.columns.get(STUDENT_READ, completion.prompt)
+        samples.append({"task": completion.task, "prompt": read, "file": f"{folder.name}/{name}"})
     has_others = any(completion.beside for completion in completions)
     shown = {"step": step, "beside": has_others, "picture": f"{folder.name}/{picture}", "samples": samples}
     write_json(folder / LAST_COMPLETIONS_FILE, shown)

@@ -190,7 +190,7 @@ def print_rewards(
     _console().print(table)
 
 
-def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None:
+def print_sde_steps(table: SamplerTable, steps: range, window_size: int, shift_every: int | None = None) -> None:
     """
     Prints the denoising steps, and which of them may have noise and be trained.
 
@@ -198,8 +198,10 @@ def print_sde_steps(table: SamplerTable, steps: range, window_size: int) -> None
         table ([`SamplerTable`]): the sampler's table if every step had noise.
         steps (`range`), window_size (`int`): steps that may have noise, and the number of consecutive ones that have
             it.
+        shift_every (`int`, *optional*): updates after which the window moves on by one step. By default it is drawn.
     """
-    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss")
+    slides = "" if shift_every is None else f", from the first on, one further every {shift_every} updates"
+    shown = Table(title=f"Steps of {table.name}, {window_size} of {len(steps)} with noise and loss{slides}")
     for column in ("step", "level", "noise"):
         shown.add_column(column, justify="right")
     for j, level in enumerate(table.levels[:-1].tolist()):
@@ -271,12 +273,51 @@ def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
         report (`dict`): the report.
         device (`str`): kind of the device that it ran on.
     """
+    shown = {
+        task: {
+            "kl": f"{figures['kl']:.2e}",
+            "noise floor": f"{figures['noise_floor']:.2e}",
+            "velocity gap": f"{figures['velocity_gap']:.1%}",
+        }
+        for task, figures in report["tasks"].items()
+    }
+    _print_taught(report, device, shown)
+    _console().print(
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
+        f"{report['updates']} "
+        "updates. This is the time of single forwards and one backward on a micro-batch of each task, times the "
+        "number of steps. It leaves out the optimizer, encoding of prompts, evaluations and checkpoints."
+    )
+
+
+def print_dmd_dry_run(report: Mapping[str, JSON], device: str) -> None:
+    """
+    Prints the report of [`~dry_run_dmd.dry_run`].
+
+    Args:
+        report (`dict`): the report.
+        device (`str`): kind of the device that it ran on.
+    """
+    shown = {task: {"score gap": f"{figures['score_gap']:.1%}"} for task, figures in report["tasks"].items()}
+    _print_taught(report, device, shown)
+    _console().print(
+        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
+        f"{report['updates']} "
+        "updates. This is the time of a walk, of single forwards and of a backward of student and fake on a micro-batch "
+        "of each task, times their number. It leaves out the optimizers, encoding of prompts, evaluations and "
+        "checkpoints."
+    )
+
+
+def _print_taught(report: Mapping[str, JSON], device: str, shown_figures: Mapping[str, Mapping[str, str]]) -> None:
+    """Prints each task's figures beside its teachers, then memory and the scores of the images."""
     console = _console()
     tasks = Table(title="What the first update sees")
-    for column in ("task", "kl", "noise floor", "velocity gap", "teacher", "gap to base", "rounding"):
+    names = list(dict.fromkeys(name for of_task in shown_figures.values() for name in of_task))
+    for column in ("task", *names, "teacher", "gap to base", "rounding"):
         tasks.add_column(column, overflow="fold")
     for task, figures in report["tasks"].items():
-        shown = [task, *(f"{figures[name]:.2e}" for name in ("kl", "noise_floor")), f"{figures['velocity_gap']:.1%}"]
+        shown = [task, *shown_figures[task].values()]
         for teacher in figures["teachers"]:
             gap, rounding = f"{teacher['gap_to_base']:.1%}", f"{teacher['rounding']:.1e}"
             tasks.add_row(*shown, teacher["teacher"], gap, rounding)
@@ -286,12 +327,6 @@ def print_dry_run(report: Mapping[str, JSON], device: str) -> None:
     _print_memory(console, report["memory"], device)
     scored = {task: figures.get("rewards", {}) for task, figures in report["tasks"].items()}
     _print_scores(console, "One image of each model", "model", scored)
-    console.print(
-        f"Time: {report['seconds_per_update']:.3g} s an update, {duration(report['seconds'])} for "
-        f"{report['updates']} "
-        "updates. This is the time of single forwards and one backward on a micro-batch of each task, times the "
-        "number of steps. It leaves out the optimizer, encoding of prompts, evaluations and checkpoints."
-    )
 
 
 def print_rl_dry_run(report: Mapping[str, JSON], device: str) -> None:

@@ -67,7 +67,8 @@ class CardFacts:
         tasks (`list[str]`): the tasks, in order.
         repository (`str`, *optional*): Hub id where the student is or will be.
         call_options (`dict`): arguments of the pipeline for an image as in the evaluation.
-        examples (`dict[str, str]`): a prompt of each task.
+        examples (`dict[str, str]`): what the student reads of a prompt of each task.
+        templates (`dict[str, str]`): the text that the student reads in a task, with `{prompt}` in the prompt's place.
         changes (`list[dict]`): settings that resumes have changed.
         method (`str`, *optional*): a sentence on how the student learned.
         teachers (`dict`): teachers of each task, as the manifest lists them.
@@ -88,6 +89,7 @@ class CardFacts:
     repository: str | None
     call_options: Mapping[str, object]
     examples: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, str] = field(default_factory=dict)
     changes: Sequence[Mapping[str, object]] = ()
     method: str | None = None
     teachers: Manifest = field(default_factory=dict)
@@ -147,6 +149,7 @@ def write_model_card(
         | {"evaluation_guidance": args.evaluation_guidance},
         "call_options": literals(facts.call_options, known_tokens(args)),
         "examples": {task: public_text(prompt, known_tokens(args)) for task, prompt in facts.examples.items()},
+        "templates": {task: public_text(text, known_tokens(args)) for task, text in facts.templates.items()},
         "settings": {name: str(value) for name, value in (_settings(facts) | {**facts.settings}).items()},
         "versions": framework_versions(),
         "checkpoint": facts.checkpoint,

@@ -20,7 +20,7 @@ are kept in the folder, so that the card can be rendered again when the student 
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult
@@ -71,7 +71,8 @@ class Content(TypedDict):
         tags, datasets: Tags, and Hub ids of the training data.
         facts, args: Facts of the run, and its arguments that are shown.
         call_options: Arguments of the pipeline, as Python literals.
-        examples: A prompt of each task.
+        examples: What the student reads of a prompt of each task.
+        templates: What the student reads in a task, with `{prompt}` in the prompt's place. Older cards have none.
         settings, versions: Rows of the table of settings, and versions of packages.
         checkpoint: The folder of the checkpoint that the card is of, while the training goes on.
     """
@@ -91,6 +92,7 @@ class Content(TypedDict):
     args: dict[str, Any]
     call_options: dict[str, str]
     examples: dict[str, str]
+    templates: NotRequired[dict[str, str]]
     settings: dict[str, str]
     versions: dict[str, str]
     checkpoint: str | None

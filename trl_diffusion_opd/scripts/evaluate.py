@@ -75,6 +75,7 @@ class EvaluationArguments:
         teacher_lora_scales (`list[str]`, *optional*): `task=scale`, as in training.
         teacher_bases (`list[str]`, *optional*): `task=base` for teachers on another base than the student's.
         reward_kwargs (`dict`, *optional*): arguments of named rewards, such as `{"remote": {"url": "http://..."}}`.
+        prompt_templates (`dict`, *optional*): what the students read in a task, such as `{"night": "{prompt}, night"}`.
         model_init_kwargs (`dict`, *optional*): further arguments to load the base, such as
             `{"revision": "...", "variant": "fp16"}`.
         prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
@@ -130,6 +131,13 @@ class EvaluationArguments:
     generation_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments of the pipeline's call. If not set, the student's."}
     )
+    prompt_templates: dict[str, JSON] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON: what the students read in a task, e.g. \'{"night": "{prompt}, night"}\'. If not set, as in '
+            "training."
+        },
+    )
     model_init_kwargs: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "JSON: further arguments to load the base, such as its revision and variant."}
     )
@@ -155,7 +163,7 @@ class EvaluationArguments:
     def __post_init__(self) -> None:
         self.dtype = full_dtype(self.dtype)
         # From a command line; a YAML file gives dicts.
-        for name in ("reward_kwargs", "generation_kwargs", "model_init_kwargs"):
+        for name in ("reward_kwargs", "generation_kwargs", "prompt_templates", "model_init_kwargs"):
             given = getattr(self, name)
             if isinstance(given, str):
                 setattr(self, name, json_object(name, given))

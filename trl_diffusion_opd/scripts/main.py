@@ -34,6 +34,7 @@ COMMANDS = {
     "grpo": "Train a teacher by reinforcement learning (Flow-GRPO, GRPO-Guard).",
     "nft": "Train a teacher by reinforcement learning on the forward process (DiffusionNFT).",
     "sft": "Fine-tune on images of a dataset, or on images that teachers draw.",
+    "dmd": "Distil teachers into a student of few steps by matching distributions (DMD2, TDM).",
     "stages": "Run trainers one after another, from a file of stages.",
     "evaluate": "Measure how much of its teachers' gains a student has.",
     "merge": "Merge teachers' LoRAs into one, without training.",

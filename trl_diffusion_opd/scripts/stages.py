@@ -79,7 +79,13 @@ if TYPE_CHECKING:
     from ..trainer.base_config import DiffusionConfig
     from ..trainer.base_trainer import DiffusionTrainer
 
-_TRAINERS = {"opd": "DiffusionOPD", "grpo": "DiffusionGRPO", "nft": "DiffusionNFT", "sft": "DiffusionSFT"}
+_TRAINERS = {
+    "opd": "DiffusionOPD",
+    "grpo": "DiffusionGRPO",
+    "nft": "DiffusionNFT",
+    "sft": "DiffusionSFT",
+    "dmd": "DiffusionDMD",
+}
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -228,7 +234,7 @@ class StageSpec(TaughtArguments):
 
     Args:
         name (`str`): name of the stage, and of its folder in the output folder.
-        trainer (`str`): `"opd"`, `"grpo"`, `"nft"` or `"sft"`.
+        trainer (`str`): `"opd"`, `"grpo"`, `"nft"`, `"sft"` or `"dmd"`.
         config (`dict`): fields of the trainer's config.
         from_base (`bool`, *optional*, defaults to `False`): start from the base instead of the stage before.
     """
@@ -398,8 +404,8 @@ def _spec_problems(given: dict[str, JSON], from_base: bool) -> list[str]:
     trainer, config = given.get("trainer"), given["config"]
     if trainer is not None and trainer not in _TRAINERS:
         problems.append(f"trainer={trainer!r}: it must be one of {', '.join(_TRAINERS)}.")
-    if trainer == "opd" and not given.get("teachers"):
-        problems.append("trainer='opd' needs teachers.")
+    if trainer in ("opd", "dmd") and not given.get("teachers"):
+        problems.append(f"trainer={trainer!r} needs teachers.")
     if trainer in ("grpo", "nft") and given.get("teachers"):
         problems.append(f"trainer={trainer!r} takes no teachers.")
     if "output_dir" in config:

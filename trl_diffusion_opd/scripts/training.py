@@ -30,6 +30,7 @@ from ..hub.files import CURVES_PICTURE, DRY_RUN_FOLDER
 if TYPE_CHECKING:
     from ..trainer import (
         DiffusionConfig,
+        DiffusionDMDTrainer,
         DiffusionOPDTrainer,
         DiffusionRLConfig,
         DiffusionRLTrainer,
@@ -56,7 +57,7 @@ def show_warnings() -> None:
     logging.basicConfig(handlers=[shown])
 
 
-def only_show(trainer: "DiffusionOPDTrainer | DiffusionRLTrainer") -> None:
+def only_show(trainer: "DiffusionDMDTrainer | DiffusionOPDTrainer | DiffusionRLTrainer") -> None:
     """Makes the dry run of a trainer, and says at its end that it was one."""
     trainer.dry_run()
     if trainer.is_world_process_zero():

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base_config import DiffusionConfig
     from .base_trainer import DiffusionTrainer
+    from .diffusion_dmd_config import DiffusionDMDConfig
+    from .diffusion_dmd_trainer import DiffusionDMDTrainer
     from .diffusion_grpo_config import DiffusionGRPOConfig
     from .diffusion_grpo_trainer import DiffusionGRPOTrainer
     from .diffusion_nft_config import DiffusionNFTConfig
@@ -32,10 +34,13 @@ if TYPE_CHECKING:
     from .rl_config import DiffusionRLConfig
     from .rl_round import Rollout
     from .rl_trainer import DiffusionRLTrainer
+    from .taught_config import TaughtConfig
 
 # Imported on first use: a config needs no diffusers, so mistakes on a command line show sooner.
 _MODULES = {
     "DiffusionConfig": "base_config",
+    "DiffusionDMDConfig": "diffusion_dmd_config",
+    "DiffusionDMDTrainer": "diffusion_dmd_trainer",
     "DiffusionGRPOConfig": "diffusion_grpo_config",
     "DiffusionGRPOTrainer": "diffusion_grpo_trainer",
     "DiffusionNFTConfig": "diffusion_nft_config",
@@ -48,10 +53,13 @@ _MODULES = {
     "DiffusionSFTTrainer": "diffusion_sft_trainer",
     "DiffusionTrainer": "base_trainer",
     "Rollout": "rl_round",
+    "TaughtConfig": "taught_config",
 }
 
 __all__ = [
     "DiffusionConfig",
+    "DiffusionDMDConfig",
+    "DiffusionDMDTrainer",
     "DiffusionGRPOConfig",
     "DiffusionGRPOTrainer",
     "DiffusionNFTConfig",
@@ -64,6 +72,7 @@ __all__ = [
     "DiffusionSFTTrainer",
     "DiffusionTrainer",
     "Rollout",
+    "TaughtConfig",
 ]
 
 

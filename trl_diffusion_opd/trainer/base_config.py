@@ -26,6 +26,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from ..acceleration.processes import world_problems
 from ..algorithms.samplers import SAMPLERS, checked_noise_level
+from ..data.readers import Readers
 from ..guards.files import JSON
 from ..guards.finite import infinite_options
 from ..guards.log_lines import without_lines
@@ -340,6 +341,16 @@ class DiffusionConfig(_BaseConfig):
     def evaluation_guidance(self) -> float:
         """The guidance scale of evaluations."""
         return self.guidance_scale if self.eval_guidance_scale is None else self.eval_guidance_scale
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """What the student reads in each task that has a template."""
+        return {}
+
+    @property
+    def readers(self) -> Readers:
+        """What each model reads of a row."""
+        return Readers(self.templates)
 
     def _given_dtypes(self) -> set[str]:
         """Names of the dtypes for the whole base in `model_init_kwargs`, where TRL's users write them."""

@@ -44,6 +44,7 @@ from ..checkpointing import checkpoint
 from ..checkpointing.resume import comparable_after
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
+from ..data.readers import read_columns
 from ..data.tasks import TaskSampler, plain_dataset
 from ..models.merge import MergeReport
 from ..models.student import Student
@@ -160,9 +161,11 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
         self.base_pipeline, self.velocity_field, self.offload = parts.pipeline, field, parts.offload
         self.rounds, self.tasks, self.reward_funcs = parts.rounds, parts.rounds.tasks, parts.reward_funcs
         average = args.ema_decay, args.ema_update_interval
-        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model)
+        follow = None if parts.average_copy is None else parts.average_copy.take
+        self.student = Student(parts.student, parts.pipeline, *average, args.hub_base_model, follow)
         grid = field.with_steps(args.eval_num_inference_steps)
         self.evaluator = ImageEvaluator(grid, self.student, self.tasks, self.reward_funcs, args, self.accelerator)
+        self.readers = self.evaluator.readers
         self._pictures = TrainingPictures(self.evaluator, self.frozen_models)
         self.__dict__.update(parts.method)
         self.base_and_teachers = BaseAndTeachers(self.evaluator, self.bank)
@@ -174,7 +177,10 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
         self.offload.rest()
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
-        self.prompts = parts.train_dataset.select_columns(["prompt"])
+        dataset = parts.train_dataset
+        columns = ["prompt"] if self.bank is None else read_columns(dataset)
+        columns += [args.task_column] if args.task_column in dataset.column_names else []
+        self.prompts = dataset.select_columns(columns)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._cost = UpdateCost(self.timed_parts, self.accelerator.device)
         self._part = self._cost.part
@@ -209,6 +215,10 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
         own = {f"teacher {own.source}": list(own.backbone.parameters()) for own in self.bank.own_pipelines()}
         return {name: list(self.bank.backbone.parameters()), **own}
 
+    def trained_beside(self) -> list[nn.Parameter]:
+        """Those of the method's weights that are trained by an optimizer of their own, when the student is not."""
+        return []
+
     @property
     def trained_scale(self) -> float:
         return self.args.guidance_scale
@@ -223,6 +233,7 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
             accelerator=self.accelerator,
             rounds=self.rounds,
             prompts=self.prompts,
+            readers=self.readers,
             batch_size=self.micro_batch_size,
             guidance_scale=self.trained_scale,
             seed=self.args.seed,
@@ -375,7 +386,7 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
                 self._encode_together(self._companies())
         if self.offload.modules:  # encode all prompts of the round now, so that the encoders can leave the device
             for i, rows in enumerate(batches):
-                self._encode_ahead(self.turn(i, rows)[0], [row["prompt"] for row in rows])
+                self._encode_ahead(self.turn(i, rows)[0], rows)
             with self._part("encoding"):
                 self.offload.rest()
         return batches, num_items

@@ -34,11 +34,12 @@ from ..acceleration.quantization import (
     pipeline_config,
     quantization_problems,
 )
+from ..data.readers import TEACHER_PROMPT, has_teacher_prompts, teacher_prompt_problems, template_problems
 from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
 from ..models.lora_config import config_problems
-from ..models.teacher_config import TeacherConfig, normalize_teachers
+from ..models.teacher_config import STUDENT_ITSELF, TeacherConfig, normalize_teachers
 from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.experts import Experts, expert_problems
@@ -291,6 +292,9 @@ def early_problems(
     with problems.collect():
         rewards_by_task(reward_funcs or None, list(rows))
     problems += evaluation_data_problems(eval_dataset, args.task_column, list(rows))
+    problems += template_problems(args.templates, list(rows))
+    if teachers:
+        problems += read_data_problems(train_dataset, eval_dataset, args.task_column)
     Rounds.of(rows, args, problems)
     resumed = args.resume_from_checkpoint
     if isinstance(resumed, str) and not os.path.isdir(resumed):
@@ -315,6 +319,35 @@ def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list
         unknown = [] if found else [task for task in task_rows(dataset, task_column) if task not in tasks]
         if unknown:
             problems.append(f"{name} has prompts of tasks {unknown}, but train_dataset only has tasks {tasks}.")
+    return problems
+
+
+def read_data_problems(train_dataset: Dataset, eval_dataset: object, task_column: str) -> list[str]:
+    """Reasons why teachers can't read the rows: those of training, and those of `eval_dataset`."""
+    of_evaluation = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return [
+        problem
+        for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items()
+        if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name)
+        for problem in teacher_prompt_problems(dataset, task_rows(dataset, task_column), name)
+    ]
+
+
+def itself_problems(train_dataset: object, eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:
+    """Reasons why the student can't teach itself in `tasks`, where it would read what it reads as a student."""
+    of_evaluation = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    problems = []
+    for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items():
+        if not isinstance(dataset, Dataset) or dataset_problems(dataset, task_column, name):
+            continue
+        rows = task_rows(dataset, task_column)
+        same = [task for task in tasks if task in rows and not has_teacher_prompts(dataset, rows[task])]
+        problems += [
+            f'teachers: the teacher of task {task!r} is "{STUDENT_ITSELF}", but its rows in {name} have no '
+            f"{TEACHER_PROMPT}. Both would read the same, and it would learn nothing: give the rows a {TEACHER_PROMPT}, "
+            "or name another teacher."
+            for task in same
+        ]
     return problems
 
 

@@ -14,7 +14,7 @@
 
 """
 Checks before the first step whether tasks with different teachers can be told apart by their prompts and, if not,
-whether their teachers disagree. A student sees only the prompt, so it would learn the mean of such teachers.
+whether their teachers disagree. A student sees only what it reads, so it would learn the mean of such teachers.
 
 It encodes only some prompts, those that training begins with, and their embeddings are kept. Teachers are computed
 only for tasks that can't be told apart. No weight and no random state changes, and every process finds the same.
@@ -43,6 +43,7 @@ from ..algorithms.separability import (
     prompt_features,
     told_apart,
 )
+from ..data.readers import Readers, Texts
 from ..data.tasks import TaskSampler
 from ..models.teachers import THE_BASE, Role, TeacherBank
 from ..pipelines.velocity import VelocityField
@@ -67,6 +68,7 @@ class TaskComparison:
         field ([`VelocityField`]), bank ([`TeacherBank`]), accelerator ([`~accelerate.Accelerator`])
         student (`nn.Module`): the network on whose trajectory teachers are compared.
         rounds ([`Rounds`]), prompts ([`~datasets.Dataset`]): the tasks, and the prompts of the training data.
+        readers ([`Readers`]): what each model reads of them.
         batch_size (`int`): samples of a micro-batch on a process.
         guidance_scale (`float`): the student's guidance scale in training.
         seed (`int`): the run's seed.
@@ -80,6 +82,7 @@ class TaskComparison:
     accelerator: Accelerator
     rounds: Rounds
     prompts: Dataset
+    readers: Readers
     batch_size: int
     guidance_scale: float
     seed: int
@@ -105,7 +108,10 @@ class TaskComparison:
             return []
         concerned = [task for task in tasks if any(task in pair for pair in compared)]
         texts = self.prompts.with_format("arrow")[:]["prompt"]
-        counts = {task: prompt_counts(texts.take(self.rounds.rows[task])) for task in concerned}
+        counts = {
+            task: prompt_counts(self.readers.student_column(task, texts.take(self.rounds.rows[task])))
+            for task in concerned
+        }
         features = self._features(sampler, [task for task in concerned if len(counts[task]["values"]) >= MIN_PROMPTS])
         pairs = [
             Pair(
@@ -126,7 +132,7 @@ class TaskComparison:
         field, accelerator, every = self.field, self.accelerator, self.rounds.tasks
         limit = min(_PROMPTS_A_TASK, max(_PROMPTS // len(every), 2 * MIN_PROMPTS))
         companies = [
-            (task, list(dict.fromkeys(self.prompts[rows.tolist()]["prompt"])))
+            (task, list(dict.fromkeys(self.readers.texts_of(task, self.prompts[rows.tolist()]).student)))
             for task, of_task in zip(every, sampler.first_companies(limit), strict=True)
             if task in tasks
             for rows in of_task
@@ -168,41 +174,47 @@ class TaskComparison:
         two targets, that of each target to the base, and the mean square of the first target.
         """
         field, bank, scale = self.field, self.bank, self.guidance_scale
-        prompts, numbers = self._batch(sampler, task)
+        texts, numbers = self._batch(sampler, task)
         asked = {_key(bank.teachers[name]): bank.teachers[name] for pair in pairs for name in pair}
-        asked |= {_key(roles): roles for roles in map(_as_base, [*asked.values()])}
-        field.encode_prompts(
-            prompts, sorted({scale, *(role.guidance_scale for roles in asked.values() for role in roles)})
-        )
+        bases = {_key(roles): roles for roles in map(_as_base, [*asked.values()])}
+        scales = sorted({scale, *(role.guidance_scale for roles in asked.values() for role in roles)})
+        for read in dict.fromkeys(map(tuple, (texts.student, texts.teacher, texts.prompt))):
+            field.encode_prompts([*read], scales)
         for roles in asked.values():
-            bank.encode_prompts(roles, prompts)
+            bank.encode_prompts(roles, texts.teacher)
         self.rest()
         levels = field.levels[np.unique(np.linspace(0, field.num_inference_steps, _STATES + 1).round().astype(int))]
         sums: dict[tuple[str, str], Tensor] = {}
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
             t = float(levels[j])
-            targets = {key: bank.mean_velocity(field, roles, x, t, prompts) for key, roles in asked.items()}
+            targets = {key: bank.mean_velocity(field, roles, x, t, texts.teacher) for key, roles in asked.items()}
+            starts = {
+                key: targets[key]
+                if key in targets and texts.teacher == texts.prompt
+                else bank.mean_velocity(field, roles, x, t, texts.prompt)
+                for key, roles in bases.items()
+            }
             for pair in pairs:
                 roles = [bank.teachers[name] for name in pair]
                 one, other = (targets[_key(of_task)] for of_task in roles)
-                bases = [targets[_key(_as_base(of_task))] for of_task in roles]
-                gaps = [velocity_gap_sq(*both).mean() for both in ((one, other), (one, bases[0]), (other, bases[1]))]
+                first, second = (starts[_key(_as_base(of_task))] for of_task in roles)
+                gaps = [velocity_gap_sq(*both).mean() for both in ((one, other), (one, first), (other, second))]
                 figures = torch.stack([*gaps, one.square().mean()])
                 sums[pair] = sums[pair] + figures if pair in sums else figures
-            return field(x, t, prompts, scale, self.student)
+            return field(x, t, texts.student, scale, self.student)
 
-        x = field.initial_latents(prompts, sample_generators([self.seed, 0, TASKS_DRAW], numbers))
+        x = field.initial_latents(texts.student, sample_generators([self.seed, 0, TASKS_DRAW], numbers))
         walk(velocity, x, sampler_table("ode", levels, None))
         return sums
 
-    def _batch(self, sampler: TaskSampler, task: str) -> tuple[list[str], list[int]]:
-        """Returns this process's part of the first prompts of a task in training, and their numbers."""
+    def _batch(self, sampler: TaskSampler, task: str) -> tuple[Texts, list[int]]:
+        """Returns what is read of this process's part of the first rows of a task in training, and their numbers."""
         size, accelerator = self.batch_size, self.accelerator
         numbers = np.arange(size) + accelerator.process_index * size
         companies = sampler.first_companies(size * accelerator.num_processes)[self.rounds.tasks.index(task)]
         rows = np.resize(np.concatenate(companies), size * accelerator.num_processes)[numbers]
-        return [self.prompts[int(row)]["prompt"] for row in rows], numbers.tolist()
+        return self.readers.texts(task, (self.prompts[int(row)] for row in rows)), numbers.tolist()
 
 
 def _key(roles: Sequence[Role]) -> Key:

@@ -14,9 +14,13 @@
 
 from dataclasses import dataclass, field
 
-from ..algorithms.grpo import LOSS_TYPES, SDE_SAMPLERS
+from ..algorithms.grpo import DIVERGENCE_THRESHOLD, LOSS_TYPES, SDE_SAMPLERS
 from ..algorithms.samplers import default_skip_last_steps
 from .rl_config import DiffusionRLConfig
+
+
+WINDOW_SCHEDULES = ("random", "sliding")
+SHIFT_EVERY = 25  # MixGRPO's
 
 
 @dataclass
@@ -36,12 +40,22 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             since only a step with noise has a probability.
         sde_window_size (`int`, *optional*):
             Number of consecutive steps that have noise and are trained; the others are ODE steps
-            ([MixGRPO](https://huggingface.co/papers/2507.21802)). The window's place in `sde_window_range` is drawn
-            for every round. `None` is the whole range. A smaller window trains fewer steps and is faster.
+            ([MixGRPO](https://huggingface.co/papers/2507.21802)). `None` is the whole range. A smaller window trains
+            fewer steps and is faster.
         sde_window_range (`list[int]`, *optional*):
             First step of the range, counted from 0, and the step after its last. `None` is all steps but the last,
             whose noise would stay in the image. For `"cps"` the last two are left out: one has no noise, the other
             almost none.
+        sde_window_schedule (`str`, *optional*, defaults to `"random"`):
+            Where in `sde_window_range` the window is. `"random"`: drawn anew for every round. `"sliding"`: MixGRPO's
+            progressive schedule. It begins at the first step, moves on by one step every `sde_window_shift_every`
+            updates, and stays at the end of the range.
+        sde_window_shift_every (`int`, *optional*, defaults to `25`):
+            Updates between two moves of a sliding window.
+        one_pass (`bool`, *optional*, defaults to `False`):
+            Whether the forwards of the rollout are the training forwards too, so that a trained step needs no second
+            one. The gradient is the same. The activations of all trained steps of all micro-batches of an update are
+            then kept until the images are scored. This needs `num_iterations=1`, and does not work with DeepSpeed.
 
         > Parameters that control the objective
 
@@ -49,12 +63,18 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             `"flow_grpo"`: the clipped surrogate loss of [Flow-GRPO](https://huggingface.co/papers/2505.05470).
             `"grpo_guard"`: that of [GRPO-Guard](https://huggingface.co/papers/2510.22319), which normalizes the ratios
             and balances the gradients of the steps.
+            `"dppo"`: that of [Flow-DPPO](https://huggingface.co/papers/2606.11025), which clips no ratio. It leaves
+            out an image's step if model and sampling model are further apart than `divergence_threshold` there and the
+            step would drive them further apart.
         epsilon (`float`, *optional*, defaults to `1e-4`):
             Probability ratios are clipped to `1 - epsilon` and `1 + epsilon`. Log-probabilities are means over the
             latent dimensions, so ratios are close to 1: published settings are 1e-5 to 1e-3, and 2e-6 for
             `"grpo_guard"`. For `sampler="cps"` published settings do not apply: their code leaves the variance \\( s^2
             \\) out of the log-probability, so its log-ratio is \\( 2 s^2 \\) times the true one, which is used here.
-            It has no effect while `num_iterations` is 1.
+            It has no effect while `num_iterations` is 1, or with `"dppo"`.
+        divergence_threshold (`float`, *optional*, defaults to `1e-5`):
+            Largest KL divergence from the model that drew the images at which `"dppo"` trains every step, in nats per
+            latent dimension. Like `epsilon` it has no effect while `num_iterations` is 1.
         beta (`float`, *optional*, defaults to `0.0`):
             Coefficient of the KL to the base model. The KL is in nats, a mean over latent dimensions and trained
             steps. At 0 the base is not computed. Published code of the Flow-GRPO family leaves the length of the step
@@ -76,17 +96,39 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         default=None,
         metadata={"help": "First step that windows may have, and the step after the last one.", "nargs": 2},
     )
+    sde_window_schedule: str = field(
+        default="random",
+        metadata={
+            "help": "Whether the window is drawn anew for every round, or slides from the first step to the last.",
+            "choices": list(WINDOW_SCHEDULES),
+        },
+    )
+    sde_window_shift_every: int = field(
+        default=SHIFT_EVERY, metadata={"help": "Updates after which a sliding window moves on by one step."}
+    )
+    one_pass: bool = field(
+        default=False,
+        metadata={
+            "help": "Trains on the forwards of the rollout itself. Faster, but all their activations are kept until "
+            "the images are scored."
+        },
+    )
 
     # Parameters that control the objective
     loss_type: str = field(
         default="flow_grpo",
         metadata={
-            "help": "The clipped surrogate loss of Flow-GRPO, or of GRPO-Guard (normalized ratios, balanced steps).",
+            "help": "The clipped surrogate loss of Flow-GRPO, that of GRPO-Guard (normalized ratios, balanced steps), or "
+            "the masked one of Flow-DPPO.",
             "choices": list(LOSS_TYPES),
         },
     )
     epsilon: float = field(
         default=1e-4, metadata={"help": "Probability ratios are clipped to 1 - epsilon and 1 + epsilon."}
+    )
+    divergence_threshold: float = field(
+        default=DIVERGENCE_THRESHOLD,
+        metadata={"help": "Divergence from the sampling model above which dppo leaves steps out."},
     )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
 
@@ -98,7 +140,7 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        problems += self._choice_problems("loss_type")
+        problems += self._choice_problems("loss_type", "sde_window_schedule")
         if self.sampler not in SDE_SAMPLERS:
             problems.append(
                 f"loss_type='{self.loss_type}' compares the probabilities of steps, but the steps of "
@@ -113,6 +155,33 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             problems.append(f"epsilon={self.epsilon}: it must be between 0 and 1.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
+        if self.loss_type != "dppo" and self.divergence_threshold != DIVERGENCE_THRESHOLD:
+            problems.append(
+                f"divergence_threshold={self.divergence_threshold} has no effect with loss_type='{self.loss_type}'. Set "
+                "loss_type='dppo', or leave it out."
+            )
+        elif not self.divergence_threshold > 0:
+            problems.append(
+                f"divergence_threshold={self.divergence_threshold}: it must be positive. A large one, such as 1, leaves "
+                "nothing out."
+            )
+        return problems + self._one_pass_problems()
+
+    def _one_pass_problems(self) -> list[str]:
+        if not self.one_pass:
+            return []
+        problems = []
+        if self.num_iterations > 1:
+            problems.append(
+                f"one_pass=True with num_iterations={self.num_iterations}: the rollout's forwards are the training "
+                "forwards of the round's first update alone, since weights change after it. Set num_iterations=1, or "
+                "leave out one_pass."
+            )
+        if self.deepspeed_plugin is not None:
+            problems.append(
+                "one_pass=True is not supported with DeepSpeed, whose engine takes a forward's backward before the next "
+                "forward. Use multi_gpu.yaml or fsdp2.yaml of examples/accelerate_configs/, or leave out one_pass."
+            )
         return problems
 
     def _window_problems(self) -> list[str]:
@@ -130,4 +199,22 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             ]
         if self.sde_window_size is not None and not 1 <= self.sde_window_size <= size:
             return [f"sde_window_size={self.sde_window_size}: the range of windows has {size} steps."]
-        return []
+        return self._schedule_problems(size)
+
+    def _schedule_problems(self, steps: int) -> list[str]:
+        problems = []
+        if self.sde_window_schedule != "sliding":
+            if self.sde_window_shift_every != SHIFT_EVERY:
+                problems.append(
+                    f"sde_window_shift_every={self.sde_window_shift_every} has no effect with sde_window_schedule="
+                    f"'{self.sde_window_schedule}'. Set it to 'sliding', or leave sde_window_shift_every out."
+                )
+            return problems
+        if self.sde_window_size is None or self.sde_window_size == steps:
+            problems.append(
+                f"sde_window_schedule='sliding' with sde_window_size={self.sde_window_size}: the window is the whole "
+                f"range of {steps} steps, so it can't slide. Set a smaller sde_window_size."
+            )
+        if self.sde_window_shift_every < 1:
+            problems.append(f"sde_window_shift_every={self.sde_window_shift_every}: it must be at least 1.")
+        return problems

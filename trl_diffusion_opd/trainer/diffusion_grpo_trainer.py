@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.grpo import grpo_loss, is_clipped, transition_kl
+from ..algorithms.grpo import grpo_loss, transition_kl
 from ..algorithms.rollout import WINDOW_DRAW, walk
 from ..algorithms.samplers import SamplerTable, sampler_table, sde_window
 from ..models.backbone import BASE, Backbone
@@ -42,7 +42,8 @@ class Transition:
 
     Attributes:
         x (`Tensor` of shape `(B, ...)`): the latents before the step.
-        v (`Tensor` of the same shape): the velocity of the network that drew the image.
+        v (`Tensor` of the same shape):
+            the velocity of the network that drew the image. With `one_pass` it has its graph, until its backward.
         z (`Tensor` of the same shape): the noise that was added.
     """
 
@@ -53,9 +54,10 @@ class Transition:
 
 class DiffusionGRPOTrainer(DiffusionRLTrainer):
     """
-    Trainer for GRPO of diffusion models: [Flow-GRPO](https://huggingface.co/papers/2505.05470) and
-    [GRPO-Guard](https://huggingface.co/papers/2510.22319). [DanceGRPO](https://huggingface.co/papers/2505.07818) is
-    the `sampler` `"dance_sde"`, [MixGRPO](https://huggingface.co/papers/2507.21802) an `sde_window_size`.
+    Trainer for GRPO of diffusion models: [Flow-GRPO](https://huggingface.co/papers/2505.05470),
+    [GRPO-Guard](https://huggingface.co/papers/2510.22319) and [Flow-DPPO](https://huggingface.co/papers/2606.11025).
+    [DanceGRPO](https://huggingface.co/papers/2505.07818) is the `sampler` `"dance_sde"`,
+    [MixGRPO](https://huggingface.co/papers/2507.21802) an `sde_window_size`.
 
     For each prompt it draws a group of images with a stochastic sampler and scores them. The denoising steps of images
     that are better than the rest of their group are made more probable, those of the others less. With several tasks,
@@ -136,17 +138,23 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
     def _start(self) -> None:
         super()._start()
         if self.is_world_process_zero():
-            tables.print_sde_steps(self.table, self.args.sde_range(), self.window_size)
+            sliding = self.args.sde_window_schedule == "sliding"
+            shift_every = self.args.sde_window_shift_every if sliding else None
+            tables.print_sde_steps(self.table, self.args.sde_range(), self.window_size, shift_every)
 
     # Training
 
     def _window(self) -> range:
-        """Draws the steps of this round that have noise and are trained. The same on every process."""
-        steps = self.args.sde_range()
+        """The steps of this round that have noise and are trained. The same on every process and after a resume."""
+        args, steps = self.args, self.args.sde_range()
         # The round's first update: all updates of a round use the same window.
-        first_update = self.state.global_step // self.args.num_iterations * self.args.num_iterations
-        seed = np.random.SeedSequence([self.args.seed, first_update, WINDOW_DRAW])
-        offset = int(np.random.default_rng(seed).integers(len(steps) - self.window_size + 1))
+        first_update = self.state.global_step // args.num_iterations * args.num_iterations
+        last = len(steps) - self.window_size
+        if args.sde_window_schedule == "sliding":
+            offset = min(first_update // args.sde_window_shift_every, last)
+        else:
+            seed = np.random.SeedSequence([args.seed, first_update, WINDOW_DRAW])
+            offset = int(np.random.default_rng(seed).integers(last + 1))
         return steps[offset : offset + self.window_size]
 
     def _draw_rollout(
@@ -157,11 +165,12 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         transitions: dict[int, Transition] = {}
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
-            with self._part("rollout"):
+            in_window = z is not None  # only its steps have noise
+            with self._part("rollout"), torch.set_grad_enabled(in_window and self.args.one_pass):
                 v = self.velocity_field(x, levels[j], prompts, self.args.guidance_scale, self.student.model)
-            if z is not None:  # only steps in the window have noise
+            if z is not None:
                 transitions[j] = Transition(x, v, z)
-            return v
+            return v.detach()
 
         x = self.velocity_field.initial_latents(prompts, generators)
         return self.velocity_field.clean(walk(velocity, x, table, generators)), transitions
@@ -171,15 +180,31 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
         share = self.rounds.share(rollout.task) / len(rollout.record)
         return [partial(self._loss, model, rollout, j, transition, share) for j, transition in rollout.record.items()]
 
+    @property
+    def graphs_alive(self) -> int:
+        return self.window_size * len(self.rounds) if self.args.one_pass else 1
+
     def _loss(
         self, model: nn.Module, rollout: Rollout, j: int, transition: Transition, share: float
     ) -> tuple[Tensor, Tensor]:
         args, advantages = self.args, rollout.advantages
         t, dt = float(self.table.levels[j]), float(self.table.levels[j + 1] - self.table.levels[j])
         c, s = float(self.table.c[j]), float(self.table.s[j])
-        v = self._student_velocity(model, transition.x, t, rollout.prompts)
-        loss, ratio = grpo_loss(
-            args.loss_type, v, transition.v, transition.z, advantages, c=c, s=s, dt=dt, epsilon=args.epsilon
+        if args.one_pass:
+            v = self._as_forward(model, transition.v)
+        else:
+            v = self._student_velocity(model, transition.x, t, rollout.prompts)
+        loss, ratio, removed = grpo_loss(
+            args.loss_type,
+            v,
+            transition.v.detach(),
+            transition.z,
+            advantages,
+            c=c,
+            s=s,
+            dt=dt,
+            epsilon=args.epsilon,
+            divergence_threshold=args.divergence_threshold,
         )
         kl = torch.zeros_like(loss)
         if self.backbone is not None:
@@ -187,10 +212,10 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
                 v_base = self.velocity_field(transition.x, t, rollout.prompts, args.guidance_scale, base)
             kl = transition_kl(v, v_base, c, s)
             loss = loss + args.beta * kl
-        clipped = is_clipped(ratio.detach(), advantages, args.epsilon).to(loss.dtype)
-        deviation = (ratio.detach() - 1).abs().max()
+        deviation = (ratio - 1).abs().max()
         extreme = (advantages.abs() >= args.advantage_clip).float().mean()
-        figures = torch.stack([loss.detach().mean(), kl.detach().mean(), clipped.mean(), deviation, extreme])
+        removed_share = removed.to(loss.dtype).mean()
+        figures = torch.stack([loss.detach().mean(), kl.detach().mean(), removed_share, deviation, extreme])
         return share * loss.mean(), figures
 
     def _record(self, rollout: Rollout, figures: Tensor) -> Tensor:
@@ -214,6 +239,11 @@ class DiffusionGRPOTrainer(DiffusionRLTrainer):
             "For each prompt, a group of images was drawn with a stochastic sampler and scored. The denoising steps "
             "of the better images were made more probable."
         )
-        fields["settings"]["loss"] = f"{args.loss_type}, epsilon {args.epsilon:g}, beta {args.beta:g}"
+        bound = f"epsilon {args.epsilon:g}"
+        if args.loss_type == "dppo":
+            bound = f"divergence threshold {args.divergence_threshold:g}"
+        if args.sde_window_schedule == "sliding":
+            noisy += f", moved on by one every {args.sde_window_shift_every} updates"
+        fields["settings"]["loss"] = f"{args.loss_type}, {bound}, beta {args.beta:g}"
         fields["settings"]["steps with noise and loss"] = noisy
         return fields

@@ -12,34 +12,24 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 from dataclasses import dataclass, field
 
 from ..algorithms.opd import WEIGHTINGS
 from ..guards.files import JSON
-from .base_config import DiffusionConfig
+from .taught_config import TaughtConfig
 
 
 @dataclass
-class DiffusionOPDConfig(DiffusionConfig):
+class DiffusionOPDConfig(TaughtConfig):
     r"""
     Configuration class for the [`DiffusionOPDTrainer`].
 
-    This class includes only the parameters that are specific to on-policy distillation. The parameters of all trainers
-    of this package are in [`DiffusionConfig`], and the other training arguments in
-    [`~transformers.TrainingArguments`].
+    This class includes only the parameters that are specific to on-policy distillation. Those that control the
+    teachers are in [`TaughtConfig`], those of all trainers of this package in [`DiffusionConfig`], and the other
+    training arguments in [`~transformers.TrainingArguments`].
 
     Parameters:
-        > Parameters that control the teachers
-
-        teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of the teachers that name none of their own. `None` is `guidance_scale`. With
-            `guidance_scale=1.0` and a larger scale here, the student learns its teachers' guided velocity and needs no
-            guidance itself, which halves its work.
-        batch_teachers (`bool`, *optional*, defaults to `False`):
-            Whether to compute a task's teachers in one forward, on one copy of the micro-batch for each, instead of
-            one after another. This holds for LoRAs and `"base"` with the same guidance scale. The result is the same,
-            but the forward needs as many times the memory. Refused with `torch_compile`.
-
         > Parameters that control the objective
 
         loss_type (`str`, *optional*, defaults to `"kl"`):
@@ -59,19 +49,19 @@ class DiffusionOPDConfig(DiffusionConfig):
             last one.
         beta (`float`, *optional*, defaults to `0.0`):
             Coefficient of the KL to the base model, which keeps the student near it. At 0 the base is not computed.
+        teacher_extrapolation (`float`, *optional*, defaults to `1.0`):
+            How far the target lies from the base: `v_base + teacher_extrapolation * (v_teacher - v_base)`. 1 is the
+            teacher; 1.25 goes beyond it by a quarter of what its training has changed. It costs a forward of the
+            base a trained step, which `beta` shares where the guidance scale is the same. Values above 1.5 are
+            warned of.
+        guidance_branch_weight (`float`, *optional*, defaults to `0.0`):
+            Above 0 the student learns its teachers' velocities with the prompt and without it, instead of the guided
+            velocity alone, so that it is right at other guidance scales too. The weight is that of the direction of
+            guidance, 1 is usual. Student and teachers must have one guidance scale, above 1.
         on_policy (`bool`, *optional*, defaults to `True`):
             Whether to train on the student's own trajectories (the method). `False` trains on its teacher's, for
             comparison.
     """
-
-    # Parameters that control the teachers
-    teacher_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of teachers that name none. If not set, `guidance_scale`."}
-    )
-    batch_teachers: bool = field(
-        default=False,
-        metadata={"help": "Compute a task's LoRA teachers in one forward, with a copy of the batch for each."},
-    )
 
     # Parameters that control the objective
     loss_type: str = field(
@@ -92,6 +82,14 @@ class DiffusionOPDConfig(DiffusionConfig):
         default=None, metadata={"help": "Steps that are trained, drawn anew for every update. If not set, all."}
     )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
+    teacher_extrapolation: float = field(
+        default=1.0,
+        metadata={"help": "How far the target lies from the base. 1 is the teacher, 1.25 beyond it by a quarter."},
+    )
+    guidance_branch_weight: float = field(
+        default=0.0,
+        metadata={"help": "Above 0, match both branches of guidance, the direction with this weight. 1 is usual."},
+    )
     on_policy: bool = field(
         default=True, metadata={"help": "Train on the student's own trajectories (the method), or on its teacher's."}
     )
@@ -102,6 +100,7 @@ class DiffusionOPDConfig(DiffusionConfig):
             "num_inference_steps": self.eval_num_inference_steps,
             "guidance_scale": self.evaluation_guidance,
             "teacher_guidance_scale": self.teacher_guidance_scale,
+            "prompt_templates": self.prompt_templates,
             "height": self.height,
             "width": self.width,
             "max_sequence_length": self.max_sequence_length,
@@ -126,10 +125,22 @@ class DiffusionOPDConfig(DiffusionConfig):
             problems.append(
                 "loss_type='policy_gradient' is an estimate on the student's own trajectories: set on_policy=True."
             )
-        if self.teacher_guidance_scale is not None and self.teacher_guidance_scale < 1:
-            problems.append(f"teacher_guidance_scale={self.teacher_guidance_scale}: it must be at least 1.0.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
+        if not 0 <= self.teacher_extrapolation < math.inf:
+            problems.append(
+                f"teacher_extrapolation={self.teacher_extrapolation}: it must be at least 0. 1 is the teacher, 0 the "
+                "base; below 0 the student would learn the opposite of its teacher."
+            )
+        if not 0 <= self.guidance_branch_weight < math.inf:
+            problems.append(
+                f"guidance_branch_weight={self.guidance_branch_weight}: it must be at least 0, which is off."
+            )
+        if self.guidance_branch_weight > 0 and self.loss_type == "policy_gradient":
+            problems.append(
+                "guidance_branch_weight compares velocities in closed form, and the policy gradient sees the guided "
+                "step alone: set loss_type='kl', or guidance_branch_weight=0."
+            )
         if self.skip_last_steps is not None and not 0 <= self.skip_last_steps < self.num_inference_steps:
             problems.append(
                 f"skip_last_steps={self.skip_last_steps}: it must leave at least one of the "

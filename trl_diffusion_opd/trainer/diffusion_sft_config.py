@@ -15,30 +15,25 @@
 from dataclasses import dataclass, field
 
 from ..algorithms.sft import TIMESTEP_DENSITIES
-from .base_config import DiffusionConfig
+from .taught_config import TaughtConfig
 
 
 @dataclass
-class DiffusionSFTConfig(DiffusionConfig):
+class DiffusionSFTConfig(TaughtConfig):
     r"""
     Configuration class for the [`DiffusionSFTTrainer`].
 
-    This class includes only the parameters that are specific to supervised fine-tuning. The parameters of all trainers
-    of this package are in [`DiffusionConfig`], and the other training arguments in
-    [`~transformers.TrainingArguments`]. The loss needs no trajectory: `num_inference_steps`, `sampler` and
-    `noise_level` only matter for the images that teachers draw. `guidance_scale` is used by teachers and in
-    evaluations; the student is trained without guidance.
+    This class includes only the parameters that are specific to supervised fine-tuning. Those that control the
+    teachers are in [`TaughtConfig`], those of all trainers of this package in [`DiffusionConfig`], and the other
+    training arguments in [`~transformers.TrainingArguments`]. The loss needs no trajectory: `num_inference_steps`,
+    `sampler` and `noise_level` only matter for the images that teachers draw. `guidance_scale` is used by teachers and
+    in evaluations; the student is trained without guidance.
 
     Parameters:
         > Parameters that control the images
 
         image_column (`str`, *optional*, defaults to `"image"`):
             Column of the dataset with the images. Not needed with teachers.
-        teacher_guidance_scale (`float`, *optional*):
-            Guidance scale of the teachers that name none of their own. `None` is `guidance_scale`.
-        batch_teachers (`bool`, *optional*, defaults to `False`):
-            Whether to compute a task's teachers in one forward, on one copy of the micro-batch for each. This holds
-            for LoRAs and `"base"` with the same guidance scale. Refused with `torch_compile`.
         teacher_cache_dir (`str`, *optional*):
             Folder for the latents of the teachers' images. They are drawn once, before the first update. An existing
             folder is reused, and completed if images are missing. `None` draws fresh images for every update.
@@ -57,13 +52,6 @@ class DiffusionSFTConfig(DiffusionConfig):
 
     # Parameters that control the images
     image_column: str = field(default="image", metadata={"help": "Column of the dataset with the images."})
-    teacher_guidance_scale: float | None = field(
-        default=None, metadata={"help": "Guidance scale of teachers that name none. If not set, `guidance_scale`."}
-    )
-    batch_teachers: bool = field(
-        default=False,
-        metadata={"help": "Compute a task's LoRA teachers in one forward, with a copy of the batch for each."},
-    )
     teacher_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for the teachers' images. If not set, every update draws fresh ones."}
     )
@@ -87,8 +75,6 @@ class DiffusionSFTConfig(DiffusionConfig):
                 f"logit_mean={self.logit_mean} and logit_std={self.logit_std} have no effect with "
                 "timestep_density='uniform': leave them unset, or choose 'logit_normal'."
             )
-        if self.teacher_guidance_scale is not None and self.teacher_guidance_scale < 1:
-            problems.append(f"teacher_guidance_scale={self.teacher_guidance_scale}: it must be at least 1.0.")
         if self.num_images_per_prompt < 1:
             problems.append(f"num_images_per_prompt={self.num_images_per_prompt}: it must be at least 1.")
         if self.num_images_per_prompt > 1 and self.teacher_cache_dir is None:

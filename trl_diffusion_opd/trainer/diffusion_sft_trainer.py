@@ -33,9 +33,10 @@ from ..algorithms.rollout import CACHE_DRAW, EVAL_DRAW, gaussian, sample_generat
 from ..algorithms.samplers import SamplerTable, sampler_table
 from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
+from ..data.readers import Readers, Texts, read_columns
 from ..data.tasks import task_rows
+from ..models.roles import model_identity
 from ..models.teacher_config import TeacherSpec
-from ..models.teachers import model_identity
 from ..pipelines.experts import Experts
 from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
@@ -178,6 +179,12 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             parts.method["table"] = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
         loaded = len(problems)
         load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
+        bank = parts.method.get("bank")
+        if args.teacher_cache_dir is not None and bank is not None and bank.has_student:
+            problems.append(
+                f'teacher_cache_dir={args.teacher_cache_dir!r}: the images of the teacher "student" change as it learns, '
+                "so they can't be kept. Leave it unset."
+            )
         if args.teacher_cache_dir is not None and len(problems) == loaded and parts.rounds.tasks:
             cache = parts.method["cache"] = _make_cache(parts)
             problems += [f"teacher_cache_dir: {problem}" for problem in cache.problems()]
@@ -247,21 +254,21 @@ class DiffusionSFTTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _teacher_latents(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
-        """Draws latents of images with the task's teachers and the sampler of the arguments."""
+        """Draws latents of images with the task's teachers, which read these prompts, and the arguments' sampler."""
+        texts = Texts(prompts, prompts, prompts)
         x = self.velocity_field.initial_latents(prompts, generators)
         levels = self.table.levels.tolist()
-        x = walk(lambda j, x, _: self._target(task, x, levels[j], prompts), x, self.table, generators)
+        x = walk(lambda j, x, _: self._target(task, x, levels[j], texts), x, self.table, generators)
         return self.velocity_field.clean(x)
 
-    def _latents(self, task: str, rows: Sequence[Row], generators: list[torch.Generator]) -> Tensor:
-        prompts = [row["prompt"] for row in rows]
+    def _latents(self, task: str, rows: Sequence[Row], texts: Texts, generators: list[torch.Generator]) -> Tensor:
         if self.bank is None:
             return self.velocity_field.encode([row[self.args.image_column] for row in rows])
         if self.cache is None:
-            return self._teacher_latents(task, prompts, generators)
+            return self._teacher_latents(task, texts.teacher, generators)
         n = self.args.num_images_per_prompt
         chosen = [int(torch.randint(n, (1,), generator=generator)) for generator in generators]
-        latents = [self.cache.read(task, prompt, which) for prompt, which in zip(prompts, chosen, strict=True)]
+        latents = [self.cache.read(task, text, which) for text, which in zip(texts.teacher, chosen, strict=True)]
         return torch.stack(latents).to(self.accelerator.device)
 
     # Training
@@ -274,11 +281,12 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         self._in_eval_mode(model)
         task, positions = self.turn(self._micro_step, inputs)
         generators = sample_generators([self.args.seed, self.state.global_step, self.tasks.index(task)], positions)
-        x0 = self._latents(task, inputs, generators)
+        texts = self.texts(task, inputs)
+        x0 = self._latents(task, inputs, texts, generators)
         q = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
         eps = gaussian(generators, x0)
         with self._gradient_sync(model, last=True):
-            loss = self._flow_loss(model, x0, eps, q, [row["prompt"] for row in inputs])
+            loss = self._flow_loss(model, x0, eps, q, texts.student)
             self._backward(self.rounds.share(task) * loss.mean())
         mean = self._record(task, loss.detach().mean())
         self._end_micro_batch()
@@ -288,8 +296,8 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     def trained_scale(self) -> float:
         return 1.0
 
-    def guidance_scales(self, task: str) -> set[float]:
-        return {1.0}
+    def teacher_scales(self, task: str) -> set[float]:
+        return set() if self.cache is not None else super().teacher_scales(task)
 
     def _flow_loss(self, model: nn.Module, x0: Tensor, eps: Tensor, q: Tensor, prompts: list[str]) -> Tensor:
         """The loss of each image. `q`, in (0, 1), is the quantile of its timestep in the configured distribution."""
@@ -324,17 +332,18 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         losses: dict[str, float] = {}
         for task, of_task in task_rows(dataset, self.args.task_column).items():
             rows = [dataset[int(row)] for row in np.resize(of_task, first + size)[first:]]
+            texts = self.texts(task, rows)
             entropy = [self.args.seed, EVAL_DRAW, self.tasks.index(task)]
             generators = sample_generators(entropy, range(first, first + size))
             if self.bank is None:
-                x0 = self._latents(task, rows, generators)
+                x0 = self._latents(task, rows, texts, generators)
             else:  # the cache only has images for the training prompts
-                x0 = self._teacher_latents(task, [row["prompt"] for row in rows], generators)
+                x0 = self._teacher_latents(task, texts.teacher, generators)
             parts = []
             for k in range(_EVAL_LEVELS):
                 q = torch.full((len(rows),), (k + 0.5) / _EVAL_LEVELS, dtype=torch.float64)
                 eps = gaussian(generators, x0)
-                parts.append(self._flow_loss(model, x0, eps, q, [row["prompt"] for row in rows]).mean())
+                parts.append(self._flow_loss(model, x0, eps, q, texts.student).mean())
             gathered = self.accelerator.gather(torch.stack(parts)[None]).cpu().double()
             losses[f"{metric_key_prefix}_loss/{task}"] = float(gathered.mean())
         return {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses), **losses}
@@ -371,8 +380,11 @@ def _has_images(dataset: Dataset, args: DiffusionSFTConfig, with_teachers: bool)
 def _make_cache(parts: Parts) -> LatentCache:
     args = parts.args
     assert isinstance(args, DiffusionSFTConfig) and args.teacher_cache_dir is not None
-    prompts = parts.train_dataset["prompt"][:]
-    of_task = {task: list(dict.fromkeys(prompts[row] for row in rows)) for task, rows in parts.rounds.rows.items()}
+    read = parts.train_dataset.select_columns(read_columns(parts.train_dataset))
+    of_task = {  # what the teachers draw
+        task: list(dict.fromkeys(Readers().texts_of(task, read.select(rows)[:]).teacher))
+        for task, rows in parts.rounds.rows.items()
+    }
     settings = {
         "base": parts.method["_base_digest"],
         "teachers": {task: model_identity(roles) for task, roles in parts.method["bank"].teachers.items()},

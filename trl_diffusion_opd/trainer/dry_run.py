@@ -16,37 +16,36 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..algorithms.flow import velocity_gap_sq
-from ..algorithms.opd import StepPlan
+from ..algorithms.opd import StepPlan, extrapolated_target
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
-from ..data.tasks import task_rows
+from ..data.readers import Texts
 from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
-from ..models.teachers import TeacherBank
+from ..models.targets import anchor_scales
+from ..models.teachers import Role, TeacherBank
 from ..reporting import console as tables
-from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .dry_run_shared import (
     Clock,
     Peak,
-    Pictures,
     as_in_training,
-    draw,
+    draw_models,
     first_update,
     memory,
     number_of_updates,
     score_pictures,
+    teacher_warnings,
     write_pictures,
 )
-from .training_pictures import captioned
 
 
 logger = logging.getLogger(__name__)
@@ -84,9 +83,9 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         for i in range(len(trainer.tasks)):  # the first micro-batch of each task
             rows = [trainer.train_dataset[row] for row in batches[i]]
             task, positions = trainer.turn(i, rows)
-            prompts = [row["prompt"] for row in rows]
-            tasks[task], cost = _walk(trainer, bank, plan, task, prompts, positions)
-            cost["update"], used = _forward_backward(trainer, float(plan.table.levels[0]), prompts, positions)
+            texts = trainer.texts(task, rows)
+            tasks[task], cost = _walk(trainer, bank, plan, task, texts, positions)
+            cost["update"], used = _forward_backward(trainer, float(plan.table.levels[0]), texts.student, positions)
             costs.append(cost)
             activations.append(used)
         pairs = trainer.task_comparison().pairs(sampler, thorough=True)
@@ -99,9 +98,9 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
         "seconds_per_update": seconds,
         "updates": updates,
         "seconds": seconds * updates,
-        "warnings": [*_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
+        "warnings": [*teacher_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
     }
-    images = _draw(trainer)
+    images = draw_models(trainer)
     if trainer.accelerator.is_main_process:
         scored = score_pictures(trainer.evaluator, images, trainer.state)
         for task, of_task in scored.items():
@@ -120,9 +119,9 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
 
 @torch.no_grad()
 def _walk(
-    trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, prompts: list[str], positions: list[int]
+    trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, texts: Texts, positions: list[int]
 ) -> tuple[dict[str, JSON], dict[str, float]]:
-    """Returns a task's figures, and the seconds of one forward of `"student"`, `"teachers"` and `"base"`."""
+    """Returns a task's figures, and the seconds of a step's forwards: `"student"`, `"target"` and `"base"`."""
     args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     assert isinstance(args, DiffusionOPDConfig)
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
@@ -136,27 +135,30 @@ def _walk(
     def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
         t = levels[j]
         with clock("student"):
-            student = field(x, t, prompts, args.guidance_scale, trainer.student.model)
-        target, of_teachers = torch.zeros_like(x), []
+            student = field(x, t, texts.student, args.guidance_scale, trainer.student.model)
+        target, of_base, of_teachers = torch.zeros_like(x), torch.zeros_like(x), []
         for i, role in enumerate(roles):
-            scale = role.guidance_scale
             with clock(f"teacher {i}"):
-                own = bank.velocity(field, role, x, t, prompts)
+                own = bank.velocity(field, role, x, t, texts.teacher)
+            # The base reads what the teacher reads: their weights are compared.
             with bank.use(None) as module, clock("base"):
-                base = field(x, t, prompts, scale, module)
+                base = field(x, t, texts.teacher, role.guidance_scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
+            of_base += role.weight * base
             if j == len(plan) - 1 and role.teacher.kind == "lora":
                 with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
-                    again = bank.velocity(field, role, x, t, prompts)
+                    again = bank.velocity(field, role, x, t, texts.teacher)
                 rounding[i] = max(rounding[i], math.sqrt(velocity_gap_sq(own, again).mean() / own.square().mean()))
         if shares_forwards:
             with clock("teachers"):
-                bank.mean_velocity(field, roles, x, t, prompts)
+                bank.mean_velocity(field, roles, x, t, texts.teacher)
+        if anchor_scales(roles, args.teacher_extrapolation):
+            target = extrapolated_target(target, of_base, args.teacher_extrapolation)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
-    walk(velocity, field.initial_latents(prompts, generators), plan.walked, generators)
+    walk(velocity, field.initial_latents(texts.student, generators), plan.walked, generators)
     local = torch.stack([torch.stack(row) for row in squares])
     sums = trainer.accelerator.gather(local[None]).cpu().double().mean(0)
     rounding = [max(column) for column in zip(*gather_object([rounding]), strict=True)]
@@ -176,9 +178,24 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    alone = ["teachers"] if shares_forwards else [f"teacher {i}" for i in range(len(roles))]
-    teachers = sum(map(clock.median, alone))
-    return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
+    return figures, _costs(args, roles, texts, clock, "teachers" if shares_forwards else None)
+
+
+def _costs(
+    args: DiffusionOPDConfig, roles: Sequence[Role], texts: Texts, clock: Clock, together: str | None
+) -> dict[str, float]:
+    """
+    The seconds that [`update_seconds`] takes, of one step. `together` is the clock's name for the teachers' shared
+    forwards, if they share some.
+    """
+    teachers = [together] if together is not None else [f"teacher {i}" for i in range(len(roles))]
+    anchors, base = anchor_scales(roles, args.teacher_extrapolation), clock.median("base")
+    shared = texts.prompt == texts.teacher and args.guidance_scale in anchors
+    return {
+        "student": clock.median("student"),
+        "target": sum(map(clock.median, teachers)) + len(anchors) * base,
+        "base": 0.0 if args.beta == 0 or shared else base,
+    }
 
 
 def _forward_backward(
@@ -215,48 +232,12 @@ def update_seconds(
         args ([`DiffusionOPDConfig`]), plan ([`StepPlan`]): the config, and the trained steps.
         micro_batches (`int`): micro-batches of each task in an update.
         costs (`list[dict[str, float]]`): for each task, measured on one micro-batch: the seconds of one step's
-            `"student"`, `"teachers"` and `"base"` forward, and of the forward and backward of an `"update"`.
+            `"student"` forward, of those for the `"target"`, of the `"base"` for `beta` alone, and of the forward and
+            backward of an `"update"`.
     """
     seconds = 0.0
     walked, trained = plan.expected_steps(args.num_trained_timesteps)
     for cost in costs:
-        seconds += trained * (cost["teachers"] + cost["update"] + (cost["base"] if args.beta > 0 else 0.0))
-        seconds += (walked - trained) * cost["student" if args.on_policy else "teachers"]
+        seconds += trained * (cost["target"] + cost["update"] + cost["base"])
+        seconds += (walked - trained) * cost["student" if args.on_policy else "target"]
     return seconds * micro_batches
-
-
-def _warnings(tasks: dict[str, dict[str, JSON]]) -> list[str]:
-    return [
-        f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
-        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right "
-        "LoRA?"
-        for task, figures in tasks.items()
-        for teacher in figures["teachers"]
-        if teacher["kind"] != "base" and teacher["gap_to_base"] <= teacher["rounding"]
-    ]
-
-
-# Pictures
-
-
-def _draw(trainer: DiffusionTrainer) -> Pictures:
-    """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
-    evaluated = trainer.eval_dataset
-    if isinstance(evaluated, Mapping):
-        evaluated = next(iter(evaluated.values()))
-    firsts: dict[str, Row] = {}  # an evaluation may lack tasks, whose rows are then of the training data
-    for dataset in (trainer.train_dataset, evaluated):
-        if dataset is not None:
-            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}
-    scale = trainer.args.evaluation_guidance
-    pictures: Pictures = {}
-    for task, row in firsts.items():
-        of_task = {}
-        for frozen in trainer.frozen_models(task):
-            velocity = frozen.velocity(trainer.evaluator.field)
-            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, row["prompt"])
-        with trainer.student.ema_weights():
-            velocity = trainer.evaluator.student_velocity()
-            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, row["prompt"])
-        pictures[task] = row, of_task
-    return pictures

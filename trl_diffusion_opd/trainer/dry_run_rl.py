@@ -138,7 +138,8 @@ def _cost(
     seconds += micro_batches * sum(clock.median(f"loss {task}") for task in trainer.tasks)
     seconds = max(gather_object([seconds]))
     forwards = processes * (of_round.forwards / passes + micro_batches * of_losses.forwards)
-    backwards = processes * micro_batches * of_losses.backwards
+    # In GRPO's one pass the forwards of the round have gradients.
+    backwards = round(processes * (of_round.backwards / passes + micro_batches * of_losses.backwards))
     return {
         "forwards_per_update": forwards,
         "backwards_per_update": backwards,
@@ -160,16 +161,17 @@ def _losses(
     """Computes the loss of each task's first micro-batch. Returns the samples computed, and the bytes used."""
     parameters, device = trainer.student.parameters(), trainer.accelerator.device
 
-    def take(rollout: Rollout) -> int:
+    def take(rollout: Rollout, again: bool = False) -> int:
         peak, used = Peak(device), 0
         for loss_of in losses(rollout):
             loss, _ = loss_of()
             peak.look()
             # Not backward(): the parameters' own gradients stay as they are.
-            used = max(used, peak.without(torch.autograd.grad(loss, parameters, allow_unused=True)))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=again)
+            used = max(used, peak.without(gradients))
         return used
 
-    used = [take(rollouts[0])]  # a first call that is not timed, since it sets things up
+    used = [take(rollouts[0], again=True)]  # a first call that is not timed, since it sets things up
     with counted(networks) as count:
         for task, rollout in zip(trainer.tasks, rollouts, strict=False):
             with clock(f"loss {task}"):

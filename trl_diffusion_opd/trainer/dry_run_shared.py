@@ -31,9 +31,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerState
 
-from ..data.tasks import TaskSampler
+from ..data.tasks import TaskSampler, task_rows
 from ..guards.extras import extra
-from ..guards.files import file_name
+from ..guards.files import JSON, file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
 from ..pipelines.drawing import Velocity, draw_with
 from ..pipelines.view import exchanged_forward
@@ -43,6 +43,7 @@ from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .image_evaluator import ImageEvaluator
 from .memory_estimate import estimate_memory
+from .training_pictures import captioned
 
 
 # As in training
@@ -184,6 +185,18 @@ def memory(trainer: DiffusionTrainer, extra: Mapping[str, int], measured: int, w
     return {**rows, "peak": peak}
 
 
+def teacher_warnings(tasks: Mapping[str, dict[str, JSON]]) -> list[str]:
+    """Warns of teachers that do not differ from the base."""
+    return [
+        f"The teacher {teacher['teacher']} of task {task!r} does not differ from the base: its velocities are "
+        f"{teacher['gap_to_base']:.1e} apart (relative), and {teacher['rounding']:.1e} is rounding. Is it the right "
+        "LoRA?"
+        for task, figures in tasks.items()
+        for teacher in figures["teachers"]
+        if teacher["kind"] not in ("base", "student") and teacher["gap_to_base"] <= teacher["rounding"]
+    ]
+
+
 # Pictures
 
 # For each task the row of the data, and the images by caption.
@@ -195,6 +208,29 @@ def draw(evaluator: ImageEvaluator, velocity: Velocity, task: str, prompt: str) 
     entropy = [evaluator.args.seed, evaluator.tasks.index(task)]
     ((_, image),) = draw_with(evaluator.field, velocity, [prompt], entropy=entropy, batch_size=1)
     return image
+
+
+def draw_models(trainer: DiffusionTrainer) -> Pictures:
+    """Draws each model's image, by caption, for each task's first evaluated row, all from the same noise."""
+    evaluated = trainer.eval_dataset
+    if isinstance(evaluated, Mapping):
+        evaluated = next(iter(evaluated.values()))
+    firsts: dict[str, Row] = {}  # an evaluation may lack tasks, whose rows are then of the training data
+    for dataset in (trainer.train_dataset, evaluated):
+        if dataset is not None:
+            firsts |= {t: dataset[int(rows[0])] for t, rows in task_rows(dataset, trainer.args.task_column).items()}
+    scale = trainer.args.evaluation_guidance
+    pictures: Pictures = {}
+    for task, row in firsts.items():
+        of_task, texts = {}, trainer.texts(task, [row])
+        for frozen in trainer.frozen_models(task):
+            velocity = frozen.velocity(trainer.evaluator.field)
+            of_task[frozen.caption] = draw(trainer.evaluator, velocity, task, texts.of(frozen.reader)[0])
+        with trainer.student.ema_weights():
+            velocity = trainer.evaluator.student_velocity()
+            of_task[captioned("student", scale)] = draw(trainer.evaluator, velocity, task, texts.student[0])
+        pictures[task] = row, of_task
+    return pictures
 
 
 def score_pictures(

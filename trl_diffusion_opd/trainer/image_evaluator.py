@@ -30,11 +30,12 @@ from PIL.Image import Image
 from tqdm import tqdm
 from transformers import TrainerState
 
+from ..data.readers import Reader
 from ..data.tasks import task_rows
 from ..models.student import Student
 from ..pipelines.drawing import Velocity, draw_with
 from ..pipelines.velocity import VelocityField
-from ..reporting.completions import Completion
+from ..reporting.completions import STUDENT_READ, Completion
 from ..rewards import RewardFunc, Scorer, reward_name
 from ..rewards.common_scale import Reference, on_common_scale
 from .base_config import DiffusionConfig
@@ -83,6 +84,7 @@ class ImageEvaluator:
         self.tasks = tasks
         self.reward_funcs = reward_funcs
         self.args = args
+        self.readers = args.readers
         self.accelerator = accelerator
 
     def monitor(self, task: str, state: TrainerState) -> Scorer:
@@ -102,16 +104,17 @@ class ImageEvaluator:
         update: int = 0,
         on_batch: Callable[[list[int], list[Image]], None] | None = None,
         velocity: Velocity | None = None,
+        reader: Reader = "student",
     ) -> list[tuple[int, Image]]:
         """
         Draws this process's share of the images of `dataset[rows]`, as `(position in rows, image)`: with the student's
-        current weights, or with another model's `velocity`.
+        current weights, or with another model's `velocity`, for what `reader` reads of the rows.
         """
         try:
             return draw_with(
                 self.field,
                 self.student_velocity() if velocity is None else velocity,
-                [dataset[row]["prompt"] for row in rows],
+                self.readers.texts(task, (dataset[row] for row in rows)).of(reader),
                 entropy=[self.args.seed, self.tasks.index(task)],
                 batch_size=self.args.per_device_eval_batch_size,
                 process=(self.accelerator.process_index, self.accelerator.num_processes),
@@ -186,10 +189,11 @@ class ImageEvaluator:
         state: TrainerState,
         record: Recording,
         velocity: Velocity | None = None,
+        reader: Reader = "student",
     ) -> dict[str, list[float | None]]:
         """
-        Draws and scores the images of `dataset[rows]`, the student's or those of another `velocity`; each batch is
-        scored while the next is drawn. Returns scores by reward, of all processes.
+        Draws and scores the images of `dataset[rows]`, the student's or those of another `velocity`, for what `reader`
+        reads; each batch is scored while the next is drawn. Returns scores by reward, of all processes.
         """
         with self.monitor(task, state) as scorer:
 
@@ -200,7 +204,7 @@ class ImageEvaluator:
                 )
 
             start = time.perf_counter()
-            self.draw(dataset, task, rows, state.global_step, submit, velocity)
+            self.draw(dataset, task, rows, state.global_step, submit, velocity, reader)
             record.seconds["generation_time"] += time.perf_counter() - start - scorer.waited
             scores = scorer.results()
         for name, taken in scorer.seconds.items():
@@ -215,6 +219,7 @@ class ImageEvaluator:
         state: TrainerState,
         tasks: Collection[str] | None = None,
         velocity: Velocity | None = None,
+        reader: Reader = "student",
     ) -> list[Completion]:
         """
         Draws images for the first prompts of each task. The same on every process.
@@ -223,6 +228,7 @@ class ImageEvaluator:
             dataset ([`~datasets.Dataset`]), state ([`~transformers.TrainerState`])
             tasks (`list[str]`, *optional*): the tasks to draw for. By default, all.
             velocity (`Callable`, *optional*): the model that draws. By default, the student with its averaged weights.
+            reader (`str`, *optional*): what that model reads of a row: see [`Readers`].
         """
         shown: list[tuple[int, int, Completion]] = []
         with self.student.ema_weights() if velocity is None else nullcontext():
@@ -230,16 +236,20 @@ class ImageEvaluator:
                 if tasks is not None and task not in tasks:
                     continue
                 entries = [dataset[int(row)] for row in rows[: self.args.num_completions_to_print]]
-                mine = self.draw(dataset, task, rows[: len(entries)].tolist(), state.global_step, velocity=velocity)
+                numbers = rows[: len(entries)].tolist()
+                mine = self.draw(dataset, task, numbers, state.global_step, velocity=velocity, reader=reader)
                 images = [image for _, image in mine]
                 with self.monitor(task, state) as scorer:
                     scorer.submit([entries[i] for i, _ in mine], images)
                     scores = scorer.results()
+                read = self.readers.texts(task, entries).student
                 for n, (i, image) in enumerate(mine):
                     rewards = {name: values[n] for name, values in scores.items()}
                     columns = {
                         name: values[n] for name, values in scorer.log.extra.items() if len(values) == len(mine)
                     }
+                    if task in self.readers.templates:
+                        columns[STUDENT_READ] = read[i]
                     shown.append((k, i, Completion(entries[i]["prompt"], task, image, rewards, columns)))
         return [completion for _, _, completion in sorted(gather_object(shown), key=lambda item: item[:2])]
 

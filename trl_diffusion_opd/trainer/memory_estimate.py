@@ -27,6 +27,8 @@ from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
 from ..acceleration.quantization import plain_tensors, scales
+from ..data.readers import rows_of
+from ..data.tasks import task_of
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
 from .base_trainer import DiffusionTrainer
@@ -45,7 +47,7 @@ def estimate_memory(
     Estimates the peak memory of training on one process's device, part by part, in bytes.
 
     Weights are counted. Activations are those of the student's forward and backward on one micro-batch of the data's
-    longest prompt. They are computed from shapes alone, so a network of any size takes seconds, even if it does not
+    longest prompt, and with GRPO's `one_pass` those of all forwards that wait for their backward. They are computed from shapes alone, so a network of any size takes seconds, even if it does not
     fit. The optimizer's memory is measured on a small weight. Not counted: memory that the allocator rounds up and
     keeps, workspaces of kernels, the CUDA context (some 0.5 GiB), DDP's buckets, the decoder's activations in
     evaluations, reward models.
@@ -76,9 +78,14 @@ def estimate_memory(
     # FSDP2 splits the gradients only in the update's last backward.
     rows["gradients"] = _row(trained, dtypes, "as the student" if shards == 1 else "as the student, whole")
     rows["optimizer"] = _row(round(state * trained) // shards, set(), f"{state:.2f} bytes a byte of the student")
+    if beside := trainer.trained_beside():  # its gradients are there when the student's are not
+        size = round(state * sum(p.nbytes for p in beside)) // (shards if trainer.student.is_lora else 1)
+        rows["second optimizer"] = _row(size, set(), f"{state:.2f} bytes a byte of what it trains")
     resident = sum(row["bytes"] for row in rows.values())
     activations = activation_bytes(trainer, device_type)
-    how = "from shapes: forward and backward of a micro-batch"
+    how, graphs = "from shapes: forward and backward of a micro-batch", trainer.graphs_alive
+    if graphs > 1:
+        how = f"from shapes: {graphs} forwards of a micro-batch that wait for their backwards"
     if activations is None:
         how = "not estimated: the network's shapes depend on values"
     rows["activations"] = _row(activations or 0, set(), how)
@@ -86,7 +93,10 @@ def estimate_memory(
         "the student's backward": resident + (activations or 0),
         "the optimizer's step": resident + round(temporary * trained) // shards,
         "encoding prompts": resident + sum(row["bytes"] for name, row in elsewhere.items() if name != "vae"),
-        "decoding images": resident + sum(row["bytes"] for name, row in elsewhere.items() if name == "vae"),
+        # Graphs that wait for their backward wait for the images' scores, too.
+        "decoding images": resident
+        + sum(row["bytes"] for name, row in elsewhere.items() if name == "vae")
+        + (activations or 0) * (graphs > 1),
     }
     moment = max(moments, key=lambda name: moments[name])
     without = " and activations" if activations is None else ""
@@ -179,11 +189,11 @@ def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) 
         base.enable_gradient_checkpointing()
     device_type = device_type or trainer.accelerator.device.type
     # Teachers' forwards keep nothing for a backward, but with guidance they may have more rows than the student's.
-    trained = trainer.trained_scale
+    trained, longest = trainer.trained_scale, _longest(trainer)
     scales = {scale for task in trainer.tasks for scale in trainer.guidance_scales(task)} - {trained}
     try:
         return max(
-            _of_scale(trainer, model, base, scale, device_type, backward=scale == trained)
+            _of_scale(trainer, model, base, scale, device_type, longest, backward=scale == trained)
             for scale in (trained, *scales)
         )
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -193,21 +203,36 @@ def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) 
             base.disable_gradient_checkpointing()
 
 
+def _longest(trainer: DiffusionTrainer) -> str:
+    """The longest text that a model reads of the data's first rows."""
+    rows, column = rows_of(trainer.prompts[:_LOOKED_AT]), trainer.args.task_column
+    texts = [trainer.readers.texts(task_of(row, column), [row]) for row in rows]
+    return max((text for one in texts for text in one.prompt + one.student + one.teacher), key=len)
+
+
 def _of_scale(
-    trainer: DiffusionTrainer, model: nn.Module, base: nn.Module, scale: float, device_type: str, backward: bool
+    trainer: DiffusionTrainer,
+    model: nn.Module,
+    base: nn.Module,
+    scale: float,
+    device_type: str,
+    longest: str,
+    backward: bool,
 ) -> int:
-    precision, field, data = trainer.mixed_dtype, trainer.velocity_field, trainer.train_dataset
-    longest = max(data[: min(len(data), _LOOKED_AT)]["prompt"], key=len)
+    precision, field = trainer.mixed_dtype, trainer.velocity_field
     prompts = [longest] * trainer.args.train_batch_size
     calls: list[dict[str, object]] = []
 
     def network(**inputs: object) -> tuple:
         # Some pipelines call the network once for the prompt and once for the empty prompt. Zeros let them go on.
         calls.append(inputs)
-        _, (velocity,) = pass_in_shapes(model, base, [inputs], device_type, precision, backward=False)
+        _, _, (velocity,) = pass_in_shapes(model, base, [inputs], device_type, precision, backward=False)
         return (tree_map(lambda v: torch.zeros(v.shape, dtype=v.dtype, device=trainer.accelerator.device), velocity),)
 
     with torch.no_grad():
         x = field.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
         field(x, float(field.levels[0]), prompts, scale, network)
-    return step_bytes(model, base, calls, device_type=device_type, precision=precision, backward=backward)
+    graphs = trainer.graphs_alive if backward else 1
+    return step_bytes(
+        model, base, calls, device_type=device_type, precision=precision, backward=backward, graphs=graphs
+    )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import TrainerState
 from trl.models.utils import _ForwardRedirection
 
+from ..data.readers import Texts
 from ..guards.redaction import shown
 from ..models.student import Student
 from ..models.teachers import TeacherBank
@@ -45,6 +46,11 @@ class StudentPasses:
     bank: TeacherBank | None
     _part: Callable[[str], AbstractContextManager[None]]
     _redirect: _ForwardRedirection
+
+    @property
+    def graphs_alive(self) -> int:
+        """Forwards of a micro-batch whose activations are kept at once, at most."""
+        return 1
 
     @contextmanager
     def _gradient_sync(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -85,21 +91,36 @@ class StudentPasses:
         prompts: list[str],
         guidance_scale: float | None = None,
         field: VelocityField | None = None,
+        branches: bool = False,
     ) -> Tensor:
-        """The student's velocity with gradient. To DDP, a whole pipeline step is one forward of the wrapper."""
+        """
+        The student's velocity with gradient, with `branches` as [`VelocityField.branches`] returns it. To DDP, a whole
+        pipeline step is one forward of the wrapper.
+        """
         own = self.student.model  # the network inside the wrapper
         field = self.velocity_field if field is None else field
+        velocity: Callable[..., Tensor] = field.branches if branches else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         with self._part("student"):
             if own is model:
-                return field(*inputs, model)
-            return self._redirect(model, own, field, *inputs, own)
+                return velocity(*inputs, model)
+            return self._redirect(model, own, velocity, *inputs, own)
 
-    def _target(self, task: str, x: Tensor, t: float, prompts: list[str]) -> Tensor:
-        """The weighted mean velocity of the task's teachers, each with its own guidance scale."""
+    def _as_forward(self, model: nn.Module, output: Tensor) -> Tensor:
+        """
+        What the student's network has computed with gradient outside of the wrapper `model`, as if inside of it.
+
+        DDP learns in a forward which gradients the next backward will give, and waits for these. That forward may come
+        after the network's own: it need not compute anything.
+        """
+        own = self.student.model
+        return output if own is model else self._redirect(model, own, lambda: output)
+
+    def _target(self, task: str, x: Tensor, t: float | list[float], texts: Texts) -> Tensor:
+        """The weighted mean velocity of the task's teachers, each with its own guidance scale, on what they read."""
         assert self.bank is not None
         with self._part("teacher"):
-            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, prompts)
+            return self.bank.mean_velocity(self.velocity_field, self.bank.teachers[task], x, t, texts.teacher)
 
     def _gather_finite(self, task: str, levels: Mapping[int, float] | None, values: Tensor) -> Tensor:
         """

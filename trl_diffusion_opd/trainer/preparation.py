@@ -40,12 +40,14 @@ from ..acceleration.compilation import compile_blocks, repeated_blocks
 from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
-from ..data.tasks import plain_dataset, task_rows
+from ..data.readers import read_columns, rows_of, template_problems
+from ..data.tasks import plain_dataset, task_of, task_rows
 from ..models.adapter_switch import remove_adapters
 from ..models.expert_teachers import read_lora
 from ..models.lora_adapter import add_adapter
 from ..models.lora_config import for_experts, layer_problems
 from ..models.student import STUDENT_ADAPTER, default_lora_config
+from ..models.student_copy import StudentCopy
 from ..models.teacher_config import TeacherError, TeacherSpec, parse_teacher
 from ..pipelines.denoiser import denoiser
 from ..pipelines.experts import Experts, unseen_expert
@@ -66,6 +68,7 @@ from .checks import (
     loader_problems,
     loading_problems,
     model_problems,
+    read_data_problems,
     scored_data_problems,
     task_column_problems,
     training_data_problems,
@@ -96,6 +99,7 @@ class Parts:
         offload ([`Offload`]): the modules that leave the device between uses.
         velocity_field ([`VelocityField`]), student (`nn.Module`): set unless the pipeline can't be trained.
         method (`dict`): the method's own attributes of the trainer.
+        average_copy ([`StudentCopy`], *optional*): what follows the student's average, where it teaches.
         start_lines (`list[str]`): what the start says about guidance and teachers.
     """
 
@@ -112,6 +116,7 @@ class Parts:
     velocity_field: VelocityField = field(init=False)
     student: Any = None
     method: dict[str, Any] = field(default_factory=dict)
+    average_copy: StudentCopy | None = None
     start_lines: list[str] = field(default_factory=list)
 
     @property
@@ -275,6 +280,10 @@ def _look_at_data(parts: Parts, trainer: type[Method], problems: Problems) -> No
     if problems:
         return
     rows = task_rows(parts.train_dataset, column)
+    problems += template_problems(args.templates, list(rows))
+    if parts.given_teachers is not None:
+        problems += read_data_problems(parts.train_dataset, parts.eval_dataset, column)
+        parts.start_lines += args.readers.lines(parts.train_dataset, rows)
     unscored = Problems(evaluation_data_problems(parts.eval_dataset, column, list(rows)))
     with unscored.collect():
         parts.reward_funcs = rewards_by_task(parts.given_rewards, list(rows))
@@ -328,14 +337,26 @@ def _settle_guidance(parts: Parts) -> None:
 def _warn_of_long_prompts(parts: Parts) -> None:
     """Warns of training prompts that no text encoder reads whole."""
     silence_tokenizers(parts.pipeline.components)
-    first = parts.train_dataset.select_columns(["prompt"])[:_MEASURED_PROMPTS]["prompt"]
+    first = _read_first(parts)
     # A token has at least one byte. Some pipelines put words of their own into the length, hence the half.
     bound = (parts.args.max_sequence_length or _SHORTEST_LIMIT) // 2
     if max(len(prompt.encode()) for prompt in first) < bound:
         return  # the limits themselves would cost a run of the text encoders
     found = parts.velocity_field.text_limits()
-    if parts.args.process_index == 0 and (warning := cut_warning(dict.fromkeys(first), found)) is not None:
+    if parts.args.process_index == 0 and (warning := cut_warning(first, found)) is not None:
         logger.warning(warning)
+
+
+def _read_first(parts: Parts) -> list[str]:
+    """What models read of the first training rows. Without a template and `teacher_prompt`, only the prompts."""
+    args, dataset = parts.args, parts.train_dataset
+    columns = ["prompt"] if parts.given_teachers is None else read_columns(dataset)
+    tasks = [args.task_column] if args.task_column in dataset.column_names else []
+    readers, found = args.readers, dict[str, None]()
+    for row in rows_of(dataset.select_columns(columns + tasks)[:_MEASURED_PROMPTS]):
+        texts = readers.texts(task_of(row, args.task_column), [row])
+        found |= dict.fromkeys(texts.student + texts.teacher)
+    return [*found]
 
 
 def _make_student(

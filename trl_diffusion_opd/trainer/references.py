@@ -29,11 +29,13 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from ..checkpointing.resume import prompts_of
+from ..data.readers import has_teacher_prompts
 from ..data.tasks import task_rows
 from ..guards.files import read_json, write_json
 from ..hub.files import REFERENCES_FILE
 from ..models.backbone import BASE, base_backbone
-from ..models.teachers import TeacherBank, model_identity
+from ..models.roles import frozen_roles, model_identity
+from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity
 from ..reporting import console as tables
 from ..rewards import reward_fingerprint, reward_name
@@ -103,7 +105,7 @@ class BaseAndTeachers:
         """Identifies everything that the scores depend on, within a run."""
         args, functions = self.evaluator.args, self.evaluator.reward_funcs
         rows = task_rows(dataset, args.task_column)
-        teachers = {} if self.bank is None else {task: model_identity(self.bank.teachers[task]) for task in rows}
+        teachers = {} if self.bank is None else {task: model_identity(self._roles(task)) for task in rows}
         facts = [
             prompts_of(dataset, rows),
             {task: [reward_fingerprint(function) for function in functions[task]] for task in rows},
@@ -120,7 +122,7 @@ class BaseAndTeachers:
             for task, rows in task_rows(dataset, args.task_column).items()
             if evaluator.reward_funcs[task]
         }
-        taught = {task for task in rewarded if not self._is_base(task)}
+        taught = {task for task in rewarded if not self._is_base(dataset, task)}
         count = sum(len(rows) * (1 + (task in taught)) for task, rows in rewarded.items())
         if evaluator.accelerator.is_main_process:
             who = "Base and teachers are" if taught else "The base is"
@@ -130,9 +132,9 @@ class BaseAndTeachers:
         found = {}
         with evaluator.recording(count, "base and teachers" if taught else "base") as record:
             for task, rows in rewarded.items():
-                base = evaluator.score_task(dataset, task, rows, state, record, self._base_velocity())
+                base = evaluator.score_task(dataset, task, rows, state, record, self._base_velocity(), "prompt")
                 teacher = (
-                    evaluator.score_task(dataset, task, rows, state, record, self._teacher_velocity(task))
+                    evaluator.score_task(dataset, task, rows, state, record, self._teacher_velocity(task), "teacher")
                     if task in taught
                     else None
                 )
@@ -142,11 +144,15 @@ class BaseAndTeachers:
                 }
         return found
 
-    def _is_base(self, task: str) -> bool:
+    def _roles(self, task: str) -> list[Role]:
+        return [] if self.bank is None else frozen_roles(self.bank.teachers[task])
+
+    def _is_base(self, dataset: Dataset, task: str) -> bool:
         """Whether a task has no teacher but the base, as the evaluation draws it."""
-        roles = () if self.bank is None else self.bank.teachers[task]
-        scale = self.evaluator.args.evaluation_guidance
-        return all(role.teacher.kind == "base" and role.guidance_scale == scale for role in roles)
+        scale, roles = self.evaluator.args.evaluation_guidance, self._roles(task)
+        if not all(role.teacher.kind == "base" and role.guidance_scale == scale for role in roles):
+            return False
+        return not roles or not has_teacher_prompts(dataset, task_rows(dataset, self.evaluator.args.task_column)[task])
 
     def _use_base(self) -> AbstractContextManager[nn.Module]:
         assert self._backbone is not None
@@ -163,8 +169,8 @@ class BaseAndTeachers:
 
     def _teacher_velocity(self, task: str) -> Velocity:
         assert self.bank is not None
-        bank, field = self.bank, self.evaluator.field
-        return lambda x, t, prompts: bank.mean_velocity(field, bank.teachers[task], x, t, prompts)
+        bank, field, roles = self.bank, self.evaluator.field, self._roles(task)
+        return lambda x, t, prompts: bank.mean_velocity(field, roles, x, t, prompts)
 
 
 def _reference(base: list[float | None], teacher: list[float | None] | None) -> Reference:

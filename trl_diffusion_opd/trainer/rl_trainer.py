@@ -105,7 +105,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
 
     def _draw_rollout(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> tuple[Tensor, object]:
         """
-        Draws completions with the current student. Called without gradients.
+        Draws completions with the current student. Called without gradients, which it may turn on.
 
         Args:
             task (`str`), prompts (`list[str]`): the task, and one prompt for each completion.

@@ -125,12 +125,7 @@ class RunFiles(_Behind):
         Refuses to save weights or optimizer states that are not finite. An overflow in the optimizer's step does not
         show in the update's loss. All processes decide alike.
         """
-        bad = not_finite(self.student.named_states())
-        if self.optimizer is not None and not self.is_deepspeed_enabled:
-            states = enumerate(self.optimizer.state.values())
-            bad += not_finite(
-                (f"optimizer {i} {k}", v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)
-            )
+        bad = self._not_finite()
         bad = gather_object(bad) if self.accelerator.num_processes > 1 else bad
         if bad:
             raise FloatingPointError(
@@ -138,6 +133,16 @@ class RunFiles(_Behind):
                 "They are not saved. Try a smaller learning_rate, or dtype float32. "
                 f"{checkpoint.resume_advice(self.args.output_dir)}"
             )
+
+    def _not_finite(self) -> list[str]:
+        """Names what training has made that is not finite, in the part that this process holds."""
+        bad = not_finite(self.student.named_states())
+        if self.optimizer is not None and not self.is_deepspeed_enabled:
+            states = enumerate(self.optimizer.state.values())
+            bad += not_finite(
+                (f"optimizer {i} {k}", v) for i, state in states for k, v in state.items() if isinstance(v, Tensor)
+            )
+        return bad
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
@@ -319,7 +324,11 @@ class RunFiles(_Behind):
         """
         args, dataset = self.args, self.eval_dataset
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
-        examples = {task: shown[int(rows[0])]["prompt"] for task, rows in task_rows(shown, args.task_column).items()}
+        readers = args.readers
+        examples = {
+            task: readers.student(task, shown[int(rows[0])]["prompt"])
+            for task, rows in task_rows(shown, args.task_column).items()
+        }
         first = next(iter(examples.values()))
         # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
         options = self.evaluator.field.call_options([first], args.evaluation_guidance)
@@ -336,6 +345,7 @@ class RunFiles(_Behind):
             repository=self.hub_model_id or args.hub_model_id,
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
             examples=examples,
+            templates=args.templates,
             changes=self.changes,
             checkpoint=checkpoint,
             **self._card_fields(),

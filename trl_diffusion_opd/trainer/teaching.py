@@ -25,16 +25,21 @@ from ..checkpointing.seal import is_sealed
 from ..data.tasks import SINGLE_TASK
 from ..guards.files import read_json
 from ..hub.files import MANIFEST_FILE
-from ..models.backbone import Backbone
+from ..models.backbone import STUDENT, Backbone
 from ..models.merge import MergeReport, merge_adapters, merge_weights
 from ..models.own_pipeline import OwnPipelines
 from ..models.student import STUDENT_ADAPTER, Student
-from ..models.teacher_config import normalize_teachers
-from ..models.teacher_manifest import base_hash
+from ..models.student_copy import StudentCopy
+from ..models.teacher_config import STUDENT_ITSELF, is_itself, normalize_teachers
+from ..models.teacher_manifest import base_hash, identity
 from ..models.teachers import Manifest, TeacherBank
 from ..problems import Problems
 from .base_config import MERGE, DiffusionConfig
+from .checks import itself_problems, uses_fsdp
 from .preparation import Parts
+
+
+AVERAGE = "average"  # the role of the copy that follows the student's average
 
 
 def load_teachers(parts: Parts, problems: Problems, default_scale: float | None, batched: bool) -> None:
@@ -60,14 +65,17 @@ def load_teachers(parts: Parts, problems: Problems, default_scale: float | None,
     with problems.collect():
         # If the data has no usable tasks, the teachers are still checked.
         named = list(specs) if isinstance(specs, Mapping) else [SINGLE_TASK]
+        configs = normalize_teachers(specs, parts.rounds.tasks or named)
+        backbone = Backbone.of(parts.student)
         bank = TeacherBank(
-            Backbone.of(parts.student),
+            backbone,
             parts.pipeline,
-            normalize_teachers(specs, parts.rounds.tasks or named),
+            configs,
             args.guidance_scale if default_scale is None else default_scale,
             _recorded_manifest(args),
             batched,
             own_pipelines(parts),
+            _itself(parts, backbone, [task for task, of in configs.items() if any(map(is_itself, of))], problems),
         )
         parts.method["bank"] = bank
         bank.check_guidance(field)
@@ -82,6 +90,27 @@ def load_teachers(parts: Parts, problems: Problems, default_scale: float | None,
             assert isinstance(parts.student, PeftModel)  # full weights with a student_init are refused before
             report: MergeReport = merge_adapters(parts.student, merge_weights(bank), STUDENT_ADAPTER)
             parts.method["merge_report"] = report
+
+
+def _itself(parts: Parts, backbone: Backbone, tasks: list[str], problems: Problems) -> str:
+    """
+    The backbone's role that computes the teacher `"student"` of these tasks: a copy that follows the student's average,
+    or without an average the student.
+    """
+    args = parts.args
+    if not tasks:
+        return STUDENT
+    problems += itself_problems(parts.train_dataset, parts.eval_dataset, args.task_column, tasks)
+    if not args.ema_decay:
+        return STUDENT
+    if not isinstance(parts.student, PeftModel) and (uses_fsdp(args) or args.deepspeed_plugin is not None):
+        problems.append(
+            f'teachers: task {tasks[0]!r} has the teacher "{STUDENT_ITSELF}" with an average of all weights, which '
+            "FSDP and DeepSpeed split among processes, but the teacher's copy of it is whole. Train a LoRA, or set "
+            "ema_decay=0, so that the student itself teaches."
+        )
+    parts.average_copy = StudentCopy(backbone, parts.student, AVERAGE)
+    return AVERAGE
 
 
 def own_pipelines(parts: Parts) -> OwnPipelines:
@@ -138,7 +167,9 @@ def manifest_problems(folder: Path, ours: Manifest) -> list[str]:
         return [f"it was trained with teachers for {list(recorded)}, this run has them for {list(ours)}."]
     problems = []
     for task, entries in recorded.items():
-        theirs, mine = ([(e["sha256"], base_hash(e["base"])) for e in one] for one in (entries, ours[task]))
+        theirs, mine = (
+            [(identity(e["sha256"], e["source"]), base_hash(e["base"])) for e in one] for one in (entries, ours[task])
+        )
         if theirs != mine:
             names = ", ".join(f"{entry['source']}@{entry['revision'] or entry['sha256']}" for entry in entries)
             problems.append(

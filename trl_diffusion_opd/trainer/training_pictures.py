@@ -23,8 +23,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
+from ..data.readers import Reader
 from ..data.tasks import task_rows
 from ..models.backbone import BASE, Backbone, base_backbone
+from ..models.roles import frozen_roles
 from ..models.student import Student
 from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity
@@ -43,11 +45,13 @@ class FrozenModel:
         name (`str`): `"base"`, `"teacher"`, or `"teacher 1"`, ... where a task has several.
         guidance_scale (`float`): the classifier-free guidance scale that it draws with.
         velocity (`Callable`): returns its velocity, from that of the student's pipeline with the noise grid to use.
+        reader (`str`): what it reads of a row: see [`Readers`].
     """
 
     name: str
     guidance_scale: float
     velocity: Callable[[VelocityField], Velocity]
+    reader: Reader
 
     @property
     def caption(self) -> str:
@@ -88,14 +92,16 @@ def _on_student_pipeline(name: str, scale: float, use: Callable[[], AbstractCont
 
         return velocity
 
-    return FrozenModel(name, scale, of_field)
+    return FrozenModel(name, scale, of_field, "prompt")
 
 
 def teacher_models(bank: TeacherBank, task: str) -> list[FrozenModel]:
-    """Returns a task's teachers, each with its own guidance scale."""
-    roles = bank.teachers[task]
+    """Returns a task's teachers, each with its own guidance scale. For the student itself it is the base, as it began."""
+    roles = frozen_roles(bank.teachers[task])
     return [
-        FrozenModel("teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, _velocity_of(bank, role))
+        FrozenModel(
+            "teacher" if len(roles) == 1 else f"teacher {i}", role.guidance_scale, _velocity_of(bank, role), "teacher"
+        )
         for i, role in enumerate(roles, start=1)
     ]
 
@@ -155,7 +161,7 @@ class TrainingPictures:
             of_task = kept[task] = [{} for _ in rows[: args.num_completions_to_print]]
             for frozen in self.frozen_models(task):
                 velocity = frozen.velocity(self.evaluator.field)
-                drawn = self.evaluator.completions(dataset, state, [task], velocity)
+                drawn = self.evaluator.completions(dataset, state, [task], velocity, frozen.reader)
                 for of_prompt, one in zip(of_task, drawn, strict=True):
                     of_prompt[frozen.caption] = Beside(one.image, one.rewards)
         return kept
