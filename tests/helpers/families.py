@@ -29,7 +29,6 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from helpers import families_text as text
 from helpers.tiny_sd3 import TRANSFORMER, make_vae, numbered, vae_config
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,7 +41,6 @@ def denoiser(pipeline: DiffusionPipeline) -> Any:
     return pipeline.components.get("unet", pipeline.components.get("transformer"))
 
 
-_DIMENSIONS = pipeline_qwenimage_edit.calculate_dimensions
 PROMPTS = ("a red cat", "two dogs left of a blue square")
 
 
@@ -242,13 +240,8 @@ def _qwen_image() -> DiffusionPipeline:
     return diffusers.QwenImagePipeline(**_qwen_parts([4, 4]), **encoders)
 
 
-def _few_pixels(area: int, ratio: float) -> tuple[int, int, None]:
-    return _DIMENSIONS(area // 64, ratio)
-
-
 def _qwen_image_edit() -> DiffusionPipeline:
-    # The pipeline brings the image to edit to a million pixels, which takes a tiny VAE seconds. 128 x 128 tell the same.
-    pipeline_qwenimage_edit.calculate_dimensions = _few_pixels
+    # The pipeline brings the image to edit to a million pixels: a VAE of factor 32 keeps it at 256 tokens.
     return diffusers.QwenImageEditPipeline(**_qwen_parts([2, 2, 2, 4, 4, 4]), **text.qwen2_vl())
 
 
