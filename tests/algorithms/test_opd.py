@@ -23,7 +23,9 @@ from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.opd import (
     WEIGHTINGS,
     StepPlan,
+    branch_gap_sq,
     dominant_step,
+    extrapolated_target,
     inclusion_probabilities,
     policy_gradient_loss,
     step_weights,
@@ -382,3 +384,58 @@ def test_drawn_steps_estimate_the_mean_of_all():
     assert mean == pytest.approx(float(plan.loss(gaps)), rel=0.02)
     walked, trained = plan.expected_steps(3)
     assert trained == 3 and walked == pytest.approx(sum(max(drawn) + 1 for drawn in draws) / len(draws), rel=0.02)
+
+
+# Beyond one teacher's guided velocity
+
+
+@pytest.mark.parametrize("extrapolation", [0.0, 1.0, 1.25, 3.0])
+@pytest.mark.parametrize("name", ["flow_sde", "cps"])
+def test_the_extrapolated_target_is_that_of_the_product_of_steps(name, extrapolation):
+    """By autograd through the KL to the normalised product p_T^k p_R^(1-k), whose log-densities are summed."""
+    levels = sd3_levels()
+    table, weights = sampler_table(name, levels), weights_of(name, "kl", levels)
+    for j in (2, 5):
+        x, v_student, v_teacher, v_base = states(j)
+        a, c, s = table.a[j], table.c[j], table.s[j]
+        draws = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(j), dtype=torch.float64)
+
+        def log_product(at, x=x, a=a, c=c, s=s, teacher=v_teacher, base=v_base):
+            of_teacher, of_base = (Normal(a * x + c * v, s).log_prob(at) for v in (teacher, base))
+            return extrapolation * of_teacher + (1 - extrapolation) * of_base
+
+        # Of Gaussians of one variance the difference of log-densities is linear: two mirrored draws give its mean.
+        ours = a * x + c * v_student
+        mirrored = [ours + sign * s * z for z in draws for sign in (1, -1)]
+        kl = sum((Normal(ours, s).log_prob(at) - log_product(at)).mean() for at in mirrored) / len(mirrored)
+        (expected,) = torch.autograd.grad(kl, v_student, retain_graph=True)
+        target = extrapolated_target(v_teacher, v_base, extrapolation)
+        loss = weights[j] * velocity_gap_sq(v_student, target).mean()
+        (gradient,) = torch.autograd.grad(loss, v_student)
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-12)
+    assert torch.equal(extrapolated_target(v_teacher, v_base, 0.0), v_base)
+
+
+def test_branch_loss_is_its_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    factor, teacher = torch.randn(2, 2, 3, 4, 2, 2, generator=generator, dtype=torch.float64)
+    theta = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    unconditional, conditional = theta * factor  # of a student with one weight
+    of_teacher = [teacher[1] - teacher[0], teacher[1]]
+
+    def stacked(u, c, scale):
+        return torch.stack([u + scale * (c - u), c, c - u])
+
+    gap = branch_gap_sq(stacked(unconditional, conditional, 4.5), stacked(*teacher, 4.5), 0.3)
+    assert gap.shape == (3,)
+    off = [conditional - of_teacher[1], conditional - unconditional - of_teacher[0]]
+    expected = off[0].square().flatten(1).mean(1) + 0.3 * off[1].square().flatten(1).mean(1)
+    torch.testing.assert_close(gap, expected, rtol=1e-6, atol=0)
+    (by_autograd,) = torch.autograd.grad(gap.sum(), theta, retain_graph=True)
+    slope = (off[0] * factor[1] + 0.3 * off[1] * (factor[1] - factor[0])).flatten(1).mean(1).sum()
+    torch.testing.assert_close(by_autograd, 2 * slope, rtol=1e-6, atol=0)
+    # 0 exactly where both branches agree. A guided velocity alone can agree by accident: here both are off by equal parts.
+    assert branch_gap_sq(stacked(*teacher, 4.5), stacked(*teacher, 2.0), 0.3).tolist() == [0.0] * 3
+    shifted = [teacher[0] + 4.5 * factor[0], teacher[1] + 3.5 * factor[0]]
+    torch.testing.assert_close(stacked(*shifted, 4.5)[0], stacked(*teacher, 4.5)[0])
+    assert bool((branch_gap_sq(stacked(*shifted, 4.5), stacked(*teacher, 4.5), 0.3) > 0.1).all())

@@ -23,6 +23,7 @@ from datasets import Dataset
 from helpers.tiny_sd3 import SIZE, make_lora, make_pipeline
 
 from trl_diffusion_opd.evaluation import evaluate_retention
+from trl_diffusion_opd.evaluation import run as evaluation_run
 from trl_diffusion_opd.evaluation.announcement import first_batch
 from trl_diffusion_opd.evaluation.plan import Batch, Model
 from trl_diffusion_opd.models.teacher_config import TeacherConfig
@@ -47,6 +48,12 @@ def loras(tmp_path_factory):
     for seed, name in enumerate(("cold", "student")):
         make_lora(make_pipeline(), root / name, seed=seed)
     return {path.name: str(path) for path in root.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def no_fixed_states(monkeypatch):
+    """Their forwards are not for images."""
+    monkeypatch.setattr(evaluation_run, "measure_fixed_states", lambda *arguments: {})
 
 
 def dataset(**counts):

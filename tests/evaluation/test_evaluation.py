@@ -30,7 +30,7 @@ from PIL import Image
 
 from trl_diffusion_opd.algorithms.rollout import sample_generators
 from trl_diffusion_opd.evaluation import draw_images, evaluate_retention
-from trl_diffusion_opd.evaluation.retention import retention_report
+from trl_diffusion_opd.evaluation.retention import fixed_states_table, retention_report
 from trl_diffusion_opd.models.teachers import TeacherConfig
 from trl_diffusion_opd.pipelines import drawing
 from trl_diffusion_opd.pipelines.velocity import VelocityField
@@ -238,6 +238,15 @@ class TestEvaluateRetention:
         assert decoded[0] == 1 and sum(decoded[1:]) == 3 * 2 * 4
         assert report["scores"]["teacher/cold"] == report["scores"]["base"]
         assert report["scores"]["same"] == report["scores"]["teacher/warm"] != report["scores"]["guided"]
+        fixed = report["fixed_state_kl"]
+        assert [list(of_task) for of_task in fixed.values()] == [["base", "same", "guided"]] * 2
+        assert max(fixed["cold"]["base"]["kl"], fixed["warm"]["same"]["kl"]) < 1e-10
+        assert min(fixed["warm"]["guided"].values()) > 1e-6
+        # Base and teacher are as far apart in both tasks, but are asked at other states.
+        there, back = fixed["warm"]["base"], fixed["cold"]["same"]
+        assert there["on_images"] != pytest.approx(back["on_images"], rel=1e-3)
+        assert there["kl"] == pytest.approx((there["on_trajectories"] + there["on_images"]) / 2)
+        assert f"{there['on_images']:.2e} |" in fixed_states_table(report)
 
     def test_gives_the_pipeline_back_unchanged(self, pipeline, folders, dataset):
         pipeline = make_pipeline()
@@ -328,7 +337,7 @@ class TestEvaluateRetention:
         assert written == report
         assert set(written) == {
             *("tasks", "mean_retention", "mean_ci95", "num_images", "seed", "scores", "scores_ci95"),
-            *("settings", "guidance_scales", "weights_sha256"),
+            *("settings", "guidance_scales", "weights_sha256", "fixed_state_kl"),
         }
         assert list(written["tasks"]) == ["cold", "warm"]
         assert set(written["tasks"]["cold"]) == {

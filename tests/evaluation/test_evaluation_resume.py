@@ -20,6 +20,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from helpers.tiny_sd3 import make_lora, make_pipeline, make_transformer
 
 from trl_diffusion_opd.evaluation import REPORT_FILE, evaluate_retention, measure, store
 from trl_diffusion_opd.evaluation import run as evaluation_run
+from trl_diffusion_opd.evaluation.fixed_states import NUM_SAMPLES, measure_fixed_states
 from trl_diffusion_opd.evaluation.identity import reward_digest
 from trl_diffusion_opd.evaluation.rehearsal import try_rewards
 from trl_diffusion_opd.evaluation.store import Store
@@ -42,6 +44,7 @@ from trl_diffusion_opd.rewards import Reward
 
 STEPS, NUM_IMAGES, BATCH = 2, 5, 2
 BATCHES = 3  # of a model for a task
+FIXED = []  # how often each evaluation called the transformer for fixed states
 CALLS = []  # not in the functions, whose content tells whether their scores are known
 
 
@@ -110,9 +113,17 @@ def rows(suffix=""):
 
 
 def evaluate(loras, folder, **options):
-    """Runs the evaluation and returns how often it called the transformer."""
+    """Runs the evaluation and returns how often it called the transformer, without the calls for fixed states."""
     pipeline, calls = make_pipeline(), []
     pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def apart(*inputs):
+        before = len(calls)
+        fixed = measure_fixed_states(*inputs)
+        FIXED.append(len(calls) - before)
+        del calls[before:]
+        return fixed
+
     arguments = {
         "teachers": {"cold": loras["cold"], "warm": loras["warm"]},
         "students": loras["student"],
@@ -129,7 +140,8 @@ def evaluate(loras, folder, **options):
         "num_samples": 1,
         **options,
     }
-    evaluate_retention(pipeline, **arguments)
+    with patch.object(evaluation_run, "measure_fixed_states", apart):
+        evaluate_retention(pipeline, **arguments)
     return len(calls)
 
 
@@ -139,6 +151,8 @@ def whole(loras, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     torch.set_num_threads(1)
     assert evaluate(loras, folder) == 4 * 2 * BATCHES * STEPS
+    # Each of two teachers walks two steps and is asked at one noised image; base and student are asked at one level.
+    assert FIXED[-1] == 2 * (NUM_SAMPLES // BATCH) * (STEPS + 1 + 2 * 2)
     return folder
 
 
@@ -152,7 +166,7 @@ class TestAgain:
         before = {path: path.read_bytes() for path in whole.rglob("*.json*") if path.is_file()}
         CALLS.clear()
         assert evaluate(loras, whole) == 0
-        assert CALLS == []
+        assert CALLS == [] and FIXED[-1] == 0
         assert {path: path.read_bytes() for path in whole.rglob("*.json*") if path.is_file()} == before
 
     def test_a_student_and_a_reward_are_added(self, loras, tmp_path):

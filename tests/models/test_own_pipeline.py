@@ -34,7 +34,9 @@ from trl_diffusion_opd.acceleration.offload import Offload
 from trl_diffusion_opd.acceleration.quantization import is_quantized
 from trl_diffusion_opd.models.backbone import Backbone
 from trl_diffusion_opd.models.own_pipeline import OwnPipelines
-from trl_diffusion_opd.models.teachers import TeacherBank, model_identity, normalize_teachers
+from trl_diffusion_opd.models.roles import model_identity
+from trl_diffusion_opd.models.targets import State, anchor_scales
+from trl_diffusion_opd.models.teachers import TeacherBank, normalize_teachers
 from trl_diffusion_opd.pipelines.denoiser import denoiser, denoiser_name
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
@@ -102,6 +104,18 @@ def test_the_velocity_is_its_own_pipelines(spec, student, large):
     assert gap(bank, field, field) > 0.1  # the student's own is another
     (entry,) = bank.manifest()["task"]
     assert (entry["kind"], entry["source"], entry["base"]) == ("pipeline", "large", None)
+
+
+def test_beyond_it_from_the_students_base(student, large):
+    """In another size there is no base to extrapolate from but the student's."""
+    bank, field = make_bank(student, large)
+    (role,) = bank.teachers["task"]
+    x = field.initial_latents(PROMPTS, [torch.Generator().manual_seed(i) for i in range(2)])
+    with torch.no_grad():
+        target = State(bank, field, x, 0.62).target([role], PROMPTS, 1.25)
+        own, base = (of(x, 0.62, PROMPTS, 4.5) for of in (field_of(large_pipeline()), field_of(make_pipeline())))
+    torch.testing.assert_close(target, base + 1.25 * (own - base), rtol=0, atol=ROUNDING)
+    assert anchor_scales([role], 1.25) == {4.5} and anchor_scales([role], 1.0) == set()
 
 
 def test_a_lora_on_another_base(student, large, lora):

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 import os
 import re
 from dataclasses import fields
@@ -61,6 +62,8 @@ def test_defaults():
         "skip_last_steps": None,
         "num_trained_timesteps": None,
         "beta": 0.0,
+        "teacher_extrapolation": 1.0,
+        "guidance_branch_weight": 0.0,
         "on_policy": True,
         # tasks
         "task_column": "task",
@@ -281,6 +284,16 @@ REFUSED = {
     "ema as a text that is no share": ({"ema_decay": "nan"}, "ema_decay=nan: it must be in [0, 1)."),
     "ema interval": ({"ema_update_interval": 0}, "ema_update_interval=0: it must be at least 1."),
     "beta": ({"beta": -1.0}, "beta=-1.0 is negative."),
+    "extrapolation": ({"teacher_extrapolation": -0.1}, "teacher_extrapolation=-0.1: it must be at least 0."),
+    "no extrapolation": ({"teacher_extrapolation": math.nan}, "teacher_extrapolation=nan: it must be at least 0."),
+    "branches": (
+        {"guidance_branch_weight": -1.0},
+        "guidance_branch_weight=-1.0: it must be at least 0, which is off.",
+    ),
+    "branches by policy gradient": (
+        {"guidance_branch_weight": 1.0, "loss_type": "policy_gradient", "sampler": "flow_sde"},
+        "guidance_branch_weight compares velocities in closed form",
+    ),
     "skip": ({"skip_last_steps": 10}, "skip_last_steps=10: it must leave at least one of the 10 steps."),
     "trained steps": ({"num_trained_timesteps": 0}, "num_trained_timesteps=0: it must be at least 1."),
 }

@@ -53,6 +53,7 @@ OPTIONS = {
     "full": {"peft_config": None, "learning_rate": 1e-4},
     "guidance and a stochastic walk": {"teacher_guidance_scale": 3.0, "guidance_scale": 2.0, "sampler": "flow_sde"},
     "off-policy, checkpointing": {"on_policy": False, "gradient_checkpointing": True},
+    "beyond the teachers": {"teacher_extrapolation": 1.5, "guidance_scale": 2.0, "guidance_branch_weight": 1.0},
     "bfloat16": {"bf16": True},
 }
 
@@ -188,7 +189,8 @@ def test_memory_is_the_estimate(tmp_path, teachers, capsys):
     assert "from shapes: forward and backward" in words and "estimate: at the student's" in words
 
 
-def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
+@pytest.mark.parametrize("extrapolation", [1.0, 1.25])
+def test_time_is_that_of_an_updates_forwards(extrapolation, tmp_path, teachers):
     """Against counting what the updates of a training evaluate."""
     updates = 20
     trainer = make_trainer(
@@ -197,20 +199,21 @@ def test_time_is_that_of_an_updates_forwards(tmp_path, teachers):
         num_inference_steps=6,
         num_trained_timesteps=2,
         beta=0.1,
+        teacher_extrapolation=extrapolation,
         gradient_accumulation_steps=4,
         per_device_train_batch_size=1,
         max_steps=updates,
         logging_steps=1000,
     )
     trainer._measure_noise_floor = lambda *inputs: None
-    counts = {"student": 0, "teachers": 0, "update": 0, "base": 0}
+    counts = {"student": 0, "target": 0, "update": 0, "base": 0}
     field = trainer.velocity_field
 
     class Counting:
         initial_latents, levels, encode_together = field.initial_latents, field.levels, field.encode_together
 
         def __call__(self, *inputs):
-            frozen = {None: "base", "default": "student"}.get(trainer.bank.backbone.active, "teachers")
+            frozen = {None: "base", "default": "student"}.get(trainer.bank.backbone.active, "target")
             counts["update" if torch.is_grad_enabled() else frozen] += 1
             return field(*inputs)
 

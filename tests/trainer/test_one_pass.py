@@ -18,6 +18,7 @@ from collections import Counter
 from contextlib import contextmanager
 
 import pytest
+import torch
 from helpers.opd_fixtures import Recorder, make_trainer, relative_difference, snapshot
 from helpers.three_pass import MicroBatch, Role, ThreePass, load_teacher, three_pass
 from helpers.tiny_sd3 import make_transformer
@@ -92,6 +93,75 @@ def test_gradients_with_weighted_teachers_and_base(tmp_path, teachers):
     trainer, gradients, batches = one_update(tmp_path, specs, beta=0.5)
     reference = three_pass(trainer, teachers, roles=roles, beta=0.5, base=base)
     assert relative_difference(gradients, reference.gradients(trainer.model, batches)) < 1e-5
+
+
+class BeyondTheTeachers(ThreePass):
+    """The target is 1.5 times as far from the base as the teachers, each seen from the base at its own scale."""
+
+    def _mean_teacher(self, x, t, batch):
+        teacher, roles = super()._mean_teacher(x, t, batch), self.teachers[batch.task]
+        ofs = [role.weight * self.velocity(self.base, x, t, batch.prompts, role.guidance_scale) for role in roles]
+        base = sum(ofs) / sum(role.weight for role in roles)
+        return base + 1.5 * (teacher - base)
+
+
+def test_gradients_beyond_the_teachers(tmp_path, teachers):
+    count, draw = teachers["count"], teachers["draw"]
+    specs = {
+        "count": [TeacherConfig(count, weight=3.0), TeacherConfig(draw, weight=1.0, guidance_scale=2.0)],
+        "draw": "base",
+    }
+    base, recorder = make_transformer(), Recorder()
+    roles = {
+        "count": [Role(load_teacher(count), 3.0), Role(load_teacher(draw), 1.0, 2.0)],
+        "draw": [Role(base)],
+    }
+    options = dict(teacher_extrapolation=1.5, beta=0.5, learning_rate=0.0, max_grad_norm=0.0)
+    trainer = make_trainer(tmp_path, specs, callbacks=[recorder], **options)
+    batches, counts = record_micro_batches(trainer), count_forwards(trainer)
+    trainer.train()
+    # Of each of 3 steps: two teachers, the base at both scales (at one of which `beta` has it too) and the student; then
+    # the base as teacher, which is not extrapolated, the base of `beta` and the student. And 2 for the noise floor.
+    assert counts["block"] == 3 * (2 + 2 + 1) + 3 * (1 + 1 + 1) + 2
+    reference = three_pass(trainer, teachers, roles=roles, beta=0.5, base=base)
+    expected = BeyondTheTeachers(**vars(reference)).gradients(trainer.model, batches)
+    assert relative_difference(recorder.gradients[0], expected) < 1e-5
+    assert relative_difference(recorder.gradients[0], reference.gradients(trainer.model, batches)) > 1e-2
+
+
+class BothBranches(BeyondTheTeachers):
+    """Velocities are (guided, conditional, conditional - unconditional), and the last two are compared."""
+
+    def velocity(self, model, x, t, prompts, scale):
+        one, two = (super(BothBranches, self).velocity(model, x, t, prompts, of) for of in (1.0, 2.0))
+        return torch.stack([one + (scale - 1) * (two - one), one, two - one])
+
+    def roll_out(self, student, batch, task_index):
+        return ThreePass.roll_out(Guided(**vars(self)), student, batch, task_index)
+
+    def _gap(self, j, v, target, x, x_next):
+        conditional, direction = (v[1:] - target[1:]).square().flatten(1).mean(1)
+        return self.weights[j] * (conditional + 0.25 * direction)
+
+
+class Guided(BothBranches):
+    def velocity(self, *inputs):
+        return super().velocity(*inputs)[0]
+
+
+def test_gradients_of_both_branches(tmp_path, teachers):
+    recorder = Recorder()
+    options = dict(guidance_branch_weight=0.25, guidance_scale=3.0, teacher_extrapolation=1.5)
+    quiet = dict(learning_rate=0.0, max_grad_norm=0.0)
+    trainer = make_trainer(tmp_path, teachers, callbacks=[recorder], **options, **quiet)
+    batches, counts = record_micro_batches(trainer), count_forwards(trainer)
+    trainer.train()
+    assert counts["block"] == 2 * 3 * 3 + 2  # no more than of guided velocities: teacher, base, student; noise floor
+    reference = three_pass(trainer, teachers, guidance_scale=3.0, base=make_transformer())
+    ours, theirs = recorder.gradients[0], BothBranches(**vars(reference))
+    assert relative_difference(ours, theirs.gradients(trainer.model, batches)) < 1e-5
+    guided = BeyondTheTeachers(**vars(reference)).gradients(trainer.model, batches)
+    assert relative_difference(ours, guided) > 1e-2
 
 
 class AlongTheTeacher(ThreePass):

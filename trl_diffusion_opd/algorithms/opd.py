@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .flow import velocity_difference
+from .flow import velocity_difference, velocity_gap_sq
 from .samplers import STOCHASTIC_SAMPLERS, SamplerTable
 
 
@@ -257,6 +257,51 @@ def systematic_sample(pi: Tensor, u: float) -> list[int]:
         edges[-1] = float(missing)
         taken += [rest[next(i for i, edge in enumerate(edges) if edge - m > u)] for m in range(missing)]
     return sorted(taken)
+
+
+def extrapolated_target(v_teacher: Tensor, v_base: Tensor, extrapolation: float) -> Tensor:
+    """The target beyond the teacher, away from the base: `v_base + extrapolation (v_teacher - v_base)`.
+
+    It is the velocity that matches the normalised product `p_T^extrapolation p_R^(1 - extrapolation)` of a step's two
+    Gaussians of equal variance (arXiv 2609.39692, Eq. 8), so the closed form of the loss stays. The target is linear in
+    both, so it holds for branches of guidance as it does for velocities.
+
+    Args:
+        v_teacher, v_base (`Tensor` of one shape):
+            Velocities at the same states; of the base, at the teacher's guidance scale and prompt.
+        extrapolation (`float`):
+            1 is the teacher, 0 the base.
+
+    Returns:
+        `Tensor` of that shape and dtype.
+    """
+    return v_base + extrapolation * (v_teacher - v_base)
+
+
+def branch_gap_sq(student: Tensor, teacher: Tensor, weight: float) -> Tensor:
+    """The squared difference of conditional branches, and `weight` times that of the directions of guidance.
+
+    Guidance with scale `w` is `v_u + w (v_c - v_u)`. Student and teacher can agree there and still differ in both
+    branches, `v_c` with the prompt and `v_u` without. This (arXiv 2607.24731) is 0 only if both agree, and so the
+    guided velocities of all scales:
+
+        |v_c,S - v_c,T|² + weight |(v_c - v_u)_S - (v_c - v_u)_T|²,
+
+    averaged over the latent dimensions like [`velocity_gap_sq`].
+
+    Args:
+        student, teacher (`Tensor` of shape `(3, B, ...)`):
+            Guided velocity, conditional branch `v_c`, and direction `v_c - v_u`. The first is not used.
+        weight (`float`):
+            Not negative.
+
+    Returns:
+        `Tensor` of shape `(B,)`, one value a sample.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    return velocity_gap_sq(student[1], teacher[1]) + weight * velocity_gap_sq(student[2], teacher[2])
 
 
 def policy_gradient_loss(

@@ -33,6 +33,7 @@ constants below mark what a seed is for, so that no two draws of a run use the s
 | DMD: the step, level and noise at which a sample is trained | seed, update, task, `RENOISE_DRAW`, sample |
 | DMD: levels and noise of the fake's training | seed, update, task, `FAKE_DRAW`, sample |
 | comparing tasks: noise of the short walks | seed, 0, `TASKS_DRAW`, sample |
+| teachers' fixed states, in evaluations and reports | seed, `FIXED_DRAW`, task, sample |
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,7 @@ EVAL_DRAW = 2**32 - 3
 TASKS_DRAW = 2**32 - 4
 RENOISE_DRAW = 2**32 - 5
 FAKE_DRAW = 2**32 - 6
+FIXED_DRAW = 2**32 - 7
 # Comes first, so it is as long as two words: no run has this pair as its seed and update.
 DRAWING = 0xD1FF05ED_E7A15EED
 

@@ -23,6 +23,7 @@ from ..hub.files import REPORT_FILE
 from ..reporting.console import print_facts
 from ..reporting.progress import duration
 from ..reporting.report import Setting
+from .fixed_states import NUM_SAMPLES
 from .plan import Batch, Plan
 
 
@@ -67,6 +68,9 @@ def announce(
         rest = f"{plan.num_drawn:,} are drawn now" if plan.num_drawn else "nothing is drawn"
         scored = f", and {plan.num_rescored:,} of them are scored anew" if plan.num_rescored else ""
         facts.append(("reused", f"{_plural(there, 'image')} of an earlier run{scored}; {rest}"))
+    facts.append(
+        ("fixed states", f"KL of base and students from each teacher, on {_plural(NUM_SAMPLES, 'sample')} a task")
+    )
     if num_processes > 1:
         facts.append(("processes", f"{num_processes}, which share the work"))
     facts.append(("output", "nothing is kept on disk (no output_dir)" if output_dir is None else output_dir))

@@ -37,7 +37,7 @@ from ..hub.files import (
 from ..reporting.report import Report
 from .measure import Measured
 from .plan import Task
-from .retention import retention_table, scores_table, settings_table
+from .retention import fixed_states_table, retention_table, scores_table, settings_table
 from .store import Store
 
 
@@ -69,7 +69,7 @@ def write_results(
         write_json(folder / TIMING_FILE, {"seconds": measured.seconds, "images_drawn": measured.drawn})
     if (folder / "images").is_dir():
         write_json(folder / "images" / "index.json", _folders(store, measured))
-    tables = (retention_table(report), scores_table(report), settings_table(report))
+    tables = (retention_table(report), scores_table(report), fixed_states_table(report), settings_table(report))
     write_file(folder / TABLES_FILE, "\n\n".join(["# Retention", *filter(None, tables)]) + "\n")
     with extra(f"The picture {RETENTION_PICTURE}"):
         plots.plot_retention(report, folder / RETENTION_PICTURE)

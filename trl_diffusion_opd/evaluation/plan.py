@@ -27,7 +27,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from ..data.readers import Reader, Readers, has_teacher_prompts
-from ..models.teachers import Role, TeacherBank, model_identity
+from ..models.roles import model_identity
+from ..models.teachers import Role, TeacherBank
 from ..rewards import RewardFunc, reward_name
 from ..rewards.scoring import score_names
 from .identity import digest, reward_digest, rows_digest

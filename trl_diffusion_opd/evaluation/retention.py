@@ -106,6 +106,9 @@ def retention_report(
         - `mean_retention`, `mean_ci95`: the mean over the tasks that have a retention, and its interval.
         - `num_images`: images a task, of the smallest task if they differ; `seed`.
         - `scores`, `scores_ci95`: mean and interval of every reward for every model on every task.
+        - `fixed_state_kl`, only from [`evaluate_retention`]: for each task and model (`"base"` and the students)
+          `on_trajectories` and `on_images`, the KL from the task's teacher on its own trajectories and on its noised
+          images, and `kl`, the mean of both.
     """
     reports: dict[str, TaskReport] = {}
     means: Means = {model: {} for model in scores}
@@ -232,6 +235,23 @@ def _too_few(report: Report) -> str:
 def _has_gain(entry: TaskReport) -> bool:
     base, teacher = entry["base"], entry["teacher"]
     return base is not None and teacher is not None and teacher - base >= MIN_GAIN
+
+
+def fixed_states_table(report: Report) -> str:
+    """How far base and students are from each task's teacher on states of its own, as Markdown."""
+    rows = [
+        [cell(task), cell(model), *(f"{kl:.2e}" for kl in (of_model["on_trajectories"], of_model["on_images"]))]
+        for task, of_task in report.get("fixed_state_kl", {}).items()
+        for model, of_model in of_task.items()
+    ]
+    if not rows:
+        return ""
+    header = ["task", "model", "on trajectories", "on noised images"]
+    return (
+        f"## Fixed states\n\n{_table(header, rows, to_the_left=('task', 'model'))}\n\nThe KL from the task's teacher "
+        "(Equation 12, a latent dimension), on the teacher's own trajectories and on its images, noised to each level. "
+        "0 is a perfect copy."
+    )
 
 
 def settings_table(report: Report) -> str:

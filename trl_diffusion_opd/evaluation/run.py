@@ -52,6 +52,7 @@ from ..rewards import RewardFunc, RewardFuncs, reward_data_problems, reward_name
 from ..rewards.scoring import score_names, timeout_problems
 from .announcement import announce, replaced, timed
 from .files import write_results
+from .fixed_states import measure_fixed_states
 from .measure import Measured, measure, time_batch
 from .plan import Options, Plan, Task, make_plan
 from .rehearsal import try_rewards
@@ -170,8 +171,8 @@ def evaluate_retention(
             Nothing is written.
 
     Returns:
-        `dict`: as [`retention_report`] returns it, with `settings` and `guidance_scales`. Its models are `"base"`,
-            `"teacher/<task>"` and the students' names. `None` with `dry_run`.
+        `dict`: as [`retention_report`] returns it, with `settings`, `guidance_scales` and `fixed_state_kl`. Its models
+            are `"base"`, `"teacher/<task>"` and the students' names. `None` with `dry_run`.
 
     Raises:
         [`ValueError`]: if an argument cannot be used, or a reward can't score an image. One message lists all
@@ -232,7 +233,9 @@ def _evaluate(
             # Now, since a training may write other weights into the folder while images are drawn.
             weights = {name: _weights(specs[name][0], base) for name in students}
         measured = measure(field, bank, plan, store)
+        fixed = measure_fixed_states(field, bank, plan, students, store)
     report = _report(measured, tasks, students, options.seed, choice)
+    report["fixed_state_kl"] = fixed
     report["weights_sha256"] = weights
     with failing_together():  # all processes wait until the files are written
         if is_main:

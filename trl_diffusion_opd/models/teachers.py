@@ -16,7 +16,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict
@@ -329,25 +329,41 @@ class TeacherBank:
         return teacher.own.use(BASE if teacher.kind == "pipeline" else teacher.name)
 
     def velocity(
-        self, field: VelocityField, role: Role, x: Tensor, t: float | Sequence[float], prompts: list[str]
+        self,
+        field: VelocityField,
+        role: Role,
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
     ) -> Tensor:
         """
         Computes a teacher's velocity at `x` of shape `(B, ...)` and level `t` (one, or one a sample), with its own
         guidance scale and through its own pipeline, if it has one, else through `field`. Call it under `torch.no_grad()`.
+        With `branches`, and one level, it is that of [`VelocityField.branches`], of shape `(3, B, ...)`.
         """
+        own = role.field or field
+        velocity: Callable[..., Tensor] = own.branches if branches else own
         with self.use(role) as network:
-            return (role.field or field)(x, t, prompts, role.guidance_scale, network)
+            return velocity(x, t, prompts, role.guidance_scale, network)
 
     def mean_velocity(
-        self, field: VelocityField, roles: Sequence[Role], x: Tensor, t: float | Sequence[float], prompts: list[str]
+        self,
+        field: VelocityField,
+        roles: Sequence[Role],
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
     ) -> Tensor:
         """
         Computes the weighted mean velocity of teachers at `x` of shape `(B, ...)`, each with its own guidance scale.
-        Call it under `torch.no_grad()`.
+        Call it under `torch.no_grad()`. `branches` is as in [`velocity`].
         """
-        mean = torch.zeros_like(x)
+        mean = x.new_zeros((3, *x.shape) if branches else x.shape)
         for group in self.forwards(roles):
-            for role, velocity in zip(group, self._velocities(field, group, x, t, prompts), strict=True):
+            of_group = self._velocities(field, group, x, t, prompts, branches)
+            for role, velocity in zip(group, of_group, strict=True):
                 mean += role.weight * velocity
         return mean
 
@@ -365,18 +381,25 @@ class TeacherBank:
         return [[*group.values()] for group in groups.values()]
 
     def _velocities(
-        self, field: VelocityField, group: Sequence[Role], x: Tensor, t: float | Sequence[float], prompts: list[str]
+        self,
+        field: VelocityField,
+        group: Sequence[Role],
+        x: Tensor,
+        t: float | Sequence[float],
+        prompts: list[str],
+        branches: bool = False,
     ) -> Sequence[Tensor]:
         """Computes each role's velocity at `x` of shape `(B, ...)` in one forward, with a copy of `x` for each."""
         n, scale = len(group), group[0].guidance_scale
         if n == 1:
-            return [self.velocity(field, group[0], x, t, prompts)]
+            return [self.velocity(field, group[0], x, t, prompts, branches)]
         teachers = [role.teacher for role in group]
         names = [_NO_ADAPTER if teacher.kind == "base" else teacher.name for teacher in teachers for _ in prompts]
         with self.backbone.mixed(next(teacher.name for teacher in teachers if teacher.kind == "lora")) as network:
             copies = x.repeat(n, *(1 for _ in x.shape[1:]))
             levels = [*t] * n if isinstance(t, Sequence) else t
-            return field(copies, levels, prompts * n, scale, network, names).chunk(n)
+            velocity: Callable[..., Tensor] = field.branches if branches else field
+            return velocity(copies, levels, prompts * n, scale, network, names).chunk(n, dim=-x.ndim)
 
     def check_guidance(self, field: VelocityField) -> None:
         """
@@ -471,23 +494,3 @@ def _whole(own: OwnPipeline, loaded: dict[tuple[str, ...], Teacher]) -> Teacher:
     """The teacher that is an own pipeline itself."""
     new = Teacher(f"teacher_{len(loaded)}", "pipeline", own.source, own.revision, own.sha256, own=own)
     return loaded.setdefault(("pipeline", str(id(own))), new)
-
-
-def frozen_roles(roles: Sequence[Role]) -> list[Role]:
-    """The roles as pictures and scores show them: with the base in place of the student itself, which began as it."""
-    return [replace(role, teacher=THE_BASE) if role.teacher.kind == "student" else role for role in roles]
-
-
-def model_identity(roles: Sequence[Role]) -> list[list[str | float | None]]:
-    """Identifies a model among others on the same base, by files, guidance and weight of each of its networks."""
-    return [
-        [
-            role.teacher.kind,
-            role.teacher.sha256,
-            role.config.lora_scale,
-            role.guidance_scale,
-            role.weight,
-            *([] if role.teacher.own is None else [role.teacher.own.sha256, repr(role.config.generation_kwargs)]),
-        ]
-        for role in roles
-    ]

@@ -30,7 +30,8 @@ from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 
-from .calls import PipelineCalls, call_parameters
+from .branches import GuidanceBranches
+from .calls import call_parameters
 from .checks import option_problems, pipeline_problems
 from .experts import Experts, expert_groups, in_groups
 from .guidance import guidance_embedding, guidance_lines
@@ -40,10 +41,10 @@ from .latent_map import LatentMap
 from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
-from .view import DecoderStandIn, StandIn, at_least_float32, noting, stop, timesteps_of
+from .view import DecoderStandIn, PipelineView, StandIn, at_least_float32, noting, stop, timesteps_of
 
 
-class VelocityField(PipelineCalls):
+class VelocityField(GuidanceBranches):
     """
     Computes `v(x, t | prompts, guidance)` of a text-to-image pipeline, in the coordinates of flow matching.
 
@@ -205,7 +206,11 @@ class VelocityField(PipelineCalls):
             timesteps, t = [shown[level] for level in t], t[0]
         stand_in = StandIn(transformer or self._base, self._base, timesteps, adapters)
         state = self._prediction.network_state(x, levels)
-        output = self._step(state, t, prompts, guidance_scale, stand_in).scheduler.output
+        return self._taken(self._step(state, t, prompts, guidance_scale, stand_in), x, levels)
+
+    def _taken(self, view: PipelineView, x: Tensor, levels: float | Sequence[float]) -> Tensor:
+        """The velocity at `x` that the pipeline has handed to its scheduler in one step."""
+        output = view.scheduler.output
         if output is None:
             raise ValueError(
                 f"{type(self.pipeline).__name__} steps with schedulers of its own (copies, one a frame), so its velocity "

@@ -43,6 +43,14 @@ class Setting(TypedDict):
     source: str
 
 
+class FixedStateKL(TypedDict):
+    """A model's KL from a task's teacher on the teacher's trajectories and on its images, and the mean of both."""
+
+    kl: float
+    on_trajectories: float
+    on_images: float
+
+
 class TaskReport(Kept):
     """A task of the report, with the entries of the first student."""
 
@@ -67,6 +75,8 @@ class Report(KeptOverall):
     # By `evaluate_retention`: the SHA-256 of each student's weights, by which a model card knows
     # the report of its own; `None` for the base.
     weights_sha256: NotRequired[dict[str, str | None]]
+    # By task and model, for the base and each student.
+    fixed_state_kl: NotRequired[dict[str, dict[str, FixedStateKL]]]
     # How all images were drawn, and each model's guidance scale.
     settings: NotRequired[dict[str, Setting]]
     guidance_scales: NotRequired[dict[str, Setting]]

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..acceleration.quantization import QuantizationConfig
+from ..algorithms.fixed_states import FixedStates
 from ..algorithms.flow import velocity_gap_sq
-from ..algorithms.opd import StepPlan, policy_gradient_loss
-from ..algorithms.rollout import STEP_DRAW, sample_generators, walk
+from ..algorithms.opd import StepPlan, branch_gap_sq, policy_gradient_loss
+from ..algorithms.rollout import FIXED_DRAW, STEP_DRAW, sample_generators, walk
 from ..algorithms.samplers import default_skip_last_steps, sampler_table
 from ..data.readers import Texts
 from ..data.tasks import task_rows
@@ -37,7 +38,9 @@ from ..guards.files import JSON
 from ..guards.redaction import shown
 from ..models.backbone import STUDENT
 from ..models.lora_adapter import rescaled_factors
+from ..models.roles import frozen_roles
 from ..models.student import STUDENT_ADAPTER
+from ..models.targets import State, anchor_scales
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank
 from ..problems import Problems
@@ -49,10 +52,16 @@ from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
 from .preparation import Parts
+from .target_checks import extrapolation_warning, target_problems
 from .teaching import load_teachers
 
 
 logger = logging.getLogger(__name__)
+
+# Samples of a task on a process whose fixed states are compared. Their teachers' velocities are kept in host memory.
+_FIXED_SAMPLES = 4
+# How many tasks' fixed states are kept. Evaluations on ever new prompts would keep ever more.
+_FIXED_TASKS = 64
 
 
 class DiffusionOPDTrainer(DiffusionTrainer):
@@ -165,8 +174,12 @@ class DiffusionOPDTrainer(DiffusionTrainer):
                     f"can be trained, since skip_last_steps leaves out the last {skip}."
                 )
         load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
+        if "bank" in parts.method:
+            problems += target_problems(args, parts.method["bank"], parts.velocity_field)
 
     def _start(self) -> None:
+        self._branches = self.args.guidance_branch_weight > 0
+        self._fixed_states: dict[tuple[str, ...], FixedStates] = {}
         self._noise_floor: float | None = None
         self._measured_floor_at = -1
         self._lost_in_rounding: set[str] = set()
@@ -174,6 +187,8 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             self._print_teachers(self.bank)
             tables.print_steps(self.plan, self.args.loss_weighting)
             tables.print_trained(self.student.parameters())
+            if (warning := extrapolation_warning(self.args.teacher_extrapolation)) is not None:
+                logger.warning(warning)
 
     def dry_run(self) -> dict[str, JSON]:
         """
@@ -206,36 +221,65 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         steps = self._drawn_steps()
         last = max(steps)
         share = self.rounds.share(task) / len(self.plan)
-        gaps: dict[int, Tensor] = {}
-        norms: dict[int, Tensor] = {}
+        squares: dict[int, Tensor] = {}
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
-            t = float(self.plan.table.levels[j])
+            state = self._state(j, x)
             if j not in steps:
                 with torch.no_grad():
                     if not self.args.on_policy:
-                        return self._target(task, x, t, texts)
+                        return self._guided(self._target_at(task, state, texts))
                     with self._part("rollout"):
-                        return self.velocity_field(x, t, texts.student, self.args.guidance_scale, self.student.model)
+                        return self.velocity_field(
+                            x, state.t, texts.student, self.args.guidance_scale, self.student.model
+                        )
             with torch.no_grad():
-                target = self._target(task, x, t, texts)
+                target = self._target_at(task, state, texts)
                 if j == last:
-                    self._measure_noise_floor(x, t, texts.student)
+                    self._measure_noise_floor(x, state.t, texts.student)
             with self._gradient_sync(model, last=j == last):
-                student = self._student_velocity(model, x, t, texts.student)
+                student = self._student_velocity(model, x, state.t, texts.student, branches=self._branches)
                 loss = self._step_loss(j, student, target, z)
                 if self.args.beta > 0:
-                    loss = loss + self.args.beta * self._base_loss(j, student, x, t, texts)
+                    loss = loss + self.args.beta * self._base_loss(j, student, state, texts)
                 self._backward(share * steps[j] * loss.mean())
             student = student.detach()
-            gaps[j], norms[j] = velocity_gap_sq(student, target).mean(), target.float().square().mean()
-            return student if self.args.on_policy else target
+            squares[j] = self._squares(student, target)
+            return self._guided(student if self.args.on_policy else target)
 
         x = self.velocity_field.initial_latents(texts.student, generators)
         walk(velocity, x, self.plan.table.head(last + 1), generators)
-        loss = self._record(task, steps, gaps, norms) * self.rounds.share(task)
+        loss = self._record(task, steps, squares) * self.rounds.share(task)
         self._end_micro_batch()
         return loss
+
+    def teacher_scales(self, task: str) -> set[float]:
+        # What the target is seen from reads what the teachers read.
+        roles = () if self.bank is None else self.bank.teachers.get(task, ())
+        return super().teacher_scales(task) | anchor_scales(roles, self.args.teacher_extrapolation)
+
+    def _state(self, j: int, x: Tensor) -> State:
+        t = float(self.plan.table.levels[j])
+        return State(self.bank, self.velocity_field, x, t, self._branches, self._part)
+
+    def _target_at(self, task: str, state: State, texts: Texts) -> Tensor:
+        """What the student is taught at a state; with `guidance_branch_weight`, the branches too."""
+        return state.target(self.bank.teachers[task], texts.teacher, self.args.teacher_extrapolation)
+
+    def _guided(self, velocity: Tensor) -> Tensor:
+        """The guided velocity, which is the first of the branches."""
+        return velocity[0] if self._branches else velocity
+
+    def _squares(self, student: Tensor, target: Tensor) -> Tensor:
+        """
+        The squared gap of the guided velocities and the squared norm of the target's, averaged over a micro-batch; with
+        `guidance_branch_weight` also the squared gap that is trained. Shape `(2,)` or `(3,)`.
+        """
+        one, other = self._guided(student), self._guided(target)
+        squares = [velocity_gap_sq(one, other), other.float().square()]
+        if self._branches:
+            squares.append(branch_gap_sq(student, target, self.args.guidance_branch_weight))
+        return torch.stack([of_samples.mean() for of_samples in squares])
 
     def _drawn_steps(self) -> dict[int, float]:
         """Draws the trained steps of this update, with their inverse probabilities. The same on every process."""
@@ -245,22 +289,27 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         weight, table = float(self.plan.weights[j]), self.plan.table
         if self.args.loss_type == "policy_gradient":
             return policy_gradient_loss(student, target, z, float(table.c[j]), float(table.s[j]), weight)
+        if self._branches:
+            return weight * branch_gap_sq(student, target, self.args.guidance_branch_weight)
         return weight * velocity_gap_sq(student, target)
 
-    def _base_loss(self, j: int, student: Tensor, x: Tensor, t: float, texts: Texts) -> Tensor:
-        with torch.no_grad(), self._part("reference"), self.bank.use(None) as transformer:
-            base = self.velocity_field(x, t, texts.prompt, self.args.guidance_scale, transformer)
-        return float(self.plan.weights[j]) * velocity_gap_sq(student, base)
+    def _base_loss(self, j: int, student: Tensor, state: State, texts: Texts) -> Tensor:
+        with torch.no_grad():
+            base = state.base(texts.prompt, self.args.guidance_scale)
+        return float(self.plan.weights[j]) * velocity_gap_sq(self._guided(student), self._guided(base))
 
     def base_scales(self, task: str) -> set[float]:
         return {self.args.guidance_scale} if self.args.beta > 0 else set()
 
-    def _record(self, task: str, steps: dict[int, float], gaps: dict[int, Tensor], norms: dict[int, Tensor]) -> Tensor:
-        """Gathers the squared gaps of all processes, refuses non-finite ones, and logs metrics. Returns the loss."""
-        order = sorted(gaps)
-        local = torch.stack([torch.stack([gaps[j] for j in order]), torch.stack([norms[j] for j in order])])
+    def _record(self, task: str, steps: dict[int, float], squares: dict[int, Tensor]) -> Tensor:
+        """
+        Gathers what [`_squares`] returned at each step on all processes, refuses non-finite ones, and logs metrics.
+        Returns the loss.
+        """
+        order = sorted(squares)
+        local = torch.stack([squares[j] for j in order], dim=1)
         everyone = self._gather_finite(task, {j: float(self.plan.table.levels[j]) for j in order}, local)
-        gap, norm = everyone.mean(0)
+        gap, norm, *trained = everyone.mean(0)
         kl = float(self.plan.kl(gap, steps))
         for name, value in (
             ("kl", kl),
@@ -271,7 +320,7 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         if self._noise_floor is not None:
             self._metrics["train"]["noise_floor"].append(self._noise_floor)
             self._noise_floor = None
-        return self.plan.loss(gap, steps).to(local.device, torch.float32)
+        return self.plan.loss(trained[0] if trained else gap, steps).to(local.device, torch.float32)
 
     def _measure_noise_floor(self, x: Tensor, t: float, prompts: list[str]) -> None:
         """
@@ -316,8 +365,11 @@ class DiffusionOPDTrainer(DiffusionTrainer):
 
     @torch.no_grad()
     def _evaluate_method(self, dataset: Dataset, metric_key_prefix: str) -> dict[str, float]:
-        """Computes loss and KL on the training grid for each task's first evaluation prompts, one micro-batch."""
-        losses, kls = [], {}
+        """
+        Computes loss and KL on the training grid for each task's first evaluation prompts, one micro-batch; and the KL
+        on fixed states of its teachers.
+        """
+        losses, kls, fixed = [], {}, {}
         for task, rows in task_rows(dataset, self.args.task_column).items():
             size = self.args.per_device_eval_batch_size
             first = self.accelerator.process_index * size
@@ -326,30 +378,68 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             loss, kl = self._walk_gap(task, texts, indices)
             losses.append(loss)
             kls[f"{metric_key_prefix}_kl/{task}"] = kl
-        return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls}
+            fixed[f"{metric_key_prefix}_fixed_kl/{task}"] = self._fixed_kl(task, dataset, rows)
+        return {f"{metric_key_prefix}_loss": sum(losses) / len(losses), **kls, **fixed}
 
     @classmethod
     def method_metrics(cls, dataset: Dataset, args: DiffusionConfig, with_teachers: bool) -> list[str]:
-        return ["loss", *(f"kl/{task}" for task in task_rows(dataset, args.task_column))]
+        tasks = list(task_rows(dataset, args.task_column))
+        return ["loss", *(f"{name}/{task}" for name in ("kl", "fixed_kl") for task in tasks)]
 
     def _walk_gap(self, task: str, texts: Texts, indices: list[int]) -> tuple[float, float]:
         generators = sample_generators([self.args.seed, STEP_DRAW, self.tasks.index(task)], indices)
-        gaps = []
+        squares = []
 
         def velocity(j: int, x: Tensor, z: Tensor | None) -> Tensor:
-            t = float(self.plan.table.levels[j])
-            student = self.velocity_field(x, t, texts.student, self.args.guidance_scale, self.student.model)
-            gaps.append(velocity_gap_sq(student, self._target(task, x, t, texts)).mean())
-            return student
+            state = self._state(j, x)
+            network = self.velocity_field.branches if self._branches else self.velocity_field
+            student = network(x, state.t, texts.student, self.args.guidance_scale, self.student.model)
+            squares.append(self._squares(student, self._target_at(task, state, texts)))
+            return self._guided(student)
 
         x = self.velocity_field.initial_latents(texts.student, generators)
         walk(velocity, x, self.plan.walked, generators)
-        gap = self.accelerator.gather(torch.stack(gaps)[None]).cpu().double().mean(0)
-        return float(self.plan.loss(gap)), float(self.plan.kl(gap))
+        means = self.accelerator.gather(torch.stack(squares, dim=1)[None]).cpu().double().mean(0)
+        return float(self.plan.loss(means[-1 if self._branches else 0])), float(self.plan.kl(means[0]))
+
+    def _fixed_kl(self, task: str, dataset: Dataset, rows: np.ndarray) -> float:
+        """
+        The student's KL on its teachers' own trajectories and on their noised images, for a few of a task's first
+        prompts. The teachers compute their velocities there in the first evaluation only. A student that is its own
+        teacher is compared with what it began as.
+        """
+        field, process = self.velocity_field, self.accelerator.process_index
+        size = min(_FIXED_SAMPLES, self.args.per_device_eval_batch_size)
+        every = [dataset[int(row)] for row in np.resize(rows, size * self.accelerator.num_processes)]
+        # Of all processes, which must all find the states that are kept, or none.
+        key = (task, *self.texts(task, every).teacher)
+        numbers = range(process * size, (process + 1) * size)
+        texts = self.texts(task, [every[n] for n in numbers])
+        roles = frozen_roles(self.bank.teachers[task])
+
+        def teacher(x: Tensor, t: float) -> Tensor:
+            return State(self.bank, field, x, t).target(roles, texts.teacher, self.args.teacher_extrapolation)
+
+        if key not in self._fixed_states:
+            if len(self._fixed_states) == _FIXED_TASKS:
+                self._fixed_states.clear()
+            generators = sample_generators([self.args.seed, FIXED_DRAW, self.tasks.index(task)], numbers)
+            start = field.initial_latents(texts.student, generators)
+            self._fixed_states[key] = FixedStates.of(teacher, start, generators, self.plan)
+        scale, network = self.args.guidance_scale, self.student.model
+        # One kind of states at a time: both together could need more memory than a micro-batch.
+        kl = self._fixed_states[key].kl(
+            lambda x, t: torch.cat([field(kind, t, texts.student, scale, network) for kind in x.chunk(2)])
+        )
+        return float(self.accelerator.gather(kl.to(self.accelerator.device, torch.float32)[None]).double().mean())
 
     def _card_fields(self) -> MethodFacts:
         args = self.args
         drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
+        beyond = {} if args.teacher_extrapolation == 1 else {"target": _target_words(args.teacher_extrapolation)}
+        branches = (
+            {"branches of guidance": f"matched, weight {args.guidance_branch_weight:g}"} if self._branches else {}
+        )
         return {
             "method": "The student sampled its own trajectories. At each step it was trained to match the velocity of the "
             "frozen teacher of the prompt's task.",
@@ -357,6 +447,12 @@ class DiffusionOPDTrainer(DiffusionTrainer):
             "settings": {
                 "loss": f"{args.loss_type}, weighting {args.loss_weighting}, beta {args.beta}",
                 "trained steps": f"{len(self.plan)} of {args.num_inference_steps}{drawn}",
+                **beyond,
+                **branches,
             },
             "steps_drawn": args.num_trained_timesteps is not None,
         }
+
+
+def _target_words(extrapolation: float) -> str:
+    return f"{extrapolation:g} times as far from the base as the teachers (teacher_extrapolation)"

@@ -16,19 +16,21 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..algorithms.flow import velocity_gap_sq
-from ..algorithms.opd import StepPlan
+from ..algorithms.opd import StepPlan, extrapolated_target
 from ..algorithms.rollout import sample_generators, walk
 from ..algorithms.separability import conflict_warning
 from ..data.readers import Texts
 from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
-from ..models.teachers import TeacherBank
+from ..models.targets import anchor_scales
+from ..models.teachers import Role, TeacherBank
 from ..reporting import console as tables
 from .base_trainer import DiffusionTrainer
 from .diffusion_opd_config import DiffusionOPDConfig
@@ -119,7 +121,7 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
 def _walk(
     trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan, task: str, texts: Texts, positions: list[int]
 ) -> tuple[dict[str, JSON], dict[str, float]]:
-    """Returns a task's figures, and the seconds of one forward of `"student"`, `"teachers"` and `"base"`."""
+    """Returns a task's figures, and the seconds of a step's forwards: `"student"`, `"target"` and `"base"`."""
     args, field, roles, levels = trainer.args, trainer.velocity_field, bank.teachers[task], plan.table.levels.tolist()
     assert isinstance(args, DiffusionOPDConfig)
     generators = sample_generators([args.seed, trainer.state.global_step, trainer.tasks.index(task)], positions)
@@ -134,7 +136,7 @@ def _walk(
         t = levels[j]
         with clock("student"):
             student = field(x, t, texts.student, args.guidance_scale, trainer.student.model)
-        target, of_teachers = torch.zeros_like(x), []
+        target, of_base, of_teachers = torch.zeros_like(x), torch.zeros_like(x), []
         for i, role in enumerate(roles):
             with clock(f"teacher {i}"):
                 own = bank.velocity(field, role, x, t, texts.teacher)
@@ -143,6 +145,7 @@ def _walk(
                 base = field(x, t, texts.teacher, role.guidance_scale, module)
             of_teachers += [velocity_gap_sq(own, base).mean(), own.square().mean()]
             target += role.weight * own
+            of_base += role.weight * base
             if j == len(plan) - 1 and role.teacher.kind == "lora":
                 with bank.use(role) as module, rescaled_factors(module, role.teacher.name):
                     again = bank.velocity(field, role, x, t, texts.teacher)
@@ -150,6 +153,8 @@ def _walk(
         if shares_forwards:
             with clock("teachers"):
                 bank.mean_velocity(field, roles, x, t, texts.teacher)
+        if anchor_scales(roles, args.teacher_extrapolation):
+            target = extrapolated_target(target, of_base, args.teacher_extrapolation)
         squares.append([velocity_gap_sq(student, target).mean(), target.square().mean(), *of_teachers])
         return student if args.on_policy else target
 
@@ -173,9 +178,24 @@ def _walk(
             for i, role in enumerate(roles)
         ],
     }
-    alone = ["teachers"] if shares_forwards else [f"teacher {i}" for i in range(len(roles))]
-    teachers = sum(map(clock.median, alone))
-    return figures, {"student": clock.median("student"), "teachers": teachers, "base": clock.median("base")}
+    return figures, _costs(args, roles, texts, clock, "teachers" if shares_forwards else None)
+
+
+def _costs(
+    args: DiffusionOPDConfig, roles: Sequence[Role], texts: Texts, clock: Clock, together: str | None
+) -> dict[str, float]:
+    """
+    The seconds that [`update_seconds`] takes, of one step. `together` is the clock's name for the teachers' shared
+    forwards, if they share some.
+    """
+    teachers = [together] if together is not None else [f"teacher {i}" for i in range(len(roles))]
+    anchors, base = anchor_scales(roles, args.teacher_extrapolation), clock.median("base")
+    shared = texts.prompt == texts.teacher and args.guidance_scale in anchors
+    return {
+        "student": clock.median("student"),
+        "target": sum(map(clock.median, teachers)) + len(anchors) * base,
+        "base": 0.0 if args.beta == 0 or shared else base,
+    }
 
 
 def _forward_backward(
@@ -212,11 +232,12 @@ def update_seconds(
         args ([`DiffusionOPDConfig`]), plan ([`StepPlan`]): the config, and the trained steps.
         micro_batches (`int`): micro-batches of each task in an update.
         costs (`list[dict[str, float]]`): for each task, measured on one micro-batch: the seconds of one step's
-            `"student"`, `"teachers"` and `"base"` forward, and of the forward and backward of an `"update"`.
+            `"student"` forward, of those for the `"target"`, of the `"base"` for `beta` alone, and of the forward and
+            backward of an `"update"`.
     """
     seconds = 0.0
     walked, trained = plan.expected_steps(args.num_trained_timesteps)
     for cost in costs:
-        seconds += trained * (cost["teachers"] + cost["update"] + (cost["base"] if args.beta > 0 else 0.0))
-        seconds += (walked - trained) * cost["student" if args.on_policy else "teachers"]
+        seconds += trained * (cost["target"] + cost["update"] + cost["base"])
+        seconds += (walked - trained) * cost["student" if args.on_policy else "target"]
     return seconds * micro_batches

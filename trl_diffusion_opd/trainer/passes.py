@@ -91,15 +91,20 @@ class StudentPasses:
         prompts: list[str],
         guidance_scale: float | None = None,
         field: VelocityField | None = None,
+        branches: bool = False,
     ) -> Tensor:
-        """The student's velocity with gradient. To DDP, a whole pipeline step is one forward of the wrapper."""
+        """
+        The student's velocity with gradient, with `branches` as [`VelocityField.branches`] returns it. To DDP, a whole
+        pipeline step is one forward of the wrapper.
+        """
         own = self.student.model  # the network inside the wrapper
         field = self.velocity_field if field is None else field
+        velocity: Callable[..., Tensor] = field.branches if branches else field
         inputs = (x, t, prompts, self.args.guidance_scale if guidance_scale is None else guidance_scale)
         with self._part("student"):
             if own is model:
-                return field(*inputs, model)
-            return self._redirect(model, own, field, *inputs, own)
+                return velocity(*inputs, model)
+            return self._redirect(model, own, velocity, *inputs, own)
 
     def _as_forward(self, model: nn.Module, output: Tensor) -> Tensor:
         """

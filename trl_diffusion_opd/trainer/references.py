@@ -34,7 +34,8 @@ from ..data.tasks import task_rows
 from ..guards.files import read_json, write_json
 from ..hub.files import REFERENCES_FILE
 from ..models.backbone import BASE, base_backbone
-from ..models.teachers import Role, TeacherBank, frozen_roles, model_identity
+from ..models.roles import frozen_roles, model_identity
+from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity
 from ..reporting import console as tables
 from ..rewards import reward_fingerprint, reward_name

@@ -26,8 +26,9 @@ from transformers import TrainerCallback, TrainerState
 from ..data.readers import Reader
 from ..data.tasks import task_rows
 from ..models.backbone import BASE, Backbone, base_backbone
+from ..models.roles import frozen_roles
 from ..models.student import Student
-from ..models.teachers import Role, TeacherBank, frozen_roles
+from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Beside, Completion, log_completions
