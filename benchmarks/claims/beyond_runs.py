@@ -17,7 +17,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from beyond_worlds import TEMPLATES
@@ -169,5 +168,6 @@ def claim_runs() -> dict[str, dict[str, Run]]:
 
 
 def searched(method: str, steps: int) -> bool:
-    where = Path(BEYOND / "search")
-    return (where / f"{method}-{4 if steps < 10 else 10}-0_{SEARCH_SEED}.json").exists()
+    """Whether all settings of a method have been tried."""
+    name = f"{method}-{4 if steps < 10 else 10}"
+    return all((BEYOND / "search" / f"{name}-{i}_{SEARCH_SEED}.json").exists() for i in range(len(SETTINGS[method])))
