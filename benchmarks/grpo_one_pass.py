@@ -157,6 +157,17 @@ def memory(size: str, form: str, checkpointing: bool, beta: float) -> dict[str, 
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
+def table_row(name: str, row: dict[str, Any]) -> str:
+    """A row of the table in docs/source/diffusion_grpo_trainer.md."""
+    size, *options = name.split(", ")
+    low, high = row["ci95"]
+    cells = [size, "yes" if "checkpointing" in options else "no"]
+    cells += [f"{row[form]['seconds']:.2f}" for form in FORMS]
+    cells.append(f"{row['speedup']:.2f} ({low:.2f} to {high:.2f})")
+    cells += [f"{row[form][figure]:.0f}" for form in FORMS for figure in ("held_mib", "estimate_mib")]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="where to write the results as JSON; rows that are there are kept")
@@ -179,12 +190,7 @@ def main() -> None:
                 row[form] |= memory(size, form, checkpointing, args.kl)
             name = size + (", checkpointing" if checkpointing else "") + (f", beta {args.kl:g}" if args.kl else "")
             results[name] = row
-            low, high = row["ci95"]
-            cells = [f"{row[form][figure]:.1f}" for figure in ("held_mib", "estimate_mib") for form in FORMS]
-            times = [f"{row[form]['seconds']:.2f}" for form in FORMS]
-            print(
-                f"| {name} | {' | '.join(times)} | {row['speedup']:.3f} ({low:.3f} to {high:.3f}) | {' | '.join(cells)} |"
-            )
+            print(table_row(name, row))
     if args.output:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "steps": STEPS, "window": WINDOW}
         about |= {"micro_batches": MICRO_BATCHES, "batch_sizes": BATCH_SIZES, "cuda": torch.cuda.is_available()}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from helpers import dmd_fixtures, grpo_fixtures, nft_fixtures
-from helpers.opd_fixtures import AVERAGED, make_trainer, student_lora
+from helpers.opd_fixtures import AVERAGED, make_dataset, make_trainer, student_lora
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import ATTENTION, make_pipeline
 from torch import Tensor
@@ -53,6 +53,13 @@ def _lora() -> Any:
 
 def _opd(folder: Path, teachers: Any, **options: Any) -> Any:
     return make_trainer(folder, teachers, sampler="flow_sde", **{"peft_config": _lora(), **COMMON, **options})
+
+
+def _itself(folder: Path, teachers: Any, **options: Any) -> Any:
+    """The student's average teaches one task, whose student's prompts have a template too."""
+    rows = make_dataset().map(lambda row: {"teacher_prompt": f"{row['prompt']} blue"})
+    read = {"train_dataset": rows, "prompt_templates": {"draw": "{prompt} red"}}
+    return _opd(folder, {**teachers, "count": "student"}, **read, **options)
 
 
 def _full(folder: Path, teachers: Any, **options: Any) -> Any:
@@ -101,6 +108,7 @@ def _dmd_full(folder: Path, teachers: Any, **options: Any) -> Any:
 
 MAKE: dict[str, Callable[..., Any]] = {
     "opd": _opd,
+    "itself": _itself,
     "full": _full,
     "half": _half,
     "half_full": _half_full,
@@ -113,7 +121,7 @@ MAKE: dict[str, Callable[..., Any]] = {
     "dmd_full": _dmd_full,
 }
 # What has a state of its own goes through a checkpoint as well, from one process and to one.
-RESUMED = ("opd", "full", "nft", "dmd")
+RESUMED = ("opd", "itself", "full", "nft", "dmd")
 
 
 def trained_alone(folder: Path, teachers: Any) -> Callable[[str], Any]:

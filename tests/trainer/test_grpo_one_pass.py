@@ -45,10 +45,9 @@ def updates(folder, one_pass, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(beta=0.5, task_weights={"count": 1.0, "draw": 3.0}),
+        dict(peft_config=None, sampler="dance_sde", beta=0.5, task_weights={"count": 1.0, "draw": 3.0}),
         dict(loss_type="grpo_guard", guidance_scale=3.0, gradient_checkpointing=True, beta=0.1),
         dict(loss_type="dppo", bf16=True, sampler="cps", sde_window_size=None, gradient_checkpointing=True),
-        dict(peft_config=None, beta=0.1, sampler="dance_sde"),
     ],
 )
 def test_gradients_are_those_of_two_passes(options, tmp_path):
@@ -152,7 +151,9 @@ CONFIG_PROBLEMS = [
         {"sde_window_schedule": "sliding", "sde_window_size": 2, "sde_window_shift_every": 0},
         "sde_window_shift_every=0: it must be at least 1",
     ),
-    ({"divergence_threshold": 0.0}, "divergence_threshold=0.0: it must be positive"),
+    ({"sde_window_shift_every": 10}, "shift_every=10 has no effect with sde_window_schedule='random'"),
+    ({"loss_type": "dppo", "divergence_threshold": 0.0}, "divergence_threshold=0.0: it must be positive"),
+    ({"divergence_threshold": 1e-4}, "divergence_threshold=0.0001 has no effect with loss_type='flow_grpo'"),
 ]
 
 

@@ -31,6 +31,7 @@ from .flow import velocity_difference, velocity_gap_sq
 
 LOSS_TYPES = ("flow_grpo", "grpo_guard", "dppo")
 SDE_SAMPLERS = ("flow_sde", "dance_sde", "cps")
+DIVERGENCE_THRESHOLD = 1e-5  # Flow-DPPO's, in nats per latent dimension
 
 
 def log_ratio(v: Tensor, v_old: Tensor, z: Tensor, c: float, s: float) -> Tensor:
@@ -140,7 +141,7 @@ def grpo_loss(
     s: float,
     dt: float,
     epsilon: float,
-    divergence_threshold: float = 1e-5,
+    divergence_threshold: float = DIVERGENCE_THRESHOLD,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The policy loss of one transition.
 

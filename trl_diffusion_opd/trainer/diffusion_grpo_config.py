@@ -14,12 +14,13 @@
 
 from dataclasses import dataclass, field
 
-from ..algorithms.grpo import LOSS_TYPES, SDE_SAMPLERS
+from ..algorithms.grpo import DIVERGENCE_THRESHOLD, LOSS_TYPES, SDE_SAMPLERS
 from ..algorithms.samplers import default_skip_last_steps
 from .rl_config import DiffusionRLConfig
 
 
 WINDOW_SCHEDULES = ("random", "sliding")
+SHIFT_EVERY = 25  # MixGRPO's
 
 
 @dataclass
@@ -103,7 +104,7 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         },
     )
     sde_window_shift_every: int = field(
-        default=25, metadata={"help": "Updates after which a sliding window moves on by one step."}
+        default=SHIFT_EVERY, metadata={"help": "Updates after which a sliding window moves on by one step."}
     )
     one_pass: bool = field(
         default=False,
@@ -126,7 +127,8 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         default=1e-4, metadata={"help": "Probability ratios are clipped to 1 - epsilon and 1 + epsilon."}
     )
     divergence_threshold: float = field(
-        default=1e-5, metadata={"help": "Divergence from the sampling model above which dppo leaves steps out."}
+        default=DIVERGENCE_THRESHOLD,
+        metadata={"help": "Divergence from the sampling model above which dppo leaves steps out."},
     )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
 
@@ -153,7 +155,12 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
             problems.append(f"epsilon={self.epsilon}: it must be between 0 and 1.")
         if self.beta < 0:
             problems.append(f"beta={self.beta} is negative.")
-        if not self.divergence_threshold > 0:
+        if self.loss_type != "dppo" and self.divergence_threshold != DIVERGENCE_THRESHOLD:
+            problems.append(
+                f"divergence_threshold={self.divergence_threshold} has no effect with loss_type='{self.loss_type}'. Set "
+                "loss_type='dppo', or leave it out."
+            )
+        elif not self.divergence_threshold > 0:
             problems.append(
                 f"divergence_threshold={self.divergence_threshold}: it must be positive. A large one, such as 1, leaves "
                 "nothing out."
@@ -195,9 +202,14 @@ class DiffusionGRPOConfig(DiffusionRLConfig):
         return self._schedule_problems(size)
 
     def _schedule_problems(self, steps: int) -> list[str]:
-        if self.sde_window_schedule != "sliding":
-            return []
         problems = []
+        if self.sde_window_schedule != "sliding":
+            if self.sde_window_shift_every != SHIFT_EVERY:
+                problems.append(
+                    f"sde_window_shift_every={self.sde_window_shift_every} has no effect with sde_window_schedule="
+                    f"'{self.sde_window_schedule}'. Set it to 'sliding', or leave sde_window_shift_every out."
+                )
+            return problems
         if self.sde_window_size is None or self.sde_window_size == steps:
             problems.append(
                 f"sde_window_schedule='sliding' with sde_window_size={self.sde_window_size}: the window is the whole "

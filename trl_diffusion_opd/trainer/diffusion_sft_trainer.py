@@ -249,14 +249,14 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         entropy = [self.args.seed, CACHE_DRAW, self.tasks.index(shard.task)]
         for first in range(0, len(prompts), size):
             generators = sample_generators(entropy, shard.numbers[first : first + size])
-            of_batch = prompts[first : first + size]
-            parts.append(self._teacher_latents(shard.task, Texts(of_batch, of_batch, of_batch), generators).cpu())
+            parts.append(self._teacher_latents(shard.task, prompts[first : first + size], generators).cpu())
         return torch.cat(parts)
 
     @torch.no_grad()
-    def _teacher_latents(self, task: str, texts: Texts, generators: list[torch.Generator]) -> Tensor:
-        """Draws latents of images with the task's teachers and the sampler of the arguments."""
-        x = self.velocity_field.initial_latents(texts.teacher, generators)
+    def _teacher_latents(self, task: str, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        """Draws latents of images with the task's teachers, which read these prompts, and the arguments' sampler."""
+        texts = Texts(prompts, prompts, prompts)
+        x = self.velocity_field.initial_latents(prompts, generators)
         levels = self.table.levels.tolist()
         x = walk(lambda j, x, _: self._target(task, x, levels[j], texts), x, self.table, generators)
         return self.velocity_field.clean(x)
@@ -265,7 +265,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         if self.bank is None:
             return self.velocity_field.encode([row[self.args.image_column] for row in rows])
         if self.cache is None:
-            return self._teacher_latents(task, texts, generators)
+            return self._teacher_latents(task, texts.teacher, generators)
         n = self.args.num_images_per_prompt
         chosen = [int(torch.randint(n, (1,), generator=generator)) for generator in generators]
         latents = [self.cache.read(task, text, which) for text, which in zip(texts.teacher, chosen, strict=True)]
@@ -338,7 +338,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
             if self.bank is None:
                 x0 = self._latents(task, rows, texts, generators)
             else:  # the cache only has images for the training prompts
-                x0 = self._teacher_latents(task, texts, generators)
+                x0 = self._teacher_latents(task, texts.teacher, generators)
             parts = []
             for k in range(_EVAL_LEVELS):
                 q = torch.full((len(rows),), (k + 0.5) / _EVAL_LEVELS, dtype=torch.float64)
