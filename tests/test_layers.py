@@ -20,6 +20,7 @@ Files and functions stay short: a file has at most 500 lines; a function 60, fro
 
 import ast
 import re
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -32,14 +33,28 @@ ROWS = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT / "AGENTS.md").read_text(), re.
 LAYERS = {name: int(layer) for layer, cell in ROWS for name in re.findall(r"`(\w+)(?:/|\.py)`", cell)}
 # Refused although it points down, and allowed although it does not.
 REFUSED, ALLOWED = {("trainer", "evaluation")}, {("problems", "guards")}
-FILES = {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
-MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-TRAINERS = {
-    node.name
-    for tree in FILES.values()
-    for node in ast.walk(tree)
-    if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer")
-}
+
+
+# Read where a test asks, and not by every process that collects the tests.
+@cache
+def files() -> dict[Path, ast.Module]:
+    """The package's files, by their path in the repository."""
+    return {path.relative_to(ROOT): ast.parse(path.read_text()) for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in files()}
+
+
+@cache
+def trainers() -> set[str]:
+    return {
+        node.name
+        for tree in files().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer")
+    }
 
 
 def room(path: Path) -> str:
@@ -50,7 +65,7 @@ def room(path: Path) -> str:
 def imports(path: Path) -> dict[Path, set[str]]:
     """The files of the package that a file imports, and the names that it takes from each."""
     found: dict[Path, set[str]] = {}
-    for node in ast.walk(FILES[path]):
+    for node in ast.walk(files()[path]):
         if isinstance(node, ast.Import):
             taken = [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -61,13 +76,15 @@ def imports(path: Path) -> dict[Path, set[str]]:
             continue
         for module, name in taken:
             whole = f"{module}.{name}"  # of a folder, a file may be taken
-            target = MODULES.get(whole, MODULES.get(module))
+            target = modules().get(whole, modules().get(module))
             if target is not None and target != path:
                 found.setdefault(target, set()).add(name)
     return found
 
 
-IMPORTS = {path: imports(path) for path in FILES}
+@cache
+def all_imports() -> dict[Path, dict[Path, set[str]]]:
+    return {path: imports(path) for path in files()}
 
 
 def private(name: str) -> bool:
@@ -77,7 +94,7 @@ def private(name: str) -> bool:
 def own_names(path: Path) -> set[str]:
     """Private names that a file defines: functions, variables, attributes."""
     names = set()
-    for node in ast.walk(FILES[path]):
+    for node in ast.walk(files()[path]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -86,11 +103,13 @@ def own_names(path: Path) -> set[str]:
 
 
 def test_every_folder_has_a_layer():
-    assert {room(path) for path in FILES} == LAYERS.keys() and sorted(set(LAYERS.values())) == list(range(8))
+    assert {room(path) for path in files()} == LAYERS.keys() and sorted(set(LAYERS.values())) == list(range(8))
 
 
 def test_imports_point_down():
-    found = [(path, target) for path, targets in IMPORTS.items() for target in targets if room(path) != room(target)]
+    found = [
+        (path, target) for path, targets in all_imports().items() for target in targets if room(path) != room(target)
+    ]
     upward = []
     for path, target in found:
         rooms = (room(path), room(target))
@@ -106,7 +125,7 @@ def test_imports_are_found(monkeypatch):
         "from . import latent_cache\nif TYPE_CHECKING:\n    from trl_diffusion_opd.scripts.main import main\n"
         "def later():\n    from .. import __version__\n"
     )
-    monkeypatch.setitem(FILES, path, ast.parse(text))
+    monkeypatch.setitem(files(), path, ast.parse(text))
     found = {str(target.relative_to(PACKAGE)) for target in imports(path)}
     expected = {"evaluation/run.py", "models/student.py", "data/latent_cache.py", "scripts/main.py", "__init__.py"}
     assert found == expected | {"trainer/__init__.py"}
@@ -114,17 +133,17 @@ def test_imports_are_found(monkeypatch):
 
 def test_no_circles():
     try:
-        TopologicalSorter({path: [*targets] for path, targets in IMPORTS.items()}).prepare()
+        TopologicalSorter({path: [*targets] for path, targets in all_imports().items()}).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(str(path) for path in error.args[1]))
 
 
 def test_no_private_name_of_another_file():
-    names = {path: own_names(path) for path in FILES}
+    names = {path: own_names(path) for path in files()}
     everywhere = set().union(*names.values())
     found = []
-    for path, tree in FILES.items():
-        found += [f"{path} -> {name}" for taken in IMPORTS[path].values() for name in taken if private(name)]
+    for path, tree in files().items():
+        found += [f"{path} -> {name}" for taken in all_imports()[path].values() for name in taken if private(name)]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Attribute) or node.attr not in everywhere - names[path]:
                 continue
@@ -137,17 +156,17 @@ def test_no_private_name_of_another_file():
 def test_helpers_take_the_data_they_use():
     """Outside of `trainer/` nothing takes a trainer, but for the commands, which make one."""
     found = []
-    for path, tree in FILES.items():
+    for path, tree in files().items():
         for node in ast.walk(tree) if room(path) not in ("trainer", "scripts") else ():
             if isinstance(node, ast.arg) and node.annotation is not None:
                 text = ast.unparse(node.annotation)
-                found += [f"{path}:{node.lineno} {node.arg}: {text}" for name in TRAINERS if name in text]
+                found += [f"{path}:{node.lineno} {node.arg}: {text}" for name in trainers() if name in text]
     assert not found, "\n" + "\n".join(found)
 
 
 def test_files_and_functions_are_short():
-    long = [f"{path}: {n}" for path in FILES if (n := len((ROOT / path).read_text().splitlines())) > 500]
-    for path, tree in FILES.items():
+    long = [f"{path}: {n}" for path in files() if (n := len((ROOT / path).read_text().splitlines())) > 500]
+    for path, tree in files().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 first = node.body[0]

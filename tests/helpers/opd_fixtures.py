@@ -75,8 +75,9 @@ STATEFUL = dict(
 
 def make_teachers(folder: Path) -> dict[str, str]:
     """Saves a LoRA a task and returns the folders by task."""
+    pipeline = make_pipeline()
     for seed, task in enumerate(TASKS, start=1):
-        make_lora(make_pipeline(), folder / task, seed)
+        make_lora(pipeline, folder / task, seed)  # of a copy
     return {task: str(folder / task) for task in TASKS}
 
 

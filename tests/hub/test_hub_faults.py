@@ -16,13 +16,14 @@
 
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from helpers.loopback_hub import READ_TOKEN, LoopbackHub
 from helpers.opd_fixtures import make_trainer
-from helpers.tiny_sd3 import make_lora, make_pipeline
+from helpers.tiny_sd3 import make_pipeline
 from huggingface_hub import snapshot_download
 from transformers.utils.hub import hf_api
 
@@ -166,18 +167,27 @@ class TestBeforeTheFirstStep:
         assert "task_weights has a weight for task 'x'" in message
 
 
+PIPELINE = cache(make_pipeline)  # nothing is changed in it where a file is read
+
+
+@pytest.fixture(scope="module")
+def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    PIPELINE().save_pretrained(folder)
+    return folder
+
+
 class TestReading:
     """Teachers, rewards and bases all ask through [`explained`] and [`retried`]."""
 
     @pytest.fixture
-    def teacher(self, hub: LoopbackHub, tmp_path: Path) -> str:
-        make_lora(make_pipeline(), tmp_path / "lora", 1)
-        hub.add_folder("someone/teacher", tmp_path / "lora")
+    def teacher(self, hub: LoopbackHub, teachers: dict[str, str]) -> str:
+        hub.add_folder("someone/teacher", Path(teachers["count"]))
         return "someone/teacher"
 
     def _refused(self, name: str) -> str:
         with pytest.raises(TeacherError) as error:
-            read_lora(make_pipeline(), parse_teacher(name))
+            read_lora(PIPELINE(), parse_teacher(name))
         return str(error.value)
 
     def test_a_revision_that_is_missing(self, teacher):
@@ -209,13 +219,13 @@ class TestReading:
     )
     def test_faults_that_pass(self, request_, status, hub, teacher):
         hub.fail(request_, status)
-        config, tensors, _ = read_lora(make_pipeline(), parse_teacher(teacher))
+        config, tensors, _ = read_lora(PIPELINE(), parse_teacher(teacher))
         assert config.r == 4 and tensors
         assert hub.faults[0].times == 0
 
     def test_retry_after(self, hub, teacher, waits):
         hub.fail("GET /api/models/someone", 429, Retry_After="7")
-        read_lora(make_pipeline(), parse_teacher(teacher))
+        read_lora(PIPELINE(), parse_teacher(teacher))
         assert waits == [7]
         hub.fail("GET /api/models/someone", 429, Retry_After="86400")
         snapshot = retried(snapshot_download, teacher)
@@ -233,9 +243,8 @@ class TestReading:
         assert waits == []
 
     @pytest.mark.parametrize("fault", ["gated", "private", "token", "revision", "down"])
-    def test_a_base(self, fault, hub, tmp_path, teachers, monkeypatch):
-        make_pipeline().save_pretrained(tmp_path / "base")
-        hub.add_folder("someone/base", tmp_path / "base")
+    def test_a_base(self, fault, hub, tmp_path, teachers, monkeypatch, saved_base):
+        hub.add_folder("someone/base", saved_base)
         options = {}
         if fault in ("gated", "private"):
             monkeypatch.delenv("HF_TOKEN")
@@ -257,9 +266,8 @@ class TestReading:
             make_trainer(tmp_path / "out", teachers, pipeline="someone/base", **options)
         assert f"The base model 'someone/base': {reasons[fault]}" in str(error.value)
 
-    def test_a_base_after_a_fault(self, hub, tmp_path, teachers):
-        make_pipeline().save_pretrained(tmp_path / "base")
-        hub.add_folder("someone/base", tmp_path / "base")
+    def test_a_base_after_a_fault(self, hub, tmp_path, teachers, saved_base):
+        hub.add_folder("someone/base", saved_base)
         hub.fail("GET /api/models/someone/base", 500)
         assert make_trainer(tmp_path / "out", teachers, pipeline="someone/base").tasks
 
@@ -313,11 +321,11 @@ class TestPushing:
         ],
     )
     def test_training_goes_on(self, status, reason, strategy, hub, tmp_path, teachers, caplog):
-        trainer = _trainer(tmp_path, teachers, hub_strategy=strategy)
+        trainer = _trainer(tmp_path, teachers, hub_strategy=strategy, max_steps=2)
         hub.fail("POST .*(commit|preupload)|PUT", status, times=10_000)
         with caplog.at_level(logging.WARNING, "trl_diffusion_opd.hub.push"):
             trainer.train()
-        assert trainer.state.global_step == 3 and _complete(tmp_path) == [1, 2, 3]
+        assert trainer.state.global_step == 2 and _complete(tmp_path) == [1, 2]
         assert f"failed: {reason}" in caplog.text or reason in caplog.text
         assert "Training goes on and its checkpoints are intact; the next push brings everything." in caplog.text
         # The end: what happened, where the student is, and how to push it

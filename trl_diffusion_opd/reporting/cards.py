@@ -29,6 +29,7 @@ import httpx2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Template
 from transformers.utils.hub import hf_api
 
 from ..guards.markdown import cell, code, inline, literal
@@ -43,10 +44,15 @@ _TASK = "text-to-image"
 
 
 def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
-    path = str(files(__package__) / "templates" / template)
     # Names of tasks, rewards, layers and teachers can hold anything, and cards are public. So all text is escaped.
     shows: dict[str, Any] = {function.__name__: _public(function) for function in (inline, cell, code, literal)}
-    return ModelCard.from_template(data, template_path=path, **{"versions": framework_versions()} | shows | fields)
+    values = {**data.to_dict(), "versions": framework_versions(), **shows, **fields}
+    return ModelCard(_compiled(template).render(card_data=data.to_yaml(), **values))
+
+
+@cache  # `ModelCard.from_template` compiles it anew for every card, which takes as long as a small update
+def _compiled(template: str) -> Template:
+    return Template((files(__package__) / "templates" / template).read_text(encoding="utf-8"))
 
 
 def _public(show: Callable[..., str]) -> Callable[..., str]:
