@@ -157,7 +157,7 @@ def test_what_there_is_is_told(refused):
     message = refused("opd", "--config", "tinny")
     assert (
         "--config: there is no file 'tinny'" in message
-        and "sdxl_24gb, sdxl_preference_and_pixels, tiny, tiny_grpo" in message
+        and "sdxl_24gb, sdxl_preference_and_pixels, tiny, tiny_dmd, tiny_grpo" in message
         and "flux1_dev_24gb" in message
     )
     message = refused("opd", "--config", "tiny", "--accelerate_config", "fsdp9")
