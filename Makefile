@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # In the order of tests/conftest.py, which puts what takes long first.
 SPREAD = -n $(THREADS) --dist loadfile --no-loadscope-reorder
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
+# Bytecode is kept, also where the environment forbids it: otherwise every launched process compiles the package again.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(SPREAD)
 
 .PHONY: install test test-fast test-gpu test-lowest test-newest test-deepspeed build wheel-check docs lint format demo clean
 

@@ -58,17 +58,17 @@ class MeasuredTrainer(DiffusionOPDTrainer):
     form = "velocities"
     walked_loss = 0.0
     whole_teacher: dict[str, Tensor]
-    _state: Tensor
+    _walked: Tensor
 
     def _student_velocity(self, model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._state = x
+        self._walked = x
         return super()._student_velocity(model, x, *args, **kwargs)
 
     def _step_loss(self, j: int, student: Tensor, target: Tensor, noise: Any) -> Tensor:
         if self.form == "velocities":
             return super()._step_loss(j, student, target, noise)
         a, c = float(self.plan.table.a[j]), float(self.plan.table.c[j])
-        means = [(a * self._state + c * v).bfloat16() for v in (student, target)]
+        means = [(a * self._walked + c * v).bfloat16() for v in (student, target)]
         return float(self.plan.weights[j]) / c**2 * velocity_gap_sq(*means)
 
     def _backward(self, loss: Tensor) -> None:

@@ -191,7 +191,8 @@ def three_pass(trainer: DiffusionOPDTrainer, batches: list[list[dict[str, Any]]]
 
         with torch.no_grad():
             walk(velocity, field.initial_latents(prompts, generators), table)
-            targets = [trainer._target(task, x, float(table.levels[j]), prompts) for j, x in enumerate(states)]
+            texts = trainer.texts(task, batch)
+            targets = [trainer._target(task, x, float(table.levels[j]), texts) for j, x in enumerate(states)]
         for j in steps:
             student = field(states[j], float(table.levels[j]), prompts, scale, model)
             loss = float(trainer.plan.weights[j]) * velocity_gap_sq(student, targets[j]).mean()

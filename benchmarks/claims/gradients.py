@@ -318,7 +318,8 @@ def variance(task: str, draws: int, lora_draws: int, student_init: str, folder: 
     options = {"sampler": "flow_sde", "noise_level": 0.7, "loss_weighting": "kl", "num_trained_timesteps": None}
     trainer = make_trainer("opd", student_init, 0, folder, **options)
     assert isinstance(trainer, DiffusionOPDTrainer)
-    prompt = next(rows_of(trainer.train_dataset, task, 0))["prompt"]
+    first = next(rows_of(trainer.train_dataset, task, 0))
+    prompt, texts = first["prompt"], trainer.texts(task, [first])
     parameters = trainer.student.parameters()
     generator = torch.Generator().manual_seed(TASKS.index(task))
     steps: dict[str, list[dict[str, Any]]] = {"steps": [], "lora_steps": []}
@@ -326,7 +327,7 @@ def variance(task: str, draws: int, lora_draws: int, student_init: str, folder: 
         table = trainer.plan.table
         t, row = float(table.levels[j]), (float(table.c[j]), float(table.s[j]))
         with torch.no_grad():
-            target = trainer._target(task, x, t, [prompt])
+            target = trainer._target(task, x, t, texts)
         v = trainer._student_velocity(trainer.model, x, t, [prompt])
 
         def to_lora(gradients: Tensor, v: Tensor = v) -> Tensor:

@@ -33,6 +33,6 @@ def test_the_table_is_what_was_measured(monkeypatch):
     for name, row in RESULTS.items():
         assert benchmark.table_row(name, row) in page
         one, two = row["one_pass"], row["two_passes"]
-        assert 1.15 <= row["speedup"] < 1.4 and two["held_mib"] < one["held_mib"]
+        assert row["speedup"] >= 1.15 and two["held_mib"] < one["held_mib"]
         for form in (one, two):  # a decoder's few MiB are not estimated
             assert abs(form["estimate_mib"] - form["held_mib"]) < max(0.05 * form["held_mib"], 3)

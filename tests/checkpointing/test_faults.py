@@ -126,5 +126,6 @@ def test_the_space_that_a_checkpoint_takes(update, tmp_path, teachers, through):
     # Of the first checkpoint only the tensors are counted; headers, which are most of a tiny one, are not.
     weights = load_file(through[1] / "student_raw.safetensors").values()
     tensors = 5 * sum(4 * p.numel() for p in weights)
-    assert told == pytest.approx(tensors if update == 1 else takes, rel=0.02)
+    # Two digits are told.
+    assert told == pytest.approx(tensors if update == 1 else takes, rel=0.05)
     assert ("There is no complete checkpoint. Start again" in str(error.value)) == (update == 1)

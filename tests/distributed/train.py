@@ -53,9 +53,9 @@ def main(folder: Path) -> None:
     same = all(torch.equal(p, through[name]) for name, p in snapshot(resumed).items())
 
     broken = make_trainer(folder / "broken", teachers, **options)
-    velocity = broken._target
+    velocity = broken._target_at
     if rank == 1:
-        broken._target = lambda *inputs: velocity(*inputs) * float("nan")
+        broken._target_at = lambda *inputs: velocity(*inputs) * float("nan")
     error = ""
     try:
         broken.train()

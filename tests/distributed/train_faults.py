@@ -42,7 +42,7 @@ def main(folder: Path, fault: str) -> None:
     callbacks = [FullDisk()] if fault == "disk" else []
     trainer = make_trainer(folder / "run", scenario["teachers"], callbacks=callbacks, **scenario["options"])
     rank = trainer.accelerator.process_index
-    target, collate = trainer._target, trainer.data_collator
+    target, collate = trainer._target_at, trainer.data_collator
 
     def killed(*inputs):
         if trainer.state.global_step == 2:
@@ -56,7 +56,7 @@ def main(folder: Path, fault: str) -> None:
         return collate(rows)
 
     if fault == "killed" and rank == 1:
-        trainer._target = killed
+        trainer._target_at = killed
     if fault == "raises" and rank == 1:
         trainer.data_collator = unreadable
     trainer.train(resume_from_checkpoint=fault == "none")

@@ -33,6 +33,7 @@ from markdown_it.token import Token
 from peft import get_peft_model
 from PIL import Image
 
+from trl_diffusion_opd.data.readers import Readers
 from trl_diffusion_opd.evaluation.files import samples_page
 from trl_diffusion_opd.evaluation.measure import Measured
 from trl_diffusion_opd.evaluation.plan import Task
@@ -257,7 +258,7 @@ def test_the_page_of_samples(odd, tmp_path):
         models = ["base", f"teacher/{name}", name]
         scores = {model: {name: {name: [0.5]}} for model in models}
         measured = Measured(scores, {(model, name): "key" for model in models}, {}, 0)
-        task = Task(0, Dataset.from_dict({"prompt": [name]}), [], [], 1)
+        task = Task(name, 0, Readers(), Dataset.from_dict({"prompt": [name]}), [], [], 1)
         return samples_page(store, {"tasks": {name: {"reward": name}}}, measured, {name: task}, 1)
 
     text = page(odd, tmp_path / "odd")

@@ -217,7 +217,7 @@ def test_n_teachers_are_one_forward_of_n_times_the_rows(tmp_path: Path, rows: li
         x = trainer.velocity_field.initial_latents(["a", "b"], [torch.Generator().manual_seed(i) for i in range(2)])
         rows.clear()
         with torch.no_grad():
-            trainer._target(TASKS[0], x, 0.5, ["a", "b"])
+            trainer.bank.mean_velocity(trainer.velocity_field, trainer.bank.teachers[TASKS[0]], x, 0.5, ["a", "b"])
         assert rows == expected
 
 

@@ -157,7 +157,7 @@ def test_what_there_is_is_told(refused):
     message = refused("opd", "--config", "tinny")
     assert (
         "--config: there is no file 'tinny'" in message
-        and "sdxl_24gb, sdxl_preference_and_pixels, tiny, tiny_grpo" in message
+        and "sdxl_24gb, sdxl_preference_and_pixels, tiny, tiny_dmd, tiny_grpo" in message
         and "flux1_dev_24gb" in message
     )
     message = refused("opd", "--config", "tiny", "--accelerate_config", "fsdp9")
@@ -331,9 +331,11 @@ def test_the_demo_from_an_empty_folder(tmp_path, processes):
 
 
 @pytest.mark.slow
-def test_sft_on_images_of_teachers():
-    assert main.main(["sft", "--config", "tiny_sft", *SHORT]) == 0
-    assert Path("outputs/sft/pytorch_lora_weights.safetensors").exists() and Path("outputs/sft/README.md").exists()
+@pytest.mark.parametrize("command", ["sft", "dmd"])
+def test_other_commands_with_teachers(command):
+    assert main.main([command, "--config", f"tiny_{command}", *SHORT]) == 0
+    folder = Path("outputs", command)
+    assert (folder / "pytorch_lora_weights.safetensors").exists() and (folder / "README.md").exists()
 
 
 # Bug reports

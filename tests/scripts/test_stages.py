@@ -386,7 +386,7 @@ def test_everything_wrong_in_a_file_is_told_at_once(tmp_path):
     for expected in (
         "'defaults' is none of output_dir, shared, stages.",
         "stage 'one': 'reward' is none of bnb_4bit_quant_type, config,",
-        "stage 'one': trainer='ppo': it must be one of opd, grpo, nft, sft.",
+        "stage 'one': trainer='ppo': it must be one of opd, grpo, nft, sft, dmd.",
         "stage 'two': trainer='opd' needs teachers.",
         "stage 'two': config: output_dir is the stage's own folder.",
         "stage 'two': config: student_init is the LoRA of the stage before.",

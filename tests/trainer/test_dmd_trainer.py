@@ -87,9 +87,11 @@ def test_gradients_are_those_of_the_formulas(case, tmp_path, teachers):
     assert len(gradients) == 2 and relative_difference(*gradients) > 0.1  # each on fresh noise
 
 
-@pytest.mark.parametrize("peft_config", [student_lora(), None], ids=["lora", "full"])
-def test_what_an_update_trains(peft_config, tmp_path, teachers):
-    trainer = make_trainer(tmp_path, teachers, peft_config=peft_config, learning_rate=1e-3, max_steps=2, **AVERAGED)
+@pytest.mark.parametrize(
+    "start", [{"peft_config": student_lora(), "student_init": "merge"}, {"peft_config": None}], ids=["merge", "full"]
+)
+def test_what_an_update_trains(start, tmp_path, teachers):
+    trainer = make_trainer(tmp_path, teachers, learning_rate=1e-3, max_steps=2, **AVERAGED, **start)
     before, fake = snapshot(trainer), fake_weights(trainer)
     assert relative_difference(fake, before) == 0  # it starts as a copy
     parts = trainer.frozen_parts()

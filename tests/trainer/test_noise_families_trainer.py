@@ -27,7 +27,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LoraBaseMixin
-from helpers import grpo_fixtures, nft_fixtures
+from helpers import dmd_fixtures, grpo_fixtures, nft_fixtures
 from helpers.families import Family, denoiser, save_teacher
 from helpers.family_fixtures import family_trainer, prompts_of
 from helpers.noise_families import NOISE_FAMILIES
@@ -209,7 +209,7 @@ def moved(trainer: Any) -> bool:
     return relative_difference(snapshot(trainer), before) > 0
 
 
-@pytest.mark.parametrize("method", ["grpo", "nft", "sft of pictures", "sft of a teacher"])
+@pytest.mark.parametrize("method", ["grpo", "nft", "dmd2", "tdm", "sft of pictures", "sft of a teacher"])
 def test_the_other_trainers(method: str, tmp_path: Path) -> None:
     options = {**_OPTIONS, "peft_config": LoraConfig(r=2, target_modules=list(SDXL.lora_targets))}
     options["train_dataset"] = prompts_of(SDXL)
@@ -218,6 +218,10 @@ def test_the_other_trainers(method: str, tmp_path: Path) -> None:
     elif method == "nft":
         options |= {"sampler": "dpm2m", "timestep_sampling": "uniform"}
         trainer = nft_fixtures.make_trainer(tmp_path, SDXL.build(), **options)
+    elif method in ("dmd2", "tdm"):
+        save_strong_teacher(SDXL, tmp_path / "teacher")
+        options |= {"loss_type": method, "pipeline": SDXL.build()}
+        trainer = dmd_fixtures.make_trainer(tmp_path / "out", str(tmp_path / "teacher"), **options)
     elif method == "sft of a teacher":
         save_strong_teacher(SDXL, tmp_path / "teacher")
         trainer = sft_trainer(tmp_path / "out", str(tmp_path / "teacher"), SDXL.build(), **options)
@@ -253,6 +257,25 @@ def test_fine_tuning_minimises_the_error_that_the_model_was_trained_with(tmp_pat
         output = SD15.build().unet(square.sqrt() * x0 + (1 - square).sqrt() * eps, timestep, embeds).sample
         trainer.args.timestep_density = "uniform"
         loss = trainer._flow_loss(trainer.model, x0, eps, q, [PROMPT])
+    assert loss.item() == pytest.approx((output - eps).square().mean().item(), rel=1e-3)
+
+
+def test_the_fake_minimises_the_error_that_the_model_was_trained_with(tmp_path: Path) -> None:
+    options = dict(SD15.kwargs, num_inference_steps=STEPS, guidance_scale=1.0, per_device_train_batch_size=1)
+    options |= {"pipeline": SD15.build(), "peft_config": LoraConfig(r=2, target_modules=["to_q"])}
+    rows = [{"prompt": PROMPT, "task": "one"}]
+    trainer = dmd_fixtures.make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), **options)
+    trainer.make_sampler()
+    drawn, timestep, pipeline = trainer.draw(0, rows), 741, SD15.build()
+    square = pipeline.scheduler.alphas_cumprod[timestep].double()
+    alpha, sigma = square.sqrt(), (1 - square).sqrt()
+    t, eps = (sigma / (alpha + sigma)).reshape(1), torch.randn(drawn.image.shape)
+    noisy = ((1 - t) * drawn.image + t * eps).float(), t, eps
+    trainer._renoised = lambda *_: noisy
+    with torch.no_grad():
+        embeds = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0]
+        output = pipeline.unet((alpha * drawn.image + sigma * eps).float(), timestep, embeds).sample
+        loss = trainer._fake_loss(trainer.student.model, drawn, [])
     assert loss.item() == pytest.approx((output - eps).square().mean().item(), rel=1e-3)
 
 

@@ -44,7 +44,7 @@ class FixedStates:
     The velocities are kept on the CPU. The states are not kept: the same velocities lead to the same states.
 
     Attributes:
-        plan ([`~opd.StepPlan`]): the steps at which models are compared. Its sampler gives the weights only.
+        plan ([`StepPlan`]): the steps at which models are compared. Its sampler gives the weights only.
         start, image, eps (`Tensor` of shape `(B, ...)`):
             Where the trajectories begin and the images that they end with, at level 0; the noise of noised images.
         on_trajectories (`list[Tensor]` of shape `(B, ...)`): the teacher's velocities at all steps of the walk.
@@ -68,7 +68,7 @@ class FixedStates:
             teacher (`Callable`): `teacher(x, t)` returns the velocity at states of shape `(B, ...)`.
             start (`Tensor` of shape `(B, ...)`): states at the first level, such as noise.
             generators (`list[torch.Generator]` of length `B`): for the noise of noised images.
-            plan ([`~opd.StepPlan`]): levels, and the steps at which models are compared.
+            plan ([`StepPlan`]): levels, and the steps at which models are compared.
         """
         table, velocities = _ode(plan), list[Tensor]()
 
@@ -86,7 +86,7 @@ class FixedStates:
     @torch.no_grad()
     def kl(self, student: Velocity) -> Tensor:
         """
-        The KL of a model from the teacher at these states, per latent dimension, as [`~opd.StepPlan.kl`] defines it.
+        The KL of a model from the teacher at these states, per latent dimension, as [`StepPlan.kl`] defines it.
 
         Args:
             student (`Callable`):

@@ -31,7 +31,7 @@ def anchor_scales(roles: Sequence[Role], extrapolation: float) -> set[float]:
 
     Args:
         roles (`list[Role]`): the task's teachers.
-        extrapolation (`float`): as in [`~opd.extrapolated_target`].
+        extrapolation (`float`): as in [`extrapolated_target`].
     """
     if extrapolation == 1 or all(role.teacher.kind == "base" for role in roles):
         return set()
@@ -83,7 +83,7 @@ class State:
         Args:
             roles (`list[Role]`): the teachers.
             prompts (`list[str]`): what the teachers read.
-            extrapolation (`float`, *optional*, defaults to 1): as in [`~opd.extrapolated_target`].
+            extrapolation (`float`, *optional*, defaults to 1): as in [`extrapolated_target`].
         """
         with self._part("teacher"):
             teacher = self._bank.mean_velocity(self._field, roles, self.x, self.t, prompts, self._branches)
