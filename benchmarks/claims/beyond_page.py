@@ -52,6 +52,10 @@ def read_results(folder: Path) -> dict[str, dict[int, Result]]:
     return results
 
 
+def seeds(value: Estimate) -> str:
+    return f"{value.n} seed{'s' if value.n > 1 else ''}"
+
+
 class Beyond:
     """The results, and the sections of the page that are made from them."""
 
@@ -184,7 +188,7 @@ class Beyond:
             holds = "holds here" if mean.mean >= 0.9 else "does not hold here"
             section.findings.append(
                 f"**A student of {steps} steps has 0.90 of its teachers' gain at ten steps, in the mean: {holds}**; the "
-                f"best is `{best}`, mean {shown(mean)}, worst task {shown(worst)}, {mean.n} seeds."
+                f"best is `{best}`, mean {shown(mean)}, worst task {shown(worst)}, {seeds(mean)}."
             )
             ours = f"opd-{steps}-long"
             section.findings += [
@@ -244,7 +248,7 @@ class Beyond:
             holds = "holds here" if kept[lowest].mean >= 0.9 else "does not hold here"
             section.findings.append(
                 f"**`{run}` keeps 0.90 of every teacher's gain: {holds}**; lowest {shown(kept[lowest])} ({lowest}), "
-                f"{kept[lowest].n} seeds."
+                f"{seeds(kept[lowest])}."
             )
         return section
 
