@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .flow import velocity_difference
+from .flow import per_sample, velocity_difference
 from .samplers import SamplerTable
 from .sft import flow_matching_loss, shifted
 
@@ -50,12 +50,12 @@ def image_of(x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
         x, v (`Tensor` of shape `(B, ...)`): states, and velocities there.
         t (`float` or `Tensor` of shape `(B,)`): one noise level for all samples, or one for each.
     """
-    return x - _per_sample(t, x) * v
+    return x - per_sample(t, x) * v
 
 
 def noise_of(x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
     """The noise that a velocity predicts: `eps = x + (1 - t) v = x0 + v`. Arguments as for [`image_of`]."""
-    return x + (1 - _per_sample(t, x)) * v
+    return x + (1 - per_sample(t, x)) * v
 
 
 def noised_further(x: Tensor, z: Tensor, t_from: float | Tensor, t_to: float | Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def noised_further(x: Tensor, z: Tensor, t_from: float | Tensor, t_to: float | T
     start, end = (torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in (t_from, t_to))
     r = (1 - end) / (1 - start)
     beta = (end.square() - (r * start).square()).clamp(min=0).sqrt()
-    return _per_sample(r, x) * x + _per_sample(beta, x) * z
+    return per_sample(r, x) * x + per_sample(beta, x) * z
 
 
 def renoise_levels(
@@ -134,9 +134,9 @@ def student_loss(
         raise ValueError(f"Unknown loss {loss_type!r}. Choose one of {', '.join(DMD_LOSSES)}.")
     with torch.no_grad():
         # x_f - x_r as a difference of velocities: the states cancel.
-        away = _per_sample(t, x) * velocity_difference(v_real, v_fake)
+        away = per_sample(t, x) * velocity_difference(v_real, v_fake)
         errors = (x0 - image_of(x, v_real, t)).abs().flatten(1).mean(1)
-        scale = _per_sample(errors.clamp(min=_MIN_ERROR), x)
+        scale = per_sample(errors.clamp(min=_MIN_ERROR), x)
         if loss_type == "dmd2":
             away = away / scale
     # Its value is `away`, its gradient that of x0.
@@ -189,10 +189,3 @@ def noise_left(table: SamplerTable) -> float:
     t, end, a, c, s = (float(v) for v in (*table.levels[-2:], table.a[-1], table.c[-1], table.s[-1]))
     left = (a * t + c) ** 2 + s**2 - end**2
     return left**0.5 if left > _ROUNDING else 0.0
-
-
-def _per_sample(values: float | Tensor, like: Tensor) -> float | Tensor:
-    """Values a sample, on `like`'s device and with axes of size 1 for its other ones. A number stays as it is."""
-    if not isinstance(values, Tensor):
-        return values
-    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))

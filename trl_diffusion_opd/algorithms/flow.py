@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The two formulas that the losses of flow models share: noised images, and the difference of two velocities."""
+"""What the losses of flow models share: noised images, values a sample, and the difference of two velocities."""
 
 import torch
 from torch import Tensor
@@ -26,9 +26,15 @@ def noised(x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
         x0, eps (`Tensor` of shape `(B, ...)`): images (latents) and noise.
         t (`float` or `Tensor` of shape `(B,)`): one noise level for all samples, or one for each.
     """
-    if isinstance(t, Tensor):
-        t = t.to(x0.device, x0.dtype).reshape(-1, *[1] * (x0.ndim - 1))
+    t = per_sample(t, x0)
     return (1 - t) * x0 + t * eps
+
+
+def per_sample(values: float | Tensor, like: Tensor) -> float | Tensor:
+    """Values a sample, on `like`'s device and with axes of size 1 for its other ones. A number stays as it is."""
+    if not isinstance(values, Tensor):
+        return values
+    return values.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def velocity_gap_sq(v_student: Tensor, v_teacher: Tensor) -> Tensor:

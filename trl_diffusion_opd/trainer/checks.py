@@ -324,22 +324,27 @@ def evaluation_data_problems(eval_dataset: object, task_column: str, tasks: list
 
 def read_data_problems(train_dataset: Dataset, eval_dataset: object, task_column: str) -> list[str]:
     """Reasons why teachers can't read the rows: those of training, and those of `eval_dataset`."""
-    of_evaluation = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
     return [
         problem
+        for name, dataset in _readable(train_dataset, eval_dataset, task_column)
+        for problem in teacher_prompt_problems(dataset, task_rows(dataset, task_column), name)
+    ]
+
+
+def _readable(train_dataset: object, eval_dataset: object, task_column: str) -> list[tuple[str, Dataset]]:
+    """The datasets of training and evaluation by name, without those that are refused for their columns."""
+    of_evaluation = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return [
+        (name, dataset)
         for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items()
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name)
-        for problem in teacher_prompt_problems(dataset, task_rows(dataset, task_column), name)
     ]
 
 
 def itself_problems(train_dataset: object, eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:
     """Reasons why the student can't teach itself in `tasks`, where it would read what it reads as a student."""
-    of_evaluation = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
     problems = []
-    for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items():
-        if not isinstance(dataset, Dataset) or dataset_problems(dataset, task_column, name):
-            continue
+    for name, dataset in _readable(train_dataset, eval_dataset, task_column):
         rows = task_rows(dataset, task_column)
         same = [task for task in tasks if task in rows and not has_teacher_prompts(dataset, rows[task])]
         problems += [

@@ -14,7 +14,6 @@
 
 """The dry run of distillation: shows the first update's figures, memory, time, and an image of every model."""
 
-import logging
 import math
 from collections.abc import Sequence
 
@@ -25,7 +24,6 @@ from torch import Tensor
 from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.opd import StepPlan, extrapolated_target
 from ..algorithms.rollout import sample_generators, walk
-from ..algorithms.separability import conflict_warning
 from ..data.readers import Texts
 from ..guards.files import JSON
 from ..models.lora_adapter import rescaled_factors
@@ -38,17 +36,9 @@ from .dry_run_shared import (
     Clock,
     Peak,
     as_in_training,
-    draw_models,
     first_update,
-    memory,
-    number_of_updates,
-    score_pictures,
-    teacher_warnings,
-    write_pictures,
+    taught_report,
 )
-
-
-logger = logging.getLogger(__name__)
 
 
 def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dict[str, JSON]:
@@ -89,29 +79,8 @@ def dry_run(trainer: DiffusionTrainer, bank: TeacherBank, plan: StepPlan) -> dic
             costs.append(cost)
             activations.append(used)
         pairs = trainer.task_comparison().pairs(sampler, thorough=True)
-    seconds = max(gather_object([update_seconds(trainer.args, plan, trainer.rounds.micro_batches, costs)]))
-    updates = number_of_updates(trainer, sampler)
-    report = {
-        "tasks": tasks,
-        "separability": [pair.report() for pair in pairs],
-        "memory": memory(trainer, {}, max(activations), "a forward and backward"),
-        "seconds_per_update": seconds,
-        "updates": updates,
-        "seconds": seconds * updates,
-        "warnings": [*teacher_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
-    }
-    images = draw_models(trainer)
-    if trainer.accelerator.is_main_process:
-        scored = score_pictures(trainer.evaluator, images, trainer.state)
-        for task, of_task in scored.items():
-            tasks[task]["rewards"] = of_task
-        write_pictures(trainer.args.output_dir, images, scored)
-        tables.print_pairs(pairs)
-        tables.print_dry_run(report, trainer.accelerator.device.type)
-        for warning in report["warnings"]:
-            logger.warning(warning)
-    trainer.accelerator.wait_for_everyone()
-    return report
+    seconds = update_seconds(trainer.args, plan, trainer.rounds.micro_batches, costs)
+    return taught_report(trainer, sampler, tasks, seconds, max(activations), pairs, tables.print_dry_run)
 
 
 # An update's forwards

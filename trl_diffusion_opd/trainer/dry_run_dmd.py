@@ -14,18 +14,15 @@
 
 """The dry run of distribution matching: the first update's figures, memory, time, and an image of every model."""
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..algorithms.dmd import image_of
 from ..algorithms.flow import velocity_gap_sq
 from ..algorithms.rollout import sample_generators
-from ..algorithms.separability import conflict_warning
 from ..guards.files import JSON
 from ..models.fake_score import FAKE, FakeScore
 from ..models.teachers import TeacherBank
@@ -38,17 +35,10 @@ from .dry_run_shared import (
     Clock,
     Peak,
     as_in_training,
-    draw_models,
     first_update,
-    memory,
-    number_of_updates,
-    score_pictures,
-    teacher_warnings,
-    write_pictures,
+    taught_report,
 )
 
-
-logger = logging.getLogger(__name__)
 
 _Renoised = Callable[[Drawn, list[torch.Generator]], tuple[Tensor, Tensor, Tensor]]
 _Loss = Callable[[nn.Module, Drawn, list[torch.Generator]], Tensor]
@@ -92,29 +82,8 @@ def dry_run(
             activations.append(_passes(trainer, bank, fake, drawn, fake_loss, clock))
             seconds += _seconds(trainer, clock, len(bank.teachers[drawn.task]))
         pairs = trainer.task_comparison().pairs(sampler, thorough=True)
-    seconds = max(gather_object([seconds * trainer.rounds.micro_batches]))
-    updates = number_of_updates(trainer, sampler)
-    report = {
-        "tasks": tasks,
-        "separability": [pair.report() for pair in pairs],
-        "memory": memory(trainer, {}, max(activations), "a forward and backward"),
-        "seconds_per_update": seconds,
-        "updates": updates,
-        "seconds": seconds * updates,
-        "warnings": [*teacher_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
-    }
-    images = draw_models(trainer)
-    if trainer.accelerator.is_main_process:
-        scored = score_pictures(trainer.evaluator, images, trainer.state)
-        for task, of_task in scored.items():
-            tasks[task]["rewards"] = of_task
-        write_pictures(trainer.args.output_dir, images, scored)
-        tables.print_pairs(pairs)
-        tables.print_dmd_dry_run(report, trainer.accelerator.device.type)
-        for warning in report["warnings"]:
-            logger.warning(warning)
-    trainer.accelerator.wait_for_everyone()
-    return report
+    seconds = seconds * trainer.rounds.micro_batches
+    return taught_report(trainer, sampler, tasks, seconds, max(activations), pairs, tables.print_dmd_dry_run)
 
 
 @torch.no_grad()

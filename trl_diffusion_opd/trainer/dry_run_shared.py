@@ -12,12 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Shared parts of the dry runs: clocks, memory, the rows of the first update, and pictures."""
+"""Shared parts of the dry runs: clocks, memory, the rows of the first update, pictures, and the report."""
 
 import inspect
+import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,11 +27,13 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerState
 
+from ..algorithms.separability import Pair, conflict_warning
 from ..data.tasks import TaskSampler, task_rows
 from ..guards.extras import extra
 from ..guards.files import JSON, file_name
@@ -39,11 +42,15 @@ from ..pipelines.drawing import Velocity, draw_with
 from ..pipelines.view import exchanged_forward
 from ..profiling.memory import MemoryRow
 from ..profiling.timing import Instant, instant, seconds_between
+from ..reporting import console as tables
 from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .image_evaluator import ImageEvaluator
 from .memory_estimate import estimate_memory
 from .training_pictures import captioned
+
+
+logger = logging.getLogger(__name__)
 
 
 # As in training
@@ -266,3 +273,54 @@ def write_pictures(
         rows.append(plots.SampleRow(task, row["prompt"], of_task, scores, reward))
     with extra(f"The picture {DRY_RUN_PICTURE}"):
         plots.plot_samples(rows, folder / DRY_RUN_PICTURE)
+
+
+# The end of a dry run with teachers
+
+
+def taught_report(
+    trainer: DiffusionTrainer,
+    sampler: TaskSampler,
+    tasks: dict[str, dict[str, JSON]],
+    seconds: float,
+    activations: int,
+    pairs: Sequence[Pair],
+    print_report: Callable[[dict[str, JSON], str], None],
+) -> dict[str, JSON]:
+    """
+    Draws, scores, writes and prints what is known of the first update. All processes must call it.
+
+    Args:
+        trainer ([`DiffusionTrainer`]), sampler ([`TaskSampler`]): the trainer, and the order of its rows.
+        tasks (`dict`): figures of each task, with its `"teachers"`. The rewards of the images are added.
+        seconds (`float`): the time of an update on this process. That of the slowest one is reported.
+        activations (`int`): bytes that a forward and backward of this process held.
+        pairs (`list[Pair]`): the comparison of tasks.
+        print_report (`Callable`): prints the report, given it and the type of the device.
+
+    Returns:
+        `dict`: the report.
+    """
+    seconds = max(gather_object([seconds]))
+    updates = number_of_updates(trainer, sampler)
+    report: dict[str, JSON] = {
+        "tasks": tasks,
+        "separability": [pair.report() for pair in pairs],
+        "memory": memory(trainer, {}, activations, "a forward and backward"),
+        "seconds_per_update": seconds,
+        "updates": updates,
+        "seconds": seconds * updates,
+        "warnings": [*teacher_warnings(tasks), *filter(None, [conflict_warning(pairs)])],
+    }
+    images = draw_models(trainer)
+    if trainer.accelerator.is_main_process:
+        scored = score_pictures(trainer.evaluator, images, trainer.state)
+        for task, of_task in scored.items():
+            tasks[task]["rewards"] = of_task
+        write_pictures(trainer.args.output_dir, images, scored)
+        tables.print_pairs(pairs)
+        print_report(report, trainer.accelerator.device.type)
+        for warning in report["warnings"]:
+            logger.warning(warning)
+    trainer.accelerator.wait_for_everyone()
+    return report

@@ -47,10 +47,10 @@ def estimate_memory(
     Estimates the peak memory of training on one process's device, part by part, in bytes.
 
     Weights are counted. Activations are those of the student's forward and backward on one micro-batch of the data's
-    longest prompt, and with GRPO's `one_pass` those of all forwards that wait for their backward. They are computed from shapes alone, so a network of any size takes seconds, even if it does not
-    fit. The optimizer's memory is measured on a small weight. Not counted: memory that the allocator rounds up and
-    keeps, workspaces of kernels, the CUDA context (some 0.5 GiB), DDP's buckets, the decoder's activations in
-    evaluations, reward models.
+    longest prompt, and with GRPO's `one_pass` those of all forwards that wait for their backward. They are computed
+    from shapes alone, so a network of any size takes seconds, even if it does not fit. The optimizer's memory is
+    measured on a small weight. Not counted: memory that the allocator rounds up and keeps, workspaces of kernels, the
+    CUDA context (some 0.5 GiB), DDP's buckets, the decoder's activations in evaluations, reward models.
 
     Args:
         trainer ([`DiffusionOPDTrainer`] or another of this package): the trainer.
