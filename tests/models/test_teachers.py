@@ -46,10 +46,10 @@ from torch import nn
 from trl_diffusion_opd.hub import errors as hub_errors
 from trl_diffusion_opd.models.lora_files import infer_scales
 from trl_diffusion_opd.models.lora_layouts import convert
+from trl_diffusion_opd.models.roles import model_identity
 from trl_diffusion_opd.models.teachers import (
     TeacherConfig,
     add_adapter,
-    model_identity,
     normalize_teachers,
     parse_teacher,
     read_lora,
