@@ -14,9 +14,11 @@
 
 """Distribution matching: an update against the formulas in float64, what is trained, resumed, saved and refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers.dmd_fixtures import FromTheFormulas, fake_weights, make_trainer, move_fake, state_of
+from helpers.dmd_fixtures import FromTheFormulas, dmd_config, fake_weights, make_trainer, move_fake, state_of
 from helpers.opd_fixtures import (
     AVERAGED,
     Recorder,
@@ -219,6 +221,14 @@ def test_config_refuses(label):
         DiffusionDMDConfig("out", **given)
     (problem,) = str(error.value).splitlines()[1:]
     assert message in problem
+
+
+def test_deepspeed_is_refused(tmp_path):
+    config = dmd_config(tmp_path)
+    assert config._problems() == []
+    config.deepspeed_plugin = SimpleNamespace()
+    (problem,) = config._problems()
+    assert problem.startswith("DeepSpeed has one optimizer, but student and fake score have one each.")
 
 
 def test_defaults_are_those_of_the_loss():

@@ -23,6 +23,7 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from helpers.dmd_fixtures import make_trainer as dmd_trainer
 from helpers.families import PROMPTS
 from helpers.families_experts import TI2V, WAN_2_2, save_pair, wan_2_2
 from helpers.family_fixtures import family_trainer, prompts_of
@@ -40,7 +41,7 @@ from trl_diffusion_opd.models.teacher_config import TeacherConfig
 from trl_diffusion_opd.pipelines.denoiser import denoiser
 from trl_diffusion_opd.pipelines.experts import EXPERTS
 from trl_diffusion_opd.pipelines.velocity import VelocityField
-from trl_diffusion_opd.trainer import diffusion_sft_trainer
+from trl_diffusion_opd.trainer import checks
 from trl_diffusion_opd.trainer.checks import launch_problems
 
 
@@ -219,8 +220,11 @@ def test_launches_that_move_or_wait_for_an_idle_expert(options: dict[str, Any], 
         assert [message in problem for problem in launch_problems(denoiser(pipeline), args)].count(True) == count
 
 
-def test_images_of_their_own_levels_are_refused_under_fsdp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusion_sft_trainer, "uses_fsdp", lambda args: True)
+@pytest.mark.parametrize("make_trainer", [sft_trainer, dmd_trainer])
+def test_images_of_their_own_levels_are_refused_under_fsdp(
+    make_trainer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "uses_fsdp", lambda args: True)
     options = dict(WAN_2_2.kwargs, peft_config=LoraConfig(r=2, target_modules=["attn1.to_q"]))
     with pytest.raises(ValueError, match="Each image gets a noise level of its own.*FSDP would wait for ever"):
-        sft_trainer(tmp_path, None, WAN_2_2.build(), **options)
+        make_trainer(tmp_path, None, pipeline=WAN_2_2.build(), **options)

@@ -127,6 +127,16 @@ def uses_fsdp(args: DiffusionConfig) -> bool:
     return args.world_size > 1 and (args.fsdp_plugin_args is not None or parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
+def own_level_problems(transformer: nn.Module | None, args: DiffusionConfig) -> list[str]:
+    """What a method does not work with that gives each image a noise level of its own."""
+    if isinstance(transformer, Experts) and uses_fsdp(args):
+        return [
+            "Each image gets a noise level of its own, so processes would use the base's two experts in another "
+            "order, and FSDP would wait for ever. Use multi_gpu.yaml of examples/accelerate_configs/."
+        ]
+    return []
+
+
 def _expert_launch_problems(args: DiffusionConfig) -> list[str]:
     """What two experts, of which an update may use one, don't work with."""
     problems = []

@@ -166,4 +166,9 @@ class DiffusionDMDConfig(TaughtConfig):
             problems.append(
                 "fp16=True is not supported: one loss scale can't serve two optimizers. Use bf16, or train in float32."
             )
+        if self.deepspeed_plugin is not None:
+            problems.append(
+                "DeepSpeed has one optimizer, but student and fake score have one each. Use multi_gpu.yaml or "
+                "fsdp2.yaml of examples/accelerate_configs/."
+            )
         return problems

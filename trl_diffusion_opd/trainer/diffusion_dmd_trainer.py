@@ -40,14 +40,13 @@ from ..hub.files import FAKE_OPTIMIZER_FILE, FAKE_SCORE_FILE
 from ..models.fake_score import FAKE, FakeScore
 from ..models.teacher_config import TeacherSpec
 from ..models.teachers import TeacherBank
-from ..pipelines.experts import Experts
 from ..problems import Problems
 from ..reporting import console as tables
 from ..reporting.model_card import MethodFacts
 from ..rewards import RewardFuncs, Row
 from . import dry_run_dmd
 from .base_trainer import DiffusionTrainer
-from .checks import uses_fsdp
+from .checks import own_level_problems
 from .diffusion_dmd_config import DiffusionDMDConfig
 from .drawn import Drawn
 from .preparation import Parts
@@ -163,16 +162,7 @@ class DiffusionDMDTrainer(DiffusionTrainer):
                     f"the level {float(table.levels[-1]):.2g} of the grid's end), so the student's walk does not end "
                     "at an image x0, whose distribution could be matched. Use ode, dpm2m, cps or ddim."
                 )
-        if args.deepspeed_plugin is not None:
-            problems.append(
-                "DeepSpeed has one optimizer, but student and fake score have one each. Use multi_gpu.yaml or "
-                "fsdp2.yaml of examples/accelerate_configs/."
-            )
-        if isinstance(parts.transformer, Experts) and uses_fsdp(args):
-            problems.append(
-                "Each image gets a noise level of its own, so processes would use the base's two experts in another "
-                "order, and FSDP would wait for ever. Use multi_gpu.yaml of examples/accelerate_configs/."
-            )
+        problems += own_level_problems(parts.transformer, args)
         load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
         if "bank" in parts.method:  # student_init='merge' has set the student's start by now
             with problems.collect():

@@ -37,7 +37,6 @@ from ..data.readers import Readers, Texts, read_columns
 from ..data.tasks import task_rows
 from ..models.roles import model_identity
 from ..models.teacher_config import TeacherSpec
-from ..pipelines.experts import Experts
 from ..pipelines.fingerprints import base_digest
 from ..problems import Problems
 from ..reporting import console as tables
@@ -45,7 +44,7 @@ from ..reporting.model_card import MethodFacts
 from ..rewards import RewardFuncs, Row
 from .base_config import DiffusionConfig
 from .base_trainer import DiffusionTrainer
-from .checks import uses_fsdp
+from .checks import own_level_problems
 from .diffusion_sft_config import DiffusionSFTConfig
 from .preparation import Parts
 from .teaching import load_teachers
@@ -160,11 +159,7 @@ class DiffusionSFTTrainer(DiffusionTrainer):
     def prepare_method(cls, parts: Parts, problems: Problems) -> None:
         args = parts.args
         assert isinstance(args, DiffusionSFTConfig)
-        if isinstance(parts.transformer, Experts) and uses_fsdp(args):
-            problems.append(
-                "Each image gets a noise level of its own, so processes would use the base's two experts in another "
-                "order, and FSDP would wait for ever. Use multi_gpu.yaml of examples/accelerate_configs/."
-            )
+        problems += own_level_problems(parts.transformer, args)
         dataset, column = parts.train_dataset, args.image_column
         features = dataset.features if isinstance(dataset, Dataset) else {}
         if parts.given_teachers is None:
