@@ -160,7 +160,7 @@ def _flux_transformer() -> diffusers.FluxTransformer2DModel:
     )
 
 
-def _flux(pipeline_class: type[DiffusionPipeline] = diffusers.FluxPipeline) -> DiffusionPipeline:
+def flux(pipeline_class: type[DiffusionPipeline] = diffusers.FluxPipeline) -> DiffusionPipeline:
     return pipeline_class(
         transformer=_flux_transformer(),
         scheduler=_dynamic_euler(),
@@ -240,9 +240,10 @@ def _qwen_image() -> DiffusionPipeline:
     return diffusers.QwenImagePipeline(**_qwen_parts([4, 4]), **encoders)
 
 
-def _qwen_image_edit() -> DiffusionPipeline:
+def qwen_image_edit(plus: bool = False) -> DiffusionPipeline:
     # The pipeline brings the image to edit to a million pixels: a VAE of factor 32 keeps it at 256 tokens.
-    return diffusers.QwenImageEditPipeline(**_qwen_parts([2, 2, 2, 4, 4, 4]), **text.qwen2_vl())
+    kind = diffusers.QwenImageEditPlusPipeline if plus else diffusers.QwenImageEditPipeline
+    return kind(**_qwen_parts([2, 2, 2, 4, 4, 4]), **text.qwen2_vl())
 
 
 def _z_image() -> DiffusionPipeline:
@@ -399,16 +400,16 @@ def _cogview4() -> DiffusionPipeline:
 
 
 _PICTURE = Image.fromarray((np.random.default_rng(0).random((16, 16, 3)) * 255).astype("uint8"))
-_TRUE_CFG: dict[str, Any] = dict(guidance_name="true_cfg_scale", guidance_options={"negative_prompt": ""})
-_JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+TRUE_CFG: dict[str, Any] = dict(guidance_name="true_cfg_scale", guidance_options={"negative_prompt": ""})
+JOINT = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 _SELF_AND_CROSS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_v")
 
 FAMILIES: dict[str, Family] = {
-    "sd3": Family(_sd3, (*_JOINT, "attn.add_q_proj"), guidance_scale=4.5),
+    "sd3": Family(_sd3, (*JOINT, "attn.add_q_proj"), guidance_scale=4.5),
     # Flux knows two guidances: classifier-free, and an embedding that distillation left it with.
-    "flux": Family(_flux, _JOINT, generation_kwargs={"guidance_scale": 3.5}, **_TRUE_CFG),
-    "flux2_klein": Family(flux2_klein, _JOINT, generation_kwargs={"text_encoder_out_layers": (1, 2, 3)}),
-    "qwen_image": Family(_qwen_image, _JOINT, **_TRUE_CFG),
+    "flux": Family(flux, JOINT, generation_kwargs={"guidance_scale": 3.5}, **TRUE_CFG),
+    "flux2_klein": Family(flux2_klein, JOINT, generation_kwargs={"text_encoder_out_layers": (1, 2, 3)}),
+    "qwen_image": Family(_qwen_image, JOINT, **TRUE_CFG),
     # Its velocity is v + s (v - v_empty).
     "z_image": Family(_z_image, ("attention.to_q", "attention.to_k", "attention.to_v"), guidance_offset=1.0),
     "sana": Family(
@@ -419,20 +420,20 @@ FAMILIES: dict[str, Family] = {
         generation_kwargs={"use_resolution_binning": False, "complex_human_instruction": None},
         size=32,
     ),
-    "lumina2": Family(_lumina2, _JOINT, size=32, max_sequence_length=48),
+    "lumina2": Family(_lumina2, JOINT, size=32, max_sequence_length=48),
     "hidream": Family(_hidream, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), guidance_scale=5.0, trainable=False),
-    "chroma": Family(_chroma, _JOINT),
+    "chroma": Family(_chroma, JOINT),
     "wan": Family(_wan, _SELF_AND_CROSS, size=32, guidance_scale=5.0, generation_kwargs={"num_frames": 1}),
     "cogview4": Family(_cogview4, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), guidance_scale=5.0),
     "flux_kontext": Family(
-        lambda: _flux(diffusers.FluxKontextPipeline),
-        _JOINT,
+        lambda: flux(diffusers.FluxKontextPipeline),
+        JOINT,
         generation_kwargs={"image": _PICTURE, "guidance_scale": 3.5, "max_area": 16 * 16, "_auto_resize": False},
-        **_TRUE_CFG,
+        **TRUE_CFG,
     ),
     # One prompt: its processor wants an image a prompt.
     "qwen_image_edit": Family(
-        _qwen_image_edit, _JOINT, size=128, generation_kwargs={"image": _PICTURE}, prompts=PROMPTS[1:], **_TRUE_CFG
+        qwen_image_edit, JOINT, size=128, generation_kwargs={"image": _PICTURE}, prompts=PROMPTS[1:], **TRUE_CFG
     ),
 }
 

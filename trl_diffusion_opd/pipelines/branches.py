@@ -83,6 +83,15 @@ class GuidanceBranches(PipelineCalls):
             `torch.Tensor` of shape `(3, B, ...)`: the guided velocity, to the bit; the velocity with the prompt,
                 `v_c`; and the direction of guidance, `v_c - v_u`.
         """
+        if self._is_apart(prompts):
+            rows = (slice(i, i + 1) for i in range(len(prompts)))
+            of_rows = [
+                self.branches(
+                    x[i], t, prompts[i], guidance_scale, transformer, None if adapters is None else adapters[i]
+                )
+                for i in rows
+            ]
+            return torch.cat(of_rows, dim=1)
         stand_in = StandIn(transformer or self._base, self._base, None, adapters)
         state = self._prediction.network_state(x, t)
         parts, outputs = [*stand_in.components(self._base_name).values()], list[object]()

@@ -29,11 +29,23 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL.Image import new as new_image
 from torch import Tensor
 
+from ..data.pictured_prompt import PicturedPrompt
 from .denoiser import denoiser, denoiser_name
 from .guidance import guidance_name
 from .guiders import guiders, scaled
+from .pictures import (
+    PICTURES,
+    PictureCache,
+    are_alike,
+    digest_of,
+    needs_pictures,
+    picture_argument,
+    same_rows,
+    takes_pictures,
+)
 from .prediction import NoiseGrid, grid_scheduler
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
@@ -52,7 +64,12 @@ class PipelineCalls:
     Attributes:
         encoding (`Callable`):
             Returns a context manager in which prompts and images are encoded, for example to time it.
+        one_by_one (`bool`):
+            Whether samples with pictures are always asked one by one, so that the number of forwards does not depend on
+            them. By default pictures of one size are asked together where the pipeline can.
     """
+
+    one_by_one = False
 
     def __init__(self, pipeline: DiffusionPipeline, options: Mapping[str, object], prompt_store: PromptStore | None):
         self.pipeline = pipeline
@@ -66,6 +83,8 @@ class PipelineCalls:
         self._guidance = guidance_name(self._base, self._parameters)
         self._guidance_offset = 0.0
         self._cache = PromptCache(store=prompt_store)
+        self._pictures = PictureCache()
+        self._needs_pictures = needs_pictures(pipeline, self._parameters) and PICTURES not in options
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.of(pipeline.scheduler)
@@ -73,7 +92,7 @@ class PipelineCalls:
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
-        options = {"prompt": prompts, **self._options}
+        options = {"prompt": [str(prompt) for prompt in prompts], **self._options, **self._picture_options(prompts)}
         if self._guidance is not None:
             options[self._guidance] = guidance_scale - self._guidance_offset
         if "negative_prompt" in self._parameters:
@@ -83,6 +102,49 @@ class PipelineCalls:
             if isinstance(negative, str):
                 options["negative_prompt"] = [negative] * len(prompts)
         return options
+
+    def _picture_options(self, prompts: list[str]) -> dict[str, object]:
+        if any(isinstance(prompt, PicturedPrompt) for prompt in prompts):
+            if not takes_pictures(self._parameters) or PICTURES in self._options:
+                name = type(self.pipeline).__name__
+                reason = "generation_kwargs has one for all" if PICTURES in self._options else "it takes none"
+                raise ValueError(f"Prompts come with pictures of their own, but {name} can't get them: {reason}.")
+            return {PICTURES: picture_argument(prompts)}
+        # Trials ask with a text alone.
+        return {PICTURES: new_image("RGB", self._trial_size, "grey")} if self._needs_pictures else {}
+
+    def _is_apart(self, prompts: list[str]) -> bool:
+        """
+        Whether the samples of a batch are asked one by one. Most pipelines take a list of pictures as several pictures
+        of one prompt, or bring all to the size of the first.
+        """
+        if len(prompts) == 1:
+            return False
+        if not any(isinstance(prompt, PicturedPrompt) for prompt in prompts):
+            return self._needs_pictures
+        if self.one_by_one or not are_alike(prompts):
+            return True
+        if self._pictures.in_batches is None:
+            self._pictures.in_batches = self._try_batch()
+        return not self._pictures.in_batches
+
+    def _try_batch(self) -> bool:
+        """Whether the network gets the same for two prompts with one picture each as for one after the other."""
+        prompts: list[str] = [
+            PicturedPrompt("a", [new_image("RGB", self._trial_size, colour)]) for colour in ("grey", "white")
+        ]
+        apart = [self._prepare([prompt]).seen for prompt in prompts]
+        if self._cache.reads_pictures:
+            return False
+        # A pipeline that takes the list for one prompt's may stumble over it.
+        with suppress(ValueError, RuntimeError, TypeError, IndexError):
+            return same_rows(self._prepare(prompts).seen, apart)
+        return False
+
+    @property
+    def _trial_size(self) -> tuple[int, int]:
+        width, height = (self._options.get(side) for side in ("width", "height"))
+        return (width if isinstance(width, int) else 256, height if isinstance(height, int) else 256)
 
     def _to_denoiser(
         self,
@@ -96,12 +158,14 @@ class PipelineCalls:
         Runs the pipeline's `__call__` up to its denoiser. By then it has set its grid and prepared its latents.
         """
         seen: list[dict[str, Any]] = []
-        view = self._view(StandIn(noting(seen), self._base), scheduler)
+        view = self._view(StandIn(noting(seen), self._base), scheduler, prompts=prompts)
         self._call(view, prompts, guidance_scale, num_inference_steps=num_inference_steps, generator=generators)
         if view.prepared is None and seen:  # the call draws the latents itself (ERNIE-Image)
             view.prepared = next(iter(seen[0].values()))[: len(prompts)]
         view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
-        self._prepared[len(prompts), view.stand_in.device] = (view.prepared[0].dtype, view.prepared[1:])
+        view.seen = seen[0] if seen else {}
+        if not view.beside:
+            self._prepared[len(prompts), view.stand_in.device] = (view.prepared[0].dtype, view.prepared[1:])
         return view
 
     def _step(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn) -> PipelineView:
@@ -132,6 +196,9 @@ class PipelineCalls:
             stand_in=stand_in,
             scheduler=scheduler,
             encoding=self.encoding,
+            beside=digest_of(prompts),
+            rows=len(prompts),
+            pictures=self._pictures,
             x=x,
             prepared=None if x is None else self._extras(list(prompts)),
             **stand_in.components(self._base_name),
@@ -151,14 +218,25 @@ class PipelineCalls:
     def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
         """
         The latents' dtype, and what else `prepare_latents` returns (ids, latents of an image to edit). Computed once
-        for each batch size.
+        for each batch size, and for each batch of pictures.
         """
-        key = (len(prompts), next(self._base.parameters()).device)
+        device = next(self._base.parameters()).device
+        if beside := digest_of(prompts):
+
+            def encoded() -> tuple[torch.dtype, tuple]:
+                prepared = self._prepare(prompts).prepared
+                return prepared[0].dtype, prepared[1:]
+
+            return self._pictures.remembered(("prepared", len(prompts), beside), device, encoded)
+        key = (len(prompts), device)
         if key not in self._prepared:
-            generators = [torch.Generator().manual_seed(0) for _ in prompts]
-            scheduler = grid_scheduler(self.pipeline.scheduler)
-            self._to_denoiser(prompts, 1.0, scheduler, len(self._grid.levels) - 1, generators)
+            self._prepare(prompts)
         return self._prepared[key]
+
+    def _prepare(self, prompts: list[str]) -> PipelineView:
+        generators = [torch.Generator().manual_seed(0) for _ in prompts]
+        scheduler = grid_scheduler(self.pipeline.scheduler)
+        return self._to_denoiser(prompts, 1.0, scheduler, len(self._grid.levels) - 1, generators)
 
 
 def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:

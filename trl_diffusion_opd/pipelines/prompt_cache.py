@@ -24,6 +24,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from .nested import nbytes, on_device
 from .prompt_store import Encoded, PromptStore
 
 
@@ -59,7 +60,12 @@ class PromptCache:
             Maximum size of the embeddings in host memory.
         store ([`PromptStore`], *optional*):
             Keeps embeddings on disk across runs, and is searched first. Its embeddings take no host memory.
+
+    Attributes:
+        reads_pictures (`bool`): whether an encoder has been given pictures beside its prompts.
     """
+
+    reads_pictures = False
 
     def __init__(self, max_bytes: int = 2 * 1024**3, store: PromptStore | None = None):
         self.max_bytes = max_bytes
@@ -89,13 +95,19 @@ class PromptCache:
                 self._companies.setdefault(prompt, tuple(company))
 
     @torch.no_grad()
-    def encode(self, encode_prompt: Callable[..., Encoded], *args: object, **kwargs: object) -> Encoded:
-        """Returns `encode_prompt(*args, **kwargs)`, from memory or the store if possible."""
-        call = _Call(encode_prompt, _bind(encode_prompt, args, kwargs))
+    def encode(
+        self, encode_prompt: Callable[..., Encoded], *args: object, beside: str = "", **kwargs: object
+    ) -> Encoded:
+        """
+        Returns `encode_prompt(*args, **kwargs)`, from memory or the store if possible. `beside` stands for pictures
+        that the prompts come with: encoders that read them have an entry for each.
+        """
+        call = _Call(encode_prompt, _bind(encode_prompt, args, kwargs), beside)
+        self.reads_pictures |= bool(beside) and not call.keyed
         device = call.arguments.get("device")
         key = (call.key, str(device))
         if key not in self._recent:
-            self._recent[key] = _to(self._encode(call), device)
+            self._recent[key] = on_device(self._encode(call), device)
             if len(self._recent) > _RECENT_BATCHES:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(key)
@@ -143,7 +155,7 @@ class PromptCache:
         key = (*call.key, together)
         row = self._find(key, call)
         if row is None:
-            encoded = _to(call.with_prompts(company)(), "cpu")
+            encoded = on_device(call.with_prompts(company)(), "cpu")
             keys = [(*call.with_prompts([prompt]).key, together) for prompt in company]
             rows = dict(zip(keys, _split(encoded, layout, len(company)), strict=True))
             row = self._keep(key, rows.pop(key), call)
@@ -157,7 +169,7 @@ class PromptCache:
         self._unasked.discard(key)
         # If the longest prompt of a company sets the length of the others, their embeddings differ from those encoded
         # alone.
-        short = self._trial(_SHORT, call, lambda call: _to(call.with_prompts(_PROBES[:1])(), "cpu"))
+        short = self._trial(_SHORT, call, lambda call: on_device(call.with_prompts(_PROBES[:1])(), "cpu"))
         return row if _same_shapes(short, row, layout) else self._remember(call)
 
     def _trial(self, kind: str, call: "_Call", run: Callable[["_Call"], Encoded]) -> Encoded:
@@ -173,7 +185,7 @@ class PromptCache:
 
     def _remember(self, call: "_Call") -> Encoded:
         found = self._find(call.key, call)
-        return self._keep(call.key, _to(call(), "cpu"), call) if found is None else found
+        return self._keep(call.key, on_device(call(), "cpu"), call) if found is None else found
 
     def _find(self, key: tuple, call: "_Call") -> Encoded:
         if key in self._entries:
@@ -192,7 +204,7 @@ class PromptCache:
         last = next(reversed(self._entries.values())) if self._entries else None
         # Some families return the empty prompt's embedding with every prompt: keep one copy of it.
         self._entries[key] = value = _share(value, last)
-        self._bytes += _nbytes(value)
+        self._bytes += nbytes(value)
         while self._bytes > self.max_bytes and len(self._entries) > 1:
             self._drop(next(iter(self._entries)))
         return value
@@ -200,7 +212,7 @@ class PromptCache:
     def _drop(self, key: tuple) -> Encoded:
         value = self._entries.pop(key)
         self._unasked.discard(key)
-        self._bytes -= _nbytes(value)
+        self._bytes -= nbytes(value)
         return value
 
 
@@ -211,19 +223,21 @@ class _Call:
     Attributes:
         texts (`dict[str, list[str]]`): the arguments that are lists of texts, one for each prompt.
         options (`tuple`): the arguments that are plain values.
-        keyed (`bool`): whether the key covers all arguments. It does not cover an image to edit, which may be another
-            one in another run.
+        beside (`str`): stands for the pictures of the prompts.
+        keyed (`bool`): whether texts and options are all arguments. They are not where an encoder reads pictures.
         key (`tuple`): the key of the call's entry.
         size (`int`): the number of prompts.
     """
 
-    def __init__(self, function: Callable[..., Encoded], arguments: dict[str, Any]):
-        self.function, self.arguments = function, arguments
+    def __init__(self, function: Callable[..., Encoded], arguments: dict[str, Any], beside: str = ""):
+        self.function, self.arguments, self.beside = function, arguments, beside
         self.texts = {name: value for name, value in arguments.items() if _is_texts(value)}
         plain = [name for name, value in arguments.items() if _is_option(name, value)]
         self.options = tuple((name, str(arguments[name])) for name in plain)
         self.keyed = all(name in self.texts or name == "device" or name in plain for name in arguments)
-        self.key = (*self.options, *((name, _key_of(value)) for name, value in self.texts.items()))
+        self.key: tuple = (*self.options, *((name, _key_of(value)) for name, value in self.texts.items()))
+        if not self.keyed:
+            self.key = (*self.key, beside)
         sizes = {len(value) for value in self.texts.values()}
         self.size = sizes.pop() if len(sizes) == 1 else 1
 
@@ -232,9 +246,9 @@ class _Call:
         return self.function(**{**self.arguments, **copies})
 
     def with_arguments(self, changes: Mapping[str, object]) -> "_Call":
-        new = _Call(self.function, {**self.arguments, **changes})
+        new = _Call(self.function, {**self.arguments, **changes}, self.beside)
         if self.arguments.get(_BATCH) == self.size != new.size:  # HunyuanImage passes the number of prompts besides
-            new = _Call(self.function, {**new.arguments, _BATCH: new.size})
+            new = _Call(self.function, {**new.arguments, _BATCH: new.size}, self.beside)
         return new
 
     def row(self, i: int) -> "_Call":
@@ -433,14 +447,6 @@ def _close(a: Encoded, b: Encoded) -> bool:
     return a is None and b is None
 
 
-def _to(value: Encoded, device: str | torch.device | None) -> Encoded:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to(item, device) for item in value)
-    return value
-
-
 def _share(value: Encoded, last: Encoded) -> Encoded:
     if isinstance(value, Tensor):
         same = isinstance(last, Tensor) and value.shape == last.shape and torch.equal(value, last)
@@ -448,9 +454,3 @@ def _share(value: Encoded, last: Encoded) -> Encoded:
     if isinstance(value, tuple) and isinstance(last, tuple) and len(value) == len(last):
         return tuple(_share(item, other) for item, other in zip(value, last, strict=True))
     return value
-
-
-def _nbytes(value: Encoded) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(_nbytes(item) for item in value) if isinstance(value, (list, tuple)) else 0

@@ -79,7 +79,9 @@ class RecordingTokenizer:
 class NoCache:
     """Replaces a pipeline's cache of embeddings, so that prompts are encoded again."""
 
-    def encode(self, encode_prompt: Callable[..., Encoded], *args: object, **options: object) -> Encoded:
+    def encode(
+        self, encode_prompt: Callable[..., Encoded], *args: object, beside: str = "", **options: object
+    ) -> Encoded:
         return encode_prompt(*args, **options)
 
 

@@ -38,6 +38,7 @@ from .guidance import guidance_embedding, guidance_lines
 from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
 from .latent_map import LatentMap
+from .pictures import joined
 from .prediction import all_levels, grid_scheduler, noise_grid, prediction_of
 from .prompt_store import Encoded, PromptStore
 from .text_length import TRIAL_PROMPT, NoCache, TextLimit, limits, recorders
@@ -196,6 +197,9 @@ class VelocityField(GuidanceBranches):
             `torch.Tensor` of `x`'s shape, float32 (float64 if the model is).
         """
         timesteps, levels = None, t
+        if self._is_apart(prompts):
+            of_rows = partial(self._of_rows, x, t, prompts, guidance_scale, transformer, adapters)
+            return in_groups([[i] for i in range(len(prompts))], of_rows)
         if isinstance(t, Sequence):
             if len(groups := self._groups(t)) > 1:
                 of_rows = partial(self._of_rows, x, t, prompts, guidance_scale, transformer, adapters)
@@ -245,7 +249,7 @@ class VelocityField(GuidanceBranches):
     def _of_rows(
         self,
         x: Tensor,
-        t: Sequence[float],
+        t: float | Sequence[float],
         prompts: list[str],
         guidance_scale: float,
         transformer: Callable[..., tuple] | None,
@@ -253,7 +257,8 @@ class VelocityField(GuidanceBranches):
         rows: list[int],
     ) -> Tensor:
         adapters = None if adapters is None else [adapters[i] for i in rows]
-        return self(x[rows], [t[i] for i in rows], [prompts[i] for i in rows], guidance_scale, transformer, adapters)
+        t = [t[i] for i in rows] if isinstance(t, Sequence) else t
+        return self(x[rows], t, [prompts[i] for i in rows], guidance_scale, transformer, adapters)
 
     def _shown_timesteps(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float) -> Tensor:
         """The timesteps that the pipeline gives its transformer for a batch at level `t`, one for each row."""
@@ -272,6 +277,9 @@ class VelocityField(GuidanceBranches):
         Returns:
             `torch.Tensor` of shape `(B, ...)`, float32.
         """
+        if self._is_apart(prompts):
+            rows = zip(prompts, generators, strict=True)
+            return torch.cat([self.initial_latents([prompt], [generator]) for prompt, generator in rows])
         scheduler = grid_scheduler(self.pipeline.scheduler)
         view = self._to_denoiser(prompts, 1.0, scheduler, self.num_inference_steps, generators)
         x = at_least_float32(view.prepared[0])
@@ -314,8 +322,11 @@ class VelocityField(GuidanceBranches):
             guidance_scales (`Iterable[float]`): the guidance scales of the later calls.
         """
         x = self.initial_latents(prompts, [torch.Generator().manual_seed(0) for _ in prompts])
-        for scale in guidance_scales:
-            self._step(x, 1.0, prompts, scale, StandIn(stop, self._base))
+        scales = list(guidance_scales)
+        apart = [slice(i, i + 1) for i in range(len(prompts))] if self._is_apart(prompts) else [slice(None)]
+        for rows in apart:
+            for scale in scales:
+                self._step(x[rows], 1.0, prompts[rows], scale, StandIn(stop, self._base))
 
     @torch.no_grad()
     def embeddings(self, prompts: Iterable[str], guidance_scale: float) -> Iterator[list[Encoded]]:
@@ -355,6 +366,8 @@ class VelocityField(GuidanceBranches):
         Raises:
             [`FloatingPointError`]: if latents or images contain NaN or infinity.
         """
+        if self._is_apart(prompts):
+            return joined([self.decode(x[i : i + 1], prompts[i : i + 1], output_type) for i in range(len(prompts))])
         return decoded(x, lambda: self._end(x, prompts, output_type).images)
 
     @torch.no_grad()

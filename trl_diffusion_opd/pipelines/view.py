@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ..acceleration.quantization import base_weight, dequantized
 from .experts import HIGH_NOISE, LOW_NOISE, Experts
 from .images import Images
+from .pictures import PictureCache
 from .prompt_cache import PromptCache
 from .prompt_store import Encoded
 from .text_length import no_cut_lines
@@ -300,16 +301,20 @@ class DecoderStandIn(nn.Module):
 
 
 class PipelineView(DiffusionPipeline):
-    """A pipeline with our latents, our cache of embeddings and our device."""
+    """A pipeline with our latents, our caches of embeddings and pictures, and our device."""
 
     stand_in: StandIn
     cache: PromptCache
+    pictures: PictureCache
+    beside: str
+    rows: int
     encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
     prepared: tuple
     decoding: bool
     images: Images
     encoded: list[Encoded]
+    seen: dict[str, Any]
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, **parts: object) -> Self:
@@ -325,8 +330,15 @@ class PipelineView(DiffusionPipeline):
 
     def encode_prompt(self, *args: object, **kwargs: object) -> Encoded:
         with self.encoding(), no_cut_lines(type(self)):
-            self.encoded.append(self.cache.encode(super().encode_prompt, *args, **kwargs))
+            self.encoded.append(self.cache.encode(super().encode_prompt, *args, beside=self.beside, **kwargs))
         return self.encoded[-1]
+
+    def prepare_image_latents(self, *args: object, **kwargs: object) -> Any:
+        """What pipelines call that encode pictures apart from their latents (FLUX.2), at every step."""
+        prepare: Any = super().prepare_image_latents
+        key = ("image latents", self.rows, self.beside)
+        with self.encoding():
+            return self.pictures.remembered(key, self.stand_in.device, lambda: prepare(*args, **kwargs))
 
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:

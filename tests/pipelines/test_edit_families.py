@@ -1,0 +1,144 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Prompts with pictures of their own, held against what each pipeline does by itself with one row."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from helpers.edit_families import EDIT_FAMILIES, EditFamily, picture
+from helpers.families import denoiser
+from helpers.pipeline_recorder import recorder
+from PIL import Image
+from torch import Tensor, nn
+
+from trl_diffusion_opd.algorithms.rollout import walk
+from trl_diffusion_opd.algorithms.samplers import sampler_table
+from trl_diffusion_opd.data.pictured_prompt import PicturedPrompt, with_pictures
+from trl_diffusion_opd.pipelines.velocity import VelocityField
+
+
+STEPS = 2
+SIZES = ((64, 64), (128, 64), (64, 64))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures() -> Iterator[None]:
+    """Qwen-Image-Edit brings every picture to a million pixels, which takes seconds a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        sized = pipeline_qwenimage_edit.calculate_dimensions
+        patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: sized(128 * 128, ratio))
+        patch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 128 * 128)
+        patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 128 * 128)
+        yield
+
+
+@pytest.fixture(scope="module", params=EDIT_FAMILIES)
+def edit(request: pytest.FixtureRequest) -> EditFamily:
+    return EDIT_FAMILIES[request.param]
+
+
+def field_of(edit: EditFamily) -> VelocityField:
+    return VelocityField(edit.family.build(), num_inference_steps=STEPS, **edit.family.kwargs)
+
+
+def rows_of(edit: EditFamily) -> list[tuple[str, list[Image.Image]]]:
+    """A row for each possible number of pictures, and one more with another picture of another size."""
+    numbers = [*edit.numbers, edit.numbers[-1]]
+    return [
+        (f"{number} cats, row {i}", [picture(10 * i + j, *SIZES[(i + j) % 3]) for j in range(number)])
+        for i, number in enumerate(numbers)
+    ]
+
+
+def own_trace(edit: EditFamily, scale: float, prompt: str, pictures: list[Image.Image], seed: int):
+    pipeline = edit.family.build()
+    pipeline.scheduler = recorder(pipeline.scheduler)
+    images = pipeline(
+        **edit.call_kwargs(scale, prompt, pictures),
+        num_inference_steps=STEPS,
+        generator=[torch.Generator().manual_seed(seed)],
+        output_type="np",
+        return_dict=False,
+    )[0]
+    return pipeline.scheduler, images
+
+
+def test_each_row_of_a_batch_is_the_pipelines_own(edit: EditFamily) -> None:
+    field, rows, scale = field_of(edit), rows_of(edit), edit.family.guidance_scale
+    runs = [own_trace(edit, scale, prompt, pictures, seed) for seed, (prompt, pictures) in enumerate(rows)]
+    prompts = [with_pictures(*row) for row in rows]
+    for step in range(STEPS):
+        traces = [own.trace[step] for own, _ in runs]
+        x, v = (torch.cat([trace[i] for trace in traces]) for i in (1, 2))
+        assert torch.equal(field(x, traces[0][0], prompts, scale), v)
+    start = field.initial_latents(prompts, [torch.Generator().manual_seed(seed) for seed in range(len(rows))])
+    assert torch.equal(start, torch.cat([own.trace[0][1].float() for own, _ in runs]))
+    with torch.no_grad():
+        table = sampler_table("ode", field.levels)
+        levels = table.levels.tolist()
+        x = walk(lambda j, x, _: field(x, levels[j], prompts, scale), start, table)
+        images = field.decode(field.clean(x), prompts, "np")
+    for image, (_, own) in zip(images, runs, strict=True):
+        torch.testing.assert_close(torch.tensor(image), torch.tensor(own[0]), rtol=0, atol=1e-4)
+    # Each row by itself sees its own picture: with that of another one the velocity is another.
+    i, j = len(rows) - 2, len(rows) - 1
+    exchanged = [*prompts[:i], with_pictures(str(prompts[i]), rows[j][1]), *prompts[j:]]
+    differs = (field(start, float(levels[0]), exchanged, scale) - field(start, float(levels[0]), prompts, scale)).abs()
+    assert differs[i].max() > 1e-4 and not differs[:i].any() and not differs[j:].any()
+
+
+def counted(field: VelocityField, prompts: list[str]) -> tuple[Tensor, int]:
+    """A velocity, and how often the network ran for it."""
+    runs: list[int] = []
+    hook = denoiser(field.pipeline).register_forward_hook(lambda *_: runs.append(1))
+    x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
+    v = field(x, 0.5, prompts, 1.0)
+    hook.remove()
+    return v, len(runs)
+
+
+def test_pictures_of_one_size_are_asked_together_where_the_pipeline_can(edit: EditFamily) -> None:
+    field = field_of(edit)
+    alike: list[str] = [PicturedPrompt(f"{i} cats", [picture(i)]) for i in range(3)]
+    together, runs = counted(field, alike)
+    assert runs == (1 if edit.in_batches else 3)
+    field.one_by_one = True
+    apart, runs = counted(field, alike)
+    assert runs == 3
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
+    field.one_by_one = False
+    _, runs = counted(field, [*alike[:2], PicturedPrompt("a cat", [picture(3, 128, 64)])])
+    assert runs == 3
+
+
+def test_pictures_are_encoded_once(edit: EditFamily) -> None:
+    field = field_of(edit)
+    vae: nn.Module = field.pipeline.vae
+    encoded: list[int] = []
+    encode = type(vae).encode
+    vae.encode = lambda *args, **kwargs: encoded.append(1) or encode(vae, *args, **kwargs)  # type: ignore[method-assign]
+    prompts: list[str] = [PicturedPrompt("a cat", [picture(i)]) for i in range(2)]
+    x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
+    first = field(x, 0.5, prompts, 1.0)
+    seen = len(encoded)
+    # Other objects with the same content are the same pictures.
+    again: list[str] = [PicturedPrompt("a cat", [picture(i)]) for i in range(2)]
+    assert torch.equal(field(x, 0.5, again, 1.0), first)
+    field(x, 0.7, prompts, edit.family.guidance_scale)
+    assert 0 < seen == len(encoded)
+    field(x, 0.5, [PicturedPrompt("a cat", [picture(5)]), PicturedPrompt("a cat", [picture(6)])], 1.0)
+    assert len(encoded) > seen
