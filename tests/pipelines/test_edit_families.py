@@ -16,12 +16,14 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from helpers.edit_families import EDIT_FAMILIES, EditFamily, picture
 from helpers.families import denoiser
-from helpers.pipeline_recorder import recorder
+from helpers.pipeline_recorder import Recorder, recorder
 from PIL import Image
 from torch import Tensor, nn
 
@@ -64,8 +66,9 @@ def rows_of(edit: EditFamily) -> list[tuple[str, list[Image.Image]]]:
     ]
 
 
-def own_trace(edit: EditFamily, scale: float, prompt: str, pictures: list[Image.Image], seed: int):
-    pipeline = edit.family.build()
+def own_trace(
+    pipeline: DiffusionPipeline, edit: EditFamily, scale: float, prompt: str, pictures: list[Image.Image], seed: int
+) -> tuple[Recorder, np.ndarray]:
     pipeline.scheduler = recorder(pipeline.scheduler)
     images = pipeline(
         **edit.call_kwargs(scale, prompt, pictures),
@@ -79,7 +82,8 @@ def own_trace(edit: EditFamily, scale: float, prompt: str, pictures: list[Image.
 
 def test_each_row_of_a_batch_is_the_pipelines_own(edit: EditFamily) -> None:
     field, rows, scale = field_of(edit), rows_of(edit), edit.family.guidance_scale
-    runs = [own_trace(edit, scale, prompt, pictures, seed) for seed, (prompt, pictures) in enumerate(rows)]
+    own_pipeline = edit.family.build()
+    runs = [own_trace(own_pipeline, edit, scale, *row, seed) for seed, row in enumerate(rows)]
     prompts = [with_pictures(*row) for row in rows]
     for step in range(STEPS):
         traces = [own.trace[step] for own, _ in runs]

@@ -30,6 +30,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
 from ..data.readers import has_teacher_prompts, read_columns
+from ..data.source_images import SOURCE_IMAGES, pictures_digest
 from ..guards.files import JSON, read_json
 from ..guards.redaction import public_arguments, shown
 from ..hub.files import ADAPTER_CONFIG_FILE, ARGUMENTS_FILE, CHANGES_FILE, EVALUATION_SETTINGS_FILE, PROMPTS_FILE
@@ -164,7 +165,9 @@ def prompts_of(dataset: Dataset, rows: Mapping[str, np.ndarray]) -> PromptsDiges
     for task, numbers in rows.items():
         digest = xxhash.xxh3_64()
         for name in read_columns(dataset):
-            if name == "prompt" or has_teacher_prompts(dataset, numbers):
+            if name == SOURCE_IMAGES:
+                digest.update(pictures_digest(dataset, numbers).encode())
+            elif name == "prompt" or has_teacher_prompts(dataset, numbers):
                 for batch in dataset.select(numbers).select_columns([name]).iter(10_000):
                     digest.update("\0".join(text or "" for text in batch[name]).encode())
         found[task] = {"prompts": len(numbers), "hash": digest.hexdigest()}

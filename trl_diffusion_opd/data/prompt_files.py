@@ -32,6 +32,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..guards.redaction import shown
 from ..problems import Refusal
+from .source_images import SOURCE_IMAGES, beside
 from .tasks import PROMPT_COLUMNS, plain_prompts, prompt_problems
 
 
@@ -75,13 +76,16 @@ def source_problem(option: str, source: str) -> str | None:
     return None
 
 
-def load_source(option: str, source: str, prompt_column: str | None = None) -> Source:
+def load_source(
+    option: str, source: str, prompt_column: str | None = None, pictures_column: str = SOURCE_IMAGES
+) -> Source:
     """
     Loads the prompts of a file, or of a dataset on the Hub (`owner/name[:split]`). Messages name the command line
     option `option`.
 
     The prompts are the column `prompt_column` if the source has it, else the first of [`PROMPT_COLUMNS`] that it has.
-    It is then called `prompt`. Blank lines of a text file are left out.
+    It is then called `prompt`. Blank lines of a text file are left out. Names of files in the column `pictures_column` are
+    relative to the file with the prompts.
 
     Raises:
         [`Refusal`]: if a file is missing, of an unknown kind, empty, not in UTF-8, or broken, or if a prompt is missing
@@ -98,6 +102,7 @@ def load_source(option: str, source: str, prompt_column: str | None = None) -> S
         # CSV and parquet files may hold large strings, which are a different type to `datasets`.
         text = {name: Value("string") for name, kind in part.features.items() if kind == Value("large_string")}
         part = part.cast(Features({**part.features, **text}))
+        part = beside(part, Path(source).parent, pictures_column)
     if suffix == ".txt":
         return Source(_without_blanks(option, source, part), ())
     return _with_prompts(option, source, part, prompt_column)

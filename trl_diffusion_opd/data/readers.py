@@ -14,7 +14,7 @@
 
 """
 What each model reads of a row: the student its prompt in the task's template, teachers the column `teacher_prompt`, the
-base and the rewards the prompt itself.
+base and the rewards the prompt itself; all of them with the row's pictures, the column `source_images`.
 """
 
 import re
@@ -28,6 +28,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..guards.redaction import shown
+from .pictured_prompt import with_pictures
+from .source_images import SOURCE_IMAGES
 from .tasks import SINGLE_TASK, task_of
 
 
@@ -78,6 +80,7 @@ class Readers:
         columns = {
             "prompt": [row["prompt"] for row in found],
             TEACHER_PROMPT: [row.get(TEACHER_PROMPT) for row in found],
+            SOURCE_IMAGES: [row.get(SOURCE_IMAGES) for row in found],
         }
         return self.texts_of(task, columns)
 
@@ -86,7 +89,14 @@ class Readers:
         prompts = [str(prompt) for prompt in columns["prompt"]]
         others = columns.get(TEACHER_PROMPT) or [None] * len(prompts)
         teacher = [prompt if _is_empty(other) else str(other) for prompt, other in zip(prompts, others, strict=True)]
-        return Texts(prompts, [self.student(task, prompt) for prompt in prompts], teacher)
+        student = [self.student(task, prompt) for prompt in prompts]
+        if not any(pictures := columns.get(SOURCE_IMAGES) or []):
+            return Texts(prompts, student, teacher)
+        prompts, student, teacher = (
+            [with_pictures(text, of_row) for text, of_row in zip(texts, pictures, strict=True)]  # type: ignore[arg-type]
+            for texts in (prompts, student, teacher)
+        )
+        return Texts(prompts, student, teacher)
 
     def student(self, task: str, prompt: str) -> str:
         """What the student reads of a prompt."""
@@ -113,7 +123,8 @@ class Readers:
         out, so where all read the prompt there is one.
         """
         task = task_of({name: values[0] for name, values in columns.items()}, task_column)
-        texts = self.texts_of(task, columns)
+        # Encoders that read pictures take one prompt at a time.
+        texts = self.texts_of(task, {name: values for name, values in columns.items() if name != SOURCE_IMAGES})
         groups = [list(dict.fromkeys(texts.of(reader))) for reader in ("student", "teacher", "prompt")]
         return [group for i, group in enumerate(groups) if group not in groups[:i]]
 
@@ -123,9 +134,13 @@ def rows_of(columns: Mapping[str, Sequence[object]]) -> list[dict[str, object]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def read_columns(dataset: Dataset) -> list[str]:
-    """The columns of a dataset that models read."""
-    return [name for name in ("prompt", TEACHER_PROMPT) if name in dataset.column_names]
+def read_columns(dataset: Dataset, of_teachers: bool = True) -> list[str]:
+    """The columns of a dataset that models read: all of them, or without those that only teachers read."""
+    return [
+        name
+        for name in ("prompt", TEACHER_PROMPT, SOURCE_IMAGES)
+        if name in dataset.column_names and (of_teachers or name != TEACHER_PROMPT)
+    ]
 
 
 def has_teacher_prompts(dataset: Dataset, rows: np.ndarray) -> bool:

@@ -104,7 +104,7 @@ def _kl_of(field: VelocityField, bank: TeacherBank, plan: Plan, task: str, model
         return of_batches
 
     generators = sample_generators([plan.options.seed, FIXED_DRAW, part.index], numbers)
-    start = grid.initial_latents(part.rows(numbers)["prompt"], generators)
+    start = grid.initial_latents(part.texts("prompt", numbers), generators)
     states = FixedStates.of(velocity(f"teacher/{task}"), start, generators, steps)
     return {name: states.kl(velocity(name)) for name in models}
 

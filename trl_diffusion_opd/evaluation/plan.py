@@ -26,7 +26,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-from ..data.readers import Reader, Readers, has_teacher_prompts
+from ..data.readers import Reader, Readers, has_teacher_prompts, read_columns
+from ..data.source_images import SOURCE_IMAGES, has_source_images, pictures_digest
 from ..models.roles import model_identity
 from ..models.teachers import Role, TeacherBank
 from ..rewards import RewardFunc, reward_name
@@ -249,8 +250,11 @@ def _distinct_models(bank: TeacherBank, tasks: Mapping[str, Task]) -> list[Model
 
 
 def _read(part: Task, reader: Reader) -> list[str]:
-    """What a model reads of all rows of a task."""
-    return part.texts(reader, range(len(part.prompts)))
+    """What a model reads of all rows of a task, with a hash of the pictures."""
+    columns = [name for name in read_columns(part.prompts) if name != SOURCE_IMAGES]
+    texts = part.readers.texts_of(part.name, part.prompts.select_columns(columns)[:]).of(reader)
+    rows = range(len(part.prompts))
+    return [*texts, pictures_digest(part.prompts, rows)] if has_source_images(part.prompts) else texts
 
 
 def _functions(tasks: Mapping[str, Task]) -> dict[str, RewardFunc]:

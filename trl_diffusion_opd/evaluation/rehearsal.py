@@ -20,6 +20,7 @@ from datasets import Dataset
 from PIL.Image import Image
 from torch import nn
 
+from ..data.readers import Readers
 from ..data.tasks import dataset_problems, task_rows
 from ..pipelines.drawing import draw_images
 from ..pipelines.velocity import VelocityField
@@ -87,8 +88,9 @@ def rehearse_report(
     every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
     for index, (task, rows) in enumerate(task_rows(dataset, task_column).items()):
         row = dataset[int(rows[0])]
+        prompts = Readers().texts(task, [row]).prompt
         ((_, image),) = draw_images(
-            field, student, [row["prompt"]], entropy=[seed, index], guidance_scale=guidance_scale, batch_size=1
+            field, student, prompts, entropy=[seed, index], guidance_scale=guidance_scale, batch_size=1
         )
         for function in every.values():
             error = trial_error(function, task, [dataset[int(n)] for n in rows[:NUM_TRIED]], image, reward_timeout)

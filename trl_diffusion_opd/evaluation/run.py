@@ -34,6 +34,7 @@ from ..acceleration.offload import Offload
 from ..acceleration.processes import failing_together, world_problems
 from ..acceleration.quantization import QuantizationConfig
 from ..data.readers import Readers, teacher_prompt_problems, template_problems
+from ..data.source_images import SOURCE_IMAGES, plain_source_images, source_image_problems
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
@@ -44,6 +45,7 @@ from ..models.teachers import TeacherBank, TeacherConfig, normalize_teachers
 from ..pipelines.fingerprints import base_digest
 from ..pipelines.loading import borrowed, load_pipeline
 from ..pipelines.loading_options import DTYPES, model_init_problems
+from ..pipelines.picture_checks import picture_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..reporting.console import print_line
@@ -182,7 +184,8 @@ def evaluate_retention(
     # Without `cpu`, processes on a machine without an accelerator would not connect to each other.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     named = students if isinstance(students, Mapping) else {"student": students}
-    dataset = plain_dataset(dataset, task_column) if isinstance(dataset, Dataset) else dataset
+    if isinstance(dataset, Dataset):
+        dataset = plain_source_images(plain_dataset(dataset, task_column))
     problems = _dataset_problems(dataset, task_column)
     rows = {} if problems else task_rows(dataset, task_column)
     options = Options(batch_size, seed, num_samples, keep_images, reward_timeout)
@@ -222,6 +225,7 @@ def _evaluate(
         with failing_together():
             field = VelocityField(base, **choice.options())
             choice = choice.with_default(field)
+            _check_pictures(field, tasks)
             bank = _bank(field, transformer, base, specs, choice)
         plan = make_plan(bank, tasks, depends | _depends(field, choice.options()), options, store)
         with failing_together():  # the others wait
@@ -243,6 +247,14 @@ def _evaluate(
             if store is not None:
                 write_results(store, report, measured, tasks, options.num_samples)
     return report
+
+
+def _check_pictures(field: VelocityField, tasks: Mapping[str, Task]) -> None:
+    problems = Problems()
+    for name, part in tasks.items():
+        rows = {name: np.arange(len(part.prompts))}
+        problems += picture_problems(field, part.prompts, rows, f"The dataset's task {name!r}")
+    problems.raise_under("The evaluation cannot start")
 
 
 def _chosen(
@@ -302,7 +314,8 @@ def _depends(field: VelocityField, chosen: Mapping[str, Any]) -> dict[str, objec
 
 def _dataset_problems(dataset: object, task_column: str) -> Problems:
     if isinstance(dataset, Dataset):
-        return Problems(dataset_problems(dataset, task_column, "dataset"))
+        found = dataset_problems(dataset, task_column, "dataset")
+        return Problems(found + source_image_problems(dataset, SOURCE_IMAGES, "dataset"))
     kind = type(dataset).__name__
     return Problems([f"dataset is a {kind}; it must be a datasets.Dataset (for a DatasetDict, pass one split)."])
 

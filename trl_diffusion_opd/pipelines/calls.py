@@ -67,6 +67,9 @@ class PipelineCalls:
         one_by_one (`bool`):
             Whether samples with pictures are always asked one by one, so that the number of forwards does not depend on
             them. By default pictures of one size are asked together where the pipeline can.
+        takes_pictures, needs_pictures, has_common_picture (`bool`):
+            Whether prompts may come with pictures to edit or to refer to; whether they must; whether the options have
+            one for all prompts.
     """
 
     one_by_one = False
@@ -84,7 +87,9 @@ class PipelineCalls:
         self._guidance_offset = 0.0
         self._cache = PromptCache(store=prompt_store)
         self._pictures = PictureCache()
-        self._needs_pictures = needs_pictures(pipeline, self._parameters) and PICTURES not in options
+        self.takes_pictures = takes_pictures(self._parameters)
+        self.has_common_picture = PICTURES in options
+        self.needs_pictures = needs_pictures(pipeline, self._parameters) and not self.has_common_picture
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
         self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
         self._probe = Probe.of(pipeline.scheduler)
@@ -105,13 +110,13 @@ class PipelineCalls:
 
     def _picture_options(self, prompts: list[str]) -> dict[str, object]:
         if any(isinstance(prompt, PicturedPrompt) for prompt in prompts):
-            if not takes_pictures(self._parameters) or PICTURES in self._options:
+            if not self.takes_pictures or self.has_common_picture:
                 name = type(self.pipeline).__name__
-                reason = "generation_kwargs has one for all" if PICTURES in self._options else "it takes none"
+                reason = "generation_kwargs has one for all" if self.has_common_picture else "it takes none"
                 raise ValueError(f"Prompts come with pictures of their own, but {name} can't get them: {reason}.")
             return {PICTURES: picture_argument(prompts)}
         # Trials ask with a text alone.
-        return {PICTURES: new_image("RGB", self._trial_size, "grey")} if self._needs_pictures else {}
+        return {PICTURES: new_image("RGB", self._trial_size, "grey")} if self.needs_pictures else {}
 
     def _is_apart(self, prompts: list[str]) -> bool:
         """
@@ -121,12 +126,16 @@ class PipelineCalls:
         if len(prompts) == 1:
             return False
         if not any(isinstance(prompt, PicturedPrompt) for prompt in prompts):
-            return self._needs_pictures
+            return self.needs_pictures
         if self.one_by_one or not are_alike(prompts):
             return True
         if self._pictures.in_batches is None:
             self._pictures.in_batches = self._try_batch()
         return not self._pictures.in_batches
+
+    def try_pictures(self, number: int) -> None:
+        """Runs the pipeline up to its denoiser with a prompt that has this many grey pictures, to see whether it can."""
+        self._prepare([PicturedPrompt("a", [new_image("RGB", self._trial_size, "grey")] * number)])
 
     def _try_batch(self) -> bool:
         """Whether the network gets the same for two prompts with one picture each as for one after the other."""
@@ -144,7 +153,8 @@ class PipelineCalls:
     @property
     def _trial_size(self) -> tuple[int, int]:
         width, height = (self._options.get(side) for side in ("width", "height"))
-        return (width if isinstance(width, int) else 256, height if isinstance(height, int) else 256)
+        # FLUX.2 takes no picture of less than 64 pixels a side.
+        return (max(64, width) if isinstance(width, int) else 256, max(64, height) if isinstance(height, int) else 256)
 
     def _to_denoiser(
         self,

@@ -177,7 +177,7 @@ class ScriptArguments(QuantizationArguments):
         """
         problems = Problems(evaluation_problems(args, self.eval_prompts))
         given = {option: getattr(self, option) for option in self.of_prompts}
-        return load_datasets(given, args.task_column, self.prompt_column, problems)
+        return load_datasets(given, args.task_column, self.prompt_column, problems, args.source_images_column)
 
     def for_trainer(
         self,

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datasets import Dataset, concatenate_datasets
 
 from ..data.prompt_files import Source, load_source, source_problem
+from ..data.source_images import SOURCE_IMAGES
 from ..data.tasks import plain_dataset
 from ..problems import Problems, Refusal
 from .values import OfTasks, by_task, packaged, single
@@ -44,6 +45,7 @@ def load_datasets(
     task_column: str,
     prompt_column: str | None = None,
     problems: Problems | None = None,
+    pictures_column: str = SOURCE_IMAGES,
 ) -> dict[str, Dataset | None]:
     """
     Loads the prompts of several options. Prints which column is taken as the prompt where that is not obvious.
@@ -54,6 +56,7 @@ def load_datasets(
         prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
             else `text`.
         problems ([`Problems`], *optional*): what else the message lists, if anything is wrong.
+        pictures_column (`str`, *optional*): the sources' column with pictures.
 
     Returns:
         `dict[str, Dataset]`: for each option a dataset with the column `prompt`; `None` for one without values.
@@ -68,7 +71,7 @@ def load_datasets(
             for task, sources in by_task(option, values).items():
                 for source in map(packaged, sources):
                     with problems.collect():
-                        loaded = load_source(option, source, prompt_column)
+                        loaded = load_source(option, source, prompt_column, pictures_column)
                         found.setdefault(option, []).append((task, loaded))
     problems += _column_problems(prompt_column, [source for parts in found.values() for _, source in parts])
     datasets: dict[str, Dataset | None] = dict.fromkeys(given)

@@ -91,6 +91,9 @@ class DiffusionConfig(_BaseConfig):
 
         > Parameters that control the tasks
 
+        source_images_column (`str`, *optional*, defaults to `"source_images"`):
+            Column of the dataset with the pictures that a prompt is about, for pipelines that edit: in each row a list
+            of 0 to n pictures (`datasets.Image`, names of files, or bytes). Rewards get it as `source_images`.
         task_column (`str`, *optional*, defaults to `"task"`):
             Column of the dataset that names each prompt's task. Not needed if there is only one task.
         task_weights (`str` or `dict`, *optional*):
@@ -224,6 +227,10 @@ class DiffusionConfig(_BaseConfig):
     )
 
     # Parameters that control the tasks
+    source_images_column: str = field(
+        default="source_images",
+        metadata={"help": "Column of the dataset with each row's list of pictures to edit or to refer to."},
+    )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names a prompt's task."})
     task_weights: dict[str, JSON] | str | None = field(
         default=None, metadata={"help": "Weights of the tasks' losses, e.g. '{\"ocr\": 2.0}'. 1 for tasks not named."}

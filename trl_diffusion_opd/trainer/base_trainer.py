@@ -45,6 +45,7 @@ from ..checkpointing.resume import comparable_after
 from ..checkpointing.run_folder import one_run_at_a_time
 from ..checkpointing.stopping import StopRequest
 from ..data.readers import read_columns
+from ..data.source_images import plain_source_images
 from ..data.tasks import TaskSampler, plain_dataset
 from ..models.merge import MergeReport
 from ..models.student import Student
@@ -178,7 +179,7 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
         self._redirect = _ForwardRedirection()
         self._micro_step = 0
         dataset = parts.train_dataset
-        columns = ["prompt"] if self.bank is None else read_columns(dataset)
+        columns = read_columns(dataset, of_teachers=self.bank is not None)
         columns += [args.task_column] if args.task_column in dataset.column_names else []
         self.prompts = dataset.select_columns(columns)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
@@ -441,7 +442,7 @@ class DiffusionTrainer(Method, StudentPasses, PromptEncoding, RunLogs, RunFiles,
             return metrics
         if dataset is None:
             raise ValueError("Evaluation needs an eval_dataset.")
-        dataset = plain_dataset(dataset, self.args.task_column)
+        dataset = plain_source_images(plain_dataset(dataset, self.args.task_column), self.args.source_images_column)
         self._in_eval_mode(self.model)
         references = self.base_and_teachers.of(dataset, self.state, self.run if self.is_in_train else None)
         start = time.time()

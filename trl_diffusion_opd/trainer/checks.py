@@ -35,6 +35,7 @@ from ..acceleration.quantization import (
     quantization_problems,
 )
 from ..data.readers import TEACHER_PROMPT, has_teacher_prompts, teacher_prompt_problems, template_problems
+from ..data.source_images import source_image_problems
 from ..data.tasks import SINGLE_TASK, dataset_problems, plain_dataset, task_rows
 from ..guards.redaction import public_name
 from ..hub.repository import repository_name, repository_problems
@@ -43,6 +44,8 @@ from ..models.teacher_config import STUDENT_ITSELF, TeacherConfig, normalize_tea
 from ..pipelines.base_state import carries_lora, denoiser_problems, placement_problems
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..pipelines.experts import Experts, expert_problems
+from ..pipelines.picture_checks import picture_problems
+from ..pipelines.velocity import VelocityField
 from ..problems import Problems
 from ..reporting.cards import hub_id, is_tiny, unnamed_base
 from ..rewards import RewardFunc, reward_data_problems, rewards_by_task
@@ -349,6 +352,18 @@ def _readable(train_dataset: object, eval_dataset: object, task_column: str) -> 
         for name, dataset in {"train_dataset": train_dataset, **of_evaluation}.items()
         if isinstance(dataset, Dataset) and not dataset_problems(dataset, task_column, name)
     ]
+
+
+def picture_data_problems(
+    field: VelocityField, train_dataset: Dataset, eval_dataset: object, args: DiffusionConfig
+) -> list[str]:
+    """Reasons why the rows' pictures can't be used: those of training, and those of `eval_dataset`."""
+    problems = []
+    for name, dataset in _readable(train_dataset, eval_dataset, args.task_column):
+        broken = source_image_problems(dataset, args.source_images_column, name)
+        rows = task_rows(dataset, args.task_column)
+        problems += broken or picture_problems(field, dataset, rows, name)
+    return problems
 
 
 def itself_problems(train_dataset: object, eval_dataset: object, task_column: str, tasks: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ from ..algorithms.samplers import SamplerTable, sampler_table
 from ..algorithms.sft import density_quantile, flow_matching_loss, shifted
 from ..data.latent_cache import LatentCache, Shard
 from ..data.readers import Readers, Texts, read_columns
+from ..data.source_images import SOURCE_IMAGES, has_source_images
 from ..data.tasks import task_rows
 from ..models.roles import model_identity
 from ..models.teacher_config import TeacherSpec
@@ -175,6 +176,11 @@ class DiffusionSFTTrainer(DiffusionTrainer):
         loaded = len(problems)
         load_teachers(parts, problems, args.teacher_guidance_scale, args.batch_teachers)
         bank = parts.method.get("bank")
+        if args.teacher_cache_dir is not None and has_source_images(parts.train_dataset):
+            problems.append(
+                f"teacher_cache_dir={args.teacher_cache_dir!r} keeps one image a prompt, whatever its {SOURCE_IMAGES}. "
+                "Leave it unset."
+            )
         if args.teacher_cache_dir is not None and bank is not None and bank.has_student:
             problems.append(
                 f'teacher_cache_dir={args.teacher_cache_dir!r}: the images of the teacher "student" change as it learns, '

@@ -41,6 +41,7 @@ from ..acceleration.offload import Offload, offloaded
 from ..acceleration.quantization import QuantizationConfig, exempt_from_broadcast
 from ..checkpointing.run_folder import folder_problems
 from ..data.readers import read_columns, rows_of, template_problems
+from ..data.source_images import SOURCE_IMAGES, plain_source_images
 from ..data.tasks import plain_dataset, task_of, task_rows
 from ..models.adapter_switch import remove_adapters
 from ..models.expert_teachers import read_lora
@@ -68,10 +69,12 @@ from .checks import (
     loader_problems,
     loading_problems,
     model_problems,
+    picture_data_problems,
     read_data_problems,
     scored_data_problems,
     task_column_problems,
     training_data_problems,
+    uses_fsdp,
 )
 from .option_checks import evaluation_problems, idle_evaluation
 from .rounds import Rounds
@@ -216,6 +219,9 @@ def prepare(
     if not unfit:
         _make_field(parts, unfit)
     if not unfit and parts.rounds.tasks:
+        problems += picture_data_problems(parts.velocity_field, parts.train_dataset, parts.eval_dataset, args)
+        parts.velocity_field.one_by_one = uses_fsdp(args) or args.deepspeed_plugin is not None
+    if not unfit and parts.rounds.tasks:
         _warn_of_long_prompts(parts)
     if not unfit:
         _make_student(parts, trainer, peft_config, unfit, problems)
@@ -257,8 +263,8 @@ def _load(
     assert init_kwargs is None or isinstance(init_kwargs, dict)  # the config has parsed or refused strings
     pipeline = load_pipeline(model, args.dtype, init_kwargs, quantization_config)
     if isinstance(train_dataset, Dataset):
-        train_dataset = plain_dataset(train_dataset, args.task_column)
-    eval_dataset = plain_dataset(eval_dataset, args.task_column)
+        train_dataset = plain_source_images(plain_dataset(train_dataset, args.task_column), args.source_images_column)
+    eval_dataset = plain_source_images(plain_dataset(eval_dataset, args.task_column), args.source_images_column)
     offload, rounds = Offload([], args.device), Rounds({}, {}, 1, args.task_column)
     parts = Parts(args, pipeline, undo, train_dataset, eval_dataset, rounds, offload)
     if isinstance(model, DiffusionPipeline):
@@ -350,7 +356,7 @@ def _warn_of_long_prompts(parts: Parts) -> None:
 def _read_first(parts: Parts) -> list[str]:
     """What models read of the first training rows. Without a template and `teacher_prompt`, only the prompts."""
     args, dataset = parts.args, parts.train_dataset
-    columns = ["prompt"] if parts.given_teachers is None else read_columns(dataset)
+    columns = [one for one in read_columns(dataset, parts.given_teachers is not None) if one != SOURCE_IMAGES]
     tasks = [args.task_column] if args.task_column in dataset.column_names else []
     readers, found = args.readers, dict[str, None]()
     for row in rows_of(dataset.select_columns(columns + tasks)[:_MEASURED_PROMPTS]):

@@ -220,8 +220,8 @@ class DiffusionRLTrainer(DiffusionTrainer):
             self._rollouts = drawn.rollouts
             self._log_round(drawn)
         elif batches:
-            prompts = [[row["prompt"] for row in rows] for rows in batches]
-            if prompts != [rollout.prompts for rollout in self._rollouts]:
+            pairs = zip(batches, self._rollouts, strict=True)
+            if any(self.texts(rollout.task, rows).prompt != rollout.prompts for rows, rollout in pairs):
                 raise RuntimeError(
                     f"Update {self.state.global_step + 1} trains on the completions of the round before it "
                     f"(num_iterations={self.args.num_iterations}), but the data loader gives other prompts than they "
@@ -260,7 +260,7 @@ class DiffusionRLTrainer(DiffusionTrainer):
             with Scorer(self.reward_funcs[task], self.state, self.args.reward_timeout, task=task) as scorer:
                 for i in numbers:
                     _, positions = self.turn(i, batches[i])
-                    prompts = [row["prompt"] for row in batches[i]]
+                    prompts = self.texts(task, batches[i]).prompt
                     generators = sample_generators([self.args.seed, self.state.global_step, k], positions)
                     latents, record = self._draw_rollout(task, prompts, generators)
                     rollouts[i] = Rollout(task, prompts, positions, latents, record, latents.new_zeros(len(prompts)))
