@@ -102,8 +102,13 @@ def scorer(task: str) -> Callable[..., list[float]]:
     return score
 
 
-def updates_of(run: Run, seed: int, output: Path) -> int:
-    """How many updates the budget allows: a few are trained, and their forwards counted."""
+def updates_of(name: str, run: Run, seed: int, output: Path) -> int:
+    """
+    How many updates the budget allows: a few are trained, and their forwards counted. No seed changes it, so that of
+    another seed is taken where there is one.
+    """
+    for path in BEYOND.glob(f"{name}_*.json"):
+        return json.loads(path.read_text())["updates"]
     with tempfile.TemporaryDirectory() as place:
         trainer = trainer_of(run, seed, Path(place), output, max_steps=NUM_PROBED)
         CostCallback(trainer)
@@ -113,23 +118,17 @@ def updates_of(run: Run, seed: int, output: Path) -> int:
         return round(run.forwards * (len(lines) - 1) / (lines[-1]["forwards"] - lines[0]["forwards"]))
 
 
-def train(run: Run, seed: int, folder: Path, output: Path) -> tuple[Any, dict[str, Any]]:
-    updates = updates_of(run, seed, output)
+def train(name: str, run: Run, seed: int, output: Path) -> tuple[Any, dict[str, Any]]:
+    updates, folder = updates_of(name, run, seed, output), output / f"{name}_{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
     set_seed(seed)
-    trainer = trainer_of(
-        run,
-        seed,
-        folder,
-        output,
-        max_steps=updates,
-        eval_strategy="steps",
-        eval_steps=max(1, updates // NUM_EVALUATIONS),
-        eval_on_start=True,
-    )
+    evaluated: dict[str, Any] = {}
+    if run.curve:
+        evaluated = {"eval_strategy": "steps", "eval_steps": max(1, updates // NUM_EVALUATIONS), "eval_on_start": True}
+    trainer = trainer_of(run, seed, folder, output, max_steps=updates, **evaluated)
     CostCallback(trainer)
     trainer.train()
-    return trainer, {"updates": updates, "cost": read_cost(folder), "curve": read_curve(folder)}
+    return trainer, {"updates": updates, "cost": read_cost(folder), "curve": read_curve(folder) if run.curve else []}
 
 
 def drawn(
@@ -173,7 +172,7 @@ def measure(
 
 
 def student(name: str, run: Run, seed: int, output: Path) -> dict[str, Any]:
-    trainer, result = train(run, seed, output / f"{name}_{seed}", output)
+    trainer, result = train(name, run, seed, output)
     test, _ = world(run, "test", output)
     templates = run.config.get("prompt_templates", {})
     result["measured"] = [measure(trainer.pipeline, test, templates, **how) for how in run.sampled]

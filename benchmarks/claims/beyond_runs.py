@@ -89,6 +89,7 @@ class Run:
         forwards (`int`): its budget, in rows that the network sees forward.
         sampled (`tuple[dict]`): `steps` and `guidance` that its student is drawn with.
         own_teacher (`bool`): whether the student teaches itself.
+        curve (`bool`): whether it is evaluated during the training. This is not part of its budget.
     """
 
     trainer: str
@@ -97,12 +98,13 @@ class Run:
     world: str = "tiny"
     sampled: tuple[dict[str, Any], ...] = TEN
     own_teacher: bool = False
+    curve: bool = False
 
 
-def with_steps(method: str, steps: int, setting: dict[str, Any], forwards: int) -> Run:
+def with_steps(method: str, steps: int, setting: dict[str, Any], forwards: int, curve: bool = False) -> Run:
     """A method of the few-step comparison, trained on and drawn with a grid of `steps`. SFT's teachers draw with ten."""
     config = {**setting, "num_inference_steps": 10 if method == "sft" else steps, "eval_num_inference_steps": steps}
-    return Run(TRAINERS[method], config, forwards, sampled=({"steps": steps},))
+    return Run(TRAINERS[method], config, forwards, sampled=({"steps": steps},), curve=curve)
 
 
 def search_runs() -> dict[str, Run]:
@@ -136,7 +138,7 @@ def claim_runs() -> dict[str, dict[str, Run]]:
     few = {"num_inference_steps": 5, "eval_num_inference_steps": 10}
     guided = {**OPD, **few, "guidance_scale": 3.0}
     return {
-        "methods": {f"{m}-10": with_steps(m, 10, found(m, 10), SHORT) for m in SETTINGS if searched(m, 10)},
+        "methods": {f"{m}-10": with_steps(m, 10, found(m, 10), SHORT, True) for m in SETTINGS if searched(m, 10)},
         "steps": {
             f"{method}-{steps}-long": with_steps(method, steps, found(method, steps), LONG)
             for steps in (4, 2)
@@ -144,7 +146,7 @@ def claim_runs() -> dict[str, dict[str, Run]]:
             if searched(method, steps)
         },
         "extrapolation": {
-            f"extrapolation-{factor:g}": Run("opd", {**OPD, **few, "teacher_extrapolation": factor})
+            f"extrapolation-{factor:g}": Run("opd", {**OPD, **few, "teacher_extrapolation": factor}, curve=factor == 1)
             for factor in (1.0, 1.1, 1.25, 1.5)
         },
         "templates": {
@@ -162,7 +164,7 @@ def claim_runs() -> dict[str, dict[str, Run]]:
             for weight in (0.0, 1.0)
         },
         "own_teacher": {
-            "own-teacher": Run("opd", {**OPD, **few}, world="short with teacher_prompt", own_teacher=True),
+            "own-teacher": Run("opd", {**OPD, **few}, world="short with teacher_prompt", own_teacher=True, curve=True),
         },
     }
 
