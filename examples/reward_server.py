@@ -34,9 +34,9 @@ With `--token_env NAME` callers have to send the token that the environment vari
 option. The format is described in [`RemoteReward`]. It is plain HTTP: across machines, put a proxy with TLS before it.
 
 What callers can take is bounded. A body has 16 MiB at most, and so have all bodies together: a caller whose body doesn't fit
-waits. A request has 256 images at most, source pictures included, each of 4.2 million pixels at most, and 16.8 million together (16 images of 1024 x
-1024); `--capacity 4` has four times of all that, and takes four times the memory. Requests come in within 30 seconds, 256
-callers may wait, and whoever comes beside these is answered 503. Images are PNG alone.
+waits. A request has 256 images at most, source pictures included, each of 4.2 million pixels at most, and 16.8 million
+together (16 images of 1024 x 1024); `--capacity 4` has four times of all that, and takes four times the memory. Requests
+come in within 30 seconds, 256 callers may wait, and whoever comes beside these is answered 503. Images are PNG alone.
 """
 
 import argparse

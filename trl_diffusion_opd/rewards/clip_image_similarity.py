@@ -14,6 +14,8 @@
 
 """How much of its source picture an edited picture keeps."""
 
+import statistics
+
 import torch
 import torch.nn.functional as F
 from PIL.Image import Image
@@ -69,12 +71,12 @@ class CLIPImageSimilarity(ClipReward):
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             results = self._unit_embeddings(images)
             sources = self._unit_embeddings([picture.convert("RGB") for picture in pictures.values()])
+            cosines = (results @ sources.T).tolist()
         place = {key: i for i, key in enumerate(pictures)}
-        scores = []
-        for result, row in zip(results, rows, strict=True):
-            own = sources[[place[id(picture)] for picture in source_pictures(row)]]
-            scores.append((own @ result).mean().item())
-        return scores
+        return [
+            statistics.fmean(of_result[place[id(picture)]] for picture in source_pictures(row))
+            for of_result, row in zip(cosines, rows, strict=True)
+        ]
 
     def _unit_embeddings(self, images: list[Image]) -> torch.Tensor:
         """Embeddings of length 1, float32, `[images, projection]`. At most `batch_size` go through the model at a time."""

@@ -57,8 +57,12 @@ _SCORE = re.compile(
     rf"""\bscore\b (?:\s*+\([^)\n]{{0,100}}+\))?+ (?:\s++is\b)?+ [\s:=*_`\["']*+ {number_pattern("[-−+]?+")} (?!\s*+%)""",
     re.IGNORECASE | re.VERBOSE,
 )
-# A number with which an answer ends: "8", "Rating: 8/10", "I give it an 8."
-_LAST = re.compile(rf"""{number_pattern("[-−+]?+")} [^\w%]*+ \Z""", re.IGNORECASE | re.VERBOSE)
+# A number with which an answer ends: "8", "Rating: 8/10", "I give it an 8." Not the end of "4,5", "7-8" or "1 – 10".
+_LAST = re.compile(
+    rf"""(?<!\d[,.:–−-]) (?<!\d[,.:–−-][ ]) (?<!\d[ ][–−-]) (?<!\d[ ][–−-][ ])
+        {number_pattern("[-−+]?+")} [^\w%]*+ \Z""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _LAST_CHARACTERS = 1000
 
 
@@ -203,13 +207,19 @@ def judged_number(answer: str, highest: float) -> float | None:
     return float(value.replace("−", "-")) if scale is None or float(scale) == highest else None
 
 
+def _is_scale(scale: object) -> bool:
+    if not isinstance(scale, list | tuple) or len(scale) != 2:
+        return False
+    finite = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in scale)
+    return finite and scale[0] < scale[1]
+
+
 def _question_problems(template: str, scale: Sequence[float], parameters: Mapping[str, Any]) -> list[str]:
     """Says what is wrong with what is asked, one sentence each."""
     problems = []
     if "{prompt}" not in template:
         problems.append(f"template={shown(repr(template))} has no {{prompt}}, where the prompt belongs.")
-    numbers = [x for x in scale if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)]
-    if isinstance(scale, str) or len(scale) != 2 or len(numbers) != 2 or not numbers[0] < numbers[1]:
+    if not _is_scale(scale):
         problems.append(f"scale={scale!r}: it must be two numbers, the lowest and the highest, such as [1, 10].")
     if own := [field for field in _OWN_FIELDS if field in parameters]:
         problems.append(f"parameters has {own}, which this reward sets itself.")
