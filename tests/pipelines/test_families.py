@@ -17,7 +17,6 @@ All families through the one `VelocityField`, held against what each pipeline do
 that predict noise is in `test_prediction.py`.
 """
 
-import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,18 +28,15 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers.families import FAMILIES, Family, denoiser, flux2_klein, flux2_without_encoder
 from helpers.families_flow import FLOW_FAMILIES
+from helpers.gradients import derivative_error
 from helpers.noise_families import NOISE_FAMILIES
 from helpers.pipeline_recorder import STEPS, Recorder, recorder
 from helpers.tiny_sd3 import SIZE
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from trl_diffusion_opd.algorithms.rollout import walk
 from trl_diffusion_opd.algorithms.samplers import sampler_table
 from trl_diffusion_opd.pipelines.velocity import VelocityField
-
-
-EPSILON = 1e-2  # of a central difference: outputs are float32
 
 
 def generators(n: int) -> list[torch.Generator]:
@@ -246,43 +242,17 @@ def test_guidance_that_a_pipeline_ignores_is_refused(build: Callable[[], Diffusi
         velocity.check_guidance(4.0)
 
 
+def error_of(case: Case, targets: list[str] | str) -> float:
+    return derivative_error(case.field, case.noise(), list(case.family.prompts), case.family.guidance_scale, targets)
+
+
 def test_gradient_against_finite_differences(any_case: Case) -> None:
     if any_case.family.trainable:
-        assert derivative_error(any_case, list(any_case.family.lora_targets)) < 1e-2
+        assert error_of(any_case, list(any_case.family.lora_targets)) < 1e-2
     else:
         # Its experts cut gradients in eval mode. The day this fails, the family can be trained.
         with pytest.raises(RuntimeError, match="does not require grad"):
-            derivative_error(any_case, r".*\.experts\.\d+\.w1")
-
-
-def derivative_error(case: Case, targets: list[str] | str) -> float:
-    """Relative error of the directional derivative of a loss in the LoRA's weights, in a random direction."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(denoiser(case.pipeline)), config).eval()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p *= 0.3 if "lora_B" in name else 1.0
-    prompts = list(case.family.prompts)
-    x = case.noise()
-    level, probe = case.field.levels[1].item(), torch.randn(x.shape, dtype=torch.float64)
-
-    def loss() -> Tensor:
-        return (case.field(x, level, prompts, case.family.guidance_scale, model).double() * probe).sum()
-
-    gradients = torch.autograd.grad(loss(), parameters)
-    directions = [[torch.randn_like(p) * p.std() for p in parameters] for _ in range(4)]
-    slopes = [sum((g * d).sum().item() for g, d in zip(gradients, ds, strict=True)) for ds in directions]
-    # The steepest of a few: a direction that happens to be level has no relative error.
-    slope, direction = max(zip(slopes, directions, strict=True), key=lambda pair: abs(pair[0]))
-    values = []
-    with torch.no_grad():
-        for step in (EPSILON, -2 * EPSILON):
-            for p, d in zip(parameters, direction, strict=True):
-                p += step * d
-            values.append(loss().item())
-    return abs((values[0] - values[1]) / (2 * EPSILON) - slope) / abs(slope)
+            error_of(any_case, r".*\.experts\.\d+\.w1")
 
 
 def test_pipeline_is_left_as_it_was(any_case: Case) -> None:

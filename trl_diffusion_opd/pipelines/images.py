@@ -26,7 +26,8 @@ from ..guards.finite import finite_images
 from .latent_map import LatentMap
 
 
-Images = Any  # a list of PIL images, an array or a tensor, depending on `output_type`
+Images = Any  # a list of PIL images or of videos, an array or a tensor, depending on `output_type`
+Picture = Image | list[Image]  # what is drawn for one prompt: an image, or the frames of a video
 
 
 def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:

@@ -34,6 +34,7 @@ from .branches import GuidanceBranches
 from .calls import call_parameters
 from .checks import option_problems, pipeline_problems
 from .experts import Experts, expert_groups, in_groups
+from .frames import frames_problems, number_of_frames, still_problem
 from .guidance import guidance_embedding, guidance_lines
 from .guiders import default_scale
 from .images import Images, decoded, encoded, encoder_problem
@@ -91,9 +92,10 @@ class VelocityField(GuidanceBranches):
     ):
         self.height, self.width = height, width
         options = dict(generation_kwargs or {})
-        problems = pipeline_problems(pipeline) or option_problems(
-            pipeline, call_parameters(pipeline), options, height, width, max_sequence_length
-        )
+        problems = pipeline_problems(pipeline) or [
+            *option_problems(pipeline, call_parameters(pipeline), options, height, width, max_sequence_length),
+            *frames_problems(pipeline, options),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         if max_sequence_length is not None:
@@ -162,6 +164,11 @@ class VelocityField(GuidanceBranches):
     @property
     def num_inference_steps(self) -> int:
         return len(self.levels) - 1
+
+    @property
+    def num_frames(self) -> int | None:
+        """The number of frames of what is drawn: 1 for images, `None` for videos whose number only the pipeline knows."""
+        return number_of_frames(self.pipeline, self._options)
 
     @property
     def trained_levels(self) -> tuple[float, float]:
@@ -352,6 +359,10 @@ class VelocityField(GuidanceBranches):
             prompts (`list[str]` of length `B`): the prompts of the images.
             output_type (`str`): as in the pipeline: `"pil"`, `"np"` in [0, 1], or `"pt"`.
 
+        Returns:
+            With `"pil"` a list of `B` images. A pipeline for videos that draws more than one frame returns `B` videos,
+            each a list of its frames.
+
         Raises:
             [`FloatingPointError`]: if latents or images contain NaN or infinity.
         """
@@ -387,7 +398,7 @@ class VelocityField(GuidanceBranches):
         Raises:
             [`ValueError`]: if images can't be encoded for this pipeline. The message gives the reason.
         """
-        if (problem := encoder_problem(self.pipeline)) is not None:
+        if (problem := encoder_problem(self.pipeline) or still_problem(self.pipeline, self._options)) is not None:
             raise ValueError(problem)
         self.encode([new_image("RGB", (self.width or 64, self.height or 64), "grey")])
 
