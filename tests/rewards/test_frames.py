@@ -35,6 +35,7 @@ from trl_diffusion_opd.rewards import (
 )
 from trl_diffusion_opd.rewards.combined import scale_of
 from trl_diffusion_opd.rewards.trial import is_of_reward, trial_error
+from trl_diffusion_opd.scripts.arguments import load_rewards, reward_problems
 
 
 def video(*reds):
@@ -114,6 +115,9 @@ def test_on_a_command_line():
     assert list(both.components["combined"].reward.components) == ["jpeg_compressibility", "redness"]
     options = {"reward_kwargs": {"frames(jpeg_compressibility)": {"every": 2}}}
     assert load_reward("frames(jpeg_compressibility)+motion", **options).components["jpeg_compressibility"].every == 2
+    kwargs = {"frames(jpeg_compressibility)": {"every": 3}}
+    ((loaded,),) = load_rewards(["film=frames(jpeg_compressibility)"], kwargs).values()
+    assert loaded.every == 3 and reward_problems(["film=frames(jpeg_compressibility)"], kwargs) == []
     for spec, options, message in [
         ("frames(jpg)", {}, "There is no reward 'jpg'"),
         ("frames()", {}, "There is no reward ''"),

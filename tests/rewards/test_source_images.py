@@ -137,7 +137,7 @@ def test_a_server_gets_source_pictures(monkeypatch):
         reward(prompts=PROMPTS, **without)
         RemoteReward(server.url, columns=["level"])(prompts=PROMPTS, **given)
         # The size of a call is that of all its pictures.
-        monkeypatch.setattr(remote_module, "_CALL_BYTES", len(png_base64(PICTURES[0])) * 2)
+        monkeypatch.setattr(remote_module, "_CALL_BYTES", sum(len(png_base64(p)) for p in PICTURES[:2]) + 1)
         assert reward(prompts=PROMPTS[:2], images=PICTURES[:2], source_images=[PICTURES[:1]] * 2) == [0, 0]
     bodies = [request.body for request in server.requests]
     assert bodies[0]["source_images"] == [[png_base64(p) for p in of_row or []] for of_row in SOURCES]
