@@ -34,9 +34,9 @@ With `--token_env NAME` callers have to send the token that the environment vari
 option. The format is described in [`RemoteReward`]. It is plain HTTP: across machines, put a proxy with TLS before it.
 
 What callers can take is bounded. A body has 16 MiB at most, and so have all bodies together: a caller whose body doesn't fit
-waits. A request has 256 images at most, each of 4.2 million pixels at most, and 16.8 million together (16 images of 1024 x
-1024); `--capacity 4` has four times of all that, and takes four times the memory. Requests come in within 30 seconds, 256
-callers may wait, and whoever comes beside these is answered 503. Images are PNG alone.
+waits. A request has 256 images at most, source pictures included, each of 4.2 million pixels at most, and 16.8 million
+together (16 images of 1024 x 1024); `--capacity 4` has four times of all that, and takes four times the memory. Requests
+come in within 30 seconds, 256 callers may wait, and whoever comes beside these is answered 503. Images are PNG alone.
 """
 
 import argparse
@@ -63,7 +63,7 @@ from PIL import Image, PngImagePlugin
 
 from trl_diffusion_opd.guards.redaction import shown
 from trl_diffusion_opd.rewards import RewardFunc, load_reward, reward_name, score
-from trl_diffusion_opd.rewards.remote import token_problems
+from trl_diffusion_opd.rewards.server_calls import token_problems
 
 
 # Of a request, times `--capacity`. With these the server takes less than 100 MB for requests, whoever sends them: a body is
@@ -100,7 +100,7 @@ class BusyError(Exception):
 
 def read_request(body: bytes, capacity: int = 1) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """
-    Rows and RGB images of a request.
+    Rows and RGB images of a request. Its source pictures are a list in each row; images with them count together.
 
     Raises:
         [`RequestError`]: whatever is wrong with it.
@@ -114,13 +114,25 @@ def read_request(body: bytes, capacity: int = 1) -> tuple[list[dict[str, Any]], 
         prompts, encoded, columns = request["prompts"], request["images"], request.get("columns", {})
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise RequestError("prompts must be strings, in a list")
-        if {len(prompts), *(len(values) for values in columns.values())} != {len(encoded)}:
+        of_rows = request.get("source_images")
+        lists = [*columns.values()] if of_rows is None else [*columns.values(), of_rows]
+        if {len(prompts), *(len(values) for values in lists)} != {len(encoded)}:
             raise RequestError("there must be a prompt, an image and a value of each column for every sample")
+        count = len(encoded)
+        sizes = [len(sources) for sources in of_rows or []]
+        for sources in of_rows or []:  # into the same list, from which each is taken out when it is read
+            encoded += sources
+            sources.clear()
         images = read_images(encoded, capacity)
-        return [
+        rows = [
             {**{name: values[i] for name, values in columns.items()}, "prompt": prompt}
             for i, prompt in enumerate(prompts)
-        ], images
+        ]
+        if of_rows is not None:
+            rest = iter(images[count:])
+            for row, size in zip(rows, sizes, strict=True):
+                row["source_images"] = [next(rest) for _ in range(size)]
+        return rows, images[:count]
     except RequestError:
         raise
     except KeyError as error:

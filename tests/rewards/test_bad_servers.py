@@ -32,7 +32,7 @@ from helpers.stub_server import Answer, StubServer
 from PIL import Image
 
 from trl_diffusion_opd.guards.redaction import shown
-from trl_diffusion_opd.rewards import RemoteReward, RemoteRewardError, UnifiedReward
+from trl_diffusion_opd.rewards import RemoteReward, RemoteRewardError, UnifiedReward, server_calls
 from trl_diffusion_opd.rewards import remote as remote_module
 from trl_diffusion_opd.rewards.unifiedreward import parse_score
 
@@ -112,7 +112,7 @@ def test_a_request_that_is_not_read_ends_in_time(scheme):
     images = [Image.frombytes("RGB", (1500, 1500), os.urandom(1500 * 1500 * 3))] if scheme == "http" else IMAGES
     with RawServer(silence, reads=False) as server:
         reward = remote(f"{scheme}://{server.host}", timeout=0.3)
-        data = json.dumps({"images": [remote_module.png_base64(images[0])]})
+        data = json.dumps({"images": [server_calls.png_base64(images[0])]})
         start = time.perf_counter()
         with pytest.raises(RemoteRewardError, match="timed out"):
             reward._call(data, 1)
@@ -203,7 +203,7 @@ def test_scores_of_any_length_fit():
 
 
 def test_a_call_is_split_where_its_images_are_large(monkeypatch):
-    size = len(remote_module.png_base64(IMAGES[0]))
+    size = len(server_calls.png_base64(IMAGES[0]))
     monkeypatch.setattr(remote_module, "_CALL_BYTES", 2 * size)
     with StubServer(lambda request, n: Answer(body={"scores": [float(p) for p in request.body["prompts"]]})) as server:
         assert remote(server.url, batch_size=5)(prompts=list("01234"), images=IMAGES * 5) == [0, 1, 2, 3, 4]
@@ -296,12 +296,12 @@ def test_until_when_a_server_may_have_it_wait():
 
 
 def asked_pause(text):
-    response = remote_module.httpx2.Response(503, headers={"Retry-After": text.encode("latin-1")})
-    return remote_module._pause(2, response)
+    response = server_calls.httpx2.Response(503, headers={"Retry-After": text.encode("latin-1")})
+    return server_calls._pause(2, response)
 
 
 def test_pauses_do_not_grow_without_end():
-    assert [remote_module._pause(again, None) for again in (0, 1, 2, 9999)] == [0, 1, 2, 30]
+    assert [server_calls._pause(again, None) for again in (0, 1, 2, 9999)] == [0, 1, 2, 30]
 
 
 # Where it goes

@@ -26,8 +26,14 @@ from helpers.example_server import serving, started
 from helpers.stub_server import Answer, StubServer, silent_server
 from PIL import Image
 
-from trl_diffusion_opd.rewards import RemoteReward, RemoteRewardError, load_reward, reward_data_problems, score
-from trl_diffusion_opd.rewards import remote as remote_module
+from trl_diffusion_opd.rewards import (
+    RemoteReward,
+    RemoteRewardError,
+    load_reward,
+    reward_data_problems,
+    score,
+    server_calls,
+)
 
 
 PROMPTS = ["a cat", "two cats", "three cats"]
@@ -39,7 +45,7 @@ ROWS = [{"prompt": prompt, "level": {"n": i}} for i, prompt in enumerate(PROMPTS
 def quick(monkeypatch):
     """Tries again at once, but remembers how long it would have waited."""
     pauses = []
-    monkeypatch.setattr(remote_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(server_calls.time, "sleep", pauses.append)
     return pauses
 
 
@@ -166,7 +172,7 @@ def test_the_token_is_sent_and_shown_nowhere(monkeypatch, caplog, tmp_path):
         with pytest.raises(RemoteRewardError) as error:
             RemoteReward(server.url, token_env="MY_TOKEN")(prompts=PROMPTS, images=IMAGES)
     assert {request.headers["Authorization"] for request in server.requests} == {"Bearer s3cret-token"}
-    seen = f"{caplog.text} {reward!r} {vars(reward)} {vars(reward._client)} {reward.fingerprint} {error.value}"
+    seen = f"{caplog.text} {reward!r} {vars(reward)} {vars(reward._server)} {vars(reward._server._client)} {reward.fingerprint} {error.value}"
     assert "s3cret" not in seen and "netrc-secret" not in seen
 
 
@@ -282,7 +288,7 @@ def test_the_examples_server_explains(served, monkeypatch, capfd):
         reward(prompts=["a"], images=IMAGES[:1], level=[1])
 
 
-PNG = remote_module.png_base64(IMAGES[0])
+PNG = server_calls.png_base64(IMAGES[0])
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_silent_callers_give_their_places_back(example, monkeypatch):
     monkeypatch.setattr(example, "TRANSFER_SECONDS", 0.5)
     monkeypatch.setattr(example, "REFUSAL_SECONDS", 0.1)
     pauses = []
-    monkeypatch.setattr("trl_diffusion_opd.rewards.remote.time.sleep", pauses.append)
+    monkeypatch.setattr("trl_diffusion_opd.rewards.server_calls.time.sleep", pauses.append)
     with serving(example, width) as port, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(port)) for _ in range(3)]
         text = post(port, GOOD)

@@ -413,7 +413,10 @@ def test_load_reward():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("clip", r"There is no reward 'clip'. There are aesthetic, clipscore, geneval, .*pip install .\.\[ocr\]"),
+        (
+            "clip",
+            r"There is no reward 'clip'. There are aesthetic, clip_image_similarity, clipscore, .*frames.*pip install .\.\[ocr\]",
+        ),
         ("no_such_module:f", "Reward 'no_such_module:f' cannot be imported: No module named 'no_such_module'"),
         ("trl_diffusion_opd.rewards:nothing", "trl_diffusion_opd.rewards has no 'nothing'; it has no function"),
     ],

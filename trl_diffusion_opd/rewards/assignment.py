@@ -22,9 +22,12 @@ from datasets import Dataset
 
 from ..data.tasks import BATCH
 from ..guards.redaction import shown
-from .base import Reward, RewardFunc, parameters_of, reward_name
+from .base import SOURCE_IMAGES, Reward, RewardFunc, parameters_of, reward_name
 from .combined import load_reward
 
+
+# Rows that are read at a time where a reward reads pictures: a picture may have some megabytes.
+_PICTURE_BATCH = 64
 
 RewardFuncs = (
     str | RewardFunc | Sequence[str | RewardFunc] | Mapping[str, str | RewardFunc | Sequence[str | RewardFunc]]
@@ -121,8 +124,11 @@ def reward_data_problems(
                 problems += _column_problems(reward, dataset, source)
                 continue
             count, first = 0, ("", "")
-            for start in range(0, len(rows[task]), BATCH):
-                part = dataset.select(rows[task][start : start + BATCH]).to_dict()
+            reads_pictures = SOURCE_IMAGES in reward.columns and SOURCE_IMAGES in dataset.column_names
+            read = dataset if reads_pictures else _without_pictures(dataset)
+            size = _PICTURE_BATCH if reads_pictures else BATCH
+            for start in range(0, len(rows[task]), size):
+                part = read.select(rows[task][start : start + size]).to_dict()
                 for i, prompt in enumerate(part.pop("prompt")):
                     reason = reward.why_not(prompt, {name: values[i] for name, values in part.items()})
                     if reason is not None:
@@ -135,6 +141,10 @@ def reward_data_problems(
                     f"task {task!r}, such as '{shown(prompt)}': {shown(reason, 500)}."
                 )
     return problems
+
+
+def _without_pictures(dataset: Dataset) -> Dataset:
+    return dataset.remove_columns([name for name in dataset.column_names if name == SOURCE_IMAGES])
 
 
 def _column_problems(function: RewardFunc, dataset: Dataset, source: str) -> list[str]:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 RewardFunc = Callable[..., object]  # its return value is checked at each call
 Row = Mapping[str, Any]  # a row of a dataset: the values of its columns by name
+Generated = Image | Sequence[Image]  # what a model has made: a picture, or the frames of a video
+# The column of pictures that a row's prompt edits or refers to: a list of 0 or more PIL images in each row.
+SOURCE_IMAGES = "source_images"
 
 
 class Reward:
@@ -43,6 +46,7 @@ class Reward:
             differ (as remote scorers do) and the constructor sets another.
         bounds (`tuple`): the smallest and the largest possible score, `None` for no bound.
         columns (`tuple[str, ...]`): the dataset's columns that it reads besides `prompt`.
+        takes_frames (`bool`): whether it scores videos, which are lists of frames. Others refuse them.
 
     Args:
         batch_size (`int`, *optional*, defaults to `16`): number of images that are scored at a time.
@@ -51,6 +55,7 @@ class Reward:
     name: str
     bounds: tuple[float | None, float | None]
     columns: tuple[str, ...] = ()
+    takes_frames: bool = False
 
     def __init__(self, batch_size: int = 16):
         if batch_size < 1:
@@ -70,8 +75,8 @@ class Reward:
     def named_scores(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image],
-        completions: Sequence[Image] | None = None,
+        images: Sequence[Generated],
+        completions: Sequence[Generated] | None = None,
         trainer_state: "TrainerState | None" = None,
         **columns: Sequence[object],
     ) -> dict[str, list[float | None]]:
@@ -92,8 +97,8 @@ class Reward:
     def __call__(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image],
-        completions: Sequence[Image] | None = None,
+        images: Sequence[Generated],
+        completions: Sequence[Generated] | None = None,
         trainer_state: "TrainerState | None" = None,
         **columns: Sequence[object],
     ) -> list[float | None]:
@@ -101,28 +106,55 @@ class Reward:
         Scores images.
 
         Args:
-            prompts (`list[str]`), images (`list[PIL.Image.Image]`): the images, each with its prompt.
+            prompts (`list[str]`), images (`list[PIL.Image.Image]`): the images, each with its prompt. Videos are lists
+                of frames, which only rewards with `takes_frames` score.
             completions, trainer_state: arguments that every reward function gets; not used here.
             columns (`list`): other columns of the dataset, with one value for each image.
 
         Returns:
             `list[float | None]`: one score for each image, `None` where the reward does not apply.
+
+        Raises:
+            [`ValueError`]: if one of the images is a video, and the reward scores pictures.
         """
         rows: list[Row] = [{name: values[i] for name, values in columns.items()} for i in range(len(images))]
         applicable = [i for i, row in enumerate(rows) if self.why_not(prompts[i], row) is None]
         scores: list[float | None] = [None] * len(images)
         for start in range(0, len(applicable), self.batch_size):
             batch = applicable[start : start + self.batch_size]
-            values = self._score(
-                [prompts[i] for i in batch], [images[i].convert("RGB") for i in batch], [rows[i] for i in batch]
+            values = self._score_batch(
+                [prompts[i] for i in batch], [images[i] for i in batch], [rows[i] for i in batch]
             )
             for i, value in zip(batch, values, strict=True):
                 scores[i] = value
         return scores
 
+    def _score_batch(self, prompts: list[str], images: list[Generated], rows: list[Row]) -> Sequence[float | None]:
+        """Scores a batch of images, in any mode, to which the reward applies."""
+        return self._score(prompts, [self._picture(image).convert("RGB") for image in images], rows)
+
+    def _picture(self, image: Generated) -> Image:
+        if isinstance(image, Sequence):
+            raise ValueError(
+                f"Reward {self.name!r} scores pictures, and was given a video, a list of {len(image)} frames. Use "
+                f"'frames({self.name})' on a command line, or frames(reward, every=8) of trl_diffusion_opd.rewards: it "
+                "scores a video by its frames."
+            )
+        return image
+
     def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
         """Scores a batch of RGB images to which the reward applies. `rows` are their other columns."""
         raise NotImplementedError
+
+
+def frames_of(image: Generated) -> Sequence[Image]:
+    """The frames of a video. A picture is a video of one frame."""
+    return [image] if isinstance(image, Image) else image
+
+
+def source_pictures(row: Row) -> Sequence[Image]:
+    """The pictures that a row's prompt edits or refers to, as they are; none if the column is missing or empty."""
+    return row.get(SOURCE_IMAGES) or []
 
 
 def parameters_of(function: RewardFunc) -> Mapping[str, inspect.Parameter] | None:

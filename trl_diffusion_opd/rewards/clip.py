@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The base class of rewards that compare CLIP's embeddings of an image and its prompt."""
+"""The base class of rewards that compare CLIP's embeddings of an image and its prompt, or of two images."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ CLIP_OPTIONAL_FILES = ("model.safetensors.index.json", "merges.txt", "*token*.js
 
 class ClipReward(ModelReward):
     """
-    A reward computed from the cosine between CLIP's embeddings of the image and of the prompt.
+    A reward computed from the cosine between CLIP's embeddings of the image and of the prompt, or of another image.
 
     Prompts are cut to the length of the text tower (77 tokens with the end token). PIL resizes, crops and normalises
     images as the processor's files say.
@@ -73,6 +73,11 @@ class ClipReward(ModelReward):
         """The images as the model's input, float32, `[batch, 3, height, width]`."""
         return self.image_processor(images, return_tensors="pt").pixel_values
 
+    def _image_features(self, images: list[Image]) -> torch.Tensor:
+        """CLIP's projected embedding of each image, not normalised, float32, `[batch, projection]`."""
+        pixels = self._pixel_values(images).to(self.device, self.dtype)
+        return self.model.get_image_features(pixels).pooler_output.float()
+
     def _cosine(self, prompts: list[str], images: list[Image]) -> torch.Tensor:
         """The cosine of each image with its prompt, float32, `[batch]`."""
         tokens = self.tokenizer(
@@ -82,7 +87,6 @@ class ClipReward(ModelReward):
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        pixels = self._pixel_values(images).to(self.device, self.dtype)
         text = self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
-        image = self.model.get_image_features(pixels).pooler_output
-        return (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
+        image = self._image_features(images)
+        return (F.normalize(image, dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)

@@ -15,13 +15,13 @@
 """Adds rewards with weights, after dividing each by a scale that brings it near 1. Also loads rewards by name."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
-
-from .base import Reward, RewardFunc, Row, reward_fingerprint, reward_name
+from ..problems import Refusal
+from .base import Generated, Reward, RewardFunc, Row, reward_fingerprint, reward_name
 from .names import check_named, load_named
 from .scoring import Scores, call_reward
 
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 SCALES: Mapping[str, float] = MappingProxyType(
     {"aesthetic": 10.0, "jpeg_compressibility": 500.0, "pickscore": 26.0, "unifiedreward": 5.0}
 )
+
+
+# A reward for images that scores videos by their frames. Its class loads the reward in the brackets.
+_FRAMES = "frames"
+_OF_FRAMES = re.compile(rf"{_FRAMES}\((.*)\)", re.DOTALL)
 
 
 def scale_of(function: RewardFunc) -> float:
@@ -110,6 +115,7 @@ class CombinedReward(Reward):
         self.scales = {key: float(scales.get(key, scale_of(component))) for key, component in self.components.items()}
         of_package = [component for component in self.components.values() if isinstance(component, Reward)]
         self.columns = tuple(dict.fromkeys(column for component in of_package for column in component.columns))
+        self.takes_frames = any(component.takes_frames for component in of_package)
         self.bounds = self._bounds()
 
     def _bounds(self) -> tuple[float | None, float | None]:
@@ -145,8 +151,8 @@ class CombinedReward(Reward):
     def __call__(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image],
-        completions: Sequence[Image] | None = None,
+        images: Sequence[Generated],
+        completions: Sequence[Generated] | None = None,
         trainer_state: "TrainerState | None" = None,
         **columns: Sequence[object],
     ) -> list[float | None]:
@@ -155,8 +161,8 @@ class CombinedReward(Reward):
     def named_scores(
         self,
         prompts: Sequence[str],
-        images: Sequence[Image],
-        completions: Sequence[Image] | None = None,
+        images: Sequence[Generated],
+        completions: Sequence[Generated] | None = None,
         trainer_state: "TrainerState | None" = None,
         **columns: Sequence[object],
     ) -> Scores:
@@ -183,15 +189,19 @@ def load_reward(spec: str, **options: Any) -> RewardFunc:
 
     Args:
         spec (`str`): a name from this package, an import path, a file, or several of them joined by `+`. Those are added with
-            equal weights by [`CombinedReward`].
+            equal weights by [`CombinedReward`]. `frames(...)` around any of these scores videos by their frames, with
+            [`Frames`].
         options: arguments of a named reward or of a class, such as the `url` of `"remote"`.
 
     Raises:
         [`ValueError`]: if there is no such function, an option is wrong, or its weights cannot be loaded.
         [`ImportError`]: if the reward needs a package that is not installed. The message names the extra to install.
     """
-    if "+" in spec:
-        return CombinedReward(dict.fromkeys(spec.split("+"), 1.0), **options)
+    parts = _summands(spec)
+    if len(parts) > 1:
+        return CombinedReward(dict.fromkeys(parts, 1.0), **options)
+    if (found := _OF_FRAMES.fullmatch(spec)) is not None:
+        return load_named(_FRAMES, **_options_of_frames(spec, found[1], options))
     return load_named(spec, **options)
 
 
@@ -203,8 +213,30 @@ def check_reward(spec: str, **options: Any) -> None:
         [`ValueError`]: if there is no such function, or an option is wrong.
         [`ImportError`]: if importing the reward needs a package that is not installed.
     """
-    if "+" not in spec:
-        return check_named(spec, **options)
-    of_parts = options.get("reward_kwargs", {})
-    for part in spec.split("+"):
-        check_reward(part, **of_parts.get(part, {}))
+    parts = _summands(spec)
+    inner = options.get("reward_kwargs") or {}
+    if len(parts) > 1:
+        for part in parts:
+            check_reward(part, **inner.get(part, {}))
+    elif (found := _OF_FRAMES.fullmatch(spec)) is not None:
+        check_named(_FRAMES, **_options_of_frames(spec, found[1], options))
+        check_reward(found[1], **inner)
+    else:
+        check_named(spec, **options)
+
+
+def _summands(spec: str) -> list[str]:
+    """The parts of a sum. A sum in the brackets of `frames(...)` is one part."""
+    parts: list[str] = []
+    for piece in spec.split("+"):
+        if parts and parts[-1].startswith(f"{_FRAMES}(") and parts[-1].count("(") > parts[-1].count(")"):
+            parts[-1] += f"+{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
+def _options_of_frames(spec: str, inner: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    if "reward" in options:
+        raise Refusal(f"Reward {spec!r}: the option 'reward' is what the brackets have. Leave it out.")
+    return {"reward": inner, **options}

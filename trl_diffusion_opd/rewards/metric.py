@@ -21,7 +21,7 @@ import datasets
 import evaluate
 from PIL.Image import Image
 
-from .base import Reward, RewardFunc, reward_name
+from .base import SOURCE_IMAGES, Generated, Reward, RewardFunc, frames_of, reward_name
 from .scoring import score
 
 
@@ -43,7 +43,10 @@ class RewardMetric(evaluate.Metric):
     Args:
         reward (reward function): the reward to compute.
         features ([`~datasets.Features`], *optional*): types of the columns that are given with the prompts, for
-            example those of the dataset. Defaults to the columns that a [`Reward`] reads, as text.
+            example those of the dataset. Defaults to the columns that a [`Reward`] reads, as text. `source_images` is
+            a list of PIL images in any case.
+
+    A reward that scores videos, such as [`frames`], gets each image as a list of frames.
     """
 
     def __init__(self, reward: RewardFunc, features: datasets.Features | None = None):
@@ -53,6 +56,9 @@ class RewardMetric(evaluate.Metric):
         self._columns = {
             name: kind for name, kind in (text if features is None else features).items() if name != "prompt"
         }
+        if SOURCE_IMAGES in self._columns:
+            self._columns[SOURCE_IMAGES] = datasets.List(datasets.Image())
+        self._of_videos = isinstance(reward, Reward) and reward.takes_frames
         super().__init__(keep_in_memory=True)
         self.info.module_name = reward_name(reward)  # its name in evaluate.combine
 
@@ -61,11 +67,15 @@ class RewardMetric(evaluate.Metric):
             description=f"The reward {reward_name(self.reward)!r} of images and their prompts.",
             citation="",
             features=datasets.Features(
-                {"prompts": datasets.Value("string"), "images": datasets.Image(), **self._columns}
+                {
+                    "prompts": datasets.Value("string"),
+                    "images": datasets.List(datasets.Image()) if self._of_videos else datasets.Image(),
+                    **self._columns,
+                }
             ),
         )
 
-    def add_batch(self, *, prompts: Sequence[str], images: Sequence[Image], **columns: Sequence[object]) -> None:
+    def add_batch(self, *, prompts: Sequence[str], images: Sequence[Generated], **columns: Sequence[object]) -> None:
         """
         Adds images for [`compute`] to score.
 
@@ -74,14 +84,14 @@ class RewardMetric(evaluate.Metric):
             columns (`list`): the reward's other columns, one value an image.
         """
         self._check({"prompts": prompts, "images": images, **columns})
-        super().add_batch(prompts=prompts, images=[_bare(image) for image in images], **columns)
+        super().add_batch(prompts=prompts, images=[self._kept(image) for image in images], **columns)
 
-    def add(self, *, prompts: str, images: Image, **columns: object) -> None:
+    def add(self, *, prompts: str, images: Generated, **columns: object) -> None:
         """
         Adds one image. The arguments have the names of [`add_batch`], as `evaluate.combine` requires.
         """
         self._check({"prompts": prompts, "images": images, **columns})
-        super().add(prompts=prompts, images=_bare(images), **columns)
+        super().add(prompts=prompts, images=self._kept(images), **columns)
 
     def compute(self, **inputs: object) -> dict[str, float | list[float | None] | None]:
         """
@@ -93,6 +103,14 @@ class RewardMetric(evaluate.Metric):
         if "prompts" not in inputs and self.writer is None:
             raise ValueError(f"Metric {self.name!r} has nothing to compute: add prompts and images first.")
         return super().compute(**inputs)
+
+    def _kept(self, image: Generated) -> Generated:
+        """
+        Copies without the files they were read from. Otherwise the path, or the lossy format, would be kept instead of
+        pixels.
+        """
+        frames = [frame.copy() for frame in frames_of(image)]
+        return frames if self._of_videos or not isinstance(image, Image) else frames[0]
 
     def _check(self, given: Mapping[str, object]) -> None:
         missing = [name for name in self.features if given.get(name) is None]
@@ -129,10 +147,3 @@ def as_metric(reward: RewardFunc, features: datasets.Features | None = None) -> 
             example those of the dataset.
     """
     return RewardMetric(reward, features)
-
-
-def _bare(image: Image) -> Image:
-    """
-    A copy without the file it was read from. Otherwise its path, or its lossy format, would be kept instead of pixels.
-    """
-    return image.copy()

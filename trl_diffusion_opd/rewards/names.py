@@ -34,15 +34,19 @@ from .base import Reward, RewardFunc
 # Name of a reward (and of its module) -> its class. Imported on first use: most need transformers, some an extra.
 REWARDS = {
     "aesthetic": "Aesthetic",
+    "clip_image_similarity": "CLIPImageSimilarity",
     "clipscore": "CLIPScore",
+    "frames": "Frames",
     "geneval": "GenEval",
     "hpsv2": "HPSv2",
     "imagereward": "ImageReward",
     "jpeg_compressibility": "JPEGCompressibility",
+    "motion": "Motion",
     "ocr": "OCR",
     "pickscore": "PickScore",
     "remote": "RemoteReward",
     "unifiedreward": "UnifiedReward",
+    "vlm_judge": "VLMJudge",
 }
 
 
@@ -75,7 +79,7 @@ def _imported(spec: str, options: Mapping[str, object]) -> Any:
         raise Refusal(
             f"There is no reward {spec!r}.{meant} There are {', '.join(REWARDS)} (ocr needs `pip install "
             '".[ocr]"` in a checkout of trl-diffusion-opd, unifiedreward ".[unifiedreward]"), sums of them such as '
-            "pickscore+clipscore+hpsv2, and any function by its import path, package.module:function, or by its file, "
+            "pickscore+clipscore+hpsv2, frames(pickscore) and the like for videos, and any function by its import path, package.module:function, or by its file, "
             "my_rewards.py:function."
         )
     module = _module(spec, place)

@@ -31,10 +31,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from PIL.Image import Image
 
 from ..guards.redaction import shown
-from .base import Reward, RewardFunc, Row, parameters_of, reward_name
+from .base import Generated, Reward, RewardFunc, Row, parameters_of, reward_name
 
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ _LOG: contextvars.ContextVar[RewardLog | None] = contextvars.ContextVar("reward_
 def score(
     functions: Sequence[RewardFunc],
     rows: Sequence[Row],
-    images: Sequence[Image],
+    images: Sequence[Generated],
     trainer_state: "TrainerState | None" = None,
 ) -> Scores:
     """
@@ -88,7 +87,7 @@ def score(
     Args:
         functions (`list` of reward functions): the functions to call.
         rows (`list[dict]`): the dataset's row of each image.
-        images (`list[PIL.Image.Image]`): the images.
+        images (`list[PIL.Image.Image]`): the images. A video is a list of its frames.
         trainer_state ([`~transformers.TrainerState`], *optional*): passed to the functions.
 
     Returns:
@@ -159,7 +158,7 @@ class Scorer:
         timeout: float | None = None,
         on_timeout: OnTimeout = "raise",
         task: str | None = None,
-        call: Callable[[RewardFunc, Sequence[Row], Sequence[Image], Any], Scores] | None = None,
+        call: Callable[[RewardFunc, Sequence[Row], Sequence[Any], Any], Scores] | None = None,
     ):
         self.functions = _by_name(functions)
         self.timeout = timeout
@@ -191,7 +190,7 @@ class Scorer:
             if name not in self._hung:
                 thread.join(self.timeout)
 
-    def submit(self, rows: Sequence[Row], images: Sequence[Image], batch: object = None) -> None:
+    def submit(self, rows: Sequence[Row], images: Sequence[Generated], batch: object = None) -> None:
         """Gives a batch to the functions. First waits while too many batches are being scored."""
         while len(self._pending) >= _MAX_PENDING:
             self._collect()
@@ -246,7 +245,7 @@ class Scorer:
     def _too_long(message: str) -> RewardTimeout:
         return RewardTimeout(f"{message} Find out what it waits for, or give it more time.")
 
-    def _timed(self, name: str, rows: Sequence[Row], images: Sequence[Image], batch: object) -> Scores:
+    def _timed(self, name: str, rows: Sequence[Row], images: Sequence[Generated], batch: object) -> Scores:
         start = time.perf_counter()
         _LOG.set(self.log)  # only in the context of this call
         try:
@@ -259,7 +258,7 @@ class Scorer:
 
 @torch.no_grad()  # here, since each thread has its own gradient mode
 def call_reward(
-    function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], trainer_state: "TrainerState | None" = None
+    function: RewardFunc, rows: Sequence[Row], images: Sequence[Generated], trainer_state: "TrainerState | None" = None
 ) -> Scores:
     """
     Calls one reward function by keyword and checks what it returns.
@@ -273,12 +272,14 @@ def call_reward(
     """
     if not images:  # more processes than images
         return {name: [] for name in score_names(function)}
+    # Not those of the first row alone: a row of pictures may follow one that has no such column.
+    names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
     given: dict[str, Any] = {
         "prompts": [row["prompt"] for row in rows],
         "images": list(images),
         "completions": list(images),
         "trainer_state": trainer_state,
-        **{name: [row[name] for row in rows] for name in rows[0] if name != "prompt"},
+        **{name: [row.get(name) for row in rows] for name in names},
     }
     values: Any = (
         function.named_scores(**given) if isinstance(function, Reward) else function(**_taken(function, given))

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 
 from ..guards.redaction import shown
-from .base import RewardFunc, Row, reward_name
-from .remote import RemoteRewardError
+from .base import Generated, RewardFunc, Row, reward_name
 from .scoring import OnTimeout, RewardTimeout, Scorer, call_reward
+from .server_calls import RemoteRewardError
 
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 NUM_TRIED = 2
 _PACKAGE = Path(__file__).parents[1]
 # The files that call functions of a user, or subclasses of `Reward`.
-_CALLERS = ("scoring.py", "base.py", "combined.py")
+_CALLERS = ("scoring.py", "base.py", "combined.py", "video.py")
 
 
 def trial_error(
     function: RewardFunc,
     task: str,
     rows: Sequence[Row],
-    image: Image,
+    image: Generated,
     timeout: float | None,
     on_timeout: OnTimeout = "raise",
     trainer_state: "TrainerState | None" = None,
@@ -54,7 +54,7 @@ def trial_error(
     Args:
         function (reward function), task (`str`): the reward, and the images' task for messages.
         rows (`list[dict]`): the dataset's first rows of the task. If there are fewer than images, they are repeated.
-        image (`PIL.Image.Image`): any image of the right size.
+        image (`PIL.Image.Image`, or a list of these): any image of the right size, or the frames of any video.
         timeout (`float`, *optional*), on_timeout (`str`, *optional*, defaults to `"raise"`), trainer_state
             ([`~transformers.TrainerState`], *optional*): as in [`Scorer`].
 
@@ -64,11 +64,15 @@ def trial_error(
     tried = [rows[n % len(rows)] for n in range(NUM_TRIED)]
     try:
         with Scorer([function], trainer_state, timeout, on_timeout, task=task) as scorer:
-            scorer.submit(tried, [image.copy() for _ in tried])
+            scorer.submit(tried, [_copied(image) for _ in tried])
             scorer.results()
     except Exception as error:  # whatever the function raises
         return error
     return None
+
+
+def _copied(image: Generated) -> Generated:
+    return image.copy() if isinstance(image, Image) else [frame.copy() for frame in image]
 
 
 def trial_problem(function: RewardFunc, whose: str, row: Row, error: Exception) -> str:

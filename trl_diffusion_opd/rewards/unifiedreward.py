@@ -15,31 +15,26 @@
 """UnifiedReward: asks a vision language model for a score."""
 
 import hashlib
-import json
-import logging
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from PIL.Image import Image
 
 from ..guards.redaction import shown
-from .base import Reward, Row
+from .base import Row
 from .bounded_client import BoundedClient, RefusedAnswerError
-from .remote import (
+from .chat import ANSWER_BYTES, TOKEN_BYTES, ChatReward, first_choice, number_pattern
+from .server_calls import (
     OnError,
     RemoteRewardError,
     address_hash,
     call_problems,
-    png_base64,
+    png_url,
     status_shown,
     token_problems,
     url_problems,
 )
 
-
-logger = logging.getLogger(__name__)
 
 # The form that the model was trained with: a caption, two criteria, and a score from 1 to 5 after "Final Score:".
 QUESTION = (
@@ -51,23 +46,15 @@ QUESTION = (
     "Text Caption: [{prompt}]"
 )
 
-# Matches "Final Score: 3.5", also with Markdown around it, "(1-5)" before or "/5" after the number. It never takes a
-# part of a number such as "10", "4,5" or "1-5". Possessive quantifiers ("++") prevent backtracking, so that even a
-# hundred thousand spaces are read once.
+# Matches "Final Score: 3.5", also with Markdown around it, "(1-5)" before or "/5" after the number.
 _FINAL_SCORE = re.compile(
-    r"""final\s++score (?:\s*+\([^)\n]{0,100}+\))?+ (?:\s++is\b)?+ [\s:=*_`\[]*+
-        (?<![\w.]) (\d++(?:\.\d++)?+) (?![ ]*+[,.–-]?+[ ]*+\d)
-        (?:[\s*_`\]]*+ (?:/|out\s++of) \s*+ (\d++))?+""",
+    rf"final\s++score (?:\s*+\([^)\n]{{0,100}}+\))?+ (?:\s++is\b)?+ [\s:=*_`\[]*+ {number_pattern()}",
     re.IGNORECASE | re.VERBOSE,
 )
 _LOWEST, _HIGHEST = 1.0, 5.0
-# Maximum bytes of an answer: a fixed part, and a part for each token, which has some bytes, with up to six in JSON for
-# each.
-_ANSWER_BYTES = 2**16
-_TOKEN_BYTES = 64
 
 
-class UnifiedReward(Reward):
+class UnifiedReward(ChatReward):
     """
     UnifiedReward's point score ([Wang et al., 2025](https://huggingface.co/papers/2503.05236)): a vision language
     model judges how well an image fits its caption and how good it looks, from 1 to 5. Published tables have 3.0 to
@@ -122,8 +109,7 @@ class UnifiedReward(Reward):
         max_retries: int = 3,
         on_error: OnError = "raise",
     ):
-        # More images than simultaneous requests, so that one slow answer rarely leaves the others idle.
-        super().__init__(batch_size=max(8 * max_concurrency, 1))
+        super().__init__(max_concurrency, on_error)
         try:
             import openai
         except ImportError as error:
@@ -157,14 +143,12 @@ class UnifiedReward(Reward):
         self.model = model
         self.question = question
         self.max_tokens = max_tokens
-        self.max_concurrency = max_concurrency
-        self.on_error = on_error
         self._openai = openai
         self._client = openai.OpenAI(
             base_url=self.base_url,
             timeout=timeout,
             max_retries=max_retries,
-            http_client=BoundedClient(timeout, _ANSWER_BYTES + _TOKEN_BYTES * max_tokens),
+            http_client=BoundedClient(timeout, ANSWER_BYTES + TOKEN_BYTES * max_tokens),
         )
 
     @property
@@ -172,24 +156,10 @@ class UnifiedReward(Reward):
         question = hashlib.sha256(self.question.encode()).hexdigest()[:16]
         return f"{self.name}:{address_hash(self.base_url)}:{self.model}:{question}:{self.max_tokens}"
 
-    def _score(self, prompts: list[str], images: list[Image], rows: list[Row]) -> Sequence[float | None]:
-        # Threads, since the client's async form needs an event loop, and a notebook already runs one in this thread.
-        with ThreadPoolExecutor(self.max_concurrency) as threads:
-            return list(threads.map(self._score_one, prompts, images))
-
-    def _score_one(self, prompt: str, image: Image) -> float | None:
-        try:
-            return self._ask(prompt, image)
-        except RemoteRewardError as error:
-            if self.on_error == "raise":
-                raise
-            logger.warning("%s The image has no score.", error)
-            return None
-
-    def _ask(self, prompt: str, image: Image) -> float:
+    def _ask(self, prompt: str, image: Image, row: Row) -> float:
         failed = f"Reward {self.name!r}: model {self.model!r} at {self.base_url} "
         content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png_base64(image)}"}},
+            {"type": "image_url", "image_url": {"url": png_url(image)}},
             # Not format(), since a caption may contain braces.
             {"type": "text", "text": self.question.replace("{prompt}", prompt)},
         ]
@@ -203,7 +173,7 @@ class UnifiedReward(Reward):
                 max_tokens=self.max_tokens,
                 temperature=0,
             ).content
-            text, is_cut = _first_choice(answer)
+            text, is_cut = first_choice(answer)
             score = None if is_cut else parse_score(text)
         except self._openai.APIStatusError as error:
             # Without the cause, which would repeat the server's page unchanged.
@@ -225,15 +195,6 @@ class UnifiedReward(Reward):
                 f"'{shown(prompt)}': '{shown(text[-200:])}'"
             )
         return score
-
-
-def _first_choice(answer: bytes) -> tuple[str, bool]:
-    """The text of a completion, and whether it was cut off."""
-    choice = json.loads(answer)["choices"][0]
-    text = choice["message"]["content"] or ""
-    if not isinstance(text, str):
-        raise TypeError(f"the content is a {type(text).__name__}")
-    return text, choice.get("finish_reason") == "length"
 
 
 def parse_score(answer: str) -> float | None:

@@ -32,7 +32,7 @@ from ..problems import Refusal
 from ..rewards.bounded_client import BoundedClient, RefusedAnswerError
 from ..rewards.geneval_rules import MetadataError, parse_metadata
 from ..rewards.quoted_text import why_no_target
-from ..rewards.remote import status_shown, url_problems
+from ..rewards.server_calls import status_shown, url_problems
 
 
 REPOSITORY = "https://github.com/yifan123/flow_grpo"

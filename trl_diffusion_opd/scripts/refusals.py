@@ -79,8 +79,8 @@ def _end(message: str, status: int) -> NoReturn:
 def _known_end(error: Exception) -> str | None:
     """What to tell of an error that is no fault of the package; `None` for one that may be."""
     # Slow to import, and needed only now.
-    from ..rewards.remote import RemoteRewardError
     from ..rewards.scoring import RewardTimeout
+    from ..rewards.server_calls import RemoteRewardError
     from ..rewards.trial import is_of_reward, own_frames
 
     text = "\n".join([str(error), *vars(error).get("__notes__", [])])
