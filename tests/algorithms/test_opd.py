@@ -23,6 +23,7 @@ from trl_diffusion_opd.algorithms.flow import velocity_gap_sq
 from trl_diffusion_opd.algorithms.opd import (
     WEIGHTINGS,
     StepPlan,
+    beta_density,
     branch_gap_sq,
     dominant_step,
     extrapolated_target,
@@ -373,6 +374,30 @@ def test_a_plan_trains_what_its_weights_say():
     assert every == dict.fromkeys(plan.steps, 1.0)
     torch.testing.assert_close(plan.loss(gaps, every), (plan.weights * gaps).mean())
     assert plan.expected_steps(None) == (len(plan), len(plan))
+
+
+def test_steps_drawn_from_a_beta_distribution():
+    table = sampler_table("ode", sd3_levels())
+    n = len(table)
+    middles = torch.tensor([1 - (j + 0.5) / n for j in range(n)], dtype=torch.float64)
+    pdf = torch.distributions.Beta(torch.tensor(5.0).double(), torch.tensor(2.0).double()).log_prob(middles).exp()
+    density = beta_density(n, 5, 2)
+    torch.testing.assert_close(density / density.sum(), pdf / pdf.sum(), rtol=1e-9, atol=0)
+
+    plan = StepPlan.of(table, "velocity", 1, (5, 2))
+    pi = inclusion_probabilities(pdf[:-1], 2)
+    for update in range(50):
+        assert plan.draw(2, [7, update]) == pytest.approx(
+            {j: 1 / float(pi[j]) for j in plan.draw(2, [7, update])}, rel=1e-9
+        )
+
+    plan = StepPlan.of(table, "velocity", 1, (5, 2), unbiased=False)
+    gaps = torch.linspace(1, 2, len(plan), dtype=torch.float64)
+    draws = [plan.draw(1, [7, update]) for update in range(4000)]
+    # Each drawn step counts the same, so steps count in the mean as often as they are drawn.
+    expected = float((pdf[:-1] / pdf[:-1].sum() * gaps).sum())
+    mean = sum(float(plan.loss(gaps[[*drawn]], drawn)) for drawn in draws) / len(draws)
+    assert mean == pytest.approx(expected, rel=5e-3) and abs(float(plan.loss(gaps)) - expected) > 0.05
 
 
 def test_drawn_steps_estimate_the_mean_of_all():

@@ -61,6 +61,8 @@ def test_defaults():
         "loss_weighting": "kl",
         "skip_last_steps": None,
         "num_trained_timesteps": None,
+        "timestep_density": None,
+        "unbiased_timesteps": True,
         "beta": 0.0,
         "teacher_extrapolation": 1.0,
         "guidance_branch_weight": 0.0,
@@ -295,6 +297,12 @@ REFUSED = {
         "guidance_branch_weight compares velocities in closed form",
     ),
     "skip": ({"skip_last_steps": 10}, "skip_last_steps=10: it must leave at least one of the 10 steps."),
+    "density": (
+        {"timestep_density": [5.0, 0.0], "num_trained_timesteps": 1},
+        "timestep_density=[5.0, 0.0]: it must be the two positive numbers of a Beta distribution, such as 5 2.",
+    ),
+    "density of all steps": ({"timestep_density": [5.0, 2.0]}, "has no effect while all steps are trained."),
+    "bias": ({"unbiased_timesteps": False}, "unbiased_timesteps=False has no effect without timestep_density."),
     "trained steps": ({"num_trained_timesteps": 0}, "num_trained_timesteps=0: it must be at least 1."),
 }
 

@@ -112,21 +112,36 @@ class StepPlan:
             The whole walk, of N steps.
         weights, kl_weights (`Tensor` of shape `(n,)`, float64):
             Weights of the trained steps in the loss, and in the KL that is logged.
+        density (`Tensor` of shape `(n,)`, float64, *optional*):
+            What the steps are drawn in proportion to, if only some are. By default it is `weights`.
+        unbiased (`bool`):
+            Whether a drawn step counts 1 / its probability, which makes the loss that of all steps. Otherwise it counts
+            `n / k`, so that `density` says how much the steps count, besides their weights.
     """
 
     table: SamplerTable
     weights: Tensor
     kl_weights: Tensor
+    density: Tensor | None = None
+    unbiased: bool = True
 
     @classmethod
-    def of(cls, table: SamplerTable, weighting: str, skip_last_steps: int) -> "StepPlan":
+    def of(
+        cls,
+        table: SamplerTable,
+        weighting: str,
+        skip_last_steps: int,
+        timestep_density: Sequence[float] | None = None,
+        unbiased: bool = True,
+    ) -> "StepPlan":
         """
-        The plan that trains all steps but the last `skip_last_steps`. Raises `ValueError` like `step_weights` and
-        `trained_steps`.
+        The plan that trains all steps but the last `skip_last_steps`, drawn by a Beta distribution of these two
+        parameters, if any. Raises `ValueError` like `step_weights` and `trained_steps`.
         """
         weights, kl_weights = (step_weights(table, table.levels, name) for name in (weighting, "kl"))
         n = len(trained_steps(weights, skip_last_steps))
-        return cls(table, weights[:n], kl_weights[:n])
+        density = None if timestep_density is None else beta_density(len(table), *timestep_density)[:n]
+        return cls(table, weights[:n], kl_weights[:n], density, unbiased)
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -143,20 +158,23 @@ class StepPlan:
 
     def draw(self, k: int | None, seed: Sequence[int]) -> dict[int, float]:
         """
-        Draws the steps of an update: `k` steps, or all if `k` is `None`. Each is mapped to 1 / its probability. The
-        same `seed` gives the same steps on every process.
+        Draws the steps of an update: `k` steps, or all if `k` is `None`. Each is mapped to 1 / its probability, or to
+        `n / k` if the plan is not unbiased. The same `seed` gives the same steps on every process.
         """
         if k is None:
             return dict.fromkeys(self.steps, 1.0)
-        pi = inclusion_probabilities(self.weights, k)
+        pi = self._probabilities(k)
         u = float(np.random.default_rng(np.random.SeedSequence(seed)).random())
-        return {j: 1.0 / float(pi[j]) for j in systematic_sample(pi, u)}
+        return {j: 1.0 / float(pi[j]) if self.unbiased else len(self) / k for j in systematic_sample(pi, u)}
+
+    def _probabilities(self, k: int) -> Tensor:
+        return inclusion_probabilities(self.weights if self.density is None else self.density, k)
 
     def expected_steps(self, k: int | None) -> tuple[float, float]:
         """The average number of steps that an update walks if it draws `k`, and the number that it trains."""
         if k is None:
             return float(len(self)), float(len(self))
-        pi = inclusion_probabilities(self.weights, k)
+        pi = self._probabilities(k)
         draws = [systematic_sample(pi, (i + 0.5) / 100) for i in range(100)]
         return sum(max(steps) + 1 for steps in draws) / len(draws), float(k)
 
@@ -189,6 +207,25 @@ def dominant_step(weights: Tensor) -> tuple[int, float]:
     """
     step = int(weights.argmax())
     return step, float(weights[step] / weights.sum())
+
+
+def beta_density(steps: int, a: float, b: float) -> Tensor:
+    """The density of a Beta distribution at the steps of a walk, from noise (at 1) to image (at 0), each at its middle.
+
+    `u^(a - 1) (1 - u)^(b - 1)`, up to a factor. It is taken in steps, not in levels, so a shift of the noise grid does
+    not move it. Beta(5, 2) prefers early steps, whose mean is at .71.
+
+    Args:
+        steps (`int`):
+            Number of steps.
+        a, b (`float`):
+            Positive.
+
+    Returns:
+        `Tensor` of shape `(steps,)`, float64, positive.
+    """
+    u = 1 - (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    return u ** (a - 1) * (1 - u) ** (b - 1)
 
 
 def inclusion_probabilities(weights: Tensor, k: int) -> Tensor:

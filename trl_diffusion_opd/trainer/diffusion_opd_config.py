@@ -47,6 +47,13 @@ class DiffusionOPDConfig(TaughtConfig):
             Number of steps of a trajectory that are trained. They are drawn anew for every update, in proportion to
             their weights; the gradient stays unbiased. `None` trains all. Fewer save time: sampling stops after the
             last one.
+        timestep_density (`list[float]`, *optional*):
+            Two positive numbers `a b` of a Beta distribution from which `num_trained_timesteps` steps are drawn, instead
+            of in proportion to their weights. It lies between the image at 0 and the noise at 1, counted in steps: `5 2`
+            prefers early steps.
+        unbiased_timesteps (`bool`, *optional*, defaults to `True`):
+            Whether a drawn step counts 1 / its probability, so that `timestep_density` changes the variance only. With
+            `False` it also changes how much the steps count, as methods do that draw one step a rollout.
         beta (`float`, *optional*, defaults to `0.0`):
             Coefficient of the KL to the base model, which keeps the student near it. At 0 the base is not computed.
         teacher_extrapolation (`float`, *optional*, defaults to `1.0`):
@@ -80,6 +87,17 @@ class DiffusionOPDConfig(TaughtConfig):
     )
     num_trained_timesteps: int | None = field(
         default=None, metadata={"help": "Steps that are trained, drawn anew for every update. If not set, all."}
+    )
+    timestep_density: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Numbers a b of the Beta distribution that trained steps are drawn from; 5 2 is early.",
+            "nargs": 2,
+        },
+    )
+    unbiased_timesteps: bool = field(
+        default=True,
+        metadata={"help": "Count a drawn step 1 / its probability, so that the loss is that of all steps."},
     )
     beta: float = field(default=0.0, metadata={"help": "Coefficient of the KL to the base model."})
     teacher_extrapolation: float = field(
@@ -148,4 +166,21 @@ class DiffusionOPDConfig(TaughtConfig):
             )
         if self.num_trained_timesteps is not None and self.num_trained_timesteps < 1:
             problems.append(f"num_trained_timesteps={self.num_trained_timesteps}: it must be at least 1.")
-        return problems
+        return problems + self._density_problems()
+
+    def _density_problems(self) -> list[str]:
+        density = self.timestep_density
+        if density is None:
+            if not self.unbiased_timesteps:
+                return ["unbiased_timesteps=False has no effect without timestep_density. Set both, or leave it out."]
+            return []
+        if len(density) != 2 or not all(0 < number < math.inf for number in density):
+            return [
+                f"timestep_density={density}: it must be the two positive numbers of a Beta distribution, such as 5 2."
+            ]
+        if self.num_trained_timesteps is None:
+            return [
+                f"timestep_density={density} has no effect while all steps are trained. Set num_trained_timesteps, such "
+                "as 1, or leave it out."
+            ]
+        return []

@@ -167,7 +167,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
         with problems.collect():
             table = sampler_table(args.sampler, parts.velocity_field.levels, args.noise_level)
             skip = default_skip_last_steps(args.sampler) if args.skip_last_steps is None else args.skip_last_steps
-            plan = parts.method["plan"] = StepPlan.of(table, args.loss_weighting, skip)
+            plan = parts.method["plan"] = StepPlan.of(
+                table, args.loss_weighting, skip, args.timestep_density, args.unbiased_timesteps
+            )
             if args.num_trained_timesteps is not None and args.num_trained_timesteps > len(plan):
                 problems.append(
                     f"num_trained_timesteps={args.num_trained_timesteps}: only {len(plan)} of the {len(table)} steps "
@@ -436,6 +438,9 @@ class DiffusionOPDTrainer(DiffusionTrainer):
     def _card_fields(self) -> MethodFacts:
         args = self.args
         drawn = "" if args.num_trained_timesteps is None else f", {args.num_trained_timesteps} drawn for each update"
+        if args.timestep_density is not None:
+            a, b = args.timestep_density
+            drawn += f" from Beta({a:g}, {b:g}){'' if args.unbiased_timesteps else ', not corrected for it'}"
         beyond = {} if args.teacher_extrapolation == 1 else {"target": _target_words(args.teacher_extrapolation)}
         branches = (
             {"branches of guidance": f"matched, weight {args.guidance_branch_weight:g}"} if self._branches else {}
