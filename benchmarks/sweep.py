@@ -18,7 +18,7 @@ Builds every pipeline of diffusers that makes images or videos of a text, tiny a
     OMP_NUM_THREADS=1 python benchmarks/sweep.py --output docs/source/results/sweep.json
     python benchmarks/sweep_page.py
 
-`--only NAME …` tries some, and keeps what the file says of the others.
+`--only NAME …` tries some, and keeps what the file says of the others. `--videos` tries only videos of several frames.
 """
 
 import argparse
@@ -26,6 +26,8 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ from helpers.families import Family  # noqa: E402
 from sweep_parts.classes import classes, left_out  # noqa: E402
 from sweep_parts.specimens import NOT_BUILT, SPECIMENS  # noqa: E402
 from sweep_parts.trial import RefusedError, Trial, quiet, update, velocity_and_walk, verdict  # noqa: E402
+from sweep_parts.videos import FRAMES  # noqa: E402
+
+from trl_diffusion_opd.pipelines.frames import frames_argument  # noqa: E402
 
 
 PACKAGE = str(ROOT / "trl_diffusion_opd")
@@ -79,8 +84,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None, help="names of pipeline classes")
     parser.add_argument("--traceback", action="store_true", help="let the first error through")
     parser.add_argument("--no_update", action="store_true", help="velocity and walk alone")
+    parser.add_argument("--videos", action="store_true", help="videos of several frames alone")
     args = parser.parse_args()
-    kept: dict[str, Any] = json.loads(args.output.read_text())["pipelines"] if args.output.exists() else {}
+    before: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    if args.videos:
+        args.output.write_text(json.dumps({**before, "videos": videos(args.only or FRAMES, before)}, indent=1) + "\n")
+        return
+    kept: dict[str, Any] = before.get("pipelines", {})
     results: dict[str, Any] = {}
     everything = classes()
     rules = {name: left_out(name, pipeline) for name, pipeline in everything.items()}
@@ -104,9 +114,24 @@ def main() -> None:
     report = {
         "diffusers": diffusers.__version__,
         "pipelines": results,
+        "videos": before.get("videos", {}),
         "left_out": {name: rule.name for name, rule in rules.items() if rule is not None},
     }
     args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def videos(names: Iterable[str], before: dict[str, Any]) -> dict[str, Any]:
+    """The results of pipelines that are asked for several frames."""
+    results: dict[str, Any] = dict(before.get("videos", {}))
+    for name in names:
+        family = SPECIMENS[name]
+        argument = frames_argument(family.build())
+        assert argument is not None
+        start = time.perf_counter()
+        film = replace(family, generation_kwargs={**family.generation_kwargs, argument: FRAMES[name]})
+        results[name] = {"argument": argument, "frames": FRAMES[name], **tried(film).record()}
+        print(f"{name:40} {time.perf_counter() - start:5.1f} s  {results[name]}", flush=True)
+    return dict(sorted(results.items()))
 
 
 def let_through(family: Family) -> None:

@@ -45,7 +45,7 @@ others cannot. Read it before you train another model than the usual ones. It is
 from what `benchmarks/sweep.py` measured.
 
 The sweep asks every pipeline class that diffusers offers. Each that makes images or videos of a text alone is built
-with small random parts, in float32 on a CPU, and tried (videos have one frame):
+with small random parts, in float32 on a CPU, and tried (videos with one frame, and [with several](#videos)):
 
 - **velocity**: the largest difference from what the pipeline's own loop hands to its scheduler, over the largest of
   its values, at every step, without and with guidance. For models that predict noise or v it is taken after the change
@@ -94,6 +94,14 @@ def page(report: dict[str, Any]) -> str:
             loaded = "PEFT" if "PEFT" in found.get("reason", "") else "diffusers"
             cells = [number(found.get(key)) for key in ("velocity", "walk", "image")]
             lines.append(f"| {name} | {' | '.join(cells)} | {loaded} |")
+    lines += ["", "## Videos", ""]
+    lines += wrapped(
+        "The same three differences with more than one frame, which `generation_kwargs` sets. The last is of videos."
+    )
+    lines += ["", "| pipeline | argument | velocity | walk | student |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, found in report["videos"].items():
+        cells = [number(found.get(key)) for key in ("velocity", "walk", "image")]
+        lines.append(f"| {name} | `{found['argument']}={found['frames']}` | {' | '.join(cells)} |")
     titles = {"refused": "Those that are refused", "fails": "Those that fail", "not built": "Those that are not built"}
     for outcome, title in titles.items():
         if counts[outcome]:

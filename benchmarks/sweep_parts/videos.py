@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Tiny flow-matching pipelines for videos that the families of the tests do not have. Each makes one frame."""
+"""Tiny flow-matching pipelines for videos that the families of the tests do not have. Each makes one frame by itself."""
 
 from typing import Any
 
@@ -324,6 +324,23 @@ def cosmos2() -> DiffusionPipeline:
     )
 
 
+# The numbers of frames with which pipelines are tried beside one: what their VAEs hold, few.
+FRAMES = {
+    "AllegroPipeline": 8,
+    "AnimateDiffPipeline": 4,
+    "CogVideoXPipeline": 9,
+    "EasyAnimatePipeline": 5,
+    "HunyuanVideo15Pipeline": 5,
+    "HunyuanVideoPipeline": 5,
+    "Kandinsky5T2VPipeline": 5,
+    "LTXPipeline": 9,
+    "LattePipeline": 4,
+    "MochiPipeline": 7,
+    "MotifVideoPipeline": 5,
+    "SanaVideoPipeline": 5,
+    "SkyReelsV2Pipeline": 5,
+    "WanPipeline": 9,
+}
 _ONE = {"num_frames": 1}
 _WAN = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_v")
 VIDEOS: dict[str, Family] = {

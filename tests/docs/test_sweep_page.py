@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from sweep_page import OUTCOMES, PAGE, RESULTS, page  # noqa: E402
 from sweep_parts.classes import Rule, classes, left_out  # noqa: E402
+from sweep_parts.videos import FRAMES  # noqa: E402
 
 
 REPORT = json.loads(RESULTS.read_text())
@@ -50,6 +51,13 @@ def test_every_pipeline_has_an_outcome_and_all_but_those_that_work_a_reason() ->
             )
         else:
             assert found["reason"], name
+
+
+def test_videos_of_several_frames_work() -> None:
+    assert REPORT["videos"].keys() == FRAMES.keys()
+    for name, found in REPORT["videos"].items():
+        assert found["outcome"] == "works" and found["frames"] > 1, name
+        assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], name
 
 
 def test_all_classes_of_diffusers_are_asked() -> None:

@@ -14,8 +14,6 @@
 
 """Pipelines that draw videos of more than one frame, held against what each of them does by itself."""
 
-import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +21,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.families import FAMILIES, Family
-from helpers.families_experts import WAN_2_2, save_pair
+from helpers.families import Family
+from helpers.families_experts import save_pair
 from helpers.gradients import derivative_error
+from helpers.video_families import SPECIMENS, VIDEOS, of_frames
 from PIL import Image
+from sweep_parts.trial import STEPS, Trial, generators, update, velocity_and_walk
 
 from trl_diffusion_opd.pipelines.velocity import VelocityField
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from sweep_parts.specimens import SPECIMENS  # noqa: E402
-from sweep_parts.trial import STEPS, Trial, generators, update, velocity_and_walk  # noqa: E402
-
-
-def of_frames(family: Family, number: int) -> Family:
-    return replace(family, generation_kwargs={**family.generation_kwargs, "num_frames": number})
-
-
-VIDEOS = {
-    "wan": of_frames(FAMILIES["wan"], 9),
-    "wan_2_2": of_frames(WAN_2_2, 9),
-    "ltx": of_frames(SPECIMENS["LTXPipeline"], 9),
-    "hunyuan": of_frames(SPECIMENS["HunyuanVideoPipeline"], 5),
-    "cogvideox": of_frames(SPECIMENS["CogVideoXPipeline"], 9),
-}
 
 
 def field_of(family: Family, pipeline: DiffusionPipeline | None = None, **options: Any) -> VelocityField:

@@ -105,7 +105,7 @@ def images_after(folder: Path, update: int | None) -> list[Path]:
         return [completions] if last is not None or _numbered(completions) else []
     found = [path for path, number in _numbered(completions).items() if number > update]
     if last is not None and last["step"] > update:
-        found += [completions / LAST_COMPLETIONS_FILE, *sorted(completions.glob("sample_*.png"))]
+        found += [completions / LAST_COMPLETIONS_FILE, *sorted(completions.glob("sample_*"))]
     return found
 
 

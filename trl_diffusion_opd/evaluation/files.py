@@ -16,6 +16,7 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -34,7 +35,9 @@ from ..hub.files import (
     TABLES_FILE,
     TIMING_FILE,
 )
+from ..pipelines.images import Picture
 from ..reporting.report import Report
+from ..reporting.videos import encoded, still
 from .measure import Measured
 from .plan import Task
 from .retention import fixed_states_table, retention_table, scores_table, settings_table
@@ -104,7 +107,9 @@ def _sample_rows(
         reward = report["tasks"][task]["reward"]
         columns = {"base": "base", "teacher": f"teacher/{task}", **{name: name for name in students}}
         for n, prompt in enumerate(part.rows(range(min(num_samples, part.num_images)))["prompt"]):
-            images = {label: store.load(measured.keys[model, task], task, n) for label, model in columns.items()}
+            images = {
+                label: still(store.load(measured.keys[model, task], task, n)) for label, model in columns.items()
+            }
             scores = {label: measured.scores[model][task][reward][n] for label, model in columns.items()}
             shown.append(SampleRow(task, prompt, images, scores))
     return shown
@@ -125,9 +130,7 @@ def samples_page(store: Store, report: Report, measured: Measured, tasks: Mappin
                     {
                         "model": model,
                         "is_own": model == f"teacher/{task}",
-                        "image": quote(
-                            store.path(measured.keys[model, task], task, n).relative_to(store.folder).as_posix()
-                        ),
+                        **_shown_files(store, measured.keys[model, task], task, n),
                         "scores": {
                             name: values[n] for name, values in of_model[task].items() if values[n] is not None
                         },
@@ -143,5 +146,24 @@ def samples_page(store: Store, report: Report, measured: Measured, tasks: Mappin
     # Prompts and names come from datasets, so they are escaped.
     environment = Environment(autoescape=True, finalize=_visible)
     page = environment.from_string(template.read_text(encoding="utf-8"))
-    size = store.load(measured.keys["base", next(iter(tasks))], next(iter(tasks)), 0).size
+    first: Picture = store.load(measured.keys["base", next(iter(tasks))], next(iter(tasks)), 0)
+    size = (first[0] if isinstance(first, list) else first).size
     return page.render(tasks=shown, report=report, pixelated=max(size) < _SMALL) + "\n"
+
+
+def _shown_files(store: Store, key: str, task: str, number: int) -> dict[str, str]:
+    """
+    Addresses on the page: the `"image"`, or of a video the `"image"` of its strip and the `"video"`, which are written.
+    """
+    path = store.path(key, task, number)
+    if path.exists():
+        return {"image": _address(store, path)}
+    frames = store.load(key, task, number)
+    assert isinstance(frames, list)
+    strip, video = path.with_name(f"strip_{path.name}"), encoded(frames).write(path.with_suffix(""))
+    still(frames).save(strip)
+    return {"image": _address(store, strip), "video": _address(store, video)}
+
+
+def _address(store: Store, path: Path) -> str:
+    return quote(path.relative_to(store.folder).as_posix())

@@ -25,13 +25,13 @@ from typing import TypedDict
 
 from accelerate import PartialState
 from accelerate.utils import gather_object, tqdm
-from PIL.Image import Image
 from torch import Tensor
 
 from ..acceleration.processes import failing_together
 from ..guards.redaction import shown
 from ..models.teachers import TeacherBank
 from ..pipelines.drawing import draw_batch
+from ..pipelines.images import Picture, copied
 from ..pipelines.velocity import VelocityField
 from ..rewards import RewardFunc, Row, Scorer, reward_name
 from ..rewards.scoring import call_reward, score_names
@@ -173,7 +173,7 @@ class _Worker:
                 scorer.results()
         return {"generation": generation, "rewards": {name: scorers[name].seconds[name] for name in scorers}}
 
-    def draw(self, batch: Batch) -> list[Image]:
+    def draw(self, batch: Batch) -> list[Picture]:
         task = self.plan.tasks[batch.task]
 
         def velocity(x: Tensor, t: float, prompts: list[str]) -> Tensor:
@@ -192,11 +192,11 @@ class _Worker:
         return images
 
     def score(
-        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Image], batch: Batch
+        self, function: RewardFunc, rows: Sequence[Row], images: Sequence[Picture], batch: Batch
     ) -> dict[str, list[float | None]]:
         """Calls a reward function and stores its scores at once. Runs in the function's own thread."""
         # Copies, since a function could change the images that other functions score in their threads.
-        own = [image.copy() for image in images]
+        own = [copied(image) for image in images]
         try:
             scores = call_reward(function, rows, own)
         except BaseException as error:

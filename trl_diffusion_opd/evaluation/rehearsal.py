@@ -17,12 +17,12 @@
 from collections.abc import Collection, Mapping, Sequence
 
 from datasets import Dataset
-from PIL.Image import Image
 from torch import nn
 
 from ..data.readers import Readers
 from ..data.tasks import dataset_problems, task_rows
 from ..pipelines.drawing import draw_images
+from ..pipelines.images import Picture
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, reward_data_problems, reward_name
@@ -102,7 +102,7 @@ def rehearse_report(
                 ) from error
 
 
-def try_rewards(plan: Plan, image: Image) -> None:
+def try_rewards(plan: Plan, image: Picture) -> None:
     """
     Has every reward score an image for the first two rows of every task that it must score, so that one that fails does so
     before anything is drawn. Rewards without missing scores are not called.

@@ -28,7 +28,6 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
-from PIL.Image import Image
 
 from ..acceleration.offload import Offload
 from ..acceleration.processes import failing_together, world_problems
@@ -291,9 +290,9 @@ def _announce(
     """Prints what the evaluation will do, tries its rewards, and for a dry run draws a batch to time it."""
     generators = [torch.Generator().manual_seed(0)]
     (image,) = field.decode(field.initial_latents([""], generators), [""])  # noise, of the right size
-    assert isinstance(image, Image)
     folder = None if store is None else str(store.folder)
-    announce(plan, *choice.for_report(), image.size, PartialState().num_processes, folder)
+    size = (image[0] if isinstance(image, list) else image).size
+    announce(plan, *choice.for_report(), size, PartialState().num_processes, folder)
     if store is not None and not dry_run and (line := replaced(store.folder, plan)) is not None:
         logger.warning(line)
     for warning in choice.warnings:

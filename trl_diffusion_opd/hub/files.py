@@ -102,4 +102,6 @@ PUSHED_FILES = (
     *PICTURES,
     f"{COMPLETIONS_FOLDER}/step_*.png",
     f"{COMPLETIONS_FOLDER}/sample_*.png",
+    f"{COMPLETIONS_FOLDER}/sample_*.gif",
+    f"{COMPLETIONS_FOLDER}/sample_*.mp4",
 )

@@ -17,11 +17,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from ..algorithms.rollout import DRAWING, sample_generators, walk
 from ..algorithms.samplers import sampler_table
+from .images import Picture
 from .velocity import VelocityField
 
 
@@ -38,8 +38,8 @@ def draw_images(
     guidance_scale: float,
     batch_size: int,
     process: tuple[int, int] = (0, 1),
-    on_batch: Callable[[list[int], list[Image]], None] | None = None,
-) -> list[tuple[int, Image]]:
+    on_batch: Callable[[list[int], list[Picture]], None] | None = None,
+) -> list[tuple[int, Picture]]:
     """
     Draws one image for each prompt with the deterministic sampler.
 
@@ -60,7 +60,8 @@ def draw_images(
             scored while the next one is drawn.
 
     Returns:
-        `list[tuple[int, PIL.Image.Image]]`: position in `prompts` and image, for this process's share of the prompts.
+        `list[tuple[int, PIL.Image.Image]]`: position in `prompts` and image (or the list of a video's frames), for this
+            process's share of the prompts.
     """
 
     def velocity(x: Tensor, t: float, batch: list[str]) -> Tensor:
@@ -79,15 +80,15 @@ def draw_with(
     entropy: Sequence[int],
     batch_size: int,
     process: tuple[int, int] = (0, 1),
-    on_batch: Callable[[list[int], list[Image]], None] | None = None,
-) -> list[tuple[int, Image]]:
+    on_batch: Callable[[list[int], list[Picture]], None] | None = None,
+) -> list[tuple[int, Picture]]:
     """
     Draws one image for each prompt with any velocity, such as the mean of several teachers'. Its arguments are those
     of [`draw_images`], with `velocity(x, level, prompts)` in place of a transformer and a guidance scale.
     """
     rank, world = process
     share = range(rank, -(-len(prompts) // world) * world, world)
-    drawn: list[tuple[int, Image]] = []
+    drawn: list[tuple[int, Picture]] = []
     for start in range(0, len(share), batch_size):
         positions = list(share[start : start + batch_size])
         images = draw_batch(field, velocity, [prompts[i % len(prompts)] for i in positions], entropy, positions)
@@ -101,7 +102,7 @@ def draw_with(
 @torch.no_grad()
 def draw_batch(
     field: VelocityField, velocity: Velocity, prompts: list[str], entropy: Sequence[int], numbers: Sequence[int]
-) -> list[Image]:
+) -> list[Picture]:
     """
     Draws a batch of images.
 

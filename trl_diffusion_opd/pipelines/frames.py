@@ -25,14 +25,14 @@ from .images import draws_videos
 
 
 # What the calls of pipelines name the number of frames, and where pipelines keep the number of frames a latent one.
-_ARGUMENTS = ("num_frames", "frames", "video_length")
+FRAMES_ARGUMENTS = ("num_frames", "frames", "video_length")
 _STRIDES = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 
 
 def frames_argument(pipeline: DiffusionPipeline) -> str | None:
     """What the pipeline's call names the number of frames; `None` if it draws images."""
     parameters = call_parameters(pipeline)
-    return next((name for name in _ARGUMENTS if name in parameters), None) if draws_videos(pipeline) else None
+    return next((name for name in FRAMES_ARGUMENTS if name in parameters), None) if draws_videos(pipeline) else None
 
 
 def number_of_frames(pipeline: DiffusionPipeline, options: Mapping[str, object]) -> int | None:

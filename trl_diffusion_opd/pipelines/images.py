@@ -47,6 +47,11 @@ def decoded(x: Tensor, decode: Callable[[], Images]) -> Images:
     return [video[0] for video in images] if one_frame else images
 
 
+def copied(picture: Picture) -> Picture:
+    """A copy that shares no pixels."""
+    return [frame.copy() for frame in picture] if isinstance(picture, list) else picture.copy()
+
+
 def encoded(
     pipeline: DiffusionPipeline,
     latent_map: LatentMap,

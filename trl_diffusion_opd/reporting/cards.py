@@ -41,6 +41,7 @@ from .report import Report
 
 _SHOWN_PACKAGES = ("trl", "diffusers", "peft", "transformers", "torch", "datasets")
 _TASK = "text-to-image"
+_VIDEO_TASK = "text-to-video"
 
 
 def render(template: str, data: ModelCardData, **fields: Any) -> ModelCard:
@@ -86,6 +87,7 @@ def card_data(
     datasets: list[str],
     results: list[EvalResult],
     widget: list[dict[str, Any]] | None = None,
+    is_video: bool = False,
 ) -> ModelCardData:
     licence: dict[str, Any] = _base_license(base_id) if base_id else {}
     return ModelCardData(
@@ -94,7 +96,7 @@ def card_data(
         **licence,
         datasets=datasets or None,
         library_name="diffusers",
-        pipeline_tag=_TASK,
+        pipeline_tag=_VIDEO_TASK if is_video else _TASK,
         tags=[shown(tag) for tag in dict.fromkeys(tags)],
         widget=widget or None,
         model_name=shown(name) if results else None,

@@ -30,7 +30,9 @@ from ..guards.extras import extra
 from ..guards.files import JSON, file_name, read_json, write_json
 from ..guards.markdown import cell
 from ..hub.files import COMPLETIONS_FOLDER, LAST_COMPLETIONS_FILE
+from ..pipelines.images import Picture
 from .console import print_completions, reward_cell
+from .videos import Clip, encoded, gif, still
 
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 TABLE_NAME = "completions"
 STUDENT_READ = "student_prompt"  # the column with what the student read, where that is not the prompt
 GRID_NAME = "completions_grid"
+VIDEO = "video"  # the table's column of encoded videos, if there are any
+VIDEO_NAME = "completions_video"
 _FEATURES = {
     "step": datasets.Value("int64"),
     "prompt": datasets.Value("string"),
@@ -54,11 +58,11 @@ class Beside:
     An image of a frozen model, shown beside the student's for the same prompt and noise.
 
     Attributes:
-        image (`PIL.Image.Image`)
+        image (`PIL.Image.Image`): or the list of a video's frames.
         rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
     """
 
-    image: Image.Image
+    image: Picture
     rewards: Mapping[str, float | None]
 
 
@@ -69,7 +73,7 @@ class Completion:
 
     Attributes:
         prompt (`str`), task (`str`)
-        image (`PIL.Image.Image`)
+        image (`PIL.Image.Image`): or the list of a video's frames.
         rewards (`dict[str, float | None]`): the image's scores, by the name of the reward.
         columns (`dict`): values that rewards logged for the image with `log_extra`, and what the student read if that
             is not the prompt.
@@ -79,7 +83,7 @@ class Completion:
 
     prompt: str
     task: str
-    image: Image.Image
+    image: Picture
     rewards: dict[str, float | None]
     columns: dict[str, object] = field(default_factory=dict)
     label: str = "student"
@@ -103,6 +107,9 @@ def log_completions(
     and `completions_grid`. Rewards are also printed. The student's images are also saved one by one for the model
     card, as `sample_{task}_{number}.png`; the next call overwrites them. Call it on the main process.
 
+    A video is a strip of frames in all of these. It is also in the table's column `video`, beside the samples as
+    `sample_{task}_{number}.mp4` or `.gif`, and in the trackers as `completions_video/{task}_{number}`.
+
     Args:
         completions (`list[Completion]`): the images, in the order in which they are shown.
         output_dir (`str` or `Path`), step (`int`): the run's output folder, and the current update.
@@ -114,16 +121,18 @@ def log_completions(
     folder = Path(output_dir) / COMPLETIONS_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     rewards, columns = _reward_columns(completions), _extra_columns(completions)
+    clips = {n: encoded(one.image) for n, one in enumerate(completions) if isinstance(one.image, list)}
     # Not to_parquet, which shows a progress bar for its one batch.
-    write_table(_dataset(completions, rewards, columns, step).data.table, folder / f"completions_{step:05d}.parquet")
+    table = _dataset(completions, rewards, columns, step, clips).data.table
+    write_table(table, folder / f"completions_{step:05d}.parquet")
     if rewards:
         print_completions([(one.prompt, one.task) for one in completions], rewards, step)
     picture = folder / f"step_{step:06d}.png"
     with extra(f"The picture {picture.name}"):
         _draw(completions, picture, step)
-        _save_samples(completions, folder, picture.name, step)
+        videos = _save_samples(completions, folder, picture.name, step, clips)
         with Image.open(picture) as image:
-            _send(completions, rewards, columns, image.convert("RGB"), step, report_to, writers)
+            _send(completions, rewards, columns, image.convert("RGB"), step, report_to, writers, videos)
 
 
 def last_completions(output_dir: str | Path) -> JSON:
@@ -138,21 +147,36 @@ def last_completions(output_dir: str | Path) -> JSON:
     return read_json(Path(output_dir) / COMPLETIONS_FOLDER / LAST_COMPLETIONS_FILE)
 
 
-def _save_samples(completions: Sequence[Completion], folder: Path, picture: str, step: int) -> None:
-    """Saves the student's images one by one, and the list of them that the model card reads."""
+def _save_samples(
+    completions: Sequence[Completion], folder: Path, picture: str, step: int, clips: Mapping[int, Clip]
+) -> dict[str, Path]:
+    """
+    Saves the student's images one by one, and the list of them that the model card reads. Returns the files of its
+    videos, by `{task}_{number}`.
+    """
     counts: dict[str, int] = {}
-    samples = []
-    for completion in completions:
+    samples, videos = [], {}
+    for i, completion in enumerate(completions):
         n = counts[completion.task] = counts.get(completion.task, 0) + 1
-        name = f"sample_{file_name(completion.task)}_{n}.png"
+        stem = f"sample_{file_name(completion.task)}_{n}"
+        name = f"{stem}.png"
         # Replaced at once: an upload in the background may be reading the image before.
-        completion.image.save(folder / f".{name}", format="PNG")
+        still(completion.image).save(folder / f".{name}", format="PNG")
         os.replace(folder / f".{name}", folder / name)
+        if i in clips:
+            videos[f"{completion.task}_{n}"] = path = clips[i].write(folder / stem)
+            name = path.name
         read = completion.columns.get(STUDENT_READ, completion.prompt)
         samples.append({"task": completion.task, "prompt": read, "file": f"{folder.name}/{name}"})
     has_others = any(completion.beside for completion in completions)
     shown = {"step": step, "beside": has_others, "picture": f"{folder.name}/{picture}", "samples": samples}
     write_json(folder / LAST_COMPLETIONS_FILE, shown)
+    return videos
+
+
+def _taken(completions: Sequence[Completion]) -> set[str]:
+    """The names of the table's own columns."""
+    return {*_FEATURES, *([VIDEO] if any(isinstance(one.image, list) for one in completions) else [])}
 
 
 def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float | None]]:
@@ -160,7 +184,9 @@ def _reward_columns(completions: Sequence[Completion]) -> dict[str, list[float |
     names = dict.fromkeys(name for completion in completions for name in completion.rewards)
     # A reward may have the name of one of our columns.
     return {
-        f"reward_{name}" if name in _FEATURES else name: [completion.rewards.get(name) for completion in completions]
+        f"reward_{name}" if name in _taken(completions) else name: [
+            completion.rewards.get(name) for completion in completions
+        ]
         for name in names
     }
 
@@ -170,7 +196,7 @@ def _extra_columns(completions: Sequence[Completion]) -> dict[str, list[str | No
     names = dict.fromkeys(name for completion in completions for name in completion.columns)
     return {
         f"extra_{name}"
-        if name in _FEATURES or any(name in completion.rewards for completion in completions)
+        if name in _taken(completions) or any(name in completion.rewards for completion in completions)
         else name: [
             str(completion.columns[name]) if name in completion.columns else None for completion in completions
         ]
@@ -183,16 +209,20 @@ def _dataset(
     rewards: dict[str, list[float | None]],
     extra: dict[str, list[str | None]],
     step: int,
+    clips: Mapping[int, Clip],
 ) -> datasets.Dataset:
-    columns = {
+    columns: dict[str, list] = {
         "step": [step] * len(completions),
         "prompt": [completion.prompt for completion in completions],
         "task": [completion.task for completion in completions],
-        "image": [completion.image for completion in completions],
+        "image": [still(completion.image) for completion in completions],
         **rewards,
         **extra,
     }
     kinds = dict.fromkeys(rewards, datasets.Value("float64")) | dict.fromkeys(extra, datasets.Value("string"))
+    if clips:
+        columns[VIDEO] = [clips[n].data if n in clips else None for n in range(len(completions))]
+        kinds[VIDEO] = datasets.Value("binary")
     features = datasets.Features({**_FEATURES, **kinds})
     return datasets.Dataset.from_dict(columns, features=features)
 
@@ -205,7 +235,7 @@ def _draw(completions: Sequence[Completion], path: Path, step: int) -> None:
         models = {**completion.beside, completion.label: Beside(completion.image, completion.rewards)}
         reward = next(iter(completion.rewards), None)
         scores = {label: None if reward is None else model.rewards.get(reward) for label, model in models.items()}
-        images = {label: model.image for label, model in models.items()}
+        images = {label: still(model.image) for label, model in models.items()}
         rows.append(plots.SampleRow(completion.task, completion.prompt, images, scores, reward))
     plots.plot_samples(rows, path, title=f"update {step}")
 
@@ -218,10 +248,11 @@ def _send(
     step: int,
     report_to: Sequence[str],
     writers: Sequence["SummaryWriter"],
+    videos: Mapping[str, Path],
 ) -> None:
     def media(tracker: ModuleType) -> dict[str, object]:
         """Table and picture as objects of wandb or trackio (same class names). The update is the x axis."""
-        images = [tracker.Image(completion.image) for completion in completions]
+        images = [tracker.Image(still(completion.image)) for completion in completions]
         rows = [
             [completion.prompt, completion.task, image, *values]
             for completion, image, *values in zip(
@@ -231,12 +262,14 @@ def _send(
         return {
             TABLE_NAME: tracker.Table(columns=["prompt", "task", "image", *rewards, *columns], data=rows),
             GRID_NAME: tracker.Image(picture),
+            **{f"{VIDEO_NAME}/{name}": tracker.Video(str(path)) for name, path in videos.items()},
             "train/global_step": step,
         }
 
     for writer in writers:
         writer.add_image(GRID_NAME, np.asarray(picture), step, dataformats="HWC")
         writer.add_text(TABLE_NAME, completions_table(completions, rewards), step)
+        _add_videos(writer, completions, step)
     if "wandb" in report_to:
         import wandb
 
@@ -247,6 +280,22 @@ def _send(
 
         if trackio.context_vars.current_run.get() is not None:
             trackio.log(media(trackio), step=step)
+
+
+def _add_videos(writer: "SummaryWriter", completions: Sequence[Completion], step: int) -> None:
+    """Adds videos as animated GIFs. `add_video` would need moviepy for the same."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    counts: dict[str, int] = {}
+    for completion in completions:
+        n = counts[completion.task] = counts.get(completion.task, 0) + 1
+        frames = completion.image
+        if isinstance(frames, list) and writer.file_writer is not None:
+            image = Summary.Image(
+                height=frames[0].height, width=frames[0].width, colorspace=3, encoded_image_string=gif(frames)
+            )
+            value = Summary.Value(tag=f"{VIDEO_NAME}/{completion.task}_{n}", image=image)
+            writer.file_writer.add_summary(Summary(value=[value]), step)
 
 
 def completions_table(completions: Sequence[Completion], rewards: dict[str, list[float | None]]) -> str:

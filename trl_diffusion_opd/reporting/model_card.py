@@ -33,6 +33,7 @@ from ..models.student import STUDENT_ADAPTER
 from ..models.teachers import Manifest
 from ..pipelines.denoiser import denoiser, denoiser_name, loads_lora
 from ..pipelines.experts import has_experts
+from ..pipelines.frames import number_of_frames
 from ..pipelines.images import draws_videos
 from .cards import as_list, framework_versions, hub_id, is_tiny, literals
 from .progress import duration
@@ -132,6 +133,7 @@ def write_model_card(
         "load_options": {name: str(options[name]) for name in ("revision", "variant") if options.get(name)},
         "kind": _kind(facts),
         "is_video": draws_videos(facts.pipeline),
+        "films": number_of_frames(facts.pipeline, facts.call_options) != 1,
         "denoiser": denoiser_name(facts.pipeline),
         "denoiser_class": type(denoiser(facts.pipeline)).__name__,
         "tags": [*facts.tags, *(["lora"] if is_lora else []), *as_list(tags)],

@@ -42,6 +42,7 @@ from .cards import card_data, render, results_of, save
 from .completions import last_completions
 from .console import print_unwrapped
 from .report import Report
+from .videos import FPS
 
 
 # The pictures of the card and their captions, in the card's order.
@@ -67,6 +68,7 @@ class Content(TypedDict):
         load_options: Further arguments of the base's `from_pretrained`.
         kind: How the student is loaded: `"lora"` by diffusers, `"pair"` for two experts, `"peft"`, or `"full"` for a whole network.
         is_video: Whether the pipeline returns videos, of which an image is one frame.
+        films: Whether the student was trained on videos of more than one frame. Older cards have none.
         denoiser, denoiser_class: The pipeline's name for the trained network, and its class.
         tags, datasets: Tags, and Hub ids of the training data.
         facts, args: Facts of the run, and its arguments that are shown.
@@ -84,6 +86,7 @@ class Content(TypedDict):
     load_options: dict[str, str]
     kind: Literal["lora", "pair", "peft", "full"]
     is_video: bool
+    films: NotRequired[bool]
     denoiser: str
     denoiser_class: str
     tags: list[str]
@@ -124,11 +127,13 @@ def render_student_card(folder: Path, content: Content, repository: str | None) 
         datasets=content["datasets"],
         results=student_results(report, content["datasets"]) if report else [],
         widget=_widget(completions) if has_gallery else None,
+        is_video=content.get("films", False),
     )
     card = render(
         "model_card.md",
         data,
-        **{**content, "model_name": name},
+        **{"films": False, **content, "model_name": name},
+        fps=FPS,
         repository=repository,
         folder_name="/".join(filter(None, (last_part(str(folder)), checkpoint))),
         report=report,

@@ -28,8 +28,10 @@ from ..hub.files import ADAPTER_CONFIG_FILE, CARD_FILE, HIGH_NOISE_LORA_FILE, LO
 from ..models.expert_teachers import find_for_any_base
 from ..models.teacher_config import TeacherConfig
 from ..models.teacher_files import TeacherFiles
+from ..pipelines.frames import FRAMES_ARGUMENTS
 from .cards import as_list, card_data, hub_id, is_tiny, literals, render, results_of, save
 from .report import Report
+from .videos import FPS
 
 
 def write_teacher_card(
@@ -91,8 +93,8 @@ def write_teacher_card(
         tags=["diffusion-opd", "teacher", "lora", *as_list(tags)],
         datasets=dataset_ids,
         results=_teacher_results(content, task, dataset_ids) if content else [],
+        is_video=_films(call_options),
     )
-    config = read_json(folder / ADAPTER_CONFIG_FILE) or {}
     card = render(
         "teacher_card.md",
         data,
@@ -109,9 +111,9 @@ def write_teacher_card(
         steps=call_options.get("num_inference_steps"),
         call_options=literals(call_options, []),
         **_loading(found),
+        **_of_frames(call_options),
         dtype=dtype,
-        rank=config.get("r"),
-        alpha=config.get("lora_alpha"),
+        **_of_config(folder),
         sha256=found.sha256(),
         scores=_teacher_scores(content, task) if content else [],
         report=content,
@@ -119,6 +121,21 @@ def write_teacher_card(
     )
     save(card, folder)
     return folder / CARD_FILE
+
+
+def _films(call_options: Mapping[str, object]) -> bool:
+    """Whether a call with these arguments makes a video of more than one frame."""
+    return any(call_options.get(name) not in (None, 1) for name in FRAMES_ARGUMENTS)
+
+
+def _of_frames(call_options: Mapping[str, object]) -> dict[str, object]:
+    named = any(name in FRAMES_ARGUMENTS for name in call_options)
+    return {"draws_frames": named, "films": _films(call_options), "fps": FPS}
+
+
+def _of_config(folder: Path) -> dict[str, object]:
+    config = read_json(folder / ADAPTER_CONFIG_FILE) or {}
+    return {"rank": config.get("r"), "alpha": config.get("lora_alpha")}
 
 
 def _loading(found: TeacherFiles) -> dict[str, object]:

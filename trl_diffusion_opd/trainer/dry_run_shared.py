@@ -29,7 +29,6 @@ import psutil
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from PIL import Image
 from torch import Tensor, nn
 from transformers import TrainerState
 
@@ -39,10 +38,12 @@ from ..guards.extras import extra
 from ..guards.files import JSON, file_name
 from ..hub.files import DRY_RUN_FOLDER, DRY_RUN_PICTURE
 from ..pipelines.drawing import Velocity, draw_with
+from ..pipelines.images import Picture
 from ..pipelines.view import exchanged_forward
 from ..profiling.memory import MemoryRow
 from ..profiling.timing import Instant, instant, seconds_between
 from ..reporting import console as tables
+from ..reporting.videos import encoded, still
 from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
 from .image_evaluator import ImageEvaluator
@@ -207,10 +208,10 @@ def teacher_warnings(tasks: Mapping[str, dict[str, JSON]]) -> list[str]:
 # Pictures
 
 # For each task the row of the data, and the images by caption.
-Pictures = dict[str, tuple[Row, dict[str, Image.Image]]]
+Pictures = dict[str, tuple[Row, dict[str, Picture]]]
 
 
-def draw(evaluator: ImageEvaluator, velocity: Velocity, task: str, prompt: str) -> Image.Image:
+def draw(evaluator: ImageEvaluator, velocity: Velocity, task: str, prompt: str) -> Picture:
     """Draws the image that an evaluation would draw first for a task with this first prompt."""
     entropy = [evaluator.args.seed, evaluator.tasks.index(task)]
     ((_, image),) = draw_with(evaluator.field, velocity, [prompt], entropy=entropy, batch_size=1)
@@ -258,7 +259,10 @@ def score_pictures(
 def write_pictures(
     output_dir: str | None, pictures: Pictures, scored: Mapping[str, Mapping[str, Mapping[str, float | None]]]
 ) -> None:
-    """Writes each image to a file, and one picture of all images with their first reward, into the output folder."""
+    """
+    Writes each image to a file, and one picture of all images with their first reward, into the output folder. A video
+    is a strip of frames there, and a file of its own.
+    """
     from ..reporting import plots
 
     folder = Path(output_dir or ".") / DRY_RUN_FOLDER
@@ -268,9 +272,12 @@ def write_pictures(
         scores = {caption: next(iter(scored[task][caption].values()), None) for caption in of_task}
         for caption, image in of_task.items():
             model = caption.split(",")[0].replace(" ", "_")
-            image.save(folder / f"{file_name(task)}_{model}.png")
+            still(image).save(folder / f"{file_name(task)}_{model}.png")
+            if isinstance(image, list):
+                encoded(image).write(folder / f"{file_name(task)}_{model}")
         reward = next((name for of_image in scored[task].values() for name in of_image), None)
-        rows.append(plots.SampleRow(task, row["prompt"], of_task, scores, reward))
+        stills = {caption: still(image) for caption, image in of_task.items()}
+        rows.append(plots.SampleRow(task, row["prompt"], stills, scores, reward))
     with extra(f"The picture {DRY_RUN_PICTURE}"):
         plots.plot_samples(rows, folder / DRY_RUN_PICTURE)
 

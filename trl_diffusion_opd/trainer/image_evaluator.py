@@ -26,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from PIL.Image import Image
 from tqdm import tqdm
 from transformers import TrainerState
 
@@ -34,6 +33,7 @@ from ..data.readers import Reader
 from ..data.tasks import task_rows
 from ..models.student import Student
 from ..pipelines.drawing import Velocity, draw_with
+from ..pipelines.images import Picture
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import STUDENT_READ, Completion
 from ..rewards import RewardFunc, Scorer, reward_name
@@ -91,8 +91,8 @@ class ImageEvaluator:
         """Makes a scorer for scores that are only logged. If a reward times out, training goes on."""
         return Scorer(self.reward_funcs[task], state, self.args.reward_timeout, on_timeout="none", task=task)
 
-    def noise(self) -> Image:
-        """An image of noise, of the size of the others."""
+    def noise(self) -> Picture:
+        """An image of noise, of the size of the others, or a video."""
         (image,) = self.field.decode(self.field.initial_latents([""], [torch.Generator().manual_seed(0)]), [""])
         return image
 
@@ -102,10 +102,10 @@ class ImageEvaluator:
         task: str,
         rows: list[int],
         update: int = 0,
-        on_batch: Callable[[list[int], list[Image]], None] | None = None,
+        on_batch: Callable[[list[int], list[Picture]], None] | None = None,
         velocity: Velocity | None = None,
         reader: Reader = "student",
-    ) -> list[tuple[int, Image]]:
+    ) -> list[tuple[int, Picture]]:
         """
         Draws this process's share of the images of `dataset[rows]`, as `(position in rows, image)`: with the student's
         current weights, or with another model's `velocity`, for what `reader` reads of the rows.
@@ -197,7 +197,7 @@ class ImageEvaluator:
         """
         with self.monitor(task, state) as scorer:
 
-            def submit(positions: list[int], images: list[Image]) -> None:
+            def submit(positions: list[int], images: list[Picture]) -> None:
                 scorer.submit([dataset[rows[i]] for i in positions], images)
                 record.bar.update(
                     min(len(positions) * self.accelerator.num_processes, record.bar.total - record.bar.n)
