@@ -35,6 +35,7 @@ from trl_diffusion_opd.data.pictured_prompt import with_pictures
 from trl_diffusion_opd.data.source_images import has_source_images, plain_source_images
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 from trl_diffusion_opd.scripts.prompt_sources import load_prompts
+from trl_diffusion_opd.trainer import training_pictures
 
 
 pytestmark = pytest.mark.slow
@@ -101,10 +102,14 @@ def expected_loss(teacher: torch.nn.Module, row: dict[str, Any], task_index: int
     return sum(losses) / len(losses)
 
 
-def test_one_update_saved_and_loaded_by_diffusers(teachers: Any, tmp_path: Path) -> None:
+def test_one_update_saved_and_loaded_by_diffusers(
+    teachers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders, models = teachers
     seen: list[Any] = []
-    evaluated = dict(eval_dataset=Dataset.from_list(rows()), reward_funcs=kept_pictures(seen))
+    logged: list[Any] = []
+    monkeypatch.setattr(training_pictures, "log_completions", lambda shown, *_: logged.extend(shown))
+    evaluated = dict(eval_dataset=Dataset.from_list(rows()), reward_funcs=kept_pictures(seen), log_completions=True)
     trainer = make_trainer(tmp_path, folders, **evaluated)
     given = [row for row in trainer.train_dataset if row["task"] == "edit"]
     trainer.train()
@@ -115,6 +120,7 @@ def test_one_update_saved_and_loaded_by_diffusers(teachers: Any, tmp_path: Path)
     assert either[0] != pytest.approx(either[1], rel=1e-2)
     assert min(abs(loss - one) for one in either) < 1e-3 * loss
 
+    seen.clear()
     trainer.evaluate()
     assert sorted(len(pictures) for pictures in seen) == [0, 1, 2] and all(
         np.array_equal(np.asarray(a), np.asarray(b))
@@ -123,7 +129,14 @@ def test_one_update_saved_and_loaded_by_diffusers(teachers: Any, tmp_path: Path)
         for a, b in zip(pictures, given[len(pictures) - 1]["source_images"], strict=True)
     )
 
+    assert logged and all(("source" in one.beside) == (one.task == "edit") for one in logged)
+    source = next(one.beside["source"].image for one in logged if one.task == "edit")
+    assert np.array_equal(np.asarray(source), np.asarray(picture(1)))
+
     trainer.save_model()
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "from diffusers.utils import load_image\n" in card and '    image=load_image("source.png"),\n' in card
     pipe = KLEIN.family.build()
     call = {**KLEIN.call_kwargs(1.0, PROMPT, [picture(1)]), "num_inference_steps": STEPS, "output_type": "np"}
     base = pipe(**call, generator=torch.Generator().manual_seed(3)).images
@@ -154,6 +167,10 @@ def test_rows_of_a_file_are_evaluated(teachers: Any, tmp_path: Path) -> None:
         **KLEIN.family.kwargs,
     )
     assert report is not None and set(report["tasks"]) == {"edit"}
+    page = (tmp_path / "report" / "samples.html").read_text()
+    for i in range(2):
+        source = Image.open(tmp_path / "report" / "sources" / f"edit_{i}.png")
+        assert np.array_equal(np.asarray(source), np.asarray(picture(i))) and f'src="sources/edit_{i}.png"' in page
     assert all(np.array_equal(np.asarray(one[0]), np.asarray(picture(i % 2))) for i, one in enumerate(seen[-2:]))
 
 

@@ -22,8 +22,9 @@ from urllib.parse import quote
 
 from jinja2 import Environment
 
+from ..data.readers import rows_of
 from ..guards.extras import extra
-from ..guards.files import write_file, write_json
+from ..guards.files import file_name, write_file, write_json
 from ..guards.redaction import visible
 from ..hub.files import (
     PAGE_FILE,
@@ -37,6 +38,7 @@ from ..hub.files import (
 )
 from ..pipelines.images import Picture
 from ..reporting.report import Report
+from ..reporting.sources import SOURCE, source_of
 from ..reporting.videos import encoded, still
 from .measure import Measured
 from .plan import Task
@@ -106,12 +108,15 @@ def _sample_rows(
     for task, part in tasks.items():
         reward = report["tasks"][task]["reward"]
         columns = {"base": "base", "teacher": f"teacher/{task}", **{name: name for name in students}}
-        for n, prompt in enumerate(part.rows(range(min(num_samples, part.num_images)))["prompt"]):
-            images = {
+        for n, row in enumerate(rows_of(part.rows(range(min(num_samples, part.num_images))))):
+            source = source_of(row)
+            images = {} if source is None else {SOURCE: source}
+            images |= {
                 label: still(store.load(measured.keys[model, task], task, n)) for label, model in columns.items()
             }
-            scores = {label: measured.scores[model][task][reward][n] for label, model in columns.items()}
-            shown.append(SampleRow(task, prompt, images, scores))
+            scores: dict[str, float | None] = {SOURCE: None}
+            scores |= {label: measured.scores[model][task][reward][n] for label, model in columns.items()}
+            shown.append(SampleRow(task, str(row["prompt"]), images, scores))
     return shown
 
 
@@ -125,20 +130,23 @@ def samples_page(store: Store, report: Report, measured: Measured, tasks: Mappin
     shown = {
         task: [
             {
-                "prompt": prompt,
+                "prompt": row["prompt"],
                 "cells": [
-                    {
-                        "model": model,
-                        "is_own": model == f"teacher/{task}",
-                        **_shown_files(store, measured.keys[model, task], task, n),
-                        "scores": {
-                            name: values[n] for name, values in of_model[task].items() if values[n] is not None
-                        },
-                    }
-                    for model, of_model in measured.scores.items()
+                    *_source_cells(store, row, task, n),
+                    *(
+                        {
+                            "model": model,
+                            "is_own": model == f"teacher/{task}",
+                            **_shown_files(store, measured.keys[model, task], task, n),
+                            "scores": {
+                                name: values[n] for name, values in of_model[task].items() if values[n] is not None
+                            },
+                        }
+                        for model, of_model in measured.scores.items()
+                    ),
                 ],
             }
-            for n, prompt in enumerate(part.rows(range(min(num_samples, part.num_images)))["prompt"])
+            for n, row in enumerate(rows_of(part.rows(range(min(num_samples, part.num_images)))))
         ]
         for task, part in tasks.items()
     }
@@ -149,6 +157,17 @@ def samples_page(store: Store, report: Report, measured: Measured, tasks: Mappin
     first: Picture = store.load(measured.keys["base", next(iter(tasks))], next(iter(tasks)), 0)
     size = (first[0] if isinstance(first, list) else first).size
     return page.render(tasks=shown, report=report, pixelated=max(size) < _SMALL) + "\n"
+
+
+def _source_cells(store: Store, row: Mapping[str, object], task: str, number: int) -> list[dict[str, object]]:
+    """What the page shows of a row's source pictures, which are written; nothing if it has none."""
+    source = source_of(row)
+    if source is None:
+        return []
+    path = store.folder / "sources" / f"{file_name(task)}_{number}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source.save(path)
+    return [{"model": SOURCE, "is_own": False, "image": _address(store, path), "scores": {}}]
 
 
 def _shown_files(store: Store, key: str, task: str, number: int) -> dict[str, str]:

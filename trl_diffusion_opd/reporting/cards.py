@@ -30,6 +30,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Template
+from PIL.Image import Image
 from transformers.utils.hub import hf_api
 
 from ..guards.markdown import cell, code, inline, literal
@@ -180,8 +181,21 @@ def unnamed_base(shown_name: str | None, option: str) -> str:
 
 
 def literals(options: Mapping[str, object], secrets: list[str]) -> dict[str, str]:
-    """Writes options as Python literals. Options that have none are left out."""
+    """Writes options as Python code. Pictures are loaded from files; other options without a literal are left out."""
     plain = {name: value for name, value in options.items() if isinstance(value, (str, bool, int, float))}
     # A prompt is never redacted as a path, even if it looks like one.
     public = {name: value if name == "prompt" else public_value(value, secrets) for name, value in plain.items()}
-    return {name: literal(value) for name, value in public.items()}
+    code = {name: literal(value) for name, value in public.items()}
+    code |= {name: _loaded(value) for name, value in options.items() if _is_pictures(value)}
+    return {name: code[name] for name in options if name in code}
+
+
+def _is_pictures(value: object) -> bool:
+    return isinstance(value, Image) or isinstance(value, list) and bool(value) and all(map(_is_pictures, value))
+
+
+def _loaded(pictures: object) -> str:
+    if not isinstance(pictures, list):
+        return 'load_image("source.png")'
+    names = [f'load_image("source_{n}.png")' for n in range(1, len(pictures) + 1)]
+    return f"[{', '.join(names)}]"

@@ -32,6 +32,7 @@ from ..guards.markdown import cell
 from ..hub.files import COMPLETIONS_FOLDER, LAST_COMPLETIONS_FILE
 from ..pipelines.images import Picture
 from .console import print_completions, reward_cell
+from .sources import SOURCE
 from .videos import Clip, encoded, gif, still
 
 
@@ -78,7 +79,8 @@ class Completion:
         columns (`dict`): values that rewards logged for the image with `log_extra`, and what the student read if that
             is not the prompt.
         label (`str`): how the picture names the student.
-        beside (`dict[str, Beside]`): images of the base and the teachers, by the name that the picture shows.
+        beside (`dict[str, Beside]`): images of the base and the teachers, by the name that the picture shows, and the
+            `"source"` pictures of an edit.
     """
 
     prompt: str
@@ -168,7 +170,7 @@ def _save_samples(
             name = path.name
         read = completion.columns.get(STUDENT_READ, completion.prompt)
         samples.append({"task": completion.task, "prompt": read, "file": f"{folder.name}/{name}"})
-    has_others = any(completion.beside for completion in completions)
+    has_others = any(completion.beside.keys() - {SOURCE} for completion in completions)
     shown = {"step": step, "beside": has_others, "picture": f"{folder.name}/{picture}", "samples": samples}
     write_json(folder / LAST_COMPLETIONS_FILE, shown)
     return videos

@@ -43,6 +43,7 @@ from ..pipelines.view import exchanged_forward
 from ..profiling.memory import MemoryRow
 from ..profiling.timing import Instant, instant, seconds_between
 from ..reporting import console as tables
+from ..reporting.sources import SOURCE, source_of
 from ..reporting.videos import encoded, still
 from ..rewards.base import Row
 from .base_trainer import DiffusionTrainer
@@ -277,6 +278,8 @@ def write_pictures(
                 encoded(image).write(folder / f"{file_name(task)}_{model}")
         reward = next((name for of_image in scored[task].values() for name in of_image), None)
         stills = {caption: still(image) for caption, image in of_task.items()}
+        if (source := source_of(row)) is not None:
+            stills, scores = {SOURCE: source, **stills}, {SOURCE: None, **scores}
         rows.append(plots.SampleRow(task, row["prompt"], stills, scores, reward))
     with extra(f"The picture {DRY_RUN_PICTURE}"):
         plots.plot_samples(rows, folder / DRY_RUN_PICTURE)

@@ -34,6 +34,7 @@ from ..checkpointing import checkpoint
 from ..checkpointing.results import set_report_aside
 from ..checkpointing.resume import Change, KeptSettings, PromptsDigest, changes_since, counted, prompts_of
 from ..checkpointing.stopping import StopRequest
+from ..data.pictured_prompt import pictures_of
 from ..data.tasks import task_rows
 from ..guards.files import write_json
 from ..guards.finite import not_finite
@@ -45,6 +46,7 @@ from ..hub.repository import PushError, make_repository, repository_name
 from ..models.student import STUDENT_ADAPTER, Student
 from ..models.teacher_files import weights_in
 from ..models.teachers import TeacherBank
+from ..pipelines.pictures import PICTURES
 from ..pipelines.velocity import VelocityField
 from ..reporting import console as tables
 from ..reporting.model_card import CardFacts, MethodFacts, write_model_card
@@ -326,13 +328,16 @@ class RunFiles(_Behind):
         shown = dataset if isinstance(dataset, Dataset) else self.train_dataset
         readers = args.readers
         examples = {
-            task: readers.student(task, shown[int(rows[0])]["prompt"])
+            task: readers.texts(task, [shown[int(rows[0])]]).student[0]
             for task, rows in task_rows(shown, args.task_column).items()
         }
-        first = next(iter(examples.values()))
+        first = next((prompt for prompt in examples.values() if pictures_of(prompt)), next(iter(examples.values())))
         # The evaluation's own options, since families differ in how guidance is named, scaled and turned on.
         options = self.evaluator.field.call_options([first], args.evaluation_guidance)
-        single = {name: value[0] if isinstance(value, list) else value for name, value in options.items()}
+        single = {
+            name: value[0] if isinstance(value, list) and name != PICTURES else value
+            for name, value in options.items()
+        }
         return CardFacts(
             trainer_name=self._name,
             paper=self._paper,
@@ -344,7 +349,7 @@ class RunFiles(_Behind):
             tasks=self.tasks,
             repository=self.hub_model_id or args.hub_model_id,
             call_options={**single, "num_inference_steps": args.eval_num_inference_steps},
-            examples=examples,
+            examples={task: str(prompt) for task, prompt in examples.items()},
             templates=args.templates,
             changes=self.changes,
             checkpoint=checkpoint,

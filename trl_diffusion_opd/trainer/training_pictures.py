@@ -32,6 +32,7 @@ from ..models.teachers import Role, TeacherBank
 from ..pipelines.drawing import Velocity
 from ..pipelines.velocity import VelocityField
 from ..reporting.completions import Beside, Completion, log_completions
+from ..reporting.sources import SOURCE, source_of
 from ..reporting.trackers import tensorboard_writers
 from .image_evaluator import ImageEvaluator
 
@@ -158,7 +159,8 @@ class TrainingPictures:
         args = self.evaluator.args
         kept: dict[str, list[dict[str, Beside]]] = {}
         for task, rows in task_rows(dataset, args.task_column).items():
-            of_task = kept[task] = [{} for _ in rows[: args.num_completions_to_print]]
+            sources = [source_of(dataset[int(row)]) for row in rows[: args.num_completions_to_print]]
+            of_task = kept[task] = [{} if source is None else {SOURCE: Beside(source, {})} for source in sources]
             for frozen in self.frozen_models(task):
                 velocity = frozen.velocity(self.evaluator.field)
                 drawn = self.evaluator.completions(dataset, state, [task], velocity, frozen.reader)
