@@ -14,11 +14,15 @@
 
 """Pipelines that edit pictures or refer to them, each with rows whose pictures differ in number, size and content."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from helpers.families import JOINT, TRUE_CFG, Family, flux, flux2_klein, flux2_without_encoder, qwen_image_edit
 from PIL import Image
 
@@ -26,6 +30,17 @@ from PIL import Image
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
     """Noise, the same for a seed."""
     return Image.fromarray((np.random.default_rng(seed).random((height, width, 3)) * 255).astype("uint8"))
+
+
+@contextmanager
+def small_pictures() -> Iterator[None]:
+    """Context in which Qwen-Image-Edit brings pictures to 128 pixels a side, not to a million, which takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        sized = pipeline_qwenimage_edit.calculate_dimensions
+        patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: sized(128 * 128, ratio))
+        patch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 128 * 128)
+        patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 128 * 128)
+        yield
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,8 @@ EDIT_FAMILIES: dict[str, EditFamily] = {
         in_batches=True,
     ),
     "flux2": EditFamily(
-        Family(flux2_without_encoder, JOINT, guidance_name=None, max_sequence_length=None), numbers=(0, 1, 2)
+        Family(flux2_without_encoder, JOINT, guidance_scale=1.0, guidance_name=None, max_sequence_length=None),
+        numbers=(0, 1, 2),
     ),
     "flux2_klein": EditFamily(Family(flux2_klein, JOINT, **_KLEIN), numbers=(0, 1, 2)),
     "qwen_image_edit": EditFamily(Family(qwen_image_edit, JOINT, size=128, **TRUE_CFG), numbers=(1,)),

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from helpers.edit_families import EDIT_FAMILIES, EditFamily, picture
+from helpers.edit_families import EDIT_FAMILIES, EditFamily, picture, small_pictures
 from helpers.families import denoiser
+from helpers.gradients import derivative_error
 from helpers.pipeline_recorder import Recorder, recorder
 from PIL import Image
 from torch import Tensor, nn
@@ -38,13 +38,8 @@ SIZES = ((64, 64), (128, 64), (64, 64))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_pictures() -> Iterator[None]:
-    """Qwen-Image-Edit brings every picture to a million pixels, which takes seconds a step."""
-    with pytest.MonkeyPatch.context() as patch:
-        sized = pipeline_qwenimage_edit.calculate_dimensions
-        patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: sized(128 * 128, ratio))
-        patch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 128 * 128)
-        patch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 128 * 128)
+def quick() -> Iterator[None]:
+    with small_pictures():
         yield
 
 
@@ -146,3 +141,11 @@ def test_pictures_are_encoded_once(edit: EditFamily) -> None:
     assert 0 < seen == len(encoded)
     field(x, 0.5, [PicturedPrompt("a cat", [picture(5)]), PicturedPrompt("a cat", [picture(6)])], 1.0)
     assert len(encoded) > seen
+
+
+def test_gradient_in_the_lora(edit: EditFamily) -> None:
+    field, number = field_of(edit), edit.numbers[-1]
+    prompts: list[str] = [PicturedPrompt("a cat", [picture(i)] * number) for i in range(2)]
+    x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])
+    scale, targets = edit.family.guidance_scale, list(edit.family.lora_targets)
+    assert derivative_error(field, x, prompts, scale, targets) < 1e-2

@@ -18,7 +18,7 @@ that predict noise is in `test_prediction.py`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from helpers.edit_families import small_pictures
 from helpers.families import FAMILIES, Family, denoiser, flux2_klein, flux2_without_encoder
 from helpers.families_flow import FLOW_FAMILIES
 from helpers.gradients import derivative_error
@@ -86,6 +87,12 @@ class Case:
             )[0]
             self.runs[scale, prompts] = (pipeline.scheduler, images)
         return self.runs[scale, prompts]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with small_pictures():
+        yield
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from .values import PACKAGE
 # The exit status of a command that refuses its input, as argparse has it. A run that ends by an error gives 1.
 REFUSED, FAILED = 2, 1
 # In seconds: longer than a launcher takes to notice that a process has ended.
-_HEAD_START = 10.0
+_HEAD_START = 30.0
 
 
 class RefusingParser(argparse.ArgumentParser):
