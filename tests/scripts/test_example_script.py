@@ -186,7 +186,7 @@ REFUSED = {
     ),
     "reward": (
         {"reward_funcs": "text=clip"},
-        "There is no reward 'clip'. There are aesthetic, clipscore, geneval, hpsv2,",
+        "There is no reward 'clip'. There are aesthetic, clip_image_similarity, clipscore,",
     ),
     "options of no reward": (
         {"reward_kwargs": '{"ocr": {"batch_size": 2}}'},
