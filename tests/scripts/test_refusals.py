@@ -112,7 +112,7 @@ def test_figures_that_are_not_finite_end_a_command_with_their_message(capsys):
 def test_the_first_process_says_it_first(capsys, monkeypatch):
     slept = []
     monkeypatch.setattr(refusals.time, "sleep", slept.append)
-    for rank, expected in (("0", []), ("1", [10.0])):
+    for rank, expected in (("0", []), ("1", [30.0])):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with command_refuses(capsys, "no cat"), refusals_told():
             raise Refusal("no cat")
