@@ -496,7 +496,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "changed, message",
         [
-            ({"reward_funcs": "clip"}, "There is no reward 'clip'. There are aesthetic, clip_image_similarity, clipscore,"),
+            (
+                {"reward_funcs": "clip"},
+                "There is no reward 'clip'. There are aesthetic, clip_image_similarity, clipscore,",
+            ),
             ({"dtype": "float8"}, "dtype='float8': it must be one of float32, bfloat16, float16."),
             ({"dtype": "float32"}, "dtype is for a base that is given by name."),
             ({"num_samples": -1}, "num_samples=-1: it must be at least 0."),
