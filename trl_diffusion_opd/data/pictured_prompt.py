@@ -49,6 +49,12 @@ class PicturedPrompt(str):
         prompt.digest = content.hexdigest()
         return prompt
 
+    def with_text(self, text: str) -> "PicturedPrompt":
+        """Another text with the same pictures, which are not hashed again."""
+        other = str.__new__(type(self), text)
+        other.pictures, other.digest = self.pictures, self.digest
+        return other
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PicturedPrompt) and self.digest == other.digest and str.__eq__(self, other)
 
@@ -70,8 +76,3 @@ def with_pictures(text: str, pictures: Sequence[Image] | None) -> str:
 def pictures_of(prompt: str) -> tuple[Image, ...]:
     """The pictures of a prompt; none of a mere text."""
     return prompt.pictures if isinstance(prompt, PicturedPrompt) else ()
-
-
-def name_of(prompt: str) -> str:
-    """A text that tells prompts apart, also those that differ in their pictures only."""
-    return f"{prompt} [{prompt.digest}]" if isinstance(prompt, PicturedPrompt) else prompt

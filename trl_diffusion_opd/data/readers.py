@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..guards.redaction import shown
-from .pictured_prompt import with_pictures
+from .pictured_prompt import PicturedPrompt, with_pictures
 from .source_images import SOURCE_IMAGES
 from .tasks import SINGLE_TASK, task_of
 
@@ -92,11 +92,15 @@ class Readers:
         student = [self.student(task, prompt) for prompt in prompts]
         if not any(pictures := columns.get(SOURCE_IMAGES) or []):
             return Texts(prompts, student, teacher)
-        prompts, student, teacher = (
-            [with_pictures(text, of_row) for text, of_row in zip(texts, pictures, strict=True)]  # type: ignore[arg-type]
-            for texts in (prompts, student, teacher)
+        pictured = [with_pictures(text, of_row) for text, of_row in zip(prompts, pictures, strict=True)]  # type: ignore[arg-type]
+        student, teacher = (
+            [
+                one.with_text(text) if isinstance(one, PicturedPrompt) else text
+                for one, text in zip(pictured, texts, strict=True)
+            ]
+            for texts in (student, teacher)
         )
-        return Texts(prompts, student, teacher)
+        return Texts(pictured, student, teacher)
 
     def student(self, task: str, prompt: str) -> str:
         """What the student reads of a prompt."""

@@ -155,12 +155,16 @@ def source_image_problems(dataset: Dataset, column: str, name: str) -> list[str]
             f"{name}: column {column!r} holds {shown(dataset.features[of], 80)}, but each row of it must have a picture "
             "or a list of pictures: datasets.Image, names of files, or bytes."
         ]
-    checked = ((row, pictures) for row, pictures in enumerate(encoded_rows(dataset, range(len(dataset)))) if pictures)
-    every = list(checked)
-    step = max(1, sum(len(pictures) for _, pictures in every) // MOST_DECODED)
+    rows = range(len(dataset))
+    step = max(1, sum(picture_numbers(dataset, rows)) // MOST_DECODED)
+    broken: list[tuple[int, str]] = []
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda entry: (entry[1][0], _problem_of(entry[1][1], entry[0] % step == 0)), enumerate(every))
-        broken = [(row, problem) for row, problem in found if problem is not None]
+        # Some rows at a time: their bytes may be in the dataset, which need not fit into memory.
+        for first in range(0, len(dataset), _AT_A_TIME):
+            numbers = rows[first : first + _AT_A_TIME]
+            wholes = (row % step == 0 for row in numbers)
+            found = pool.map(_problem_of, encoded_rows(dataset, numbers), wholes)
+            broken += [(row, problem) for row, problem in zip(numbers, found, strict=True) if problem is not None]
     if not broken:
         return []
     row, problem = broken[0]
