@@ -20,6 +20,11 @@ from collections.abc import Sequence
 from PIL.Image import Image
 
 
+# The column of pictures that a row's prompt edits or refers to, a list of 0 or more. Rewards read it and must not wait for
+# `datasets`, hence here.
+SOURCE_IMAGES = "source_images"
+
+
 class PicturedPrompt(str):
     """
     A text with its pictures. It goes wherever a prompt goes, and equals another one only if their pictures are equal,

@@ -28,8 +28,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..guards.redaction import shown
-from .pictured_prompt import PicturedPrompt, with_pictures
-from .source_images import SOURCE_IMAGES
+from .pictured_prompt import SOURCE_IMAGES, PicturedPrompt, with_pictures
 from .tasks import SINGLE_TASK, task_of
 
 

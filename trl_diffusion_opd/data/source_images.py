@@ -31,9 +31,9 @@ from datasets import Sequence as OldSequence
 from PIL import UnidentifiedImageError
 
 from ..guards.redaction import shown
+from .pictured_prompt import SOURCE_IMAGES
 
 
-SOURCE_IMAGES = "source_images"
 # Pictures that are decoded whole before the first step. Of the others only the beginning is read.
 MOST_DECODED = 2_000
 _AT_A_TIME = 256

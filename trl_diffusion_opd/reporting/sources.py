@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from ..data.source_images import SOURCE_IMAGES
+from ..data.pictured_prompt import SOURCE_IMAGES
 from .videos import strip
 
 

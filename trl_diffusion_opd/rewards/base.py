@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 from torch import nn
 
+from ..data.pictured_prompt import SOURCE_IMAGES
+
 
 if TYPE_CHECKING:
     from transformers import TrainerState
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 RewardFunc = Callable[..., object]  # its return value is checked at each call
 Row = Mapping[str, Any]  # a row of a dataset: the values of its columns by name
 Generated = Image | Sequence[Image]  # what a model has made: a picture, or the frames of a video
-# The column of pictures that a row's prompt edits or refers to: a list of 0 or more PIL images in each row.
-SOURCE_IMAGES = "source_images"
 
 
 class Reward:

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset, concatenate_datasets
 
+from ..data.pictured_prompt import SOURCE_IMAGES
 from ..data.prompt_files import Source, load_source, source_problem
-from ..data.source_images import SOURCE_IMAGES
 from ..data.tasks import plain_dataset
 from ..problems import Problems, Refusal
 from .values import OfTasks, by_task, packaged, single
