@@ -79,7 +79,7 @@ def round_trip(vae: AutoencoderKL, task: str, seed: int = 5) -> float:
     return float(np.mean([v for v in verdicts if v is not None]))
 
 
-def _forget_paths(folder: Path) -> None:
+def forget_paths(folder: Path) -> None:
     """Removes from all configs the local path from which their models were loaded."""
     for path in folder.rglob("*.json"):
         config = json.loads(path.read_text())
@@ -104,7 +104,7 @@ def make_base(folder: Path) -> None:
     latents = _latents(vae, pictures.images)
     make_training.train_base(pipeline, pictures.prompts, latents, 2400, seed=1, on_progress=on_progress)
     pipeline.save_pretrained(folder / "base")
-    _forget_paths(folder / "base")
+    forget_paths(folder / "base")
     shutil.rmtree(folder / "vae")
 
 

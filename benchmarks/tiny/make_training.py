@@ -65,7 +65,7 @@ class Progress:
             )
 
 
-def _optimizer(
+def optimizer_of(
     parameters: Iterable[torch.nn.Parameter], rate: float, steps: int, weight_decay: float = 0.0
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay)
@@ -75,7 +75,7 @@ def _optimizer(
 def train_vae(vae: AutoencoderKL, images: np.ndarray, steps: int, batch_size: int = 32, seed: int = 0) -> None:
     """Trains a VAE in place. Then sets its config's shift and scale so that latents have mean 0 and deviation 1."""
     data, generator = to_tensor(images), torch.Generator().manual_seed(seed)
-    optimizer, schedule = _optimizer(vae.parameters(), 2e-3, steps)
+    optimizer, schedule = optimizer_of(vae.parameters(), 2e-3, steps)
     progress = Progress("vae", steps)
     vae.train()
     for step in range(steps):
@@ -115,7 +115,7 @@ def encode_prompts(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tu
     return embeds, pooled
 
 
-def _noise_levels(number: int, shift: float, generator: torch.Generator) -> torch.Tensor:
+def noise_levels(number: int, shift: float, generator: torch.Generator) -> torch.Tensor:
     """Draws noise levels in (0, 1), shifted like the scheduler's grid. Half are logit-normal and half uniform, since
     the first step of a walk, at level 1, needs training too."""
     level = torch.sigmoid(torch.randn(number, generator=generator))
@@ -133,7 +133,7 @@ def _flow_loss(
     generator: torch.Generator,
 ) -> torch.Tensor:
     noise = torch.randn(latents.shape, generator=generator)
-    level = _noise_levels(len(latents), shift, generator)
+    level = noise_levels(len(latents), shift, generator)
     weight = level[:, None, None, None]
     velocity = transformer(
         hidden_states=(1 - weight) * latents + weight * noise,
@@ -169,7 +169,7 @@ def train_base(
     parameters = [parameter for module in modules for parameter in module.parameters()]
     # The third encoder has one embedding table under two names.
     parameters = list({id(parameter): parameter for parameter in parameters}.values())
-    optimizer, schedule = _optimizer(parameters, rate, steps, weight_decay=1e-3)
+    optimizer, schedule = optimizer_of(parameters, rate, steps, weight_decay=1e-3)
     average = EMAModel(parameters, decay=0.998, use_ema_warmup=True, power=0.75)
     progress, shift = Progress("base", steps), pipeline.scheduler.config.shift
     for step in range(stop_at or steps):

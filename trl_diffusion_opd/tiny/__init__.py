@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The tiny world, for demos and tests: a 32 px `StableDiffusion3Pipeline`, three teachers, prompts and rewards.
+"""The tiny worlds, for demos and tests: a 32 px `StableDiffusion3Pipeline` that draws, and a `FluxKontextPipeline` that
+draws and edits, each with three teachers, prompts and rewards.
 
 Importing it loads only numpy and PIL. The weights are ordinary folders that diffusers and PEFT can load.
 """
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from .edit_verifiers import edit_graded_rewards, edit_rewards
+from .edits import EDIT_TASKS, edit_dataset, render_edit
 from .prompts import TASKS, dataset
 from .verifiers import graded_rewards, rewards
 
@@ -31,6 +34,8 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 BASE = str(_WEIGHTS / "base")
 TEACHERS = {task: str(_WEIGHTS / "teachers" / task) for task in TASKS}
+EDIT = str(_WEIGHTS / "edit_base")
+EDIT_TEACHERS = {task: str(_WEIGHTS / "edit_teachers" / task) for task in EDIT_TASKS}
 
 
 def render(spec: str, seed: int = 0, dusk: float | None = None) -> Image.Image:
@@ -52,4 +57,19 @@ def render(spec: str, seed: int = 0, dusk: float | None = None) -> Image.Image:
     return draw(to_scene(json.loads(spec), rng, dusk), rng)
 
 
-__all__ = ["BASE", "TASKS", "TEACHERS", "dataset", "graded_rewards", "render", "rewards"]
+__all__ = [
+    "BASE",
+    "EDIT",
+    "EDIT_TASKS",
+    "EDIT_TEACHERS",
+    "TASKS",
+    "TEACHERS",
+    "dataset",
+    "edit_dataset",
+    "edit_graded_rewards",
+    "edit_rewards",
+    "graded_rewards",
+    "render",
+    "render_edit",
+    "rewards",
+]

@@ -36,6 +36,7 @@ COLORS = {
     "yellow": np.array([240.0, 200.0, 40.0]),
 }
 SHAPES = ("ring", "square", "triangle")
+TINT = 0.3  # of the objects at full dusk: styling tints them as well, like evening light
 DUSK_TOP, DUSK_BOTTOM = np.array([96.0, 60.0, 150.0]), np.array([240.0, 140.0, 60.0])
 
 # Any two letters differ in at least two of the fifteen squares, so that a blurred letter doesn't look like another.
@@ -77,11 +78,13 @@ OTHER_GLYPHS = {
 class Thing:
     """
     One object on the board: a colour, a shape and its cell (0 top left, 1 top right, 2 bottom left, 3 bottom right).
+    `offset` is its place within the cell in pixels (down, right), each 2 or 3; `None` leaves it to the drawing.
     """
 
     color: str
     shape: str
     cell: int
+    offset: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,10 +127,9 @@ def dusk() -> np.ndarray:
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """Draws a scene as an RGB image of 32 x 32 px. `rng` moves every object by up to a pixel."""
+    """Draws a scene as an RGB image of 32 x 32 px. `rng` moves every object without an offset by up to a pixel."""
     canvas = (1 - scene.dusk) * PLAIN + scene.dusk * dusk()
-    # Styling tints the objects as well, like evening light.
-    tint = 0.3 * scene.dusk
+    tint = TINT * scene.dusk
     light = dusk()
 
     def paint(mask: np.ndarray, top: int, left: int, color: np.ndarray) -> None:
@@ -137,7 +139,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
 
     for thing in scene.things:
         row, column = CELL * (thing.cell // 2), CELL * (thing.cell % 2)
-        down, right = int(rng.integers(2, 4)), int(rng.integers(2, 4))
+        down, right = thing.offset or (int(rng.integers(2, 4)), int(rng.integers(2, 4)))
         paint(SHAPE_MASKS[thing.shape], row + down, column + right, COLORS[thing.color])
     if scene.word:
         top = int(rng.integers(5, 8))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,7 @@ from .scenes import (
     SHAPE_SIZE,
     SHAPES,
     SIZE,
+    TINT,
     dusk,
 )
 
@@ -87,15 +89,22 @@ class Found:
     is_object: bool
 
 
-def find_objects(image: Image.Image) -> list[Found]:
+def find_objects(image: Image.Image, degree: float = 0.0) -> list[Found]:
     """
     Finds the occupied cells of the board. Blurred edges have colours on the line between the ground and an object's
     colour. A pixel belongs to an object if it is nearer to the colour than to the ground on that line, or far from all
-    these lines.
+    these lines. `degree` in [0, 1] is the image's degree of styling: ground and objects are expected in its light.
     """
-    offset = _pixels(image) - PLAIN
-    along = offset @ _DIRECTIONS.T / _LENGTHS**2
-    nearest = np.linalg.norm(offset[:, :, None] - np.clip(along, 0.0, 1.1)[..., None] * _DIRECTIONS, axis=3)
+    ground, directions, squares = PLAIN, _DIRECTIONS, _LENGTHS**2
+    if degree:
+        light, tint = dusk(), TINT * degree
+        ground = (1 - degree) * PLAIN + degree * light
+        painted = (1 - tint) * np.stack(list(COLORS.values())) + tint * light[:, :, None]
+        directions = painted - ground[:, :, None]
+        squares = (directions**2).sum(axis=3)
+    offset = _pixels(image) - ground
+    along = (offset[:, :, None] * directions).sum(axis=3) / squares
+    nearest = np.linalg.norm(offset[:, :, None] - np.clip(along, 0.0, 1.1)[..., None] * directions, axis=3)
     label = nearest.argmin(axis=2)
     residual = np.take_along_axis(nearest, label[..., None], axis=2)[..., 0]
     amount = np.take_along_axis(along, label[..., None], axis=2)[..., 0]
@@ -122,7 +131,8 @@ def _relation_holds(relation: str, first: int, second: int) -> bool:
     return {"left of": columns > 0, "right of": columns < 0, "above": rows > 0, "below": rows < 0}[relation]
 
 
-def _compose(image: Image.Image, spec: Spec) -> tuple[float, float]:
+def compose_scores(image: Image.Image, spec: Spec) -> tuple[float, float]:
+    """The verdict and the graded score of an image for a spec with `objects` and `relation`."""
     found, wanted = find_objects(image), spec["objects"]
     colors, verdict, graded = list(COLORS), 0.0, 0.0
     exact = len(found) == len(wanted) and all(one.is_object for one in found)
@@ -182,26 +192,35 @@ _GROUND[:, [0, CELL - 1, CELL, SIZE - 1]] = True
 _FAR = np.linalg.norm(_DUSK - PLAIN, axis=2)
 
 
-def _style(image: Image.Image, spec: Spec) -> tuple[float, float]:
+def styling(image: Image.Image) -> float:
+    """How close an image's ground is to full dusk, in [0, 1]. Linear in the degree of styling."""
     near = 1 - np.linalg.norm(_pixels(image) - _DUSK, axis=2) / _FAR
-    score = float(np.clip(near, 0.0, 1.0)[_GROUND].mean())
+    return float(np.clip(near, 0.0, 1.0)[_GROUND].mean())
+
+
+def _style(image: Image.Image, spec: Spec) -> tuple[float, float]:
+    score = styling(image)
     return score, score
 
 
-_SCORES = {"compose": _compose, "letters": _letters, "style": _style}
+Score = Callable[[Image.Image, Spec], tuple[float, float]]
+_SCORES: dict[str, Score] = {"compose": compose_scores, "letters": _letters, "style": _style}
 
 
-def _score(task: str, version: int, images: list[Image.Image], spec: list[str | None]) -> list[float | None]:
+def score_rows(
+    of_task: dict[str, Score], task: str, version: int, images: list[Image.Image], spec: list[str | None]
+) -> list[float | None]:
+    """The verdict (version 0) or graded score (1) of each image whose row is of the task, `None` for others."""
     scores: list[float | None] = []
     for image, text in zip(images, spec, strict=True):
         parsed = {"task": None} if text is None else json.loads(text)
-        scores.append(_SCORES[task](image, parsed)[version] if parsed["task"] == task else None)
+        scores.append(of_task[task](image, parsed)[version] if parsed["task"] == task else None)
     return scores
 
 
 def compose(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """1 if the image has exactly the objects of the prompt, with the right colours, shapes and relation, else 0."""
-    return _score("compose", 0, images, spec)
+    return score_rows(_SCORES, "compose", 0, images, spec)
 
 
 def compose_graded(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
@@ -209,27 +228,27 @@ def compose_graded(images: list[Image.Image], spec: list[str | None], **_: objec
     The mean over objects of their scores for colour and shape. Missing and surplus objects count 0. A wrong relation
     leaves 60% of it.
     """
-    return _score("compose", 1, images, spec)
+    return score_rows(_SCORES, "compose", 1, images, spec)
 
 
 def letters(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """1 if both letters are clear and match best in their place, else 0."""
-    return _score("letters", 0, images, spec)
+    return score_rows(_SCORES, "letters", 0, images, spec)
 
 
 def letters_graded(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """The mean over both letters of the correlation with the right letter, scaled from 0 at 0.4 to 1 at 0.9."""
-    return _score("letters", 1, images, spec)
+    return score_rows(_SCORES, "letters", 1, images, spec)
 
 
 def style(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """How close the ground is to dusk (violet above, orange below). Linear in the degree of styling."""
-    return _score("style", 0, images, spec)
+    return score_rows(_SCORES, "style", 0, images, spec)
 
 
 def style_graded(images: list[Image.Image], spec: list[str | None], **_: object) -> list[float | None]:
     """The same smooth score as `style`."""
-    return _score("style", 1, images, spec)
+    return score_rows(_SCORES, "style", 1, images, spec)
 
 
 rewards = {"compose": compose, "letters": letters, "style": style}
