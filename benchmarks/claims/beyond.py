@@ -32,8 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from beyond_runs import BEYOND, SEARCH_SEED, SHARED, Run, claim_runs, search_runs
-from beyond_worlds import SHORT_TASKS, alike, alike_teachers, diversity, lora, short, verdicts
+from beyond_runs import BEYOND, SEARCH_SEED, SHARED, WITH_TEACHERS, Run, claim_runs, search_runs
+from beyond_worlds import (
+    EDIT_KWARGS,
+    OF_EDIT,
+    OF_TINY,
+    SHORT_TASKS,
+    alike,
+    alike_teachers,
+    diversity,
+    lora,
+    short,
+    verdicts,
+)
 from cost import COST_FILE, CostCallback, read_cost, read_curve, read_lines
 from datasets import Dataset
 from diffusers import DiffusionPipeline
@@ -44,6 +55,8 @@ from transformers import set_seed
 from trl_diffusion_opd import (
     DiffusionDMDConfig,
     DiffusionDMDTrainer,
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
     DiffusionOPDConfig,
     DiffusionOPDTrainer,
     DiffusionSFTConfig,
@@ -56,6 +69,7 @@ TRAINERS: dict[str, tuple[type, type]] = {
     "opd": (DiffusionOPDTrainer, DiffusionOPDConfig),
     "dmd": (DiffusionDMDTrainer, DiffusionDMDConfig),
     "sft": (DiffusionSFTTrainer, DiffusionSFTConfig),
+    "grpo": (DiffusionGRPOTrainer, DiffusionGRPOConfig),
 }
 NUM_IMAGES = 256
 NUM_OF_A_PROMPT = 4  # images of one prompt, whose distances are measured
@@ -69,6 +83,8 @@ def world(run: Run, split: str, output: Path) -> tuple[Dataset, dict[str, str]]:
     """Prompts and teachers of a run."""
     if run.world == "alike":
         return alike(split), alike_teachers(output)
+    if run.world == "edit":
+        return tiny.edit_dataset(split), dict(tiny.EDIT_TEACHERS)
     if run.world == "tiny":
         return tiny.dataset(split), dict(tiny.TEACHERS)
     teachers = {task: "student" if run.own_teacher else str(tiny.TEACHERS[task]) for task in SHORT_TASKS}
@@ -79,16 +95,27 @@ def trainer_of(run: Run, seed: int, folder: Path, output: Path, **changes: Any) 
     train, teachers = world(run, "train", output)
     validation, _ = world(run, "validation", output)
     make, config = TRAINERS[run.trainer]
-    args = config(str(folder), **{**SHARED, **run.config, "seed": seed, **changes})
-    rewards = {task: scorer(task) for task in teachers}
+    edits = run.world == "edit"
+    calls = {**OF_EDIT, "generation_kwargs": EDIT_KWARGS} if edits else OF_TINY
+    rewards: dict[str, Any] = {task: scorer(task) for task in teachers}
+    taught: dict[str, Any] = {"teachers": teachers}
+    rank = 64
+    if run.trainer == "grpo":
+        # Trained with the graded scores; the verdicts are watched.
+        rewards = {task: [tiny.edit_graded_rewards[task], rewards[task]] for task in teachers}
+        taught, rank = {}, 16
+        calls = {**calls, "reward_weights": [1.0, 0.0] * len(teachers)}
+    else:
+        calls = {**calls, **WITH_TEACHERS}
+    args = config(str(folder), **{**SHARED, **calls, **run.config, "seed": seed, **changes})
     return make(
-        tiny.BASE,
-        teachers=teachers,
+        tiny.EDIT if edits else tiny.BASE,
+        **taught,
         reward_funcs=rewards,
         args=args,
         train_dataset=train,
         eval_dataset=validation,
-        peft_config=lora(64),
+        peft_config=lora(rank),
     )
 
 
@@ -132,21 +159,21 @@ def train(name: str, run: Run, seed: int, output: Path) -> tuple[Any, dict[str, 
 
 
 def drawn(
-    draw: Callable[..., Any], prompts: Sequence[str], first: int, steps: int, guidance: float
+    draw: Callable[..., Any], rows: Dataset, prompts: Sequence[str], first: int, steps: int, guidance: float
 ) -> list[Image.Image]:
+    """An image of each prompt, of its row's picture where rows have one."""
     images: list[Image.Image] = []
+    sources = list(rows["source_images"]) if "source_images" in rows.column_names else None
+    calls = OF_TINY if sources is None else {**OF_EDIT, **EDIT_KWARGS}
     for start in range(0, len(prompts), 64):
         batch = list(prompts[start : start + 64])
         numbers = range(first + start, first + start + len(batch))
         generators = [torch.Generator().manual_seed(1_000_003 * NOISE_SEED + number) for number in numbers]
+        given = {}
+        if sources is not None:
+            given = {"image": [picture for row in sources[start : start + 64] for picture in row] or None}
         images += draw(
-            batch,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            height=32,
-            width=32,
-            max_sequence_length=12,
-            generator=generators,
+            prompt=batch, num_inference_steps=steps, guidance_scale=guidance, generator=generators, **given, **calls
         ).images
     return images
 
@@ -160,12 +187,12 @@ def measure(
         rows = test.filter(lambda row, task=task: row["task"] == task)
         read = [templates.get(task, "{prompt}").format(prompt=prompt) for prompt in rows["prompt"]]
         which = [i % len(rows) for i in range(NUM_IMAGES)]
-        images = drawn(draw, [read[i] for i in which], 0, steps, guidance)
-        scores = verdicts(task, images, rows.select(which).to_dict())
+        images = drawn(draw, rows.select(which), [read[i] for i in which], 0, steps, guidance)
+        scores = verdicts(task, images, {"spec": rows.select(which)["spec"]})
         measured["scores"][task] = sum(scores) / len(scores)
         measured["verdicts"][task] = [round(score, 4) for score in scores]
-        repeated = [prompt for prompt in read[:NUM_PROMPTS] for _ in range(NUM_OF_A_PROMPT)]
-        images = drawn(draw, repeated, 10_000, steps, guidance)
+        repeated = [i for i in range(min(NUM_PROMPTS, len(rows))) for _ in range(NUM_OF_A_PROMPT)]
+        images = drawn(draw, rows.select(repeated), [read[i] for i in repeated], 10_000, steps, guidance)
         groups = [images[i : i + NUM_OF_A_PROMPT] for i in range(0, len(images), NUM_OF_A_PROMPT)]
         measured["diversity"][task] = sum(map(diversity, groups)) / len(groups)
     return measured
@@ -201,6 +228,18 @@ def reference(output: Path) -> dict[str, Any]:
             found["measured"][name][task] = [measure(model(str(place)), own, {}, **how) for how in at]
     found["measured"]["short"] = {"base": [measure(model(None), short("test", False), {}, steps=10)]}
     return found
+
+
+def edit_reference() -> dict[str, Any]:
+    """Base and teachers of the world that edits, each on all of its tasks."""
+    measured: dict[str, Any] = {}
+    for name, folder in (("base", None), *tiny.EDIT_TEACHERS.items()):
+        pipeline = DiffusionPipeline.from_pretrained(tiny.EDIT)
+        pipeline.set_progress_bar_config(disable=True)
+        if folder is not None:
+            PeftModel.from_pretrained(pipeline.transformer, folder)
+        measured[name] = [measure(pipeline, tiny.edit_dataset("test"), {}, steps=10)]
+    return {"run": "edit-reference", "seed": 0, "measured": {"edit": measured}}
 
 
 def keep(path: Path, result: dict[str, Any]) -> None:
@@ -239,6 +278,8 @@ def main() -> None:
         print(f"{path.name}: " + ", ".join(f"{task} {score:.3f}" for task, score in scores.items()), flush=True)
     if "reference" in args.claims and not (BEYOND / "reference_0.json").exists():
         keep(BEYOND / "reference_0.json", reference(output))
+    if "edits" in args.claims and not (BEYOND / "edit-reference_0.json").exists():
+        keep(BEYOND / "edit-reference_0.json", edit_reference())
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ from page import Section, sentence, shown, table
 from pictures import Line, plot_lines
 from summary import Estimate, estimate, paired, retention, summarised
 
+from trl_diffusion_opd.tiny import EDIT_TASKS
+
 
 PICTURES = "images/beyond_{}.png"
 EXTRAPOLATIONS = (1.0, 1.1, 1.25, 1.5)
@@ -63,6 +65,7 @@ class Beyond:
         self.results, self.output = read_results(folder), output
         self.search = read_results(folder / "search")
         self.reference = self.results.get("reference", {}).get(0)
+        self.edit_reference = self.results.get("edit-reference", {}).get(0)
 
     def missing(self, runs: Sequence[str]) -> list[str]:
         gaps = [
@@ -80,10 +83,9 @@ class Beyond:
         }
 
     def of_reference(self, world: str, model: str, steps: int, guidance: float = 1.0) -> dict[str, Any]:
-        assert self.reference is not None
-        found = [
-            m for m in self.reference["measured"][world][model] if (m["steps"], m["guidance"]) == (steps, guidance)
-        ]
+        reference = self.edit_reference if world == "edit" else self.reference
+        assert reference is not None
+        found = [m for m in reference["measured"][world][model] if (m["steps"], m["guidance"]) == (steps, guidance)]
         return found[0]
 
     def ends(self, world: str, tasks: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
@@ -304,6 +306,44 @@ class Beyond:
         ]
         return section
 
+    def edits(self) -> Section:
+        runs = ["edit-single", "edit-danceopd", "edit-all", "edit-joint"]
+        section = Section(self.missing(runs))
+        if self.edit_reference is None or not self.present(runs):
+            return section
+        models = ("base", *EDIT_TASKS)
+        rows = [
+            [
+                name if name == "base" else f"teacher of {name}",
+                *(f"{self.of_reference('edit', name, 10)['scores'][task]:.3f}" for task in EDIT_TASKS),
+            ]
+            for name in models
+        ]
+        section.tables += [
+            table(["model", *EDIT_TASKS], rows),
+            self.scores_table(runs, EDIT_TASKS),
+            self.retention_table(runs, "edit", EDIT_TASKS),
+        ]
+        ours = runs[0]
+        if ours in self.results:
+            kept = self.kept(ours, "edit", EDIT_TASKS)
+            lowest = min(EDIT_TASKS, key=lambda task: kept[task].mean)
+            holds = "holds here" if kept[lowest].mean >= 0.9 and kept["mean"].mean >= 0.95 else "does not hold here"
+            section.findings.append(
+                f"**One student keeps 0.90 of every teacher's gain and 0.95 in the mean: {holds}**; lowest "
+                f"{shown(kept[lowest])} ({lowest}), mean {shown(kept['mean'])}, {seeds(kept['mean'])}."
+            )
+        for claim, run, other in (
+            ("OPD has a higher {} score than joint reinforcement learning", ours, "edit-joint"),
+            ("One query a rollout has a higher {} score than all steps", ours, "edit-all"),
+            ("DanceOPD's single query has a higher {} score than all steps", "edit-danceopd", "edit-all"),
+        ):
+            section.findings += [
+                sentence(claim.format(figure), paired(self.figure(run, figure), self.figure(other, figure)))
+                for figure in ("worst", "mean")
+            ]
+        return section
+
     def fixed_states(self) -> Section:
         runs = ["extrapolation-1", "opd-10", "own-teacher"]
         section = Section()
@@ -361,6 +401,7 @@ def write_page(results: Path, output: Path) -> None:
         "templates": beyond.templates,
         "teacher_prompt": beyond.teacher_prompt,
         "branches": beyond.branches,
+        "edits": beyond.edits,
         "fixed_states": beyond.fixed_states,
         "settings": beyond.settings,
     }

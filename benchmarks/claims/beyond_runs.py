@@ -31,9 +31,6 @@ TEN = ({"steps": 10},)
 
 # Fields of every config, besides those of `examples/configs/tiny.yaml`.
 SHARED: dict[str, Any] = {
-    "height": 32,
-    "width": 32,
-    "max_sequence_length": 12,
     "guidance_scale": 1.0,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
@@ -47,9 +44,10 @@ SHARED: dict[str, Any] = {
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
     "use_cpu": True,
-    "eval_base_and_teachers": False,
     "log_completions": False,
 }
+# Reinforcement learning has no teachers to evaluate.
+WITH_TEACHERS: dict[str, Any] = {"eval_base_and_teachers": False}
 OPD: dict[str, Any] = {"loss_weighting": "velocity", "num_trained_timesteps": 1, "learning_rate": 2e-3}
 
 # Equal numbers of settings for each method, tried on a seed that is not tested.
@@ -73,6 +71,23 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"learning_rate": 2e-3, "timestep_density": "uniform"},
     ],
 }
+# Forwards of the world that edits: what `tiny_edit`'s 300 updates cost, and its three teachers.
+EDIT_STUDENT = 33_600
+EDIT_TEACHERS = 3 * 200 * 96 * 12
+# One query of the teachers a rollout, at a step that is drawn with a preference, as DanceOPD does.
+DANCE: dict[str, Any] = {"timestep_density": [5.0, 2.0], "unbiased_timesteps": False}
+# Reinforcement learning on all its tasks, with the teachers' settings.
+JOINT: dict[str, Any] = {
+    "num_inference_steps": 8,
+    "eval_num_inference_steps": 10,
+    "sde_window_range": [0, 4],
+    "num_generations": 12,
+    "per_device_train_batch_size": 96,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+}
+
 TRAINERS = {"opd": "opd", "dmd2": "dmd", "tdm": "dmd", "sft": "sft"}
 FEW_STEP = ("opd", "dmd2", "tdm")
 
@@ -83,9 +98,9 @@ class Run:
     A training.
 
     Attributes:
-        trainer (`str`): `opd`, `dmd` or `sft`.
+        trainer (`str`): `opd`, `dmd`, `sft` or `grpo`.
         config (`dict`): fields of its config, besides `SHARED`.
-        world (`str`): `tiny`, `alike`, `short` or `short with teacher_prompt`: prompts and teachers.
+        world (`str`): `tiny`, `edit`, `alike`, `short` or `short with teacher_prompt`: prompts and teachers.
         forwards (`int`): its budget, in rows that the network sees forward.
         sampled (`tuple[dict]`): `steps` and `guidance` that its student is drawn with.
         own_teacher (`bool`): whether the student teaches itself.
@@ -162,6 +177,12 @@ def claim_runs() -> dict[str, dict[str, Run]]:
                 "opd", {**guided, "guidance_branch_weight": weight}, forwards=2 * SHORT, sampled=at_scales
             )
             for weight in (0.0, 1.0)
+        },
+        "edits": {
+            "edit-single": Run("opd", {**OPD, **few}, EDIT_STUDENT, world="edit", curve=True),
+            "edit-danceopd": Run("opd", {**OPD, **few, **DANCE}, EDIT_STUDENT, world="edit"),
+            "edit-all": Run("opd", {**OPD, **few, "num_trained_timesteps": None}, EDIT_STUDENT, world="edit"),
+            "edit-joint": Run("grpo", JOINT, EDIT_TEACHERS + EDIT_STUDENT, world="edit", curve=True),
         },
         "own_teacher": {
             "own-teacher": Run("opd", {**OPD, **few}, world="short with teacher_prompt", own_teacher=True, curve=True),

@@ -32,6 +32,10 @@ from trl_diffusion_opd.models.student import ATTENTION_TARGETS
 ALIKE = ("dark", "red", "upper")
 TEMPLATES = {"dark": "X {prompt}", "red": "Y {prompt}", "upper": "Z {prompt}"}
 SHORT_TASKS = ("letters", "style")
+# What the worlds' pipelines are called with. FLUX.1 Kontext would bring pictures to a million pixels.
+OF_TINY: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 12}
+OF_EDIT: dict[str, Any] = {"height": 32, "width": 32, "max_sequence_length": 10}
+EDIT_KWARGS: dict[str, Any] = {"max_area": 32 * 32, "_auto_resize": False}
 
 
 def dark(images: Sequence[Image.Image], **columns: Any) -> list[float]:
@@ -134,7 +138,8 @@ def diversity(images: Sequence[Image.Image]) -> float:
 
 
 def verdicts(task: str, images: Sequence[Image.Image], rows: Mapping[str, Sequence[Any]]) -> list[float]:
-    """The scores of images of one task: of the tiny world's own verifiers, or of the rewards above."""
+    """The scores of images of one task: of the tiny worlds' own verifiers, or of the rewards above."""
     if task in ALIKE_REWARDS:
         return ALIKE_REWARDS[task](images)
-    return [float(score) for score in tiny.rewards[task](images=list(images), spec=list(rows["spec"]))]
+    scored = {**tiny.rewards, **tiny.edit_rewards}[task](images=list(images), spec=list(rows["spec"]))
+    return [score for score in scored if score is not None]

@@ -22,10 +22,12 @@ learning, with `examples/stages/tiny_edit_two_stage.yaml`.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 import modules
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models import AutoencoderKL
@@ -36,9 +38,11 @@ from edit_measure import edit_scores
 from make import forget_paths
 from make_training import EMPTY_CAPTIONS, Progress, encode, noise_levels, optimizer_of
 from peft import PeftModel
+from PIL import Image
 
 from trl_diffusion_opd.tiny import BASE
-from trl_diffusion_opd.tiny.edits import EDIT_TASKS
+from trl_diffusion_opd.tiny.edit_verifiers import edit_rewards
+from trl_diffusion_opd.tiny.edits import EDIT_TASKS, edit_specs, render_edit
 
 
 STAGES = ("base", "check")
@@ -140,10 +144,23 @@ def make_base(folder: Path, steps: int) -> None:
     forget_paths(folder / "edit_base")
 
 
+@torch.no_grad()
+def round_trip(vae: AutoencoderKL, task: str) -> float:
+    """The mean verdict on correct results of the held-out rows after the VAE has encoded and decoded them."""
+    rows = [json.dumps(spec) for spec in edit_specs(task, "test")]
+    images = np.stack([np.asarray(render_edit(spec, seed)) for seed, spec in enumerate(rows)])
+    decoded = vae.decode(encode(vae, images)).sample
+    pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    verdicts = edit_rewards[task](images=[Image.fromarray(image) for image in pixels], spec=list(rows))
+    return float(np.mean([verdict for verdict in verdicts if verdict is not None]))
+
+
 def check(folder: Path, num_images: int) -> dict[str, dict[str, float]]:
     """Measures the base and the folder's teachers on held-out rows. Prints the mean verdicts and returns them as
     {"base" or a teacher: {task: mean}}."""
     pipeline = FluxKontextPipeline.from_pretrained(folder / "edit_base")
+    for task in EDIT_TASKS:
+        print(f"{task}: ground truths through the VAE score {round_trip(pipeline.vae, task):.3f}")
     matrix = {"base": edit_scores(pipeline, num_images=num_images)}
     for task in EDIT_TASKS:
         teacher = folder / "edit_teachers" / task

@@ -28,7 +28,8 @@ from trl_diffusion_opd.tiny.edits import EDIT_TASKS, edit_dataset
 from trl_diffusion_opd.tiny.prompts import SPLITS
 
 
-def _bytes(pictures: list[Image.Image]) -> list[bytes]:
+def pictures_as_bytes(pictures: list[Image.Image]) -> list[bytes]:
+    """PNG files."""
     files = []
     for picture in pictures:
         buffer = io.BytesIO()
@@ -47,7 +48,7 @@ def write_rows(folder: Path) -> None:
             if task == "draw":
                 rows.remove_columns("source_images").to_json(path.with_suffix(".jsonl"))
                 continue
-            columns = {**rows.to_dict(), "source_images": [_bytes(row) for row in rows["source_images"]]}
+            columns = {**rows.to_dict(), "source_images": [pictures_as_bytes(row) for row in rows["source_images"]]}
             features = rows.features.copy()
             features["source_images"] = List(Value("binary"))
             Dataset.from_dict(columns, features=features).to_parquet(path.with_suffix(".parquet"))

@@ -157,7 +157,7 @@ def test_what_there_is_is_told(refused):
     message = refused("opd", "--config", "tinny")
     assert (
         "--config: there is no file 'tinny'" in message
-        and "sdxl_24gb, sdxl_preference_and_pixels, tiny, tiny_dmd, tiny_grpo" in message
+        and "sdxl_24gb, sdxl_preference_and_pixels, tiny, tiny_dmd, tiny_edit, tiny_edit_grpo, tiny_grpo" in message
         and "flux1_dev_24gb" in message
     )
     message = refused("opd", "--config", "tiny", "--accelerate_config", "fsdp9")
@@ -199,7 +199,7 @@ def test_the_packages_stages_from_an_empty_folder():
     for path in sorted(PACKAGE.glob("stage_configs/*.yaml")):
         found, output_dir = read_stages(path.stem)  # refuses what a stage would miss
         assert found and output_dir.startswith("outputs/"), path.stem
-    with pytest.raises(ValueError, match="It has tiny_baselines, tiny_cascade, tiny_two_stage"):
+    with pytest.raises(ValueError, match="It has tiny_baselines, tiny_cascade, tiny_edit_two_stage, tiny_two_stage"):
         read_stages("tiny")
 
 
