@@ -49,6 +49,9 @@ DATA = (
     "reporting/templates/model_card.md",
     "tiny/weights/base/model_index.json",
     "tiny/weights/teachers/style",
+    "tiny/data/edit_local_train.parquet",
+    "tiny/weights/edit_base/model_index.json",
+    "tiny/weights/edit_teachers/local",
 )
 # Each of the README's snippets under "Ten lines", then what must be true after it.
 AFTER = (

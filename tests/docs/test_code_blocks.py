@@ -112,7 +112,9 @@ def test_arguments_in_python(block):
                 assert free or not unknown, f"{name} has no {unknown}"
 
 
-@pytest.mark.parametrize("name", ["README.md", "quickstart.md", "diffusion_opd_trainer.md", "tiny_world.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "quickstart.md", "diffusion_opd_trainer.md", "tiny_world.md", "tiny_edit.md"]
+)
 def test_images_are_drawn_as_the_student_was_trained(name):
     """A pipeline's own guidance and text length draw another model than the one that was trained and measured."""
     (page,) = (page for page in PAGES if page.name == name and page.parent in (ROOT, ROOT / "docs" / "source"))
