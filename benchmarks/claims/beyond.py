@@ -101,10 +101,10 @@ def trainer_of(run: Run, seed: int, folder: Path, output: Path, **changes: Any) 
     taught: dict[str, Any] = {"teachers": teachers}
     rank = 64
     if run.trainer == "grpo":
-        # Trained with the graded scores; the verdicts are watched.
+        # As the teachers are: the graded score and the verdict count alike.
         rewards = {task: [tiny.edit_graded_rewards[task], rewards[task]] for task in teachers}
         taught, rank = {}, 16
-        calls = {**calls, "reward_weights": [1.0, 0.0] * len(teachers)}
+        calls = {**calls, "reward_weights": [1.0, 1.0] * len(teachers)}
     else:
         calls = {**calls, **WITH_TEACHERS}
     args = config(str(folder), **{**SHARED, **calls, **run.config, "seed": seed, **changes})
