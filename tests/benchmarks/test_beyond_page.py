@@ -30,6 +30,8 @@ import beyond_worlds  # noqa: E402
 from beyond_worlds import ALIKE, alike, short, shortened  # noqa: E402
 from methods import TASKS  # noqa: E402
 
+from trl_diffusion_opd.tiny import EDIT_TASKS  # noqa: E402
+
 
 def measured(scores, steps=10, guidance=1.0, tasks=TASKS):
     of_tasks = dict(zip(tasks, scores, strict=True))
@@ -90,6 +92,19 @@ class TestPage:
             "(0.900 to 0.900) ", ""
         )
         assert "`alike-plain` keeps 0.90 of every teacher's gain: does not hold here**; lowest 0.250" in text
+
+    def test_edits_are_compared_with_their_own_teachers(self, tmp_path):
+        models = {"base": (0.2, 0.4, 0.0), **dict.fromkeys(EDIT_TASKS, (0.6, 0.8, 1.0))}
+        of_edit = {name: [measured(scores, tasks=EDIT_TASKS)] for name, scores in models.items()}
+        own = {"run": "edit-reference", "seed": 0, "measured": {"edit": of_edit}}
+        good = [result("edit-single", seed, (0.58, 0.78, 0.97), tasks=EDIT_TASKS) for seed in (0, 1, 2)]
+        joint = [result("edit-joint", seed, (0.3, 0.5, 0.9), tasks=EDIT_TASKS) for seed in (0, 1, 2)]
+        text = page(tmp_path / "results", tmp_path, own, *good, *joint)
+        assert "0.90 of every teacher's gain and 0.95 in the mean: holds here**; lowest 0.950" in text
+        assert "OPD has a higher worst score than joint reinforcement learning: holds here" in text
+        assert "One query a rollout has a higher worst score than all steps: not measured" in text
+        text = page(tmp_path / "worse", tmp_path, own, *[{**one, "run": "edit-single"} for one in joint])
+        assert "0.90 of every teacher's gain and 0.95 in the mean: does not hold here**; lowest 0.250" in text
 
     def test_the_committed_page_is_the_one_of_the_committed_results(self, tmp_path):
         beyond_page.write_page(beyond_runs.BEYOND, tmp_path)
