@@ -73,7 +73,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 # Forwards of the world that edits: what `tiny_edit`'s 300 updates cost, and its three teachers.
 EDIT_STUDENT = 33_600
-EDIT_TEACHERS = (320 + 200 + 60) * 96 * 12
+EDIT_TEACHERS = (120 + 160 + 40) * 96 * 12
 # One query of the teachers a rollout, at a step that is drawn with a preference, as DanceOPD does.
 DANCE: dict[str, Any] = {"timestep_density": [5.0, 2.0], "unbiased_timesteps": False}
 # Reinforcement learning on all its tasks, with the teachers' settings.

@@ -24,9 +24,9 @@ from make_data import BASE_DUSK
 from trl_diffusion_opd.tiny.edits import (
     EDIT_TASKS,
     draw_source,
+    drawn_specs,
     edit_prompt,
     edit_spec,
-    edit_specs,
     pairs,
     target_scene,
 )
@@ -72,15 +72,12 @@ def edit_rows(task: str, number: int, seed: int) -> Rows:
     rng = np.random.default_rng([seed, EDIT_TASKS.index(task)])
     wrong = rng.random(number) < WRONG[task]
     every = [pair for split in SPLITS for pair in pairs(split)]
-    # All kinds of drawn prompts are equally likely, however many prompts of a kind there are.
-    drawn: dict[str, list[Spec]] = {}
-    for split in SPLITS:
-        for spec in edit_specs("draw", split):
-            drawn.setdefault(spec["kind"], []).append(spec)
+    # Pairs as well, which given pictures show. Both kinds are equally likely, however many prompts of a kind there are.
+    drawn = [[spec for split in SPLITS for spec in drawn_specs(split, kind)] for kind in ("count", "pair")]
     texts, sources, results = [], [], []
     for i in range(number):
         if task == "draw":
-            group = drawn[sorted(drawn)[rng.integers(len(drawn))]]
+            group = drawn[rng.integers(len(drawn))]
             spec = group[rng.integers(len(group))]
             scene = to_scene(corrupt(spec, rng) if wrong[i] else spec, rng)
         else:

@@ -46,9 +46,10 @@ from trl_diffusion_opd.tiny.edits import EDIT_TASKS, edit_specs, render_edit
 
 
 STAGES = ("base", "check")
-# Rows of each task in a batch, and before training. A local edit is the hardest to learn.
-BATCH = {"draw": 14, "local": 24, "global": 10}
-ROWS = {"draw": 14_000, "local": 24_000, "global": 10_000}
+# Steps, and rows of each task in a batch, of the two phases. Edits are learned in the first one. Drawing takes longer and
+# gets most of the second one.
+PHASES = ((5000, {"draw": 14, "local": 24, "global": 10}), (1500, {"draw": 30, "local": 12, "global": 6}))
+ROWS = 1000  # that are made before training, for each row of a batch
 
 
 def _packed(pipeline: FluxKontextPipeline, rows: Rows) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -95,10 +96,12 @@ def _flow_loss(
     return F.mse_loss(velocity[:, : results.shape[1]], noise - results, reduction="none").mean(dim=(1, 2)).sum()
 
 
-def train(pipeline: FluxKontextPipeline, folder: Path, steps: int, rate: float = 1e-3, seed: int = 0) -> None:
+def train(
+    pipeline: FluxKontextPipeline, folder: Path, steps: int, batch: dict[str, int], rate: float = 1e-3, seed: int = 0
+) -> None:
     """Trains transformer and text encoders together by flow matching, in place. At the end they have averaged weights."""
-    rows = {task: edit_rows(task, ROWS[task], seed + 3) for task in EDIT_TASKS}
-    latents = {task: _packed(pipeline, rows[task]) for task in EDIT_TASKS}
+    rows = {task: edit_rows(task, ROWS * number, seed + 3) for task, number in batch.items()}
+    latents = {task: _packed(pipeline, rows[task]) for task in batch}
     generator = torch.Generator().manual_seed(seed)
     parts = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2)
     # The second encoder has one embedding table under two names.
@@ -108,14 +111,14 @@ def train(pipeline: FluxKontextPipeline, folder: Path, steps: int, rate: float =
     progress = Progress("base", steps)
     for step in range(steps):
         loss = torch.zeros(())
-        for task, number in BATCH.items():
+        for task, number in batch.items():
             sources, results = latents[task]
             index = torch.randint(len(results), (number,), generator=generator)
             empty = torch.rand(number, generator=generator) < EMPTY_CAPTIONS
             texts = ["" if no else rows[task].prompts[i] for i, no in zip(index.tolist(), empty.tolist(), strict=True)]
             given = None if sources is None else sources[index]
             loss = loss + _flow_loss(pipeline, texts, given, results[index], generator)
-        loss = loss / sum(BATCH.values())
+        loss = loss / sum(batch.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -132,11 +135,12 @@ def train(pipeline: FluxKontextPipeline, folder: Path, steps: int, rate: float =
     average.copy_to(parameters)
 
 
-def make_base(folder: Path, steps: int) -> None:
+def make_base(folder: Path) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(BASE, subfolder="vae").eval()
     pipeline = modules.edit_pipeline(vae)
-    train(pipeline, folder, steps)
+    for phase, (steps, batch) in enumerate(PHASES):
+        train(pipeline, folder, steps, batch, seed=phase)
     # Half the bytes; diffusers loads them in float32 unless it is told otherwise.
     pipeline.transformer.half()
     vae.half()
@@ -180,13 +184,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder in which edit_base/ is written")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--steps", type=int, default=5000, help="steps of the base's training")
     parser.add_argument("--num_images", type=int, default=512, help="images drawn for each task in the stage check")
     arguments = parser.parse_args()
     for stage in [name for name in STAGES if name in arguments.stages]:
         start = time.perf_counter()
         if stage == "base":
-            make_base(arguments.output_dir, arguments.steps)
+            make_base(arguments.output_dir)
         else:
             check(arguments.output_dir, arguments.num_images)
         print(f"stage {stage}: {time.perf_counter() - start:.0f} s", flush=True)

@@ -39,11 +39,10 @@ if TYPE_CHECKING:
 EDIT_TASKS = ("draw", "local", "global")
 KINDS = ("recolor", "remove", "add")
 GLOBAL_PROMPTS = ("at dusk", "make it dusk", "paint it at dusk")
-DRAWN_KINDS = ("count", "pair")
 
 # Pairs of things that the pictures of a split show. No picture of one split shows the things of another's.
 _PAIRS = {"validation": 6, "test": 14}
-# Rows of a split, by task. `draw` has all the prompts of the first world's kinds.
+# Rows of a split, by task. `draw` has all the first world's prompts with a number of things.
 _ROWS = {
     "local": {"train": 480, "validation": 60, "test": 128},
     "global": {"train": 240, "validation": 40, "test": 128},
@@ -136,11 +135,16 @@ def draw_source(spec: Spec) -> Image.Image:
     return draw(source_scene(spec), np.random.default_rng(0))
 
 
+def drawn_specs(split: str, kind: str) -> list[Spec]:
+    """The first world's specs of one kind of `compose`, as specs of `draw`."""
+    kept = [spec for spec in prompts.specs(split) if spec["task"] == "compose" and spec["kind"] == kind]
+    return [{**spec, "task": "draw"} for spec in kept]
+
+
 def edit_specs(task: str, split: str) -> list[Spec]:
     """All specs of one task in one split, in a fixed order, all different."""
     if task == "draw":
-        kept = [spec for spec in prompts.specs(split) if spec["task"] == "compose" and spec["kind"] in DRAWN_KINDS]
-        return [{**spec, "task": "draw"} for spec in kept]
+        return drawn_specs(split, "count")
     rng = np.random.default_rng([EDIT_TASKS.index(task), SPLITS.index(split)])
     chosen: dict[str, Spec] = {}
     shown = pairs(split)
