@@ -307,7 +307,7 @@ class Beyond:
         return section
 
     def edits(self) -> Section:
-        runs = ["edit-single", "edit-danceopd", "edit-all", "edit-joint"]
+        runs = ["edit-long", "edit-joint", "edit-single", "edit-danceopd", "edit-all"]
         section = Section(self.missing(runs))
         if self.edit_reference is None or not self.present(runs):
             return section
@@ -335,7 +335,7 @@ class Beyond:
             )
         for claim, run, other in (
             ("OPD has a higher {} score than joint reinforcement learning", ours, "edit-joint"),
-            ("One query a rollout has a higher {} score than all steps", ours, "edit-all"),
+            ("One query a rollout has a higher {} score than all steps", "edit-single", "edit-all"),
             ("DanceOPD's single query has a higher {} score than all steps", "edit-danceopd", "edit-all"),
         ):
             section.findings += [

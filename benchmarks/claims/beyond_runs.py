@@ -71,8 +71,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"learning_rate": 2e-3, "timestep_density": "uniform"},
     ],
 }
-# Forwards of the world that edits: what `tiny_edit`'s 300 updates cost, and its three teachers.
-EDIT_STUDENT = 33_600
+# Forwards of the world that edits: what `tiny_edit`'s 400 updates cost, about half of it for comparisons of settings, and
+# what its three teachers cost.
+EDIT_STUDENT = 72_200
+EDIT_SHORT = 33_600
 EDIT_TEACHERS = (120 + 160 + 40) * 96 * 12
 # One query of the teachers a rollout, at a step that is drawn with a preference, as DanceOPD does.
 DANCE: dict[str, Any] = {"timestep_density": [5.0, 2.0], "unbiased_timesteps": False}
@@ -179,9 +181,10 @@ def claim_runs() -> dict[str, dict[str, Run]]:
             for weight in (0.0, 1.0)
         },
         "edits": {
-            "edit-single": Run("opd", {**OPD, **few}, EDIT_STUDENT, world="edit", curve=True),
-            "edit-danceopd": Run("opd", {**OPD, **few, **DANCE}, EDIT_STUDENT, world="edit"),
-            "edit-all": Run("opd", {**OPD, **few, "num_trained_timesteps": None}, EDIT_STUDENT, world="edit"),
+            "edit-long": Run("opd", {**OPD, **few}, EDIT_STUDENT, world="edit", curve=True),
+            "edit-single": Run("opd", {**OPD, **few}, EDIT_SHORT, world="edit", curve=True),
+            "edit-danceopd": Run("opd", {**OPD, **few, **DANCE}, EDIT_SHORT, world="edit"),
+            "edit-all": Run("opd", {**OPD, **few, "num_trained_timesteps": None}, EDIT_SHORT, world="edit"),
             "edit-joint": Run("grpo", JOINT, EDIT_TEACHERS + EDIT_STUDENT, world="edit", curve=True),
         },
         "own_teacher": {

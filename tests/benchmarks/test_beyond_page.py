@@ -97,13 +97,13 @@ class TestPage:
         models = {"base": (0.2, 0.4, 0.0), **dict.fromkeys(EDIT_TASKS, (0.6, 0.8, 1.0))}
         of_edit = {name: [measured(scores, tasks=EDIT_TASKS)] for name, scores in models.items()}
         own = {"run": "edit-reference", "seed": 0, "measured": {"edit": of_edit}}
-        good = [result("edit-single", seed, (0.58, 0.78, 0.97), tasks=EDIT_TASKS) for seed in (0, 1, 2)]
+        good = [result("edit-long", seed, (0.58, 0.78, 0.97), tasks=EDIT_TASKS) for seed in (0, 1, 2)]
         joint = [result("edit-joint", seed, (0.3, 0.5, 0.9), tasks=EDIT_TASKS) for seed in (0, 1, 2)]
         text = page(tmp_path / "results", tmp_path, own, *good, *joint)
         assert "0.90 of every teacher's gain and 0.95 in the mean: holds here**; lowest 0.950" in text
         assert "OPD has a higher worst score than joint reinforcement learning: holds here" in text
         assert "One query a rollout has a higher worst score than all steps: not measured" in text
-        text = page(tmp_path / "worse", tmp_path, own, *[{**one, "run": "edit-single"} for one in joint])
+        text = page(tmp_path / "worse", tmp_path, own, *[{**one, "run": "edit-long"} for one in joint])
         assert "0.90 of every teacher's gain and 0.95 in the mean: does not hold here**; lowest 0.250" in text
 
     def test_the_committed_page_is_the_one_of_the_committed_results(self, tmp_path):
