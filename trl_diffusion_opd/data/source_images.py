@@ -136,7 +136,8 @@ def picture_numbers(dataset: Dataset, rows: np.ndarray | Sequence[int]) -> list[
 
 def source_image_problems(dataset: Dataset, column: str, name: str) -> list[str]:
     """
-    Says what is wrong with a dataset's pictures, one sentence each: of a kind that is none, missing, or broken.
+    Says what is wrong with a dataset's pictures, one sentence each: no such column, of a kind that is none, missing, or
+    broken.
 
     Args:
         dataset ([`~datasets.Dataset`]), name (`str`): as [`plain_source_images`] returned it, and how messages call it.
@@ -147,13 +148,17 @@ def source_image_problems(dataset: Dataset, column: str, name: str) -> list[str]
             f"{name} has the columns {column!r} and {SOURCE_IMAGES!r}. Remove the one that is not meant "
             "(source_images_column names the pictures)."
         ]
-    if column not in dataset.column_names and SOURCE_IMAGES not in dataset.column_names:
-        return []
     if not has_source_images(dataset):
-        of = column if column in dataset.column_names else SOURCE_IMAGES
+        if column in dataset.column_names:
+            return [
+                f"{name}: column {column!r} holds {shown(dataset.features[column], 80)}, but each row of it must have a "
+                "picture or a list of pictures: datasets.Image, names of files, or bytes."
+            ]
+        if column == SOURCE_IMAGES:  # none are needed; who names a column means one that is there
+            return []
         return [
-            f"{name}: column {column!r} holds {shown(dataset.features[of], 80)}, but each row of it must have a picture "
-            "or a list of pictures: datasets.Image, names of files, or bytes."
+            f"{name} has no column {column!r}, which source_images_column names; it has "
+            f"{shown(dataset.column_names, 200)}."
         ]
     rows = range(len(dataset))
     step = max(1, sum(picture_numbers(dataset, rows)) // MOST_DECODED)
