@@ -129,9 +129,25 @@ def _content(picture: Mapping[str, Any]) -> bytes:
     return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
 
 
+def _opened(picture: Mapping[str, Any]) -> PIL.Image.Image:
+    """A picture of which only the beginning is read."""
+    return PIL.Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"])
+
+
+def _pixels(picture: Mapping[str, Any]) -> int:
+    with _opened(picture) as image:
+        return image.width * image.height
+
+
 def picture_numbers(dataset: Dataset, rows: np.ndarray | Sequence[int]) -> list[int]:
     """How many pictures each row has."""
     return [len(pictures) for pictures in encoded_rows(dataset, rows)]
+
+
+def most_pictured(dataset: Dataset, rows: Sequence[int]) -> int:
+    """The first row with the most pictures; among rows with as many, that with the most pixels. None is decoded."""
+    sizes = [(len(pictures), sum(map(_pixels, pictures))) for pictures in encoded_rows(dataset, rows)]
+    return rows[sizes.index(max(sizes))]
 
 
 def source_image_problems(dataset: Dataset, column: str, name: str) -> list[str]:
@@ -184,9 +200,7 @@ def _problem_of(pictures: Sequence[Mapping[str, Any]], whole: bool) -> str | Non
             return f"{where} is empty. Leave it out of the row's list."
         file = f" {shown(Path(picture['path']).name, 80)!r}" if picture["bytes"] is None else ""
         try:
-            with PIL.Image.open(
-                io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"]
-            ) as image:
+            with _opened(picture) as image:
                 if whole:
                     image.load()
         except FileNotFoundError:
