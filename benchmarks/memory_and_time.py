@@ -45,6 +45,8 @@ UPDATES = 1000
 MFU = (0.45, 0.15)
 # The config whose time was measured, a sample and trained step at a time.
 MEASURED = "sd35_80gb"
+# Of the paper's LoRA, as the student and, where nothing else is said, the teachers have it.
+RANK = 32
 COST = Path(__file__).parents[1] / "docs" / "source" / "results" / "gpu" / "cost.json"
 
 
@@ -80,6 +82,22 @@ CONFIGS = {
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """
+    A recipe whose memory no config tells: its model, its card, and the rank of its teachers, whose LoRAs are counted on the
+    student's layers.
+    """
+
+    model: str
+    card: str
+    teacher_rank: int
+
+
+# The rank is that of the command with which the authors of the teachers trained.
+RECIPES = {"flux1_kontext_styles": Recipe("FLUX.1 Kontext", "80gb", teacher_rank=256)}
+
+
 def settings(config: str) -> dict[str, Any]:
     """What the estimate needs to know of a config."""
     script, args = parse(opd.ARGUMENTS, ["--config", config, "--use_cpu", "true"])
@@ -96,7 +114,7 @@ def settings(config: str) -> dict[str, Any]:
         "precision": "4-bit" if script.load_in_4bit else "8-bit" if script.torchao_quant_type else args.dtype,
         "batch": args.per_device_train_batch_size,
         "samples": args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        "steps": args.num_inference_steps - skipped,
+        "steps": args.num_trained_timesteps or args.num_inference_steps - skipped,
         "guidance_scale": args.guidance_scale,
         "teachers": scales,
         "checkpointing": args.gradient_checkpointing,
@@ -105,10 +123,10 @@ def settings(config: str) -> dict[str, Any]:
     }
 
 
-def memory(run: Mapping[str, Any], counted: Mapping[str, Any]) -> dict[str, float]:
+def memory(run: Mapping[str, Any], counted: Mapping[str, Any], teacher_rank: int = RANK) -> dict[str, float]:
     """Bytes on the GPU by part, then `train` (at the student's backward) and `encode` (while prompts are encoded)."""
     lora, others = counted["lora"], counted["others"]
-    teachers = sum(map(len, run["teachers"]))
+    teachers = sum(map(len, run["teachers"])) * teacher_rank // RANK
     encoders = sum(paper.BF16 * n for name, n in others.items() if name != "VAE")
     parts = {
         "base": counted["base_bytes"],
@@ -158,7 +176,29 @@ def compute(counts: Mapping[str, Any]) -> dict[str, Any]:
                 "seconds": {str(mfu): work / (card.rate * mfu) for mfu in MFU},
             }
         )
-    return {"mfu": list(MFU), "updates": UPDATES, "counts": dict(counts), "rows": rows, "measured": measured()}
+    return {
+        "mfu": list(MFU),
+        "updates": UPDATES,
+        "counts": dict(counts),
+        "rows": rows,
+        "measured": measured(),
+        "recipes": [recipe_row(name, recipe, counts[name]) for name, recipe in RECIPES.items()],
+    }
+
+
+def recipe_row(name: str, recipe: Recipe, counted: Mapping[str, Any]) -> dict[str, Any]:
+    """The memory of a recipe. It has no hours: it does not train all steps."""
+    run, card = settings(name), CARDS[recipe.card]
+    sizes = memory(run, counted, recipe.teacher_rank)
+    return {
+        "recipe": name,
+        "model": recipe.model,
+        **run,
+        "card": card.name,
+        "card_bytes": card.memory,
+        "memory": sizes,
+        "peak": max(sizes["train"], sizes["encode"]),
+    }
 
 
 def measured() -> dict[str, float]:
@@ -172,16 +212,10 @@ def measured() -> dict[str, float]:
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
     """The page's tables, by the names of its markers."""
     target, low = (str(mfu) for mfu in result["mfu"])
+    sizes = ["model", "card", "size", "precision", "batch", "samples an update", "GB training", "GB encoding prompts"]
     header = [
         "config",
-        "model",
-        "card",
-        "size",
-        "precision",
-        "batch",
-        "samples an update",
-        "GB training",
-        "GB encoding prompts",
+        *sizes,
         f"s an update at {float(target):.0%}",
         f"hours for {result['updates']:,} updates at {float(target):.0%}",
         f"at {float(low):.0%}",
@@ -191,14 +225,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
     def cells(row: Mapping[str, Any], seconds: Mapping[str, float], source: str) -> list[str]:
         hours = [seconds[mfu] * result["updates"] / 3600 if mfu in seconds else None for mfu in (target, low)]
         return [
-            f"`{row['config']}`",
-            row["model"],
-            f"{row['card']}, {row['card_bytes'] / 1e9:.0f} GB",
-            f"{row['width']} x {row['height']}",
-            {"bfloat16": "bf16"}.get(row["precision"], row["precision"]),
-            str(row["batch"]),
-            str(row["samples"]),
-            *(gb(row["memory"][moment]) for moment in ("train", "encode")),
+            *size_cells(row["config"], row),
             *("" if n is None else f"{n:.1f}" for n in (seconds[target], *hours)),
             source,
         ]
@@ -211,7 +238,26 @@ def tables(result: Mapping[str, Any]) -> dict[str, str]:
         for cell in rows[:-1]
     ]
     names = ["config", "model", "card", "size", "precision", "GB", f"hours for {result['updates']:,} updates"]
-    return {"runs": table(header, rows), "short": table(names, short)}
+    of_recipes = [size_cells(row["recipe"], row) for row in result["recipes"]]
+    return {
+        "runs": table(header, rows),
+        "short": table(names, short),
+        "recipes": table(["recipe", *sizes], of_recipes),
+    }
+
+
+def size_cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    """What a row of a table says of a run, as far as its memory."""
+    return [
+        f"`{name}`",
+        row["model"],
+        f"{row['card']}, {row['card_bytes'] / 1e9:.0f} GB",
+        f"{row['width']} x {row['height']}",
+        {"bfloat16": "bf16"}.get(row["precision"], row["precision"]),
+        str(row["batch"]),
+        str(row["samples"]),
+        *(gb(row["memory"][moment]) for moment in ("train", "encode")),
+    ]
 
 
 def main() -> None:
@@ -221,7 +267,7 @@ def main() -> None:
     parser.add_argument("--counts", type=Path, help="an earlier result, whose counts are taken")
     args = parser.parse_args()
     counts = {} if args.counts is None else json.loads(args.counts.read_text())["counts"]
-    for config, model in CONFIGS.items():
+    for config, model in {**CONFIGS, **{name: recipe.model for name, recipe in RECIPES.items()}}.items():
         if config not in counts:
             from memory_and_time_shapes import count
 

@@ -52,6 +52,16 @@ def klein_inputs(rows: int, side: int, tokens: int) -> dict[str, Any]:
     }
 
 
+def kontext_inputs(rows: int, side: int, tokens: int) -> dict[str, Any]:
+    """FLUX.1's, with a source picture beside each image, which the pipeline brings to a million pixels."""
+    image, picture = (shapes.flux_inputs(rows, of_one, tokens) for of_one in (side, 1024))
+    return {
+        **image,
+        "hidden_states": torch.cat([image["hidden_states"], picture["hidden_states"]], dim=1),
+        "img_ids": torch.cat([image["img_ids"], picture["img_ids"]]),
+    }
+
+
 def wan_inputs(rows: int, side: int, tokens: int) -> dict[str, Any]:
     """A single frame of the height `side` and of 832 px width."""
     return {
@@ -126,6 +136,7 @@ MODELS: dict[str, Released] = {
         inputs=klein_inputs,
         others={"Qwen3-4B": _qwen3_4b, "VAE": AutoencoderKLFlux2},
     ),
+    "FLUX.1 Kontext": dataclasses.replace(shapes.MODELS["FLUX.1-dev"], sizes=(1024,), inputs=kontext_inputs),
     "SDXL": Released(
         UNet2DConditionModel,
         dict(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.edit_families import EDIT_FAMILIES, picture
 from helpers.tiny_sd3 import make_transformer
 from torch import nn
 
@@ -65,6 +66,38 @@ def test_a_config_fits_its_card(config):
     row = ROWS[config]
     assert row["peak"] <= (1 - paper.RESERVE) * row["card_bytes"]
     assert row["peak"] == max(row["memory"]["train"], row["memory"]["encode"])
+
+
+@pytest.mark.parametrize("row", RESULT["recipes"], ids=lambda row: row["recipe"])
+def test_a_recipe_fits_its_card_and_says_what_it_takes(row):
+    assert row["peak"] <= (1 - paper.RESERVE) * row["card_bytes"]
+    text = (ROOT / "trl_diffusion_opd" / "recipes" / f"{row['recipe']}.yaml").read_text()
+    assert f"# Memory: about {row['peak'] / 1e9:.0f} GB, on one GPU of {row['card_bytes'] / 1e9:.0f} GB" in text
+
+
+def test_a_picture_has_as_many_tokens_as_the_image():
+    (row,) = (row for row in RESULT["recipes"] if row["recipe"] == "flux1_kontext_styles")
+    plain = ROWS["flux1_dev_48gb"]  # the same network and batch
+    assert (row["batch"], row["height"], row["precision"]) == (plain["batch"], plain["height"], plain["precision"])
+    tokens = (2 * 4096 + 512) / (4096 + 512)
+    assert row["memory"]["activations"] == pytest.approx(tokens * plain["memory"]["activations"], rel=0.05)
+    # Two teachers of rank 256 in bfloat16 beside the student's LoRA of rank 32 in float32.
+    lora = RESULT["counts"]["flux1_kontext_styles"]["lora"]
+    assert row["memory"]["adapters"] == 4 * lora + 2 * 2 * 8 * lora
+
+
+def test_inputs_are_those_of_the_pipeline():
+    """Their names, and the tokens of the picture behind those of the image, with ids of their own."""
+    family, seen = EDIT_FAMILIES["flux_kontext"].family, {}
+    pipeline = family.build()
+    pipeline.transformer.forward = lambda **inputs: seen.update(inputs) or (inputs["hidden_states"],)
+    pipeline(**family.call_kwargs(1.0, ("a",)), image=picture(1), num_inference_steps=1, output_type="latent")
+    ours = shapes.kontext_inputs(1, 1024, 512)
+    assert ours.keys() == seen.keys() - {"joint_attention_kwargs", "return_dict"}
+    for inputs in (ours, seen):
+        assert inputs["hidden_states"].shape[1] == inputs["img_ids"].shape[0]
+    assert ours["hidden_states"].shape == (1, 2 * 4096, 64)
+    assert all(ours[name].ndim == seen[name].ndim for name in ours)
 
 
 @pytest.mark.parametrize("config", script.CONFIGS)

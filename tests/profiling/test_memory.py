@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import grpo_fixtures, nft_fixtures
+from helpers.edit_families import EDIT_FAMILIES, picture
+from helpers.family_fixtures import family_trainer
 from helpers.opd_fixtures import make_trainer, measured
 from helpers.sft_fixtures import sft_trainer
 from helpers.tiny_sd3 import make_pipeline, make_transformer
@@ -25,6 +28,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trl_diffusion_opd import estimate_memory
+from trl_diffusion_opd.data.pictured_prompt import with_pictures
 from trl_diffusion_opd.models.student import default_lora_config
 from trl_diffusion_opd.profiling.memory import step_bytes
 from trl_diffusion_opd.trainer.memory_estimate import activation_bytes, optimizer_bytes
@@ -112,6 +116,30 @@ def test_activations_are_those_of_a_real_pass(batch, scale, checkpointing, dtype
         trainer.model.activation_checkpointing_enable()
     # The pipeline's own small tensors come on top.
     assert estimate == pytest.approx(measured(trainer, ["count0"] * batch), rel=0.05)
+
+
+def edit_trainer(folder, name, *rows):
+    """A trainer of two rows at a time, each a prompt with its pictures."""
+    dataset = Dataset.from_list([{"prompt": prompt, "source_images": pictures} for prompt, pictures in rows])
+    options = dict(train_dataset=dataset, per_device_train_batch_size=2)
+    return family_trainer(EDIT_FAMILIES[name].family, folder, "base", **options)
+
+
+# The pictures of a batch are asked together, and one by one.
+@pytest.mark.parametrize("name", ["flux_kontext", "flux2_klein"])
+def test_pictures_are_counted(name, tmp_path):
+    words, one = "a red cat left of two dogs", picture(1)
+    trainer = edit_trainer(tmp_path, name, (words, []), ("a dog", [one]), ("a cat", [picture(2, 64, 32)]))
+    estimate = activation_bytes(trainer, "cpu")
+    # The longest prompt with the largest picture, though it has none itself.
+    assert estimate == pytest.approx(measured(trainer, [with_pictures(words, [one])] * 2), rel=0.05)
+    assert estimate > 2 * activation_bytes(edit_trainer(tmp_path, name, (words, [])), "cpu")
+
+
+def test_more_pictures_take_more(tmp_path):
+    one, two = (edit_trainer(tmp_path, "flux2_klein", ("a", [picture(i) for i in range(n)])) for n in (1, 2))
+    estimates = [estimate_memory(trainer)["activations"]["bytes"] for trainer in (one, two)]
+    assert estimates[1] > 1.5 * estimates[0]
 
 
 @pytest.mark.slow

@@ -35,7 +35,9 @@ from trl_diffusion_opd.evaluation import evaluate_retention, measure
 from trl_diffusion_opd.evaluation import run as evaluation_run
 from trl_diffusion_opd.pipelines.loading import load_pipeline
 from trl_diffusion_opd.reporting import plots
+from trl_diffusion_opd.scripts import evaluate
 from trl_diffusion_opd.scripts.evaluate import student_folder, where
+from trl_diffusion_opd.scripts.parser import parse
 from trl_diffusion_opd.scripts.refusals import FAILED
 
 
@@ -237,6 +239,21 @@ def test_with_a_config_file(monkeypatch, capsys, models):
     assert report["num_images"] == 1 and list(report["tasks"]) == ["lines", "text"]
     assert report["tasks"]["text"]["base"] is None  # nobody answered, which is no 0
     assert "student" in report["scores"]
+
+
+@pytest.mark.parametrize("source", ["edit=rows/edits.jsonl", "rows/edits.jsonl"])
+def test_a_column_of_pictures(monkeypatch, models, source):
+    Path("rows").mkdir()
+    row = {"prompt": "make it blue", "task": "edit", "before": ["a.png"]}
+    Path("rows", "edits.jsonl").write_text(json.dumps(row))
+    given = []
+    monkeypatch.setattr(evaluate, "evaluate_retention", lambda *args, **options: given.append((args, options)))
+    settings = {"teachers": ["edit=base"], "reward_funcs": ["edit=helpers.stub_reward:redness"]}
+    words = command_line(settings_of(models, dataset=[source], source_images_column="before", **settings))
+    evaluate.main(*parse(evaluate.ARGUMENTS, words))
+    ((args, options),) = given
+    # The file is beside the one that names it.
+    assert args[-1][0]["before"] == ["rows/a.png"] and options["source_images_column"] == "before"
 
 
 REFUSED = {

@@ -18,6 +18,7 @@ and in the files that the recipe gives.
 """
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,6 +28,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
+from helpers.edit_families import EDIT_FAMILIES, picture
 from helpers.families import FAMILIES, flux2_klein
 from helpers.families_experts import save_pair, wan_2_2
 from helpers.loopback_hub import LoopbackHub
@@ -46,14 +48,20 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Recipe(NamedTuple):
-    """`base` makes the stand-in; `teachers` is the form of their files; `options` make the run small."""
+    """
+    `base` makes the stand-in; `teachers` is the form of their files; `options` make the run small; `edits` says whether its
+    rows have pictures.
+    """
 
     base: Callable[[], DiffusionPipeline]
     teachers: Literal["peft", "diffusers", "pair"]
     options: tuple[str, ...] = ()
+    edits: bool = False
 
 
 TEXT = ("--max_sequence_length", "16")
+# FLUX.1 Kontext would draw, and bring pictures to, a million pixels.
+FEW_PIXELS = '{"guidance_scale": 2.5, "max_area": 256, "_auto_resize": false}'
 RECIPES = {
     "sd35_diffusionopd": Recipe(FAMILIES["sd3"].build, "peft", TEXT),
     "sd35_without_guidance": Recipe(FAMILIES["sd3"].build, "peft", TEXT),
@@ -61,6 +69,9 @@ RECIPES = {
         lambda: flux2_klein(is_distilled=True),
         "diffusers",
         (*TEXT, "--generation_kwargs", '{"text_encoder_out_layers": [1, 2, 3]}'),
+    ),
+    "flux1_kontext_styles": Recipe(
+        EDIT_FAMILIES["flux_kontext"].family.build, "diffusers", (*TEXT, "--generation_kwargs", FEW_PIXELS), edits=True
     ),
     "qwen_image_styles": Recipe(FAMILIES["qwen_image"].build, "diffusers", TEXT),
     "sdxl_preference_and_pixels": Recipe(NOISE_FAMILIES["sdxl"].build, "diffusers"),
@@ -96,12 +107,14 @@ def publish_teacher(hub: LoopbackHub, pipeline: DiffusionPipeline, spec: str, fo
     hub.add_folder(f"{owner}/{repository}", folder, "/".join(inside))
 
 
-def write_prompts(of_task: dict[str, str]) -> None:
+def write_prompts(of_task: dict[str, str], edits: bool = False) -> None:
     for task, path in of_task.items():
         Path(path).parent.mkdir(exist_ok=True)
-        lines = [f"{task} cat", f"{task} dog"]
-        if path.endswith(".jsonl"):
-            lines = [f'{{"prompt": "{line}", "task": "{task}"}}' for line in lines]
+        rows = [{"prompt": f"{task} {animal}", "task": task} for animal in ("cat", "dog")]
+        if edits:
+            picture(1).save(Path(path).with_name("1.png"))
+            rows = [{**row, "source_images": ["1.png"]} for row in rows]
+        lines = [json.dumps(row) if path.endswith(".jsonl") else row["prompt"] for row in rows]
         Path(path).write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -128,7 +141,7 @@ def test_a_dry_run(
     hub.add_folder(given["model_name_or_path"], tmp_path / "base")
     for task, spec in given["teachers"].items():
         publish_teacher(hub, pipeline, spec, recipe.teachers, tmp_path / task)
-    write_prompts(given["prompts"])
+    write_prompts(given["prompts"], recipe.edits)
     options = [*SMALL, *recipe.options, "--gradient_accumulation_steps", str(len(given["teachers"]))]
     assert main(["opd", "--config", name, "--dry_run", *options], may_launch=False) == 0
     assert "does not differ from the base" not in caplog.text

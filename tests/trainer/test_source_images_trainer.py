@@ -16,6 +16,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from PIL import Image
 
 from trl_diffusion_opd import DiffusionOPDTrainer, evaluate_retention
 from trl_diffusion_opd.algorithms.rollout import sample_generators
-from trl_diffusion_opd.data.pictured_prompt import with_pictures
+from trl_diffusion_opd.data.pictured_prompt import SOURCE_IMAGES, with_pictures
 from trl_diffusion_opd.data.source_images import has_source_images, plain_source_images
+from trl_diffusion_opd.evaluation import rehearse_report, report_problems
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 from trl_diffusion_opd.scripts.prompt_sources import load_prompts
 from trl_diffusion_opd.trainer import training_pictures
@@ -172,13 +174,14 @@ def test_an_update_of_other_families(name: str, tmp_path: Path) -> None:
     check_loaded(trainer, edit)
 
 
-def test_rows_of_a_file_are_evaluated(teachers: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("column", [SOURCE_IMAGES, "before"])
+def test_rows_of_a_file_are_evaluated(column: str, teachers: Any, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     for i in range(2):
         picture(i).save(tmp_path / "pictures" / f"{i}.png")
-    lines = [{"prompt": PROMPT, "source_images": [f"pictures/{i}.png"]} for i in range(2)]
+    lines = [{"prompt": PROMPT, column: [f"pictures/{i}.png"]} for i in range(2)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    dataset = load_prompts("prompts", [f"edit={tmp_path / 'rows.jsonl'}"], "task")
+    dataset = load_prompts("prompts", [f"edit={tmp_path / 'rows.jsonl'}"], "task", pictures_column=column)
     seen: list[Any] = []
     report = evaluate_retention(
         KLEIN.family.build(),
@@ -189,6 +192,7 @@ def test_rows_of_a_file_are_evaluated(teachers: Any, tmp_path: Path) -> None:
         num_inference_steps=STEPS,
         guidance_scale=1.0,
         output_dir=tmp_path / "report",
+        source_images_column=column,
         **KLEIN.family.kwargs,
     )
     assert report is not None and set(report["tasks"]) == {"edit"}
@@ -197,6 +201,47 @@ def test_rows_of_a_file_are_evaluated(teachers: Any, tmp_path: Path) -> None:
         source = Image.open(tmp_path / "report" / "sources" / f"edit_{i}.png")
         assert np.array_equal(np.asarray(source), np.asarray(picture(i))) and f'src="sources/edit_{i}.png"' in page
     assert all(np.array_equal(np.asarray(one[0]), np.asarray(picture(i % 2))) for i, one in enumerate(seen[-2:]))
+
+
+def test_a_report_at_the_end_is_rehearsed_with_pictures(tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "a.png")
+    dataset = of(prompt=[PROMPT], task=["edit"], before=[[str(tmp_path / "a.png")]])
+    seen: list[Any] = []
+    rewards = {"edit": [kept_pictures(seen)]}
+
+    def problems(column: str) -> list[str]:
+        return report_problems(["edit"], rewards, dataset, "task", "--test_prompts", column)
+
+    def rehearse(family: Any) -> None:
+        pipeline, options = family.build(), dict(task_column="task", seed=0, guidance_scale=1.0)
+        field = VelocityField(pipeline, num_inference_steps=STEPS, **family.kwargs)
+        rehearse_report(field, pipeline.transformer, rewards, dataset, source_images_column="before", **options)
+
+    assert problems("before") == []
+    rehearse(KLEIN.family)
+    assert seen and all(np.array_equal(np.asarray(source), np.asarray(picture(1))) for (source,) in seen)
+    with pytest.raises(ValueError, match="(?s)The report at the end would fail.*StableDiffusion3Pipeline takes none"):
+        rehearse(FAMILIES["sd3"])
+    assert "--test_prompts has no column 'befor', which source_images_column names" in problems("befor")[0]
+    (tmp_path / "a.png").unlink()
+    assert "--test_prompts, column 'before', row 0: the picture: there is no file 'a.png'." in problems("before")[0]
+
+
+def test_a_column_of_another_name(tmp_path: Path) -> None:
+    dataset, seen = Dataset.from_list(rows()).rename_column(SOURCE_IMAGES, "before"), []
+    options = dict(eval_dataset=dataset, reward_funcs=kept_pictures(seen), source_images_column="before")
+    make_trainer(tmp_path, "base", train_dataset=dataset, **options).evaluate()
+    assert sorted(map(len, seen)) == [0, 1, 2]
+
+
+def test_a_column_that_is_not_there(tmp_path: Path) -> None:
+    dataset = of(prompt=["a"], source_images=[[picture(1)]])
+    message = "dataset has no column 'before', which source_images_column names; it has ['prompt', 'source_images']."
+    assert f"train_{message}" in refusal(tmp_path, dataset, KLEIN.family, source_images_column="before")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate_retention(
+            KLEIN.family.build(), "base", "base", kept_pictures([]), dataset, source_images_column="before"
+        )
 
 
 FORMS = {

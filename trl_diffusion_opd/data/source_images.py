@@ -129,14 +129,31 @@ def _content(picture: Mapping[str, Any]) -> bytes:
     return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
 
 
+def _opened(picture: Mapping[str, Any]) -> PIL.Image.Image:
+    """A picture of which only the beginning is read."""
+    return PIL.Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"])
+
+
+def _pixels(picture: Mapping[str, Any]) -> int:
+    with _opened(picture) as image:
+        return image.width * image.height
+
+
 def picture_numbers(dataset: Dataset, rows: np.ndarray | Sequence[int]) -> list[int]:
     """How many pictures each row has."""
     return [len(pictures) for pictures in encoded_rows(dataset, rows)]
 
 
+def most_pictured(dataset: Dataset, rows: Sequence[int]) -> int:
+    """The first row with the most pictures; among rows with as many, that with the most pixels. None is decoded."""
+    sizes = [(len(pictures), sum(map(_pixels, pictures))) for pictures in encoded_rows(dataset, rows)]
+    return rows[sizes.index(max(sizes))]
+
+
 def source_image_problems(dataset: Dataset, column: str, name: str) -> list[str]:
     """
-    Says what is wrong with a dataset's pictures, one sentence each: of a kind that is none, missing, or broken.
+    Says what is wrong with a dataset's pictures, one sentence each: no such column, of a kind that is none, missing, or
+    broken.
 
     Args:
         dataset ([`~datasets.Dataset`]), name (`str`): as [`plain_source_images`] returned it, and how messages call it.
@@ -147,13 +164,17 @@ def source_image_problems(dataset: Dataset, column: str, name: str) -> list[str]
             f"{name} has the columns {column!r} and {SOURCE_IMAGES!r}. Remove the one that is not meant "
             "(source_images_column names the pictures)."
         ]
-    if column not in dataset.column_names and SOURCE_IMAGES not in dataset.column_names:
-        return []
     if not has_source_images(dataset):
-        of = column if column in dataset.column_names else SOURCE_IMAGES
+        if column in dataset.column_names:
+            return [
+                f"{name}: column {column!r} holds {shown(dataset.features[column], 80)}, but each row of it must have a "
+                "picture or a list of pictures: datasets.Image, names of files, or bytes."
+            ]
+        if column == SOURCE_IMAGES:  # none are needed; who names a column means one that is there
+            return []
         return [
-            f"{name}: column {column!r} holds {shown(dataset.features[of], 80)}, but each row of it must have a picture "
-            "or a list of pictures: datasets.Image, names of files, or bytes."
+            f"{name} has no column {column!r}, which source_images_column names; it has "
+            f"{shown(dataset.column_names, 200)}."
         ]
     rows = range(len(dataset))
     step = max(1, sum(picture_numbers(dataset, rows)) // MOST_DECODED)
@@ -179,9 +200,7 @@ def _problem_of(pictures: Sequence[Mapping[str, Any]], whole: bool) -> str | Non
             return f"{where} is empty. Leave it out of the row's list."
         file = f" {shown(Path(picture['path']).name, 80)!r}" if picture["bytes"] is None else ""
         try:
-            with PIL.Image.open(
-                io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"]
-            ) as image:
+            with _opened(picture) as image:
                 if whole:
                     image.load()
         except FileNotFoundError:

@@ -19,10 +19,13 @@ from collections.abc import Collection, Mapping, Sequence
 from datasets import Dataset
 from torch import nn
 
+from ..data.pictured_prompt import SOURCE_IMAGES
 from ..data.readers import Readers
+from ..data.source_images import plain_source_images, source_image_problems
 from ..data.tasks import dataset_problems, task_rows
 from ..pipelines.drawing import draw_images
 from ..pipelines.images import Picture
+from ..pipelines.picture_checks import picture_problems
 from ..pipelines.velocity import VelocityField
 from ..problems import Problems, Refusal
 from ..rewards import RewardFunc, reward_data_problems, reward_name
@@ -36,6 +39,7 @@ def report_problems(
     dataset: Dataset,
     task_column: str,
     name: str,
+    source_images_column: str = SOURCE_IMAGES,
 ) -> list[str]:
     """
     Lists the problems of a report on held-out prompts, a sentence each.
@@ -44,10 +48,13 @@ def report_problems(
         teachers (`dict`), reward_funcs (`dict`): teachers and reward functions by task. Further tasks are ignored.
         dataset ([`~datasets.Dataset`]), task_column (`str`), name (`str`): the prompts, the column of their tasks, and
             the dataset's name in messages.
+        source_images_column (`str`, *optional*, defaults to `"source_images"`): the column of their pictures.
     """
     problems = dataset_problems(dataset, task_column, name)
     if problems:
         return problems
+    dataset = plain_source_images(dataset, source_images_column)
+    problems += source_image_problems(dataset, source_images_column, name)
     rows = task_rows(dataset, task_column)
     untaught = [task for task in rows if task not in teachers]
     unscored = [task for task in rows if not reward_funcs.get(task)]
@@ -70,6 +77,7 @@ def rehearse_report(
     seed: int,
     guidance_scale: float,
     reward_timeout: float | None = None,
+    source_images_column: str = SOURCE_IMAGES,
 ) -> None:
     """
     Draws an image for the first prompt of each task with the untrained student, and has every reward score it, twice
@@ -81,12 +89,18 @@ def rehearse_report(
         reward_funcs (`dict`): reward functions by task.
         dataset ([`~datasets.Dataset`]), task_column (`str`): the report's prompts, and the column of their tasks.
         seed (`int`), guidance_scale (`float`), reward_timeout (`float`, *optional*): as in the report.
+        source_images_column (`str`, *optional*, defaults to `"source_images"`): the column of the prompts' pictures.
 
     Raises:
-        [`ValueError`]: if a reward can't score an image, with its error as the cause.
+        [`ValueError`]: if a reward can't score an image, with its error as the cause, or if the pipeline can't use the
+            pictures.
     """
+    dataset = plain_source_images(dataset, source_images_column)
+    of_tasks = task_rows(dataset, task_column)
+    problems = Problems(picture_problems(field, dataset, of_tasks, "The report's dataset"))
+    problems.raise_under("The report at the end would fail")
     every = {reward_name(function): function for of_task in reward_funcs.values() for function in of_task}
-    for index, (task, rows) in enumerate(task_rows(dataset, task_column).items()):
+    for index, (task, rows) in enumerate(of_tasks.items()):
         row = dataset[int(rows[0])]
         prompts = Readers().texts(task, [row]).prompt
         ((_, image),) = draw_images(

@@ -32,8 +32,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from ..acceleration.offload import Offload
 from ..acceleration.processes import failing_together, world_problems
 from ..acceleration.quantization import QuantizationConfig
+from ..data.pictured_prompt import SOURCE_IMAGES
 from ..data.readers import Readers, teacher_prompt_problems, template_problems
-from ..data.source_images import SOURCE_IMAGES, plain_source_images, source_image_problems
+from ..data.source_images import plain_source_images, source_image_problems
 from ..data.tasks import dataset_problems, plain_dataset, task_rows
 from ..guards.files import JSON
 from ..models.backbone import Backbone
@@ -88,6 +89,7 @@ def evaluate_retention(
     quantization_config: QuantizationConfig = None,
     model_init_kwargs: dict[str, JSON] | None = None,
     task_column: str = "task",
+    source_images_column: str = SOURCE_IMAGES,
     cross_task_rewards: bool = True,
     batch_size: int = 32,
     seed: int = 0,
@@ -122,7 +124,8 @@ def evaluate_retention(
         reward_funcs (name, function, `list` or `dict` from task to any of them):
             Rewards of each task.
         dataset ([`~datasets.Dataset`]):
-            Held-out prompts: columns `prompt` and `task`. Other columns are passed to the reward functions.
+            Held-out prompts: columns `prompt` and `task`, for pipelines that edit `source_images`. Other columns are
+            passed to the reward functions.
         num_images (`int`, *optional*):
             Images a task. By default one a prompt, and at most 512. If a task has fewer prompts, they are repeated
             with new noise.
@@ -150,6 +153,9 @@ def evaluate_retention(
             those of the training.
         task_column (`str`, *optional*, defaults to `"task"`):
             Column that names the task.
+        source_images_column (`str`, *optional*, defaults to `"source_images"`):
+            Column with the pictures that a prompt is about, as in [`DiffusionOPDConfig`]. Rewards get it as
+            `source_images`.
         cross_task_rewards (`bool`, *optional*, defaults to `True`):
             Whether rewards also score the images of other tasks. They must return `None` for rows that they do not
             apply to, as the rewards of this package do. Columns without a value in a row are `None`.
@@ -184,8 +190,8 @@ def evaluate_retention(
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     named = students if isinstance(students, Mapping) else {"student": students}
     if isinstance(dataset, Dataset):
-        dataset = plain_source_images(plain_dataset(dataset, task_column))
-    problems = _dataset_problems(dataset, task_column)
+        dataset = plain_source_images(plain_dataset(dataset, task_column), source_images_column)
+    problems = _dataset_problems(dataset, task_column, source_images_column)
     rows = {} if problems else task_rows(dataset, task_column)
     options = Options(batch_size, seed, num_samples, keep_images, reward_timeout)
     problems += _option_problems(options, num_images, pipeline, dtype, quantization_config, model_init_kwargs, named)
@@ -311,10 +317,10 @@ def _depends(field: VelocityField, chosen: Mapping[str, Any]) -> dict[str, objec
     }
 
 
-def _dataset_problems(dataset: object, task_column: str) -> Problems:
+def _dataset_problems(dataset: object, task_column: str, source_images_column: str) -> Problems:
     if isinstance(dataset, Dataset):
         found = dataset_problems(dataset, task_column, "dataset")
-        return Problems(found + source_image_problems(dataset, SOURCE_IMAGES, "dataset"))
+        return Problems(found + source_image_problems(dataset, source_images_column, "dataset"))
     kind = type(dataset).__name__
     return Problems([f"dataset is a {kind}; it must be a datasets.Dataset (for a DatasetDict, pass one split)."])
 

@@ -40,6 +40,7 @@ from dataclasses import dataclass, field
 
 from accelerate import PartialState
 
+from ..data.pictured_prompt import SOURCE_IMAGES
 from ..evaluation.retention import retention_table, scores_table
 from ..evaluation.run import evaluate_retention
 from ..guards.files import JSON
@@ -81,6 +82,8 @@ class EvaluationArguments:
         prompt_column (`str`, *optional*): the sources' column with the prompts. By default `prompt`, else `caption`,
             else `text`.
         task_column (`str`, *optional*, defaults to `"task"`): the column of a dataset that names the task.
+        source_images_column (`str`, *optional*, defaults to `"source_images"`): the sources' column with pictures to
+            edit. Names of files in it are relative to the file that names them.
         output_dir (`str`, *optional*): folder for images, scores and the report. By default the folder of the student,
             where its model card finds the report; `outputs/evaluation` for several students, or one of the Hub.
     """
@@ -106,6 +109,10 @@ class EvaluationArguments:
         default=None, metadata={"help": "Column of the sources with the prompts; prompt, caption or text if not set."}
     )
     task_column: str = field(default="task", metadata={"help": "Column of the dataset that names the task."})
+    source_images_column: str = field(
+        default=SOURCE_IMAGES,
+        metadata={"help": "Column of the dataset with each row's list of pictures to edit or to refer to."},
+    )
     cross_task_rewards: bool = field(
         default=True, metadata={"help": "Whether every reward scores the images of every task."}
     )
@@ -200,7 +207,7 @@ def main(args: EvaluationArguments) -> None:
         ),
         students,
         load_rewards(args.reward_funcs, reward_kwargs),
-        load_tasks("dataset", args.dataset, args.task_column, args.prompt_column),
+        load_tasks("dataset", args.dataset, args.task_column, args.prompt_column, args.source_images_column),
         **{name: value for name, value in vars(args).items() if name not in LOADED},
     )
     if report is not None and PartialState().is_main_process:

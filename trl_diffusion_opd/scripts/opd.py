@@ -70,7 +70,8 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     if test_dataset is not None:  # refuse now what the report at the end would refuse
         from ..evaluation import report_problems
 
-        problems = report_problems(teachers, rewards, test_dataset, training_args.task_column, "--test_prompts")
+        columns = training_args.task_column, "--test_prompts", training_args.source_images_column
+        problems = report_problems(teachers, rewards, test_dataset, *columns)
         if script_args.num_test_images < 1:
             problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
         if problems:
@@ -101,6 +102,7 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
                 seed=training_args.seed,
                 guidance_scale=training_args.evaluation_guidance,
                 reward_timeout=training_args.reward_timeout,
+                source_images_column=training_args.source_images_column,
             )
         _say_that_a_report_follows(trainer, script_args.num_test_images)
     train(trainer)

@@ -85,20 +85,30 @@ def load_datasets(
 
 
 def load_prompts(
-    option: str, values: OfTasks | None, task_column: str, prompt_column: str | None = None
+    option: str,
+    values: OfTasks | None,
+    task_column: str,
+    prompt_column: str | None = None,
+    pictures_column: str = SOURCE_IMAGES,
 ) -> Dataset | None:
     """Loads the prompts of one option, as [`load_datasets`]."""
-    return load_datasets({option: values}, task_column, prompt_column)[option]
+    return load_datasets({option: values}, task_column, prompt_column, pictures_column=pictures_column)[option]
 
 
-def load_tasks(option: str, values: OfTasks, task_column: str, prompt_column: str | None = None) -> Dataset:
+def load_tasks(
+    option: str,
+    values: OfTasks,
+    task_column: str,
+    prompt_column: str | None = None,
+    pictures_column: str = SOURCE_IMAGES,
+) -> Dataset:
     """Loads prompts as [`load_prompts`], or from one source that has a column with the task's name."""
     of_all = single(values)
     if of_all is None or "=" in of_all:
-        dataset = load_prompts(option, values, task_column, prompt_column)
+        dataset = load_prompts(option, values, task_column, prompt_column, pictures_column)
         assert dataset is not None
         return dataset
-    source = load_source(option, packaged(of_all), prompt_column)
+    source = load_source(option, packaged(of_all), prompt_column, pictures_column)
     problems = _column_problems(prompt_column, [source])
     if task_column not in source.dataset.column_names:
         problems.append(

@@ -126,6 +126,7 @@ class DiffusionOPDConfig(TaughtConfig):
             "dtype": self.dtype,
             "model_init_kwargs": self.model_init_kwargs,
             "task_column": self.task_column,
+            "source_images_column": self.source_images_column,
             "batch_size": self.per_device_eval_batch_size,
             "seed": self.seed,
             "reward_timeout": self.reward_timeout,

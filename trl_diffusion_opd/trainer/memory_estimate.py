@@ -27,14 +27,16 @@ from transformers import Trainer
 
 from ..acceleration.compilation import repeated_blocks
 from ..acceleration.quantization import plain_tensors, scales
+from ..data.pictured_prompt import SOURCE_IMAGES, with_pictures
 from ..data.readers import rows_of
+from ..data.source_images import has_source_images, most_pictured
 from ..data.tasks import task_of
 from ..pipelines.denoiser import denoiser, denoiser_name
 from ..profiling.memory import MemoryRow, bytes_of, optimizer_step_bytes, pass_in_shapes, step_bytes
 from .base_trainer import DiffusionTrainer
 
 
-# The longest prompt is looked for among so many rows of the data.
+# The longest prompt and the most pictures are looked for among so many rows of the data.
 _LOOKED_AT = 1000
 # Side of the square weight used to measure an optimizer's memory: large enough for 8-bit optimizers to use 8 bits.
 _PROBE = 1024
@@ -47,10 +49,11 @@ def estimate_memory(
     Estimates the peak memory of training on one process's device, part by part, in bytes.
 
     Weights are counted. Activations are those of the student's forward and backward on one micro-batch of the data's
-    longest prompt, and with GRPO's `one_pass` those of all forwards that wait for their backward. They are computed
-    from shapes alone, so a network of any size takes seconds, even if it does not fit. The optimizer's memory is
-    measured on a small weight. Not counted: memory that the allocator rounds up and keeps, workspaces of kernels, the
-    CUDA context (some 0.5 GiB), DDP's buckets, the decoder's activations in evaluations, reward models.
+    longest prompt, with as many pictures as a row has at most, and with GRPO's `one_pass` those of all forwards that
+    wait for their backward. They are computed from shapes alone, so a network of any size takes seconds, even if it
+    does not fit. The optimizer's memory is measured on a small weight. Not counted: memory that the allocator rounds
+    up and keeps, workspaces of kernels, the CUDA context (some 0.5 GiB), DDP's buckets, the VAE's activations (in
+    evaluations, and for pictures), reward models.
 
     Args:
         trainer ([`DiffusionOPDTrainer`] or another of this package): the trainer.
@@ -204,10 +207,15 @@ def activation_bytes(trainer: DiffusionTrainer, device_type: str | None = None) 
 
 
 def _longest(trainer: DiffusionTrainer) -> str:
-    """The longest text that a model reads of the data's first rows."""
-    rows, column = rows_of(trainer.prompts[:_LOOKED_AT]), trainer.args.task_column
-    texts = [trainer.readers.texts(task_of(row, column), [row]) for row in rows]
-    return max((text for one in texts for text in one.prompt + one.student + one.teacher), key=len)
+    """The longest text that a model reads of the data's first rows, with the most pictures that one of them has."""
+    first, column = trainer.prompts.select(range(min(_LOOKED_AT, len(trainer.prompts)))), trainer.args.task_column
+    of_text = first.remove_columns([name for name in first.column_names if name == SOURCE_IMAGES])
+    texts = [trainer.readers.texts(task_of(row, column), [row]) for row in rows_of(of_text[:])]
+    longest = max((text for one in texts for text in one.prompt + one.student + one.teacher), key=len)
+    if not has_source_images(first):
+        return longest
+    # They count more than the text: each has thousands of tokens.
+    return with_pictures(longest, first[most_pictured(first, range(len(first)))][SOURCE_IMAGES])
 
 
 def _of_scale(
