@@ -14,7 +14,7 @@
 
 """Distils several teachers into one student (DiffusionOPD), and measures what the student kept of each."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,6 +29,9 @@ from .training import only_show, publish, show_warnings, student_is_safe, train,
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..rewards.base import RewardFunc
     from ..trainer import DiffusionOPDTrainer
 
 
@@ -67,16 +70,8 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     teachers, datasets = script_args.teachers_by_task(), script_args.datasets(training_args)
     rewards, test_dataset = script_args.rewards(), datasets["test_prompts"]
     tested: Collection[str] = []
-    if test_dataset is not None:  # refuse now what the report at the end would refuse
-        from ..evaluation import report_problems
-
-        columns = training_args.task_column, "--test_prompts", training_args.source_images_column
-        problems = report_problems(teachers, rewards, test_dataset, *columns)
-        if script_args.num_test_images < 1:
-            problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
-        if problems:
-            raise Refusal("\n".join(problems))
-        tested = task_rows(test_dataset, training_args.task_column)  # may be fewer than the trained tasks
+    if test_dataset is not None:
+        tested = _tested_tasks(script_args, training_args, teachers, rewards, test_dataset)
 
     if not script_args.dry_run:
         warn_of_idle_rewards(training_args, rewards, test_dataset is not None)
@@ -124,6 +119,25 @@ def main(script_args: OPDScriptArguments, training_args: DiffusionOPDConfig) -> 
     if report is not None and trainer.is_world_process_zero():
         print(retention_table(report))
     publish(trainer)  # last, since a push ends with its link
+
+
+def _tested_tasks(
+    script_args: OPDScriptArguments,
+    training_args: DiffusionOPDConfig,
+    teachers: Collection[str],
+    rewards: "Mapping[str, Sequence[RewardFunc]]",
+    test_dataset: "Dataset",
+) -> Collection[str]:
+    """The tasks of the report at the end, which may be fewer than the trained ones. Refuses now what it would refuse."""
+    from ..evaluation import report_problems
+
+    columns = training_args.task_column, "--test_prompts", training_args.source_images_column
+    problems = report_problems(teachers, rewards, test_dataset, *columns)
+    if script_args.num_test_images < 1:
+        problems.append(f"--num_test_images {script_args.num_test_images}: it must be at least 1.")
+    if problems:
+        raise Refusal("\n".join(problems))
+    return task_rows(test_dataset, training_args.task_column)
 
 
 def _say_that_a_report_follows(trainer: "DiffusionOPDTrainer", num_images: int) -> None:
