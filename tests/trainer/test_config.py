@@ -165,7 +165,9 @@ def test_command_line():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "examples" / "configs").glob("*.yaml")))
 def test_the_examples_configs_are_read(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = {"tiny_grpo": grpo, "tiny_nft": nft, "tiny_sft": sft, "tiny_dmd": dmd}.get(name, opd)
+    command = {"tiny_grpo": grpo, "tiny_edit_grpo": grpo, "tiny_nft": nft, "tiny_sft": sft, "tiny_dmd": dmd}.get(
+        name, opd
+    )
     script_args, args = read(command.ARGUMENTS, ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml")])
     assert script_args.prompts and args.output_dir
     assert script_args.reward_funcs or not name.startswith("tiny")  # those of the tiny world come with the package
