@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..problems import Refusal
 from .base import Generated, Reward, RewardFunc, Row, reward_fingerprint, reward_name
 from .names import check_named, load_named
-from .scoring import Scores, call_reward
+from .scoring import Scores, call_reward, rows_of
 
 
 if TYPE_CHECKING:
@@ -167,10 +167,7 @@ class CombinedReward(Reward):
         **columns: Sequence[object],
     ) -> Scores:
         """The sum under the reward's name, and the components' unscaled scores as `name/component`."""
-        rows = [
-            {"prompt": prompt, **{key: values[i] for key, values in columns.items()}}
-            for i, prompt in enumerate(prompts)
-        ]
+        rows = rows_of(prompts, columns)
         parts = {
             key: call_reward(component, rows, images, trainer_state)[key] for key, component in self.components.items()
         }

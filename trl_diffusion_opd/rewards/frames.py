@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .base import Generated, Reward, RewardFunc, Row, reward_fingerprint
 from .combined import load_reward
-from .scoring import Scores, call_reward, score_names
+from .scoring import Scores, call_reward, rows_of, score_names
 from .video import some_frames
 
 
@@ -120,11 +120,7 @@ class Frames(Reward):
     ) -> Scores:
         """The videos' scores under the reward's name, and those of its components as `name/component`."""
         videos = [some_frames(self.name, image)[:: self.every] for image in images]
-        rows: list[Row] = [
-            {"prompt": prompts[i], **{key: values[i] for key, values in columns.items()}}
-            for i, video in enumerate(videos)
-            for _ in video
-        ]
+        rows = [row for row, video in zip(rows_of(prompts, columns), videos, strict=True) for _ in video]
         scores = call_reward(self.reward, rows, [frame for video in videos for frame in video], trainer_state)
         lengths = [len(video) for video in videos]
         return {self._names[key]: self._of_videos(values, lengths) for key, values in scores.items()}

@@ -290,6 +290,13 @@ def call_reward(
     return {name: _checked(name, of_name, rows) for name, of_name in named.items()}
 
 
+def rows_of(prompts: Sequence[str], columns: Mapping[str, Sequence[object]]) -> list[Row]:
+    """The rows behind the keyword arguments of a reward function, for rewards that call others."""
+    return [
+        {"prompt": prompt, **{name: values[i] for name, values in columns.items()}} for i, prompt in enumerate(prompts)
+    ]
+
+
 def _taken(function: RewardFunc, given: Mapping[str, object]) -> dict[str, object]:
     """The arguments for a function: those that it has a parameter for, or all if it takes any columns."""
     parameters = parameters_of(function)
