@@ -21,6 +21,7 @@ import datasets
 import psutil
 import pytest
 import torch
+from helpers.edit_families import small_pictures
 from helpers.encoders import (
     Encoder,
     assert_equal,
@@ -207,7 +208,7 @@ def test_every_family_from_disk_and_ahead(tmp_path, name, monkeypatch):
             encoded.append(args[1:2])
             return own(*args, **kwargs)
 
-        with monkeypatch.context() as patch, torch.no_grad():
+        with monkeypatch.context() as patch, torch.no_grad(), small_pictures():
             patch.setattr(type(pipeline), "encode_prompt", encode)
             field.encode_prompts(prompts, [scale])
             ahead = len(encoded)

@@ -36,6 +36,7 @@ from trl_diffusion_opd.problems import Problems, Refusal
 from trl_diffusion_opd.rewards import Scorer, load_reward, score
 from trl_diffusion_opd.scripts import grpo, launching, merge, opd, refusals
 from trl_diffusion_opd.scripts.evaluate import ARGUMENTS as EVALUATION
+from trl_diffusion_opd.scripts.main import main
 from trl_diffusion_opd.scripts.parser import parse
 from trl_diffusion_opd.scripts.refusals import refusals_told
 
@@ -160,23 +161,32 @@ def test_a_trainers_config_refuses_them(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_refusal_on_two_processes(tmp_path, processes):
-    """Of the launcher: without `use_cpu` they would train alone, and with it they refuse a size."""
+def test_a_refusal_on_two_processes(tmp_path, processes, monkeypatch):
+    """Of the launcher, without `use_cpu` they would train alone. Those that know of each other refuse a size."""
     (tmp_path / "a.txt").write_text("a cat\n")
     code = "import sys; from trl_diffusion_opd.scripts.main import main; sys.exit(main())"
     words = ["opd", "--model_name_or_path", tiny.BASE, "--teachers", "a=base", "--prompts", "a=a.txt"]
     words += ["--output_dir", "out", "--height", "33", "--bf16", "false", "--report_to", "none"]
-    words += ["--accelerate_config", "multi_gpu", "--mixed_precision", "no", "--num_processes", "2"]
-    for more, message in (
-        ([], "2 processes were launched, but they do not know of each other"),
-        (["--use_cpu", "true"], "height=33 is not a multiple of 4"),
-    ):
-        command = [sys.executable, "-c", code, *words, "--main_process_port", str(free_port()), *more]
-        done = subprocess.run(command, cwd=tmp_path, env=surroundings(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == refusals.REFUSED, done.stderr[-3000:]
-        assert done.stderr.count(message) == 1 and "Traceback" not in done.stderr
-        assert done.stderr.rstrip().splitlines()[-1].startswith("- ")  # the launcher adds nothing
+    launcher = ["--accelerate_config", "multi_gpu", "--mixed_precision", "no", "--num_processes", "2"]
+    command = [sys.executable, "-c", code, *words, *launcher, "--main_process_port", str(free_port())]
+    done = subprocess.run(command, cwd=tmp_path, env=surroundings(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == refusals.REFUSED, done.stderr[-3000:]
+    assert done.stderr.count("2 processes were launched, but they do not know of each other") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.rstrip().splitlines()[-1].startswith("- ")  # the launcher adds nothing
+
+    monkeypatch.chdir(tmp_path)
+    ended = processes.run(as_command, *words)
+    assert [one.code for one in ended] == [refusals.REFUSED] * 2
+    assert [one.error.count("height=33 is not a multiple of 4") for one in ended] == [1, 1]
+    assert not any("Traceback" in one.error for one in ended)
     assert not (tmp_path / "out").exists()
+
+
+def as_command(*words):
+    """What each of the processes that the launcher starts does. Here nobody ends the second when the first has spoken."""
+    refusals._HEAD_START = 0.0
+    sys.exit(main(words, may_launch=False))
 
 
 # Names
