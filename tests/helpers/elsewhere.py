@@ -20,6 +20,7 @@ impossible on Apple's: float64 on the device, and waits, where the host reads a 
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,12 +115,20 @@ def place() -> tuple[str, bool]:
     frame: Any = sys._getframe(2)
     in_network = False
     while frame is not None:
-        file = Path(frame.f_code.co_filename)
-        if PACKAGE in file.parents:
-            return f"{file.name}, line {frame.f_lineno}, {frame.f_code.co_name}", in_network
-        in_network = in_network or _NETWORKS in file.parents or file.parent == _AUTOGRAD
+        in_package, of_network = _whose(frame.f_code.co_filename)
+        if in_package:
+            name = Path(frame.f_code.co_filename).name
+            return f"{name}, line {frame.f_lineno}, {frame.f_code.co_name}", in_network
+        in_network = in_network or of_network
         frame = frame.f_back
     return "outside of the package", in_network
+
+
+@functools.cache  # asked for every frame of every operation
+def _whose(name: str) -> tuple[bool, bool]:
+    """Whether a file is the package's, and whether it is one of diffusers' networks or runs their backward."""
+    file = Path(name)
+    return PACKAGE in file.parents, _NETWORKS in file.parents or file.parent == _AUTOGRAD
 
 
 def place_parts(field: VelocityField) -> None:

@@ -172,6 +172,12 @@ def as_script(path: Path, *arguments: str) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
+def as_module(name: str, *arguments: str) -> None:
+    """What `python -m name arguments` does, for a forked process."""
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__")
+
+
 def _serve(connection: Any) -> None:
     context = multiprocessing.get_context("fork")
     while True:

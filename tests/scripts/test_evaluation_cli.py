@@ -17,7 +17,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import datasets
 import pytest
 import yaml
 from helpers.example_script import command_line
-from helpers.launching import launcher, surroundings
+from helpers.launching import as_module
 from helpers.refusals import command_refuses
 from helpers.stub_reward import brightness, redness
 from helpers.tiny_sd3 import make_lora, make_pipeline
@@ -337,8 +336,7 @@ def test_models_of_the_hub(monkeypatch, models, hub, capsys):
 
 def test_on_two_processes(models, processes):
     settings = settings_of(models, num_images=4, batch_size=2, guidance_scale=1.0)
-    command = [*launcher(Path.cwd()), "-m", MODULE, *command_line(settings)]
-    result = subprocess.run(command, env=surroundings(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("## text") == 1  # one process prints
+    ended = processes.run(as_module, MODULE, *command_line(settings))
+    assert [one.code for one in ended] == [0, 0], ended[0].error[-3000:]
+    assert [one.output.count("## text") for one in ended] == [1, 0]
     assert len(list(Path("out", "scores").iterdir())) == 2  # both score
