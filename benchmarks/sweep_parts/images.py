@@ -86,7 +86,7 @@ def prx() -> DiffusionPipeline:
     )
 
 
-def kandinsky5_transformer() -> diffusers.Kandinsky5Transformer3DModel:
+def kandinsky5_transformer(**options: Any) -> diffusers.Kandinsky5Transformer3DModel:
     return diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -98,6 +98,7 @@ def kandinsky5_transformer() -> diffusers.Kandinsky5Transformer3DModel:
         num_text_blocks=1,
         num_visual_blocks=1,
         axes_dims=(4, 6, 6),
+        **options,
     )
 
 

@@ -34,7 +34,6 @@ from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
 STEPS = 2
-SIZES = ((64, 64), (128, 64), (64, 64))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,15 +51,6 @@ def field_of(edit: EditFamily) -> VelocityField:
     return VelocityField(edit.family.build(), num_inference_steps=STEPS, **edit.family.kwargs)
 
 
-def rows_of(edit: EditFamily) -> list[tuple[str, list[Image.Image]]]:
-    """A row for each possible number of pictures, and one more with another picture of another size."""
-    numbers = [*edit.numbers, edit.numbers[-1]]
-    return [
-        (f"{number} cats, row {i}", [picture(10 * i + j, *SIZES[(i + j) % 3]) for j in range(number)])
-        for i, number in enumerate(numbers)
-    ]
-
-
 def own_trace(
     pipeline: DiffusionPipeline, edit: EditFamily, scale: float, prompt: str, pictures: list[Image.Image], seed: int
 ) -> tuple[Recorder, np.ndarray]:
@@ -76,7 +66,7 @@ def own_trace(
 
 
 def test_each_row_of_a_batch_is_the_pipelines_own(edit: EditFamily) -> None:
-    field, rows, scale = field_of(edit), rows_of(edit), edit.family.guidance_scale
+    field, rows, scale = field_of(edit), edit.rows(), edit.family.guidance_scale
     own_pipeline = edit.family.build()
     runs = [own_trace(own_pipeline, edit, scale, *row, seed) for seed, row in enumerate(rows)]
     prompts = [with_pictures(*row) for row in rows]
