@@ -129,6 +129,8 @@ def joy(plus: bool = False) -> DiffusionPipeline:
 
 def instruct_pix2pix(kind: type[DiffusionPipeline], family: str, **options: Any) -> DiffusionPipeline:
     parts = NOISE_FAMILIES[family].build().components
+    for name in ("image_encoder", "feature_extractor"):
+        parts.pop(name, None)
     unet = diffusers.UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
     return kind(**{**parts, "unet": unet}, **options)
 
@@ -153,7 +155,7 @@ PICTURES: dict[str, EditFamily] = {
         context=small_longcat,
     ),
     "ZImageOmniPipeline": EditFamily(
-        Family(z_image_omni_edit, ATTENTION, guidance_offset=1.0), numbers=(0, 1, 2), sizes=((32, 32), (64, 32))
+        Family(z_image_omni_edit, ATTENTION, guidance_offset=1.0), numbers=(0, 1, 2)
     ),
     "Kandinsky5I2IPipeline": EditFamily(
         Family(kandinsky5_i2i, ("to_query", "to_key", "to_value"), size=32, max_sequence_length=32),

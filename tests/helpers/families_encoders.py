@@ -101,7 +101,7 @@ class Processor(Qwen3VLProcessor):
 
 
 def processor(tokenizer: Any) -> Processor:
-    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    images = Qwen2VLImageProcessorPil(min_pixels=64 * 64, max_pixels=64 * 64, patch_size=16)
     return Processor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 

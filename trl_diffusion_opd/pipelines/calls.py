@@ -33,6 +33,7 @@ from PIL.Image import new as new_image
 from torch import Tensor
 
 from ..data.pictured_prompt import PicturedPrompt
+from .denoised_part import DenoisedPart
 from .denoiser import denoiser, denoiser_name
 from .guidance import guidance_name
 from .guiders import guiders, scaled
@@ -49,7 +50,7 @@ from .pictures import (
 from .prediction import NoiseGrid, grid_scheduler
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
-from .view import PipelineView, Probe, StandIn, Stop, noting, stop
+from .view import PipelineView, Probe, StandIn, Stop, noting, stop, view_class
 
 
 class PipelineCalls:
@@ -70,9 +71,13 @@ class PipelineCalls:
         takes_pictures, needs_pictures, has_common_picture (`bool`):
             Whether prompts may come with pictures to edit or to refer to; whether they must; whether the options have
             one for all prompts.
+        sized (`bool`): whether the call takes a size. If not, it draws in a size that follows from the picture's.
+        height, width (`int`, *optional*): the size of images, in pixels; of pictures, if the call takes none.
     """
 
     one_by_one = False
+    height: int | None = None
+    width: int | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, options: Mapping[str, object], prompt_store: PromptStore | None):
         self.pipeline = pipeline
@@ -89,9 +94,11 @@ class PipelineCalls:
         self._pictures = PictureCache()
         self.takes_pictures = takes_pictures(self._parameters)
         self.has_common_picture = PICTURES in options
+        self.sized = "height" in self._parameters and "width" in self._parameters
         self.needs_pictures = needs_pictures(pipeline, self._parameters) and not self.has_common_picture
-        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple, Tensor | None]] = {}
+        self._view_class = view_class(type(pipeline))
+        self._part: DenoisedPart | None = None
         self._probe = Probe.of(pipeline.scheduler)
         self._grid: NoiseGrid  # whoever inherits sets it before the first step
 
@@ -152,9 +159,9 @@ class PipelineCalls:
 
     @property
     def _trial_size(self) -> tuple[int, int]:
-        width, height = (self._options.get(side) for side in ("width", "height"))
         # FLUX.2 takes no picture of less than 64 pixels a side.
-        return (max(64, width) if isinstance(width, int) else 256, max(64, height) if isinstance(height, int) else 256)
+        least = 64 if self.sized else 1
+        return max(least, self.width or 256), max(least, self.height or 256)
 
     def _to_denoiser(
         self,
@@ -175,8 +182,27 @@ class PipelineCalls:
         view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
         view.seen = seen[0] if seen else {}
         if not view.beside:
-            self._prepared[len(prompts), view.stand_in.device] = (view.prepared[0].dtype, view.prepared[1:])
+            self._prepared[len(prompts), view.stand_in.device] = self._kept(view.prepared)
         return view
+
+    def _kept(self, prepared: tuple) -> tuple[torch.dtype, tuple, Tensor | None]:
+        """What later calls need of prepared latents: all of them only where the loop denoises a part."""
+        return prepared[0].dtype, prepared[1:], None if self._part is None else prepared[0]
+
+    @torch.no_grad()
+    def _find_denoised_part(self) -> None:
+        """
+        Finds out by one step whether the loop denoises only a part of the latents. Only latents that are prepared with a
+        picture may have another part.
+        """
+        preparing = () if self._takes_latents else inspect.signature(type(self.pipeline).prepare_latents).parameters
+        if not (self.needs_pictures or self.has_common_picture) or PICTURES not in preparing:
+            return
+        latents = self._prepare([""]).prepared[0].contiguous()
+        view = self._step(latents, float(self._grid.levels[0]), [""], 1.0, StandIn(self._base, self._base))
+        if view.scheduler.sample is not None:
+            self._part = DenoisedPart.find(view.scheduler.sample, latents)
+            self._prepared.clear()
 
     def _step(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn) -> PipelineView:
         """Runs one step of the pipeline's loop, at the level `t` and at latents `x` that are scaled for the network."""
@@ -210,6 +236,7 @@ class PipelineCalls:
             rows=len(prompts),
             pictures=self._pictures,
             x=x,
+            part=self._part,
             prepared=None if x is None else self._extras(list(prompts)),
             **stand_in.components(self._base_name),
             **{"cache": self._cache, "decoding": False, **parts},
@@ -225,17 +252,16 @@ class PipelineCalls:
         with suppress(Stop):
             view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 
-    def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
+    def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple, Tensor | None]:
         """
         The latents' dtype, and what else `prepare_latents` returns (ids, latents of an image to edit). Computed once
-        for each batch size, and for each batch of pictures.
+        for each batch size, and for each batch of pictures. See `_kept`.
         """
         device = next(self._base.parameters()).device
         if beside := digest_of(prompts):
 
-            def encoded() -> tuple[torch.dtype, tuple]:
-                prepared = self._prepare(prompts).prepared
-                return prepared[0].dtype, prepared[1:]
+            def encoded() -> tuple[torch.dtype, tuple, Tensor | None]:
+                return self._kept(self._prepare(prompts).prepared)
 
             return self._pictures.remembered(("prepared", len(prompts), beside), device, encoded)
         key = (len(prompts), device)

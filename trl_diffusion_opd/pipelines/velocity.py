@@ -101,12 +101,15 @@ class VelocityField(GuidanceBranches):
             raise ValueError("\n".join(problems))
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
-        options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
+        # A pipeline that edits may take no size: that of the picture decides.
+        sizes = {side: size for side, size in (("height", height), ("width", width)) if side in call_parameters(pipeline)}
+        options.update({side: size for side, size in sizes.items() if size is not None})
         super().__init__(pipeline, options, prompt_store)
         self._prediction = prediction_of(pipeline)
         self._working_scales = {1.0}
         self._latent_map: LatentMap | None = None
         self.set_grid(num_inference_steps)
+        self._find_denoised_part()
         if not self._prediction.is_flow:
             self._check_input_scaling()
 
@@ -290,6 +293,7 @@ class VelocityField(GuidanceBranches):
         scheduler = grid_scheduler(self.pipeline.scheduler)
         view = self._to_denoiser(prompts, 1.0, scheduler, self.num_inference_steps, generators)
         x = at_least_float32(view.prepared[0])
+        x = x if self._part is None else self._part.of(x)
         return x if self._grid.start_scale == 1 else x / self._grid.start_scale
 
     def clean(self, x: Tensor) -> Tensor:

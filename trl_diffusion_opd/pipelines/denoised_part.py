@@ -1,0 +1,65 @@
+# Copyright 2026 The trl-diffusion-opd Authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which part of the latents that a pipeline prepares its loop denoises."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenoisedPart:
+    """
+    The part of prepared latents that a pipeline's loop hands to its scheduler. The rest is of a picture and stays as it is:
+    the first frame of a video, or channels beside those of the noise.
+
+    Args:
+        shape (`tuple[int]`): of one sample's part.
+        stride (`tuple[int]`): how far apart its numbers are in the latents, along each axis.
+        offset (`int`): where its first number is in them.
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def find(cls, sample: Tensor, prepared: Tensor) -> "DenoisedPart | None":
+        """
+        The part that a pipeline has cut out of its latents, without copying them; `None` if it has not.
+
+        Args:
+            sample (`Tensor` of shape `(1, ...)`): what the scheduler gets.
+            prepared (`Tensor` of shape `(1, ...)`): contiguous latents, with which the loop began.
+        """
+        is_cut = sample.numel() < prepared.numel() and sample.data_ptr() >= prepared.data_ptr()
+        if not is_cut or sample.untyped_storage().data_ptr() != prepared.untyped_storage().data_ptr():
+            return None
+        offset = sample.storage_offset() - prepared.storage_offset()
+        return cls(tuple(sample.shape[1:]), tuple(sample.stride()[1:]), offset)
+
+    def of(self, prepared: Tensor) -> Tensor:
+        """The part of latents `(B, ...)`, as a tensor of its own."""
+        return self._view(prepared.contiguous()).clone()
+
+    def within(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """Latents with `x` in place of their part."""
+        latents = prepared.to(x.dtype, copy=True).contiguous()
+        self._view(latents).copy_(x)
+        return latents
+
+    def _view(self, latents: Tensor) -> Tensor:
+        stride: Sequence[int] = (latents[0].numel(), *self.stride)
+        return latents.as_strided((len(latents), *self.shape), stride, latents.storage_offset() + self.offset)
