@@ -235,14 +235,15 @@ def prx_pixel() -> DiffusionPipeline:
 
 def z_image_omni() -> DiffusionPipeline:
     parts = FAMILIES["z_image"].build().components
-    config = {**parts["transformer"].config, "siglip_feat_dim": 16}
+    # A config remembers which of its values are defaults, and takes them again.
+    config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
     siglip = Siglip2VisionModel(
         Siglip2VisionConfig(
             hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16
         )
     )
     return diffusers.ZImageOmniPipeline(
-        **{**parts, "transformer": diffusers.ZImageTransformer2DModel.from_config(config)},
+        **{**parts, "transformer": diffusers.ZImageTransformer2DModel(**{**config, "siglip_feat_dim": 16, "axes_lens": [256, 64, 64]})},
         siglip=siglip,
         siglip_processor=Siglip2ImageProcessorPil(),
     )

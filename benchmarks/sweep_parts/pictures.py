@@ -131,7 +131,8 @@ def instruct_pix2pix(kind: type[DiffusionPipeline], family: str, **options: Any)
     parts = NOISE_FAMILIES[family].build().components
     for name in ("image_encoder", "feature_extractor"):
         parts.pop(name, None)
-    unet = diffusers.UNet2DConditionModel.from_config({**parts["unet"].config, "in_channels": 8})
+    config = {name: value for name, value in parts["unet"].config.items() if not name.startswith("_")}
+    unet = diffusers.UNet2DConditionModel(**{**config, "in_channels": 8})
     return kind(**{**parts, "unet": unet}, **options)
 
 
@@ -144,7 +145,9 @@ PICTURES: dict[str, EditFamily] = {
     "Flux2KleinKVPipeline": EditFamily(IMAGES["Flux2KleinKVPipeline"], numbers=(0, 1, 2)),
     "QwenImageEditPipeline": replace(EDIT_FAMILIES["qwen_image_edit"], context=small_pictures),
     "QwenImageEditPlusPipeline": replace(EDIT_FAMILIES["qwen_image_edit_plus"], context=small_pictures),
-    "QwenImage21Pipeline": EditFamily(FLOW_FAMILIES["qwen_image_21"], numbers=(0, 1, 2)),
+    "QwenImage21Pipeline": EditFamily(
+        replace(FLOW_FAMILIES["qwen_image_21"], generation_kwargs={"output_resolution": 64}), numbers=(0, 1, 2)
+    ),
     "BriaFibo2Pipeline": EditFamily(IMAGES["BriaFibo2Pipeline"], numbers=(0, 1)),
     "DreamLitePipeline": EditFamily(IMAGES["DreamLitePipeline"], numbers=(0, 1)),
     "DreamLiteMobilePipeline": EditFamily(IMAGES["DreamLiteMobilePipeline"], numbers=(0, 1)),

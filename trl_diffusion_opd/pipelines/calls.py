@@ -95,12 +95,21 @@ class PipelineCalls:
         self.takes_pictures = takes_pictures(self._parameters)
         self.has_common_picture = PICTURES in options
         self.sized = "height" in self._parameters and "width" in self._parameters
-        self.needs_pictures = needs_pictures(pipeline, self._parameters) and not self.has_common_picture
+        self.needs_pictures = False
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple, Tensor | None]] = {}
         self._view_class = view_class(type(pipeline))
         self._part: DenoisedPart | None = None
         self._probe = Probe.of(pipeline.scheduler)
         self._grid: NoiseGrid  # whoever inherits sets it before the first step
+
+    def _find_need(self, num_inference_steps: int) -> None:
+        """Finds out whether the pipeline draws nothing without a picture."""
+
+        def draw() -> None:
+            self._to_denoiser([""], 1.0, grid_scheduler(self.pipeline.scheduler), num_inference_steps)
+
+        if not self.has_common_picture:
+            self.needs_pictures = needs_pictures(self.pipeline, self._parameters, draw)
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""

@@ -16,6 +16,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -63,3 +64,25 @@ class DenoisedPart:
     def _view(self, latents: Tensor) -> Tensor:
         stride: Sequence[int] = (latents[0].numel(), *self.stride)
         return latents.as_strided((len(latents), *self.shape), stride, latents.storage_offset() + self.offset)
+
+
+def own_output(output: Tensor, sample: Tensor, x: Tensor) -> Tensor:
+    """
+    What a scheduler gets for the state `x`. Some pipelines (JoyImage) put latents of pictures before it along one axis,
+    and step with all.
+
+    Args:
+        output (`Tensor`), sample (`Tensor`): what the scheduler gets.
+        x (`Tensor`): the state that the pipeline was given.
+
+    Returns:
+        `Tensor` of `x`'s shape; `output` itself if `x` is not found among the latents.
+    """
+    others = [axis for axis, (size, own) in enumerate(zip(sample.shape, x.shape, strict=False)) if size != own]
+    if len(others) != 1 or sample.ndim != x.ndim or output.shape != sample.shape:
+        return output
+    axis, size = others[0], x.shape[others[0]]
+    for first in reversed(range(sample.shape[axis] - size + 1)):
+        if torch.equal(sample.narrow(axis, first, size), x):
+            return output.narrow(axis, first, size)
+    return output

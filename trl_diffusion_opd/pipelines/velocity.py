@@ -33,6 +33,7 @@ from torch import Tensor
 from .branches import GuidanceBranches
 from .calls import call_parameters
 from .checks import option_problems, pipeline_problems
+from .denoised_part import own_output
 from .experts import Experts, expert_groups, in_groups
 from .frames import frames_problems, number_of_frames, still_problem
 from .guidance import guidance_embedding, guidance_lines
@@ -108,6 +109,7 @@ class VelocityField(GuidanceBranches):
         self._prediction = prediction_of(pipeline)
         self._working_scales = {1.0}
         self._latent_map: LatentMap | None = None
+        self._find_need(num_inference_steps)
         self.set_grid(num_inference_steps)
         self._find_denoised_part()
         if not self._prediction.is_flow:
@@ -230,6 +232,8 @@ class VelocityField(GuidanceBranches):
                 f"{type(self.pipeline).__name__} steps with schedulers of its own (copies, one a frame), so its velocity "
                 "can't be read. Use a pipeline with one scheduler for all frames."
             )
+        if output.shape != x.shape and view.scheduler.sample is not None and view.x is not None:
+            output = own_output(output, view.scheduler.sample, view.x)
         if output.shape != x.shape:
             raise ValueError(
                 f"{type(self.pipeline).__name__} prepares latents of shape {tuple(x.shape)}, but its loop has them as "

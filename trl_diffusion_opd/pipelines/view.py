@@ -306,6 +306,7 @@ class DecoderStandIn(nn.Module):
 # What pipelines call, at every step, to encode pictures apart from their latents.
 _ENCODES_PICTURES = (
     "encode_image",
+    "encode_prompt_multiple_images",
     "prepare_cond_latents_and_mask",
     "prepare_image_latents",
     "prepare_reference_latents",
@@ -379,14 +380,20 @@ def view_class(kind: type[DiffusionPipeline]) -> type[PipelineView]:
     return type(kind.__name__, (PipelineView, kind), encoders)
 
 
+def _plain(value: object) -> object:
+    """What tells apart two calls that encode the same pictures."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return value if isinstance(value, bool | int | float | str | torch.dtype) else None
+
+
 def _remembering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """A method in place of one that encodes pictures, which does so once for all steps."""
 
     def encode(view: PipelineView, *args: object, **kwargs: object) -> Any:
         # A call may encode several pictures one after the other, and with guidance it may want another form of them.
         nth = view.encodings[name] = view.encodings.get(name, 0) + 1
-        plain = [value for value in (*args, *kwargs.values()) if isinstance(value, bool | int | float | str)]
-        key = (name, nth, *plain, view.rows, view.beside)
+        key = (name, nth, *map(_plain, (*args, *kwargs.values())), view.rows, view.beside)
         with view.encoding():
             return view.pictures.remembered(key, view.stand_in.device, lambda: method(view, *args, **kwargs))
 
