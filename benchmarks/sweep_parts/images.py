@@ -243,7 +243,12 @@ def z_image_omni() -> DiffusionPipeline:
         )
     )
     return diffusers.ZImageOmniPipeline(
-        **{**parts, "transformer": diffusers.ZImageTransformer2DModel(**{**config, "siglip_feat_dim": 16, "axes_lens": [256, 64, 64]})},
+        **{
+            **parts,
+            "transformer": diffusers.ZImageTransformer2DModel(
+                **{**config, "siglip_feat_dim": 16, "axes_lens": [256, 64, 64]}
+            ),
+        },
         siglip=siglip,
         siglip_processor=Siglip2ImageProcessorPil(),
     )

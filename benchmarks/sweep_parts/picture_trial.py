@@ -28,6 +28,8 @@ from helpers.edit_families import EditFamily
 from helpers.families import save_teacher
 from helpers.family_fixtures import family_trainer
 from PIL import Image
+from torch import Tensor
+
 from trl_diffusion_opd.algorithms.rollout import walk
 from trl_diffusion_opd.algorithms.samplers import sampler_table
 from trl_diffusion_opd.data.pictured_prompt import SOURCE_IMAGES, with_pictures
@@ -36,9 +38,7 @@ from trl_diffusion_opd.pipelines.velocity import VelocityField
 from .trial import STEPS, RefusedError, Trial, difference, in_flow_coordinates, load_student, with_recorder
 
 
-def own_row(
-    edit: EditFamily, pipeline: DiffusionPipeline, scale: float, row: int, output_type: str = "np"
-) -> Any:
+def own_row(edit: EditFamily, pipeline: DiffusionPipeline, scale: float, row: int, output_type: str = "np") -> Any:
     """What a pipeline's own call returns for one row."""
     prompt, pictures = edit.rows()[row]
     return pipeline(
@@ -77,7 +77,8 @@ def velocity_and_walk(edit: EditFamily, trial: Trial) -> None:
         for i in range(len(rows)):
             own = with_recorder(family, field, scale)
             own_row(edit, own, scale, i, output_type="latent")
-            traces.append([in_flow_coordinates(own.scheduler, step) for step in own.scheduler.trace])
+            steps = [in_flow_coordinates(own.scheduler, step) for step in own.scheduler.trace]
+            traces.append(of_noise(steps, start[i : i + 1]))
         for steps in zip(*traces, strict=True):
             x, v = (torch.cat([step[part] for step in steps]) for part in (1, 2))
             gaps.append((field(x, steps[0][0], prompts, scale) - v).abs().max() / v.abs().max())
@@ -92,6 +93,17 @@ def velocity_and_walk(edit: EditFamily, trial: Trial) -> None:
     gap = (field(start, level, others, scale) - field(start, level, prompts, scale)).abs()
     if not gap[-1].max() > 1e-4 or gap[:-1].any():
         raise ValueError("another picture in one row must change that row's velocity, and no other row's")
+
+
+def of_noise(steps: list[tuple[float, Tensor, Tensor]], start: Tensor) -> list[tuple[float, Tensor, Tensor]]:
+    """Recorded steps without the latents of pictures that some pipelines put before the state along one axis."""
+    if steps[0][1].shape == start.shape:
+        return steps
+    sizes = zip(steps[0][1].shape, start.shape, strict=True)
+    axis = next(axis for axis, (size, own) in enumerate(sizes) if size != own)
+    return [
+        (level, *(one.narrow(axis, -start.shape[axis], start.shape[axis]) for one in pair)) for level, *pair in steps
+    ]
 
 
 def _negative(image: Image.Image) -> Image.Image:

@@ -11,63 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Tiny pipelines that edit pictures or refer to them, and those that begin a video with one."""
+"""Tiny pipelines that edit pictures or refer to them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import diffusers
-import pytest
 from diffusers import DiffusionPipeline
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.pipelines.joyimage import image_processor as joy_sizes
-from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit
 from helpers import families_encoders as encoders
 from helpers import families_text as text
 from helpers.edit_families import EDIT_FAMILIES, EditFamily, small_pictures
-from helpers.families import FAMILIES, PROMPTS, Family
-from helpers.families_flow import FLOW_FAMILIES, dynamic, euler
+from helpers.families import Family
+from helpers.families_flow import FLOW_FAMILIES, euler
 from helpers.noise_families import NOISE_FAMILIES
 from helpers.tiny_sd3 import make_vae, numbered
 
-from .images import ATTENTION, IMAGES, PACKED, kandinsky5_transformer, longcat, z_image_omni
+from .images import ATTENTION, IMAGES, kandinsky5_transformer, longcat, z_image_omni
+from .picture_videos import PICTURE_VIDEOS
+from .small_pictures import noiseless, small_joy, small_longcat
 from .videos import wan_vae
-
-
-@contextmanager
-def small_longcat() -> Iterator[None]:
-    """Context in which LongCat draws 32 x 32 pixels, not a million."""
-    with pytest.MonkeyPatch.context() as patch:
-        sized = pipeline_longcat_image_edit.calculate_dimensions
-        patch.setattr(pipeline_longcat_image_edit, "calculate_dimensions", lambda _, ratio: sized(32 * 32, ratio))
-        yield
-
-
-@contextmanager
-def noiseless() -> Iterator[None]:
-    """
-    Context in which encoders of pictures add no noise. Some pipelines draw it with the walk's seed, and here a picture is
-    encoded once for all walks.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        drawn = DiagonalGaussianDistribution.sample
-
-        def sample(self: DiagonalGaussianDistribution, generator: Any = None) -> Any:
-            drawn(self, generator)  # what is drawn later is the same
-            return self.mode()
-
-        patch.setattr(DiagonalGaussianDistribution, "sample", sample)
-        yield
-
-
-@contextmanager
-def small_joy() -> Iterator[None]:
-    """Context in which JoyImage draws 32 x 32 pixels, not a million."""
-    with noiseless(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(joy_sizes.BUCKETS, 1024, [(32, 32)])
-        yield
 
 
 def longcat_edit() -> DiffusionPipeline:
@@ -157,17 +119,19 @@ PICTURES: dict[str, EditFamily] = {
         sizes=_ONE_SIZE,
         context=small_longcat,
     ),
-    "ZImageOmniPipeline": EditFamily(
-        Family(z_image_omni_edit, ATTENTION, guidance_offset=1.0), numbers=(0, 1, 2)
-    ),
+    "ZImageOmniPipeline": EditFamily(Family(z_image_omni_edit, ATTENTION, guidance_offset=1.0), numbers=(0, 1, 2)),
     "Kandinsky5I2IPipeline": EditFamily(
         Family(kandinsky5_i2i, ("to_query", "to_key", "to_value"), size=32, max_sequence_length=32),
         numbers=(1,),
         context=noiseless,
     ),
-    "BriaFiboEditPipeline": EditFamily(Family(bria_fibo_edit, ATTENTION, size=32, max_sequence_length=32), numbers=(0, 1, 2)),
+    "BriaFiboEditPipeline": EditFamily(
+        Family(bria_fibo_edit, ATTENTION, size=32, max_sequence_length=32), numbers=(0, 1, 2)
+    ),
     "JoyImageEditPipeline": EditFamily(
-        Family(joy, ("img_attn_qkv", "txt_attn_qkv"), size=32, max_sequence_length=None), numbers=(1,), context=small_joy
+        Family(joy, ("img_attn_qkv", "txt_attn_qkv"), size=32, max_sequence_length=None),
+        numbers=(1,),
+        context=small_joy,
     ),
     "JoyImageEditPlusPipeline": EditFamily(
         Family(lambda: joy(plus=True), ("img_attn_qkv", "txt_attn_qkv"), size=32, max_sequence_length=None),
@@ -197,4 +161,5 @@ PICTURES: dict[str, EditFamily] = {
         numbers=(1,),
     ),
 }
+PICTURES.update(PICTURE_VIDEOS)
 PICTURES_NOT_BUILT: dict[str, str] = {}

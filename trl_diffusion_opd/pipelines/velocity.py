@@ -103,7 +103,9 @@ class VelocityField(GuidanceBranches):
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
         # A pipeline that edits may take no size: that of the picture decides.
-        sizes = {side: size for side, size in (("height", height), ("width", width)) if side in call_parameters(pipeline)}
+        sizes = {
+            side: size for side, size in (("height", height), ("width", width)) if side in call_parameters(pipeline)
+        }
         options.update({side: size for side, size in sizes.items() if size is not None})
         super().__init__(pipeline, options, prompt_store)
         self._prediction = prediction_of(pipeline)

@@ -311,6 +311,7 @@ _ENCODES_PICTURES = (
     "prepare_image_latents",
     "prepare_reference_latents",
     "prepare_siglip_embeds",
+    "_prepare_first_frame_conditioning",
 )
 
 
