@@ -83,8 +83,9 @@ def steps_of(family: Family, update_too: bool = True) -> list[Callable[[Trial], 
 
 def said(error: Exception) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines)
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, ValueError):
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def main() -> None:

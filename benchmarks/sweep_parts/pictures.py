@@ -29,6 +29,7 @@ from helpers.tiny_sd3 import make_vae, numbered
 from .images import ATTENTION, IMAGES, kandinsky5_transformer, longcat, z_image_omni
 from .picture_videos import PICTURE_VIDEOS
 from .small_pictures import noiseless, small_joy, small_longcat
+from .specimens import NOT_BUILT
 from .videos import wan_vae
 
 
@@ -162,4 +163,16 @@ PICTURES: dict[str, EditFamily] = {
     ),
 }
 PICTURES.update(PICTURE_VIDEOS)
-PICTURES_NOT_BUILT: dict[str, str] = {}
+PICTURES_NOT_BUILT: dict[str, str] = {
+    "ConsisIDPipeline": "it follows a face, which other models have to find and to describe first",
+    "Cosmos2_5_PredictBasePipeline": "it resizes pictures with torchvision",
+    "Cosmos3OmniPipeline": NOT_BUILT["Cosmos3OmniPipeline"],
+    "GlmImagePipeline": NOT_BUILT["GlmImagePipeline"],
+    "HunyuanVideoFramepackPipeline": "it draws a video section by section, each with latents of its own",
+    "Kandinsky6TI2VAPipeline": "it denoises video and sound together, with an audio autoencoder",
+    "LTX2ImageToVideoPipeline": NOT_BUILT["LTX2Pipeline"],
+    "LTXI2VLongMultiPromptPipeline": "it draws a long video in windows that overlap, each with latents of its own",
+    "OmniGenPipeline": NOT_BUILT["OmniGenPipeline"],
+    "QwenImageLayeredPipeline": "it draws several layers of one picture, each with transparency",
+    "SanaWMPipeline": "it follows a path of the camera beside the picture",
+}

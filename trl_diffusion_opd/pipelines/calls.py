@@ -50,7 +50,7 @@ from .pictures import (
 from .prediction import NoiseGrid, grid_scheduler
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
-from .view import PipelineView, Probe, StandIn, Stop, noting, stop, view_class
+from .view import PipelineView, Probe, StandIn, Stop, noting, stop, view_class, zeros_like
 
 
 class PipelineCalls:
@@ -99,6 +99,7 @@ class PipelineCalls:
         self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple, Tensor | None]] = {}
         self._view_class = view_class(type(pipeline))
         self._part: DenoisedPart | None = None
+        self._closing: Callable[..., tuple[Tensor]] | None = None
         self._probe = Probe.of(pipeline.scheduler)
         self._grid: NoiseGrid  # whoever inherits sets it before the first step
 
@@ -208,21 +209,47 @@ class PipelineCalls:
         if not (self.needs_pictures or self.has_common_picture) or PICTURES not in preparing:
             return
         latents = self._prepare([""]).prepared[0].contiguous()
-        view = self._step(latents, float(self._grid.levels[0]), [""], 1.0, StandIn(self._base, self._base))
-        if view.scheduler.sample is not None:
-            self._part = DenoisedPart.find(view.scheduler.sample, latents)
-            self._prepared.clear()
+        outputs: list[Tensor] = []
+
+        def model(**inputs: Any) -> tuple:
+            output = self._base(**inputs)
+            outputs.append(output[0])
+            return output
+
+        def ended(scheduler: Probe) -> PipelineView:
+            view = self._view(StandIn(model, self._base), scheduler, latents.clone(), [""])
+            self._call(view, [""], 1.0)
+            return view
+
+        after_step = ended(self._probe_at(float(self._grid.levels[0])).passing())
+        if after_step.scheduler.sample is None or after_step.x is None:
+            return
+        part = DenoisedPart.find(after_step.scheduler.sample, after_step.x)
+        if part is None:
+            return
+        # Some loops put a picture's latents back into the state at each step (HunyuanVideo).
+        at_once = ended(self._probe.at(None))
+        if not torch.allclose(after_step.images, at_once.images, rtol=0, atol=0, equal_nan=True):
+            self._closing = zeros_like(outputs[0])
+        self._part = part
+        self._prepared.clear()
 
     def _step(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn) -> PipelineView:
         """Runs one step of the pipeline's loop, at the level `t` and at latents `x` that are scaled for the network."""
-        t = float(t)
-        view = self._view(stand_in, self._probe.at(t, self._grid.timestep(t)), x, prompts)
+        view = self._view(stand_in, self._probe_at(float(t)), x, prompts)
         self._call(view, prompts, guidance_scale)
         return view
 
+    def _probe_at(self, t: float) -> Probe:
+        return self._probe.at(t, self._grid.timestep(t))
+
     def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: object) -> PipelineView:
         """Runs the part of the pipeline's `__call__` that follows its loop, on the latents `x`."""
-        view = self._view(StandIn(stop, self._base), self._probe.at(None), x, prompts, decoding=not parts, **parts)
+        model: Callable[..., tuple] = stop
+        scheduler = self._probe.at(None)
+        if self._closing is not None:
+            model, scheduler = self._closing, self._probe_at(float(self._grid.levels[-2])).passing()
+        view = self._view(StandIn(model, self._base), scheduler, x, prompts, decoding=not parts, **parts)
         self._call(view, prompts, 1.0, output_type=output_type)
         return view
 

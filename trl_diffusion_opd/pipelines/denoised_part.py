@@ -48,7 +48,7 @@ class DenoisedPart:
         is_cut = sample.numel() < prepared.numel() and sample.data_ptr() >= prepared.data_ptr()
         if not is_cut or sample.untyped_storage().data_ptr() != prepared.untyped_storage().data_ptr():
             return None
-        offset = sample.storage_offset() - prepared.storage_offset()
+        offset = int(sample.storage_offset() - prepared.storage_offset())
         return cls(tuple(sample.shape[1:]), tuple(sample.stride()[1:]), offset)
 
     def of(self, prepared: Tensor) -> Tensor:
@@ -66,20 +66,22 @@ class DenoisedPart:
         return latents.as_strided((len(latents), *self.shape), stride, latents.storage_offset() + self.offset)
 
 
-def own_output(output: Tensor, sample: Tensor, x: Tensor) -> Tensor:
+def own_output(output: Tensor, sample: Tensor | None, x: Tensor | None) -> Tensor:
     """
     What a scheduler gets for the state `x`. Some pipelines (JoyImage) put latents of pictures before it along one axis,
     and step with all.
 
     Args:
-        output (`Tensor`), sample (`Tensor`): what the scheduler gets.
-        x (`Tensor`): the state that the pipeline was given.
+        output (`Tensor`), sample (`Tensor`, *optional*): what the scheduler gets.
+        x (`Tensor`, *optional*): the state that the pipeline was given.
 
     Returns:
         `Tensor` of `x`'s shape; `output` itself if `x` is not found among the latents.
     """
-    others = [axis for axis, (size, own) in enumerate(zip(sample.shape, x.shape, strict=False)) if size != own]
-    if len(others) != 1 or sample.ndim != x.ndim or output.shape != sample.shape:
+    if sample is None or x is None or output.shape != sample.shape or sample.ndim != x.ndim:
+        return output
+    others = [axis for axis, (size, own) in enumerate(zip(sample.shape, x.shape, strict=True)) if size != own]
+    if len(others) != 1:
         return output
     axis, size = others[0], x.shape[others[0]]
     for first in reversed(range(sample.shape[axis] - size + 1)):

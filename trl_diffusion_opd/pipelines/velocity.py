@@ -102,11 +102,9 @@ class VelocityField(GuidanceBranches):
             raise ValueError("\n".join(problems))
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
+        sizes = {"height": height, "width": width}
         # A pipeline that edits may take no size: that of the picture decides.
-        sizes = {
-            side: size for side, size in (("height", height), ("width", width)) if side in call_parameters(pipeline)
-        }
-        options.update({side: size for side, size in sizes.items() if size is not None})
+        options.update({k: v for k, v in sizes.items() if v is not None and k in call_parameters(pipeline)})
         super().__init__(pipeline, options, prompt_store)
         self._prediction = prediction_of(pipeline)
         self._working_scales = {1.0}
@@ -234,8 +232,7 @@ class VelocityField(GuidanceBranches):
                 f"{type(self.pipeline).__name__} steps with schedulers of its own (copies, one a frame), so its velocity "
                 "can't be read. Use a pipeline with one scheduler for all frames."
             )
-        if output.shape != x.shape and view.scheduler.sample is not None and view.x is not None:
-            output = own_output(output, view.scheduler.sample, view.x)
+        output = own_output(output, view.scheduler.sample, view.x)
         if output.shape != x.shape:
             raise ValueError(
                 f"{type(self.pipeline).__name__} prepares latents of shape {tuple(x.shape)}, but its loop has them as "

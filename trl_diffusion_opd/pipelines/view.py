@@ -66,6 +66,8 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     init_noise_sigma = 1.0  # pipelines of noise-predicting models ask for it
     # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
     scales_input: bool = False
+    # Whether the pipeline goes on after the step, with the same state.
+    passes: bool = False
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> "Probe":
@@ -78,6 +80,12 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         """A copy for one step at `level`, whose timestep in the pipeline is `own_timestep`. `None` means no step."""
         probe = copy.copy(self)
         probe.level, probe.own_timestep = level, own_timestep
+        return probe
+
+    def passing(self) -> "Probe":
+        """A copy whose step changes nothing and stops nothing."""
+        probe = copy.copy(self)
+        probe.passes = True
         return probe
 
     def set_timesteps(
@@ -99,8 +107,10 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.scales_input = True
         return sample
 
-    def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
+    def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> tuple[Tensor]:
         self.output, self.sample = model_output, sample
+        if self.passes:
+            return (sample,)
         raise Stop
 
 
@@ -274,6 +284,16 @@ def stop(**kwargs: object) -> NoReturn:
     raise Stop
 
 
+def zeros_like(output: Tensor) -> Callable[..., tuple[Tensor]]:
+    """A model that computes nothing: its output has the shape of `output`, for any number of rows."""
+
+    def model(**inputs: Any) -> tuple[Tensor]:
+        rows = next(iter(inputs.values()))
+        return (rows.new_zeros((len(rows), *output.shape[1:])),)
+
+    return model
+
+
 def noting(seen: list[dict[str, Any]]) -> Callable[..., NoReturn]:
     """A model that keeps the arguments of its call, by name, in `seen` and stops the pipeline."""
 
@@ -301,6 +321,13 @@ class DecoderStandIn(nn.Module):
     def decode(self, latents: Tensor, *args: object, **kwargs: object) -> NoReturn:
         self.__dict__["latents"] = latents
         raise Stop
+
+
+class _NoBar:
+    """In place of a progress bar."""
+
+    def update(self) -> None:
+        """Shows nothing."""
 
 
 # What pipelines call, at every step, to encode pictures apart from their latents.
@@ -367,9 +394,9 @@ class PipelineView(DiffusionPipeline):
 
     def progress_bar(
         self, iterable: Iterable[T] | None = None, total: int | None = None
-    ) -> Iterable[T] | AbstractContextManager[None]:
+    ) -> Iterable[T] | AbstractContextManager[_NoBar]:
         """No progress bar, since each step would open and close one."""
-        return nullcontext() if iterable is None else iterable
+        return nullcontext(_NoBar()) if iterable is None else iterable
 
     def maybe_free_model_hooks(self) -> None:
         """Does nothing, since the trainer offloads modules itself."""
