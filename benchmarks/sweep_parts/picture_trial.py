@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from helpers.edit_families import EditFamily
+from helpers.edit_families import EditFamily, picture
 from helpers.families import save_teacher
 from helpers.family_fixtures import family_trainer
 from PIL import Image
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from trl_diffusion_opd.algorithms.rollout import walk
 from trl_diffusion_opd.algorithms.samplers import sampler_table
-from trl_diffusion_opd.data.pictured_prompt import SOURCE_IMAGES, with_pictures
+from trl_diffusion_opd.data.pictured_prompt import SOURCE_IMAGES, PicturedPrompt, with_pictures
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 from .trial import STEPS, RefusedError, Trial, difference, in_flow_coordinates, load_student, with_recorder
@@ -82,6 +82,8 @@ def velocity_and_walk(edit: EditFamily, trial: Trial) -> None:
         for steps in zip(*traces, strict=True):
             x, v = (torch.cat([step[part] for step in steps]) for part in (1, 2))
             gaps.append((field(x, steps[0][0], prompts, scale) - v).abs().max() / v.abs().max())
+    if 1 in edit.numbers:
+        gaps.append(together(edit, field))
     trial.velocity = float(torch.stack(gaps).max())
     table, scale = sampler_table("ode", field.levels), scales_of(edit)[-1]
     with torch.no_grad():
@@ -93,6 +95,18 @@ def velocity_and_walk(edit: EditFamily, trial: Trial) -> None:
     gap = (field(start, level, others, scale) - field(start, level, prompts, scale)).abs()
     if not gap[-1].max() > 1e-4 or gap[:-1].any():
         raise ValueError("another picture in one row must change that row's velocity, and no other row's")
+
+
+def together(edit: EditFamily, field: VelocityField) -> Tensor:
+    """
+    The largest difference of velocities between rows of one batch, whose pictures have one size, and the same rows one by
+    one. It is 0 where the pipeline does not take them together.
+    """
+    prompts: list[str] = [PicturedPrompt(f"{i} cats", [picture(20 + i, *edit.sizes[0])]) for i in range(2)]
+    x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))])
+    batch = field(x, float(field.levels[1]), prompts, 1.0)
+    rows = [field(x[i : i + 1], float(field.levels[1]), [prompts[i]], 1.0) for i in range(len(prompts))]
+    return (batch - torch.cat(rows)).abs().max() / batch.abs().max()
 
 
 def of_noise(steps: list[tuple[float, Tensor, Tensor]], start: Tensor) -> list[tuple[float, Tensor, Tensor]]:

@@ -133,7 +133,7 @@ class PipelineCalls:
                 raise ValueError(f"Prompts come with pictures of their own, but {name} can't get them: {reason}.")
             return {PICTURES: picture_argument(prompts)}
         # Trials ask with a text alone.
-        return {PICTURES: new_image("RGB", self._trial_size, "grey")} if self.needs_pictures else {}
+        return {PICTURES: new_image("RGB", self.trial_size, "grey")} if self.needs_pictures else {}
 
     def _is_apart(self, prompts: list[str]) -> bool:
         """
@@ -150,14 +150,18 @@ class PipelineCalls:
             self._pictures.in_batches = self._try_batch()
         return not self._pictures.in_batches
 
-    def try_pictures(self, number: int) -> None:
-        """Runs the pipeline up to its denoiser with a prompt that has this many grey pictures, to see whether it can."""
-        self._prepare([PicturedPrompt("a", [new_image("RGB", self._trial_size, "grey")] * number)])
+    def try_pictures(self, sizes: Sequence[tuple[int, int]]) -> torch.Size:
+        """
+        Runs the pipeline up to its denoiser with a prompt that has grey pictures of these sizes (width, height), to see
+        whether it can. Returns the shape of the latents.
+        """
+        pictures = [new_image("RGB", size, "grey") for size in sizes]
+        return self._prepare([PicturedPrompt("a", pictures)]).prepared[0].shape
 
     def _try_batch(self) -> bool:
         """Whether the network gets the same for two prompts with one picture each as for one after the other."""
         prompts: list[str] = [
-            PicturedPrompt("a", [new_image("RGB", self._trial_size, colour)]) for colour in ("grey", "white")
+            PicturedPrompt("a", [new_image("RGB", self.trial_size, colour)]) for colour in ("grey", "white")
         ]
         apart = [self._prepare([prompt]).seen for prompt in prompts]
         if self._cache.reads_pictures:
@@ -168,7 +172,8 @@ class PipelineCalls:
         return False
 
     @property
-    def _trial_size(self) -> tuple[int, int]:
+    def trial_size(self) -> tuple[int, int]:
+        """Width and height of pictures for trials."""
         # FLUX.2 takes no picture of less than 64 pixels a side.
         least = 64 if self.sized else 1
         return max(least, self.width or 256), max(least, self.height or 256)
