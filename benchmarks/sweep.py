@@ -85,7 +85,7 @@ def said(error: Exception) -> str:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines() if line.strip()]
     if isinstance(error, ValueError):
         return " ".join(lines)
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {lines[0].split(', but expected')[0] if lines else ''}"
 
 
 def main() -> None:

@@ -142,7 +142,10 @@ PICTURES: dict[str, EditFamily] = {
     "StableDiffusionInstructPix2PixPipeline": EditFamily(
         Family(
             lambda: instruct_pix2pix(
-                diffusers.StableDiffusionInstructPix2PixPipeline, "sd15", requires_safety_checker=False
+                diffusers.StableDiffusionInstructPix2PixPipeline,
+                "sd15",
+                feature_extractor=None,
+                requires_safety_checker=False,
             ),
             _CROSS,
             size=32,
