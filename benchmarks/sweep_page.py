@@ -41,8 +41,8 @@ _WIDTH = 119
 _HEAD = """# All pipelines of diffusers
 
 This page says which text-to-image, text-to-video, editing and image-to-video pipelines of diffusers {version} can be
-trained, and why the others cannot. Read it before you train another model than the usual ones. It is written by `benchmarks/sweep_page.py`
-from what `benchmarks/sweep.py` measured.
+trained, and why the others cannot. Read it before you train another model than the usual ones. It is written by
+`benchmarks/sweep_page.py` from what `benchmarks/sweep.py` measured.
 
 The sweep asks every pipeline class that diffusers offers. Each that makes images or videos of a text alone is built
 with small random parts, in float32 on a CPU, and tried (videos with one frame, and [with several](#videos)):

@@ -35,12 +35,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .images import ATTENTION, kandinsky5_transformer
-from .noise import cogvideox
+from .noise import cogvideox, cosmos1
 from .small_pictures import noiseless
 from .videos import (
     LIKE_WAN,
     VIDEOS,
     cosmos2,
+    cosmos_transformer,
     hunyuan_vae,
     hunyuan_video,
     hunyuan_video15,
@@ -89,6 +90,26 @@ def like_wan(
         image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**_VISION, projection_dim=8)).eval(),
         image_processor=_clip_processor(),
         **text.t5(multilingual=True),
+    )
+
+
+def wan_2_2_i2v(in_channels: int = 12, experts: int = 1, **options: Any) -> DiffusionPipeline:
+    """Wan 2.2's: no CLIP. That of 14 billion parameters has two experts, that of 5 has the picture in place of a frame."""
+    networks = [
+        diffusers.WanTransformer3DModel(
+            qk_norm="rms_norm_across_heads", rope_max_seq_len=32, **{**LIKE_WAN, "in_channels": in_channels}
+        )
+        for _ in range(experts)
+    ]
+    return diffusers.WanImageToVideoPipeline(
+        transformer=networks[0],
+        transformer_2=networks[1] if experts == 2 else None,
+        vae=wan_vae(),
+        scheduler=euler(shift=3.0),
+        image_encoder=None,
+        image_processor=None,
+        **text.t5(multilingual=True),
+        **options,
     )
 
 
@@ -186,6 +207,14 @@ def cosmos2_video() -> DiffusionPipeline:
     )
 
 
+def cosmos_video() -> DiffusionPipeline:
+    own = cosmos1()
+    transformer = cosmos_transformer(extra_pos_embed_type="learnable", in_channels=5)
+    return diffusers.CosmosVideoToWorldPipeline(
+        **{**own.components, "transformer": transformer, "safety_checker": own.safety_checker}
+    )
+
+
 def _video(family: Family, numbers: tuple[int, ...] = (1,), **options: Any) -> EditFamily:
     return EditFamily(family, numbers, is_video=True, context=noiseless, **options)
 
@@ -193,6 +222,19 @@ def _video(family: Family, numbers: tuple[int, ...] = (1,), **options: Any) -> E
 _WAN = VIDEOS["SkyReelsV2Pipeline"].lora_targets
 _FIVE, _NINE = {"num_frames": 5}, {"num_frames": 9}
 _TRUE_CFG: dict[str, Any] = dict(guidance_name="true_cfg_scale", guidance_options={"negative_prompt": ""})
+WAN_2_2 = {
+    "wan_2_2_i2v": _video(
+        Family(
+            lambda: wan_2_2_i2v(experts=2, boundary_ratio=0.8),
+            _WAN,
+            size=32,
+            generation_kwargs=_FIVE,
+        )
+    ),
+    "wan_2_2_5b_i2v": _video(
+        Family(lambda: wan_2_2_i2v(in_channels=4, expand_timesteps=True), _WAN, size=32, generation_kwargs=_FIVE)
+    ),
+}
 PICTURE_VIDEOS: dict[str, EditFamily] = {
     "WanImageToVideoPipeline": _video(
         Family(
@@ -290,5 +332,6 @@ PICTURE_VIDEOS: dict[str, EditFamily] = {
         Family(motif_i2v, ATTENTION, size=32, guidance_name=None, generation_kwargs=_FIVE)
     ),
     "HeliosPipeline": _video(VIDEOS["HeliosPipeline"], numbers=(0, 1)),
+    "CosmosVideoToWorldPipeline": _video(Family(cosmos_video, ATTENTION, size=32, generation_kwargs=_NINE)),
     "Cosmos2VideoToWorldPipeline": _video(Family(cosmos2_video, ATTENTION, size=32, generation_kwargs=_FIVE)),
 }

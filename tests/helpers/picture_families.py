@@ -21,6 +21,7 @@ from helpers.edit_families import EDIT_FAMILIES, EditFamily
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from sweep_parts.picture_videos import WAN_2_2  # noqa: E402
 from sweep_parts.pictures import PICTURES  # noqa: E402
 
 
@@ -33,6 +34,7 @@ PICTURE_FAMILIES: dict[str, EditFamily] = {
     "kandinsky5_i2i": PICTURES["Kandinsky5I2IPipeline"],
     "ltx_i2v": PICTURES["LTXImageToVideoPipeline"],
     "hunyuan_video_i2v": PICTURES["HunyuanVideoImageToVideoPipeline"],
-    # A CLIP reads the picture, too.
+    # A CLIP reads the picture, too; the picture is in place of a frame.
     "wan_i2v": PICTURES["WanImageToVideoPipeline"],
+    "wan_2_2_5b_i2v": WAN_2_2["wan_2_2_5b_i2v"],
 }

@@ -22,9 +22,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from helpers.edit_families import EditFamily, picture, small_pictures
-from helpers.families import denoiser
+from helpers.families import FAMILIES, denoiser
 from helpers.gradients import derivative_error
-from helpers.picture_families import PICTURE_FAMILIES
+from helpers.picture_families import PICTURE_FAMILIES, PICTURES, WAN_2_2
 from helpers.pipeline_recorder import Recorder, recorder
 from PIL import Image
 from torch import Tensor, nn
@@ -94,6 +94,10 @@ def test_each_row_of_a_batch_is_the_pipelines_own(edit: EditFamily) -> None:
     assert differs[i].max() > 1e-4 and not differs[:i].any() and not differs[j:].any()
 
 
+def test_each_row_of_a_pipeline_with_two_experts_is_its_own() -> None:
+    test_each_row_of_a_batch_is_the_pipelines_own(WAN_2_2["wan_2_2_i2v"])
+
+
 def counted(field: VelocityField, prompts: list[str]) -> tuple[Tensor, int]:
     """A velocity, and how often the network ran for it."""
     runs: list[int] = []
@@ -137,6 +141,24 @@ def test_pictures_are_encoded_once(edit: EditFamily) -> None:
     assert 0 < seen == len(encoded)
     field(x, 0.5, [PicturedPrompt("a cat", [picture(5)]), PicturedPrompt("a cat", [picture(6)])], 1.0)
     assert len(encoded) > seen
+
+
+@pytest.mark.parametrize(("name", "needs"), [("BriaFibo2Pipeline", False), ("JoyImageEditPipeline", False)])
+def test_a_pipeline_that_diffusers_does_not_list_is_asked_whether_it_draws_from_a_text(name: str, needs: bool) -> None:
+    with PICTURES[name].context():
+        assert field_of(PICTURES[name]).needs_pictures is needs
+
+
+def test_a_size_is_refused_where_the_call_takes_none_and_no_picture() -> None:
+    class Unsized(diffusers.StableDiffusion3Pipeline):
+        def __call__(
+            self, prompt: list[str], num_inference_steps: int, guidance_scale: float, latents: Tensor
+        ) -> None:
+            raise AssertionError("it is refused before")
+
+    pipeline = Unsized(**FAMILIES["sd3"].build().components)
+    with pytest.raises(ValueError, match="height=16: Unsized takes none"):
+        VelocityField(pipeline, num_inference_steps=STEPS, height=16)
 
 
 def test_gradient_in_the_lora(edit: EditFamily) -> None:
