@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """
 What is tried with a tiny pipeline that takes pictures beside the prompt: as in `trial.py`, for rows that each have pictures of
 their own. The pipeline's own call has one row at a time.

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Tiny pipelines that begin a video with a picture. They draw two latent frames, of which the picture is the first."""
 
 from typing import Any

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Contexts in which pipelines that take pictures are small, and encode them without noise."""
 
 from collections.abc import Iterator

@@ -11,6 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
+
 """Which part of the latents that a pipeline prepares its loop denoises."""
 
 from collections.abc import Sequence
