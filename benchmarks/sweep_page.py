@@ -40,9 +40,9 @@ OUTCOMES = ("works", "refused", "fails", "not built")
 _WIDTH = 119
 _HEAD = """# All pipelines of diffusers
 
-This page says which text-to-image and text-to-video pipelines of diffusers {version} can be trained, and why the
-others cannot. Read it before you train another model than the usual ones. It is written by `benchmarks/sweep_page.py`
-from what `benchmarks/sweep.py` measured.
+This page says which text-to-image, text-to-video, editing and image-to-video pipelines of diffusers {version} can be
+trained, and why the others cannot. Read it before you train another model than the usual ones. It is written by
+`benchmarks/sweep_page.py` from what `benchmarks/sweep.py` measured.
 
 The sweep asks every pipeline class that diffusers offers. Each that makes images or videos of a text alone is built
 with small random parts, in float32 on a CPU, and tried (videos with one frame, and [with several](#videos)):
@@ -56,10 +56,21 @@ with small random parts, in float32 on a CPU, and tried (videos with one frame, 
   the largest difference of its image from the trained one's. It must be at most 1e-5, while the update itself moves
   the image by far more.
 
+[Pictures](#pictures) has the same for those that take pictures beside the text: to edit, to refer to, or to begin a
+video with.
+
 Small random models say nothing about quality or memory at full size. See [Any pipeline](any_pipeline) for how this
 works, and for the checks to run on a real model.
 
 """
+
+
+_PICTURES = """The same three differences for [rows with pictures of their own](dataset_formats#pictures-to-edit): a row for
+each number of pictures in the table, and one more with another picture, of another size where the pipeline can. The
+velocity is of a batch of all rows against the pipeline's own loop for each of them; the last two are of all rows.
+Encoders of pictures add no noise here: some pipelines (LTX, CogVideoX, Kandinsky 5, JoyImage) draw it with the seed of
+the image, and in training a picture is encoded once, with one seed."""
+_TITLES = {"refused": "Refused", "fails": "Failing", "not built": "Not built"}
 
 
 def number(value: float | None) -> str:
@@ -102,6 +113,7 @@ def page(report: dict[str, Any]) -> str:
     for name, found in report["videos"].items():
         cells = [number(found.get(key)) for key in ("velocity", "walk", "image")]
         lines.append(f"| {name} | `{found['argument']}={found['frames']}` | {' | '.join(cells)} |")
+    lines += pictures(report["pictures"])
     titles = {"refused": "Those that are refused", "fails": "Those that fail", "not built": "Those that are not built"}
     for outcome, title in titles.items():
         if counts[outcome]:
@@ -116,6 +128,33 @@ def page(report: dict[str, Any]) -> str:
         if names:
             lines += [*wrapped(f"- {rule.value[0].upper()}{rule.value[1:]}: {', '.join(names)}.", "  ")]
     return _HEAD.format(version=report["diffusers"]) + "\n".join(lines) + "\n"
+
+
+def pictures(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The section on pipelines that take pictures beside the prompt."""
+    counts = Counter(one["outcome"] for one in found.values())
+    lines = ["", "## Pictures", "", *wrapped(_PICTURES), ""]
+    lines += wrapped(
+        f"Of {len(found)} classes, {counts['works']} work, {counts['refused']} are refused before the first step, "
+        f"{counts['fails']} fail, and {counts['not built']} are not built. A class that draws from a text alone, too, is "
+        "also in the tables above."
+    )
+    lines += ["", "| pipeline | draws | pictures a row | velocity | walk | student | loaded by |"]
+    lines += ["| --- | --- | --- | ---: | ---: | ---: | --- |"]
+    for name, one in found.items():
+        if one["outcome"] == "works":
+            loaded = "PEFT" if "PEFT" in one.get("reason", "") else "diffusers"
+            numbers = ", ".join(map(str, one["numbers"]))
+            cells = [number(one.get(key)) for key in ("velocity", "walk", "image")]
+            drawn = "video" if one["video"] else "image"
+            lines.append(f"| {name} | {drawn} | {numbers} | {' | '.join(cells)} | {loaded} |")
+    for outcome in OUTCOMES[1:]:
+        names = [name for name, one in found.items() if one["outcome"] == outcome]
+        if names:
+            lines += ["", f"{_TITLES[outcome]}:", ""]
+        for name in names:
+            lines += wrapped(f"- **{name}**: {found[name]['reason']}", "  ")
+    return lines
 
 
 def main() -> None:

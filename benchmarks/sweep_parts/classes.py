@@ -28,7 +28,10 @@ class Rule(StrEnum):
     NO_TEXT = "its call takes no `prompt`, or takes only one side of a two-stage model's work"
     ENDED = "diffusers has ended its support (`diffusers.pipelines.deprecated`, or `_last_supported_version`)"
     NO_PICTURE = "it writes text, sound or three-dimensional shapes, not images or videos"
-    GUIDED_BY_INPUT = "it begins from or follows a picture, a video or a control signal, by its name or by its call"
+    GUIDED_BY_INPUT = (
+        "it begins from or follows a picture, a video or a control signal, by its name or by its call ([Pictures](#pictures) "
+        "says which of these can be trained)"
+    )
     PERTURBED = "it is a sampling variant of a class that is tried: perturbed-attention guidance (`PAG`)"
 
 

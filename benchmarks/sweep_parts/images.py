@@ -86,7 +86,7 @@ def prx() -> DiffusionPipeline:
     )
 
 
-def kandinsky5_transformer() -> diffusers.Kandinsky5Transformer3DModel:
+def kandinsky5_transformer(**options: Any) -> diffusers.Kandinsky5Transformer3DModel:
     return diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -98,6 +98,7 @@ def kandinsky5_transformer() -> diffusers.Kandinsky5Transformer3DModel:
         num_text_blocks=1,
         num_visual_blocks=1,
         axes_dims=(4, 6, 6),
+        **options,
     )
 
 
@@ -234,14 +235,20 @@ def prx_pixel() -> DiffusionPipeline:
 
 def z_image_omni() -> DiffusionPipeline:
     parts = FAMILIES["z_image"].build().components
-    config = {**parts["transformer"].config, "siglip_feat_dim": 16}
+    # A config remembers which of its values are defaults, and takes them again.
+    config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
     siglip = Siglip2VisionModel(
         Siglip2VisionConfig(
             hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16
         )
     )
     return diffusers.ZImageOmniPipeline(
-        **{**parts, "transformer": diffusers.ZImageTransformer2DModel.from_config(config)},
+        **{
+            **parts,
+            "transformer": diffusers.ZImageTransformer2DModel(
+                **{**config, "siglip_feat_dim": 16, "axes_lens": [256, 64, 64]}
+            ),
+        },
         siglip=siglip,
         siglip_processor=Siglip2ImageProcessorPil(),
     )

@@ -200,13 +200,18 @@ def update(family: Family, trial: Trial) -> None:
         ours = own_images(family, trainer.pipeline, scale)
         fresh = family.guided(scale)
         base = own_images(family, fresh, scale)
-        if loads_lora(fresh):
-            fresh.load_lora_weights(str(root / "saved"))
-        else:
-            PeftModel.from_pretrained(denoiser(fresh), str(root / "saved"))
-            trial.reason = "diffusers has no loader of LoRAs for it: PEFT loads the student"
+        load_student(fresh, root / "saved", trial)
         trial.image = difference(own_images(family, fresh, scale), ours)
         trial.moved = difference(base, ours)
+
+
+def load_student(fresh: DiffusionPipeline, folder: Path, trial: Trial) -> None:
+    """Loads a saved student as a user would."""
+    if loads_lora(fresh):
+        fresh.load_lora_weights(str(folder))
+    else:
+        PeftModel.from_pretrained(denoiser(fresh), str(folder))
+        trial.reason = "diffusers has no loader of LoRAs for it: PEFT loads the student"
 
 
 @contextmanager

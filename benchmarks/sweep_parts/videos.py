@@ -28,7 +28,7 @@ from .images import ATTENTION, kandinsky5_transformer
 
 
 # Of transformers after Wan's.
-_LIKE_WAN: dict[str, Any] = dict(
+LIKE_WAN: dict[str, Any] = dict(
     patch_size=(1, 2, 2),
     num_attention_heads=2,
     attention_head_dim=12,
@@ -65,7 +65,7 @@ def hunyuan_vae() -> diffusers.AutoencoderKLHunyuanVideo:
 
 def anyflow() -> DiffusionPipeline:
     return diffusers.AnyFlowPipeline(
-        transformer=diffusers.AnyFlowTransformer3DModel(rope_max_seq_len=32, **_LIKE_WAN),
+        transformer=diffusers.AnyFlowTransformer3DModel(rope_max_seq_len=32, **LIKE_WAN),
         vae=wan_vae(),
         scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=5.0),
         **text.t5(multilingual=True),
@@ -73,7 +73,7 @@ def anyflow() -> DiffusionPipeline:
 
 
 def anyflow_far() -> DiffusionPipeline:
-    transformer = diffusers.AnyFlowFARTransformer3DModel(rope_max_seq_len=32, chunk_partition=(1,), **_LIKE_WAN)
+    transformer = diffusers.AnyFlowFARTransformer3DModel(rope_max_seq_len=32, chunk_partition=(1,), **LIKE_WAN)
     return diffusers.AnyFlowFARPipeline(
         transformer=transformer,
         vae=wan_vae(),
@@ -84,7 +84,7 @@ def anyflow_far() -> DiffusionPipeline:
 
 def _skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
     transformer = diffusers.SkyReelsV2Transformer3DModel(
-        rope_max_seq_len=32, qk_norm="rms_norm_across_heads", inject_sample_info=False, **_LIKE_WAN
+        rope_max_seq_len=32, qk_norm="rms_norm_across_heads", inject_sample_info=False, **LIKE_WAN
     )
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
@@ -93,25 +93,33 @@ def _skyreels(pipeline: type[DiffusionPipeline]) -> DiffusionPipeline:
 
 
 def helios(pipeline: type[DiffusionPipeline], scheduler: Any) -> DiffusionPipeline:
-    transformer = diffusers.HeliosTransformer3DModel(rope_dim=(4, 4, 4), qk_norm="rms_norm_across_heads", **_LIKE_WAN)
+    transformer = diffusers.HeliosTransformer3DModel(rope_dim=(4, 4, 4), qk_norm="rms_norm_across_heads", **LIKE_WAN)
     return pipeline(transformer=transformer, vae=wan_vae(), scheduler=scheduler, **text.t5(multilingual=True))
 
 
-def hunyuan_video() -> DiffusionPipeline:
-    transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=16,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
+def hunyuan_video_transformer(**options: Any) -> diffusers.HunyuanVideoTransformer3DModel:
+    return diffusers.HunyuanVideoTransformer3DModel(
+        **{
+            **dict(
+                in_channels=4,
+                out_channels=4,
+                num_attention_heads=2,
+                attention_head_dim=10,
+                num_layers=1,
+                num_single_layers=1,
+                num_refiner_layers=1,
+                text_embed_dim=16,
+                pooled_projection_dim=8,
+                rope_axes_dim=(2, 4, 4),
+            ),
+            **options,
+        }
     )
+
+
+def hunyuan_video() -> DiffusionPipeline:
     return diffusers.HunyuanVideoPipeline(
-        transformer=transformer,
+        transformer=hunyuan_video_transformer(),
         vae=hunyuan_vae(),
         scheduler=euler(shift=7.0),
         **numbered(encoders.llama(layers=3), text.clip(projection=False)),

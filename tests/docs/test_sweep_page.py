@@ -22,6 +22,7 @@ import pytest
 from helpers.families import FAMILIES
 from helpers.families_flow import FLOW_FAMILIES
 from helpers.noise_families import NOISE_FAMILIES
+from helpers.picture_families import PICTURE_FAMILIES
 
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from sweep_page import OUTCOMES, PAGE, RESULTS, page  # noqa: E402
 from sweep_parts.classes import Rule, classes, left_out  # noqa: E402
+from sweep_parts.pictures import PICTURES, PICTURES_NOT_BUILT  # noqa: E402
 from sweep_parts.videos import FRAMES  # noqa: E402
 
 
@@ -58,6 +60,24 @@ def test_videos_of_several_frames_work() -> None:
     for name, found in REPORT["videos"].items():
         assert found["outcome"] == "works" and found["frames"] > 1, name
         assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], name
+
+
+def test_pipelines_that_take_pictures_have_an_outcome() -> None:
+    assert REPORT["pictures"].keys() == PICTURES.keys() | PICTURES_NOT_BUILT.keys()
+    for name, found in REPORT["pictures"].items():
+        assert found["outcome"] in OUTCOMES
+        if found["outcome"] == "works":
+            assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], (
+                name
+            )
+        else:
+            assert found["reason"], name
+
+
+@pytest.mark.parametrize("name", PICTURE_FAMILIES)
+def test_families_with_pictures_work(name: str) -> None:
+    kind = type(PICTURE_FAMILIES[name].family.make()).__name__.removeprefix("_").replace("FromSeeds", "Pipeline")
+    assert REPORT["pictures"][kind]["outcome"] == "works"
 
 
 def test_all_classes_of_diffusers_are_asked() -> None:

@@ -14,8 +14,8 @@
 
 """Pipelines that edit pictures or refer to them, each with rows whose pictures differ in number, size and content."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,11 +52,28 @@ class EditFamily:
         family ([`Family`]): its pipeline and the arguments that all its rows share.
         numbers (`tuple[int]`): how many pictures a row may have.
         in_batches (`bool`): whether it takes the pictures of several prompts at once.
+        sizes (`tuple[tuple[int, int]]`): width and height of the pictures, one after the other.
+        context (`Callable`): the context in which the pipeline is small.
+        is_video (`bool`): whether a video begins with the picture.
     """
 
     family: Family
     numbers: tuple[int, ...]
     in_batches: bool = False
+    sizes: tuple[tuple[int, int], ...] = ((64, 64), (128, 64))
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
+    is_video: bool = False
+
+    def rows(self) -> list[tuple[str, list[Image.Image]]]:
+        """A row for each possible number of pictures, and one more with another picture, of another size if it can."""
+        numbers = [*self.numbers, self.numbers[-1]]
+        return [
+            (
+                f"{number} cats, row {i}",
+                [picture(10 * i + j, *self.sizes[(i + j) % len(self.sizes)]) for j in range(number)],
+            )
+            for i, number in enumerate(numbers)
+        ]
 
     def call_kwargs(self, scale: float, prompt: str, pictures: list[Image.Image]) -> dict[str, Any]:
         """Arguments of the pipeline's own `__call__` for one row."""

@@ -60,6 +60,7 @@ class Family:
         generation_kwargs (`dict`): further arguments of the pipeline's `__call__`.
         max_sequence_length (`int`, *optional*): of the text.
         prompts (`tuple[str]`): of different length.
+        sized (`bool`): whether the pipeline's call takes height and width. If not, its pictures' size decides.
         trainable (`bool`): whether gradients reach every weight.
     """
 
@@ -73,6 +74,7 @@ class Family:
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
     max_sequence_length: int | None = 16
     prompts: tuple[str, ...] = PROMPTS
+    sized: bool = True
     trainable: bool = True
     has_encoders: bool = True
 
@@ -114,7 +116,9 @@ class Family:
             options["negative_prompt"] = [options["negative_prompt"]] * len(prompts)
         if self.max_sequence_length is not None:
             options["max_sequence_length"] = self.max_sequence_length
-        return dict(prompt=list(prompts), height=self.size, width=self.size, **options)
+        if self.sized:
+            options.update(height=self.size, width=self.size)
+        return dict(prompt=list(prompts), **options)
 
 
 def _fill_zeros(module: nn.Module) -> None:

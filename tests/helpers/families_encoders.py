@@ -44,7 +44,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -101,15 +103,21 @@ class Processor(Qwen3VLProcessor):
 
 
 def processor(tokenizer: Any) -> Processor:
-    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+    images = Qwen2VLImageProcessorPil(min_pixels=32 * 32, max_pixels=128 * 128, patch_size=16)
     return Processor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def qwen3_vl(layers: int = 2, generates: bool = False) -> dict[str, Any]:
-    """`text_encoder` and `tokenizer`; its vision part is there, and unused."""
+    """`text_encoder` and `tokenizer`; its vision part sees pictures as `processor` cuts them."""
     tokenizer = text.language_tokenizer(bos=False)
     ropes = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    ends = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
     config = Qwen3VLConfig(
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ends["vision_start"],
+        vision_end_token_id=ends["vision_end"],
         text_config=text.language_config(tokenizer, num_hidden_layers=layers, rope_parameters=ropes),
         vision_config=dict(
             depth=1,

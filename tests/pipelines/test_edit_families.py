@@ -16,13 +16,15 @@
 
 from collections.abc import Iterator
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from helpers.edit_families import EDIT_FAMILIES, EditFamily, picture, small_pictures
-from helpers.families import denoiser
+from helpers.edit_families import EditFamily, picture, small_pictures
+from helpers.families import FAMILIES, denoiser
 from helpers.gradients import derivative_error
+from helpers.picture_families import PICTURE_FAMILIES, PICTURES, WAN_2_2
 from helpers.pipeline_recorder import Recorder, recorder
 from PIL import Image
 from torch import Tensor, nn
@@ -34,7 +36,6 @@ from trl_diffusion_opd.pipelines.velocity import VelocityField
 
 
 STEPS = 2
-SIZES = ((64, 64), (128, 64), (64, 64))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,22 +44,15 @@ def quick() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=EDIT_FAMILIES)
-def edit(request: pytest.FixtureRequest) -> EditFamily:
-    return EDIT_FAMILIES[request.param]
+@pytest.fixture(scope="module", params=PICTURE_FAMILIES)
+def edit(request: pytest.FixtureRequest) -> Iterator[EditFamily]:
+    family = PICTURE_FAMILIES[request.param]
+    with family.context():
+        yield family
 
 
 def field_of(edit: EditFamily) -> VelocityField:
     return VelocityField(edit.family.build(), num_inference_steps=STEPS, **edit.family.kwargs)
-
-
-def rows_of(edit: EditFamily) -> list[tuple[str, list[Image.Image]]]:
-    """A row for each possible number of pictures, and one more with another picture of another size."""
-    numbers = [*edit.numbers, edit.numbers[-1]]
-    return [
-        (f"{number} cats, row {i}", [picture(10 * i + j, *SIZES[(i + j) % 3]) for j in range(number)])
-        for i, number in enumerate(numbers)
-    ]
 
 
 def own_trace(
@@ -76,7 +70,7 @@ def own_trace(
 
 
 def test_each_row_of_a_batch_is_the_pipelines_own(edit: EditFamily) -> None:
-    field, rows, scale = field_of(edit), rows_of(edit), edit.family.guidance_scale
+    field, rows, scale = field_of(edit), edit.rows(), edit.family.guidance_scale
     own_pipeline = edit.family.build()
     runs = [own_trace(own_pipeline, edit, scale, *row, seed) for seed, row in enumerate(rows)]
     prompts = [with_pictures(*row) for row in rows]
@@ -100,6 +94,10 @@ def test_each_row_of_a_batch_is_the_pipelines_own(edit: EditFamily) -> None:
     assert differs[i].max() > 1e-4 and not differs[:i].any() and not differs[j:].any()
 
 
+def test_each_row_of_a_pipeline_with_two_experts_is_its_own() -> None:
+    test_each_row_of_a_batch_is_the_pipelines_own(WAN_2_2["wan_2_2_i2v"])
+
+
 def counted(field: VelocityField, prompts: list[str]) -> tuple[Tensor, int]:
     """A velocity, and how often the network ran for it."""
     runs: list[int] = []
@@ -120,6 +118,8 @@ def test_pictures_of_one_size_are_asked_together_where_the_pipeline_can(edit: Ed
     assert runs == 3
     torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
     field.one_by_one = False
+    if len(edit.sizes) == 1:
+        return
     _, runs = counted(field, [*alike[:2], PicturedPrompt("a cat", [picture(3, 128, 64)])])
     assert runs == 3
 
@@ -143,7 +143,27 @@ def test_pictures_are_encoded_once(edit: EditFamily) -> None:
     assert len(encoded) > seen
 
 
+@pytest.mark.parametrize(("name", "needs"), [("BriaFibo2Pipeline", False), ("JoyImageEditPipeline", False)])
+def test_a_pipeline_that_diffusers_does_not_list_is_asked_whether_it_draws_from_a_text(name: str, needs: bool) -> None:
+    with PICTURES[name].context():
+        assert field_of(PICTURES[name]).needs_pictures is needs
+
+
+def test_a_size_is_refused_where_the_call_takes_none_and_no_picture() -> None:
+    class Unsized(diffusers.StableDiffusion3Pipeline):
+        def __call__(
+            self, prompt: list[str], num_inference_steps: int, guidance_scale: float, latents: Tensor
+        ) -> None:
+            raise AssertionError("it is refused before")
+
+    pipeline = Unsized(**FAMILIES["sd3"].build().components)
+    with pytest.raises(ValueError, match="height=16: Unsized takes none"):
+        VelocityField(pipeline, num_inference_steps=STEPS, height=16)
+
+
 def test_gradient_in_the_lora(edit: EditFamily) -> None:
+    if isinstance(edit.family.make(), diffusers.Kandinsky5I2IPipeline):
+        pytest.skip("its network rounds to bfloat16, which finite differences do not see through")
     field, number = field_of(edit), edit.numbers[-1]
     prompts: list[str] = [PicturedPrompt("a cat", [picture(i)] * number) for i in range(2)]
     x = field.initial_latents(prompts, [torch.Generator().manual_seed(i) for i in range(2)])

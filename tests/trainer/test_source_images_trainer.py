@@ -28,6 +28,7 @@ from datasets import Dataset
 from helpers.edit_families import EDIT_FAMILIES, EditFamily, picture, small_pictures
 from helpers.families import FAMILIES, save_teacher
 from helpers.family_fixtures import family_trainer
+from helpers.picture_families import PICTURE_FAMILIES
 from helpers.pipeline_recorder import recorder
 from PIL import Image
 
@@ -294,6 +295,16 @@ def test_refusals(tmp_path: Path) -> None:
         assert "train_dataset, column 'source_images', row 1: " in told and message in told
     numbers = of(prompt=["a"], source_images=[[1]])
     assert "column 'source_images' holds List(Value('int64'))" in refusal(tmp_path, numbers, KLEIN.family)
+
+
+def test_pictures_that_would_be_drawn_in_another_size_are_refused(tmp_path: Path) -> None:
+    longcat = PICTURE_FAMILIES["longcat_edit"]
+    wide = of(prompt=["a", "b"], source_images=[[picture(1)], [picture(2, 128, 64)]])
+    with longcat.context():
+        told = refusal(tmp_path, wide, longcat.family)
+        assert "has 1 row(s) with pictures of 128 x 64 pixels" in told and "takes no size" in told
+        sizes = of(prompt=["a"] * 33, source_images=[[picture(i, 64 + i, 64)] for i in range(33)])
+        assert "has pictures of 33 sizes" in refusal(tmp_path, sizes, longcat.family)
 
 
 def _png(image: Image.Image) -> bytes:

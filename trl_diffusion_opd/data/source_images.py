@@ -134,14 +134,24 @@ def _opened(picture: Mapping[str, Any]) -> PIL.Image.Image:
     return PIL.Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"])
 
 
-def _pixels(picture: Mapping[str, Any]) -> int:
+def _size(picture: Mapping[str, Any]) -> tuple[int, int]:
     with _opened(picture) as image:
-        return image.width * image.height
+        return image.size
+
+
+def _pixels(picture: Mapping[str, Any]) -> int:
+    width, height = _size(picture)
+    return width * height
 
 
 def picture_numbers(dataset: Dataset, rows: np.ndarray | Sequence[int]) -> list[int]:
     """How many pictures each row has."""
     return [len(pictures) for pictures in encoded_rows(dataset, rows)]
+
+
+def picture_sizes(dataset: Dataset, rows: np.ndarray | Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+    """Width and height of each row's pictures. None is decoded."""
+    return [tuple(_size(picture) for picture in pictures) for pictures in encoded_rows(dataset, rows)]
 
 
 def most_pictured(dataset: Dataset, rows: Sequence[int]) -> int:

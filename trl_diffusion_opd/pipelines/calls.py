@@ -33,6 +33,7 @@ from PIL.Image import new as new_image
 from torch import Tensor
 
 from ..data.pictured_prompt import PicturedPrompt
+from .denoised_part import DenoisedPart
 from .denoiser import denoiser, denoiser_name
 from .guidance import guidance_name
 from .guiders import guiders, scaled
@@ -49,7 +50,7 @@ from .pictures import (
 from .prediction import NoiseGrid, grid_scheduler
 from .prompt_cache import PromptCache
 from .prompt_store import PromptStore
-from .view import PipelineView, Probe, StandIn, Stop, noting, stop
+from .view import PipelineView, Probe, StandIn, Stop, noting, stop, view_class, zeros_like
 
 
 class PipelineCalls:
@@ -70,9 +71,13 @@ class PipelineCalls:
         takes_pictures, needs_pictures, has_common_picture (`bool`):
             Whether prompts may come with pictures to edit or to refer to; whether they must; whether the options have
             one for all prompts.
+        sized (`bool`): whether the call takes a size. If not, it draws in a size that follows from the picture's.
+        height, width (`int`, *optional*): the size of images, in pixels; of pictures, if the call takes none.
     """
 
     one_by_one = False
+    height: int | None = None
+    width: int | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, options: Mapping[str, object], prompt_store: PromptStore | None):
         self.pipeline = pipeline
@@ -89,11 +94,23 @@ class PipelineCalls:
         self._pictures = PictureCache()
         self.takes_pictures = takes_pictures(self._parameters)
         self.has_common_picture = PICTURES in options
-        self.needs_pictures = needs_pictures(pipeline, self._parameters) and not self.has_common_picture
-        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple]] = {}
-        self._view_class: type[PipelineView] = type(type(pipeline).__name__, (PipelineView, type(pipeline)), {})
+        self.sized = "height" in self._parameters and "width" in self._parameters
+        self.needs_pictures = False
+        self._prepared: dict[tuple[int, torch.device], tuple[torch.dtype, tuple, Tensor | None]] = {}
+        self._view_class = view_class(type(pipeline))
+        self._part: DenoisedPart | None = None
+        self._closing: Callable[..., tuple[Tensor]] | None = None
         self._probe = Probe.of(pipeline.scheduler)
         self._grid: NoiseGrid  # whoever inherits sets it before the first step
+
+    def _find_need(self, num_inference_steps: int) -> None:
+        """Finds out whether the pipeline draws nothing without a picture."""
+
+        def draw() -> None:
+            self._to_denoiser([""], 1.0, grid_scheduler(self.pipeline.scheduler), num_inference_steps)
+
+        if not self.has_common_picture:
+            self.needs_pictures = needs_pictures(self.pipeline, self._parameters, draw)
 
     def call_options(self, prompts: list[str], guidance_scale: float) -> dict[str, object]:
         """The arguments of the pipeline's `__call__` for these prompts at this scale, except `num_inference_steps`."""
@@ -116,7 +133,7 @@ class PipelineCalls:
                 raise ValueError(f"Prompts come with pictures of their own, but {name} can't get them: {reason}.")
             return {PICTURES: picture_argument(prompts)}
         # Trials ask with a text alone.
-        return {PICTURES: new_image("RGB", self._trial_size, "grey")} if self.needs_pictures else {}
+        return {PICTURES: new_image("RGB", self.trial_size, "grey")} if self.needs_pictures else {}
 
     def _is_apart(self, prompts: list[str]) -> bool:
         """
@@ -133,14 +150,18 @@ class PipelineCalls:
             self._pictures.in_batches = self._try_batch()
         return not self._pictures.in_batches
 
-    def try_pictures(self, number: int) -> None:
-        """Runs the pipeline up to its denoiser with a prompt that has this many grey pictures, to see whether it can."""
-        self._prepare([PicturedPrompt("a", [new_image("RGB", self._trial_size, "grey")] * number)])
+    def try_pictures(self, sizes: Sequence[tuple[int, int]]) -> torch.Size:
+        """
+        Runs the pipeline up to its denoiser with a prompt that has grey pictures of these sizes (width, height), to see
+        whether it can. Returns the shape of the latents.
+        """
+        pictures = [new_image("RGB", size, "grey") for size in sizes]
+        return self._prepare([PicturedPrompt("a", pictures)]).prepared[0].shape
 
     def _try_batch(self) -> bool:
         """Whether the network gets the same for two prompts with one picture each as for one after the other."""
         prompts: list[str] = [
-            PicturedPrompt("a", [new_image("RGB", self._trial_size, colour)]) for colour in ("grey", "white")
+            PicturedPrompt("a", [new_image("RGB", self.trial_size, colour)]) for colour in ("grey", "white")
         ]
         apart = [self._prepare([prompt]).seen for prompt in prompts]
         if self._cache.reads_pictures:
@@ -151,10 +172,11 @@ class PipelineCalls:
         return False
 
     @property
-    def _trial_size(self) -> tuple[int, int]:
-        width, height = (self._options.get(side) for side in ("width", "height"))
+    def trial_size(self) -> tuple[int, int]:
+        """Width and height of pictures for trials."""
         # FLUX.2 takes no picture of less than 64 pixels a side.
-        return (max(64, width) if isinstance(width, int) else 256, max(64, height) if isinstance(height, int) else 256)
+        least = 64 if self.sized else 1
+        return max(least, self.width or 256), max(least, self.height or 256)
 
     def _to_denoiser(
         self,
@@ -175,19 +197,64 @@ class PipelineCalls:
         view.prepared = view.prepared if isinstance(view.prepared, tuple) else (view.prepared,)
         view.seen = seen[0] if seen else {}
         if not view.beside:
-            self._prepared[len(prompts), view.stand_in.device] = (view.prepared[0].dtype, view.prepared[1:])
+            self._prepared[len(prompts), view.stand_in.device] = self._kept(view.prepared)
         return view
+
+    def _kept(self, prepared: tuple) -> tuple[torch.dtype, tuple, Tensor | None]:
+        """What later calls need of prepared latents: all of them only where the loop denoises a part."""
+        return prepared[0].dtype, prepared[1:], None if self._part is None else prepared[0]
+
+    @torch.no_grad()
+    def _find_denoised_part(self) -> None:
+        """
+        Finds out by one step whether the loop denoises only a part of the latents. Only latents that are prepared with a
+        picture may have another part.
+        """
+        preparing = () if self._takes_latents else inspect.signature(type(self.pipeline).prepare_latents).parameters
+        if not (self.needs_pictures or self.has_common_picture) or PICTURES not in preparing:
+            return
+        latents = self._prepare([""]).prepared[0].contiguous()
+        outputs: list[Tensor] = []
+
+        def model(**inputs: Any) -> tuple:
+            output = self._base(**inputs)
+            outputs.append(output[0])
+            return output
+
+        def ended(scheduler: Probe) -> PipelineView:
+            view = self._view(StandIn(model, self._base), scheduler, latents.clone(), [""])
+            self._call(view, [""], 1.0)
+            return view
+
+        after_step = ended(self._probe_at(float(self._grid.levels[0])).passing())
+        if after_step.scheduler.sample is None or after_step.x is None:
+            return
+        part = DenoisedPart.find(after_step.scheduler.sample, after_step.x)
+        if part is None:
+            return
+        # Some loops put a picture's latents back into the state at each step (HunyuanVideo).
+        at_once = ended(self._probe.at(None))
+        if not torch.allclose(after_step.images, at_once.images, rtol=0, atol=0, equal_nan=True):
+            self._closing = zeros_like(outputs[0])
+        self._part = part
+        self._prepared.clear()
 
     def _step(self, x: Tensor, t: float, prompts: list[str], guidance_scale: float, stand_in: StandIn) -> PipelineView:
         """Runs one step of the pipeline's loop, at the level `t` and at latents `x` that are scaled for the network."""
-        t = float(t)
-        view = self._view(stand_in, self._probe.at(t, self._grid.timestep(t)), x, prompts)
+        view = self._view(stand_in, self._probe_at(float(t)), x, prompts)
         self._call(view, prompts, guidance_scale)
         return view
 
+    def _probe_at(self, t: float) -> Probe:
+        return self._probe.at(t, self._grid.timestep(t))
+
     def _end(self, x: Tensor, prompts: list[str], output_type: str, **parts: object) -> PipelineView:
         """Runs the part of the pipeline's `__call__` that follows its loop, on the latents `x`."""
-        view = self._view(StandIn(stop, self._base), self._probe.at(None), x, prompts, decoding=not parts, **parts)
+        model: Callable[..., tuple] = stop
+        scheduler = self._probe.at(None)
+        if self._closing is not None:
+            model, scheduler = self._closing, self._probe_at(float(self._grid.levels[-2])).passing()
+        view = self._view(StandIn(model, self._base), scheduler, x, prompts, decoding=not parts, **parts)
         self._call(view, prompts, 1.0, output_type=output_type)
         return view
 
@@ -210,6 +277,7 @@ class PipelineCalls:
             rows=len(prompts),
             pictures=self._pictures,
             x=x,
+            part=self._part,
             prepared=None if x is None else self._extras(list(prompts)),
             **stand_in.components(self._base_name),
             **{"cache": self._cache, "decoding": False, **parts},
@@ -225,17 +293,16 @@ class PipelineCalls:
         with suppress(Stop):
             view.images = inspect.unwrap(type(self.pipeline).__call__)(view, **options)[0]
 
-    def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple]:
+    def _extras(self, prompts: list[str]) -> tuple[torch.dtype, tuple, Tensor | None]:
         """
         The latents' dtype, and what else `prepare_latents` returns (ids, latents of an image to edit). Computed once
-        for each batch size, and for each batch of pictures.
+        for each batch size, and for each batch of pictures. See `_kept`.
         """
         device = next(self._base.parameters()).device
         if beside := digest_of(prompts):
 
-            def encoded() -> tuple[torch.dtype, tuple]:
-                prepared = self._prepare(prompts).prepared
-                return prepared[0].dtype, prepared[1:]
+            def encoded() -> tuple[torch.dtype, tuple, Tensor | None]:
+                return self._kept(self._prepare(prompts).prepared)
 
             return self._pictures.remembered(("prepared", len(prompts), beside), device, encoded)
         key = (len(prompts), device)

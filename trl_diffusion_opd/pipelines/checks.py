@@ -25,6 +25,7 @@ from .experts import expert_problems
 from .guidance import guidance_name
 from .guiders import guider_problems
 from .images import pixels_a_latent
+from .pictures import takes_pictures
 from .prediction import scheduler_problem
 
 
@@ -97,6 +98,8 @@ def option_problems(
         problems.append(f"max_sequence_length={max_sequence_length}: {name} takes none. Leave it unset.")
     factor = pixels_a_latent(pipeline)
     for side, size in (("height", height), ("width", width)):
+        if size is not None and side not in parameters and not takes_pictures(parameters):
+            problems.append(f"{side}={size}: {name} takes none, so what it draws has the size that it chooses itself.")
         if size is not None and (size <= 0 or size % factor):
             problems.append(
                 f"{side}={size} is not a multiple of {factor}, the number of pixels per latent of {name}. "
@@ -136,13 +139,14 @@ def pipeline_problems(pipeline: DiffusionPipeline) -> list[str]:
             "the same model."
         )
     if isinstance(network, UNet2DConditionModel):
-        problems += _unet_problems(network, name)
+        problems += _unet_problems(network, name, takes_pictures(parameters))
     return problems + guider_problems(pipeline)
 
 
-def _unet_problems(unet: UNet2DConditionModel, name: str) -> list[str]:
+def _unet_problems(unet: UNet2DConditionModel, name: str, takes_pictures: bool) -> list[str]:
     problems = []
-    if unet.config.in_channels > unet.config.out_channels:  # it returns more where it predicts a variance too
+    # It returns more where it predicts a variance too. Of pictures to edit, latents are further channels.
+    if unet.config.in_channels > unet.config.out_channels and not takes_pictures:
         problems.append(
             f"{name}'s UNet takes {unet.config.in_channels} channels and returns {unet.config.out_channels}, so it needs "
             "an image besides the latents (to fill in, to edit or to enlarge). Use the text-to-image model."

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -82,8 +84,7 @@ def encoder_problem(pipeline: DiffusionPipeline) -> str | None:
 
 def draws_videos(pipeline: DiffusionPipeline) -> bool:
     """Whether the pipeline returns videos, as `frames`. An image is a video of one frame."""
-    own = vars(pipeline)
-    return "video_processor" in own and "image_processor" not in own
+    return isinstance(image_processor(pipeline), VideoProcessor)
 
 
 def pixels_a_latent(pipeline: DiffusionPipeline) -> int:
@@ -96,6 +97,8 @@ def pixels_a_latent(pipeline: DiffusionPipeline) -> int:
 
 
 def image_processor(pipeline: DiffusionPipeline) -> Any:
-    """The pipeline's processor of images (or videos), or `None`."""
+    """The pipeline's processor of images (or videos) for its VAE, or `None`."""
     own = vars(pipeline)
-    return own.get("image_processor", own.get("video_processor"))
+    # Some pipelines have another one besides, for the encoder of a picture to begin a video with.
+    found = (own.get(name) for name in ("image_processor", "video_processor"))
+    return next((processor for processor in found if isinstance(processor, VaeImageProcessor)), None)

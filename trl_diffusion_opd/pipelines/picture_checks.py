@@ -14,16 +14,21 @@
 
 """Checks that a pipeline can use the pictures of a dataset's rows."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 from datasets import Dataset
 
-from ..data.source_images import SOURCE_IMAGES, has_source_images, picture_numbers
+from ..data.source_images import SOURCE_IMAGES, has_source_images, picture_numbers, picture_sizes
 from ..data.tasks import SINGLE_TASK
 from ..guards.redaction import shown
 from .pictures import PICTURES
 from .velocity import VelocityField
+
+
+# Pictures of so many sizes are tried at most.
+_MOST_SIZES = 32
 
 
 def picture_problems(field: VelocityField, dataset: Dataset, rows: Mapping[str, np.ndarray], name: str) -> list[str]:
@@ -62,6 +67,8 @@ def picture_problems(field: VelocityField, dataset: Dataset, rows: Mapping[str, 
         )
     elif not problems:
         problems += _unfit_numbers(field, numbers, name)
+    if most and not problems and not field.sized:
+        problems += _unfit_sizes(field, dataset, rows, name)
     return problems
 
 
@@ -84,7 +91,7 @@ def _unfit_numbers(field: VelocityField, numbers: Mapping[str, list[int]], name:
     problems = []
     for number in sorted({number for of_task in numbers.values() for number in of_task if number}):
         try:
-            field.try_pictures(number)
+            field.try_pictures([field.trial_size] * number)
         except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
             count = sum(of_task.count(number) for of_task in numbers.values())
             problems.append(
@@ -92,3 +99,25 @@ def _unfit_numbers(field: VelocityField, numbers: Mapping[str, list[int]], name:
                 f"{shown(error, 200)}"
             )
     return problems
+
+
+def _unfit_sizes(field: VelocityField, dataset: Dataset, rows: Mapping[str, np.ndarray], name: str) -> list[str]:
+    """
+    Tries each size of pictures that occurs with a pipeline whose call takes no size. Of all pictures it must draw one size:
+    noise levels depend on it, and latents of a batch must have one shape.
+    """
+    of_pipeline, (width, height) = type(field.pipeline).__name__, field.trial_size
+    unsized = f"{of_pipeline} takes no size, and draws in one that follows from the picture's."
+    bring = "Bring all pictures to one size, and set width and height to it."
+    counts = Counter(sizes for of_task in rows.values() for sizes in picture_sizes(dataset, of_task))
+    if len(counts) > _MOST_SIZES:
+        return [f"{name} has pictures of {len(counts)} sizes. {unsized} {bring}"]
+    expected = field.try_pictures([(width, height)])
+    for sizes, count in counts.items():
+        if sizes != ((width, height),) and field.try_pictures(sizes) != expected:
+            shown_sizes = ", ".join(f"{wide} x {high}" for wide, high in sizes)
+            return [
+                f"{name} has {count} row(s) with pictures of {shown_sizes} pixels, for which {of_pipeline} draws another size "
+                f"than for {width} x {height}, which width and height say. {unsized} {bring}"
+            ]
+    return []

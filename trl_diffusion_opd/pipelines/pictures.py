@@ -16,6 +16,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import Parameter
 from typing import Any
 
 import numpy as np
@@ -40,13 +41,25 @@ def takes_pictures(parameters: Collection[str]) -> bool:
     return PICTURES in parameters and not any(other in parameters for other in _OTHER_USES)
 
 
-def needs_pictures(pipeline: DiffusionPipeline, parameters: Collection[str]) -> bool:
+def needs_pictures(
+    pipeline: DiffusionPipeline, parameters: Mapping[str, Parameter], draw: Callable[[], object]
+) -> bool:
     """
-    Whether it draws nothing from a text alone. diffusers lists the pipelines that do: FLUX.2 and Kontext are among
-    them, Qwen-Image-Edit is not.
+    Whether it draws nothing from a text alone.
+
+    diffusers lists pipelines that do: FLUX.2 and Kontext are among them, Qwen-Image-Edit is not. The list has gaps (Bria
+    FIBO 2), so others are tried: `draw()` asks the pipeline for an image of a text alone.
     """
-    from_text = tuple(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values())
-    return takes_pictures(parameters) and not isinstance(pipeline, from_text)
+    if not takes_pictures(parameters) or isinstance(pipeline, tuple(AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values())):
+        return False
+    if parameters[PICTURES].default is Parameter.empty:
+        return True
+    try:
+        draw()
+    # What a call stumbles over that opens the picture it has not got.
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return True
+    return False
 
 
 def picture_argument(prompts: Sequence[str]) -> Image | list[Image]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from .branches import GuidanceBranches
 from .calls import call_parameters
 from .checks import option_problems, pipeline_problems
+from .denoised_part import own_output
 from .experts import Experts, expert_groups, in_groups
 from .frames import frames_problems, number_of_frames, still_problem
 from .guidance import guidance_embedding, guidance_lines
@@ -101,12 +102,16 @@ class VelocityField(GuidanceBranches):
             raise ValueError("\n".join(problems))
         if max_sequence_length is not None:
             options["max_sequence_length"] = max_sequence_length
-        options.update({k: v for k, v in (("height", height), ("width", width)) if v is not None})
+        sizes = {"height": height, "width": width}
+        # A pipeline that edits may take no size: that of the picture decides.
+        options.update({k: v for k, v in sizes.items() if v is not None and k in call_parameters(pipeline)})
         super().__init__(pipeline, options, prompt_store)
         self._prediction = prediction_of(pipeline)
         self._working_scales = {1.0}
         self._latent_map: LatentMap | None = None
+        self._find_need(num_inference_steps)
         self.set_grid(num_inference_steps)
+        self._find_denoised_part()
         if not self._prediction.is_flow:
             self._check_input_scaling()
 
@@ -227,6 +232,7 @@ class VelocityField(GuidanceBranches):
                 f"{type(self.pipeline).__name__} steps with schedulers of its own (copies, one a frame), so its velocity "
                 "can't be read. Use a pipeline with one scheduler for all frames."
             )
+        output = own_output(output, view.scheduler.sample, view.x)
         if output.shape != x.shape:
             raise ValueError(
                 f"{type(self.pipeline).__name__} prepares latents of shape {tuple(x.shape)}, but its loop has them as "
@@ -290,6 +296,7 @@ class VelocityField(GuidanceBranches):
         scheduler = grid_scheduler(self.pipeline.scheduler)
         view = self._to_denoiser(prompts, 1.0, scheduler, self.num_inference_steps, generators)
         x = at_least_float32(view.prepared[0])
+        x = x if self._part is None else self._part.of(x)
         return x if self._grid.start_scale == 1 else x / self._grid.start_scale
 
     def clean(self, x: Tensor) -> Tensor:

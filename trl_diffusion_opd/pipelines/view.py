@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from operator import attrgetter
 from typing import Any, NoReturn, Self, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..acceleration.quantization import base_weight, dequantized
+from .denoised_part import DenoisedPart
 from .experts import HIGH_NOISE, LOW_NOISE, Experts
 from .images import Images
 from .pictures import PictureCache
@@ -53,16 +55,19 @@ class Stop(Exception):  # noqa: N818 (it is not an error)
 class Probe(FlowMatchEulerDiscreteScheduler):
     """
     A scheduler for a loop of one step (or none). It keeps the network's output, after guidance, that the pipeline passes
-    to `step`.
+    to `step`, and the state with it.
     """
 
     init_noise_sigma = 1.0
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
+    sample: Tensor | None = None
     init_noise_sigma = 1.0  # pipelines of noise-predicting models ask for it
     # Whether the pipeline lets its scheduler scale the network's input. One for flow matching does not.
     scales_input: bool = False
+    # Whether the pipeline goes on after the step, with the same state.
+    passes: bool = False
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> "Probe":
@@ -75,6 +80,12 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         """A copy for one step at `level`, whose timestep in the pipeline is `own_timestep`. `None` means no step."""
         probe = copy.copy(self)
         probe.level, probe.own_timestep = level, own_timestep
+        return probe
+
+    def passing(self) -> "Probe":
+        """A copy whose step changes nothing and stops nothing."""
+        probe = copy.copy(self)
+        probe.passes = True
         return probe
 
     def set_timesteps(
@@ -96,8 +107,10 @@ class Probe(FlowMatchEulerDiscreteScheduler):
         self.scales_input = True
         return sample
 
-    def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> None:
-        self.output = model_output
+    def step(self, model_output: Tensor, timestep: object, sample: Tensor, **kwargs: object) -> tuple[Tensor]:
+        self.output, self.sample = model_output, sample
+        if self.passes:
+            return (sample,)
         raise Stop
 
 
@@ -271,6 +284,16 @@ def stop(**kwargs: object) -> NoReturn:
     raise Stop
 
 
+def zeros_like(output: Tensor) -> Callable[..., tuple[Tensor]]:
+    """A model that computes nothing: its output has the shape of `output`, for any number of rows."""
+
+    def model(**inputs: Any) -> tuple[Tensor]:
+        rows = next(iter(inputs.values()))
+        return (rows.new_zeros((len(rows), *output.shape[1:])),)
+
+    return model
+
+
 def noting(seen: list[dict[str, Any]]) -> Callable[..., NoReturn]:
     """A model that keeps the arguments of its call, by name, in `seen` and stops the pipeline."""
 
@@ -300,6 +323,25 @@ class DecoderStandIn(nn.Module):
         raise Stop
 
 
+class _NoBar:
+    """In place of a progress bar."""
+
+    def update(self) -> None:
+        """Shows nothing."""
+
+
+# What pipelines call, at every step, to encode pictures apart from their latents.
+_ENCODES_PICTURES = (
+    "encode_image",
+    "encode_prompt_multiple_images",
+    "prepare_cond_latents_and_mask",
+    "prepare_image_latents",
+    "prepare_reference_latents",
+    "prepare_siglip_embeds",
+    "_prepare_first_frame_conditioning",
+)
+
+
 class PipelineView(DiffusionPipeline):
     """A pipeline with our latents, our caches of embeddings and pictures, and our device."""
 
@@ -310,17 +352,19 @@ class PipelineView(DiffusionPipeline):
     rows: int
     encoding: Callable[[], AbstractContextManager[None]]
     x: Tensor | None
+    part: DenoisedPart | None
     prepared: tuple
     decoding: bool
     images: Images
     encoded: list[Encoded]
+    encodings: dict[str, int]
     seen: dict[str, Any]
 
     @classmethod
     def of(cls, pipeline: DiffusionPipeline, **parts: object) -> Self:
         """A shallow copy of a pipeline with these parts in place of its own. `__init__` is not called."""
         view = object.__new__(cls)
-        view.__dict__.update({**vars(pipeline), "images": None, "encoded": [], **parts})
+        view.__dict__.update({**vars(pipeline), "images": None, "encoded": [], "encodings": {}, **parts})
         return view
 
     @property
@@ -333,13 +377,6 @@ class PipelineView(DiffusionPipeline):
             self.encoded.append(self.cache.encode(super().encode_prompt, *args, beside=self.beside, **kwargs))
         return self.encoded[-1]
 
-    def prepare_image_latents(self, *args: object, **kwargs: object) -> Any:
-        """What pipelines call that encode pictures apart from their latents (FLUX.2), at every step."""
-        prepare: Any = super().prepare_image_latents
-        key = ("image latents", self.rows, self.beside)
-        with self.encoding():
-            return self.pictures.remembered(key, self.stand_in.device, lambda: prepare(*args, **kwargs))
-
     def prepare_latents(self, *args: object, **kwargs: object) -> Tensor | tuple:
         if self.x is None:
             if self.prepared is not None:
@@ -349,16 +386,43 @@ class PipelineView(DiffusionPipeline):
                 )
             self.prepared = super().prepare_latents(*args, **kwargs)
             return self.prepared
-        dtype, extras = self.prepared
+        dtype, extras, latents = self.prepared
+        x = self.x if self.part is None else self.part.within(self.x, latents)
         # The decoder gets the dtype that the pipeline itself would use; the loop keeps ours.
-        x = self.x.to(dtype) if self.decoding else self.x
+        x = x.to(dtype) if self.decoding else x
         return (x, *extras) if extras else x
 
     def progress_bar(
         self, iterable: Iterable[T] | None = None, total: int | None = None
-    ) -> Iterable[T] | AbstractContextManager[None]:
+    ) -> Iterable[T] | AbstractContextManager[_NoBar]:
         """No progress bar, since each step would open and close one."""
-        return nullcontext() if iterable is None else iterable
+        return nullcontext(_NoBar()) if iterable is None else iterable
 
     def maybe_free_model_hooks(self) -> None:
         """Does nothing, since the trainer offloads modules itself."""
+
+
+def view_class(kind: type[DiffusionPipeline]) -> type[PipelineView]:
+    """The class of views of pipelines of this class."""
+    encoders = {name: _remembering(name, attrgetter(name)(kind)) for name in _ENCODES_PICTURES if name in dir(kind)}
+    return type(kind.__name__, (PipelineView, kind), encoders)
+
+
+def _plain(value: object) -> object:
+    """What tells apart two calls that encode the same pictures."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return value if isinstance(value, bool | int | float | str | torch.dtype) else None
+
+
+def _remembering(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method in place of one that encodes pictures, which does so once for all steps."""
+
+    def encode(view: PipelineView, *args: object, **kwargs: object) -> Any:
+        # A call may encode several pictures one after the other, and with guidance it may want another form of them.
+        nth = view.encodings[name] = view.encodings.get(name, 0) + 1
+        key = (name, nth, *map(_plain, (*args, *kwargs.values())), view.rows, view.beside)
+        with view.encoding():
+            return view.pictures.remembered(key, view.stand_in.device, lambda: method(view, *args, **kwargs))
+
+    return encode
