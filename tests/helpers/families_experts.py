@@ -68,9 +68,11 @@ def random_lora(seed: int, pipeline: DiffusionPipeline | None = None) -> PeftMod
     return get_peft_model(denoiser(pipeline or WAN_2_2.build()), config).eval()
 
 
-def save_pair(folder: Path, seed: int, name: str = "x_{}_noise.safetensors") -> PeftModel:
+def save_pair(
+    folder: Path, seed: int, name: str = "x_{}_noise.safetensors", pipeline: DiffusionPipeline | None = None
+) -> PeftModel:
     """A LoRA of each expert, in diffusers' layout, in two files of one folder."""
-    model = random_lora(seed)
+    model = random_lora(seed, pipeline)
     for expert, noise in zip(EXPERTS, ("high", "low"), strict=True):
         prefix = f"{expert}."
         layers = {
