@@ -22,6 +22,7 @@ import torch.distributed as dist
 from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3
 from diffusers.utils.torch_utils import randn_tensor
+from helpers.dmd_fixtures import make_trainer as dmd_trainer
 from helpers.grpo_fixtures import make_trainer as grpo_trainer
 from helpers.nft_fixtures import make_trainer as nft_trainer
 from helpers.opd_fixtures import (
@@ -303,12 +304,15 @@ def test_several_processes(kind, base, loras, tmp_path):
     assert relative_difference(*gradients) < 1e-6
 
 
-@pytest.mark.parametrize(("method", "kind"), [("grpo", "nf4"), ("nft", "torchao int8"), ("sft", "nf4")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("grpo", "nf4"), ("nft", "torchao int8"), ("sft", "nf4"), ("dmd", "nf4")]
+)
 def test_other_trainers(method, kind, base, tmp_path):
     make = {
         "grpo": lambda folder, p: grpo_trainer(folder, pipeline=p, beta=0.1, sampler="flow_sde"),
         "nft": lambda folder, p: nft_trainer(folder, p),
         "sft": lambda folder, p: sft_trainer(folder, pipeline=p),
+        "dmd": lambda folder, p: dmd_trainer(folder, pipeline=p),
     }[method]
     pipeline = load(base, kind)
     reference = make_base()

@@ -29,7 +29,14 @@ from peft import LoraConfig
 from trl_diffusion_opd.pipelines.experts import EXPERTS
 
 
-@pytest.mark.parametrize("options", [{"batch_teachers": True}, {"offload_encoders": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_teachers": True},
+        {"offload_encoders": True},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
+    ],
+)
 def test_what_saves_time_or_memory_changes_nothing(options: dict[str, Any], tmp_path: Path, teachers: Any) -> None:
     several = {task: [teacher, "base"] for task, teacher in teachers.items()}
     plain = make_trainer(tmp_path / "plain", several, max_steps=2, learning_rate=1e-3)
