@@ -77,6 +77,10 @@ def number(value: float | None) -> str:
     return "–" if value is None else "0" if value == 0 else f"{value:.0e}"
 
 
+def failing(count: int) -> str:
+    return f"{count} fails" if count == 1 else f"{count} fail"
+
+
 def wrapped(text: str, indent: str = "") -> list[str]:
     """Words in lines of the page's width, all but the first after `indent`."""
     lines = [""]
@@ -95,8 +99,8 @@ def page(report: dict[str, Any]) -> str:
     built = sum(counts.values()) - counts["not built"]
     says = (
         f"Of {len(pipelines)} classes, {built} are built small. {counts['works']} of these work "
-        f"({counts['works'] / built:.0%}), {counts['refused']} are refused before the first step, and {counts['fails']} "
-        "fail."
+        f"({counts['works'] / built:.0%}), {counts['refused']} are refused before the first step, and "
+        f"{failing(counts['fails'])}."
     )
     lines = [*wrapped(says), "", "## Those that work", ""]
     lines += ["| pipeline | velocity | walk | student | loaded by |", "| --- | ---: | ---: | ---: | --- |"]
@@ -136,7 +140,7 @@ def pictures(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["", "## Pictures", "", *wrapped(_PICTURES), ""]
     lines += wrapped(
         f"Of {len(found)} classes, {counts['works']} work, {counts['refused']} are refused before the first step, "
-        f"{counts['fails']} fail, and {counts['not built']} are not built. A class that draws from a text alone, too, is "
+        f"{failing(counts['fails'])}, and {counts['not built']} are not built. A class that draws from a text alone, too, is "
         "also in the tables above."
     )
     lines += ["", "| pipeline | draws | pictures a row | velocity | walk | student | loaded by |"]
