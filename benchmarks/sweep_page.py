@@ -77,6 +77,15 @@ def number(value: float | None) -> str:
     return "–" if value is None else "0" if value == 0 else f"{value:.0e}"
 
 
+def differences(found: dict[str, Any]) -> str:
+    """The cells of a table's row that have what was measured."""
+    return " | ".join(number(found.get(key)) for key in ("velocity", "walk", "image"))
+
+
+def loader(found: dict[str, Any]) -> str:
+    return "PEFT" if "PEFT" in found.get("reason", "") else "diffusers"
+
+
 def failing(count: int) -> str:
     return f"{count} fails" if count == 1 else f"{count} fail"
 
@@ -106,17 +115,14 @@ def page(report: dict[str, Any]) -> str:
     lines += ["| pipeline | velocity | walk | student | loaded by |", "| --- | ---: | ---: | ---: | --- |"]
     for name, found in pipelines.items():
         if found["outcome"] == "works":
-            loaded = "PEFT" if "PEFT" in found.get("reason", "") else "diffusers"
-            cells = [number(found.get(key)) for key in ("velocity", "walk", "image")]
-            lines.append(f"| {name} | {' | '.join(cells)} | {loaded} |")
+            lines.append(f"| {name} | {differences(found)} | {loader(found)} |")
     lines += ["", "## Videos", ""]
     lines += wrapped(
         "The same three differences with more than one frame, which `generation_kwargs` sets. The last is of videos."
     )
     lines += ["", "| pipeline | argument | velocity | walk | student |", "| --- | --- | ---: | ---: | ---: |"]
     for name, found in report["videos"].items():
-        cells = [number(found.get(key)) for key in ("velocity", "walk", "image")]
-        lines.append(f"| {name} | `{found['argument']}={found['frames']}` | {' | '.join(cells)} |")
+        lines.append(f"| {name} | `{found['argument']}={found['frames']}` | {differences(found)} |")
     lines += pictures(report["pictures"])
     titles = {"refused": "Those that are refused", "fails": "Those that fail", "not built": "Those that are not built"}
     for outcome, title in titles.items():
@@ -147,11 +153,9 @@ def pictures(found: dict[str, dict[str, Any]]) -> list[str]:
     lines += ["| --- | --- | --- | ---: | ---: | ---: | --- |"]
     for name, one in found.items():
         if one["outcome"] == "works":
-            loaded = "PEFT" if "PEFT" in one.get("reason", "") else "diffusers"
             numbers = ", ".join(map(str, one["numbers"]))
-            cells = [number(one.get(key)) for key in ("velocity", "walk", "image")]
             drawn = "video" if one["video"] else "image"
-            lines.append(f"| {name} | {drawn} | {numbers} | {' | '.join(cells)} | {loaded} |")
+            lines.append(f"| {name} | {drawn} | {numbers} | {differences(one)} | {loader(one)} |")
     for outcome in OUTCOMES[1:]:
         names = [name for name, one in found.items() if one["outcome"] == outcome]
         if names:

@@ -102,14 +102,18 @@ def kandinsky5_transformer(**options: Any) -> diffusers.Kandinsky5Transformer3DM
     )
 
 
-def kandinsky5_image() -> DiffusionPipeline:
+def kandinsky5_encoders() -> dict[str, Any]:
     first = text.qwen2_vl()
     first["tokenizer"] = first.pop("processor")
+    return numbered(first, text.clip(projection=False))
+
+
+def kandinsky5_image() -> DiffusionPipeline:
     pipeline = diffusers.Kandinsky5T2IPipeline(
         transformer=kandinsky5_transformer(),
         vae=make_vae((4, 4, 4, 4)),
         scheduler=euler(shift=5.0),
-        **numbered(first, text.clip(projection=False)),
+        **kandinsky5_encoders(),
     )
     pipeline.resolutions = [(32, 32)]
     return pipeline

@@ -17,8 +17,6 @@ What is tried with a tiny pipeline that takes pictures beside the prompt: as in 
 their own. The pipeline's own call has one row at a time.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,6 @@ import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from helpers.edit_families import EditFamily, picture
-from helpers.families import save_teacher
-from helpers.family_fixtures import family_trainer
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +32,7 @@ from trl_diffusion_opd.algorithms.samplers import sampler_table
 from trl_diffusion_opd.data.pictured_prompt import SOURCE_IMAGES, PicturedPrompt, with_pictures
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
-from .trial import STEPS, RefusedError, Trial, difference, in_flow_coordinates, load_student, with_recorder
+from .trial import STEPS, RefusedError, Trial, difference, in_flow_coordinates, update_drawing, with_recorder
 
 
 def own_row(edit: EditFamily, pipeline: DiffusionPipeline, scale: float, row: int, output_type: str = "np") -> Any:
@@ -127,26 +123,12 @@ def _negative(image: Image.Image) -> Image.Image:
 
 def update(edit: EditFamily, trial: Trial) -> None:
     """One update with a random LoRA as the teacher, on rows with pictures; then diffusers loads the student."""
-    family, scale = edit.family, edit.family.guidance_scale
+    scale = edit.family.guidance_scale
     rows = [{"prompt": prompt, "task": "one", SOURCE_IMAGES: pictures} for prompt, pictures in edit.rows()]
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        save_teacher(family, root / "teacher", seed=1)
-        trainer = family_trainer(
-            family,
-            root / "student",
-            str(root / "teacher"),
-            family.guided(scale),
-            train_dataset=Dataset.from_list(rows),
-            num_inference_steps=STEPS,
-            per_device_train_batch_size=len(rows),
-            learning_rate=1e-1,
-        )
-        trainer.train()
-        trainer.save_model(root / "saved")
-        ours = own_rows(edit, trainer.pipeline, scale)
-        fresh = family.guided(scale)
-        base = own_rows(edit, fresh, scale)
-        load_student(fresh, root / "saved", trial)
-        trial.image = difference(own_rows(edit, fresh, scale), ours)
-        trial.moved = difference(base, ours)
+    update_drawing(
+        edit.family,
+        trial,
+        lambda pipeline: own_rows(edit, pipeline, scale),
+        len(rows),
+        train_dataset=Dataset.from_list(rows),
+    )

@@ -20,14 +20,13 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from helpers import families_encoders as encoders
-from helpers import families_text as text
 from helpers.edit_families import EDIT_FAMILIES, EditFamily, small_pictures
 from helpers.families import Family
 from helpers.families_flow import FLOW_FAMILIES, euler
 from helpers.noise_families import NOISE_FAMILIES
-from helpers.tiny_sd3 import make_vae, numbered
+from helpers.tiny_sd3 import make_vae
 
-from .images import ATTENTION, IMAGES, kandinsky5_transformer, longcat, z_image_omni
+from .images import ATTENTION, IMAGES, kandinsky5_encoders, kandinsky5_transformer, longcat, z_image_omni
 from .picture_videos import PICTURE_VIDEOS
 from .small_pictures import noiseless, small_joy, small_longcat
 from .specimens import NOT_BUILT
@@ -57,12 +56,6 @@ def kandinsky5_i2i() -> DiffusionPipeline:
     pipeline.prompt_template_encode_start_idx = 3
     pipeline.resolutions = [(32, 32)]
     return pipeline
-
-
-def kandinsky5_encoders() -> dict[str, Any]:
-    first = text.qwen2_vl()
-    first["tokenizer"] = first.pop("processor")
-    return numbered(first, text.clip(projection=False))
 
 
 def bria_fibo_edit() -> DiffusionPipeline:

@@ -182,36 +182,39 @@ def difference(a: Any, b: Any) -> float:
 
 def update(family: Family, trial: Trial) -> None:
     """One update with a random LoRA as the teacher; then diffusers loads the student."""
+    scale = family.guidance_scale
+    update_drawing(family, trial, lambda pipeline: own_images(family, pipeline, scale), len(family.prompts))
+
+
+def update_drawing(
+    family: Family, trial: Trial, drawn: Callable[[DiffusionPipeline], Any], rows: int, **options: Any
+) -> None:
+    """An update of so many rows, judged by what is `drawn` with a pipeline. `options` are of the trainer."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         save_teacher(family, root / "teacher", seed=1)
-        scale = family.guidance_scale
         trainer = family_trainer(
             family,
             root / "student",
             str(root / "teacher"),
-            family.guided(scale),
+            family.guided(family.guidance_scale),
             num_inference_steps=STEPS,
-            per_device_train_batch_size=len(family.prompts),
+            per_device_train_batch_size=rows,
             learning_rate=1e-1,
+            **options,
         )
         trainer.train()
         trainer.save_model(root / "saved")
-        ours = own_images(family, trainer.pipeline, scale)
-        fresh = family.guided(scale)
-        base = own_images(family, fresh, scale)
-        load_student(fresh, root / "saved", trial)
-        trial.image = difference(own_images(family, fresh, scale), ours)
+        ours = drawn(trainer.pipeline)
+        fresh = family.guided(family.guidance_scale)
+        base = drawn(fresh)
+        if loads_lora(fresh):
+            fresh.load_lora_weights(str(root / "saved"))
+        else:
+            PeftModel.from_pretrained(denoiser(fresh), str(root / "saved"))
+            trial.reason = "diffusers has no loader of LoRAs for it: PEFT loads the student"
+        trial.image = difference(drawn(fresh), ours)
         trial.moved = difference(base, ours)
-
-
-def load_student(fresh: DiffusionPipeline, folder: Path, trial: Trial) -> None:
-    """Loads a saved student as a user would."""
-    if loads_lora(fresh):
-        fresh.load_lora_weights(str(folder))
-    else:
-        PeftModel.from_pretrained(denoiser(fresh), str(folder))
-        trial.reason = "diffusers has no loader of LoRAs for it: PEFT loads the student"
 
 
 @contextmanager

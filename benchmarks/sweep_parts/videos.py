@@ -24,7 +24,7 @@ from helpers.families import PROMPTS, Family
 from helpers.families_flow import euler
 from helpers.tiny_sd3 import numbered
 
-from .images import ATTENTION, kandinsky5_transformer
+from .images import ATTENTION, kandinsky5_encoders, kandinsky5_transformer
 
 
 # Of transformers after Wan's.
@@ -161,13 +161,11 @@ def hunyuan_video15() -> DiffusionPipeline:
 
 
 def kandinsky5_video() -> DiffusionPipeline:
-    first = text.qwen2_vl()
-    first["tokenizer"] = first.pop("processor")
     pipeline = diffusers.Kandinsky5T2VPipeline(
         transformer=kandinsky5_transformer(),
         vae=hunyuan_vae(),
         scheduler=euler(shift=5.0),
-        **numbered(first, text.clip(projection=False)),
+        **kandinsky5_encoders(),
     )
     # The tiny tokenizer would need a thousand tokens for what is before the prompt.
     pipeline.prompt_template, pipeline.prompt_template_encode_start_idx = "<|im_start|>user\n{}<|im_end|>", 3

@@ -17,6 +17,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.families import FAMILIES
@@ -44,34 +45,33 @@ def test_page_is_that_of_the_results() -> None:
     assert all(len(line) <= 119 for line in PAGE.read_text().splitlines() if not line.startswith("|"))
 
 
-def test_every_pipeline_has_an_outcome_and_all_but_those_that_work_a_reason() -> None:
-    for name, found in REPORT["pipelines"].items():
+def assert_small(name: str, found: dict[str, Any]) -> None:
+    assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], name
+
+
+def assert_outcomes(pipelines: dict[str, dict[str, Any]]) -> None:
+    for name, found in pipelines.items():
         assert found["outcome"] in OUTCOMES
         if found["outcome"] == "works":
-            assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], (
-                name
-            )
+            assert_small(name, found)
         else:
             assert found["reason"], name
+
+
+def test_every_pipeline_has_an_outcome_and_all_but_those_that_work_a_reason() -> None:
+    assert_outcomes(REPORT["pipelines"])
 
 
 def test_videos_of_several_frames_work() -> None:
     assert REPORT["videos"].keys() == FRAMES.keys()
     for name, found in REPORT["videos"].items():
         assert found["outcome"] == "works" and found["frames"] > 1, name
-        assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], name
+        assert_small(name, found)
 
 
 def test_pipelines_that_take_pictures_have_an_outcome() -> None:
     assert REPORT["pictures"].keys() == PICTURES.keys() | PICTURES_NOT_BUILT.keys()
-    for name, found in REPORT["pictures"].items():
-        assert found["outcome"] in OUTCOMES
-        if found["outcome"] == "works":
-            assert found["velocity"] <= 1e-5 and found["walk"] <= 1e-4 and found["image"] <= 1e-5 < found["moved"], (
-                name
-            )
-        else:
-            assert found["reason"], name
+    assert_outcomes(REPORT["pictures"])
 
 
 @pytest.mark.parametrize("name", PICTURE_FAMILIES)

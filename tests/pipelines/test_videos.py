@@ -22,15 +22,15 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import DiffusionPipeline
-from helpers.edit_families import picture
 from helpers.families import Family
 from helpers.families_experts import save_pair
 from helpers.family_fixtures import family_trainer
 from helpers.gradients import derivative_error
 from helpers.video_families import SPECIMENS, VIDEOS, of_frames
 from PIL import Image
+from sweep_parts.picture_trial import own_row
 from sweep_parts.picture_videos import WAN_2_2 as WAN_2_2_PICTURES
-from sweep_parts.trial import STEPS, Trial, difference, generators, update, velocity_and_walk
+from sweep_parts.trial import STEPS, Trial, difference, generators, own_images, update, velocity_and_walk
 
 from trl_diffusion_opd.pipelines.velocity import VelocityField
 
@@ -127,41 +127,35 @@ def test_update_of_two_experts_that_film(begins: str, tmp_path: Path) -> None:
     """Both halves of the student move, and diffusers loads them; with noise the video has 9 frames, else 5."""
     edit = WAN_2_2_PICTURES["wan_2_2_i2v"] if begins == "with a picture" else None
     family = VIDEOS["wan_2_2"] if edit is None else edit.family
+    rows = [(prompt, []) for prompt in family.prompts[:2]] if edit is None else edit.rows()
+
+    def filmed(pipeline: DiffusionPipeline) -> Any:
+        if edit is None:
+            return own_images(family, pipeline, 1.0, family.prompts[:1])
+        return own_row(edit, pipeline, 1.0, 0)
+
     save_pair(tmp_path / "teacher", seed=3, pipeline=family.build())
-    rows = [{"prompt": prompt, "task": "one"} for prompt in family.prompts[:2]]
-    if edit is not None:
-        rows = [{**row, "source_images": [picture(i, 32, 32)]} for i, row in enumerate(rows)]
     trainer = family_trainer(
         family,
         tmp_path / "out",
         str(tmp_path / "teacher"),
-        train_dataset=Dataset.from_list(rows),
-        num_inference_steps=4,
+        train_dataset=Dataset.from_list(
+            [{"prompt": prompt, **({"source_images": pictures} if pictures else {})} for prompt, pictures in rows]
+        ),
+        num_inference_steps=STEPS,
         learning_rate=1e-1,
     )
     trainer.train()
     trainer.save_model(tmp_path / "saved")
     fresh = family.build()
-    ours = filmed(family, trainer.pipeline, rows[0])
-    gaps = [difference(filmed(family, fresh, rows[0]), ours)]
+    ours = filmed(trainer.pipeline)
+    gaps = [difference(filmed(fresh), ours)]
     for number, noise in enumerate(("high", "low")):
         fresh.load_lora_weights(
             str(tmp_path / "saved"),
             weight_name=f"pytorch_lora_weights_{noise}_noise.safetensors",
             load_into_transformer_2=bool(number),
         )
-        gaps.append(difference(filmed(family, fresh, rows[0]), ours))
+        gaps.append(difference(filmed(fresh), ours))
     base, half, both = gaps
     assert base > 1e-3 and half > 1e-4 and both <= 1e-5
-
-
-def filmed(family: Family, pipeline: DiffusionPipeline, row: dict[str, Any]) -> Any:
-    """The pipeline's own video of a row."""
-    given = {"image": row["source_images"][0]} if "source_images" in row else {}
-    return pipeline(
-        **family.call_kwargs(1.0, (row["prompt"],)),
-        **given,
-        num_inference_steps=4,
-        generator=generators(1),
-        output_type="np",
-    ).frames

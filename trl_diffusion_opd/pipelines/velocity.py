@@ -93,9 +93,9 @@ class VelocityField(GuidanceBranches):
         prompt_store: PromptStore | None = None,
     ):
         self.height, self.width = height, width
-        options = dict(generation_kwargs or {})
+        options, parameters = dict(generation_kwargs or {}), call_parameters(pipeline)
         problems = pipeline_problems(pipeline) or [
-            *option_problems(pipeline, call_parameters(pipeline), options, height, width, max_sequence_length),
+            *option_problems(pipeline, parameters, options, height, width, max_sequence_length),
             *frames_problems(pipeline, options),
         ]
         if problems:
@@ -104,7 +104,7 @@ class VelocityField(GuidanceBranches):
             options["max_sequence_length"] = max_sequence_length
         sizes = {"height": height, "width": width}
         # A pipeline that edits may take no size: that of the picture decides.
-        options.update({k: v for k, v in sizes.items() if v is not None and k in call_parameters(pipeline)})
+        options.update({k: v for k, v in sizes.items() if v is not None and k in parameters})
         super().__init__(pipeline, options, prompt_store)
         self._prediction = prediction_of(pipeline)
         self._working_scales = {1.0}

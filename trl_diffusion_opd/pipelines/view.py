@@ -58,7 +58,6 @@ class Probe(FlowMatchEulerDiscreteScheduler):
     to `step`, and the state with it.
     """
 
-    init_noise_sigma = 1.0
     level: float | None = None
     own_timestep: float = 0.0
     output: Tensor | None = None
